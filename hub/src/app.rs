@@ -1,0 +1,119 @@
+//! The only wiring: which stage feeds which, and how they end.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::bundle::Bundle;
+use crate::cli::Cli;
+use crate::config::{Config, EVENT_QUEUE_MAX, Source};
+use crate::model::FeedId;
+use crate::pipeline::{FeedCounters, Pipeline};
+use crate::readiness::Readiness;
+use crate::source::{folder, kubernetes};
+use crate::{serve, telemetry};
+
+/// Runs the hub as the command line says until it is told to stop.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    telemetry::init(&cli.log_level, cli.log_format);
+    let run = || -> anyhow::Result<()> {
+        let config = cli.config()?;
+        tracing::info!(?config, "starting");
+        rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let result = runtime.block_on(run(config));
+        // The writer's thread ends with its queue; a folder being read is not waited for.
+        runtime.shutdown_background();
+        result
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("opa-hub: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}", config.listen))?;
+    let readiness = Readiness::default();
+    for feed in &config.feeds {
+        readiness.pending(&feed.to_string(), "not listed yet");
+    }
+    let stop = CancellationToken::new();
+    let bundle = Arc::new(Bundle::new(config.bundle.clone()));
+    let feeds = Arc::new(FeedCounters::new(&config.feeds));
+    let (events, queue) = mpsc::channel(EVENT_QUEUE_MAX);
+    let mut tasks: JoinSet<anyhow::Result<&str>> = JoinSet::new();
+
+    match &config.source {
+        Source::Folder(dir) => {
+            let source = folder::run(dir.clone(), config.feeds.clone(), events, readiness.clone());
+            tasks.spawn(async move { source.await.map(|()| "the manifests folder").map_err(Into::into) });
+        }
+        Source::Kubernetes { kubeconfig } => {
+            let client = kubernetes::client(kubeconfig.as_deref()).await?;
+            for (id, feed) in config.feeds.iter().enumerate() {
+                let watch = kubernetes::watch(
+                    client.clone(),
+                    FeedId(id),
+                    feed.clone(),
+                    events.clone(),
+                    readiness.clone(),
+                );
+                tasks.spawn(async move {
+                    watch.await;
+                    Ok("a watch")
+                });
+            }
+        }
+    }
+    let writer = Pipeline::new(config.feeds.clone(), bundle.clone(), readiness.clone(), feeds.clone());
+    tasks.spawn(async move {
+        tokio::task::spawn_blocking(move || writer.run(queue)).await?;
+        Ok("the writer")
+    });
+    tasks.spawn({
+        let bundle = bundle.clone();
+        async move {
+            bundle.pace().await;
+            Ok("the pacer")
+        }
+    });
+    let address = listener.local_addr()?;
+    let hub = serve::Hub::new(bundle, readiness, feeds, stop.clone());
+    let server = tokio::spawn(serve::run(listener, hub));
+    tracing::info!("dashboard at http://{address}/");
+
+    let ended = tokio::select! {
+        () = signal() => Ok(()),
+        Some(ended) = tasks.join_next() => match ended {
+            Ok(Ok(name)) => Err(anyhow::anyhow!("{name} ended unexpectedly")),
+            Ok(Err(error)) => Err(error),
+            Err(panic) => Err(panic.into()),
+        },
+    };
+    tracing::info!("stopping");
+    stop.cancel();
+    server.await?.context("cannot serve")?;
+    ended
+}
+
+async fn signal() {
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+        .expect("SIGTERM can be listened for");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+}

@@ -1,0 +1,152 @@
+//! A gzip'd tar put together from segments that were compressed before.
+//!
+//! The whole is one gzip member (RFC 1952). Each segment is raw deflate (RFC 1951) that ends byte-aligned by a full
+//! flush and refers to nothing before itself, so segments can be joined in any order; an empty last block closes
+//! the stream and the CRCs are combined. Several members would be shorter to write, but many readers stop after the
+//! first.
+
+use bytes::Bytes;
+use flate2::{Compress, Compression, FlushCompress, Status};
+
+/// zlib-rs compresses this data 8 times at 300 MB/s; one level less 5 times, at 400 MB/s.
+const LEVEL: u32 = 2;
+const TAR_BLOCK: usize = 512;
+/// Magic, deflate, no name, no time, no level, unknown system: equal content gives equal bytes.
+const GZIP_HEADER: [u8; 10] = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0xff];
+/// A last block that is empty, with fixed codes.
+const DEFLATE_END: [u8; 2] = [3, 0];
+
+/// Compressed bytes that can stand anywhere in an archive.
+#[derive(Clone)]
+pub struct Segment {
+    deflated: Bytes,
+    crc: crc32fast::Hasher,
+}
+
+/// A whole archive, in pieces that other archives may share.
+#[derive(Clone)]
+pub struct Archive {
+    /// The bytes in their order.
+    pub pieces: Vec<Bytes>,
+    /// Bytes in all.
+    pub bytes: usize,
+}
+
+impl Segment {
+    /// Compresses `raw`.
+    pub fn new(raw: &[u8]) -> Self {
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(raw);
+        let mut compress = Compress::new(Compression::new(LEVEL), false);
+        let mut out = Vec::with_capacity(raw.len() / 6 + 64);
+        loop {
+            let read = usize::try_from(compress.total_in()).expect("a segment fits into memory");
+            let status = compress.compress_vec(&raw[read..], &mut out, FlushCompress::Full);
+            assert_eq!(status.ok(), Some(Status::Ok), "compressing memory into memory does not fail");
+            // A full flush is complete when all was read and the output did not fill up.
+            if compress.total_in() == raw.len() as u64 && out.len() < out.capacity() {
+                break;
+            }
+            out.reserve(out.capacity() / 2 + 64);
+        }
+        out.shrink_to_fit();
+        Self { deflated: out.into(), crc }
+    }
+}
+
+impl Archive {
+    /// Joins segments that together hold a tar's entries.
+    pub fn new(segments: impl IntoIterator<Item = Segment>) -> Self {
+        let mut pieces = vec![Bytes::from_static(&GZIP_HEADER)];
+        let mut crc = crc32fast::Hasher::new();
+        for segment in segments.into_iter().chain([Segment::new(&[0; 2 * TAR_BLOCK])]) {
+            crc.combine(&segment.crc);
+            pieces.push(segment.deflated);
+        }
+        let length = crc.total_len();
+        let mut end = DEFLATE_END.to_vec();
+        end.extend_from_slice(&crc.finalize().to_le_bytes());
+        // The length modulo 2³² (RFC 1952 §2.3.1).
+        end.extend_from_slice(&length.to_le_bytes()[..4]);
+        pieces.push(end.into());
+        let bytes = pieces.iter().map(Bytes::len).sum();
+        Self { pieces, bytes }
+    }
+}
+
+/// Appends a small file to a tar under construction.
+pub fn push_file(tar: &mut Vec<u8>, path: &str, content: &[u8]) {
+    push_header(tar, path, content.len());
+    tar.extend_from_slice(content);
+    push_padding(tar, content.len());
+}
+
+/// Appends the header of a file whose `size` bytes, and their padding, follow.
+pub fn push_header(tar: &mut Vec<u8>, path: &str, size: usize) {
+    let mut header = tar::Header::new_gnu();
+    header.set_size(size as u64);
+    header.set_mode(0o644);
+    // With an empty reader the builder writes just the header, and a second one where the path is long. Dropped, it
+    // closes the archive, which is too early here.
+    let mut builder = tar::Builder::new(&mut *tar);
+    builder.append_data(&mut header, path, std::io::empty()).expect("a relative path, written into memory");
+    drop(builder);
+    tar.truncate(tar.len() - 2 * TAR_BLOCK);
+}
+
+/// Fills up the last block of a file of `size` bytes.
+pub fn push_padding(tar: &mut Vec<u8>, size: usize) {
+    tar.resize(tar.len() + size.next_multiple_of(TAR_BLOCK) - size, 0);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn gunzip(archive: &Archive) -> Vec<u8> {
+        let bytes = archive.pieces.concat();
+        assert_eq!(bytes.len(), archive.bytes);
+        let mut out = Vec::new();
+        let mut decoder = flate2::read::GzDecoder::new(&bytes[..]);
+        decoder.read_to_end(&mut out).unwrap();
+        assert!(decoder.into_inner().is_empty(), "one member");
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn segments_join_to_one_member(parts in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..200), 0..6), repeat in 1usize..300) {
+            let parts: Vec<_> = parts.iter().map(|part| part.repeat(repeat)).collect();
+            let archive = Archive::new(parts.iter().map(|part| Segment::new(part)));
+            let raw = gunzip(&archive);
+            prop_assert_eq!(&raw[..raw.len() - 2 * TAR_BLOCK], &parts.concat()[..]);
+        }
+    }
+
+    #[test]
+    fn a_tar_with_long_names() {
+        let long = format!("{}/data.json", "x".repeat(240));
+        let mut tar = Vec::new();
+        push_file(&mut tar, ".manifest", b"{}");
+        push_header(&mut tar, &long, 3);
+        tar.extend_from_slice(b"abc");
+        push_padding(&mut tar, 3);
+        let raw = gunzip(&Archive::new([Segment::new(&tar)]));
+        let mut archive = tar::Archive::new(&raw[..]);
+        let files: Vec<_> = archive
+            .entries()
+            .unwrap()
+            .map(|entry| {
+                let mut entry = entry.unwrap();
+                let mut content = String::new();
+                entry.read_to_string(&mut content).unwrap();
+                (entry.path().unwrap().to_str().unwrap().to_owned(), content)
+            })
+            .collect();
+        assert_eq!(files, [(".manifest".to_owned(), "{}".to_owned()), (long, "abc".to_owned())]);
+    }
+}

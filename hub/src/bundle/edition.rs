@@ -1,0 +1,246 @@
+//! What readers see: the view and the log at one moment, with everything that was encoded from them, once.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use opa_hub_proto::reconcile::Reconcile;
+use opa_hub_proto::revision::{Digest, Hasher, Revision};
+use tokio::sync::{OnceCell, watch};
+
+use super::archive::Archive;
+use super::log::Log;
+use super::snapshot::{self, SegmentCache};
+use super::view::View;
+use super::{delta, frame};
+use crate::config::{RECONCILE_CACHE_MAX, SNAPSHOT_INTERVAL};
+use crate::model::Problem;
+
+/// Frames kept for agents at different revisions; more than this many are behind only in a storm.
+const FRAME_CACHE_MAX: usize = 256;
+
+/// Which part of a view an archive holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// Modules and data.
+    Whole,
+    /// Modules only.
+    Policy,
+    /// Data only.
+    Data,
+}
+
+/// A bundle: the newest edition for streams, and the one that trails it for archives.
+pub struct Bundle {
+    /// Its name.
+    pub name: String,
+    head: watch::Sender<Option<Arc<Edition>>>,
+    paced: watch::Sender<Option<Arc<Edition>>>,
+    problems: Mutex<Arc<[Problem]>>,
+    segments: Arc<SegmentCache>,
+    /// What was done.
+    pub counters: Arc<Counters>,
+}
+
+/// What was done since the start.
+#[derive(Default)]
+pub struct Counters {
+    /// Editions published.
+    pub view_changes: AtomicU64,
+    /// Frames encoded.
+    pub frame_encodes: AtomicU64,
+    /// Archives encoded.
+    pub snapshot_encodes: AtomicU64,
+    /// Reconcile answers encoded.
+    pub reconcile_encodes: AtomicU64,
+}
+
+/// See the module's text.
+pub struct Edition {
+    /// The content.
+    pub view: View,
+    /// When it was published.
+    pub published: SystemTime,
+    bundle: String,
+    log: Log,
+    frames: Mutex<HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>>,
+    archives: [OnceCell<Archive>; 3],
+    reconciled: Mutex<HashMap<Digest, Arc<OnceCell<Archive>>>>,
+    segments: Arc<SegmentCache>,
+    counters: Arc<Counters>,
+}
+
+/// What a stream at some revision is told.
+pub enum Next {
+    /// It holds the head.
+    UpToDate,
+    /// These events lead to the head.
+    Frames(Bytes),
+    /// Its revision is not remembered, or is too far away: it must reconcile.
+    Unknown,
+}
+
+impl Part {
+    /// `whole`, `policy`, `data`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Policy => "policy",
+            Self::Data => "data",
+        }
+    }
+
+    /// Whether the part holds the data.
+    pub fn has_data(self) -> bool {
+        self != Self::Policy
+    }
+
+    /// Whether the part holds the modules.
+    pub fn has_modules(self) -> bool {
+        self != Self::Data
+    }
+
+    /// The revision of this part: changes whenever its archive does.
+    pub fn revision(self, view: &View) -> String {
+        match self {
+            Self::Whole => view.revision.to_string(),
+            Self::Policy => view.revision.modules.to_string(),
+            Self::Data => view.revision.data.to_string(),
+        }
+    }
+}
+
+impl Bundle {
+    /// A bundle that has nothing to serve yet.
+    pub fn new(name: String) -> Self {
+        Self {
+            name,
+            head: watch::Sender::new(None),
+            paced: watch::Sender::new(None),
+            problems: Mutex::default(),
+            segments: Arc::default(),
+            counters: Arc::default(),
+        }
+    }
+
+    /// Makes `view` the newest edition.
+    pub fn publish(&self, view: View, log: Log) {
+        self.counters.view_changes.fetch_add(1, Ordering::Relaxed);
+        let edition = Edition {
+            view,
+            published: SystemTime::now(),
+            bundle: self.name.clone(),
+            log,
+            frames: Mutex::default(),
+            archives: Default::default(),
+            reconciled: Mutex::default(),
+            segments: Arc::clone(&self.segments),
+            counters: Arc::clone(&self.counters),
+        };
+        self.head.send_replace(Some(Arc::new(edition)));
+    }
+
+    /// What is refused from now on.
+    pub fn set_problems(&self, problems: Arc<[Problem]>) {
+        *self.problems.lock().unwrap_or_else(PoisonError::into_inner) = problems;
+    }
+
+    /// What is refused.
+    pub fn problems(&self) -> Arc<[Problem]> {
+        self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The newest edition; none before every source has listed once (I5).
+    pub fn head(&self) -> watch::Receiver<Option<Arc<Edition>>> {
+        self.head.subscribe()
+    }
+
+    /// The edition that archives are made of: the newest, or one that was so a moment ago, see [`pace`](Self::pace).
+    pub fn paced(&self) -> watch::Receiver<Option<Arc<Edition>>> {
+        self.paced.subscribe()
+    }
+
+    /// Hands editions on to [`paced`](Self::paced): at once after a quiet time, else one in [`SNAPSHOT_INTERVAL`].
+    pub async fn pace(&self) {
+        let mut head = self.head();
+        loop {
+            let edition = head.borrow_and_update().clone();
+            if edition.is_some() {
+                self.paced.send_replace(edition);
+                tokio::time::sleep(SNAPSHOT_INTERVAL).await;
+            }
+            if head.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+impl Edition {
+    /// What leads an agent from `held` to this edition. Encoded once for all who are at `held` (I4).
+    pub fn next(&self, held: Revision) -> Next {
+        if held == self.view.revision {
+            return Next::UpToDate;
+        }
+        let cell = {
+            let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+            if frames.len() >= FRAME_CACHE_MAX {
+                frames.clear();
+            }
+            Arc::clone(frames.entry(held).or_default())
+        };
+        let frame = cell.get_or_init(|| {
+            let frame = frame::encode(&self.view, &self.log, held);
+            self.counters.frame_encodes.fetch_add(u64::from(frame.is_some()), Ordering::Relaxed);
+            frame
+        });
+        frame.clone().map_or(Next::Unknown, Next::Frames)
+    }
+
+    /// The archive of `part`. Encoded once, however many ask (I4).
+    pub async fn archive(self: &Arc<Self>, part: Part) -> Archive {
+        let encode = || async {
+            self.counters.snapshot_encodes.fetch_add(1, Ordering::Relaxed);
+            let edition = Arc::clone(self);
+            blocking(move || snapshot::whole(&edition.view, part, &edition.bundle, &edition.segments)).await
+        };
+        self.archives[part as usize].get_or_init(encode).await.clone()
+    }
+
+    /// The archive of what the sender of `held` lacks. Encoded once for all who hold the same.
+    pub async fn reconcile(self: &Arc<Self>, held: Reconcile) -> Archive {
+        let mut hasher = Hasher::default();
+        hasher.part(&serde_json::to_vec(&held).expect("a request has text keys only"));
+        let cell = {
+            let mut reconciled = self.reconciled.lock().unwrap_or_else(PoisonError::into_inner);
+            if reconciled.len() >= RECONCILE_CACHE_MAX {
+                reconciled.clear();
+            }
+            Arc::clone(reconciled.entry(hasher.finish()).or_default())
+        };
+        let encode = || async {
+            self.counters.reconcile_encodes.fetch_add(1, Ordering::Relaxed);
+            let edition = Arc::clone(self);
+            blocking(move || snapshot::difference(&edition.view, &held, &edition.segments)).await
+        };
+        cell.get_or_init(encode).await.clone()
+    }
+
+    /// OPA's own delta from `from`, where OPA can take one.
+    pub fn native_delta(&self, from: Revision) -> Option<Archive> {
+        delta::encode(&self.view, &self.log, from, &self.bundle)
+    }
+
+    /// How long ago it was published.
+    pub fn age(&self) -> Duration {
+        self.published.elapsed().unwrap_or_default()
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work)
+        .await
+        .expect("encoding does not panic, and the runtime outlives its requests")
+}

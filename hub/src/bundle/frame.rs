@@ -1,0 +1,101 @@
+//! Frames: what an agent at an older revision lacks, computed from the head's content and written as events.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX, POLICY_EVENT, Policy, write_event};
+use opa_hub_proto::patch::PatchWriter;
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::revision::{Digest, Revision};
+use serde_json::value::RawValue;
+
+use super::log::{Log, Since};
+use super::view::View;
+
+/// The events that lead from `from` to `view`: data first, then the modules that may read it. None when the log no
+/// longer reaches back to `from`, or when the events are larger than an agent may hold: reconcile then.
+pub fn encode(view: &View, log: &Log, from: Revision) -> Option<Bytes> {
+    let mut out = Vec::new();
+    let mut held = from;
+    if held.data != view.revision.data {
+        let json = delta(view, &log.data_since(held.data)?, held.data)?;
+        held.data = view.revision.data;
+        write_event(&mut out, held, DELTA_EVENT, &json);
+    }
+    if held.modules != view.revision.modules {
+        let json = policy(view, &log.modules_since(held.modules)?, held.modules);
+        held.modules = view.revision.modules;
+        write_event(&mut out, held, POLICY_EVENT, &json);
+    }
+    (out.len() <= FRAME_BYTES_MAX).then(|| out.into())
+}
+
+fn delta(view: &View, since: &Since, from: Digest) -> Option<Vec<u8>> {
+    let mut patch = PatchWriter::default();
+    let mut ensure = Vec::new();
+    let mut digests = BTreeMap::new();
+    for (path, (existed, keys)) in &since.dirs {
+        match (existed, view.dirs.get(path)) {
+            (false, None) => continue,
+            (true, None) => patch.remove_dir(path),
+            (existed, Some(dir)) => {
+                let differ = |key: &str, was: bool| was || dir.get(key).is_some();
+                let ops = keys.iter().filter(|(key, was)| differ(key, **was)).count();
+                if !existed {
+                    ensure.push(enclosing(view, path).unwrap_or(path).clone());
+                }
+                // Replacing is cheaper for OPA than many operations, and for the wire too.
+                if !existed || ops * 2 > dir.len() {
+                    if patch.len() + dir.json_bytes() > FRAME_BYTES_MAX {
+                        return None;
+                    }
+                    let mut json = Vec::with_capacity(dir.json_bytes());
+                    dir.write_json(&mut json);
+                    patch.add_dir(path, &json);
+                } else {
+                    for (key, was) in keys {
+                        match dir.get(key) {
+                            Some(entry) => patch.add(path, key, &entry.value),
+                            None if *was => patch.remove(path, key),
+                            None => {}
+                        }
+                    }
+                }
+            }
+        }
+        digests.insert(path.clone(), view.dirs.get(path).map(|dir| dir.digest));
+        if patch.len() > FRAME_BYTES_MAX {
+            return None;
+        }
+    }
+    let ops = patch.ops();
+    let patch = String::from_utf8(patch.into_array()).expect("JSON values are UTF-8");
+    let patch = RawValue::from_string(patch).expect("operations are written as JSON");
+    ensure.dedup();
+    let delta = Delta {
+        from,
+        to: view.revision.data,
+        position: view.position.clone(),
+        ensure,
+        dirs: digests,
+        ops,
+        patch: &patch,
+    };
+    Some(serde_json::to_vec(&delta).expect("a frame has text keys only"))
+}
+
+/// The map of a replicated resource that `dir` lies in.
+pub(super) fn enclosing<'a>(view: &'a View, dir: &DirPath) -> Option<&'a DirPath> {
+    view.ensure.iter().find(|prefix| dir.is_within(prefix))
+}
+
+fn policy(view: &View, ids: &[&str], from: Digest) -> Vec<u8> {
+    let mut policy = Policy { from, to: view.revision.modules, put: BTreeMap::new(), remove: Vec::new() };
+    for id in ids {
+        match view.modules.get(*id) {
+            Some(module) => _ = policy.put.insert((*id).to_owned(), module.text.clone()),
+            None => policy.remove.push((*id).to_owned()),
+        }
+    }
+    serde_json::to_vec(&policy).expect("a frame has text keys only")
+}

@@ -1,0 +1,79 @@
+//! A bounded ring of what changed between two revisions: keys, never values.
+//!
+//! A frame is computed from the head's values when somebody at an older revision asks, so a slow agent costs its
+//! position and nothing else. A broadcast queue for each agent would hold every value once more and would have to
+//! choose, when full, between waiting for the slowest and losing what it cannot hold.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::revision::{Digest, Revision};
+
+use super::view::Changed;
+use crate::config::{LOG_COMMITS_MAX, LOG_KEYS_MAX};
+
+/// See the module's text. Cloning copies pointers.
+#[derive(Clone, Default)]
+pub struct Log {
+    commits: VecDeque<Arc<Commit>>,
+    keys: usize,
+}
+
+struct Commit {
+    before: Revision,
+    changed: Changed,
+}
+
+/// Everything that changed since an older content, with how it was then.
+#[derive(Default)]
+pub struct Since {
+    /// Directories: whether each existed then, and the changed keys with whether each existed then.
+    pub dirs: BTreeMap<DirPath, (bool, BTreeMap<Arc<str>, bool>)>,
+}
+
+impl Log {
+    /// Remembers that `changed` led from the revision `before` to the next.
+    pub fn push(&mut self, before: Revision, changed: Changed) {
+        self.keys += changed.len();
+        self.commits.push_back(Arc::new(Commit { before, changed }));
+        while self.commits.len() > LOG_COMMITS_MAX || self.keys > LOG_KEYS_MAX {
+            let Some(oldest) = self.commits.pop_front() else { break };
+            self.keys -= oldest.changed.len();
+        }
+    }
+
+    /// How many commits are remembered.
+    pub fn len(&self) -> usize {
+        self.commits.len()
+    }
+
+    /// Whether nothing is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.commits.is_empty()
+    }
+
+    /// The data that changed since the content was `data`; none when that is not remembered.
+    pub fn data_since(&self, data: Digest) -> Option<Since> {
+        let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
+        let mut since = Since::default();
+        for dir in self.commits.range(from..).flat_map(|commit| &commit.changed.dirs) {
+            // The first word on a key says how it was then.
+            let (_, keys) = since.dirs.entry(dir.path.clone()).or_insert((dir.existed, BTreeMap::new()));
+            for (key, existed) in &dir.keys {
+                keys.entry(Arc::clone(key)).or_insert(*existed);
+            }
+        }
+        Some(since)
+    }
+
+    /// The ids of the modules that changed since they were `modules`; none when that is not remembered.
+    pub fn modules_since(&self, modules: Digest) -> Option<Vec<&str>> {
+        let from = self.commits.iter().rposition(|commit| commit.before.modules == modules)?;
+        let changed = self.commits.range(from..).flat_map(|commit| &commit.changed.modules);
+        let mut ids: Vec<_> = changed.map(String::as_str).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        Some(ids)
+    }
+}

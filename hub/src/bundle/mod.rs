@@ -1,0 +1,19 @@
+//! What agents subscribe to: an immutable view of the content, a log of what changed, and everything encoded once.
+
+pub mod project;
+
+pub mod view;
+
+pub mod log;
+
+pub mod frame;
+
+pub mod archive;
+
+pub mod snapshot;
+
+pub mod delta;
+
+mod edition;
+
+pub use self::edition::{Bundle, Edition, Next, Part};

@@ -1,0 +1,212 @@
+//! A view as an archive. Its directories are cut into segments whose compressed bytes are kept from one snapshot to
+//! the next: a change compresses the segment it falls into again, and no other.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use opa_hub_proto::head::{DataHead, HEAD_FILE, Head};
+use opa_hub_proto::manifest::{DATA_FILE, MANIFEST_FILE, Manifest, distinct_roots, module_file};
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::reconcile::Reconcile;
+use opa_hub_proto::revision::{Digest, Hasher};
+
+use super::archive::{Archive, Segment, push_file, push_header, push_padding};
+use super::edition::Part;
+use super::frame::enclosing;
+use super::view::{Chunk, Directory, View, within};
+use crate::config::{SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN};
+
+/// One in this many chunks may end a segment that is long enough, decided by the chunk's content, so that a change
+/// moves the ends of few segments.
+const SEGMENT_CHUNKS_MEAN: u8 = 4;
+
+/// The compressed segments of the last snapshot, by the digest of what they hold.
+#[derive(Default)]
+pub struct SegmentCache(Mutex<HashMap<Digest, Segment>>);
+
+/// The whole archive of `part` of `view`.
+pub fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache) -> Archive {
+    let dirs: Vec<_> = if part.has_data() { view.dirs.iter().collect() } else { Vec::new() };
+    let modules: Vec<_> = if part.has_modules() { view.modules.keys().collect() } else { Vec::new() };
+    let mut first = Vec::new();
+    push_file(&mut first, HEAD_FILE, &head(view, part));
+    let manifest = Manifest { revision: part.revision(view), roots: roots(view, part, bundle) };
+    push_file(
+        &mut first,
+        MANIFEST_FILE,
+        &serde_json::to_vec(&manifest).expect("a manifest has text keys only"),
+    );
+    push_modules(&mut first, view, &modules);
+    if part.has_data() {
+        for prefix in view.ensure.iter().filter(|prefix| within(&view.dirs, prefix).next().is_none()) {
+            push_file(&mut first, &data_file(prefix), b"{}");
+        }
+    }
+    let mut used = HashMap::new();
+    let segments = segments(&dirs, cache, &mut used);
+    let archive = Archive::new([Segment::new(&first)].into_iter().chain(segments));
+    if part.has_data() {
+        *cache.lock() = used;
+    }
+    archive
+}
+
+/// The archive of what `held` lacks of `view`.
+pub fn difference(view: &View, held: &Reconcile, cache: &SegmentCache) -> Archive {
+    let lacks = |path: &DirPath, dir: &Arc<Directory>| held.dirs.get(path) != Some(&dir.digest);
+    let dirs: Vec<_> = view.dirs.iter().filter(|(path, dir)| lacks(path, dir)).collect();
+    let modules: Vec<_> = match &held.modules {
+        None => Vec::new(),
+        Some(held) => {
+            view.modules.iter().filter(|(id, m)| held.get(*id) != Some(&m.digest)).map(|(id, _)| id).collect()
+        }
+    };
+    let mut first = Vec::new();
+    push_file(
+        &mut first,
+        HEAD_FILE,
+        &head(view, if held.modules.is_some() { Part::Whole } else { Part::Data }),
+    );
+    push_modules(&mut first, view, &modules);
+    let segments = segments(&dirs, cache, &mut HashMap::new());
+    Archive::new([Segment::new(&first)].into_iter().chain(segments))
+}
+
+/// The paths below `data` that `part` owns: packages, replicated resources, ConfigMaps of data, never `""`.
+pub fn roots(view: &View, part: Part, bundle: &str) -> Vec<String> {
+    let mut roots = Vec::new();
+    if part.has_modules() {
+        roots.extend(view.modules.values().map(|module| module.root.clone()));
+    }
+    if part.has_data() {
+        roots.extend(view.ensure.iter().map(|prefix| prefix.relative().to_owned()));
+        let others = view.dirs.keys().filter(|dir| enclosing(view, dir).is_none());
+        roots.extend(others.map(|dir| dir.relative().to_owned()));
+    }
+    if roots.is_empty() {
+        // No roots at all means every root to OPA.
+        roots.push(format!("opahub/{bundle}/{}", part.name()));
+    }
+    distinct_roots(roots)
+}
+
+fn head(view: &View, part: Part) -> Vec<u8> {
+    let head = Head {
+        data: part.has_data().then(|| DataHead {
+            dirs: view.dirs.iter().map(|(path, dir)| (path.clone(), dir.digest)).collect(),
+            ensure: view.ensure.to_vec(),
+            position: view.position.clone(),
+        }),
+        modules: part.has_modules().then(|| {
+            view.modules.iter().map(|(id, module)| (id.clone(), module.digest)).collect::<BTreeMap<_, _>>()
+        }),
+    };
+    serde_json::to_vec(&head).expect("a head has text keys only")
+}
+
+fn push_modules(tar: &mut Vec<u8>, view: &View, ids: &[&String]) {
+    for id in ids {
+        push_file(tar, &module_file(id), view.modules[*id].text.as_bytes());
+    }
+}
+
+fn data_file(dir: &DirPath) -> String {
+    format!("{}/{DATA_FILE}", dir.relative())
+}
+
+/// A stretch of a tar.
+enum Piece<'a> {
+    Open(&'a DirPath, &'a Directory),
+    Chunk { chunk: &'a Chunk, first: bool },
+    Close(&'a Directory),
+}
+
+impl Piece<'_> {
+    /// Names what [`write`](Self::write) appends.
+    fn hash(&self, hasher: &mut Hasher) {
+        match self {
+            Self::Open(path, dir) => {
+                hasher.part(path.as_str().as_bytes());
+                hasher.part(&dir.json_bytes().to_le_bytes());
+            }
+            Self::Chunk { chunk, first } => {
+                hasher.part(chunk.digest.as_bytes());
+                hasher.part(&[u8::from(*first)]);
+            }
+            Self::Close(dir) => hasher.part(&dir.json_bytes().to_le_bytes()),
+        }
+    }
+
+    fn write(&self, tar: &mut Vec<u8>) {
+        match self {
+            Self::Open(path, dir) => {
+                push_header(tar, &data_file(path), dir.json_bytes());
+                tar.push(b'{');
+            }
+            Self::Chunk { chunk, first } => {
+                if !first {
+                    tar.push(b',');
+                }
+                chunk.write_json(tar);
+            }
+            Self::Close(dir) => {
+                tar.push(b'}');
+                push_padding(tar, dir.json_bytes());
+            }
+        }
+    }
+}
+
+fn segments(
+    dirs: &[(&DirPath, &Arc<Directory>)],
+    cache: &SegmentCache,
+    used: &mut HashMap<Digest, Segment>,
+) -> Vec<Segment> {
+    let mut segments = Vec::new();
+    let mut open: Vec<Piece> = Vec::new();
+    let mut bytes = 0;
+    let mut close = |open: &mut Vec<Piece>| {
+        let mut hasher = Hasher::default();
+        for piece in open.iter() {
+            piece.hash(&mut hasher);
+        }
+        let name = hasher.finish();
+        let segment = cache.get(name).unwrap_or_else(|| {
+            let mut raw = Vec::new();
+            for piece in open.iter() {
+                piece.write(&mut raw);
+            }
+            Segment::new(&raw)
+        });
+        used.insert(name, segment.clone());
+        segments.push(segment);
+        open.clear();
+    };
+    for (path, dir) in dirs {
+        open.push(Piece::Open(path, dir));
+        for (at, chunk) in dir.chunks.iter().enumerate() {
+            open.push(Piece::Chunk { chunk, first: at == 0 });
+            bytes += chunk.json_bytes;
+            let may_end = chunk.digest.as_bytes()[0].is_multiple_of(SEGMENT_CHUNKS_MEAN);
+            if bytes >= SEGMENT_BYTES_MAX || bytes >= SEGMENT_BYTES_MIN && may_end {
+                close(&mut open);
+                bytes = 0;
+            }
+        }
+        open.push(Piece::Close(dir));
+    }
+    if !open.is_empty() {
+        close(&mut open);
+    }
+    segments
+}
+
+impl SegmentCache {
+    fn get(&self, name: Digest) -> Option<Segment> {
+        self.lock().get(&name).cloned()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, Segment>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

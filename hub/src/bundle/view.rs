@@ -1,0 +1,415 @@
+//! The content of a bundle at one moment: directories of entries, and modules. Immutable, shared by `Arc`; a change
+//! builds the next view from the pieces that it does not touch.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use opa_hub_proto::frame::Position;
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::revision::{Digest, Hasher, Revision, data_digest, modules_digest};
+
+use crate::policy::modules::Module;
+
+/// One in this many keys ends a chunk, so that a change hashes and compresses about this many entries again.
+const CHUNK_KEYS_MEAN: u32 = 64;
+
+/// See the module's text.
+#[derive(Clone)]
+pub struct View {
+    /// The digest of everything below.
+    pub revision: Revision,
+    /// Directories that hold at least one entry.
+    pub dirs: Arc<BTreeMap<DirPath, Arc<Directory>>>,
+    /// Modules by id.
+    pub modules: Arc<BTreeMap<String, Arc<Module>>>,
+    /// Maps that exist even while nothing is in them: one for each replicated resource.
+    pub ensure: Arc<[DirPath]>,
+    /// What the view has seen of its sources.
+    pub position: Position,
+}
+
+/// A map of entries, cut into chunks of neighbouring keys.
+///
+/// Where a chunk ends is decided by the key alone, so the same entries make the same chunks whatever the order in
+/// which they came (I2).
+pub struct Directory {
+    /// Over the chunks' digests.
+    pub digest: Digest,
+    /// In the order of their keys; none is empty.
+    pub chunks: Vec<Arc<Chunk>>,
+}
+
+/// Entries with neighbouring keys.
+pub struct Chunk {
+    /// Over every key and the digest of its value.
+    pub digest: Digest,
+    /// Bytes of [`write_json`](Self::write_json).
+    pub json_bytes: usize,
+    /// In the order of their keys.
+    pub entries: Vec<Entry>,
+}
+
+/// One key and its value.
+#[derive(Clone)]
+pub struct Entry {
+    /// The key, unescaped.
+    pub key: Arc<str>,
+    /// JSON without insignificant white space.
+    pub value: Bytes,
+    digest: Digest,
+}
+
+/// What a batch does to a view: the last word on each key and module.
+#[derive(Default)]
+pub struct Batch {
+    /// New values, or none for keys that go, by directory.
+    pub dirs: BTreeMap<DirPath, BTreeMap<Arc<str>, Option<Bytes>>>,
+    /// New modules, or none for those that go.
+    pub modules: BTreeMap<String, Option<Arc<Module>>>,
+}
+
+/// What really changed between two views.
+#[derive(Default)]
+pub struct Changed {
+    /// Keys by directory, with whether they and the directory existed before.
+    pub dirs: Vec<ChangedDirectory>,
+    /// Ids of modules.
+    pub modules: Vec<String>,
+}
+
+/// The keys that changed in one directory.
+pub struct ChangedDirectory {
+    /// Which.
+    pub path: DirPath,
+    /// Whether it existed before.
+    pub existed: bool,
+    /// The keys, with whether each existed before.
+    pub keys: Vec<(Arc<str>, bool)>,
+}
+
+impl View {
+    /// A view of nothing but the maps of the replicated resources.
+    pub fn empty(ensure: Arc<[DirPath]>) -> Self {
+        let dirs = Arc::default();
+        let modules = Arc::default();
+        Self { revision: revision(&dirs, &modules), dirs, modules, ensure, position: Position::new() }
+    }
+
+    /// The next view, and what it changes; none when nothing does.
+    pub fn apply(&self, batch: Batch, position: Position) -> Option<(Self, Changed)> {
+        let mut changed = Changed::default();
+        let mut dirs = Arc::clone(&self.dirs);
+        for (path, keys) in batch.dirs {
+            let old = dirs.get(&path);
+            let existed = |key: &str| old.is_some_and(|dir| dir.get(key).is_some());
+            let unchanged = |key: &str, value: &Option<Bytes>| match (old.and_then(|dir| dir.get(key)), value)
+            {
+                (None, None) => true,
+                (Some(entry), Some(value)) => entry.value == *value,
+                _ => false,
+            };
+            let keys: BTreeMap<_, _> =
+                keys.into_iter().filter(|(key, value)| !unchanged(key, value)).collect();
+            if keys.is_empty() {
+                continue;
+            }
+            changed.dirs.push(ChangedDirectory {
+                path: path.clone(),
+                existed: old.is_some(),
+                keys: keys.keys().map(|key| (key.clone(), existed(key))).collect(),
+            });
+            let new = Directory::next(old.map(AsRef::as_ref), keys);
+            let dirs = Arc::make_mut(&mut dirs);
+            if new.chunks.is_empty() {
+                dirs.remove(&path)
+            } else {
+                dirs.insert(path, Arc::new(new))
+            };
+        }
+        let mut modules = Arc::clone(&self.modules);
+        for (id, module) in batch.modules {
+            if modules.get(&id).map(|held| held.digest) == module.as_ref().map(|module| module.digest) {
+                continue;
+            }
+            let modules = Arc::make_mut(&mut modules);
+            match module {
+                None => modules.remove(&id),
+                Some(module) => modules.insert(id.clone(), module),
+            };
+            changed.modules.push(id);
+        }
+        if changed.dirs.is_empty() && changed.modules.is_empty() {
+            return None;
+        }
+        let next = Self {
+            revision: revision(&dirs, &modules),
+            dirs,
+            modules,
+            position,
+            ensure: self.ensure.clone(),
+        };
+        Some((next, changed))
+    }
+
+    /// The entries of all directories, counted.
+    pub fn entries(&self) -> usize {
+        self.dirs.values().map(|dir| dir.len()).sum()
+    }
+
+    /// Bytes of all the data as JSON.
+    pub fn json_bytes(&self) -> usize {
+        self.dirs.values().map(|dir| dir.json_bytes()).sum()
+    }
+}
+
+fn revision(dirs: &BTreeMap<DirPath, Arc<Directory>>, modules: &BTreeMap<String, Arc<Module>>) -> Revision {
+    Revision {
+        modules: modules_digest(modules.iter().map(|(id, module)| (id.as_str(), module.digest))),
+        data: data_digest(dirs.iter().map(|(path, dir)| (path, dir.digest))),
+    }
+}
+
+impl Directory {
+    /// `old` with these keys set (`Some`) or gone (`None`). Chunks that no key falls into are shared.
+    fn next(old: Option<&Self>, mut keys: BTreeMap<Arc<str>, Option<Bytes>>) -> Self {
+        let mut chunks: Vec<Arc<Chunk>> = Vec::new();
+        // Entries of the chunk under construction: not empty while the chunk before lost its last key.
+        let mut open: Vec<Entry> = Vec::new();
+        for chunk in old.map_or(&[][..], |old| &old.chunks) {
+            let last = chunk.last_key();
+            // The last chunk may be waiting for the key that ends it: then all that is left falls into it.
+            let beyond = if ends_chunk(last) { keys.split_off::<str>(last) } else { BTreeMap::new() };
+            let mut here = std::mem::replace(&mut keys, beyond);
+            if let Some((key, value)) = keys.remove_entry(last) {
+                here.insert(key, value);
+            }
+            if open.is_empty() && here.is_empty() {
+                chunks.push(Arc::clone(chunk));
+            } else {
+                merge(&chunk.entries, here, &mut open, &mut chunks);
+            }
+        }
+        merge(&[], keys, &mut open, &mut chunks);
+        close(&mut open, &mut chunks);
+        let mut hasher = Hasher::default();
+        for chunk in &chunks {
+            hasher.part(chunk.digest.as_bytes());
+        }
+        Self { digest: hasher.finish(), chunks }
+    }
+
+    /// The entry of this key.
+    pub fn get(&self, key: &str) -> Option<&Entry> {
+        let chunk = self.chunks.get(self.chunks.partition_point(|chunk| chunk.last_key() < key))?;
+        let at = chunk.entries.binary_search_by(|entry| (*entry.key).cmp(key)).ok()?;
+        Some(&chunk.entries[at])
+    }
+
+    /// All entries in the order of their keys.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.chunks.iter().flat_map(|chunk| &chunk.entries)
+    }
+
+    /// How many entries.
+    pub fn len(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.entries.len()).sum()
+    }
+
+    /// Never true of a directory in a view.
+    pub fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    /// Bytes of the directory as a JSON object.
+    pub fn json_bytes(&self) -> usize {
+        let chunks: usize = self.chunks.iter().map(|chunk| chunk.json_bytes).sum();
+        chunks + 2 + self.chunks.len().saturating_sub(1)
+    }
+
+    /// Appends the directory as a JSON object.
+    pub fn write_json(&self, out: &mut Vec<u8>) {
+        out.push(b'{');
+        for (at, chunk) in self.chunks.iter().enumerate() {
+            if at > 0 {
+                out.push(b',');
+            }
+            chunk.write_json(out);
+        }
+        out.push(b'}');
+    }
+}
+
+/// Moves entries and keys, in order, into `open`, and every chunk that is complete into `chunks`.
+fn merge(
+    entries: &[Entry],
+    keys: BTreeMap<Arc<str>, Option<Bytes>>,
+    open: &mut Vec<Entry>,
+    chunks: &mut Vec<Arc<Chunk>>,
+) {
+    let mut push = |entry: Entry| {
+        let ends = ends_chunk(&entry.key);
+        open.push(entry);
+        if ends {
+            close(open, chunks);
+        }
+    };
+    let mut entries = entries.iter().peekable();
+    for (key, value) in keys {
+        while let Some(entry) = entries.next_if(|entry| entry.key < key) {
+            push(entry.clone());
+        }
+        entries.next_if(|entry| entry.key == key);
+        if let Some(value) = value {
+            push(Entry { digest: Digest::of(&value), key, value });
+        }
+    }
+    entries.cloned().for_each(push);
+}
+
+fn close(open: &mut Vec<Entry>, chunks: &mut Vec<Arc<Chunk>>) {
+    if !open.is_empty() {
+        chunks.push(Arc::new(Chunk::new(std::mem::take(open))));
+    }
+}
+
+fn ends_chunk(key: &str) -> bool {
+    crc32fast::hash(key.as_bytes()).is_multiple_of(CHUNK_KEYS_MEAN)
+}
+
+impl Chunk {
+    fn new(entries: Vec<Entry>) -> Self {
+        let mut hasher = Hasher::default();
+        for entry in &entries {
+            hasher.part(entry.key.as_bytes());
+            hasher.part(entry.digest.as_bytes());
+        }
+        let mut chunk = Self { digest: hasher.finish(), json_bytes: 0, entries };
+        let mut key = Vec::new();
+        let lengths = chunk.entries.iter().map(|entry| {
+            key.clear();
+            opa_hub_proto::patch::push_json_string(&mut key, &entry.key);
+            key.len() + entry.value.len() + 2
+        });
+        chunk.json_bytes = lengths.sum::<usize>() - 1;
+        chunk
+    }
+
+    fn last_key(&self) -> &str {
+        &self.entries.last().expect("no chunk is empty").key
+    }
+
+    /// Appends the entries as members of a JSON object, separated by commas.
+    pub fn write_json(&self, out: &mut Vec<u8>) {
+        for (at, entry) in self.entries.iter().enumerate() {
+            if at > 0 {
+                out.push(b',');
+            }
+            opa_hub_proto::patch::push_json_string(out, &entry.key);
+            out.push(b':');
+            out.extend_from_slice(&entry.value);
+        }
+    }
+}
+
+impl Batch {
+    /// Sets (`Some`) or removes (`None`) one entry.
+    pub fn entry(&mut self, dir: &DirPath, key: &str, value: Option<Bytes>) {
+        let keys = match self.dirs.get_mut(dir) {
+            Some(keys) => keys,
+            None => self.dirs.entry(dir.clone()).or_default(),
+        };
+        keys.insert(key.into(), value);
+    }
+}
+
+impl Changed {
+    /// How many keys and modules.
+    pub fn len(&self) -> usize {
+        self.dirs.iter().map(|dir| dir.keys.len()).sum::<usize>() + self.modules.len()
+    }
+
+    /// Never true of a change between two views.
+    pub fn is_empty(&self) -> bool {
+        self.dirs.is_empty() && self.modules.is_empty()
+    }
+}
+
+/// The directories of `dirs` at `path` or below it.
+pub fn within<'a>(
+    dirs: &'a BTreeMap<DirPath, Arc<Directory>>,
+    path: &'a DirPath,
+) -> impl Iterator<Item = (&'a DirPath, &'a Arc<Directory>)> {
+    let from = (Bound::Included(path.as_str()), Bound::Unbounded);
+    dirs.range::<str, _>(from)
+        .take_while(move |(dir, _)| dir.as_str().starts_with(path.as_str()))
+        .filter(move |(dir, _)| dir.is_within(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    type Script = Vec<Vec<(u16, Option<u8>)>>;
+
+    fn run(script: &Script) -> View {
+        let dir: DirPath = "/d".parse().unwrap();
+        let mut view = View::empty(Arc::new([]));
+        for batch in script {
+            let mut next = Batch::default();
+            for (key, value) in batch {
+                next.entry(&dir, &format!("k{key}"), value.map(|value| Bytes::from(value.to_string())));
+            }
+            if let Some((next, _)) = view.apply(next, Position::new()) {
+                view = next;
+            }
+        }
+        view
+    }
+
+    fn scripts() -> impl Strategy<Value = Script> {
+        proptest::collection::vec(proptest::collection::vec((0u16..400, any::<Option<u8>>()), 0..60), 0..12)
+    }
+
+    proptest! {
+        /// I2: the same content has the same revision and the same chunks, however it came to be.
+        #[test]
+        fn i2_equal_content_equal_revision(script in scripts()) {
+            let one = run(&script);
+            let mut content = BTreeMap::new();
+            for (key, value) in script.iter().flatten() {
+                match value {
+                    Some(value) => _ = content.insert(*key, *value),
+                    None => _ = content.remove(key),
+                }
+            }
+            let other = run(&vec![content.iter().map(|(key, value)| (*key, Some(*value))).collect()]);
+            prop_assert_eq!(one.revision, other.revision);
+            prop_assert_eq!(one.entries(), content.len());
+            for ((_, a), (_, b)) in one.dirs.iter().zip(other.dirs.iter()) {
+                let digests = |dir: &Directory| dir.chunks.iter().map(|chunk| chunk.digest).collect::<Vec<_>>();
+                prop_assert_eq!(digests(a), digests(b));
+                let mut json = Vec::new();
+                a.write_json(&mut json);
+                prop_assert_eq!(json.len(), a.json_bytes());
+                let parsed: BTreeMap<String, u8> = serde_json::from_slice(&json).unwrap();
+                prop_assert_eq!(parsed.len(), content.len());
+                for (key, value) in &content {
+                    prop_assert_eq!(&a.get(&format!("k{key}")).unwrap().value, &value.to_string());
+                }
+            }
+        }
+
+        /// I2: different content has a different revision.
+        #[test]
+        fn i2_different_content_different_revision(script in scripts(), key in 0u16..400) {
+            let before = run(&script);
+            let mut longer = script.clone();
+            longer.push(vec![(key, Some(0)), (key + 1000, Some(1))]);
+            prop_assert_ne!(before.revision, run(&longer).revision);
+        }
+    }
+}

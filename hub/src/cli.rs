@@ -1,0 +1,323 @@
+//! The command line: kube-mgmt's flags for what is watched, ours for where it goes.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Parser, ValueEnum};
+use opa_hub_proto::path::{DirPath, is_segment};
+
+use crate::config::{Config, Source};
+use crate::model::{Content, Feed, LabelTerm, Resource, Scope};
+
+/// opa-hub watches a Kubernetes API server once and serves its policies, JSON data and replicated resources to every
+/// OPA: as bundles to OPA itself, as a delta stream to opa-hub-agent.
+///
+/// With --manifests it reads a folder instead of a cluster. With neither --manifests nor --kubeconfig it takes
+/// KUBECONFIG, ~/.kube/config or the pod's service account.
+#[derive(Parser, Debug)]
+#[command(version, name = "opa-hub")]
+pub struct Cli {
+    /// Read this folder of manifests (YAML or JSON, watched for changes) instead of a cluster
+    #[arg(long, value_name = "DIR", env = "OPA_HUB_MANIFESTS", conflicts_with = "kubeconfig")]
+    manifests: Option<PathBuf>,
+    /// Reach the API server by this kubeconfig
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// Serve bundles, streams, the dashboard and metrics here
+    #[arg(long, value_name = "ADDR", env = "OPA_HUB_LISTEN", default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+    /// The bundle's name, as in /bundles/NAME
+    #[arg(long, value_name = "NAME", env = "OPA_HUB_BUNDLE", default_value = "main")]
+    bundle: String,
+
+    /// Namespaces to take policies and data from; * for all, which needs the right to list ConfigMaps everywhere
+    #[arg(
+        long,
+        value_name = "NS,…",
+        value_delimiter = ',',
+        default_value = "*",
+        help_heading = "Policies and data"
+    )]
+    namespaces: Vec<String>,
+    /// Take policies from labelled ConfigMaps
+    #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
+          require_equals = true, action = ArgAction::Set, help_heading = "Policies and data")]
+    enable_policies: bool,
+    /// The label that marks a ConfigMap with policies
+    #[arg(
+        long,
+        value_name = "LABEL",
+        default_value = "openpolicyagent.org/policy",
+        help_heading = "Policies and data"
+    )]
+    policy_label: String,
+    /// The value that this label must have
+    #[arg(long, value_name = "VALUE", default_value = "rego", help_heading = "Policies and data")]
+    policy_value: String,
+    /// Take JSON data from labelled ConfigMaps
+    #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
+          require_equals = true, action = ArgAction::Set, help_heading = "Policies and data")]
+    enable_data: bool,
+    /// The label that marks a ConfigMap with data; it wins where both labels are set
+    #[arg(
+        long,
+        value_name = "LABEL",
+        default_value = "openpolicyagent.org/data",
+        help_heading = "Policies and data"
+    )]
+    data_label: String,
+    /// The value that this label must have
+    #[arg(long, value_name = "VALUE", default_value = "opa", help_heading = "Policies and data")]
+    data_value: String,
+
+    /// Replicate a namespaced resource, e.g. v1/pods or apps/v1/deployments; may be given many times
+    #[arg(
+        long,
+        value_name = "[GROUP/]VERSION/RESOURCE",
+        value_delimiter = ',',
+        help_heading = "Replication"
+    )]
+    replicate: Vec<Resource>,
+    /// Replicate a cluster-scoped resource, e.g. v1/nodes; may be given many times
+    #[arg(
+        long,
+        value_name = "[GROUP/]VERSION/RESOURCE",
+        value_delimiter = ',',
+        help_heading = "Replication"
+    )]
+    replicate_cluster: Vec<Resource>,
+    /// Where below data the resources go: data.<PATH>.<resource>.<namespace>.<name>
+    #[arg(long, value_name = "PATH", default_value = "kubernetes", help_heading = "Replication")]
+    replicate_path: String,
+    /// Namespaces whose objects are not replicated
+    #[arg(long, value_name = "NS,…", value_delimiter = ',', help_heading = "Replication")]
+    replicate_ignore_namespaces: Vec<String>,
+
+    /// What is logged: error, warn, info, debug, trace (RUST_LOG says it in detail)
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        env = "OPA_HUB_LOG_LEVEL",
+        default_value = "info",
+        help_heading = "Logging"
+    )]
+    pub(crate) log_level: String,
+    /// How it is logged
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        env = "OPA_HUB_LOG_FORMAT",
+        default_value = "text",
+        help_heading = "Logging"
+    )]
+    pub(crate) log_format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Flags that parse one by one and make no sense together.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// A bundle's name goes into URLs and paths.
+    #[error("--bundle {0:?}: use letters, digits, '.', '_' and '-'")]
+    BundleName(String),
+    /// No place below data.
+    #[error("--replicate-path {0:?}: write segments of letters, digits, '.', '_' and '-', separated by '/'")]
+    ReplicatePath(String),
+    /// A namespace or label that the API server would refuse.
+    #[error("{flag} {value:?} is not valid")]
+    Value {
+        /// The flag.
+        flag: &'static str,
+        /// What it was given.
+        value: String,
+    },
+    /// Both would lie at one path.
+    #[error("{first} and {second} would both be replicated to data.{path}: give only one of them")]
+    SamePath {
+        /// One of them.
+        first: String,
+        /// The other.
+        second: String,
+        /// Where both would lie.
+        path: String,
+    },
+    /// Nothing to serve.
+    #[error("nothing to do: --enable-policies and --enable-data are false and nothing is replicated")]
+    Nothing,
+}
+
+impl Cli {
+    /// What the flags mean.
+    pub fn config(&self) -> Result<Config, Error> {
+        if !is_segment(&self.bundle) {
+            return Err(Error::BundleName(self.bundle.clone()));
+        }
+        let path = self.replicate_path.trim_matches('/');
+        let replicate_path =
+            DirPath::new(path.split('/')).map_err(|_| Error::ReplicatePath(self.replicate_path.clone()))?;
+        let mut feeds = self.configmap_feeds()?;
+        feeds.extend(self.resource_feeds(&replicate_path)?);
+        if feeds.is_empty() {
+            return Err(Error::Nothing);
+        }
+        let source = match &self.manifests {
+            Some(dir) => Source::Folder(dir.clone()),
+            None => Source::Kubernetes { kubeconfig: self.kubeconfig.clone() },
+        };
+        Ok(Config { source, listen: self.listen, bundle: self.bundle.clone(), feeds, replicate_path })
+    }
+
+    fn configmap_feeds(&self) -> Result<Vec<Feed>, Error> {
+        let label = |label_flag, label: &String, value_flag, value: &String, equal| {
+            check(label_flag, label, |label| {
+                label.split('/').count() <= 2 && label.split('/').all(is_segment)
+            })?;
+            check(value_flag, value, |value| value.is_empty() || is_segment(value))?;
+            Ok(LabelTerm { label: label.clone(), value: value.clone(), equal })
+        };
+        let policy = label("--policy-label", &self.policy_label, "--policy-value", &self.policy_value, true)?;
+        let data = label("--data-label", &self.data_label, "--data-value", &self.data_value, true)?;
+        let mut contents = Vec::new();
+        if self.enable_policies {
+            let not_data = self.enable_data.then(|| LabelTerm { equal: false, ..data.clone() });
+            contents.push((Content::Policies, [policy].into_iter().chain(not_data).collect::<Vec<_>>()));
+        }
+        if self.enable_data {
+            contents.push((Content::Data, vec![data]));
+        }
+        let mut scopes = Vec::new();
+        for namespace in self.namespaces.iter().filter(|namespace| !namespace.is_empty()) {
+            if namespace == "*" {
+                scopes = vec![Scope::Namespaces { ignored: Vec::new() }];
+                break;
+            }
+            check("--namespaces", namespace, is_segment)?;
+            let scope = Scope::Namespace(namespace.clone());
+            if !scopes.contains(&scope) {
+                scopes.push(scope);
+            }
+        }
+        let feed = |(content, labels): &(Content, Vec<LabelTerm>), scope: &Scope| Feed {
+            resource: Resource::configmaps(),
+            scope: scope.clone(),
+            labels: labels.clone(),
+            content: content.clone(),
+        };
+        Ok(contents.iter().flat_map(|content| scopes.iter().map(move |scope| feed(content, scope))).collect())
+    }
+
+    fn resource_feeds(&self, path: &DirPath) -> Result<Vec<Feed>, Error> {
+        let ignored: Vec<_> =
+            self.replicate_ignore_namespaces.iter().filter(|ns| !ns.is_empty()).cloned().collect();
+        for namespace in &ignored {
+            check("--replicate-ignore-namespaces", namespace, is_segment)?;
+        }
+        let namespaced =
+            self.replicate.iter().map(|resource| (resource, Scope::Namespaces { ignored: ignored.clone() }));
+        let cluster = self.replicate_cluster.iter().map(|resource| (resource, Scope::Cluster));
+        let mut feeds: Vec<Feed> = Vec::new();
+        let mut by_plural: HashMap<&str, &Resource> = HashMap::new();
+        for (resource, scope) in namespaced.chain(cluster) {
+            let prefix =
+                path.join(&resource.plural).map_err(|_| Error::ReplicatePath(resource.to_string()))?;
+            if let Some(first) = by_plural.insert(&resource.plural, resource) {
+                if first == resource
+                    && feeds.iter().any(|feed| feed.resource == *resource && feed.scope == scope)
+                {
+                    continue;
+                }
+                return Err(Error::SamePath {
+                    first: first.to_string(),
+                    second: resource.to_string(),
+                    path: prefix.relative().replace('/', "."),
+                });
+            }
+            feeds.push(Feed {
+                resource: resource.clone(),
+                scope,
+                labels: Vec::new(),
+                content: Content::Resource(prefix),
+            });
+        }
+        Ok(feeds)
+    }
+}
+
+fn check(flag: &'static str, value: &str, valid: impl Fn(&str) -> bool) -> Result<(), Error> {
+    if valid(value) { Ok(()) } else { Err(Error::Value { flag, value: value.to_owned() }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    /// Parses flags and compares the feeds, or the error, in words.
+    fn check(flags: &str, expected: &[&str]) {
+        let cli = Cli::try_parse_from(["opa-hub"].into_iter().chain(flags.split_whitespace())).unwrap();
+        let said = match cli.config() {
+            Err(error) => vec![error.to_string()],
+            Ok(config) => config
+                .feeds
+                .iter()
+                .map(|feed| format!("{feed} [{}] [{}]", feed.label_selector(), feed.field_selector()))
+                .collect(),
+        };
+        assert_eq!(said.len(), expected.len(), "{flags}: {said:?}");
+        for (said, expected) in said.iter().zip(expected) {
+            assert!(said.contains(expected), "{flags}: {said}");
+        }
+    }
+
+    #[test]
+    fn flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn feeds_of_kube_mgmts_flags() {
+        let policies =
+            "policies (v1/configmaps) [openpolicyagent.org/policy=rego,openpolicyagent.org/data!=opa] []";
+        let data = "data (v1/configmaps) [openpolicyagent.org/data=opa] []";
+        check("", &[policies, data]);
+        check("--enable-policies=false", &[data]);
+        check(
+            "--enable-data=false --namespaces a,b",
+            &["policies (v1/configmaps in a) [openpolicyagent.org/policy=rego]", "in b"],
+        );
+        check("--namespaces=a,*", &[policies, data]);
+        check(
+            "--enable-data=false --replicate v1/pods,apps/v1/deployments --replicate-cluster v1/nodes --replicate-ignore-namespaces=kube-system,x",
+            &[
+                "policies",
+                "v1/pods [] [metadata.namespace!=kube-system,metadata.namespace!=x]",
+                "apps/v1/deployments",
+                "v1/nodes [] []",
+            ],
+        );
+        check("--replicate v1/pods --replicate v1/pods", &[policies, data, "v1/pods"]);
+    }
+
+    #[test]
+    fn contradictions_are_told() {
+        check(
+            "--replicate v1/events --replicate events.k8s.io/v1/events",
+            &["would both be replicated to data.kubernetes.events"],
+        );
+        check("--replicate v1/pods --replicate-cluster v1/pods", &["would both be"]);
+        check("--enable-policies=false --enable-data=false", &["nothing to do"]);
+        check("--bundle a/b", &["--bundle"]);
+        check("--replicate-path a//b", &["--replicate-path"]);
+        check("--policy-value a,b", &["--policy-value"]);
+    }
+}

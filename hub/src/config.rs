@@ -1,0 +1,74 @@
+//! Every bound of the hub, each with its unit and its reason, and what the command line is turned into.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use opa_hub_proto::path::DirPath;
+
+use crate::model::Feed;
+
+/// Events that a source may be ahead of the writer. A full queue holds back the watch, and so the API server.
+pub const EVENT_QUEUE_MAX: usize = 1024;
+/// Events that one commit takes at most, so that a storm still publishes about every 50 ms.
+pub const COMMIT_EVENTS_MAX: usize = 4096;
+/// Commits that the log remembers: at one commit every 10 ms, 40 s in which an agent may be away and resume by frame.
+pub const LOG_COMMITS_MAX: usize = 4096;
+/// Keys that the log remembers over all its commits: 64 Ki × about 150 bytes = 10 MB.
+pub const LOG_KEYS_MAX: usize = 1 << 16;
+/// A comment this often keeps a stream alive through proxies, and tells an agent that the hub is there.
+pub const HEARTBEAT: Duration = Duration::from_secs(5);
+/// The longest long poll that is granted; OPA's default is 30 s at most.
+pub const LONG_POLL_MAX: Duration = Duration::from_secs(300);
+/// Bundle URLs trail the head by up to this, so that churn costs OPAs one activation a second at most
+/// (an activation parses every module and the whole of the data).
+pub const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(1);
+/// JSON bytes after which a compressed segment may end: below 64 KiB deflate loses more than 5 % of its size.
+pub const SEGMENT_BYTES_MIN: usize = 64 << 10;
+/// JSON bytes after which a segment ends at the next chunk: a change compresses about this much again.
+pub const SEGMENT_BYTES_MAX: usize = 1 << 20;
+/// Agents that failed an opt-in native delta are remembered, so that they get a snapshot next.
+pub const DELTA_CLIENTS_MAX: usize = 4096;
+/// Answers to reconcile requests that are kept for agents that hold the same content.
+pub const RECONCILE_CACHE_MAX: usize = 16;
+/// Directories of one view: their digests travel in every archive's head (8 MiB).
+pub const DIRECTORIES_MAX: usize = 20_000;
+/// Bytes of one manifest file.
+pub const MANIFEST_BYTES_MAX: u64 = 512 << 20;
+/// Files below a manifests folder, so that pointing the hub at `/` says so instead of reading the disk.
+pub const MANIFEST_FILES_MAX: usize = 20_000;
+/// An editor writes a file in several steps: the folder is read when it was quiet for this long.
+pub const FOLDER_SETTLE: Duration = Duration::from_millis(20);
+/// Requests in flight get this long to end at shutdown.
+pub const DRAIN: Duration = Duration::from_secs(5);
+/// Between tries to find a resource that the API server does not serve yet, and after a watch that failed.
+pub const RETRY: Duration = Duration::from_secs(2);
+/// A watch is renewed this often, which is also how soon a connection that died in silence is noticed. Seconds.
+pub const WATCH_SECONDS: u32 = 60;
+
+/// What the hub was told to do.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where objects come from.
+    pub source: Source,
+    /// Where to serve.
+    pub listen: SocketAddr,
+    /// The bundle's name.
+    pub bundle: String,
+    /// What the bundle is made of.
+    pub feeds: Vec<Feed>,
+    /// Below which resources are replicated.
+    pub replicate_path: DirPath,
+}
+
+/// Where objects come from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// A Kubernetes API server: by this kubeconfig, else as the environment says, else in-cluster.
+    Kubernetes {
+        /// The file given by `--kubeconfig`.
+        kubeconfig: Option<PathBuf>,
+    },
+    /// A folder of manifests.
+    Folder(PathBuf),
+}

@@ -1,0 +1,5 @@
+//! The hub's doorbell.
+
+fn main() -> std::process::ExitCode {
+    opa_hub::app::main()
+}

@@ -1,0 +1,63 @@
+//! What the hub still waits for, by name, and what its sources could not read.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::model::Problem;
+
+/// Shared by the sources, which write, and `/readyz` and `/v1/bundles`, which read.
+#[derive(Clone, Default)]
+pub struct Readiness(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    pending: BTreeMap<String, String>,
+    problems: BTreeMap<String, String>,
+}
+
+impl Readiness {
+    /// `name` is not ready, because.
+    pub fn pending(&self, name: &str, because: &str) {
+        self.with(|state| state.pending.insert(name.to_owned(), because.to_owned()));
+    }
+
+    /// `name` is ready, for good: what happens to it later is a [`problem`](Self::problem), not unreadiness.
+    pub fn ready(&self, name: &str) {
+        self.with(|state| state.pending.remove(name));
+    }
+
+    /// Something about `subject` is wrong (`Some`) or no longer is (`None`).
+    pub fn problem(&self, subject: &str, message: Option<String>) {
+        self.with(|state| match message {
+            Some(message) => state.problems.insert(subject.to_owned(), message),
+            None => state.problems.remove(subject),
+        });
+    }
+
+    /// The source of `name` fails: the reason it is not ready, or, once it was, a problem.
+    pub fn failing(&self, name: &str, because: &str) {
+        self.with(|state| match state.pending.get_mut(name) {
+            Some(reason) => because.clone_into(reason),
+            None => _ = state.problems.insert(name.to_owned(), because.to_owned()),
+        });
+    }
+
+    /// What is not ready, and why.
+    pub fn pendings(&self) -> BTreeMap<String, String> {
+        self.with(|state| state.pending.clone())
+    }
+
+    /// What the sources could not read.
+    pub fn problems(&self) -> Vec<Problem> {
+        self.with(|state| {
+            let problems = state.problems.iter();
+            problems
+                .map(|(subject, message)| Problem { subject: subject.clone(), message: message.clone() })
+                .collect()
+        })
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}

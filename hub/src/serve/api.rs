@@ -1,0 +1,65 @@
+//! `/v1/bundles`: what is served, for people and scripts.
+
+use std::sync::atomic::Ordering;
+use std::time::UNIX_EPOCH;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde_json::{Value, json};
+
+use super::Hub;
+use super::error::Error;
+
+pub(super) async fn list(State(hub): State<Hub>) -> Json<Value> {
+    Json(json!({ "bundles": [summary(&hub)] }))
+}
+
+pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
+    let bundle = hub.bundle(&name)?;
+    let mut shown = summary(&hub);
+    if let Some(edition) = bundle.head().borrow().clone() {
+        let view = &edition.view;
+        let directories = view.dirs.iter().map(|(path, dir)| {
+            json!({ "path": path, "entries": dir.len(), "jsonBytes": dir.json_bytes(), "digest": dir.digest })
+        });
+        shown["directories"] = directories.collect();
+        let modules = view.modules.iter().map(|(id, module)| {
+            json!({ "id": id, "package": module.root.replace('/', "."), "bytes": module.text.len(), "digest": module.digest })
+        });
+        shown["modules"] = modules.collect();
+        shown["position"] = json!(view.position);
+    }
+    Ok(Json(shown))
+}
+
+fn summary(hub: &Hub) -> Value {
+    let hub = &hub.0;
+    let feeds = hub.feeds.iter().map(|feed| {
+        let objects = feed.objects.load(Ordering::Relaxed);
+        json!({ "name": feed.name, "objects": objects, "events": feed.events.load(Ordering::Relaxed) })
+    });
+    let mut problems = hub.readiness.problems();
+    problems.extend(hub.bundle.problems().iter().cloned());
+    let mut summary = json!({
+        "name": hub.bundle.name,
+        "ready": false,
+        "agents": hub.agents.load(Ordering::Relaxed),
+        "sources": feeds.collect::<Value>(),
+        "pending": hub.readiness.pendings(),
+        "problems": problems,
+    });
+    if let Some(edition) = hub.bundle.head().borrow().as_ref() {
+        let view = &edition.view;
+        let published = edition.published.duration_since(UNIX_EPOCH).unwrap_or_default();
+        summary["ready"] = json!(true);
+        summary["revision"] = json!(view.revision);
+        summary["publishedUnixSeconds"] = json!(published.as_secs_f64());
+        summary["counts"] = json!({
+            "modules": view.modules.len(),
+            "directories": view.dirs.len(),
+            "entries": view.entries(),
+            "jsonBytes": view.json_bytes(),
+        });
+    }
+    summary
+}

@@ -1,0 +1,37 @@
+//! What a request is told when it cannot be answered: a status, and JSON that says what to do.
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+
+/// Every way in which a request fails.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    /// No such bundle.
+    #[error("there is no bundle {0:?}; GET /v1/bundles lists them")]
+    NoSuchBundle(String),
+    /// I5.
+    #[error("not ready: some sources have not listed yet, GET /readyz tells which")]
+    NotReady,
+    /// The revision is not remembered, or is too far away.
+    #[error("revision {0} is not known here: POST the digests of what you hold to …/reconcile")]
+    UnknownRevision(String),
+    /// A revision that is none.
+    #[error("{0:?} is no revision: send the id of the last event, or nothing to start at the head")]
+    InvalidRevision(String),
+    /// A reconcile request that does not parse.
+    #[error("not a reconcile request: {0}")]
+    InvalidReconcile(String),
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let status = match self {
+            Self::NoSuchBundle(_) => StatusCode::NOT_FOUND,
+            Self::NotReady => StatusCode::SERVICE_UNAVAILABLE,
+            Self::UnknownRevision(_) => StatusCode::GONE,
+            Self::InvalidRevision(_) | Self::InvalidReconcile(_) => StatusCode::BAD_REQUEST,
+        };
+        (status, Json(serde_json::json!({ "error": self.to_string() }))).into_response()
+    }
+}

@@ -1,0 +1,123 @@
+//! The hub over HTTP. Handlers only read editions; what is shared by many is encoded by the edition, once.
+
+mod api;
+mod bundle;
+mod dashboard;
+mod error;
+mod health;
+mod metrics;
+mod reconcile;
+mod stream;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64};
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::routing::{get, post};
+use axum::serve::ListenerExt as _;
+use opa_hub_proto::reconcile::RECONCILE_BYTES_MAX;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::bundle::{Bundle, Part};
+use crate::config::DRAIN;
+use crate::pipeline::FeedCounters;
+use crate::readiness::Readiness;
+use crate::serve::error::Error;
+
+/// What the handlers share.
+#[derive(Clone)]
+pub struct Hub(Arc<Shared>);
+
+struct Shared {
+    bundle: Arc<Bundle>,
+    readiness: Readiness,
+    feeds: Arc<Vec<FeedCounters>>,
+    stop: CancellationToken,
+    deltas: bundle::DeltaClients,
+    /// Streams of agents that are open.
+    agents: AtomicI64,
+    /// Archives sent, by [`Part`].
+    snapshots: [AtomicU64; 3],
+    /// Native deltas sent.
+    native_deltas: AtomicU64,
+    /// Reconcile requests answered.
+    reconciles: AtomicU64,
+    /// Streams refused because their revision is unknown.
+    unknown_revisions: AtomicU64,
+}
+
+impl Hub {
+    /// A hub that serves `bundle` until `stop`.
+    pub fn new(
+        bundle: Arc<Bundle>,
+        readiness: Readiness,
+        feeds: Arc<Vec<FeedCounters>>,
+        stop: CancellationToken,
+    ) -> Self {
+        Self(Arc::new(Shared {
+            bundle,
+            readiness,
+            feeds,
+            stop,
+            deltas: bundle::DeltaClients::default(),
+            agents: AtomicI64::new(0),
+            snapshots: Default::default(),
+            native_deltas: AtomicU64::new(0),
+            reconciles: AtomicU64::new(0),
+            unknown_revisions: AtomicU64::new(0),
+        }))
+    }
+
+    fn bundle(&self, name: &str) -> Result<&Arc<Bundle>, Error> {
+        let bundle = &self.0.bundle;
+        if bundle.name == name { Ok(bundle) } else { Err(Error::NoSuchBundle(name.to_owned())) }
+    }
+}
+
+/// All that the hub answers.
+pub fn router(hub: Hub) -> Router {
+    Router::new()
+        .route("/", get(dashboard::page))
+        .route(
+            "/bundles/{name}",
+            get(|hub, name, query, headers, peer| bundle::get(Part::Whole, hub, name, query, headers, peer)),
+        )
+        .route(
+            "/bundles/{name}/policy",
+            get(|hub, name, query, headers, peer| bundle::get(Part::Policy, hub, name, query, headers, peer)),
+        )
+        .route(
+            "/bundles/{name}/data",
+            get(|hub, name, query, headers, peer| bundle::get(Part::Data, hub, name, query, headers, peer)),
+        )
+        .route("/bundles/{name}/stream", get(stream::get))
+        .route(
+            "/bundles/{name}/reconcile",
+            post(reconcile::post).layer(DefaultBodyLimit::max(RECONCILE_BYTES_MAX)),
+        )
+        .route("/v1/bundles", get(api::list))
+        .route("/v1/bundles/{name}", get(api::show))
+        .route("/metrics", get(metrics::render))
+        .route("/livez", get(health::live))
+        .route("/readyz", get(health::ready))
+        .with_state(hub)
+}
+
+/// Serves until the hub stops, then gives requests in flight a moment to end.
+pub async fn run(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
+    let stop = hub.0.stop.clone();
+    // A frame is small and must not wait for the acknowledgement of the one before.
+    let listener = listener.tap_io(|tcp| _ = tcp.set_nodelay(true));
+    let service = router(hub).into_make_service_with_connect_info::<std::net::SocketAddr>();
+    let graceful = axum::serve(listener, service).with_graceful_shutdown(stop.clone().cancelled_owned());
+    let deadline = async {
+        stop.cancelled().await;
+        tokio::time::sleep(DRAIN).await;
+    };
+    tokio::select! {
+        ended = graceful => ended,
+        () = deadline => Ok(()),
+    }
+}

@@ -1,0 +1,26 @@
+//! `POST /bundles/{name}/reconcile`: digests of what the sender holds in, an archive of what it lacks out.
+
+use std::sync::atomic::Ordering;
+
+use axum::body::Bytes;
+use axum::extract::{Path, State};
+use axum::response::Response;
+use opa_hub_proto::reconcile::Reconcile;
+
+use super::Hub;
+use super::bundle::respond;
+use super::error::Error;
+
+pub(super) async fn post(
+    State(hub): State<Hub>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Result<Response, Error> {
+    let bundle = hub.bundle(&name)?;
+    let held: Reconcile =
+        serde_json::from_slice(&body).map_err(|error| Error::InvalidReconcile(error.to_string()))?;
+    drop(body);
+    let edition = bundle.head().borrow().clone().ok_or(Error::NotReady)?;
+    hub.0.reconciles.fetch_add(1, Ordering::Relaxed);
+    Ok(respond(edition.reconcile(held).await))
+}

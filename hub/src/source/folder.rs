@@ -1,0 +1,331 @@
+//! A folder of manifests as a source: what `kubectl apply -f` takes and what `kubectl get -o json` prints. The
+//! folder is watched; a file that does not parse keeps its last good content.
+
+mod manifest;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use notify::{RecursiveMode, Watcher};
+use tokio::sync::mpsc;
+
+use self::manifest::{Kinds, Manifest};
+use super::Sender;
+use crate::config::{FOLDER_SETTLE, MANIFEST_BYTES_MAX, MANIFEST_FILES_MAX};
+use crate::model::{Event, Feed, FeedId, Object, ObjectKey, Scope};
+use crate::readiness::Readiness;
+
+/// The namespace that `kubectl apply` gives an object that names none.
+const DEFAULT_NAMESPACE: &str = "default";
+
+/// Why the folder cannot be a source.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It does not exist or cannot be read.
+    #[error("cannot read the manifests folder {path}: {source}")]
+    Read {
+        /// The folder or a folder in it.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// More files than a manifests folder has.
+    #[error("{path} holds more than {MANIFEST_FILES_MAX} manifest files: name a smaller folder")]
+    TooMany {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The system cannot report changes.
+    #[error("cannot watch the manifests folder: {0}")]
+    Watch(#[from] notify::Error),
+}
+
+/// Reads the folder, then follows its changes until the writer is gone.
+pub async fn run(dir: PathBuf, feeds: Vec<Feed>, out: Sender, readiness: Readiness) -> Result<(), Error> {
+    let (changed, mut changes) = mpsc::channel(1);
+    // One pending wake-up is enough: a scan looks at everything.
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        if !event.is_ok_and(|event| event.kind.is_access()) {
+            _ = changed.try_send(());
+        }
+    })?;
+    let read_error = |source| Error::Read { path: dir.clone(), source };
+    fs::metadata(&dir).map_err(read_error)?;
+    watcher.watch(&dir, RecursiveMode::Recursive)?;
+
+    let mut folder = Folder {
+        dir,
+        held: vec![HashMap::new(); feeds.len()],
+        feeds,
+        files: BTreeMap::new(),
+        said: BTreeSet::new(),
+    };
+    let mut first = true;
+    loop {
+        let scanned = tokio::task::spawn_blocking(move || {
+            let events = folder.scan();
+            (folder, events)
+        });
+        let Ok((back, events)) = scanned.await else { return Ok(()) };
+        folder = back;
+        let events = match events {
+            Ok(events) => events,
+            Err(error) if first => return Err(error),
+            Err(error) => {
+                readiness.problem(&folder.dir.display().to_string(), Some(error.to_string()));
+                Vec::new()
+            }
+        };
+        folder.report(&readiness);
+        let ids = (0..folder.feeds.len()).map(FeedId);
+        let begin = ids.clone().filter(|_| first).map(|id| (id, Event::Init));
+        let end = ids.filter(|_| first).map(|id| (id, Event::InitDone));
+        for event in begin.chain(events).chain(end) {
+            if out.send(event).await.is_err() {
+                return Ok(());
+            }
+        }
+        first = false;
+        tokio::select! {
+            () = out.closed() => return Ok(()),
+            change = changes.recv() => if change.is_none() { return Ok(()) },
+        }
+        while let Ok(Some(())) = tokio::time::timeout(FOLDER_SETTLE, changes.recv()).await {}
+    }
+}
+
+/// What was read, file by file, and what was said of it.
+struct Folder {
+    dir: PathBuf,
+    feeds: Vec<Feed>,
+    files: BTreeMap<PathBuf, File>,
+    held: Vec<HashMap<ObjectKey, Object>>,
+    /// Subjects of the problems reported last.
+    said: BTreeSet<String>,
+}
+
+struct File {
+    stamp: Stamp,
+    /// The last good content.
+    manifests: Vec<Manifest>,
+    problem: Option<String>,
+    /// Objects that another place already gives.
+    duplicates: Vec<String>,
+}
+
+/// Changes whenever the file's content may have.
+type Stamp = (Option<SystemTime>, u64, u64);
+
+impl Folder {
+    /// Reads what changed, and says what that changes feed by feed.
+    fn scan(&mut self) -> Result<Vec<(FeedId, Event)>, Error> {
+        let mut found = BTreeMap::new();
+        find(&self.dir, &mut found)?;
+        self.files.retain(|path, _| found.contains_key(path));
+        for (path, stamp) in found {
+            let file = self.files.entry(path.clone()).or_insert(File {
+                stamp: (None, 0, 0),
+                manifests: Vec::new(),
+                problem: None,
+                duplicates: Vec::new(),
+            });
+            if file.stamp != stamp || stamp.0.is_none() {
+                file.stamp = stamp;
+                match read(&path) {
+                    Ok(manifests) => (file.manifests, file.problem) = (manifests, None),
+                    Err(problem) => file.problem = Some(problem),
+                }
+            }
+        }
+        Ok(self.events())
+    }
+
+    fn events(&mut self) -> Vec<(FeedId, Event)> {
+        let kinds = Kinds::of(self.files.values().flat_map(|file| &file.manifests));
+        let mut events = Vec::new();
+        self.files.values_mut().for_each(|file| file.duplicates.clear());
+        for (index, feed) in self.feeds.iter().enumerate() {
+            let mut places: HashMap<ObjectKey, String> = HashMap::new();
+            let mut now: HashMap<ObjectKey, Object> = HashMap::new();
+            for (path, file) in &mut self.files {
+                for manifest in file.manifests.iter().filter(|manifest| kinds.selects(feed, manifest)) {
+                    let mut object = manifest.object.clone();
+                    if object.key.namespace.is_empty() && feed.scope != Scope::Cluster {
+                        object.key.namespace = DEFAULT_NAMESPACE.into();
+                    }
+                    let place = format!("{} document {}", path.display(), manifest.document);
+                    if let Some(other) = places.get(&object.key) {
+                        file.duplicates.push(format!(
+                            "document {}: {} {} is already given by {other}; remove one of the two",
+                            manifest.document, manifest.kind, object.key
+                        ));
+                        continue;
+                    }
+                    places.insert(object.key.clone(), place);
+                    now.insert(object.key.clone(), object);
+                }
+            }
+            let before = &self.held[index];
+            let gone = before.keys().filter(|key| !now.contains_key(*key));
+            events.extend(gone.map(|key| (FeedId(index), Event::Delete(key.clone()))));
+            let new = now
+                .values()
+                .filter(|object| before.get(&object.key).is_none_or(|held| held.json != object.json));
+            events.extend(new.map(|object| (FeedId(index), Event::Apply(object.clone()))));
+            self.held[index] = now;
+        }
+        events
+    }
+
+    fn report(&mut self, readiness: &Readiness) {
+        let mut now = BTreeSet::new();
+        for (path, file) in &self.files {
+            let messages: Vec<_> = file.problem.iter().chain(&file.duplicates).cloned().collect();
+            if messages.is_empty() {
+                continue;
+            }
+            let subject = path.display().to_string();
+            let message = messages.join("; ");
+            tracing::warn!(file = subject, message, "refused");
+            readiness.problem(&subject, Some(message));
+            now.insert(subject);
+        }
+        for subject in self.said.difference(&now) {
+            readiness.problem(subject, None);
+        }
+        self.said = now;
+    }
+}
+
+/// The manifest files below `dir` with their stamps. Hidden files are no manifests, nor is the `..data` folder by
+/// which a mounted ConfigMap swaps its files; the links to them are.
+fn find(dir: &Path, found: &mut BTreeMap<PathBuf, Stamp>) -> Result<(), Error> {
+    let wrap = |source| Error::Read { path: dir.to_owned(), source };
+    for entry in fs::read_dir(dir).map_err(wrap)? {
+        let entry = entry.map_err(wrap)?;
+        let path = entry.path();
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        // A file may vanish between listing and looking: then it is not there.
+        let Ok(metadata) = fs::metadata(&path) else { continue };
+        if metadata.is_dir() {
+            // A link to a folder may lead in a circle.
+            if !path.is_symlink() {
+                find(&path, found)?;
+            }
+        } else if path.extension().is_some_and(|ext| ext == "yaml" || ext == "yml" || ext == "json") {
+            found.insert(path, (metadata.modified().ok(), metadata.len(), metadata.ino()));
+            if found.len() > MANIFEST_FILES_MAX {
+                return Err(Error::TooMany { path: dir.to_owned() });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<Vec<Manifest>, String> {
+    let length = fs::metadata(path).map_err(|error| error.to_string())?.len();
+    if length > MANIFEST_BYTES_MAX {
+        return Err(format!(
+            "{length} bytes are more than the {MANIFEST_BYTES_MAX} that a manifest file may have"
+        ));
+    }
+    let text = fs::read_to_string(path).map_err(|error| error.to_string())?;
+    let json = path.extension().is_some_and(|ext| ext == "json");
+    if json { manifest::parse_json(&text) } else { manifest::parse_yaml(&text) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::{Content, Resource};
+
+    fn folder(dir: &Path) -> Folder {
+        let feed = Feed {
+            resource: Resource::configmaps(),
+            scope: Scope::Namespaces { ignored: vec!["left-out".into()] },
+            labels: Vec::new(),
+            content: Content::Data,
+        };
+        Folder {
+            dir: dir.to_owned(),
+            feeds: vec![feed],
+            files: BTreeMap::new(),
+            held: vec![HashMap::new()],
+            said: BTreeSet::new(),
+        }
+    }
+
+    fn configmap(namespace: &str, name: &str, value: &str) -> String {
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: \"{name}\", namespace: {namespace}}}\ndata: {{k: {value}}}\n"
+        )
+    }
+
+    /// Writes files, scans, and tells the events and problems in words.
+    fn check(folder: &mut Folder, writes: &[(&str, Option<&str>)], expected: &[&str], problems: &[&str]) {
+        for (name, text) in writes {
+            let path = folder.dir.join(name);
+            match text {
+                None => fs::remove_file(path).unwrap(),
+                Some(text) => fs::write(path, text).unwrap(),
+            }
+        }
+        let mut events: Vec<_> = folder
+            .scan()
+            .unwrap()
+            .into_iter()
+            .map(|(_, event)| match event {
+                Event::Apply(object) => format!("+{}", object.key),
+                Event::Delete(key) => format!("-{key}"),
+                _ => unreachable!(),
+            })
+            .collect();
+        events.sort_unstable();
+        assert_eq!(events, expected);
+        let said: Vec<_> =
+            folder.files.values().flat_map(|file| file.problem.iter().chain(&file.duplicates)).collect();
+        assert_eq!(said.len(), problems.len(), "{said:?}");
+        for (said, part) in said.iter().zip(problems) {
+            assert!(said.contains(part), "{said}");
+        }
+    }
+
+    #[test]
+    fn follows_files_and_keeps_the_last_good() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut folder = folder(dir.path());
+        let two = [configmap("a", "x", "1"), configmap("left-out", "x", "1"), configmap("a", "y", "1")]
+            .join("---\n");
+        check(&mut folder, &[("a.yaml", Some(&two)), ("readme.md", Some("x"))], &["+a/x", "+a/y"], &[]);
+        check(&mut folder, &[], &[], &[]);
+        let broken = format!("{}---\nkind: [", configmap("a", "x", "22"));
+        check(&mut folder, &[("a.yaml", Some(&broken))], &[], &["document 2"]);
+        check(
+            &mut folder,
+            &[("b.yaml", Some(&configmap("a", "x", "3")))],
+            &[],
+            &["document 2", "already given"],
+        );
+        check(&mut folder, &[("a.yaml", None)], &["+a/x", "-a/y"], &[]);
+        let list = r#"{"apiVersion":"v1","kind":"ConfigMapList","items":[{"metadata":{"name":"z"}}]}"#;
+        check(&mut folder, &[("b.yaml", None), ("c.json", Some(list))], &["+default/z", "-a/x"], &[]);
+    }
+
+    proptest! {
+        /// I9: whatever a file holds, it is read or refused.
+        #[test]
+        fn i9_random_files_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..256), text in "[-{}\\[\\]:, \n\"'&*!a-c]{0,64}") {
+            for text in [String::from_utf8_lossy(&bytes).into_owned(), text] {
+                let _ = manifest::parse_yaml(&text);
+                let _ = manifest::parse_json(&text);
+            }
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! The documents of one manifest file, and which feed selects them.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use crate::model::{Feed, Object, Scope};
+use crate::source::trim;
+
+/// One object of a file.
+pub(super) struct Manifest {
+    pub(super) kind: String,
+    api_version: String,
+    labels: BTreeMap<String, String>,
+    pub(super) object: Object,
+    /// Which document of the file, from 1.
+    pub(super) document: usize,
+}
+
+/// The members of an object that say what it is.
+#[derive(Deserialize)]
+struct Outline<'a> {
+    #[serde(default, rename = "apiVersion")]
+    api_version: String,
+    #[serde(default)]
+    kind: String,
+    #[serde(default)]
+    metadata: Metadata,
+    #[serde(borrow)]
+    items: Option<Vec<&'a RawValue>>,
+}
+
+#[derive(Deserialize, Default)]
+struct Metadata {
+    labels: Option<BTreeMap<String, String>>,
+}
+
+/// The objects of a JSON file: one document after the other.
+pub(super) fn parse_json(text: &str) -> Result<Vec<Manifest>, String> {
+    let mut manifests = Vec::new();
+    let documents = serde_json::Deserializer::from_str(text).into_iter::<&RawValue>();
+    for (document, json) in (1..).zip(documents) {
+        let json = json.map_err(|error| format!("document {document}: {error}"))?;
+        flatten(json.get(), &Outer::default(), document, &mut manifests)?;
+    }
+    Ok(manifests)
+}
+
+/// The objects of a YAML file, whose documents are separated by lines that begin with `---`.
+pub(super) fn parse_yaml(text: &str) -> Result<Vec<Manifest>, String> {
+    let mut manifests = Vec::new();
+    let mut start = 0;
+    let mut document = 0;
+    let line_ends = text.match_indices("\n---").map(|(at, _)| at + 1).chain([text.len()]);
+    for end in line_ends {
+        let part = text[start..end].strip_prefix("---").unwrap_or(&text[start..end]);
+        start = end;
+        if part.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
+            continue;
+        }
+        document += 1;
+        let wrap = |error: &dyn std::fmt::Display| format!("document {document}: {error}");
+        let value: Value = serde_saphyr::from_str(part).map_err(|error| wrap(&error))?;
+        let json = serde_json::to_string(&value).map_err(|error| wrap(&error))?;
+        flatten(&json, &Outer::default(), document, &mut manifests)?;
+    }
+    Ok(manifests)
+}
+
+/// What a list says of its items, which may not say it themselves.
+#[derive(Default)]
+struct Outer {
+    api_version: String,
+    kind: String,
+}
+
+fn flatten(json: &str, outer: &Outer, document: usize, out: &mut Vec<Manifest>) -> Result<(), String> {
+    let wrap = |error: &dyn std::fmt::Display| format!("document {document}: {error}");
+    let mut outline: Outline = serde_json::from_str(json).map_err(|error| wrap(&error))?;
+    if let (Some(items), Some(of)) = (&outline.items, outline.kind.strip_suffix("List")) {
+        let outer = match of {
+            "" => Outer::default(),
+            kind => Outer { api_version: outline.api_version.clone(), kind: kind.to_owned() },
+        };
+        return items.iter().try_for_each(|item| flatten(item.get(), &outer, document, out));
+    }
+    if outline.kind.is_empty() {
+        outline.kind.clone_from(&outer.kind);
+        outline.api_version.clone_from(&outer.api_version);
+    }
+    if outline.kind.is_empty() || outline.api_version.is_empty() {
+        return Err(wrap(&"it has no kind or no apiVersion"));
+    }
+    let object = trim::object(json, &outline.api_version, &outline.kind).map_err(|error| wrap(&error))?;
+    let labels = outline.metadata.labels.unwrap_or_default();
+    out.push(Manifest { kind: outline.kind, api_version: outline.api_version, labels, object, document });
+    Ok(())
+}
+
+/// The plurals of kinds: from the CustomResourceDefinitions in the folder, else by English rules.
+pub(super) struct Kinds(HashMap<(String, String), String>);
+
+impl Kinds {
+    /// The plurals that `manifests` define.
+    pub(super) fn of<'a>(manifests: impl Iterator<Item = &'a Manifest>) -> Self {
+        let definitions = manifests.filter(|manifest| manifest.kind == "CustomResourceDefinition");
+        let names = definitions.filter_map(|definition| {
+            let json: Value = serde_json::from_slice(&definition.object.json).ok()?;
+            let text = |pointer: &str| Some(json.pointer(pointer)?.as_str()?.to_owned());
+            Some(((text("/spec/group")?, text("/spec/names/kind")?), text("/spec/names/plural")?))
+        });
+        Self(names.collect())
+    }
+
+    /// Whether `feed` selects `manifest`, as the API server would.
+    pub(super) fn selects(&self, feed: &Feed, manifest: &Manifest) -> bool {
+        let key = (feed.resource.group.clone(), manifest.kind.clone());
+        let is_resource = manifest.api_version == feed.resource.api_version()
+            && match self.0.get(&key) {
+                Some(plural) => *plural == feed.resource.plural,
+                None => plural(&manifest.kind) == feed.resource.plural,
+            };
+        is_resource && in_scope(&feed.scope, &manifest.object.key.namespace) && {
+            let has = |term: &crate::model::LabelTerm| {
+                (manifest.labels.get(&term.label) == Some(&term.value)) == term.equal
+            };
+            feed.labels.iter().all(has)
+        }
+    }
+}
+
+fn in_scope(scope: &Scope, namespace: &str) -> bool {
+    let namespace = if namespace.is_empty() { super::DEFAULT_NAMESPACE } else { namespace };
+    match scope {
+        Scope::Cluster => true,
+        Scope::Namespaces { ignored } => !ignored.iter().any(|ignored| ignored == namespace),
+        Scope::Namespace(only) => only == namespace,
+    }
+}
+
+/// The plural that Kubernetes' own kinds have.
+fn plural(kind: &str) -> String {
+    let kind = kind.to_ascii_lowercase();
+    let ends = |suffixes: &[&str]| suffixes.iter().any(|suffix| kind.ends_with(suffix));
+    match kind.strip_suffix('y') {
+        _ if kind == "endpoints" => kind,
+        Some(stem) if !ends(&["ay", "ey", "iy", "oy", "uy"]) => format!("{stem}ies"),
+        _ if ends(&["s", "x", "z", "ch", "sh"]) => format!("{kind}es"),
+        _ => format!("{kind}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plurals() {
+        for (kind, expected) in [
+            ("Pod", "pods"),
+            ("NetworkPolicy", "networkpolicies"),
+            ("Ingress", "ingresses"),
+            ("Endpoints", "endpoints"),
+            ("Gateway", "gateways"),
+        ] {
+            assert_eq!(plural(kind), expected);
+        }
+    }
+}

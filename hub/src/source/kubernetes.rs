@@ -1,0 +1,344 @@
+//! The Kubernetes API as a source: one watch a feed, selected on the server, opened as a streaming list (KEP-3157)
+//! with the paged list as the fallback, resumed and relisted by kube's `watcher`.
+
+use std::borrow::Cow;
+use std::path::Path;
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt};
+use k8s_openapi::api::authorization::v1::{
+    ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{ApiResource, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::core::DynamicResourceScope;
+use kube::runtime::watcher;
+use kube::{Api, Client, Config};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+
+use super::{Sender, trim};
+use crate::config::{RETRY, WATCH_SECONDS};
+use crate::model::{Event, Feed, FeedId, ObjectKey, Resource, Scope};
+use crate::readiness::Readiness;
+
+/// Between tries while the API server refuses or is away: doubled from [`RETRY`] up to this.
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// Why no client could be made, or why a feed is not watched right now. Every variant of the second kind is retried.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kubeconfig file or its contents.
+    #[error("cannot use kubeconfig {path}: {source}")]
+    Kubeconfig {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        source: kube::config::KubeconfigError,
+    },
+    /// Neither a kubeconfig nor a cluster around.
+    #[error("found no cluster: give --kubeconfig FILE or --manifests DIR, or run inside a cluster ({0})")]
+    NoCluster(kube::config::InferConfigError),
+    /// The client could not be built from the configuration.
+    #[error("cannot build a Kubernetes client: {0}")]
+    Client(kube::Error),
+    /// The API server could not be asked what it serves.
+    #[error("cannot ask the API server for {resource}: {source}")]
+    Discover {
+        /// What was looked for.
+        resource: Resource,
+        /// What went wrong.
+        source: kube::Error,
+    },
+    /// A CRD to come, or a misspelling.
+    #[error("the API server does not serve {0}: waiting for it (is a CRD to come, or the name misspelt?)")]
+    NotServed(Resource),
+    /// `--replicate` for a cluster-scoped resource, or the other way round.
+    #[error("{resource} is {actual}: give it to {flag} instead")]
+    WrongScope {
+        /// The resource.
+        resource: Resource,
+        /// What it is.
+        actual: &'static str,
+        /// Where it belongs.
+        flag: &'static str,
+    },
+    /// RBAC.
+    #[error("forbidden: grant the hub the verbs {verbs} on {resource}{place} ({message})")]
+    Forbidden {
+        /// The missing verbs.
+        verbs: String,
+        /// The resource.
+        resource: Resource,
+        /// `" in namespace x"` or nothing.
+        place: String,
+        /// The API server's words.
+        message: String,
+    },
+    /// Anything else: the network, an overloaded server, an expired token.
+    #[error("the watch failed: {0}")]
+    Watch(watcher::Error),
+}
+
+/// A client for the cluster that `kubeconfig`, the environment or the pod says.
+pub async fn client(kubeconfig: Option<&Path>) -> Result<Client, Error> {
+    let config = match kubeconfig {
+        None => Config::infer().await.map_err(Error::NoCluster)?,
+        Some(path) => {
+            let wrap = |source| Error::Kubeconfig { path: path.display().to_string(), source };
+            let file = Kubeconfig::read_from(path).map_err(wrap)?;
+            Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(wrap)?
+        }
+    };
+    Client::try_from(config).map_err(Error::Client)
+}
+
+/// Watches one feed until the writer is gone. Whatever goes wrong is said in `readiness` and tried again.
+pub async fn watch(client: Client, id: FeedId, feed: Feed, out: Sender, readiness: Readiness) {
+    let name = feed.to_string();
+    let mut list = List::Streaming;
+    let mut retry = RETRY;
+    while !out.is_closed() {
+        let error = match discover(&client, &feed).await {
+            Err(error) => error,
+            Ok(resource) => {
+                let api: Api<Raw> = match &feed.scope {
+                    Scope::Namespace(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
+                    _ => Api::all_with(client.clone(), &resource),
+                };
+                let watch = Watch { api, resource, id, feed: &feed, out: &out, readiness: &readiness };
+                match watch.run(list, &mut retry).await {
+                    End::WriterGone => return,
+                    End::NoStreamingList => {
+                        tracing::info!(feed = name, "no streaming list here, listing by pages");
+                        list = List::Paged;
+                        continue;
+                    }
+                    End::Failed(
+                        watcher::Error::InitialListFailed(e) | watcher::Error::WatchStartFailed(e),
+                    ) if status_code(&e) == Some(403) => forbidden(&client, &feed, &e).await,
+                    End::Failed(error) => Error::Watch(error),
+                }
+            }
+        };
+        tracing::warn!(feed = name, %error, "not watching");
+        readiness.failing(&name, &error.to_string());
+        tokio::time::sleep(retry).await;
+        retry = (retry * 2).min(RETRY_MAX);
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum List {
+    Streaming,
+    Paged,
+}
+
+enum End {
+    WriterGone,
+    /// The server refused the streaming list itself.
+    NoStreamingList,
+    Failed(watcher::Error),
+}
+
+struct Watch<'a> {
+    api: Api<Raw>,
+    resource: ApiResource,
+    id: FeedId,
+    feed: &'a Feed,
+    out: &'a Sender,
+    readiness: &'a Readiness,
+}
+
+impl Watch<'_> {
+    /// Forwards events; a failure that the watcher itself recovers from is waited out here.
+    async fn run(&self, list: List, retry: &mut Duration) -> End {
+        let name = self.feed.to_string();
+        let mut config = watcher::Config::default()
+            .timeout(WATCH_SECONDS)
+            .labels(&self.feed.label_selector())
+            .fields(&self.feed.field_selector());
+        if list == List::Streaming {
+            config = config.streaming_lists();
+        }
+        let mut events = watcher(self.api.clone(), config).boxed();
+        loop {
+            match events.try_next().await {
+                Ok(None) => return End::WriterGone,
+                Ok(Some(event)) => {
+                    *retry = RETRY;
+                    self.readiness.problem(&name, None);
+                    let Some(event) = self.translate(event) else { continue };
+                    if self.out.send((self.id, event)).await.is_err() {
+                        return End::WriterGone;
+                    }
+                }
+                Err(error) => match &error {
+                    watcher::Error::InitialListFailed(e) | watcher::Error::WatchStartFailed(e) => {
+                        match status_code(e) {
+                            Some(400 | 422) if list == List::Streaming => return End::NoStreamingList,
+                            // The resource or the right to it is gone: look again from the start.
+                            Some(403 | 404) => return End::Failed(error),
+                            _ => self.wait_out(&name, error, retry).await,
+                        }
+                    }
+                    _ => self.wait_out(&name, error, retry).await,
+                },
+            }
+        }
+    }
+
+    /// The watcher goes on from the last resourceVersion when it is polled again.
+    async fn wait_out(&self, name: &str, error: watcher::Error, retry: &mut Duration) {
+        tracing::warn!(feed = name, %error, "watch interrupted");
+        self.readiness.failing(name, &Error::Watch(error).to_string());
+        tokio::time::sleep(*retry / 4).await;
+        *retry = (*retry * 2).min(RETRY_MAX);
+    }
+
+    fn translate(&self, event: watcher::Event<Raw>) -> Option<Event> {
+        Some(match event {
+            watcher::Event::Init => Event::Init,
+            watcher::Event::InitDone => Event::InitDone,
+            watcher::Event::Delete(raw) => Event::Delete(ObjectKey {
+                namespace: raw.metadata.namespace.unwrap_or_default().into(),
+                name: raw.metadata.name.unwrap_or_default().into(),
+            }),
+            watcher::Event::Apply(raw) | watcher::Event::InitApply(raw) => {
+                match trim::object(raw.json.get(), &self.resource.api_version, &self.resource.kind) {
+                    Ok(object) => Event::Apply(object),
+                    Err(error) => {
+                        tracing::warn!(feed = %self.feed, %error, "skipped an object");
+                        return None;
+                    }
+                }
+            }
+        })
+    }
+}
+
+/// Finds the resource's kind, which the items of a paged list do not carry.
+async fn discover(client: &Client, feed: &Feed) -> Result<ApiResource, Error> {
+    let resource = &feed.resource;
+    let found = if resource.group.is_empty() {
+        client.list_core_api_resources(&resource.version).await
+    } else {
+        client.list_api_group_resources(&resource.api_version()).await
+    };
+    let list = match found {
+        Ok(list) => list,
+        Err(error) if status_code(&error) == Some(404) => return Err(Error::NotServed(resource.clone())),
+        Err(source) => return Err(Error::Discover { resource: resource.clone(), source }),
+    };
+    let served = list.resources.into_iter().find(|served| served.name == resource.plural);
+    let served = served.ok_or_else(|| Error::NotServed(resource.clone()))?;
+    match (&feed.scope, served.namespaced) {
+        (Scope::Cluster, true) => {
+            Err(Error::WrongScope { resource: resource.clone(), actual: "namespaced", flag: "--replicate" })
+        }
+        (Scope::Namespaces { .. } | Scope::Namespace(_), false) => Err(Error::WrongScope {
+            resource: resource.clone(),
+            actual: "cluster-scoped",
+            flag: "--replicate-cluster",
+        }),
+        _ => Ok(ApiResource {
+            group: resource.group.clone(),
+            version: resource.version.clone(),
+            api_version: resource.api_version(),
+            kind: served.kind,
+            plural: resource.plural.clone(),
+        }),
+    }
+}
+
+/// Asks which of the verbs are missing: the API server's message names only the first.
+async fn forbidden(client: &Client, feed: &Feed, error: &kube::Error) -> Error {
+    let namespace = match &feed.scope {
+        Scope::Namespace(namespace) => Some(namespace.clone()),
+        _ => None,
+    };
+    let reviews: Api<SelfSubjectAccessReview> = Api::all(client.clone());
+    let mut missing = Vec::new();
+    for verb in ["list", "watch"] {
+        let review = SelfSubjectAccessReview {
+            spec: SelfSubjectAccessReviewSpec {
+                resource_attributes: Some(ResourceAttributes {
+                    group: Some(feed.resource.group.clone()),
+                    resource: Some(feed.resource.plural.clone()),
+                    verb: Some(verb.into()),
+                    namespace: namespace.clone(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        let allowed = reviews.create(&PostParams::default(), &review).await;
+        if !allowed.is_ok_and(|review| review.status.is_some_and(|status| status.allowed)) {
+            missing.push(verb);
+        }
+    }
+    Error::Forbidden {
+        verbs: missing.join(", "),
+        resource: feed.resource.clone(),
+        place: namespace.map(|namespace| format!(" in namespace {namespace}")).unwrap_or_default(),
+        message: error.to_string(),
+    }
+}
+
+fn status_code(error: &kube::Error) -> Option<u16> {
+    match error {
+        kube::Error::Api(status) => Some(status.code),
+        _ => None,
+    }
+}
+
+/// An object of any kind: its metadata, and its text as it came.
+#[derive(Clone, Debug)]
+struct Raw {
+    metadata: ObjectMeta,
+    json: Box<RawValue>,
+}
+
+impl<'de> Deserialize<'de> for Raw {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Metadata {
+            metadata: ObjectMeta,
+        }
+        let json = Box::<RawValue>::deserialize(deserializer)?;
+        let Metadata { metadata } = serde_json::from_str(json.get()).map_err(D::Error::custom)?;
+        Ok(Self { metadata, json })
+    }
+}
+
+impl kube::Resource for Raw {
+    type DynamicType = ApiResource;
+    type Scope = DynamicResourceScope;
+
+    fn kind(resource: &ApiResource) -> Cow<'_, str> {
+        Cow::Borrowed(&resource.kind)
+    }
+
+    fn group(resource: &ApiResource) -> Cow<'_, str> {
+        Cow::Borrowed(&resource.group)
+    }
+
+    fn version(resource: &ApiResource) -> Cow<'_, str> {
+        Cow::Borrowed(&resource.version)
+    }
+
+    fn plural(resource: &ApiResource) -> Cow<'_, str> {
+        Cow::Borrowed(&resource.plural)
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}

@@ -1,0 +1,15 @@
+//! Where objects come from. Every source speaks [`Event`](crate::model::Event), feed by feed, and knows nothing of
+//! bundles: what a list no longer names is the store's arithmetic, what an object means the bundle's.
+
+pub mod trim;
+
+pub mod kubernetes;
+
+pub mod folder;
+
+use tokio::sync::mpsc;
+
+use crate::model::{Event, FeedId};
+
+/// The way from the sources to the writer; closed when the hub shuts down.
+pub type Sender = mpsc::Sender<(FeedId, Event)>;

@@ -1,0 +1,138 @@
+//! The live objects of every feed. One writer turns events into changes: an object that came again unchanged is
+//! silence, and what a list no longer names is removed.
+
+use std::collections::{HashMap, HashSet};
+
+use opa_hub_proto::frame::Position;
+
+use crate::model::{Change, Event, Feed, FeedId, Object, ObjectKey};
+
+/// See the module's text.
+pub struct Store {
+    feeds: Vec<Live>,
+}
+
+#[derive(Default)]
+struct Live {
+    resource: String,
+    objects: HashMap<ObjectKey, Object>,
+    /// Names that the list under way has given so far.
+    listing: Option<HashSet<ObjectKey>>,
+    listed: bool,
+    /// The newest resourceVersion seen.
+    version: u64,
+}
+
+impl Store {
+    /// An empty store for these feeds.
+    pub fn new(feeds: &[Feed]) -> Self {
+        let live = |feed: &Feed| Live { resource: feed.resource.to_string(), ..Live::default() };
+        Self { feeds: feeds.iter().map(live).collect() }
+    }
+
+    /// Takes one event and says what it changed. Objects that a list no longer names are removed at its end, not
+    /// before: readers keep what they had (I5).
+    pub fn apply(&mut self, id: FeedId, event: Event) -> Vec<Change> {
+        let live = &mut self.feeds[id.0];
+        match event {
+            Event::Init => {
+                live.listing = Some(HashSet::new());
+                Vec::new()
+            }
+            Event::Apply(object) => {
+                if let Some(listing) = &mut live.listing {
+                    listing.insert(object.key.clone());
+                }
+                live.version = live.version.max(object.version.unwrap_or_default());
+                if live.objects.get(&object.key).is_some_and(|held| held.json == object.json) {
+                    return Vec::new();
+                }
+                live.objects.insert(object.key.clone(), object.clone());
+                vec![Change::Put(id, object)]
+            }
+            Event::Delete(key) => {
+                if let Some(listing) = &mut live.listing {
+                    listing.remove(&key);
+                }
+                live.objects.remove(&key).map(|_| Change::Remove(id, key)).into_iter().collect()
+            }
+            Event::InitDone => {
+                live.listed = true;
+                let Some(listed) = live.listing.take() else { return Vec::new() };
+                let mut gone: Vec<_> =
+                    live.objects.keys().filter(|key| !listed.contains(*key)).cloned().collect();
+                gone.sort_unstable();
+                live.objects.retain(|key, _| listed.contains(key));
+                gone.into_iter().map(|key| Change::Remove(id, key)).collect()
+            }
+        }
+    }
+
+    /// Whether every feed was listed once.
+    pub fn is_complete(&self) -> bool {
+        self.feeds.iter().all(|live| live.listed)
+    }
+
+    /// How many objects the feed has.
+    pub fn len(&self, id: FeedId) -> usize {
+        self.feeds[id.0].objects.len()
+    }
+
+    /// The newest resourceVersion of each resource.
+    pub fn position(&self) -> Position {
+        let mut position = Position::new();
+        for live in self.feeds.iter().filter(|live| live.version > 0) {
+            let version = position.entry(live.resource.clone()).or_default();
+            *version = live.version.max(*version);
+        }
+        position
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Content, Resource, Scope};
+
+    /// Runs a script of words (`[` a list begins, `]` it is complete, `a=1` an object, `-a` a delete) and compares
+    /// what changed.
+    fn check(script: &str, expected: &str) {
+        let feed = Feed {
+            resource: Resource::configmaps(),
+            scope: Scope::Cluster,
+            labels: Vec::new(),
+            content: Content::Data,
+        };
+        let mut store = Store::new(&[feed]);
+        let key = |name: &str| ObjectKey { namespace: "".into(), name: name.into() };
+        let mut said = Vec::new();
+        for word in script.split_whitespace() {
+            let event = match word.split_once('=') {
+                _ if word == "[" => Event::Init,
+                _ if word == "]" => Event::InitDone,
+                Some((name, value)) => {
+                    Event::Apply(Object { key: key(name), version: None, json: value.to_owned().into() })
+                }
+                None => Event::Delete(key(word.trim_start_matches('-'))),
+            };
+            for change in store.apply(FeedId(0), event) {
+                said.push(match change {
+                    Change::Put(_, object) => {
+                        format!("{}={}", object.key, String::from_utf8_lossy(&object.json))
+                    }
+                    Change::Remove(_, key) => format!("-{key}"),
+                });
+            }
+        }
+        assert_eq!(said.join(" "), expected, "{script}");
+    }
+
+    #[test]
+    fn silence_and_relists() {
+        check("[ a=1 b=1 ] a=1 a=2 -b -b", "a=1 b=1 a=2 -b");
+        check("[ a=1 b=1 c=1 ] [ b=1 c=2 ]", "a=1 b=1 c=1 c=2 -a");
+        check("[ a=1 ] [ [ a=1 ]", "a=1");
+        check("[ a=1 ] [ ]", "a=1 -a");
+        check("[ a=1 ] [ a=1 -a ]", "a=1 -a");
+    }
+}

@@ -1,0 +1,39 @@
+//! The first entry of an archive for agents: what the receiver holds once it applied the rest.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::frame::Position;
+use crate::path::DirPath;
+use crate::revision::Digest;
+
+/// The archive's entry that holds the [`Head`]. OPA ignores a file of this name.
+pub const HEAD_FILE: &str = "opahub.json";
+
+/// Bytes of a head at most: 20,000 directories of 400 bytes.
+pub const HEAD_BYTES_MAX: usize = 8 << 20;
+
+/// What a view holds in full, whether the archive carries all of it (a snapshot) or only what the receiver
+/// lacked (reconcile). Directories and modules that a receiver has and a head has not are gone.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
+pub struct Head {
+    /// The data; none in an archive of policies only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataHead>,
+    /// The digest of each module's text, by id; none in an archive of data only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modules: Option<BTreeMap<String, Digest>>,
+}
+
+/// The data part of a [`Head`].
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
+pub struct DataHead {
+    /// The digest of each directory.
+    pub dirs: BTreeMap<DirPath, Digest>,
+    /// Maps that exist even while nothing is in them: one for each replicated resource.
+    pub ensure: Vec<DirPath>,
+    /// What the view has seen of its sources.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub position: Position,
+}

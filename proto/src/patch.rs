@@ -1,0 +1,137 @@
+//! Writes the JSON patch (RFC 6902) that an OPA's `PATCH /v1/data` takes.
+
+use crate::path::{DirPath, escape};
+
+/// Operations that OPA is given in one PATCH at most: its cost grows with the square of their number
+/// (500: 15 ms; 2,000: 195 ms; 10,000: 4.4 s).
+pub const PATCH_OPS_MAX: usize = 500;
+
+/// A JSON patch under construction: operations separated by commas, without the brackets around them, so that
+/// two patches are spliced by a comma.
+#[derive(Default)]
+pub struct PatchWriter {
+    text: Vec<u8>,
+    ops: usize,
+}
+
+impl PatchWriter {
+    /// Adds or replaces one entry of `dir`. `value` is JSON.
+    pub fn add(&mut self, dir: &DirPath, key: &str, value: &[u8]) {
+        self.op("add", dir, Some(key));
+        self.value(value);
+    }
+
+    /// Adds or replaces a whole directory. `value` is a JSON object.
+    pub fn add_dir(&mut self, dir: &DirPath, value: &[u8]) {
+        self.op("add", dir, None);
+        self.value(value);
+    }
+
+    /// Removes one entry of `dir`, which must exist.
+    pub fn remove(&mut self, dir: &DirPath, key: &str) {
+        self.op("remove", dir, Some(key));
+        self.text.push(b'}');
+    }
+
+    /// Removes a whole directory, which must exist.
+    pub fn remove_dir(&mut self, dir: &DirPath) {
+        self.op("remove", dir, None);
+        self.text.push(b'}');
+    }
+
+    /// Appends operations that are already written: `ops` of them, with no brackets around.
+    pub fn splice(&mut self, written: &[u8], ops: usize) {
+        if ops > 0 {
+            self.comma();
+            self.text.extend_from_slice(written);
+            self.ops += ops;
+        }
+    }
+
+    /// How many operations were written.
+    pub fn ops(&self) -> usize {
+        self.ops
+    }
+
+    /// Bytes written so far.
+    pub fn len(&self) -> usize {
+        self.text.len()
+    }
+
+    /// Whether nothing was written.
+    pub fn is_empty(&self) -> bool {
+        self.ops == 0
+    }
+
+    /// The operations, with no brackets around.
+    pub fn into_ops(self) -> Vec<u8> {
+        self.text
+    }
+
+    /// The patch as a JSON array.
+    pub fn into_array(self) -> Vec<u8> {
+        let mut array = Vec::with_capacity(self.text.len() + 2);
+        array.push(b'[');
+        array.extend_from_slice(&self.text);
+        array.push(b']');
+        array
+    }
+
+    fn comma(&mut self) {
+        if self.ops > 0 {
+            self.text.push(b',');
+        }
+    }
+
+    fn op(&mut self, op: &str, dir: &DirPath, key: Option<&str>) {
+        self.comma();
+        self.ops += 1;
+        self.text.extend_from_slice(b"{\"op\":\"");
+        self.text.extend_from_slice(op.as_bytes());
+        self.text.extend_from_slice(b"\",\"path\":");
+        match key {
+            None => push_json_string(&mut self.text, dir.as_str()),
+            Some(key) => push_json_string(&mut self.text, &format!("{dir}/{}", escape(key))),
+        }
+    }
+
+    fn value(&mut self, value: &[u8]) {
+        self.text.extend_from_slice(b",\"value\":");
+        self.text.extend_from_slice(value);
+        self.text.push(b'}');
+    }
+}
+
+/// Appends `text` as a JSON string.
+pub fn push_json_string(out: &mut Vec<u8>, text: &str) {
+    serde_json::to_writer(out, text).expect("a string always serializes into memory");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_what_opa_reads() {
+        let dir: DirPath = "/a/b".parse().unwrap();
+        let mut inner = PatchWriter::default();
+        inner.add(&dir, "k/\"1\"", b"{\"x\":1.50}");
+        inner.remove(&dir, "50%");
+        let mut patch = PatchWriter::default();
+        patch.add_dir(&dir, b"{}");
+        let ops = inner.ops();
+        patch.splice(&inner.into_ops(), ops);
+        patch.splice(b"", 0);
+        patch.remove_dir(&dir);
+        assert_eq!(patch.ops(), 4);
+        assert_eq!(
+            String::from_utf8(patch.into_array()).unwrap(),
+            concat!(
+                r#"[{"op":"add","path":"/a/b","value":{}},"#,
+                r#"{"op":"add","path":"/a/b/k~1\"1\"","value":{"x":1.50}},"#,
+                r#"{"op":"remove","path":"/a/b/50%25"},"#,
+                r#"{"op":"remove","path":"/a/b"}]"#,
+            )
+        );
+    }
+}

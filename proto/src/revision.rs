@@ -1,0 +1,182 @@
+//! Digests of content, and the revision made of two of them.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::{Digest as _, Sha256};
+
+use crate::path::DirPath;
+
+/// Bytes kept of a sha256: 128 bits, so that equal digests mean equal content for any number of contents that a
+/// cluster can hold (2⁶⁴ of them before a chance collision), at half the memory and text of the whole.
+pub const DIGEST_BYTES: usize = 16;
+
+/// The first [`DIGEST_BYTES`] bytes of a sha256, printed as 32 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest([u8; DIGEST_BYTES]);
+
+/// What the hub's view of a bundle holds, named by its content: the modules and the data, each by its digest.
+///
+/// The two halves are independent: an agent that applied the data of a change but not yet its modules holds a
+/// revision as good as any other, and resumes from it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Revision {
+    /// Digest over the modules, see [`modules_digest`].
+    pub modules: Digest,
+    /// Digest over the directories, see [`data_digest`].
+    pub data: Digest,
+}
+
+/// Why a text is no digest or revision.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("not a revision: expected {expected}")]
+pub struct ParseError {
+    expected: &'static str,
+}
+
+/// Hashes a sequence of byte strings so that no two different sequences give the same digest.
+#[derive(Default)]
+pub struct Hasher(Sha256);
+
+impl Hasher {
+    /// Adds one byte string, its length first.
+    pub fn part(&mut self, bytes: &[u8]) {
+        self.0.update((bytes.len() as u64).to_le_bytes());
+        self.0.update(bytes);
+    }
+
+    /// The digest of what was added.
+    pub fn finish(self) -> Digest {
+        let whole = self.0.finalize();
+        let mut kept = [0; DIGEST_BYTES];
+        kept.copy_from_slice(&whole[..DIGEST_BYTES]);
+        Digest(kept)
+    }
+}
+
+impl Digest {
+    /// The digest of one byte string.
+    pub fn of(bytes: &[u8]) -> Self {
+        let mut hasher = Hasher::default();
+        hasher.part(bytes);
+        hasher.finish()
+    }
+
+    /// The raw bytes.
+    pub fn as_bytes(&self) -> &[u8; DIGEST_BYTES] {
+        &self.0
+    }
+}
+
+/// The digest of a view's data: every directory with its digest, in the order of their paths.
+pub fn data_digest<'a>(dirs: impl IntoIterator<Item = (&'a DirPath, Digest)>) -> Digest {
+    digest_of_named(dirs.into_iter().map(|(path, digest)| (path.as_str(), digest)))
+}
+
+/// The digest of a view's modules: every module id with the digest of its text, in the order of the ids.
+pub fn modules_digest<'a>(modules: impl IntoIterator<Item = (&'a str, Digest)>) -> Digest {
+    digest_of_named(modules)
+}
+
+fn digest_of_named<'a>(named: impl IntoIterator<Item = (&'a str, Digest)>) -> Digest {
+    let mut hasher = Hasher::default();
+    for (name, digest) in named {
+        hasher.part(name.as_bytes());
+        hasher.part(digest.as_bytes());
+    }
+    hasher.finish()
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Digest {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let error = ParseError { expected: "32 hexadecimal digits" };
+        let digits: Option<Vec<u8>> =
+            text.chars().map(|c| c.to_digit(16).and_then(|digit| u8::try_from(digit).ok())).collect();
+        let Some(digits) = digits.filter(|digits| digits.len() == 2 * DIGEST_BYTES) else {
+            return Err(error);
+        };
+        let mut bytes = [0; DIGEST_BYTES];
+        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+            *byte = pair[0] << 4 | pair[1];
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for Revision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.modules, self.data)
+    }
+}
+
+impl FromStr for Revision {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let error = ParseError { expected: "<modules digest>-<data digest>" };
+        let (modules, data) = text.split_once('-').ok_or(error)?;
+        Ok(Self { modules: modules.parse()?, data: data.parse()? })
+    }
+}
+
+macro_rules! serde_as_text {
+    ($name:ty) => {
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = String::deserialize(deserializer)?;
+                text.parse().map_err(D::Error::custom)
+            }
+        }
+    };
+}
+
+serde_as_text!(Digest);
+serde_as_text!(Revision);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prints_and_parses() {
+        let revision = Revision { modules: Digest::of(b"m"), data: Digest::of(b"d") };
+        assert_eq!(revision.to_string().parse(), Ok(revision));
+        for bad in ["", "-", "xyz", "\"a\"", &"g".repeat(32), &"é".repeat(16)] {
+            assert!(bad.parse::<Revision>().is_err(), "{bad}");
+            assert!(bad.parse::<Digest>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn parts_do_not_run_together() {
+        let digest = |parts: &[&str]| {
+            let mut hasher = Hasher::default();
+            parts.iter().for_each(|part| hasher.part(part.as_bytes()));
+            hasher.finish()
+        };
+        assert_ne!(digest(&["ab", "c"]), digest(&["a", "bc"]));
+        assert_ne!(digest(&["a"]), digest(&["a", ""]));
+    }
+}

@@ -1,0 +1,188 @@
+//! Reads `text/event-stream` (WHATWG HTML §9.2) from chunks of any size, holding one event at most.
+
+/// One event, or a comment line, which the hub sends as its heartbeat.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Message {
+    /// A line that began with a colon: the peer is alive.
+    Comment,
+    /// A dispatched event.
+    Event {
+        /// The `id` field: the revision after the event.
+        id: String,
+        /// The `event` field.
+        event: String,
+        /// The `data` field.
+        data: Vec<u8>,
+    },
+}
+
+/// Why a stream cannot be read on.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// The peer sends more without an end than a reader may hold.
+    #[error("an event of more than {max} bytes")]
+    TooLong {
+        /// The bound that was passed.
+        max: usize,
+    },
+    /// A name or id that is not UTF-8.
+    #[error("an event whose id or name is not UTF-8")]
+    NotText,
+}
+
+/// The reader. Feed it chunks with [`push`](Self::push), take messages with [`next`](Self::next).
+pub struct Decoder {
+    max: usize,
+    /// Bytes not read yet; `read` of them are consumed.
+    buffer: Vec<u8>,
+    read: usize,
+    /// How far the search for a line's end got, so that a long line is searched once.
+    searched: usize,
+    id: String,
+    event: String,
+    data: Vec<u8>,
+    has_data: bool,
+}
+
+impl Decoder {
+    /// A reader that holds `max` bytes of one event.
+    pub fn new(max: usize) -> Self {
+        Self {
+            max,
+            buffer: Vec::new(),
+            read: 0,
+            searched: 0,
+            id: String::new(),
+            event: String::new(),
+            data: Vec::new(),
+            has_data: false,
+        }
+    }
+
+    /// Adds a chunk as it came from the network.
+    pub fn push(&mut self, chunk: &[u8]) {
+        self.buffer.drain(..self.read);
+        self.searched -= self.read;
+        self.read = 0;
+        self.buffer.extend_from_slice(chunk);
+    }
+
+    /// The next message that is complete.
+    #[expect(clippy::should_implement_trait, reason = "an error ends it, which an Iterator would hide")]
+    pub fn next(&mut self) -> Result<Option<Message>, Error> {
+        while let Some(end) = self.line_end() {
+            let line = &self.buffer[self.read..end];
+            let line = line.strip_suffix(b"\r").unwrap_or(line);
+            let (field, value) = match line.iter().position(|b| *b == b':') {
+                None => (line, &[][..]),
+                Some(colon) => {
+                    (&line[..colon], line[colon + 1..].strip_prefix(b" ").unwrap_or(&line[colon + 1..]))
+                }
+            };
+            let message = match field {
+                b"" if line.is_empty() => self.has_data.then(|| Message::Event {
+                    id: self.id.clone(),
+                    event: std::mem::take(&mut self.event),
+                    data: std::mem::take(&mut self.data),
+                }),
+                b"" => Some(Message::Comment),
+                b"id" => {
+                    self.id = text(value)?;
+                    None
+                }
+                b"event" => {
+                    self.event = text(value)?;
+                    None
+                }
+                b"data" => {
+                    if self.has_data {
+                        self.data.push(b'\n');
+                    }
+                    self.has_data = true;
+                    self.data.extend_from_slice(value);
+                    None
+                }
+                _ => None,
+            };
+            if line.is_empty() {
+                self.has_data = false;
+                self.event.clear();
+            }
+            self.read = end + 1;
+            if self.data.len() > self.max {
+                return Err(Error::TooLong { max: self.max });
+            }
+            if message.is_some() {
+                return Ok(message);
+            }
+        }
+        if self.buffer.len() - self.read > self.max {
+            return Err(Error::TooLong { max: self.max });
+        }
+        Ok(None)
+    }
+
+    fn line_end(&mut self) -> Option<usize> {
+        let from = self.searched.max(self.read);
+        let found = self.buffer[from..].iter().position(|b| *b == b'\n').map(|at| from + at);
+        self.searched = found.map_or(self.buffer.len(), |end| end + 1);
+        found
+    }
+}
+
+fn text(bytes: &[u8]) -> Result<String, Error> {
+    std::str::from_utf8(bytes).map(str::to_owned).map_err(|_| Error::NotText)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(chunks: &[&[u8]], max: usize) -> Result<Vec<Message>, Error> {
+        let mut decoder = Decoder::new(max);
+        let mut messages = Vec::new();
+        for chunk in chunks {
+            decoder.push(chunk);
+            while let Some(message) = decoder.next()? {
+                messages.push(message);
+            }
+        }
+        Ok(messages)
+    }
+
+    fn event(id: &str, event: &str, data: &str) -> Message {
+        Message::Event { id: id.into(), event: event.into(), data: data.into() }
+    }
+
+    #[test]
+    fn reads_events_comments_and_odd_lines() {
+        let stream =
+            b": hello\n\nid: 1\nevent: delta\ndata: {}\n\ndata:a\r\ndata: b\r\n\r\nretry: 5\nnonsense\n\n:\n";
+        let expected =
+            vec![Message::Comment, event("1", "delta", "{}"), event("1", "", "a\nb"), Message::Comment];
+        assert_eq!(read(&[stream], 100), Ok(expected));
+    }
+
+    #[test]
+    fn holds_no_more_than_its_bound() {
+        assert_eq!(read(&[&[b'x'; 64]], 63), Err(Error::TooLong { max: 63 }));
+        let lines = b"data: 0123456789\n".repeat(10);
+        assert_eq!(read(&[&lines], 50), Err(Error::TooLong { max: 50 }));
+    }
+
+    proptest! {
+        /// I9, and chunk boundaries do not matter.
+        #[test]
+        fn i9_random_bytes_read_alike_in_any_chunks(
+            bytes in proptest::collection::vec(prop_oneof![Just(b'\n'), Just(b':'), Just(b'd'), any::<u8>()], 0..256),
+            cuts in proptest::collection::vec(0usize..256, 0..8),
+        ) {
+            let mut cuts: Vec<_> = cuts.into_iter().map(|cut| cut.min(bytes.len())).chain([0, bytes.len()]).collect();
+            cuts.sort_unstable();
+            let chunks: Vec<_> = cuts.windows(2).map(|pair| &bytes[pair[0]..pair[1]]).collect();
+            prop_assert_eq!(read(&chunks, 1 << 20), read(&[&bytes], 1 << 20));
+        }
+    }
+}
