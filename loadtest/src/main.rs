@@ -1,1 +1,49 @@
-fn main() {}
+//! The lab from the command line.
+
+mod demo;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use opa_hub_loadtest::lab::{ControlPlane, assets};
+
+/// The lab of opa-hub: real etcd, kube-apiserver, kubectl and OPA, built once from their Go modules, run as child
+/// processes on loopback, gone when the command ends.
+#[derive(Parser)]
+#[command(version, name = "opa-hub-loadtest")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Find or build the components; the last line on stdout is the folder that holds them
+    Assets,
+    /// Keep a control plane up until Ctrl-C; prints how to reach it
+    Lab,
+    /// Walk through everything on a real cluster with one OPA and one agent
+    Demo,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Assets => {
+            println!("{}", tokio::task::spawn_blocking(assets::folder).await??.display());
+            Ok(())
+        }
+        Command::Lab => lab().await,
+        Command::Demo => demo::run().await,
+    }
+}
+
+async fn lab() -> anyhow::Result<()> {
+    let plane = ControlPlane::start().await?;
+    println!("KUBECONFIG={}", plane.kubeconfig.display());
+    eprintln!("kubectl is {}; Ctrl-C ends the lab", plane.assets.join("kubectl").display());
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        ended = tokio::signal::ctrl_c() => ended.context("cannot wait for Ctrl-C"),
+    }
+}

@@ -33,3 +33,5 @@ pub mod manifest;
 pub mod head;
 
 pub mod reconcile;
+
+pub mod poll;

@@ -41,7 +41,7 @@ impl PatchWriter {
 
     /// Appends operations that are already written: `ops` of them, with no brackets around.
     pub fn splice(&mut self, written: &[u8], ops: usize) {
-        if ops > 0 {
+        if !written.is_empty() {
             self.comma();
             self.text.extend_from_slice(written);
             self.ops += ops;
@@ -60,7 +60,7 @@ impl PatchWriter {
 
     /// Whether nothing was written.
     pub fn is_empty(&self) -> bool {
-        self.ops == 0
+        self.text.is_empty()
     }
 
     /// The operations, with no brackets around.
@@ -78,7 +78,7 @@ impl PatchWriter {
     }
 
     fn comma(&mut self) {
-        if self.ops > 0 {
+        if !self.text.is_empty() {
             self.text.push(b',');
         }
     }

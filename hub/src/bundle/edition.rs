@@ -66,7 +66,7 @@ pub struct Edition {
     bundle: String,
     log: Log,
     frames: Mutex<HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>>,
-    archives: [OnceCell<Archive>; 3],
+    archives: [Arc<OnceCell<Archive>>; 3],
     reconciled: Mutex<HashMap<Digest, Arc<OnceCell<Archive>>>>,
     segments: Arc<SegmentCache>,
     counters: Arc<Counters>,
@@ -128,13 +128,19 @@ impl Bundle {
     /// Makes `view` the newest edition.
     pub fn publish(&self, view: View, log: Log) {
         self.counters.view_changes.fetch_add(1, Ordering::Relaxed);
+        let before = self.head.borrow().clone();
+        // A part that did not change keeps its archive.
+        let archives = [Part::Whole, Part::Policy, Part::Data].map(|part| {
+            let same = before.as_ref().filter(|before| part.revision(&before.view) == part.revision(&view));
+            same.map(|before| Arc::clone(&before.archives[part as usize])).unwrap_or_default()
+        });
         let edition = Edition {
             view,
             published: SystemTime::now(),
             bundle: self.name.clone(),
             log,
             frames: Mutex::default(),
-            archives: Default::default(),
+            archives,
             reconciled: Mutex::default(),
             segments: Arc::clone(&self.segments),
             counters: Arc::clone(&self.counters),
@@ -157,12 +163,13 @@ impl Bundle {
         self.head.subscribe()
     }
 
-    /// The edition that archives are made of: the newest, or one that was so a moment ago, see [`pace`](Self::pace).
-    pub fn paced(&self) -> watch::Receiver<Option<Arc<Edition>>> {
-        self.paced.subscribe()
+    /// The edition that archives of `part` are made of. Those with data trail the head, see [`pace`](Self::pace);
+    /// policies are small and change seldom.
+    pub fn archived(&self, part: Part) -> watch::Receiver<Option<Arc<Edition>>> {
+        if part.has_data() { self.paced.subscribe() } else { self.head.subscribe() }
     }
 
-    /// Hands editions on to [`paced`](Self::paced): at once after a quiet time, else one in [`SNAPSHOT_INTERVAL`].
+    /// Hands editions on to [`archived`](Self::archived): at once after a quiet time, else one in [`SNAPSHOT_INTERVAL`].
     pub async fn pace(&self) {
         let mut head = self.head();
         loop {

@@ -16,6 +16,7 @@ use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, IF_NONE_MATCH};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::stream;
+use opa_hub_proto::poll::{BUNDLE_TYPE, Tag, entity_tags, wait};
 use opa_hub_proto::revision::Revision;
 use serde::Deserialize;
 use tokio::time::Instant;
@@ -26,8 +27,6 @@ use crate::bundle::archive::Archive;
 use crate::bundle::{Edition, Part};
 use crate::config::{DELTA_CLIENTS_MAX, LONG_POLL_MAX};
 
-/// OPA keeps long polling only while it sees exactly this.
-const BUNDLE_TYPE: &str = "application/vnd.openpolicyagent.bundles";
 /// A client that asks again from the revision it was given a delta for, within this time, failed to apply it.
 const DELTA_RETRY: Duration = Duration::from_secs(60);
 
@@ -50,8 +49,9 @@ pub(super) async fn get(
     headers: HeaderMap,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
 ) -> Result<Response, Error> {
-    let held = entity_tags(&headers);
-    let Some(edition) = wait_for(&hub.0, &name, part, &held, wait(&headers)).await? else {
+    let held = entity_tags(text_values(&headers, IF_NONE_MATCH.as_str()));
+    let patience = wait(text_values(&headers, "prefer"), LONG_POLL_MAX);
+    let Some(edition) = wait_for(&hub.0, &name, part, &held, patience).await? else {
         // An older tag of the list may have matched here, on a replica that lags: what the client holds stands.
         let own = held.first().map_or("", |tag| tag.raw);
         return Ok((StatusCode::NOT_MODIFIED, [(ETAG, own)]).into_response());
@@ -84,7 +84,7 @@ async fn wait_for(
         return Err(Error::NoSuchBundle(name.to_owned()));
     }
     let deadline = Instant::now() + patience;
-    let mut editions = hub.bundle.paced();
+    let mut editions = hub.bundle.archived(part);
     loop {
         let edition = editions.borrow_and_update().clone();
         let waits_for_first = edition.is_none();
@@ -135,66 +135,6 @@ impl DeltaClients {
     }
 }
 
-/// One element of `If-None-Match`.
-struct Tag<'a> {
-    /// As it was sent.
-    raw: &'a str,
-    /// Without quotes and without the mark of weakness that proxies add.
-    opaque: &'a str,
-}
-
-/// The tags of `If-None-Match` (RFC 9110 §13.1.2); our own hold no comma.
-fn entity_tags(headers: &HeaderMap) -> Vec<Tag<'_>> {
-    let values = headers.get_all(IF_NONE_MATCH).into_iter().filter_map(|value| value.to_str().ok());
-    let raw = values.flat_map(|value| value.split(',')).map(str::trim).filter(|raw| !raw.is_empty());
-    raw.map(|raw| Tag { raw, opaque: raw.strip_prefix("W/").unwrap_or(raw).trim_matches('"') }).collect()
-}
-
-/// The patience that `Prefer: wait=N` grants (RFC 7240 §4.3); OPA writes it behind a semicolon.
-fn wait(headers: &HeaderMap) -> Duration {
-    let values = headers.get_all("prefer").into_iter().filter_map(|value| value.to_str().ok());
-    let mut parts = values.flat_map(|value| value.split([',', ';'])).map(str::trim);
-    let seconds = parts.find_map(|part| part.strip_prefix("wait=")?.trim().parse().ok());
-    Duration::from_secs(seconds.unwrap_or(0)).min(LONG_POLL_MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn headers(name: &'static str, values: &[&'static str]) -> HeaderMap {
-        let mut headers = HeaderMap::new();
-        for value in values {
-            headers.append(name, value.parse().unwrap());
-        }
-        headers
-    }
-
-    #[test]
-    fn tags_as_opa_and_proxies_send_them() {
-        for (values, expected) in [
-            (&["\"a\""][..], &["a"][..]),
-            (&["W/\"a\", \"b\",c"], &["a", "b", "c"]),
-            (&["\"a\"", "\"b\""], &["a", "b"]),
-            (&["", " , "], &[]),
-        ] {
-            let headers = headers("if-none-match", values);
-            let opaque: Vec<_> = entity_tags(&headers).iter().map(|tag| tag.opaque).collect();
-            assert_eq!(opaque, expected);
-        }
-    }
-
-    #[test]
-    fn patience_as_opa_asks_for_it() {
-        for (value, seconds) in [
-            ("modes=snapshot,delta;wait=30", 30),
-            ("wait=5", 5),
-            ("modes=snapshot,delta", 0),
-            ("wait=x", 0),
-            ("wait=99999999", LONG_POLL_MAX.as_secs()),
-        ] {
-            assert_eq!(wait(&headers("prefer", &[value])).as_secs(), seconds, "{value}");
-        }
-        assert_eq!(wait(&HeaderMap::new()), Duration::ZERO);
-    }
+fn text_values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
+    headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok())
 }

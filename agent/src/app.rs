@@ -1,0 +1,57 @@
+//! The only wiring.
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use tokio::net::TcpListener;
+
+use crate::cli::Cli;
+use crate::config::Config;
+use crate::local::Local;
+use crate::replica::Replica;
+use crate::status::Status;
+
+/// Runs the agent as the command line says until it is told to stop.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let log = tracing_subscriber::fmt().with_max_level(cli.log_level).with_writer(std::io::stderr);
+    if cli.log_json {
+        log.json().init();
+    } else {
+        log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init();
+    }
+    let run = || -> anyhow::Result<()> {
+        let config = cli.config()?;
+        tracing::info!(?config, "starting");
+        rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
+        // One thread for everything but the decoding of archives: each thread costs an arena of the allocator.
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(2).build()?;
+        runtime.block_on(run(config))
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("opa-hub-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}", config.listen))?;
+    let status = Status::new(config.delivery, config.grace);
+    let local = Local::new(config.bundle.clone(), status.clone());
+    let replica = Replica::new(&config, local.clone(), status)?;
+    tracing::info!("health at http://{}/readyz", listener.local_addr()?);
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        served = axum::serve(listener, local.router()) => served.context("cannot serve"),
+        () = replica.run() => unreachable!("it runs for ever"),
+        _ = terminate.recv() => Ok(()),
+        _ = tokio::signal::ctrl_c() => Ok(()),
+    }
+}

@@ -1,0 +1,300 @@
+//! What comes from the hub becomes requests to OPA: frames one PATCH each, archives directory by directory, modules
+//! one by one. Decisions never see less than before or after: nothing is blanked first.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use opa_hub_proto::frame::{Delta, Policy};
+use opa_hub_proto::head::DataHead;
+use opa_hub_proto::patch::{PATCH_OPS_MAX, PatchWriter};
+use opa_hub_proto::path::{DirPath, is_segment};
+use opa_hub_proto::revision::{Digest, Revision};
+use serde_json::value::RawValue;
+use tokio::sync::mpsc;
+
+use crate::archive::{self, Piece};
+use crate::config::PATCH_BYTES_MAX;
+use crate::marker::{MARKERS, Marker};
+use crate::opa::{self, Opa};
+
+/// Why OPA does not hold what the hub said.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// OPA failed.
+    #[error(transparent)]
+    Opa(#[from] opa::Error),
+    /// The archive failed.
+    #[error(transparent)]
+    Archive(#[from] archive::Error),
+    /// An event that is none.
+    #[error("the hub sent an event that does not parse: {0}")]
+    Event(#[from] serde_json::Error),
+    /// I3.
+    #[error("the hub sent a frame from {from}, but {held} is held")]
+    NotHeld {
+        /// The frame's.
+        from: Digest,
+        /// Ours.
+        held: Digest,
+    },
+    /// The digests of the directories do not add up to the frame's.
+    #[error("after the frame {held} is held, not {to}")]
+    Diverged {
+        /// What the frame promised.
+        to: Digest,
+        /// What came of it.
+        held: Digest,
+    },
+    /// An archive that does not begin with what it is.
+    #[error("the archive has no head")]
+    NoHead,
+}
+
+/// Applies to one OPA.
+pub struct Applier {
+    /// The OPA.
+    pub opa: Opa,
+    /// The bundle whose marker is kept.
+    pub bundle: String,
+}
+
+/// What an archive left to be done.
+#[derive(Default)]
+pub struct Modules {
+    /// Texts that the archive carried.
+    pub put: BTreeMap<String, String>,
+    /// All the modules that there should be; none when the archive says nothing of modules.
+    pub all: Option<BTreeMap<String, Digest>>,
+}
+
+impl Applier {
+    /// Applies the event `delta`: one PATCH, the marker in it, unless there are more operations than OPA likes.
+    pub async fn delta(&self, marker: &mut Marker, json: &[u8]) -> Result<(), Error> {
+        let delta: Delta = serde_json::from_slice(json)?;
+        let revision = marker.revision.unwrap_or_else(|| unreachable!("only a whole marker is followed"));
+        if delta.from != revision.data {
+            return Err(Error::NotHeld { from: delta.from, held: revision.data });
+        }
+        let next = Revision { data: delta.to, ..revision };
+        let mut dirs = marker.dirs.clone();
+        for (dir, digest) in &delta.dirs {
+            match digest {
+                Some(digest) => _ = dirs.insert(dir.clone(), *digest),
+                None => _ = dirs.remove(dir),
+            }
+        }
+        let next = Marker { revision: Some(next), dirs, modules: marker.modules.clone() };
+        if next.data_digest() != delta.to {
+            return Err(Error::Diverged { to: delta.to, held: next.data_digest() });
+        }
+        for dir in &delta.ensure {
+            self.opa.ensure(dir).await?;
+        }
+        let mut patch = PatchWriter::default();
+        if delta.ops + delta.dirs.len() < PATCH_OPS_MAX {
+            let ops = delta.patch.get();
+            patch.splice(ops.trim_start_matches('[').trim_end_matches(']').as_bytes(), delta.ops);
+            let revision = Revision { data: delta.to, ..revision };
+            Marker::write_delta(&mut patch, &self.bundle, &delta.dirs, &marker.dirs, revision);
+        } else {
+            // While the change is half done the marker names neither a revision nor the directories in question.
+            let mut half = Marker { revision: None, ..marker.clone() };
+            half.dirs.retain(|dir, _| !delta.dirs.contains_key(dir));
+            half.write(&mut patch, &self.bundle);
+            for op in serde_json::from_str::<Vec<&RawValue>>(delta.patch.get())? {
+                self.make_room(&mut patch, op.get().len()).await?;
+                patch.splice(op.get().as_bytes(), 1);
+            }
+            self.make_room(&mut patch, PATCH_BYTES_MAX).await?;
+            next.write(&mut patch, &self.bundle);
+        }
+        self.opa.patch(patch.into_array()).await?;
+        *marker = next;
+        Ok(())
+    }
+
+    /// Applies an archive onto what `held` says that OPA holds, or onto an OPA that never heard of us. The marker
+    /// that results says `modules` for what is not in it.
+    pub async fn archive(
+        &self,
+        held: Option<&Marker>,
+        modules: Digest,
+        pieces: &mut mpsc::Receiver<Result<Piece, archive::Error>>,
+    ) -> Result<(Marker, Modules), Error> {
+        let Some(Piece::Head(head)) = pieces.recv().await.transpose()? else { return Err(Error::NoHead) };
+        let mut found = Modules { put: BTreeMap::new(), all: head.modules };
+        let data = head.data.ok_or(Error::NoHead)?;
+        self.opa.ensure(&MARKERS.parse().expect("a path")).await?;
+        if let Some(held) = held {
+            // What is about to change is unknown until the end; what goes is known until it is gone.
+            let mut half = Marker { revision: None, ..held.clone() };
+            half.dirs.retain(|dir, digest| data.dirs.get(dir).is_none_or(|new| new == digest));
+            let mut patch = PatchWriter::default();
+            half.write(&mut patch, &self.bundle);
+            self.opa.patch(patch.into_array()).await?;
+        }
+        for prefix in &data.ensure {
+            self.opa.ensure(prefix).await?;
+        }
+        let mut patch = PatchWriter::default();
+        let mut large: Option<(DirPath, HashSet<String>)> = None;
+        while let Some(piece) = pieces.recv().await {
+            match piece? {
+                Piece::Head(_) => return Err(Error::NoHead),
+                Piece::Module { id, text } => _ = found.put.insert(id, text),
+                Piece::Directory(dir, json) => {
+                    if data.dirs.contains_key(&dir) {
+                        self.ensure_outside(&data, held, &dir).await?;
+                        self.make_room(&mut patch, json.len()).await?;
+                        patch.add_dir(&dir, &json);
+                    }
+                }
+                Piece::Begin(dir) => {
+                    self.opa.ensure(&dir).await?;
+                    large = Some((dir.clone(), self.opa.keys(&dir).await?.into_iter().collect()));
+                }
+                Piece::Entry(key, value) => {
+                    let Some((dir, stale)) = &mut large else { return Err(Error::NoHead) };
+                    self.make_room(&mut patch, value.len()).await?;
+                    patch.add(dir, &key, &value);
+                    stale.remove(&key);
+                }
+                Piece::End => {
+                    let Some((dir, stale)) = large.take() else { return Err(Error::NoHead) };
+                    for key in stale {
+                        self.make_room(&mut patch, key.len()).await?;
+                        patch.remove(&dir, &key);
+                    }
+                }
+            }
+        }
+        for dir in self.gone(held, &data).await? {
+            self.opa.ensure(&dir).await?;
+            self.make_room(&mut patch, 0).await?;
+            patch.remove_dir(&dir);
+        }
+        let mut marker = Marker {
+            revision: None,
+            dirs: data.dirs,
+            modules: held.map(|held| held.modules.clone()).unwrap_or_default(),
+        };
+        marker.revision = Some(Revision { modules, data: marker.data_digest() });
+        self.make_room(&mut patch, PATCH_BYTES_MAX).await?;
+        marker.write(&mut patch, &self.bundle);
+        self.opa.patch(patch.into_array()).await?;
+        Ok((marker, found))
+    }
+
+    /// Puts and removes modules, going round while there is progress: a module may need one that comes later. Says
+    /// which OPA refuses, and why; `marker` says what OPA really holds.
+    pub async fn modules(
+        &self,
+        marker: &mut Marker,
+        put: &BTreeMap<String, String>,
+        remove: &BTreeSet<String>,
+    ) -> Result<BTreeMap<String, String>, Error> {
+        let place = Marker::path(&self.bundle).join("modules").expect("a segment");
+        let mut intent = PatchWriter::default();
+        for id in put.keys() {
+            self.make_room(&mut intent, 0).await?;
+            intent.add(&place, id, b"null");
+        }
+        self.opa.patch(intent.into_array()).await?;
+
+        let mut refused: BTreeMap<String, String> = BTreeMap::new();
+        let mut open: BTreeMap<&str, Option<&str>> = remove.iter().map(|id| (id.as_str(), None)).collect();
+        open.extend(put.iter().map(|(id, text)| (id.as_str(), Some(text.as_str()))));
+        loop {
+            let before = open.len();
+            // First what is put, then what is removed: the other way round only when nothing else helps.
+            for removing in [false, true] {
+                let ids: Vec<_> =
+                    open.iter().filter(|(_, text)| text.is_none() == removing).map(|(id, _)| *id).collect();
+                for id in ids {
+                    let result = match open[id] {
+                        Some(text) => self.opa.put_module(id, text.to_owned()).await,
+                        None => self.opa.delete_module(id).await,
+                    };
+                    match result {
+                        Ok(()) => {
+                            open.remove(id);
+                            refused.remove(id);
+                        }
+                        Err(opa::Error::Refused { message, .. }) => {
+                            refused.insert(id.to_owned(), message);
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+            }
+            if open.is_empty() || open.len() == before {
+                break;
+            }
+        }
+
+        for (id, text) in put.iter().filter(|(id, _)| !refused.contains_key(*id)) {
+            marker.modules.insert(id.clone(), Some(Digest::of(text.as_bytes())));
+        }
+        marker.modules.retain(|id, _| !remove.contains(id) || refused.contains_key(id));
+        let modules = marker.modules_digest();
+        marker.revision = marker.revision.map(|revision| Revision { modules, ..revision });
+        let mut patch = PatchWriter::default();
+        marker.write(&mut patch, &self.bundle);
+        self.opa.patch(patch.into_array()).await?;
+        for (id, message) in &refused {
+            tracing::error!(module = id, message, "OPA refuses a module; it keeps what it had");
+        }
+        Ok(refused)
+    }
+
+    /// Applies the event `policy` on top of what OPA refused so far.
+    pub fn pending(
+        policy: Policy,
+        refused: &BTreeMap<String, String>,
+    ) -> (BTreeMap<String, String>, BTreeSet<String>) {
+        let remove: BTreeSet<_> = policy.remove.into_iter().collect();
+        let mut put = policy.put;
+        for (id, text) in refused.iter().filter(|(id, _)| !remove.contains(*id)) {
+            put.entry(id.clone()).or_insert_with(|| text.clone());
+        }
+        (put, remove)
+    }
+
+    /// Sends the patch if there is no room in it for an operation of `bytes`.
+    async fn make_room(&self, patch: &mut PatchWriter, bytes: usize) -> Result<(), Error> {
+        if patch.ops() + 1 >= PATCH_OPS_MAX || !patch.is_empty() && patch.len() + bytes > PATCH_BYTES_MAX {
+            self.opa.patch(std::mem::take(patch).into_array()).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the place of a directory that lies in no replicated resource. Only itself: a policy bundle may own a
+    /// path beside it, and then OPA lets nobody write above.
+    async fn ensure_outside(
+        &self,
+        data: &DataHead,
+        held: Option<&Marker>,
+        dir: &DirPath,
+    ) -> Result<(), Error> {
+        let known = held.is_some_and(|held| held.dirs.contains_key(dir));
+        if !known && !data.ensure.iter().any(|prefix| dir.is_within(prefix)) {
+            self.opa.ensure(dir).await?;
+        }
+        Ok(())
+    }
+
+    /// Directories that OPA has and the head has not. An OPA without a marker is asked for what lies below the
+    /// replicated resources: somebody may have filled it before us.
+    async fn gone(&self, held: Option<&Marker>, data: &DataHead) -> Result<Vec<DirPath>, Error> {
+        let is_gone = |dir: &DirPath| !data.dirs.contains_key(dir);
+        if let Some(held) = held {
+            return Ok(held.dirs.keys().filter(|dir| is_gone(dir)).cloned().collect());
+        }
+        let mut gone = Vec::new();
+        for prefix in data.ensure.iter().filter(|prefix| is_gone(prefix)) {
+            let keys = self.opa.keys(prefix).await?;
+            let dirs = keys.iter().filter(|key| is_segment(key)).filter_map(|key| prefix.join(key).ok());
+            gone.extend(dirs.filter(is_gone));
+        }
+        Ok(gone)
+    }
+}

@@ -1,0 +1,166 @@
+//! The command line: where the hub is, and kube-mgmt's flags for where OPA is.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use opa_hub_proto::path::is_segment;
+use reqwest::Url;
+
+use crate::config::{Config, Delivery, OpaConfig, Token};
+
+/// opa-hub-agent keeps the OPA beside it in step with opa-hub. It needs no Kubernetes permission.
+///
+/// Data goes to OPA by its REST API. Policies go the same way (--policy-delivery rest), or as a bundle that OPA loads
+/// from the agent (--policy-delivery bundle), for which OPA is configured so:
+///
+///   services: {agent: {url: "http://127.0.0.1:8282"}}
+///   bundles:
+///     main: {service: agent, resource: bundles/main, polling: {long_polling_timeout_seconds: 30}}
+///     data: {service: agent, resource: bundles/main/data-only, polling: {long_polling_timeout_seconds: 30}}
+#[derive(Parser, Debug)]
+#[command(version, name = "opa-hub-agent", verbatim_doc_comment)]
+pub struct Cli {
+    /// The hub; several, separated by commas, when there are replicas to fail over to
+    #[arg(long, value_name = "URL,…", env = "OPA_HUB_URL", value_delimiter = ',', required = true)]
+    hub: Vec<Url>,
+    /// The bundle to keep
+    #[arg(long, value_name = "NAME", env = "OPA_HUB_BUNDLE", default_value = "main")]
+    bundle: String,
+    /// How policies reach OPA
+    #[arg(long, value_name = "HOW", env = "OPA_HUB_POLICY_DELIVERY", default_value = "rest")]
+    policy_delivery: Delivery,
+    /// Serve health, and with --policy-delivery bundle the policies, here
+    #[arg(long, value_name = "ADDR", env = "OPA_HUB_AGENT_LISTEN", default_value = "127.0.0.1:8282")]
+    listen: SocketAddr,
+    /// How many seconds /readyz stays true while no hub is reachable
+    #[arg(long, value_name = "SECONDS", env = "OPA_HUB_GRACE_SECONDS", default_value_t = 60)]
+    grace_seconds: u64,
+
+    /// OPA's API
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "OPA_URL",
+        default_value = "http://127.0.0.1:8181/v1",
+        help_heading = "OPA"
+    )]
+    opa_url: Url,
+    /// The bearer token that OPA wants
+    #[arg(
+        long,
+        value_name = "TOKEN",
+        env = "OPA_AUTH_TOKEN",
+        hide_env_values = true,
+        conflicts_with = "opa_auth_token_file",
+        help_heading = "OPA"
+    )]
+    opa_auth_token: Option<String>,
+    /// A file whose first line is the bearer token; it may change
+    #[arg(long, value_name = "FILE", env = "OPA_AUTH_TOKEN_FILE", help_heading = "OPA")]
+    opa_auth_token_file: Option<PathBuf>,
+    /// The authority that signed OPA's certificate, as PEM
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "OPA_CA_FILE",
+        conflicts_with = "opa_allow_insecure",
+        help_heading = "OPA"
+    )]
+    opa_ca_file: Option<PathBuf>,
+    /// Take whatever certificate OPA shows
+    #[arg(long, env = "OPA_ALLOW_INSECURE", help_heading = "OPA")]
+    opa_allow_insecure: bool,
+
+    /// What is logged: error, warn, info, debug, trace
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        env = "OPA_HUB_LOG_LEVEL",
+        default_value = "info",
+        help_heading = "Logging"
+    )]
+    pub(crate) log_level: tracing::Level,
+    /// Log one JSON object a line
+    #[arg(long, env = "OPA_HUB_LOG_JSON", help_heading = "Logging")]
+    pub(crate) log_json: bool,
+}
+
+/// Flags that parse one by one and make no sense.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// A bundle's name goes into URLs and paths.
+    #[error("--bundle {0:?}: use letters, digits, '.', '_' and '-'")]
+    BundleName(String),
+    /// A URL that is no place to send requests to.
+    #[error("{flag} {url}: write http://HOST[:PORT] or https://HOST[:PORT]")]
+    Url {
+        /// The flag.
+        flag: &'static str,
+        /// What it was given.
+        url: String,
+    },
+}
+
+impl Cli {
+    /// What the flags mean.
+    pub fn config(&self) -> Result<Config, Error> {
+        if !is_segment(&self.bundle) {
+            return Err(Error::BundleName(self.bundle.clone()));
+        }
+        let hubs = self.hub.iter().map(|url| folder("--hub", url)).collect::<Result<_, _>>()?;
+        let file = self.opa_auth_token_file.clone().map(Token::File);
+        Ok(Config {
+            hubs,
+            bundle: self.bundle.clone(),
+            opa: OpaConfig {
+                url: folder("--opa-url", &self.opa_url)?,
+                token: self.opa_auth_token.clone().map(Token::Text).or(file),
+                ca_file: self.opa_ca_file.clone(),
+                allow_insecure: self.opa_allow_insecure,
+            },
+            delivery: self.policy_delivery,
+            listen: self.listen,
+            grace: Duration::from_secs(self.grace_seconds),
+        })
+    }
+}
+
+/// `url` such that relative paths go below it.
+fn folder(flag: &'static str, url: &Url) -> Result<Url, Error> {
+    if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
+        return Err(Error::Url { flag, url: url.to_string() });
+    }
+    let mut url = url.clone();
+    if !url.path().ends_with('/') {
+        url.set_path(&format!("{}/", url.path()));
+    }
+    Ok(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn config(flags: &str) -> Result<Config, Error> {
+        let flags = ["opa-hub-agent"].into_iter().chain(flags.split_whitespace());
+        Cli::try_parse_from(flags).unwrap().config()
+    }
+
+    #[test]
+    fn flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn urls_and_names() {
+        let config = config("--hub http://a:1,https://b/x --opa-url http://127.0.0.1:8181/v1").unwrap();
+        assert_eq!(config.hubs.iter().map(Url::as_str).collect::<Vec<_>>(), ["http://a:1/", "https://b/x/"]);
+        assert_eq!(config.opa.url.as_str(), "http://127.0.0.1:8181/v1/");
+        assert!(matches!(super::tests::config("--hub unix:/x"), Err(Error::Url { .. })));
+        assert!(matches!(super::tests::config("--hub http://a --bundle a/b"), Err(Error::BundleName(_))));
+    }
+}

@@ -1,0 +1,91 @@
+//! Every bound of the agent, each with its unit and its reason, and what the command line is turned into.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use reqwest::Url;
+
+/// Bytes of one PATCH: what OPA decodes at once, and what the agent holds.
+pub const PATCH_BYTES_MAX: usize = 1 << 20;
+/// Bytes of one entry (an object, a key of a ConfigMap): the largest that etcd takes is 1.5 MiB.
+pub const ENTRY_BYTES_MAX: usize = 4 << 20;
+/// Bytes of all modules together: they are put one after the other, in rounds.
+pub const MODULES_BYTES_MAX: usize = 16 << 20;
+/// Bytes of a policy bundle that the agent holds for its OPA.
+pub const POLICY_BUNDLE_BYTES_MAX: usize = 16 << 20;
+/// Pieces of an archive that are decoded ahead of OPA.
+pub const DECODED_AHEAD_MAX: usize = 2;
+/// OPA is asked this often whether it still holds what it was given: an OPA that restarted is found within this time.
+pub const OPA_POLL: Duration = Duration::from_millis(250);
+/// A request that writes to OPA: a directory of thousands of entries takes OPA a second.
+pub const OPA_WRITE: Duration = Duration::from_secs(60);
+/// A request that reads the marker from OPA.
+pub const OPA_READ: Duration = Duration::from_secs(5);
+/// A request to the hub must be answered by its first bytes in this time.
+pub const HUB_ANSWER: Duration = Duration::from_secs(30);
+/// The hub sends something every 5 s: a stream that is silent for this long is dead.
+pub const STREAM_SILENCE: Duration = Duration::from_secs(15);
+/// Pauses between tries are drawn from nothing up to this, doubled at every failure …
+pub const RETRY_FIRST: Duration = Duration::from_millis(100);
+/// … up to this, so that ten thousand agents come back spread over seconds.
+pub const RETRY_MAX: Duration = Duration::from_secs(5);
+/// The longest long poll that is granted to OPA.
+pub const LONG_POLL_MAX: Duration = Duration::from_secs(300);
+
+/// What the agent was told to do.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Hubs, each as good as the other.
+    pub hubs: Vec<Url>,
+    /// The bundle to keep.
+    pub bundle: String,
+    /// OPA's API, ending in `/v1/`.
+    pub opa: OpaConfig,
+    /// How modules reach OPA.
+    pub delivery: Delivery,
+    /// Where health and the policy bundle are served.
+    pub listen: SocketAddr,
+    /// How long `/readyz` stays true without a hub.
+    pub grace: Duration,
+}
+
+/// How OPA is reached.
+#[derive(Debug, Clone)]
+pub struct OpaConfig {
+    /// Its API, ending in `/v1/`.
+    pub url: Url,
+    /// What it wants to see.
+    pub token: Option<Token>,
+    /// The authority that signed its certificate.
+    pub ca_file: Option<PathBuf>,
+    /// Whether any certificate will do.
+    pub allow_insecure: bool,
+}
+
+/// A bearer token.
+#[derive(Clone)]
+pub enum Token {
+    /// Given on the command line.
+    Text(String),
+    /// The first line of a file, read for every request, since it may be renewed.
+    File(PathBuf),
+}
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Text(_) => f.write_str("(given)"),
+            Self::File(path) => write!(f, "(from {})", path.display()),
+        }
+    }
+}
+
+/// How modules reach OPA.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Delivery {
+    /// One PUT a module, under kube-mgmt's ids; OPA needs no configuration
+    Rest,
+    /// A bundle that OPA loads from the agent: all modules at once, in no order
+    Bundle,
+}

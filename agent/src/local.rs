@@ -1,0 +1,149 @@
+//! What the agent serves on loopback: health, and the policy bundle for its OPA, by OPA's own protocol.
+//!
+//! `/bundles/{name}` is the policy bundle. `/bundles/{name}/data-only` is an empty bundle that owns nothing of use:
+//! OPA checks after each REST write whether data and rules collide below the roots of the bundle that it activated
+//! last, and copies the data for it where a package lies beside it. So this one is given anew whenever OPA activated
+//! policies, and by then owns nothing to check.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::Router;
+use axum::extract::{Path, State};
+use axum::http::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use bytes::Bytes;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use opa_hub_proto::manifest::{MANIFEST_FILE, Manifest};
+use opa_hub_proto::poll::{BUNDLE_TYPE, entity_tags, wait};
+use tokio::sync::watch;
+
+use crate::config::LONG_POLL_MAX;
+use crate::pull::PolicyBundle;
+use crate::status::Status;
+
+/// What the handlers share.
+#[derive(Clone)]
+pub struct Local(Arc<Shared>);
+
+struct Shared {
+    bundle: String,
+    status: Status,
+    policy: watch::Sender<Option<PolicyBundle>>,
+    data_only: watch::Sender<Option<PolicyBundle>>,
+}
+
+impl Local {
+    /// Serves `bundle`, once there is one.
+    pub fn new(bundle: String, status: Status) -> Self {
+        Self(Arc::new(Shared {
+            bundle,
+            status,
+            policy: watch::Sender::new(None),
+            data_only: watch::Sender::new(None),
+        }))
+    }
+
+    /// The modules' digest of the policy bundle that is served.
+    pub fn served(&self) -> Option<String> {
+        self.0.policy.borrow().as_ref().map(|policy| policy.etag.clone())
+    }
+
+    /// Serves this policy bundle from now on.
+    pub fn serve(&self, policy: PolicyBundle) {
+        self.0.policy.send_replace(Some(policy));
+    }
+
+    /// All that the agent answers.
+    pub fn router(self) -> Router {
+        Router::new()
+            .route("/bundles/{name}", get(policy))
+            .route("/bundles/{name}/data-only", get(data_only))
+            .route(
+                "/v1/status",
+                get(|State(local): State<Self>| async move { Json(local.0.status.report()) }),
+            )
+            .route("/livez", get(|| async { "ok\n" }))
+            .route("/readyz", get(ready))
+            .with_state(self)
+    }
+}
+
+async fn ready(State(local): State<Local>) -> impl IntoResponse {
+    let report = local.0.status.report();
+    let status = if report.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(report))
+}
+
+async fn policy(State(local): State<Local>, Path(name): Path<String>, headers: HeaderMap) -> Response {
+    // What OPA sends is what it has activated; nothing, when it just started.
+    let activated = held(&headers).into_iter().next();
+    local.0.status.with(|status| status.activated = activated.as_deref().and_then(|etag| etag.parse().ok()));
+    if let Some(etag) = activated {
+        let anew = |served: &mut Option<PolicyBundle>| {
+            let changed = served.as_ref().is_none_or(|served| served.etag != etag);
+            if changed {
+                *served = Some(PolicyBundle { archive: empty_bundle(&local.0.bundle, &etag), etag });
+            }
+            changed
+        };
+        local.0.data_only.send_if_modified(anew);
+    }
+    poll(&local, &name, &headers, local.0.policy.subscribe()).await
+}
+
+async fn data_only(State(local): State<Local>, Path(name): Path<String>, headers: HeaderMap) -> Response {
+    poll(&local, &name, &headers, local.0.data_only.subscribe()).await
+}
+
+async fn poll(
+    local: &Local,
+    name: &str,
+    headers: &HeaderMap,
+    mut bundle: watch::Receiver<Option<PolicyBundle>>,
+) -> Response {
+    if name != local.0.bundle {
+        return (StatusCode::NOT_FOUND, format!("this agent keeps the bundle {:?}\n", local.0.bundle))
+            .into_response();
+    }
+    let tags = held(headers);
+    let patience = wait(values(headers, "prefer"), LONG_POLL_MAX);
+    let lacks =
+        |bundle: &Option<PolicyBundle>| bundle.as_ref().is_some_and(|bundle| !tags.contains(&bundle.etag));
+    let found = tokio::time::timeout(patience, bundle.wait_for(lacks)).await;
+    let newer = found.ok().and_then(Result::ok).and_then(|bundle| bundle.clone());
+    match newer {
+        Some(bundle) => {
+            let headers = [(CONTENT_TYPE, BUNDLE_TYPE.to_owned()), (ETAG, format!("\"{}\"", bundle.etag))];
+            (headers, bundle.archive).into_response()
+        }
+        None if tags.is_empty() => {
+            (StatusCode::SERVICE_UNAVAILABLE, "no bundle from the hub yet\n").into_response()
+        }
+        None => (StatusCode::NOT_MODIFIED, [(ETAG, format!("\"{}\"", tags[0]))]).into_response(),
+    }
+}
+
+fn held(headers: &HeaderMap) -> Vec<String> {
+    entity_tags(values(headers, IF_NONE_MATCH.as_str())).iter().map(|tag| tag.opaque.to_owned()).collect()
+}
+
+fn values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
+    headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok())
+}
+
+/// A bundle of nothing, below a root that nobody else has.
+fn empty_bundle(bundle: &str, revision: &str) -> Bytes {
+    let manifest =
+        Manifest { revision: revision.to_owned(), roots: vec![format!("opahub/{bundle}/data-only")] };
+    let manifest = serde_json::to_vec(&manifest).expect("a manifest has text keys only");
+    let mut header = tar::Header::new_gnu();
+    header.set_size(manifest.len() as u64);
+    header.set_mode(0o644);
+    let mut tar = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
+    tar.append_data(&mut header, MANIFEST_FILE, &manifest[..]).expect("written into memory");
+    tar.into_inner().and_then(GzEncoder::finish).expect("written into memory").into()
+}

@@ -1,0 +1,77 @@
+//! What an OPA says that it holds: `data.system.opahub.<bundle>`, written in the transaction that made it true.
+
+use std::collections::BTreeMap;
+
+use opa_hub_proto::patch::PatchWriter;
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
+use serde::{Deserialize, Serialize};
+
+/// See the module's text. What a marker does not name is unknown, and is given anew at the next reconcile.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq, Default)]
+pub struct Marker {
+    /// What OPA holds, while that is one revision: none while a change is half done.
+    pub revision: Option<Revision>,
+    /// The digest of each directory.
+    #[serde(default)]
+    pub dirs: BTreeMap<DirPath, Digest>,
+    /// The digest of each module that the agent put, none while it is being put; empty when OPA loads its policies
+    /// as a bundle.
+    #[serde(default)]
+    pub modules: BTreeMap<String, Option<Digest>>,
+}
+
+/// Where the markers of all bundles are.
+pub const MARKERS: &str = "/system/opahub";
+
+impl Marker {
+    /// Where the marker of `bundle` is.
+    pub fn path(bundle: &str) -> DirPath {
+        format!("{MARKERS}/{bundle}").parse().expect("a bundle's name is a segment")
+    }
+
+    /// The digest of the directories that it names.
+    pub fn data_digest(&self) -> Digest {
+        data_digest(self.dirs.iter().map(|(path, digest)| (path, *digest)))
+    }
+
+    /// The modules that are surely there.
+    pub fn modules(&self) -> impl Iterator<Item = (&str, Digest)> {
+        self.modules.iter().filter_map(|(id, digest)| Some((id.as_str(), (*digest)?)))
+    }
+
+    /// The digest of the modules that it names.
+    pub fn modules_digest(&self) -> Digest {
+        modules_digest(self.modules())
+    }
+
+    /// Writes the whole marker.
+    pub fn write(&self, patch: &mut PatchWriter, bundle: &str) {
+        let json = serde_json::to_vec(self).expect("a marker has text keys only");
+        patch.add_dir(&Self::path(bundle), &json);
+    }
+
+    /// Writes what `dirs` changes, and the revision that this makes.
+    pub fn write_delta(
+        patch: &mut PatchWriter,
+        bundle: &str,
+        dirs: &BTreeMap<DirPath, Option<Digest>>,
+        held: &BTreeMap<DirPath, Digest>,
+        revision: Revision,
+    ) {
+        let marker = Self::path(bundle);
+        let place = marker.join("dirs").expect("a segment");
+        for (dir, digest) in dirs {
+            match digest {
+                Some(digest) => patch.add(&place, dir.as_str(), quoted(digest).as_bytes()),
+                None if held.contains_key(dir) => patch.remove(&place, dir.as_str()),
+                None => {}
+            }
+        }
+        patch.add(&marker, "revision", quoted(&revision).as_bytes());
+    }
+}
+
+fn quoted(value: &impl std::fmt::Display) -> String {
+    format!("\"{value}\"")
+}

@@ -1,0 +1,177 @@
+//! A tiny client of OPA's REST API (OPA v1/server/server.go).
+
+use bytes::Bytes;
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::revision::Revision;
+use reqwest::header::{AUTHORIZATION, IF_NONE_MATCH};
+use reqwest::{Body, Client, Method, RequestBuilder, Response, StatusCode};
+use serde::Deserialize;
+
+use crate::config::{OPA_READ, OPA_WRITE, OpaConfig, Token};
+use crate::marker::Marker;
+
+/// Why OPA did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The client could not be made.
+    #[error("cannot talk to OPA with --opa-ca-file: {0}")]
+    Client(String),
+    /// The token file cannot be read.
+    #[error("cannot read the token for OPA: {0}")]
+    Token(std::io::Error),
+    /// OPA is not there, or did not answer.
+    #[error("OPA does not answer: {0}")]
+    Unreachable(#[from] reqwest::Error),
+    /// A path that must exist does not: OPA does not hold what it was believed to.
+    #[error("OPA lacks a path that it should hold: {0}")]
+    Missing(String),
+    /// OPA says no.
+    #[error("OPA refuses {what} with {status}: {message}")]
+    Refused {
+        /// What was asked.
+        what: String,
+        /// The answer's status.
+        status: StatusCode,
+        /// OPA's words.
+        message: String,
+    },
+    /// OPA's answer is not what its API promises.
+    #[error("OPA's answer to {what} does not parse: {source}")]
+    Answer {
+        /// What was asked.
+        what: String,
+        /// Where it fails.
+        source: serde_json::Error,
+    },
+}
+
+/// The client.
+#[derive(Clone)]
+pub struct Opa {
+    client: Client,
+    config: OpaConfig,
+}
+
+#[derive(Deserialize)]
+struct Answer<T> {
+    result: Option<T>,
+}
+
+impl Opa {
+    /// A client for the OPA at `config`.
+    pub fn new(config: OpaConfig) -> Result<Self, Error> {
+        let mut builder = Client::builder().no_proxy().tcp_nodelay(true).pool_max_idle_per_host(2);
+        if let Some(file) = &config.ca_file {
+            let wrap = |error: &dyn std::fmt::Display| Error::Client(format!("{}: {error}", file.display()));
+            let pem = std::fs::read(file).map_err(|error| wrap(&error))?;
+            let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| wrap(&error))?;
+            builder = builder.tls_certs_merge(certificates);
+        }
+        if config.allow_insecure {
+            builder = builder.tls_danger_accept_invalid_certs(true);
+        }
+        Ok(Self { client: builder.build()?, config })
+    }
+
+    /// What OPA says that it holds of `bundle`; none when it was never loaded.
+    pub async fn marker(&self, bundle: &str) -> Result<Option<Marker>, Error> {
+        self.read(&Marker::path(bundle)).await
+    }
+
+    /// The revision that OPA says it holds.
+    pub async fn revision(&self, bundle: &str) -> Result<Option<Revision>, Error> {
+        let path = Marker::path(bundle).join("revision").expect("a segment");
+        self.read(&path).await
+    }
+
+    async fn read<T: serde::de::DeserializeOwned>(&self, path: &DirPath) -> Result<Option<T>, Error> {
+        let what = format!("data{path}");
+        let answer = self.send(Method::GET, &what, None, |request| request.timeout(OPA_READ)).await?;
+        let body = answer.bytes().await?;
+        let answer: Answer<T> =
+            serde_json::from_slice(&body).map_err(|source| Error::Answer { what, source })?;
+        Ok(answer.result)
+    }
+
+    /// Applies a JSON patch in one transaction.
+    pub async fn patch(&self, patch: Vec<u8>) -> Result<(), Error> {
+        self.send(Method::PATCH, "data", Some(patch.into()), |request| request).await.map(drop)
+    }
+
+    /// Makes `dir` a map if nothing is there. Parents are made too.
+    pub async fn ensure(&self, dir: &DirPath) -> Result<(), Error> {
+        let what = format!("data{dir}");
+        let body = Bytes::from_static(b"{}");
+        self.send(Method::PUT, &what, Some(body), |request| request.header(IF_NONE_MATCH, "*"))
+            .await
+            .map(drop)
+    }
+
+    /// Adds or replaces a module.
+    pub async fn put_module(&self, id: &str, text: String) -> Result<(), Error> {
+        self.send(Method::PUT, &format!("policies/{id}"), Some(text.into()), |request| request)
+            .await
+            .map(drop)
+    }
+
+    /// Removes a module; one that is not there is removed already.
+    pub async fn delete_module(&self, id: &str) -> Result<(), Error> {
+        match self.send(Method::DELETE, &format!("policies/{id}"), None, |request| request).await {
+            Err(Error::Missing(_)) => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// The keys of the map at `dir`; none when there is no map.
+    pub async fn keys(&self, dir: &DirPath) -> Result<Vec<String>, Error> {
+        #[derive(Deserialize)]
+        struct Binding {
+            keys: Vec<String>,
+        }
+        let path = dir.relative().replace('/', "\"][\"");
+        let query =
+            serde_json::json!({ "query": format!("keys = object.keys(data[\"{path}\"])") }).to_string();
+        let what = "query".to_owned();
+        let answer = self.send(Method::POST, &what, Some(query.into()), |request| request).await?;
+        let body = answer.bytes().await?;
+        let answer: Answer<Vec<Binding>> =
+            serde_json::from_slice(&body).map_err(|source| Error::Answer { what, source })?;
+        Ok(answer.result.into_iter().flatten().flat_map(|binding| binding.keys).collect())
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        what: &str,
+        body: Option<Bytes>,
+        with: impl FnOnce(RequestBuilder) -> RequestBuilder,
+    ) -> Result<Response, Error> {
+        let url = self.config.url.join(what).expect("names of our own are URL paths");
+        let mut request = self.client.request(method.clone(), url).timeout(OPA_WRITE);
+        if let Some(token) = &self.config.token {
+            let token = match token {
+                Token::Text(token) => token.clone(),
+                Token::File(path) => {
+                    let text = std::fs::read_to_string(path).map_err(Error::Token)?;
+                    text.lines().next().unwrap_or_default().to_owned()
+                }
+            };
+            request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+        }
+        if let Some(body) = body {
+            request = request.body(Body::from(body));
+        }
+        let response = with(request).send().await?;
+        let status = response.status();
+        if status.is_success() || status == StatusCode::NOT_MODIFIED {
+            return Ok(response);
+        }
+        let message = response.text().await.unwrap_or_default();
+        let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+        let what = format!("{method} /v1/{what}");
+        if status == StatusCode::NOT_FOUND {
+            return Err(Error::Missing(format!("{what}: {message}")));
+        }
+        Err(Error::Refused { what, status, message })
+    }
+}

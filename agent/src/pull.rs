@@ -1,0 +1,204 @@
+//! Connections to the hub: archives, reconcile, the stream. Several hubs are as good as each other; a failure moves
+//! on to the next after a pause drawn from nothing up to a doubling bound, so that many agents come back spread out.
+
+use std::time::Duration;
+
+use futures::TryStreamExt;
+use opa_hub_proto::frame::FRAME_BYTES_MAX;
+use opa_hub_proto::reconcile::Reconcile;
+use opa_hub_proto::revision::Revision;
+use opa_hub_proto::sse::{self, Decoder, Message};
+use reqwest::header::{ETAG, IF_NONE_MATCH};
+use reqwest::{Client, Response, StatusCode, Url};
+use tokio::sync::mpsc;
+
+use crate::archive::Chunks;
+use crate::config::{HUB_ANSWER, POLICY_BUNDLE_BYTES_MAX, RETRY_FIRST, RETRY_MAX, STREAM_SILENCE};
+
+/// Why the hub gave nothing. Each is tried again, on the next hub.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The client could not be made.
+    #[error("cannot make a client for the hub: {0}")]
+    Client(reqwest::Error),
+    /// No connection, or one that broke.
+    #[error("the hub does not answer: {0}")]
+    Unreachable(#[from] reqwest::Error),
+    /// No first byte in time, or none for too long on a stream.
+    #[error("the hub was silent for {} s", .0.as_secs())]
+    Silent(Duration),
+    /// The hub says no.
+    #[error("the hub answers {what} with {status}: {message}")]
+    Refused {
+        /// What was asked.
+        what: String,
+        /// The answer's status.
+        status: StatusCode,
+        /// The hub's words.
+        message: String,
+    },
+    /// The stream does not follow its format.
+    #[error("the stream cannot be read: {0}")]
+    Stream(#[from] sse::Error),
+    /// The hub closed the stream: it stops, or it no longer knows what we hold.
+    #[error("the hub closed the stream")]
+    Closed,
+    /// A policy bundle that no cluster's policies fill.
+    #[error("the policy bundle has more than {POLICY_BUNDLE_BYTES_MAX} bytes")]
+    TooLarge,
+}
+
+/// The hubs, one of which is asked.
+pub struct Hubs {
+    client: Client,
+    urls: Vec<Url>,
+    bundle: String,
+    current: usize,
+    pause: Duration,
+}
+
+/// A policy bundle as OPA takes it.
+#[derive(Clone, Debug)]
+pub struct PolicyBundle {
+    /// The modules' digest.
+    pub etag: String,
+    /// The gzip'd tar.
+    pub archive: bytes::Bytes,
+}
+
+/// A stream that is open.
+pub struct Stream {
+    response: Response,
+    decoder: Decoder,
+}
+
+impl Hubs {
+    /// Starts with any of `urls`, so that agents spread over them.
+    pub fn new(urls: Vec<Url>, bundle: String) -> Result<Self, Error> {
+        let client =
+            Client::builder().tcp_nodelay(true).connect_timeout(OPEN).build().map_err(Error::Client)?;
+        let current = fastrand::usize(..urls.len());
+        Ok(Self { client, urls, bundle, current, pause: RETRY_FIRST })
+    }
+
+    /// The hub that is asked.
+    pub fn current(&self) -> &Url {
+        &self.urls[self.current]
+    }
+
+    /// All went well: the next failure pauses briefly again.
+    pub fn settle(&mut self) {
+        self.pause = RETRY_FIRST;
+    }
+
+    /// Moves on to the next hub, after a pause.
+    pub async fn fail_over(&mut self) {
+        self.current = (self.current + 1) % self.urls.len();
+        tokio::time::sleep(self.pause.mul_f64(fastrand::f64())).await;
+        self.pause = (self.pause * 2).min(RETRY_MAX);
+    }
+
+    /// The archive of all data.
+    pub async fn data(&self) -> Result<Chunks, Error> {
+        let request = self.client.get(self.url("/data"));
+        self.send("the data", request).await.map(chunks)
+    }
+
+    /// The archive of all modules.
+    pub async fn policy(&self) -> Result<Chunks, Error> {
+        let request = self.client.get(self.url("/policy"));
+        self.send("the policies", request).await.map(chunks)
+    }
+
+    /// The policy bundle; none when `held` is still the newest.
+    pub async fn policy_bundle(&self, held: Option<&str>) -> Result<Option<PolicyBundle>, Error> {
+        let mut request = self.client.get(self.url("/policy"));
+        if let Some(held) = held {
+            request = request.header(IF_NONE_MATCH, format!("\"{held}\""));
+        }
+        let mut response = self.send("the policies", request).await?;
+        if response.status() == StatusCode::NOT_MODIFIED {
+            return Ok(None);
+        }
+        let etag = response.headers().get(ETAG).and_then(|etag| etag.to_str().ok()).unwrap_or_default();
+        let etag = etag.trim_matches('"').to_owned();
+        let mut archive = Vec::new();
+        while let Some(chunk) = response.chunk().await? {
+            archive.extend_from_slice(&chunk);
+            if archive.len() > POLICY_BUNDLE_BYTES_MAX {
+                return Err(Error::TooLarge);
+            }
+        }
+        Ok(Some(PolicyBundle { etag, archive: archive.into() }))
+    }
+
+    /// The archive of what `held` lacks.
+    pub async fn reconcile(&self, held: &Reconcile) -> Result<Chunks, Error> {
+        let body = serde_json::to_vec(held).expect("a request has text keys only");
+        let request = self.client.post(self.url("/reconcile")).body(body);
+        self.send("a reconcile request", request).await.map(chunks)
+    }
+
+    /// The stream from `held` on; none when the hub does not know it.
+    pub async fn stream(&self, held: Revision) -> Result<Option<Stream>, Error> {
+        let request = self.client.get(self.url("/stream")).header("last-event-id", held.to_string());
+        match self.send("the stream", request).await {
+            Ok(response) => Ok(Some(Stream { response, decoder: Decoder::new(FRAME_BYTES_MAX) })),
+            Err(Error::Refused { status: StatusCode::GONE, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn url(&self, what: &str) -> Url {
+        let path = format!("bundles/{}{what}", self.bundle);
+        self.current().join(&path).expect("names of our own are URL paths")
+    }
+
+    async fn send(&self, what: &str, request: reqwest::RequestBuilder) -> Result<Response, Error> {
+        let response = tokio::time::timeout(HUB_ANSWER, request.send());
+        let response = response.await.map_err(|_| Error::Silent(HUB_ANSWER))??;
+        let status = response.status();
+        if status.is_success() || status == StatusCode::NOT_MODIFIED {
+            return Ok(response);
+        }
+        let message = response.text().await.unwrap_or_default();
+        Err(Error::Refused { what: what.to_owned(), status, message: message.trim().to_owned() })
+    }
+}
+
+/// A hub on the same network answers a connection within milliseconds.
+const OPEN: Duration = Duration::from_secs(5);
+
+impl Stream {
+    /// The next message. May be dropped half-way without losing any.
+    pub async fn next(&mut self) -> Result<Message, Error> {
+        loop {
+            if let Some(message) = self.decoder.next()? {
+                return Ok(message);
+            }
+            let chunk = tokio::time::timeout(STREAM_SILENCE, self.response.chunk());
+            match chunk.await.map_err(|_| Error::Silent(STREAM_SILENCE))?? {
+                Some(chunk) => self.decoder.push(&chunk),
+                None => return Err(Error::Closed),
+            }
+        }
+    }
+}
+
+/// Hands the body on, one chunk ahead.
+fn chunks(response: Response) -> Chunks {
+    let (out, chunks) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut body = response.bytes_stream().map_err(std::io::Error::other);
+        loop {
+            let next = tokio::time::timeout(STREAM_SILENCE, body.try_next()).await;
+            let chunk = next.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())).transpose();
+            let Some(chunk) = chunk else { return };
+            let failed = chunk.is_err();
+            if out.send(chunk).await.is_err() || failed {
+                return;
+            }
+        }
+    });
+    chunks
+}

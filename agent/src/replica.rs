@@ -1,0 +1,331 @@
+//! The state machine that keeps one OPA in step.
+//!
+//! ```text
+//!         no marker                  stream open
+//!  Empty ───────────▶ Loading ─────────────────────▶ Live ──┐ frame, heartbeat
+//!    ▲                   ▲                            │ ▲◀──┘
+//!    │ OPA restarted     │ revision unknown: reconcile│ │ stream open again
+//!    └───────────────────┴────────── Stale ◀──────────┘─┘
+//!                                    no hub, or no OPA
+//! ```
+//!
+//! Every way out of Live leads to asking OPA what it holds, and from there on: there is one path for the start, for
+//! a restart of OPA, of the agent or of the hub.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use opa_hub_proto::frame::{DELTA_EVENT, POLICY_EVENT, Policy};
+use opa_hub_proto::reconcile::Reconcile;
+use opa_hub_proto::revision::{Digest, Revision, modules_digest};
+use opa_hub_proto::sse::Message;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::apply::{self, Applier, Modules};
+use crate::archive::{self, Chunks, Piece};
+use crate::config::{Delivery, OPA_POLL, RETRY_FIRST, RETRY_MAX};
+use crate::local::Local;
+use crate::marker::Marker;
+use crate::pull::{self, Hubs, Stream};
+use crate::status::Status;
+use crate::{config, opa};
+
+/// See the module's text.
+pub struct Replica {
+    applier: Applier,
+    hubs: Hubs,
+    delivery: Delivery,
+    local: Local,
+    status: Status,
+}
+
+/// What ends a session.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    /// The hub gave nothing.
+    #[error(transparent)]
+    Hub(#[from] pull::Error),
+    /// OPA, or what was to be applied to it.
+    #[error(transparent)]
+    Apply(#[from] apply::Error),
+    /// OPA no longer holds what it held: it restarted.
+    #[error("OPA holds something else than it was given: it restarted, or somebody else writes to it")]
+    OpaChanged,
+}
+
+impl From<opa::Error> for Trouble {
+    fn from(error: opa::Error) -> Self {
+        Self::Apply(error.into())
+    }
+}
+
+/// What OPA holds and what the hub said.
+struct Held {
+    marker: Marker,
+    /// The modules' digest that the hub said: the marker has another one while OPA refuses some.
+    modules: Digest,
+    /// Texts that OPA refuses.
+    refused: BTreeMap<String, String>,
+}
+
+impl Held {
+    fn revision(&self) -> Revision {
+        Revision { modules: self.modules, data: self.marker.data_digest() }
+    }
+}
+
+impl Replica {
+    /// A replica that does nothing yet.
+    pub fn new(config: &config::Config, local: Local, status: Status) -> anyhow::Result<Self> {
+        let opa = opa::Opa::new(config.opa.clone())?;
+        Ok(Self {
+            applier: Applier { opa, bundle: config.bundle.clone() },
+            hubs: Hubs::new(config.hubs.clone(), config.bundle.clone())?,
+            delivery: config.delivery,
+            local,
+            status,
+        })
+    }
+
+    /// Keeps OPA in step, for ever.
+    pub async fn run(mut self) {
+        let mut opa_pause = RETRY_FIRST;
+        let mut distrust = false;
+        loop {
+            let Err(trouble) = self.session(std::mem::take(&mut distrust)).await;
+            self.status.with(|state| {
+                state.unconnected.get_or_insert_with(Instant::now);
+                state.failure = Some(trouble.to_string());
+            });
+            match trouble {
+                Trouble::OpaChanged => {
+                    tracing::warn!("{trouble}");
+                    self.status.with(|state| state.held = None);
+                }
+                Trouble::Hub(error) => {
+                    tracing::warn!(hub = %self.hubs.current(), %error, "no stream");
+                    self.hubs.fail_over().await;
+                }
+                Trouble::Apply(apply::Error::Opa(
+                    error @ (opa::Error::Unreachable(_) | opa::Error::Refused { .. }),
+                )) => {
+                    tracing::warn!(%error, "waiting for OPA");
+                    self.status.with(|state| state.held = None);
+                    tokio::time::sleep(opa_pause.mul_f64(fastrand::f64())).await;
+                    opa_pause = (opa_pause * 2).min(OPA_RETRY_MAX);
+                    continue;
+                }
+                Trouble::Apply(error) => {
+                    tracing::warn!(%error, "repairing");
+                    distrust = true;
+                    self.hubs.fail_over().await;
+                }
+            }
+            opa_pause = RETRY_FIRST;
+        }
+    }
+
+    /// From asking OPA what it holds to whatever ends that. `distrust`: what the marker says of a revision is not
+    /// believed; its digests are sent to the hub instead.
+    async fn session(&mut self, distrust: bool) -> Result<std::convert::Infallible, Trouble> {
+        let found = self.applier.opa.marker(&self.applier.bundle).await?;
+        let whole = found.as_ref().filter(|marker| self.believed(marker).is_some());
+        self.status.with(|state| {
+            state.held = whole.and_then(|marker| marker.revision);
+            // An agent that restarted knows what the hub said from OPA.
+            state.said = state.said.or(state.held);
+        });
+        if self.delivery == Delivery::Bundle {
+            self.refresh_policy_bundle().await?;
+        }
+        let mut held = match found {
+            None => self.load().await?,
+            Some(marker) => match self.believed(&marker).filter(|_| !distrust) {
+                Some(modules) => Held { marker, modules, refused: BTreeMap::new() },
+                None => self.reconcile(&marker).await?,
+            },
+        };
+        let stream = loop {
+            self.note(&held);
+            match self.hubs.stream(held.revision()).await? {
+                Some(stream) => break stream,
+                None => held = self.reconcile(&held.marker).await?,
+            }
+        };
+        self.hubs.settle();
+        tracing::info!(hub = %self.hubs.current(), revision = %held.revision(), "following");
+        self.status.with(|state| (state.unconnected, state.failure) = (None, None));
+        self.follow(stream, held).await
+    }
+
+    async fn follow(
+        &mut self,
+        mut stream: Stream,
+        mut held: Held,
+    ) -> Result<std::convert::Infallible, Trouble> {
+        let mut poll = tokio::time::interval(OPA_POLL);
+        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                message = stream.next() => {
+                    if let Message::Event { event, data, .. } = message? {
+                        self.apply(&mut held, &event, &data).await?;
+                        self.note(&held);
+                    }
+                }
+                _ = poll.tick() => {
+                    let holds = self.applier.opa.revision(&self.applier.bundle).await?;
+                    if holds != held.marker.revision {
+                        return Err(Trouble::OpaChanged);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn apply(&mut self, held: &mut Held, event: &str, data: &[u8]) -> Result<(), Trouble> {
+        match event {
+            DELTA_EVENT => self.applier.delta(&mut held.marker, data).await?,
+            POLICY_EVENT => {
+                let policy: Policy = serde_json::from_slice(data).map_err(apply::Error::from)?;
+                if policy.from != held.modules {
+                    return Err(apply::Error::NotHeld { from: policy.from, held: held.modules }.into());
+                }
+                match self.delivery {
+                    Delivery::Rest => {
+                        held.modules = policy.to;
+                        let (put, remove) = Applier::pending(policy, &held.refused);
+                        self.put_modules(held, put, &remove).await?;
+                    }
+                    Delivery::Bundle => {
+                        self.refresh_policy_bundle().await?;
+                        self.mark_modules(held).await?;
+                        // The newest policies may be newer than this event says: what leads there is then skipped
+                        // by starting again from there.
+                        if held.modules != policy.to {
+                            return Err(pull::Error::Closed.into());
+                        }
+                    }
+                }
+            }
+            // A hub newer than this agent may say more.
+            _ => return Ok(()),
+        }
+        self.status.with(|state| state.done.frames += 1);
+        Ok(())
+    }
+
+    /// Loads an OPA that has no marker.
+    async fn load(&mut self) -> Result<Held, Trouble> {
+        let started = Instant::now();
+        let mut pieces = archive::read(self.hubs.data().await?);
+        let (marker, _) = self.applier.archive(None, self.modules_served(), &mut pieces).await?;
+        let mut held = Held { modules: self.modules_served(), marker, refused: BTreeMap::new() };
+        if self.delivery == Delivery::Rest {
+            let found = modules_of(self.hubs.policy().await?).await?;
+            self.take_modules(&mut held, found).await?;
+        }
+        self.status.with(|state| state.done.snapshots += 1);
+        tracing::info!(revision = %held.revision(), took = ?started.elapsed(), "loaded OPA");
+        Ok(held)
+    }
+
+    /// Gives OPA what the digests in its marker say that it lacks.
+    async fn reconcile(&mut self, marker: &Marker) -> Result<Held, Trouble> {
+        let started = Instant::now();
+        let modules = match self.delivery {
+            Delivery::Rest => Some(marker.modules().map(|(id, digest)| (id.to_owned(), digest)).collect()),
+            Delivery::Bundle => None,
+        };
+        let request = Reconcile { dirs: marker.dirs.clone(), modules };
+        let mut pieces = archive::read(self.hubs.reconcile(&request).await?);
+        let modules = match self.delivery {
+            Delivery::Rest => marker.modules_digest(),
+            Delivery::Bundle => self.modules_served(),
+        };
+        let (marker, found) = self.applier.archive(Some(marker), modules, &mut pieces).await?;
+        let mut held = Held { marker, modules, refused: BTreeMap::new() };
+        if self.delivery == Delivery::Rest {
+            self.take_modules(&mut held, found).await?;
+        }
+        self.status.with(|state| state.done.reconciles += 1);
+        tracing::info!(revision = %held.revision(), took = ?started.elapsed(), "reconciled OPA");
+        Ok(held)
+    }
+
+    async fn take_modules(&mut self, held: &mut Held, found: Modules) -> Result<(), Trouble> {
+        let all = found.all.ok_or(apply::Error::NoHead)?;
+        held.modules = modules_digest(all.iter().map(|(id, digest)| (id.as_str(), *digest)));
+        let remove = held.marker.modules.keys().filter(|id| !all.contains_key(*id)).cloned().collect();
+        self.put_modules(held, found.put, &remove).await
+    }
+
+    async fn put_modules(
+        &mut self,
+        held: &mut Held,
+        put: BTreeMap<String, String>,
+        remove: &BTreeSet<String>,
+    ) -> Result<(), Trouble> {
+        let refused = self.applier.modules(&mut held.marker, &put, remove).await?;
+        held.refused = put.into_iter().filter(|(id, _)| refused.contains_key(id)).collect();
+        self.status.with(|state| state.refused = refused);
+        Ok(())
+    }
+
+    async fn refresh_policy_bundle(&mut self) -> Result<(), Trouble> {
+        if let Some(policy) = self.hubs.policy_bundle(self.local.served().as_deref()).await? {
+            self.local.serve(policy);
+        }
+        Ok(())
+    }
+
+    /// Writes into the marker which policy bundle OPA is offered.
+    async fn mark_modules(&mut self, held: &mut Held) -> Result<(), Trouble> {
+        held.modules = self.modules_served();
+        held.marker.revision = Some(held.revision());
+        let mut patch = opa_hub_proto::patch::PatchWriter::default();
+        held.marker.write(&mut patch, &self.applier.bundle);
+        Ok(self.applier.opa.patch(patch.into_array()).await?)
+    }
+
+    /// The modules' digest that a stream may resume from, when the marker tells of a whole revision.
+    fn believed(&self, marker: &Marker) -> Option<Digest> {
+        let revision = marker.revision.filter(|revision| revision.data == marker.data_digest())?;
+        let whole = match self.delivery {
+            Delivery::Rest => {
+                marker.modules.values().all(Option::is_some) && revision.modules == marker.modules_digest()
+            }
+            Delivery::Bundle => revision.modules == self.modules_served(),
+        };
+        whole.then_some(revision.modules)
+    }
+
+    fn modules_served(&self) -> Digest {
+        self.local.served().and_then(|etag| etag.parse().ok()).unwrap_or_else(|| modules_digest([]))
+    }
+
+    fn note(&self, held: &Held) {
+        self.status.with(|state| {
+            state.said = Some(held.revision());
+            state.held = held.marker.revision;
+        });
+    }
+}
+
+/// The modules of a policy archive.
+async fn modules_of(chunks: Chunks) -> Result<Modules, apply::Error> {
+    let mut pieces = archive::read(chunks);
+    let mut found = Modules::default();
+    while let Some(piece) = pieces.recv().await {
+        match piece? {
+            Piece::Head(head) => found.all = head.modules,
+            Piece::Module { id, text } => _ = found.put.insert(id, text),
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+/// OPA starts within a second; it is looked for often, since until then nothing is decided.
+const OPA_RETRY_MAX: Duration = Duration::from_millis(500);
+const _: () = assert!(OPA_RETRY_MAX.as_millis() <= RETRY_MAX.as_millis());

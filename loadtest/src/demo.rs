@@ -1,0 +1,106 @@
+//! The hands-on: a policy, an edit, a pod, data, an OPA that dies, each on real components, with its time.
+
+use std::time::{Duration, Instant};
+
+use opa_hub_loadtest::cluster::{Cluster, DATA, POLICY};
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa};
+use serde_json::{Value, json};
+
+const NAMESPACE: &str = "opa-policy";
+const ONLY_ADMIN: &str = "package example\n\ndefault allow := false\n\nallow if input.user == \"admin\"\n";
+const GUEST_TOO: &str = "package example\n\ndefault allow := false\n\nallow if input.user == \"admin\"\n\nallow if input.user == \"guest\"\n";
+const ROLES: &str = r#"{"admin": ["read", "write"], "guest": ["read"]}"#;
+
+/// Runs the steps, printing each with its result; ends by itself.
+pub(crate) async fn run() -> anyhow::Result<()> {
+    let started = Instant::now();
+    let plane = ControlPlane::start().await?;
+    step("a control plane: etcd and kube-apiserver", &"up", Some(started.elapsed()));
+    let cluster = Cluster { client: plane.client().await? };
+    cluster.namespace(NAMESPACE).await?;
+
+    let dir = plane.dir.path();
+    let kubeconfig = plane.kubeconfig.display().to_string();
+    let started = Instant::now();
+    let hub =
+        Hub::start(dir, &["--kubeconfig", &kubeconfig, "--namespaces", NAMESPACE, "--replicate", "v1/pods"])
+            .await?;
+    step("a hub, watching policies and data in opa-policy, and all pods", &hub.url, Some(started.elapsed()));
+    let mut opa = Opa::start(&plane.assets, dir, None, &[]).await?;
+    let address = Agent::address()?;
+    let started = Instant::now();
+    let mut agent = Agent::start(dir, &address, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
+    agent.wait_ready().await?;
+    step("an OPA, and an agent beside it", &"in step", Some(started.elapsed()));
+
+    let started = Instant::now();
+    cluster.configmap(NAMESPACE, "example", Some(POLICY), &[("policy.rego", ONLY_ADMIN)]).await?;
+    decide(&opa, "admin", true).await?;
+    step(
+        "kubectl create configmap example, labelled as policy: allow for admin",
+        &true,
+        Some(started.elapsed()),
+    );
+    decide(&opa, "guest", false).await?;
+    step("allow for guest", &false, None);
+
+    let started = Instant::now();
+    cluster.configmap(NAMESPACE, "example", Some(POLICY), &[("policy.rego", GUEST_TOO)]).await?;
+    decide(&opa, "guest", true).await?;
+    step("an edit that lets guest in: allow for guest", &true, Some(started.elapsed()));
+
+    let started = Instant::now();
+    cluster.pod("default", "web-1", &[("app", "web")]).await?;
+    let path = "/kubernetes/pods/default/web-1/metadata/labels";
+    reads(&opa, path, &json!({ "app": "web" })).await?;
+    step(
+        "kubectl create pod web-1: data.kubernetes.pods.default[\"web-1\"].metadata.labels",
+        &opa.data(path).await?,
+        Some(started.elapsed()),
+    );
+
+    let started = Instant::now();
+    cluster.configmap(NAMESPACE, "role-data", Some(DATA), &[("roles.json", ROLES)]).await?;
+    let path = "/opa-policy/role-data/roles.json";
+    reads(&opa, path, &serde_json::from_str(ROLES)?).await?;
+    step(
+        "kubectl create configmap role-data: data[\"opa-policy\"][\"role-data\"][\"roles.json\"]",
+        &opa.data(path).await?,
+        Some(started.elapsed()),
+    );
+
+    opa.process = None;
+    step("kill -9 OPA", &"gone", None);
+    opa.restart().await?;
+    let started = Instant::now();
+    decide(&opa, "guest", true).await?;
+    reads(&opa, path, &serde_json::from_str(ROLES)?).await?;
+    step("OPA is back, empty: policies and data again", &"all there", Some(started.elapsed()));
+    println!("done");
+    Ok(())
+}
+
+async fn decide(opa: &Opa, user: &str, expected: bool) -> anyhow::Result<()> {
+    let input = json!({ "user": user });
+    eventually(format!("allow for {user}"), async || {
+        let found = opa.decide("/example/allow", &input).await.map_err(|error| error.to_string())?;
+        equal(&found, &Value::Bool(expected))
+    })
+    .await?;
+    Ok(())
+}
+
+async fn reads(opa: &Opa, path: &str, expected: &Value) -> anyhow::Result<()> {
+    eventually(format!("data at {path}"), async || {
+        let found = opa.data(path).await.map_err(|error| error.to_string())?;
+        equal(&found, expected)
+    })
+    .await?;
+    Ok(())
+}
+
+fn step(what: &str, result: &dyn std::fmt::Display, took: Option<Duration>) {
+    let took = took.map(|took| format!(" ({:.0} ms)", took.as_secs_f64() * 1000.0)).unwrap_or_default();
+    println!("{what}\n    → {result}{took}");
+}

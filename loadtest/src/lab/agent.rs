@@ -1,0 +1,106 @@
+//! An agent as a process of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context;
+use reqwest::Client;
+use serde_json::{Value, json};
+
+use super::free_port;
+use super::process::{Process, program};
+use crate::eventually::eventually;
+
+/// How policies reach OPA.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Delivery {
+    /// One PUT a module.
+    Rest,
+    /// A bundle that OPA loads from the agent.
+    Bundle,
+}
+
+/// An agent, running or stopped.
+pub struct Agent {
+    /// The process.
+    pub process: Option<Process>,
+    /// `http://127.0.0.1:PORT`.
+    pub url: String,
+    http: Client,
+    dir: PathBuf,
+    args: Vec<String>,
+}
+
+impl Agent {
+    /// An address for an agent that is to be started.
+    pub fn address() -> anyhow::Result<String> {
+        Ok(format!("127.0.0.1:{}", free_port()?))
+    }
+
+    /// What an OPA beside an agent at `address` is configured with, so that it loads its policies from there.
+    pub fn opa_config(address: &str) -> Value {
+        let bundle = |resource: &str| {
+            let polling =
+                json!({ "long_polling_timeout_seconds": 10, "min_delay_seconds": 1, "max_delay_seconds": 1 });
+            json!({ "service": "agent", "resource": resource, "polling": polling })
+        };
+        json!({
+            "services": { "agent": { "url": format!("http://{address}") } },
+            "bundles": { "main": bundle("bundles/main"), "data": bundle("bundles/main/data-only") },
+        })
+    }
+
+    /// Starts an agent at `address` for the OPA at `opa`.
+    pub fn start(
+        dir: &Path,
+        address: &str,
+        hubs: &[&str],
+        opa: &str,
+        delivery: Delivery,
+        args: &[&str],
+    ) -> anyhow::Result<Self> {
+        let delivery = if delivery == Delivery::Rest { "rest" } else { "bundle" };
+        let mut all: Vec<String> =
+            ["--hub", &hubs.join(","), "--opa-url", &format!("{opa}/v1")].map(Into::into).into();
+        all.extend(["--listen", address, "--policy-delivery", delivery].map(Into::into));
+        all.extend(args.iter().map(|arg| (*arg).to_owned()));
+        let http = Client::builder().no_proxy().build()?;
+        let mut agent =
+            Self { process: None, url: format!("http://{address}"), http, dir: dir.to_owned(), args: all };
+        agent.spawn()?;
+        Ok(agent)
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        self.process = None;
+    }
+
+    /// Starts it again.
+    pub fn spawn(&mut self) -> anyhow::Result<()> {
+        self.process = None;
+        let mut command = Command::new(program("opa-hub-agent")?);
+        let name = format!("opa-hub-agent-{}", self.url.rsplit(':').next().unwrap_or_default());
+        self.process = Some(Process::start(&name, &self.dir, command.args(&self.args))?);
+        Ok(())
+    }
+
+    /// What it says of itself.
+    pub async fn status(&self) -> anyhow::Result<Value> {
+        let answer = self.http.get(format!("{}/v1/status", self.url)).send().await?;
+        Ok(serde_json::from_slice(&answer.bytes().await?)?)
+    }
+
+    /// Waits until `/readyz` says so.
+    pub async fn wait_ready(&mut self) -> anyhow::Result<()> {
+        let process = self.process.as_mut().context("the agent was started")?;
+        eventually("the agent is ready", async || {
+            process.check().map_err(|error| format!("{error:#}"))?;
+            let answer =
+                self.http.get(format!("{}/readyz", self.url)).send().await.map_err(|e| e.to_string())?;
+            if answer.status().is_success() { Ok(()) } else { Err(answer.text().await.unwrap_or_default()) }
+        })
+        .await
+        .map(drop)
+    }
+}

@@ -1,0 +1,164 @@
+//! The control plane: etcd and kube-apiserver, or the cluster that the environment names.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail};
+use k8s_openapi::api::core::v1::Namespace;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use tempfile::TempDir;
+
+use super::etcd::Etcd;
+use super::process::Process;
+use super::{assets, free_port};
+use crate::eventually::eventually;
+
+/// A user with no rights but those that a test grants.
+pub const PLAIN_USER: &str = "plain";
+
+/// A running control plane.
+pub struct ControlPlane {
+    /// For everything that belongs to it.
+    pub dir: TempDir,
+    /// The folder of the components.
+    pub assets: PathBuf,
+    /// For an administrator.
+    pub kubeconfig: PathBuf,
+    /// For [`PLAIN_USER`]; none in a cluster that was there before.
+    pub plain_kubeconfig: Option<PathBuf>,
+    own: Option<Own>,
+}
+
+/// What we started ourselves.
+struct Own {
+    apiserver: Option<Process>,
+    etcd: Etcd,
+    port: u16,
+}
+
+impl ControlPlane {
+    /// Starts a control plane, or takes the cluster that `KUBECONFIG` names when `USE_EXISTING_CLUSTER=true`.
+    pub async fn start() -> anyhow::Result<Self> {
+        super::init();
+        let assets = tokio::task::spawn_blocking(assets::folder).await??;
+        let dir = TempDir::with_prefix("opa-hub-lab-")?;
+        if std::env::var("USE_EXISTING_CLUSTER").is_ok_and(|value| value == "true") {
+            let kubeconfig =
+                std::env::var_os("KUBECONFIG").context("USE_EXISTING_CLUSTER=true needs KUBECONFIG")?;
+            return Ok(Self {
+                dir,
+                assets,
+                kubeconfig: kubeconfig.into(),
+                plain_kubeconfig: None,
+                own: None,
+            });
+        }
+        let port = free_port()?;
+        credentials(dir.path())?;
+        let kubeconfig = kubeconfig(dir.path(), port, "admin")?;
+        let plain = self::kubeconfig(dir.path(), port, PLAIN_USER)?;
+        let etcd = Etcd::start(&assets, dir.path())?;
+        let own = Own { apiserver: None, etcd, port };
+        let mut plane = Self { dir, assets, kubeconfig, plain_kubeconfig: Some(plain), own: Some(own) };
+        plane.start_apiserver().await?;
+        Ok(plane)
+    }
+
+    /// A client with an administrator's rights.
+    pub async fn client(&self) -> anyhow::Result<Client> {
+        let file = Kubeconfig::read_from(&self.kubeconfig)?;
+        let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
+        Ok(Client::try_from(config)?)
+    }
+
+    /// Whether [`stop_apiserver`](Self::stop_apiserver) is possible.
+    pub fn is_own(&self) -> bool {
+        self.own.is_some()
+    }
+
+    /// Kills the API server; etcd keeps running.
+    pub fn stop_apiserver(&mut self) {
+        if let Some(own) = &mut self.own {
+            own.apiserver = None;
+        }
+    }
+
+    /// Starts the API server and waits until it serves.
+    pub async fn start_apiserver(&mut self) -> anyhow::Result<()> {
+        let Some(own) = &mut self.own else {
+            bail!("this cluster was there before; it is not ours to restart")
+        };
+        let dir = self.dir.path();
+        let file = |name: &str| dir.join(name).display().to_string();
+        let mut command = Command::new(self.assets.join("kube-apiserver"));
+        command.arg(format!("--etcd-servers={}", own.etcd.url));
+        command.args([
+            "--bind-address=127.0.0.1",
+            "--advertise-address=127.0.0.1",
+            &format!("--secure-port={}", own.port),
+            &format!("--cert-dir={}", file("certificates")),
+            &format!("--tls-cert-file={}", file("server.crt")),
+            &format!("--tls-private-key-file={}", file("server.key")),
+            "--service-account-issuer=https://lab",
+            &format!("--service-account-key-file={}", file("accounts.key")),
+            &format!("--service-account-signing-key-file={}", file("accounts.key")),
+            "--service-cluster-ip-range=10.0.0.0/24",
+            &format!("--token-auth-file={}", file("tokens.csv")),
+            "--authorization-mode=RBAC",
+            "--disable-admission-plugins=ServiceAccount",
+        ]);
+        let mut process = Process::start("kube-apiserver", dir, &mut command)?;
+        let client = self.client().await?;
+        eventually("the API server serves", async || {
+            process.check().map_err(|error| format!("{error:#}"))?;
+            let ready = http_get(&client, "/readyz").await?;
+            Api::<Namespace>::all(client.clone()).get("default").await.map_err(|error| error.to_string())?;
+            Ok::<_, String>(ready)
+        })
+        .await?;
+        self.own.as_mut().context("it is ours")?.apiserver = Some(process);
+        Ok(())
+    }
+}
+
+async fn http_get(client: &Client, path: &str) -> Result<String, String> {
+    let request = http::Request::get(path).body(Vec::new()).map_err(|error| error.to_string())?;
+    client.request_text(request).await.map_err(|error| error.to_string())
+}
+
+/// Writes the keys, certificates and tokens of a cluster.
+fn credentials(dir: &Path) -> anyhow::Result<()> {
+    let ca_key = KeyPair::generate()?;
+    let mut params = CertificateParams::new(Vec::new())?;
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = params.self_signed(&ca_key)?;
+    let issuer = Issuer::from_params(&params, &ca_key);
+    let key = KeyPair::generate()?;
+    let server =
+        CertificateParams::new(vec!["127.0.0.1".into(), "localhost".into()])?.signed_by(&key, &issuer)?;
+    fs::write(dir.join("server.crt"), server.pem())?;
+    fs::write(dir.join("server.key"), key.serialize_pem())?;
+    fs::write(dir.join("accounts.key"), KeyPair::generate()?.serialize_pem())?;
+    fs::write(
+        dir.join("tokens.csv"),
+        format!("admin,admin,1,system:masters\n{PLAIN_USER},{PLAIN_USER},2\n"),
+    )?;
+    fs::write(dir.join("ca.crt"), ca.pem())?;
+    Ok(())
+}
+
+fn kubeconfig(dir: &Path, port: u16, user: &str) -> anyhow::Result<PathBuf> {
+    let path = dir.join(format!("{user}.kubeconfig"));
+    let authority = dir.join("ca.crt");
+    let text = serde_json::json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "lab",
+        "contexts": [{ "name": "lab", "context": { "cluster": "lab", "user": user } }],
+        "clusters": [{ "name": "lab", "cluster": { "server": format!("https://127.0.0.1:{port}"), "certificate-authority": authority } }],
+        "users": [{ "name": user, "user": { "token": user } }],
+    });
+    fs::write(&path, serde_json::to_vec_pretty(&text)?)?;
+    Ok(path)
+}

@@ -1,0 +1,141 @@
+//! Finds the lab's components, or builds them once from Go modules into a cache folder that every clone shares.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use sha2::{Digest, Sha256};
+
+const GO_MOD: &str = include_str!("../../lab/go.mod");
+const GO_SUM: &str = include_str!("../../lab/go.sum");
+/// The components, each with the Go package that it is built from.
+const COMPONENTS: [(&str, &str); 4] = [
+    ("opa", "github.com/open-policy-agent/opa"),
+    ("etcd", "go.etcd.io/etcd/server/v3"),
+    ("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
+    ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
+];
+/// Between two lines of progress.
+const PROGRESS: Duration = Duration::from_secs(10);
+
+/// The folder that holds `etcd`, `kube-apiserver`, `kubectl` and `opa`. Blocks; the first time it may build for ten
+/// minutes, and says so on stderr.
+pub fn folder() -> anyhow::Result<PathBuf> {
+    let cache = cache()?;
+    let given: Vec<_> = COMPONENTS.iter().map(|(name, _)| given(name)).collect();
+    let key = key(&given);
+    let folder = cache.join(&key);
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    fs::create_dir_all(&cache)
+        .with_context(|| format!("cannot make the lab's folder {}", cache.display()))?;
+    let lock = fs::File::create(cache.join("lock"))?;
+    if lock.try_lock().is_err() {
+        eprintln!("lab: waiting for another process that builds the components");
+        lock.lock()?;
+    }
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    let scratch = cache.join(format!("{key}.partial"));
+    _ = fs::remove_dir_all(&scratch);
+    fs::create_dir_all(&scratch)?;
+    for ((name, package), given) in COMPONENTS.iter().zip(&given) {
+        match given {
+            Some(path) => symlink(path, scratch.join(name))?,
+            None => build(&cache, &scratch, name, package)?,
+        }
+    }
+    fs::rename(&scratch, &folder)?;
+    Ok(folder)
+}
+
+/// A component that the environment already has.
+fn given(name: &str) -> Option<PathBuf> {
+    let is_file = |path: &PathBuf| path.is_file();
+    if name == "opa" {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let bin = std::env::var_os("OPA_BIN").map(PathBuf::from).filter(is_file);
+        return bin.or_else(|| std::env::split_paths(&path).map(|dir| dir.join("opa")).find(is_file));
+    }
+    let assets = std::env::var_os("KUBEBUILDER_ASSETS")?;
+    Some(PathBuf::from(assets).join(name)).filter(is_file)
+}
+
+/// Names what the folder holds: the versions that are built, the paths that are given.
+fn key(given: &[Option<PathBuf>]) -> String {
+    let mut hasher = Sha256::new();
+    hasher.update(GO_MOD);
+    hasher.update(GO_SUM);
+    hasher.update(format!("{given:?}"));
+    hasher.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn cache() -> anyhow::Result<PathBuf> {
+    let of = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let user = || of("XDG_CACHE_HOME").or_else(|| Some(of("HOME")?.join(".cache")));
+    of("OPA_HUB_LAB")
+        .or_else(|| Some(user()?.join("opa-hub").join("lab")))
+        .context("set OPA_HUB_LAB to a folder for the lab's components: there is no HOME")
+}
+
+fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<()> {
+    let module = cache.join("module");
+    fs::create_dir_all(&module)?;
+    fs::write(module.join("go.mod"), GO_MOD)?;
+    fs::write(module.join("go.sum"), GO_SUM)?;
+    let version = version(package)?;
+    // The API server needs a version that parses.
+    let flags = format!("-s -w -X k8s.io/component-base/version.gitVersion={version}");
+    eprintln!("lab: building {name} {version} from its Go module, once");
+    let mut command = Command::new("go");
+    command.current_dir(&module).args(["build", "-v", "-trimpath", "-ldflags", &flags, "-o"]);
+    command.arg(out.join(name)).arg(package);
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+    let mut child = match child {
+        Ok(child) => child,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => bail!(
+            "the lab needs etcd, kube-apiserver, kubectl and opa: install Go {} or newer to have them built, or set KUBEBUILDER_ASSETS to a folder with the first three and OPA_BIN to the fourth",
+            go_version()
+        ),
+        Err(error) => return Err(error).context("cannot run go"),
+    };
+    let started = Instant::now();
+    let mut told = started;
+    let mut packages = 0;
+    let mut last = Vec::new();
+    for line in BufReader::new(child.stderr.take().context("stderr is piped")?).lines() {
+        let line = line?;
+        packages += 1;
+        if told.elapsed() >= PROGRESS {
+            told = Instant::now();
+            eprintln!("lab:   {name}: {packages} packages, {} s, now {line}", started.elapsed().as_secs());
+        }
+        last.push(line);
+        if last.len() > 20 {
+            last.remove(0);
+        }
+    }
+    if !child.wait()?.success() {
+        bail!("cannot build {name} {version}:\n{}", last.join("\n"));
+    }
+    eprintln!("lab:   {name}: done in {} s", started.elapsed().as_secs());
+    Ok(())
+}
+
+/// The version of the module that `package` belongs to, from the first lines of go.mod that require it.
+fn version(package: &str) -> anyhow::Result<&'static str> {
+    let requirements = GO_MOD.lines().filter_map(|line| line.trim().split_once(' '));
+    let mut found =
+        requirements.filter(|(module, version)| package.starts_with(module) && version.starts_with('v'));
+    found.next().map(|(_, version)| version).with_context(|| format!("lab/go.mod requires no {package}"))
+}
+
+fn go_version() -> &'static str {
+    GO_MOD.lines().find_map(|line| line.strip_prefix("go ")).unwrap_or("1.26")
+}

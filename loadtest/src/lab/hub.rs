@@ -1,0 +1,89 @@
+//! A hub as a process of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context;
+use reqwest::Client;
+use serde_json::Value;
+
+use super::free_port;
+use super::process::{Process, program};
+use crate::eventually::eventually;
+
+/// A hub, running or stopped.
+pub struct Hub {
+    /// The process.
+    pub process: Option<Process>,
+    /// `http://127.0.0.1:PORT`.
+    pub url: String,
+    http: Client,
+    dir: PathBuf,
+    args: Vec<String>,
+}
+
+impl Hub {
+    /// Starts a hub with these arguments and waits until it is ready.
+    pub async fn start(dir: &Path, args: &[&str]) -> anyhow::Result<Self> {
+        let mut hub = Self::start_unready(dir, args)?;
+        hub.wait_ready().await?;
+        Ok(hub)
+    }
+
+    /// Starts a hub with these arguments.
+    pub fn start_unready(dir: &Path, args: &[&str]) -> anyhow::Result<Self> {
+        let listen = format!("127.0.0.1:{}", free_port()?);
+        let mut all = vec!["--listen".to_owned(), listen.clone(), "--log-level=debug".to_owned()];
+        all.extend(args.iter().map(|arg| (*arg).to_owned()));
+        let http = Client::builder().no_proxy().build()?;
+        let mut hub =
+            Self { process: None, url: format!("http://{listen}"), http, dir: dir.to_owned(), args: all };
+        hub.spawn()?;
+        Ok(hub)
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        self.process = None;
+    }
+
+    /// Starts it again, at the same address.
+    pub fn spawn(&mut self) -> anyhow::Result<()> {
+        self.process = None;
+        let mut command = Command::new(program("opa-hub")?);
+        self.process = Some(Process::start("opa-hub", &self.dir, command.args(&self.args))?);
+        Ok(())
+    }
+
+    /// Waits until `/readyz` says so.
+    pub async fn wait_ready(&mut self) -> anyhow::Result<()> {
+        let process = self.process.as_mut().context("the hub was started")?;
+        eventually("the hub is ready", async || {
+            process.check().map_err(|error| format!("{error:#}"))?;
+            let answer =
+                self.http.get(format!("{}/readyz", self.url)).send().await.map_err(|e| e.to_string())?;
+            if answer.status().is_success() { Ok(()) } else { Err(answer.text().await.unwrap_or_default()) }
+        })
+        .await
+        .map(drop)
+    }
+
+    /// What a path answers, as JSON.
+    pub async fn json(&self, path: &str) -> anyhow::Result<Value> {
+        let answer = self.http.get(format!("{}{path}", self.url)).send().await?;
+        Ok(serde_json::from_slice(&answer.bytes().await?)?)
+    }
+
+    /// The sum of a metric over its labels.
+    pub async fn metric(&self, name: &str) -> anyhow::Result<u64> {
+        let text = self.http.get(format!("{}/metrics", self.url)).send().await?.text().await?;
+        let samples = text.lines().filter_map(|line| {
+            let rest = line.strip_prefix(name)?;
+            let value = rest.starts_with(['{', ' ']).then(|| rest.rsplit(' ').next())??;
+            value.parse::<u64>().ok()
+        });
+        let samples: Vec<u64> = samples.collect();
+        anyhow::ensure!(!samples.is_empty(), "no metric {name}");
+        Ok(samples.iter().sum())
+    }
+}

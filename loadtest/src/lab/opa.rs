@@ -1,0 +1,98 @@
+//! An OPA as a server on loopback.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context;
+use reqwest::Client;
+use serde_json::{Value, json};
+
+use super::free_port;
+use super::process::Process;
+use crate::eventually::eventually;
+
+/// A running OPA.
+pub struct Opa {
+    /// The process.
+    pub process: Option<Process>,
+    /// `http://127.0.0.1:PORT`.
+    pub url: String,
+    http: Client,
+    program: PathBuf,
+    name: String,
+    dir: PathBuf,
+    args: Vec<String>,
+}
+
+impl Opa {
+    /// Starts OPA; `config` is its configuration, `args` are further arguments.
+    pub async fn start(
+        assets: &Path,
+        dir: &Path,
+        config: Option<&Value>,
+        args: &[&str],
+    ) -> anyhow::Result<Self> {
+        let port = free_port()?;
+        let name = format!("opa-{port}");
+        let mut all: Vec<String> =
+            ["run", "--server", "--log-level", "error", "--disable-telemetry"].map(Into::into).into();
+        all.extend(["--addr".into(), format!("127.0.0.1:{port}")]);
+        if let Some(config) = config {
+            let file = dir.join(format!("{name}.json"));
+            std::fs::write(&file, serde_json::to_vec_pretty(config)?)?;
+            all.extend(["--config-file".into(), file.display().to_string()]);
+        }
+        all.extend(args.iter().map(|arg| (*arg).to_owned()));
+        let mut opa = Self {
+            process: None,
+            url: format!("http://127.0.0.1:{port}"),
+            http: Client::builder().no_proxy().build()?,
+            program: assets.join("opa"),
+            name,
+            dir: dir.to_owned(),
+            args: all,
+        };
+        opa.restart().await?;
+        Ok(opa)
+    }
+
+    /// Starts it (again) and waits until it serves.
+    pub async fn restart(&mut self) -> anyhow::Result<()> {
+        self.process = None;
+        let mut command = Command::new(&self.program);
+        let mut process = Process::start(&self.name, &self.dir, command.args(&self.args))?;
+        eventually("OPA serves", async || {
+            process.check().map_err(|error| format!("{error:#}"))?;
+            self.http.get(format!("{}/health", self.url)).send().await.map_err(|error| error.to_string())
+        })
+        .await?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// The document at `path` below `/v1/data`; `Null` when it is undefined.
+    pub async fn data(&self, path: &str) -> anyhow::Result<Value> {
+        let answer = self.http.get(format!("{}/v1/data{path}", self.url)).send().await?.error_for_status()?;
+        let mut answer: Value = serde_json::from_slice(&answer.bytes().await?)?;
+        Ok(answer["result"].take())
+    }
+
+    /// The decision at `path` for `input`; `Null` when it is undefined.
+    pub async fn decide(&self, path: &str, input: &Value) -> anyhow::Result<Value> {
+        let body = serde_json::to_vec(&json!({ "input": input }))?;
+        let answer = self.http.post(format!("{}/v1/data{path}", self.url)).body(body).send().await?;
+        let mut answer: Value = serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?;
+        Ok(answer["result"].take())
+    }
+
+    /// The ids of its modules, sorted.
+    pub async fn modules(&self) -> anyhow::Result<Vec<String>> {
+        let answer = self.http.get(format!("{}/v1/policies", self.url)).send().await?.error_for_status()?;
+        let answer: Value = serde_json::from_slice(&answer.bytes().await?)?;
+        let list = answer["result"].as_array().context("a list of policies")?;
+        let mut ids: Vec<_> =
+            list.iter().filter_map(|module| Some(module["id"].as_str()?.to_owned())).collect();
+        ids.sort_unstable();
+        Ok(ids)
+    }
+}

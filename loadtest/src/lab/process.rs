@@ -1,0 +1,111 @@
+//! A child process with a log, gone when it is dropped.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, bail};
+
+/// Lines of the log that a failure shows.
+const TAIL: usize = 30;
+
+/// See the module's text.
+pub struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command`, its output appended to `<dir>/<name>.log`.
+    pub fn start(name: &str, dir: &Path, command: &mut Command) -> anyhow::Result<Self> {
+        let log = dir.join(format!("{name}.log"));
+        let file = File::options().create(true).append(true).open(&log)?;
+        let command = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        Ok(Self { name: name.to_owned(), child, log })
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Fails, with the end of its log, when it has ended.
+    pub fn check(&mut self) -> anyhow::Result<()> {
+        match self.child.try_wait()? {
+            None => Ok(()),
+            Some(status) => bail!("{} ended with {status}:\n{}", self.name, self.tail()),
+        }
+    }
+
+    /// Kills it as `kill -9` does, and waits until it is gone.
+    pub fn kill(&mut self) {
+        // Both fail only when it is gone already.
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+
+    /// Whether it runs.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// The end of its log.
+    pub fn tail(&self) -> String {
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<_> = log.lines().collect();
+        lines[lines.len().saturating_sub(TAIL)..].join("\n")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            eprintln!("--- {}\n{}", self.log.display(), self.tail());
+        }
+    }
+}
+
+/// A program of this workspace, built if it is not there or older than its sources.
+pub fn program(name: &str) -> anyhow::Result<PathBuf> {
+    let exe = std::env::current_exe()?;
+    let mut dir = exe.parent().context("a program lies in a folder")?;
+    if dir.ends_with("deps") {
+        dir = dir.parent().context("deps lies in a folder")?;
+    }
+    let path = dir.join(name);
+    let workspace =
+        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("a member lies in the workspace")?;
+    let built = fs::metadata(&path).and_then(|file| file.modified()).ok();
+    let sources =
+        ["Cargo.lock", "proto/src", "hub/src", "agent/src"].map(|part| newest(&workspace.join(part)));
+    let newest = sources.into_iter().flatten().max();
+    if built.is_none() || newest.is_some_and(|newest| built < Some(newest)) {
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.current_dir(workspace).args([
+            "build",
+            "--quiet",
+            "--package",
+            "opa-hub",
+            "--package",
+            "opa-hub-agent",
+        ]);
+        cargo.arg("--target-dir").arg(dir.parent().context("the target folder")?);
+        if dir.ends_with("release") {
+            cargo.arg("--release");
+        }
+        eprintln!("lab: building opa-hub and opa-hub-agent");
+        if !cargo.status().context("cannot run cargo")?.success() {
+            bail!("cannot build {name}");
+        }
+    }
+    Ok(path)
+}
+
+fn newest(path: &Path) -> Option<std::time::SystemTime> {
+    let own = fs::metadata(path).ok()?.modified().ok();
+    let inner = fs::read_dir(path).into_iter().flatten().flatten().filter_map(|entry| newest(&entry.path()));
+    inner.chain(own).max()
+}
