@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use opa_hub_loadtest::cluster::{Cluster, DATA, POLICY};
 use opa_hub_loadtest::eventually::{equal, eventually};
-use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa};
+use opa_hub_loadtest::lab::process::program;
+use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
 const NAMESPACE: &str = "opa-policy";
@@ -14,6 +15,10 @@ const ROLES: &str = r#"{"admin": ["read", "write"], "guest": ["read"]}"#;
 
 /// Runs the steps, printing each with its result; ends by itself.
 pub(crate) async fn run() -> anyhow::Result<()> {
+    for name in ["opa-hub", "opa-hub-agent"] {
+        program(name)?;
+    }
+    tokio::task::spawn_blocking(assets::folder).await??;
     let started = Instant::now();
     let plane = ControlPlane::start().await?;
     step("a control plane: etcd and kube-apiserver", &"up", Some(started.elapsed()));

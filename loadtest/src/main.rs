@@ -2,6 +2,8 @@
 
 mod demo;
 
+use std::process::ExitCode;
+
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use opa_hub_loadtest::lab::{ControlPlane, assets};
@@ -26,7 +28,17 @@ enum Command {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("opa-hub-loadtest: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Assets => {
             println!("{}", tokio::task::spawn_blocking(assets::folder).await??.display());

@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 
 use super::free_port;
 use super::process::{Process, program};
-use crate::eventually::eventually;
 
 /// How policies reach OPA.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,13 +93,11 @@ impl Agent {
     /// Waits until `/readyz` says so.
     pub async fn wait_ready(&mut self) -> anyhow::Result<()> {
         let process = self.process.as_mut().context("the agent was started")?;
-        eventually("the agent is ready", async || {
-            process.check().map_err(|error| format!("{error:#}"))?;
+        let ready = async || {
             let answer =
                 self.http.get(format!("{}/readyz", self.url)).send().await.map_err(|e| e.to_string())?;
             if answer.status().is_success() { Ok(()) } else { Err(answer.text().await.unwrap_or_default()) }
-        })
-        .await
-        .map(drop)
+        };
+        process.until("the agent is ready", ready).await
     }
 }

@@ -14,7 +14,6 @@ use tempfile::TempDir;
 use super::etcd::Etcd;
 use super::process::Process;
 use super::{assets, free_port};
-use crate::eventually::eventually;
 
 /// A user with no rights but those that a test grants.
 pub const PLAIN_USER: &str = "plain";
@@ -44,7 +43,8 @@ impl ControlPlane {
     pub async fn start() -> anyhow::Result<Self> {
         super::init();
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
-        let dir = TempDir::with_prefix("opa-hub-lab-")?;
+        let mut dir = TempDir::with_prefix("opa-hub-lab-")?;
+        dir.disable_cleanup(std::env::var_os("OPA_HUB_LAB_KEEP").is_some());
         if std::env::var("USE_EXISTING_CLUSTER").is_ok_and(|value| value == "true") {
             let kubeconfig =
                 std::env::var_os("KUBECONFIG").context("USE_EXISTING_CLUSTER=true needs KUBECONFIG")?;
@@ -97,13 +97,13 @@ impl ControlPlane {
         command.arg(format!("--etcd-servers={}", own.etcd.url));
         command.args([
             "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",
+            "--endpoint-reconciler-type=none",
             &format!("--secure-port={}", own.port),
             &format!("--cert-dir={}", file("certificates")),
             &format!("--tls-cert-file={}", file("server.crt")),
             &format!("--tls-private-key-file={}", file("server.key")),
             "--service-account-issuer=https://lab",
-            &format!("--service-account-key-file={}", file("accounts.key")),
+            &format!("--service-account-key-file={}", file("accounts.pub")),
             &format!("--service-account-signing-key-file={}", file("accounts.key")),
             "--service-cluster-ip-range=10.0.0.0/24",
             &format!("--token-auth-file={}", file("tokens.csv")),
@@ -112,13 +112,12 @@ impl ControlPlane {
         ]);
         let mut process = Process::start("kube-apiserver", dir, &mut command)?;
         let client = self.client().await?;
-        eventually("the API server serves", async || {
-            process.check().map_err(|error| format!("{error:#}"))?;
+        let serves = async || {
             let ready = http_get(&client, "/readyz").await?;
             Api::<Namespace>::all(client.clone()).get("default").await.map_err(|error| error.to_string())?;
             Ok::<_, String>(ready)
-        })
-        .await?;
+        };
+        process.until("the API server serves", serves).await?;
         self.own.as_mut().context("it is ours")?.apiserver = Some(process);
         Ok(())
     }
@@ -141,7 +140,9 @@ fn credentials(dir: &Path) -> anyhow::Result<()> {
         CertificateParams::new(vec!["127.0.0.1".into(), "localhost".into()])?.signed_by(&key, &issuer)?;
     fs::write(dir.join("server.crt"), server.pem())?;
     fs::write(dir.join("server.key"), key.serialize_pem())?;
-    fs::write(dir.join("accounts.key"), KeyPair::generate()?.serialize_pem())?;
+    let accounts = KeyPair::generate()?;
+    fs::write(dir.join("accounts.key"), accounts.serialize_pem())?;
+    fs::write(dir.join("accounts.pub"), accounts.public_key_pem())?;
     fs::write(
         dir.join("tokens.csv"),
         format!("admin,admin,1,system:masters\n{PLAIN_USER},{PLAIN_USER},2\n"),

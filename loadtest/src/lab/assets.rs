@@ -73,7 +73,7 @@ fn key(given: &[Option<PathBuf>]) -> String {
     hasher.update(GO_MOD);
     hasher.update(GO_SUM);
     hasher.update(format!("{given:?}"));
-    hasher.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+    hasher.finalize().iter().take(6).fold(String::new(), |key, byte| format!("{key}{byte:02x}"))
 }
 
 fn cache() -> anyhow::Result<PathBuf> {
@@ -130,10 +130,13 @@ fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<
 
 /// The version of the module that `package` belongs to, from the first lines of go.mod that require it.
 fn version(package: &str) -> anyhow::Result<&'static str> {
-    let requirements = GO_MOD.lines().filter_map(|line| line.trim().split_once(' '));
-    let mut found =
-        requirements.filter(|(module, version)| package.starts_with(module) && version.starts_with('v'));
-    found.next().map(|(_, version)| version).with_context(|| format!("lab/go.mod requires no {package}"))
+    let mut requirements = GO_MOD.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        Some((words.next()?, words.next()?))
+    });
+    let found =
+        requirements.find(|(module, version)| package.starts_with(module) && version.starts_with('v'));
+    found.map(|(_, version)| version).with_context(|| format!("lab/go.mod requires no {package}"))
 }
 
 fn go_version() -> &'static str {

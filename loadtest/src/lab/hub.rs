@@ -9,7 +9,6 @@ use serde_json::Value;
 
 use super::free_port;
 use super::process::{Process, program};
-use crate::eventually::eventually;
 
 /// A hub, running or stopped.
 pub struct Hub {
@@ -58,14 +57,12 @@ impl Hub {
     /// Waits until `/readyz` says so.
     pub async fn wait_ready(&mut self) -> anyhow::Result<()> {
         let process = self.process.as_mut().context("the hub was started")?;
-        eventually("the hub is ready", async || {
-            process.check().map_err(|error| format!("{error:#}"))?;
+        let ready = async || {
             let answer =
                 self.http.get(format!("{}/readyz", self.url)).send().await.map_err(|e| e.to_string())?;
             if answer.status().is_success() { Ok(()) } else { Err(answer.text().await.unwrap_or_default()) }
-        })
-        .await
-        .map(drop)
+        };
+        process.until("the hub is ready", ready).await
     }
 
     /// What a path answers, as JSON.

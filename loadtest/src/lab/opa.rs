@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 
 use super::free_port;
 use super::process::Process;
-use crate::eventually::eventually;
 
 /// A running OPA.
 pub struct Opa {
@@ -61,11 +60,8 @@ impl Opa {
         self.process = None;
         let mut command = Command::new(&self.program);
         let mut process = Process::start(&self.name, &self.dir, command.args(&self.args))?;
-        eventually("OPA serves", async || {
-            process.check().map_err(|error| format!("{error:#}"))?;
-            self.http.get(format!("{}/health", self.url)).send().await.map_err(|error| error.to_string())
-        })
-        .await?;
+        let serves = async || self.http.get(format!("{}/health", self.url)).send().await;
+        process.until("OPA serves", serves).await?;
         self.process = Some(process);
         Ok(())
     }

@@ -1,10 +1,13 @@
 //! A child process with a log, gone when it is dropped.
 
+use std::fmt::Display;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, bail};
+
+use crate::eventually::eventually;
 
 /// Lines of the log that a failure shows.
 const TAIL: usize = 30;
@@ -31,12 +34,22 @@ impl Process {
         self.child.id()
     }
 
-    /// Fails, with the end of its log, when it has ended.
-    pub fn check(&mut self) -> anyhow::Result<()> {
-        match self.child.try_wait()? {
-            None => Ok(()),
-            Some(status) => bail!("{} ended with {status}:\n{}", self.name, self.tail()),
-        }
+    /// Tries until it succeeds; fails at once, with the end of its log, when the process ends.
+    pub async fn until<T, E: Display>(
+        &mut self,
+        what: &str,
+        mut attempt: impl AsyncFnMut() -> Result<T, E>,
+    ) -> anyhow::Result<T> {
+        let ended = std::cell::Cell::new(None);
+        let attempt = async || match self.child.try_wait() {
+            Ok(None) => attempt().await.map(Some).map_err(|error| error.to_string()),
+            // Success, so that nobody waits on.
+            Ok(Some(status)) => Ok(ended.replace(Some(status)).and(None)),
+            Err(error) => Err(error.to_string()),
+        };
+        let (value, _) = eventually(what, attempt).await?;
+        let tail = || format!("{what}: {} ended with {:?}:\n{}", self.name, ended.get(), self.tail());
+        value.with_context(tail)
     }
 
     /// Kills it as `kill -9` does, and waits until it is gone.

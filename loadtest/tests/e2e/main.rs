@@ -1,0 +1,5 @@
+//! End to end on real components: what reaches OPA, by each of the three ways, whatever is killed meanwhile.
+
+mod ways;
+
+mod world;

@@ -1,0 +1,122 @@
+//! A cluster, a hub, and one OPA that gets everything by one of the three ways.
+
+use std::path::Path;
+
+use opa_hub_loadtest::cluster::Cluster;
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa};
+use serde_json::{Value, json};
+
+/// How an OPA consumes the hub's work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Way {
+    /// OPA's own bundle client at the bundle URL.
+    Direct,
+    /// An agent that puts policies one by one.
+    Rest,
+    /// An agent that serves the policies as a bundle.
+    Bundle,
+}
+
+pub(crate) struct World {
+    pub(crate) plane: ControlPlane,
+    pub(crate) cluster: Cluster,
+    pub(crate) hub: Hub,
+    pub(crate) opa: Opa,
+    pub(crate) agent: Option<Agent>,
+    pub(crate) way: Way,
+}
+
+impl World {
+    pub(crate) async fn start(way: Way, hub_flags: &[&str]) -> anyhow::Result<Self> {
+        let plane = ControlPlane::start().await?;
+        let cluster = Cluster { client: plane.client().await? };
+        let dir = plane.dir.path();
+        let kubeconfig = plane.kubeconfig.display().to_string();
+        let flags: Vec<_> = ["--kubeconfig", &kubeconfig].iter().chain(hub_flags).copied().collect();
+        let hub = Hub::start(dir, &flags).await?;
+        let (opa, agent) = consumer(way, &plane.assets, dir, &hub).await?;
+        Ok(Self { plane, cluster, hub, opa, agent, way })
+    }
+
+    /// Waits until the decision is as expected; `Null`: undefined.
+    pub(crate) async fn decides(&self, path: &str, input: Value, expected: Value) -> anyhow::Result<()> {
+        eventually(format!("{:?}: {path} for {input}", self.way), async || {
+            let found = self.opa.decide(path, &input).await.map_err(|error| error.to_string())?;
+            equal(&found, &expected)
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Waits until OPA's data is as expected, empty maps left out.
+    pub(crate) async fn holds(&self, path: &str, expected: Value) -> anyhow::Result<()> {
+        eventually(format!("{:?}: data at {path}", self.way), async || {
+            let found = self.opa.data(path).await.map_err(|error| error.to_string())?;
+            equal(&without_empty_maps(found), &without_empty_maps(expected.clone()))
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Waits until OPA has exactly these modules, by kube-mgmt's ids.
+    pub(crate) async fn has_modules(&self, expected: &[&str]) -> anyhow::Result<()> {
+        eventually(format!("{:?}: modules", self.way), async || {
+            let found = self.opa.modules().await.map_err(|error| error.to_string())?;
+            // OPA puts the bundle's name in front of what it takes from a bundle.
+            let found: Vec<_> = found.iter().map(|id| id.strip_prefix("main/").unwrap_or(id)).collect();
+            equal(&found, &expected.to_vec())
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Waits until OPA holds the API server's pods, every byte of them.
+    pub(crate) async fn mirrors_pods(&self, ignored: &[&str]) -> anyhow::Result<()> {
+        let pods = self.cluster.pods(ignored).await?;
+        self.holds("/kubernetes/pods", pods).await
+    }
+}
+
+/// An OPA, with the agent that `way` needs.
+pub(crate) async fn consumer(
+    way: Way,
+    assets: &Path,
+    dir: &Path,
+    hub: &Hub,
+) -> anyhow::Result<(Opa, Option<Agent>)> {
+    if way == Way::Direct {
+        return Ok((
+            Opa::start(assets, dir, Some(&direct_config(&hub.url, "bundles/main")), &[]).await?,
+            None,
+        ));
+    }
+    let delivery = if way == Way::Rest { Delivery::Rest } else { Delivery::Bundle };
+    let address = Agent::address()?;
+    let config = (way == Way::Bundle).then(|| Agent::opa_config(&address));
+    let opa = Opa::start(assets, dir, config.as_ref(), &[]).await?;
+    let mut agent = Agent::start(dir, &address, &[&hub.url], &opa.url, delivery, &[])?;
+    agent.wait_ready().await?;
+    Ok((opa, Some(agent)))
+}
+
+/// What an OPA that talks to the hub itself is configured with.
+pub(crate) fn direct_config(hub: &str, resource: &str) -> Value {
+    let polling =
+        json!({ "long_polling_timeout_seconds": 10, "min_delay_seconds": 1, "max_delay_seconds": 1 });
+    json!({
+        "services": { "hub": { "url": hub } },
+        "bundles": { "main": { "service": "hub", "resource": resource, "polling": polling } },
+    })
+}
+
+fn without_empty_maps(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let map = map.into_iter().map(|(key, value)| (key, without_empty_maps(value)));
+            let map: serde_json::Map<_, _> = map.filter(|(_, value)| !value.is_null()).collect();
+            if map.is_empty() { Value::Null } else { Value::Object(map) }
+        }
+        other => other,
+    }
+}
