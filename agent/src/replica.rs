@@ -145,6 +145,9 @@ impl Replica {
                 None => self.reconcile(&marker).await?,
             },
         };
+        if held.marker.revision != Some(held.revision()) && self.delivery == Delivery::Bundle {
+            self.mark_modules(&mut held).await?;
+        }
         let stream = loop {
             self.note(&held);
             match self.hubs.stream(held.revision()).await? {
@@ -288,16 +291,17 @@ impl Replica {
         Ok(self.applier.opa.patch(patch.into_array()).await?)
     }
 
-    /// The modules' digest that a stream may resume from, when the marker tells of a whole revision.
+    /// The modules' digest that a stream may resume from, when the marker tells of a whole revision. A policy bundle
+    /// is whole by itself, whatever the marker says of an older one.
     fn believed(&self, marker: &Marker) -> Option<Digest> {
         let revision = marker.revision.filter(|revision| revision.data == marker.data_digest())?;
-        let whole = match self.delivery {
+        match self.delivery {
+            Delivery::Bundle => Some(self.modules_served()),
             Delivery::Rest => {
-                marker.modules.values().all(Option::is_some) && revision.modules == marker.modules_digest()
+                let whole = marker.modules.values().all(Option::is_some);
+                (whole && revision.modules == marker.modules_digest()).then_some(revision.modules)
             }
-            Delivery::Bundle => revision.modules == self.modules_served(),
-        };
-        whole.then_some(revision.modules)
+        }
     }
 
     fn modules_served(&self) -> Digest {

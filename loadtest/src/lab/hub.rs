@@ -32,7 +32,7 @@ impl Hub {
     /// Starts a hub with these arguments.
     pub fn start_unready(dir: &Path, args: &[&str]) -> anyhow::Result<Self> {
         let listen = format!("127.0.0.1:{}", free_port()?);
-        let mut all = vec!["--listen".to_owned(), listen.clone(), "--log-level=debug".to_owned()];
+        let mut all = vec!["--listen".to_owned(), listen.clone()];
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
         let http = Client::builder().no_proxy().build()?;
         let mut hub =

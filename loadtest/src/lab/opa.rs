@@ -34,7 +34,7 @@ impl Opa {
         let port = free_port()?;
         let name = format!("opa-{port}");
         let mut all: Vec<String> =
-            ["run", "--server", "--log-level", "error", "--disable-telemetry"].map(Into::into).into();
+            ["run", "--server", "--log-level", "error", "--skip-version-check"].map(Into::into).into();
         all.extend(["--addr".into(), format!("127.0.0.1:{port}")]);
         if let Some(config) = config {
             let file = dir.join(format!("{name}.json"));

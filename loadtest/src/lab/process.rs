@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use crate::eventually::eventually;
 
 /// Lines of the log that a failure shows.
-const TAIL: usize = 30;
+const TAIL: usize = 12;
 
 /// See the module's text.
 pub struct Process {

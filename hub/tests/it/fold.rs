@@ -1,0 +1,140 @@
+//! A reader of everything the hub serves, on plain JSON values: what an agent and its OPA would hold.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+
+use flate2::read::GzDecoder;
+use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX, POLICY_EVENT, Policy};
+use opa_hub_proto::head::{HEAD_FILE, Head};
+use opa_hub_proto::manifest::{DATA_FILE, module_id};
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::reconcile::Reconcile;
+use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
+use opa_hub_proto::sse::{Decoder, Message};
+use serde_json::{Value, json};
+
+/// What was read so far.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub(crate) struct Held {
+    pub(crate) data: Value,
+    pub(crate) modules: BTreeMap<String, String>,
+    dirs: BTreeMap<DirPath, Digest>,
+}
+
+impl Held {
+    pub(crate) fn empty() -> Self {
+        Self { data: json!({}), ..Self::default() }
+    }
+
+    pub(crate) fn revision(&self) -> Revision {
+        let modules = self.modules.iter().map(|(id, text)| (id.as_str(), Digest::of(text.as_bytes())));
+        Revision {
+            modules: modules_digest(modules),
+            data: data_digest(self.dirs.iter().map(|(path, digest)| (path, *digest))),
+        }
+    }
+
+    pub(crate) fn reconcile(&self) -> Reconcile {
+        let modules = self.modules.iter().map(|(id, text)| (id.clone(), Digest::of(text.as_bytes())));
+        Reconcile { dirs: self.dirs.clone(), modules: Some(modules.collect()) }
+    }
+
+    /// Applies a snapshot or an answer to reconcile.
+    pub(crate) fn archive(&mut self, bytes: &[u8]) {
+        let mut tar = tar::Archive::new(GzDecoder::new(bytes));
+        let mut head = Head::default();
+        for entry in tar.entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let path = entry.path().unwrap().to_str().unwrap().to_owned();
+            let mut content = String::new();
+            entry.read_to_string(&mut content).unwrap();
+            if path == HEAD_FILE {
+                head = serde_json::from_str(&content).unwrap();
+            } else if let Some(id) = module_id(&path) {
+                self.modules.insert(id.to_owned(), content);
+            } else if let Some(dir) = path.strip_suffix(DATA_FILE) {
+                let value: Value = serde_json::from_str(&content).unwrap();
+                if value != json!({}) {
+                    *place(&mut self.data, &format!("/{}", dir.trim_end_matches('/'))) = value;
+                }
+            }
+        }
+        if let Some(data) = head.data {
+            for gone in self.dirs.keys().filter(|dir| !data.dirs.contains_key(*dir)) {
+                remove(&mut self.data, gone);
+            }
+            self.dirs = data.dirs;
+        }
+        if let Some(modules) = head.modules {
+            self.modules.retain(|id, _| modules.contains_key(id));
+        }
+    }
+
+    /// Applies events, refusing what is not from here (I3), with the patch semantics of RFC 6902.
+    pub(crate) fn events(&mut self, bytes: &[u8]) {
+        let mut decoder = Decoder::new(FRAME_BYTES_MAX);
+        decoder.push(bytes);
+        while let Some(message) = decoder.next().unwrap() {
+            let Message::Event { id, event, data } = message else { continue };
+            match event.as_str() {
+                DELTA_EVENT => self.delta(&serde_json::from_slice(&data).unwrap()),
+                POLICY_EVENT => {
+                    let policy: Policy = serde_json::from_slice(&data).unwrap();
+                    assert_eq!(policy.from, self.revision().modules, "I3");
+                    self.modules.retain(|id, _| !policy.remove.contains(id));
+                    self.modules.extend(policy.put);
+                    assert_eq!(policy.to, self.revision().modules);
+                }
+                other => panic!("no event {other}"),
+            }
+            assert_eq!(id, self.revision().to_string(), "the event's id is the revision after it");
+        }
+    }
+
+    fn delta(&mut self, delta: &Delta) {
+        assert_eq!(delta.from, self.revision().data, "I3");
+        for dir in &delta.ensure {
+            let place = place(&mut self.data, dir.as_str());
+            if place.is_null() {
+                *place = json!({});
+            }
+        }
+        // OPA also decodes percent signs, in paths only; no value of the scripts holds one followed by 25.
+        let patch: json_patch::Patch = serde_json::from_str(&delta.patch.get().replace("%25", "%")).unwrap();
+        assert_eq!(patch.0.len(), delta.ops);
+        assert!(!patch.0.is_empty(), "an event that does nothing");
+        json_patch::patch(&mut self.data, &patch).unwrap();
+        for (dir, digest) in &delta.dirs {
+            match digest {
+                Some(digest) => _ = self.dirs.insert(dir.clone(), *digest),
+                None => _ = self.dirs.remove(dir),
+            }
+        }
+        assert_eq!(delta.to, self.revision().data);
+    }
+
+    /// The data without empty maps, which are no content.
+    pub(crate) fn content(&self) -> Value {
+        prune(self.data.clone())
+    }
+}
+
+fn place<'a>(data: &'a mut Value, pointer: &str) -> &'a mut Value {
+    pointer.split('/').skip(1).fold(data, |value, segment| &mut value[segment])
+}
+
+fn remove(data: &mut Value, dir: &DirPath) {
+    let (parent, name) = dir.as_str().rsplit_once('/').unwrap();
+    place(data, parent).as_object_mut().unwrap().remove(name).unwrap();
+}
+
+fn prune(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let map = map.into_iter().map(|(key, value)| (key, prune(value)));
+            let map: serde_json::Map<_, _> = map.filter(|(_, value)| !value.is_null()).collect();
+            if map.is_empty() { Value::Null } else { map.into() }
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,246 @@
+//! The hub's answers over HTTP, from a folder: OPA's bundle protocol, reconcile, the stream, and what is no request.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use axum::body::{Body, Bytes};
+use axum::extract::ConnectInfo;
+use axum::http::{HeaderMap, Request, Response, StatusCode};
+use futures::StreamExt;
+use opa_hub::bundle::Bundle;
+use opa_hub::model::{Content, Feed, Resource, Scope};
+use opa_hub::pipeline::{FeedCounters, Pipeline};
+use opa_hub::readiness::Readiness;
+use opa_hub::serve::{Hub, router};
+use opa_hub::source::folder;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+
+use crate::fold::Held;
+
+/// A hub over a folder, without a socket.
+struct Served {
+    dir: tempfile::TempDir,
+    bundle: Arc<Bundle>,
+    router: axum::Router,
+}
+
+impl Served {
+    async fn start() -> Self {
+        let served = Self::empty();
+        served.follow_folder();
+        served.bundle.head().wait_for(Option::is_some).await.unwrap();
+        served.bundle.archived(opa_hub::bundle::Part::Whole).wait_for(Option::is_some).await.unwrap();
+        served
+    }
+
+    fn empty() -> Self {
+        let bundle = Arc::new(Bundle::new("main".into()));
+        let hub = Hub::new(bundle.clone(), Readiness::default(), Arc::default(), CancellationToken::new());
+        Self { dir: tempfile::tempdir().unwrap(), bundle, router: router(hub) }
+    }
+
+    fn follow_folder(&self) {
+        self.write("a", "x", "{\"v\": 0}");
+        let feeds = vec![Feed {
+            resource: Resource::configmaps(),
+            scope: Scope::Namespaces { ignored: Vec::new() },
+            labels: Vec::new(),
+            content: Content::Data,
+        }];
+        let (events, queue) = mpsc::channel(16);
+        let counters = Arc::new(FeedCounters::new(&feeds));
+        tokio::spawn(folder::run(self.dir.path().to_owned(), feeds.clone(), events, Readiness::default()));
+        let writer = Pipeline::new(feeds, self.bundle.clone(), Readiness::default(), counters);
+        std::thread::spawn(move || writer.run(queue));
+        let bundle = self.bundle.clone();
+        tokio::spawn(async move { bundle.pace().await });
+    }
+
+    /// Writes a ConfigMap with one key.
+    fn write(&self, name: &str, key: &str, value: &str) {
+        let manifest = serde_json::json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": name, "namespace": "ns" }, "data": { key: value },
+        });
+        write(self.dir.path(), name, &manifest.to_string());
+    }
+
+    async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Response<Body> {
+        let mut request = Request::builder().method(method).uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let peer: SocketAddr = "127.0.0.1:1".parse().unwrap();
+        let request = request.extension(ConnectInfo(peer)).body(Body::from(body.to_vec())).unwrap();
+        self.router.clone().oneshot(request).await.unwrap()
+    }
+
+    async fn get(&self, path: &str, headers: &[(&str, &str)]) -> (StatusCode, HeaderMap, Bytes) {
+        let (parts, body) = self.send("GET", path, headers, b"").await.into_parts();
+        (parts.status, parts.headers, axum::body::to_bytes(body, usize::MAX).await.unwrap())
+    }
+
+    /// Waits until the data has this revision no longer.
+    async fn changes_from(&self, revision: &str) {
+        let changed = |edition: &Option<Arc<opa_hub::bundle::Edition>>| {
+            edition.as_ref().is_some_and(|edition| edition.view.revision.to_string() != revision)
+        };
+        self.bundle.archived(opa_hub::bundle::Part::Whole).wait_for(changed).await.unwrap();
+    }
+}
+
+fn write(dir: &Path, name: &str, text: &str) {
+    // As an editor does it, so that nobody reads half a file.
+    std::fs::write(dir.join("draft"), text).unwrap();
+    std::fs::rename(dir.join("draft"), dir.join(format!("{name}.json"))).unwrap();
+}
+
+fn tag(headers: &HeaderMap) -> String {
+    headers["etag"].to_str().unwrap().trim_matches('"').to_owned()
+}
+
+#[tokio::test]
+async fn bundles_speak_opas_protocol() {
+    let served = Served::start().await;
+    for path in ["/bundles/main", "/bundles/main/data", "/bundles/main/policy"] {
+        let (status, headers, body) = served.get(path, &[]).await;
+        assert_eq!(status, StatusCode::OK);
+        assert_eq!(headers["content-type"], "application/vnd.openpolicyagent.bundles");
+        assert_eq!(headers["content-length"], body.len().to_string().as_str());
+        assert!(!headers.contains_key("content-encoding"));
+        let etag = tag(&headers);
+        for held in [format!("\"{etag}\""), format!("W/\"{etag}\""), format!("\"newer\", \"{etag}\"")] {
+            let (status, headers, body) = served.get(path, &[("if-none-match", &held)]).await;
+            assert_eq!((status, body.len()), (StatusCode::NOT_MODIFIED, 0));
+            assert_eq!(headers["etag"], held.split(", ").next().unwrap(), "a 304 echoes the client's own");
+        }
+        let other =
+            served.get(path, &[("if-none-match", "\"other\""), ("prefer", "modes=snapshot,delta;wait=300")]);
+        assert_eq!(other.await.0, StatusCode::OK, "who holds something else does not wait");
+    }
+    assert_eq!(served.get("/bundles/other", &[]).await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn a_long_poll_ends_with_the_change_or_with_its_patience() {
+    let served = Served::start().await;
+    let (_, headers, _) = served.get("/bundles/main", &[]).await;
+    let held = format!("\"{}\"", tag(&headers));
+    let started = std::time::Instant::now();
+    let (status, ..) = served.get("/bundles/main", &[("if-none-match", &held), ("prefer", "wait=1")]).await;
+    assert_eq!(status, StatusCode::NOT_MODIFIED);
+    assert!(started.elapsed().as_secs_f32() >= 1.0, "never an early 304");
+    let headers = [("if-none-match", held.as_str()), ("prefer", "wait=300")];
+    let poll = served.get("/bundles/main", &headers);
+    let policy = served.get("/bundles/main/policy", &[("prefer", "wait=300")]);
+    served.write("a", "x", "{\"v\": 1}");
+    let (status, headers, body) = poll.await;
+    assert_eq!(status, StatusCode::OK);
+    assert_ne!(format!("\"{}\"", tag(&headers)), held);
+    let mut read = Held::empty();
+    read.archive(&body);
+    assert_eq!(read.data["ns"]["a"]["x"]["v"], 1);
+    assert_eq!(policy.await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn i5_nothing_is_served_before_the_first_list() {
+    let served = Served::empty();
+    for path in ["/bundles/main", "/bundles/main/stream", "/readyz"] {
+        assert_eq!(served.get(path, &[]).await.0, StatusCode::SERVICE_UNAVAILABLE, "{path}");
+    }
+    let answer = served.send("POST", "/bundles/main/reconcile", &[], b"{\"dirs\":{}}").await;
+    assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+    let first = served.get("/bundles/main", &[("prefer", "wait=300")]);
+    let (answer, ()) = futures::join!(first, async { served.follow_folder() });
+    assert_eq!(answer.0, StatusCode::OK, "who waits gets the first edition");
+    assert_eq!(served.get("/livez", &[]).await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_from_what_is_held() {
+    let served = Served::start().await;
+    let (_, _, body) = served.get("/bundles/main", &[]).await;
+    let mut held = Held::empty();
+    held.archive(&body);
+    let before = held.revision().to_string();
+    served.write("a", "x", "{\"v\": 1}");
+    served.changes_from(&before).await;
+    let answer = served.send("GET", "/bundles/main/stream", &[("last-event-id", &before)], b"").await;
+    assert_eq!(answer.headers()["content-type"], "text/event-stream");
+    let mut stream = answer.into_body().into_data_stream();
+    assert!(stream.next().await.unwrap().unwrap().starts_with(b": main\nid: "), "a greeting first");
+    held.events(&stream.next().await.unwrap().unwrap());
+    assert_eq!(held.data["ns"]["a"]["x"]["v"], 1);
+    served.write("b", "y", "{\"v\": 2}");
+    held.events(&stream.next().await.unwrap().unwrap());
+    assert_eq!(held.data["ns"]["b"]["y"]["v"], 2);
+    drop(stream);
+    let metrics = served.get("/metrics", &[]).await.2;
+    assert!(String::from_utf8_lossy(&metrics).contains("opa_hub_agents{bundle=\"main\"} 0"));
+    let unknown = format!("{}-{}", "0".repeat(32), "1".repeat(32));
+    for (since, status) in [
+        (unknown.as_str(), StatusCode::GONE),
+        ("x", StatusCode::BAD_REQUEST),
+        ("\"", StatusCode::BAD_REQUEST),
+    ] {
+        assert_eq!(
+            served.get("/bundles/main/stream", &[("last-event-id", since)]).await.0,
+            status,
+            "{since}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn native_deltas_are_given_to_who_asks_and_not_twice() {
+    let served = Served::start().await;
+    let (_, headers, _) = served.get("/bundles/main?delta=true", &[]).await;
+    let before = tag(&headers);
+    served.write("a", "x", "{\"v\": 1}");
+    served.changes_from(&before).await;
+    let held = [("if-none-match", before.as_str())];
+    let files = |body: &[u8]| {
+        let mut tar = tar::Archive::new(flate2::read::GzDecoder::new(body));
+        let paths =
+            tar.entries().unwrap().map(|entry| entry.unwrap().path().unwrap().to_str().unwrap().to_owned());
+        paths.collect::<Vec<_>>()
+    };
+    let (_, headers, body) = served.get("/bundles/main?delta=true", &held).await;
+    assert_eq!(files(&body), [".manifest", "patch.json"]);
+    assert_ne!(tag(&headers), before);
+    let again = served.get("/bundles/main?delta=true", &held).await.2;
+    assert!(!files(&again).contains(&"patch.json".to_owned()), "it failed to apply the first");
+    let unasked = served.get("/bundles/main", &held).await.2;
+    assert!(!files(&unasked).contains(&"patch.json".to_owned()));
+}
+
+/// I9: nothing that is sent to it panics the reconcile endpoint; it is answered or refused.
+#[tokio::test]
+async fn i9_reconcile_takes_anything() {
+    let served = Served::start().await;
+    let mut random = fastrand::Rng::with_seed(9);
+    let valid = br#"{"dirs":{"/ns/a":"00000000000000000000000000000000"},"modules":{"a/b/c":"00000000000000000000000000000000"}}"#;
+    let (mut taken, mut refused) = (0, 0);
+    for round in 0..2000 {
+        let mut body = valid.to_vec();
+        for _ in 0..round % 4 {
+            let at = random.usize(..body.len());
+            body[at] = random.u8(..);
+        }
+        if round % 5 == 4 {
+            body.truncate(random.usize(..body.len()));
+        }
+        match served.send("POST", "/bundles/main/reconcile", &[], &body).await.status() {
+            StatusCode::OK => taken += 1,
+            StatusCode::BAD_REQUEST => refused += 1,
+            status => panic!("{status} for {}", String::from_utf8_lossy(&body)),
+        }
+    }
+    assert!(taken > 100 && refused > 100, "{taken} taken, {refused} refused");
+    let huge = vec![b' '; opa_hub_proto::reconcile::RECONCILE_BYTES_MAX + 1];
+    let answer = served.send("POST", "/bundles/main/reconcile", &[], &huge).await;
+    assert_eq!(answer.status(), StatusCode::PAYLOAD_TOO_LARGE);
+}

@@ -1,0 +1,279 @@
+//! I1–I5 for any event script and any join point.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use opa_hub::bundle::{Bundle, Edition, Next, Part};
+use opa_hub::model::{Content, Event, Feed, FeedId, Object, ObjectKey, Resource, Scope};
+use opa_hub::pipeline::{FeedCounters, Pipeline};
+use opa_hub::readiness::Readiness;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use crate::fold::Held;
+
+const POLICIES: FeedId = FeedId(0);
+const DATA: FeedId = FeedId(1);
+const PODS: FeedId = FeedId(2);
+const NODES: FeedId = FeedId(3);
+
+/// One step of a script: an object of a feed gets a value, or goes (`None`).
+type Step = (u8, u8, u8, Option<u8>);
+
+/// Steps that are committed together.
+type Script = Vec<Vec<Step>>;
+
+fn scripts() -> impl Strategy<Value = Script> {
+    let step = (0u8..4, 0u8..3, 0u8..6, proptest::option::weighted(0.7, 0u8..4));
+    proptest::collection::vec(proptest::collection::vec(step, 0..8), 1..12)
+}
+
+struct Writer {
+    pipeline: Pipeline,
+    bundle: Arc<Bundle>,
+}
+
+impl Writer {
+    fn new() -> Self {
+        let feed =
+            |content, scope| Feed { resource: Resource::configmaps(), scope, labels: Vec::new(), content };
+        let namespaced = || Scope::Namespaces { ignored: Vec::new() };
+        let feeds = vec![
+            feed(Content::Policies, namespaced()),
+            feed(Content::Data, namespaced()),
+            feed(Content::Resource("/kubernetes/pods".parse().unwrap()), namespaced()),
+            feed(Content::Resource("/kubernetes/nodes".parse().unwrap()), Scope::Cluster),
+        ];
+        let bundle = Arc::new(Bundle::new("main".into()));
+        let counters = Arc::new(FeedCounters::new(&feeds));
+        Self { pipeline: Pipeline::new(feeds, bundle.clone(), Readiness::default(), counters), bundle }
+    }
+
+    fn listed() -> Self {
+        let mut writer = Self::new();
+        for feed in [POLICIES, DATA, PODS, NODES] {
+            writer.pipeline.take(feed, Event::Init);
+            writer.pipeline.take(feed, Event::InitDone);
+        }
+        writer.pipeline.commit();
+        writer
+    }
+
+    fn step(&mut self, (feed, namespace, name, value): Step) {
+        let (feed, key) = (FeedId(feed.into()), key(feed, namespace, name));
+        let event = match value {
+            None => Event::Delete(key),
+            Some(value) => {
+                Event::Apply(Object { json: json(feed, name, value).to_string().into(), key, version: None })
+            }
+        };
+        self.pipeline.take(feed, event);
+    }
+
+    fn run(&mut self, script: &Script) {
+        for batch in script {
+            for step in batch {
+                self.step(*step);
+            }
+            self.pipeline.commit();
+        }
+    }
+
+    fn head(&self) -> Arc<Edition> {
+        self.bundle.head().borrow().clone().expect("published")
+    }
+}
+
+fn key(feed: u8, namespace: u8, name: u8) -> ObjectKey {
+    let namespace = if FeedId(feed.into()) == NODES { String::new() } else { format!("ns{namespace}") };
+    ObjectKey {
+        namespace: namespace.into(),
+        name: format!("o{name}~/%").replace(if feed < 2 { "~/%" } else { "" }, "").into(),
+    }
+}
+
+/// The object as a source gives it. Value 3 of a ConfigMap is refused.
+fn json(feed: FeedId, name: u8, value: u8) -> Value {
+    let keys = |text: &dyn Fn(u8) -> String| {
+        let keys: BTreeMap<_, _> = (0..=value).map(|key| (format!("k{key}"), text(key))).collect();
+        json!({ "data": keys })
+    };
+    match feed {
+        POLICIES if value == 3 => json!({ "data": { "k0": "package" } }),
+        DATA if value == 3 => json!({ "data": { "k0": "[]" } }),
+        POLICIES => keys(&|key| format!("package p{name}.q{key}\nx := {value}")),
+        DATA => keys(&|_| format!("{{\"x\": {value}}}")),
+        _ => json!({ "kind": "x", "value": value, "text": "~1/%\n" }),
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
+}
+
+async fn snapshot(edition: &Arc<Edition>) -> Held {
+    let mut held = Held::empty();
+    held.archive(&edition.archive(Part::Whole).await.pieces.concat());
+    held
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// I1, I3: a snapshot taken anywhere, then frames from any edition to any later one, is the view. The patches are
+    /// applied by an implementation of RFC 6902 that fails where OPA would.
+    #[test]
+    fn i1_i3_snapshot_and_frames_make_the_view(script in scripts(), joins in proptest::collection::vec(any::<bool>(), 12)) {
+        runtime().block_on(async {
+            let mut writer = Writer::listed();
+            let mut readers: Vec<Held> = vec![snapshot(&writer.head()).await];
+            for (batch, joins) in script.iter().zip(joins) {
+                for step in batch {
+                    writer.step(*step);
+                }
+                writer.pipeline.commit();
+                let head = writer.head();
+                if joins {
+                    readers.push(snapshot(&head).await);
+                }
+                // One reader in two keeps up; the others lag until the end.
+                for held in readers.iter_mut().step_by(2) {
+                    follow(held, &head);
+                }
+            }
+            let head = writer.head();
+            let expected = snapshot(&head).await;
+            assert_eq!(expected.revision(), head.view.revision);
+            for mut held in readers {
+                follow(&mut held, &head);
+                assert_eq!(held.content(), expected.content());
+                assert_eq!(held.modules, expected.modules);
+            }
+        });
+    }
+
+    /// I1: so is anything that a hub without memory repaired by digests.
+    #[test]
+    fn i1_reconcile_makes_the_view(before in scripts(), after in scripts()) {
+        runtime().block_on(async {
+            let mut one = Writer::listed();
+            one.run(&before);
+            let mut held = snapshot(&one.head()).await;
+            let mut other = Writer::listed();
+            other.run(&after);
+            let head = other.head();
+            let archive = head.reconcile(held.reconcile()).await.pieces.concat();
+            held.archive(&archive);
+            let expected = snapshot(&head).await;
+            assert_eq!(held.content(), expected.content());
+            assert_eq!(held.modules, expected.modules);
+            assert_eq!(held.revision(), head.view.revision);
+        });
+    }
+
+    /// I2: what one hub reached step by step, another reads in one list, in any order: one revision, one archive.
+    #[test]
+    fn i2_replicas_agree(script in scripts()) {
+        runtime().block_on(async {
+            // A refused ConfigMap keeps its last good content, which a fresh hub cannot know (yet).
+            let script: Script = script.into_iter().map(|batch| {
+                batch.into_iter().filter(|(feed, _, _, value)| *feed >= 2 || *value != Some(3)).collect()
+            }).collect();
+            let mut one = Writer::listed();
+            one.run(&script);
+            let mut last = BTreeMap::new();
+            for (feed, namespace, name, value) in script.iter().flatten() {
+                last.insert((*feed, key(*feed, *namespace, *name)), (*feed, *namespace, *name, *value));
+            }
+            let mut other = Writer::new();
+            for feed in [NODES, PODS, DATA, POLICIES] {
+                other.pipeline.take(feed, Event::Init);
+                let of_feed = last.values().rev().filter(|(of, _, _, value)| FeedId((*of).into()) == feed && value.is_some());
+                of_feed.for_each(|step| other.step(*step));
+                other.pipeline.take(feed, Event::InitDone);
+                other.pipeline.commit();
+            }
+            assert_eq!(one.head().view.revision, other.head().view.revision);
+            for part in [Part::Whole, Part::Policy, Part::Data] {
+                let bytes = [&one, &other].map(Writer::head);
+                let one = bytes[0].archive(part).await.pieces.concat();
+                assert_eq!(one, bytes[1].archive(part).await.pieces.concat());
+            }
+        });
+    }
+}
+
+fn follow(held: &mut Held, head: &Edition) {
+    match head.next(held.revision()) {
+        Next::UpToDate => {}
+        Next::Frames(bytes) => held.events(&bytes),
+        Next::Unknown => panic!("the log reaches back to every edition of a short script"),
+    }
+    assert_eq!(held.revision(), head.view.revision);
+}
+
+/// I4: however many ask, one encode a frame, one a snapshot, one an answer to reconcile.
+#[test]
+fn i4_encodes_do_not_grow_with_readers() {
+    runtime().block_on(async {
+        let mut writer = Writer::listed();
+        let start = writer.head().view.revision;
+        writer.run(&vec![vec![(2, 0, 0, Some(1)), (0, 0, 0, Some(1))]]);
+        let head = writer.head();
+        let held = Held::empty().reconcile();
+        let asks = (0..1000).map(|_| async {
+            assert!(matches!(head.next(start), Next::Frames(_)));
+            head.archive(Part::Whole).await;
+            head.reconcile(held.clone()).await;
+        });
+        futures::future::join_all(asks).await;
+        let counters = writer.bundle.counters.clone();
+        let counts = [&counters.frame_encodes, &counters.snapshot_encodes, &counters.reconcile_encodes];
+        assert_eq!(counts.map(|count| count.load(Relaxed)), [1, 1, 1]);
+        // A change of the data leaves the policies' archive as it is.
+        head.archive(Part::Policy).await;
+        writer.run(&vec![vec![(2, 0, 0, Some(2))]]);
+        writer.head().archive(Part::Policy).await;
+        assert_eq!(counters.snapshot_encodes.load(Relaxed), 2);
+    });
+}
+
+/// I5: nothing is served before every source has listed once; a relist takes nothing away before its end.
+#[test]
+fn i5_nothing_before_all_have_listed_nor_less_during_a_relist() {
+    let mut writer = Writer::new();
+    for (at, feed) in [POLICIES, DATA, PODS, NODES].into_iter().enumerate() {
+        writer.pipeline.take(feed, Event::Init);
+        writer.step((feed.0.try_into().unwrap(), 0, 0, Some(0)));
+        writer.pipeline.commit();
+        assert!(writer.bundle.head().borrow().is_none(), "{at} of 4 have listed");
+        writer.pipeline.take(feed, Event::InitDone);
+        writer.pipeline.commit();
+    }
+    let revision = writer.head().view.revision;
+    writer.pipeline.take(PODS, Event::Init);
+    writer.pipeline.commit();
+    assert_eq!(writer.head().view.revision, revision);
+    writer.pipeline.take(PODS, Event::InitDone);
+    writer.pipeline.commit();
+    assert_eq!(
+        writer.head().view.dirs.len(),
+        2,
+        "the pods are gone at the end of a list that does not name them"
+    );
+}
+
+/// Silence: what does not change the content mints no edition.
+#[test]
+fn unchanged_objects_are_silence() {
+    let mut writer = Writer::listed();
+    writer.run(&vec![vec![(2, 0, 0, Some(1))]]);
+    let changes = writer.bundle.counters.view_changes.load(Relaxed);
+    writer.run(&vec![
+        vec![(2, 0, 0, Some(1))],
+        vec![(2, 0, 0, Some(2)), (2, 0, 0, Some(1))],
+        vec![(2, 1, 1, None)],
+    ]);
+    assert_eq!(writer.bundle.counters.view_changes.load(Relaxed), changes);
+}

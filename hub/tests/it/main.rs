@@ -1,0 +1,8 @@
+//! The hub's library from outside: event scripts in, frames, archives and answers out.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod fold;
+mod http;
+mod invariants;
+mod program;

@@ -1,0 +1,122 @@
+//! From a folder of manifests, with no cluster: names that need escapes, large directories, all three ways.
+
+use std::path::Path;
+
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::{Hub, Opa, assets};
+use serde_json::{Map, Value, json};
+
+use crate::world::{Way, consumer, direct_config};
+
+const FLAGS: [&str; 4] =
+    ["--replicate", "v1/pods", "--replicate-cluster", "rbac.authorization.k8s.io/v1/clusterroles"];
+const ODD_NAMES: [&str; 6] = ["system:a", "50%", "a/b~c", "~1", "\"quoted\"", "ü.-_"];
+
+/// Enough pods in one namespace that their directory goes to OPA in several PATCHes.
+const PODS: usize = 1500;
+
+fn write(dir: &Path, file: &str, objects: &[Value]) -> anyhow::Result<()> {
+    let list = json!({ "apiVersion": "v1", "kind": "List", "items": objects });
+    std::fs::write(dir.join(".draft"), serde_json::to_vec(&list)?)?;
+    Ok(std::fs::rename(dir.join(".draft"), dir.join(file))?)
+}
+
+fn roles(generation: usize) -> Vec<Value> {
+    let role = |name: &&str| json!({ "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": { "name": name }, "generation": generation });
+    ODD_NAMES.iter().skip(generation % 3).map(role).collect()
+}
+
+fn pods(count: usize, generation: usize) -> Vec<Value> {
+    let text = "x".repeat(1000);
+    let pod = |at| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{at}"), "namespace": "big" }, "text": text, "generation": generation });
+    (0..count).map(pod).collect()
+}
+
+fn by_name(objects: Vec<Value>) -> Value {
+    let named = objects
+        .into_iter()
+        .map(|object| (object["metadata"]["name"].as_str().unwrap_or_default().to_owned(), object));
+    Value::Object(named.collect::<Map<_, _>>())
+}
+
+async fn check(way: Way) -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let work = tempfile::tempdir()?;
+    let manifests = tempfile::tempdir()?;
+    let folder = manifests.path().display().to_string();
+    write(manifests.path(), "roles.json", &roles(0))?;
+    write(manifests.path(), "pods.json", &pods(PODS, 0))?;
+    let flags: Vec<_> = ["--manifests", &folder].into_iter().chain(FLAGS).collect();
+    let hub = Hub::start(work.path(), &flags).await?;
+    let (mut opa, mut agent) = consumer(way, &assets, work.path(), &hub).await?;
+    let holds = async |opa: &Opa, path: &str, expected: &Value| {
+        eventually(format!("{way:?}: data at {path}"), async || {
+            equal(&opa.data(path).await.map_err(|error| error.to_string())?, expected)
+        })
+        .await
+    };
+    let (roles_path, pods_path) = ("/kubernetes/clusterroles", "/kubernetes/pods/big");
+    // One change of all, one of a single object, one that makes it few, one that makes it many again, none, and back.
+    for generation in 0..6 {
+        let count = [PODS, PODS, 3, PODS, 0, 1][generation];
+        write(manifests.path(), "roles.json", &roles(generation))?;
+        let mut objects = pods(count, if generation < 2 { 0 } else { generation });
+        if generation == 1 {
+            objects[7]["text"] = json!("changed");
+        }
+        write(manifests.path(), "pods.json", &objects)?;
+        holds(&opa, roles_path, &by_name(roles(generation))).await?;
+        let expected = if count == 0 { Value::Null } else { by_name(objects) };
+        holds(&opa, pods_path, &expected).await?;
+        if generation == 3 {
+            opa.process = None;
+            opa.restart().await?;
+            holds(&opa, pods_path, &expected).await?;
+        }
+        if let Some(agent) = &mut agent {
+            agent.wait_ready().await?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn direct() -> anyhow::Result<()> {
+    check(Way::Direct).await
+}
+
+#[tokio::test]
+async fn agent_with_rest() -> anyhow::Result<()> {
+    check(Way::Rest).await
+}
+
+#[tokio::test]
+async fn agent_with_bundle() -> anyhow::Result<()> {
+    check(Way::Bundle).await
+}
+
+/// OPA's own delta, for who asks for it: objects come, change and go, with names that need escapes.
+#[tokio::test]
+async fn native_deltas() -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let work = tempfile::tempdir()?;
+    let manifests = tempfile::tempdir()?;
+    let folder = manifests.path().display().to_string();
+    write(manifests.path(), "roles.json", &roles(0))?;
+    let flags: Vec<_> = ["--manifests", &folder].into_iter().chain(FLAGS).collect();
+    let hub = Hub::start(work.path(), &flags).await?;
+    let opa =
+        Opa::start(&assets, work.path(), Some(&direct_config(&hub.url, "bundles/main?delta=true")), &[])
+            .await?;
+    for generation in [0, 1, 2, 3] {
+        write(manifests.path(), "roles.json", &roles(generation))?;
+        eventually(format!("generation {generation}"), async || {
+            let found = opa.data("/kubernetes/clusterroles").await.map_err(|error| error.to_string())?;
+            equal(&found, &by_name(roles(generation)))
+        })
+        .await?;
+    }
+    assert_eq!(hub.metric("opa_hub_native_deltas_served_total").await?, 3);
+    assert_eq!(hub.metric("opa_hub_snapshots_served_total").await?, 1);
+    Ok(())
+}
