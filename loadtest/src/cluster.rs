@@ -20,6 +20,13 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// Posts any object to its collection, e.g. `/api/v1/pods`.
+    pub async fn create(&self, collection: &str, object: &Value) -> anyhow::Result<()> {
+        let request = http::Request::post(collection).header("content-type", "application/json");
+        self.client.request::<Value>(request.body(serde_json::to_vec(object)?)?).await?;
+        Ok(())
+    }
+
     /// Makes a namespace, unless it is there.
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
         let namespace = Namespace {

@@ -63,7 +63,7 @@ impl Agent {
             ["--hub", &hubs.join(","), "--opa-url", &format!("{opa}/v1")].map(Into::into).into();
         all.extend(["--listen", address, "--policy-delivery", delivery].map(Into::into));
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
-        let http = Client::builder().no_proxy().build()?;
+        let http = super::http()?;
         let mut agent =
             Self { process: None, url: format!("http://{address}"), http, dir: dir.to_owned(), args: all };
         agent.spawn()?;

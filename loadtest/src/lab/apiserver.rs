@@ -36,11 +36,17 @@ struct Own {
     apiserver: Option<Process>,
     etcd: Etcd,
     port: u16,
+    flags: Vec<String>,
 }
 
 impl ControlPlane {
     /// Starts a control plane, or takes the cluster that `KUBECONFIG` names when `USE_EXISTING_CLUSTER=true`.
     pub async fn start() -> anyhow::Result<Self> {
+        Self::start_with(&[]).await
+    }
+
+    /// The same, with further flags for the API server where it is ours.
+    pub async fn start_with(flags: &[&str]) -> anyhow::Result<Self> {
         super::init();
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
         let mut dir = TempDir::with_prefix("opa-hub-lab-")?;
@@ -61,7 +67,8 @@ impl ControlPlane {
         let kubeconfig = kubeconfig(dir.path(), port, "admin")?;
         let plain = self::kubeconfig(dir.path(), port, PLAIN_USER)?;
         let etcd = Etcd::start(&assets, dir.path())?;
-        let own = Own { apiserver: None, etcd, port };
+        let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        let own = Own { apiserver: None, etcd, port, flags };
         let mut plane = Self { dir, assets, kubeconfig, plain_kubeconfig: Some(plain), own: Some(own) };
         plane.start_apiserver().await?;
         Ok(plane)
@@ -110,6 +117,7 @@ impl ControlPlane {
             "--authorization-mode=RBAC",
             "--disable-admission-plugins=ServiceAccount",
         ]);
+        command.args(&own.flags);
         let mut process = Process::start("kube-apiserver", dir, &mut command)?;
         let client = self.client().await?;
         let serves = async || {

@@ -34,7 +34,7 @@ impl Hub {
         let listen = format!("127.0.0.1:{}", free_port()?);
         let mut all = vec!["--listen".to_owned(), listen.clone()];
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
-        let http = Client::builder().no_proxy().build()?;
+        let http = super::http()?;
         let mut hub =
             Self { process: None, url: format!("http://{listen}"), http, dir: dir.to_owned(), args: all };
         hub.spawn()?;

@@ -27,6 +27,12 @@ pub fn init() {
     _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
 }
 
+/// A client for what listens on loopback.
+pub fn http() -> anyhow::Result<reqwest::Client> {
+    init();
+    Ok(reqwest::Client::builder().no_proxy().build()?)
+}
+
 /// A loopback port that nobody listens on.
 pub fn free_port() -> anyhow::Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())

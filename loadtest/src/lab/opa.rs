@@ -45,7 +45,7 @@ impl Opa {
         let mut opa = Self {
             process: None,
             url: format!("http://127.0.0.1:{port}"),
-            http: Client::builder().no_proxy().build()?,
+            http: super::http()?,
             program: assets.join("opa"),
             name,
             dir: dir.to_owned(),

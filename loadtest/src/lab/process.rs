@@ -29,11 +29,6 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, log })
     }
 
-    /// Its process id.
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// Tries until it succeeds; fails at once, with the end of its log, when the process ends.
     pub async fn until<T, E: Display>(
         &mut self,
@@ -59,14 +54,13 @@ impl Process {
         _ = self.child.wait();
     }
 
-    /// Whether it runs.
-    pub fn is_running(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
+    /// All that it logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// The end of its log.
-    pub fn tail(&self) -> String {
-        let log = fs::read_to_string(&self.log).unwrap_or_default();
+    fn tail(&self) -> String {
+        let log = self.log();
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(TAIL)..].join("\n")
     }

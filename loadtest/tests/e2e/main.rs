@@ -2,6 +2,8 @@
 
 mod folder;
 
+mod sources;
+
 mod ways;
 
 mod world;

@@ -1,0 +1,118 @@
+//! What the hub does with an API server that does not give it what it asks for.
+
+use opa_hub_loadtest::cluster::Cluster;
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::apiserver::PLAIN_USER;
+use opa_hub_loadtest::lab::process::Process;
+use opa_hub_loadtest::lab::{ControlPlane, Hub};
+use serde_json::{Value, json};
+
+/// Waits until `/readyz` gives this reason for one of the sources.
+async fn is_pending(hub: &Hub, source: &str, reason: &str) -> anyhow::Result<()> {
+    eventually(format!("{source} is not ready"), async || {
+        let ready = hub.json("/readyz").await.map_err(|error| error.to_string())?;
+        let found = ready["pending"][source].as_str().unwrap_or_default();
+        if found.contains(reason) { Ok(()) } else { Err(ready.to_string()) }
+    })
+    .await
+    .map(drop)
+}
+
+async fn modules_and_entries(hub: &Hub) -> Result<(Value, Value), String> {
+    let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
+    Ok((bundle["counts"]["modules"].clone(), bundle["counts"]["entries"].clone()))
+}
+
+#[tokio::test]
+async fn rights_that_are_missing_are_named() -> anyhow::Result<()> {
+    let plane = ControlPlane::start().await?;
+    let Some(kubeconfig) = &plane.plain_kubeconfig else { return Ok(()) };
+    let cluster = Cluster { client: plane.client().await? };
+    let kubeconfig = kubeconfig.display().to_string();
+    let mut hub =
+        Hub::start_unready(plane.dir.path(), &["--kubeconfig", &kubeconfig, "--replicate", "v1/pods"])?;
+    is_pending(&hub, "v1/pods", "grant the hub the verbs list, watch on v1/pods").await?;
+    is_pending(&hub, "policies (v1/configmaps)", "grant the hub the verbs list, watch on v1/configmaps")
+        .await?;
+    let rbac = "/apis/rbac.authorization.k8s.io/v1";
+    let role = json!({
+        "metadata": { "name": "hub" },
+        "rules": [{ "apiGroups": [""], "resources": ["pods", "configmaps"], "verbs": ["list", "watch"] }],
+    });
+    cluster.create(&format!("{rbac}/clusterroles"), &role).await?;
+    let binding = json!({
+        "metadata": { "name": "hub" },
+        "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "hub" },
+        "subjects": [{ "kind": "User", "name": PLAIN_USER }],
+    });
+    cluster.create(&format!("{rbac}/clusterrolebindings"), &binding).await?;
+    hub.wait_ready().await
+}
+
+#[tokio::test]
+async fn a_resource_to_come_is_waited_for() -> anyhow::Result<()> {
+    let plane = ControlPlane::start().await?;
+    let cluster = Cluster { client: plane.client().await? };
+    let kubeconfig = plane.kubeconfig.display().to_string();
+    let flags = [
+        "--kubeconfig",
+        &kubeconfig,
+        "--replicate",
+        "example.com/v1/widgets",
+        "--replicate-cluster",
+        "v1/pods",
+    ];
+    let mut hub = Hub::start_unready(plane.dir.path(), &flags)?;
+    is_pending(&hub, "v1/pods", "v1/pods is namespaced: give it to --replicate instead").await?;
+    drop(hub);
+    hub = Hub::start_unready(plane.dir.path(), &flags[..4])?;
+    is_pending(&hub, "example.com/v1/widgets", "does not serve example.com/v1/widgets").await?;
+    let definition = json!({
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": { "name": "widgets.example.com" },
+        "spec": {
+            "group": "example.com", "scope": "Namespaced",
+            "names": { "plural": "widgets", "singular": "widget", "kind": "Widget" },
+            "versions": [{
+                "name": "v1", "served": true, "storage": true,
+                "schema": { "openAPIV3Schema": { "type": "object", "x-kubernetes-preserve-unknown-fields": true } },
+            }],
+        },
+    });
+    cluster.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition).await?;
+    hub.wait_ready().await?;
+    let widget =
+        json!({ "apiVersion": "example.com/v1", "kind": "Widget", "metadata": { "name": "w" }, "size": 1.5 });
+    cluster.create("/apis/example.com/v1/namespaces/default/widgets", &widget).await?;
+    eventually("the widget is served", async || {
+        equal(&modules_and_entries(&hub).await?, &(json!(0), json!(1)))
+    })
+    .await?;
+    Ok(())
+}
+
+/// An API server without streaming lists (KEP-3157) is listed by pages, and what it says of an object then is the
+/// same, byte by byte.
+#[tokio::test]
+async fn no_streaming_list_means_pages() -> anyhow::Result<()> {
+    let plane = ControlPlane::start_with(&["--feature-gates=WatchList=false"]).await?;
+    let cluster = Cluster { client: plane.client().await? };
+    for name in ["a", "b"] {
+        cluster.pod("default", name, &[("app", name)]).await?;
+    }
+    let kubeconfig = plane.kubeconfig.display().to_string();
+    let flags = ["--kubeconfig", &kubeconfig, "--replicate", "v1/pods"];
+    let hub = Hub::start(plane.dir.path(), &flags).await?;
+    let listed = hub.json("/v1/bundles/main").await?;
+    assert_eq!(listed["counts"]["entries"], 2, "{listed}");
+    let log = hub.process.as_ref().map(Process::log).unwrap_or_default();
+    assert!(!plane.is_own() || log.contains("listing by pages"), "{log}");
+    cluster.pod("default", "c", &[]).await?;
+    eventually("the third pod", async || equal(&modules_and_entries(&hub).await?, &(json!(0), json!(3))))
+        .await?;
+    let watched = hub.json("/v1/bundles/main").await?;
+    // I2: another hub lists what this one has partly watched.
+    let other = Hub::start(plane.dir.path(), &flags).await?;
+    assert_eq!(other.json("/v1/bundles/main").await?["revision"], watched["revision"]);
+    Ok(())
+}
