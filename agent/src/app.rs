@@ -23,7 +23,9 @@ pub fn main() -> ExitCode {
     }
     let run = || -> anyhow::Result<()> {
         let config = cli.config()?;
-        tracing::info!(?config, "starting");
+        let hubs: Vec<_> = config.hubs.iter().map(reqwest::Url::as_str).collect();
+        let (opa, bundle, delivery) = (&config.opa.url, &config.bundle, config.delivery);
+        tracing::info!(hubs = hubs.join(","), %opa, bundle, ?delivery, "starting");
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
         // One thread for everything but the decoding of archives: each thread costs an arena of the allocator.
         let runtime =

@@ -34,7 +34,7 @@ pub const RETRY_MAX: Duration = Duration::from_secs(5);
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(300);
 
 /// What the agent was told to do.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Config {
     /// Hubs, each as good as the other.
     pub hubs: Vec<Url>,
@@ -51,7 +51,7 @@ pub struct Config {
 }
 
 /// How OPA is reached.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct OpaConfig {
     /// Its API, ending in `/v1/`.
     pub url: Url,
@@ -70,15 +70,6 @@ pub enum Token {
     Text(String),
     /// The first line of a file, read for every request, since it may be renewed.
     File(PathBuf),
-}
-
-impl std::fmt::Debug for Token {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Text(_) => f.write_str("(given)"),
-            Self::File(path) => write!(f, "(from {})", path.display()),
-        }
-    }
 }
 
 /// How modules reach OPA.

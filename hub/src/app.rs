@@ -25,7 +25,8 @@ pub fn main() -> ExitCode {
     telemetry::init(&cli.log_level, cli.log_format);
     let run = || -> anyhow::Result<()> {
         let config = cli.config()?;
-        tracing::info!(?config, "starting");
+        let sources: Vec<_> = config.feeds.iter().map(ToString::to_string).collect();
+        tracing::info!(from = %config.source, bundle = config.bundle, sources = sources.join(", "), "starting");
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let result = runtime.block_on(run(config));

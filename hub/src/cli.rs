@@ -173,7 +173,7 @@ impl Cli {
             Some(dir) => Source::Folder(dir.clone()),
             None => Source::Kubernetes { kubeconfig: self.kubeconfig.clone() },
         };
-        Ok(Config { source, listen: self.listen, bundle: self.bundle.clone(), feeds, replicate_path })
+        Ok(Config { source, listen: self.listen, bundle: self.bundle.clone(), feeds })
     }
 
     fn configmap_feeds(&self) -> Result<Vec<Feed>, Error> {

@@ -4,8 +4,6 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use opa_hub_proto::path::DirPath;
-
 use crate::model::Feed;
 
 /// Events that a source may be ahead of the writer. A full queue holds back the watch, and so the API server.
@@ -57,8 +55,6 @@ pub struct Config {
     pub bundle: String,
     /// What the bundle is made of.
     pub feeds: Vec<Feed>,
-    /// Below which resources are replicated.
-    pub replicate_path: DirPath,
 }
 
 /// Where objects come from.
@@ -71,4 +67,14 @@ pub enum Source {
     },
     /// A folder of manifests.
     Folder(PathBuf),
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Kubernetes { kubeconfig: Some(path) } => write!(f, "the cluster of {}", path.display()),
+            Self::Kubernetes { kubeconfig: None } => f.write_str("the cluster of the environment"),
+            Self::Folder(dir) => write!(f, "the folder {}", dir.display()),
+        }
+    }
 }

@@ -62,7 +62,10 @@ pub(super) fn parse_yaml(text: &str) -> Result<Vec<Manifest>, String> {
         }
         document += 1;
         let wrap = |error: &dyn std::fmt::Display| format!("document {document}: {error}");
-        let value: Value = serde_saphyr::from_str(part).map_err(|error| wrap(&error))?;
+        // Below its first line the error shows the text, which may be anybody's secret.
+        let first_line =
+            |error: serde_saphyr::Error| wrap(&error.to_string().lines().next().unwrap_or_default());
+        let value: Value = serde_saphyr::from_str(part).map_err(first_line)?;
         let json = serde_json::to_string(&value).map_err(|error| wrap(&error))?;
         flatten(&json, &Outer::default(), document, &mut manifests)?;
     }
