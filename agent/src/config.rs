@@ -22,8 +22,8 @@ pub const OPA_POLL: Duration = Duration::from_millis(250);
 pub const OPA_WRITE: Duration = Duration::from_secs(60);
 /// A request that reads the marker from OPA.
 pub const OPA_READ: Duration = Duration::from_secs(5);
-/// A request to the hub must be answered by its first bytes in this time.
-pub const HUB_ANSWER: Duration = Duration::from_secs(30);
+/// A request to the hub must be answered by its first bytes in this time: compressing 150 MB takes it half a second.
+pub const HUB_ANSWER: Duration = Duration::from_secs(10);
 /// The hub sends something every 5 s: a stream that is silent for this long is dead.
 pub const STREAM_SILENCE: Duration = Duration::from_secs(15);
 /// Pauses between tries are drawn from nothing up to this, doubled at every failure …

@@ -11,6 +11,7 @@ use opa_hub_proto::sse::{self, Decoder, Message};
 use reqwest::header::{ETAG, IF_NONE_MATCH};
 use reqwest::{Client, Response, StatusCode, Url};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::archive::Chunks;
 use crate::config::{HUB_ANSWER, POLICY_BUNDLE_BYTES_MAX, RETRY_FIRST, RETRY_MAX, STREAM_SILENCE};
@@ -70,6 +71,7 @@ pub struct PolicyBundle {
 pub struct Stream {
     response: Response,
     decoder: Decoder,
+    heard: Instant,
 }
 
 impl Hubs {
@@ -143,7 +145,9 @@ impl Hubs {
     pub async fn stream(&self, held: Revision) -> Result<Option<Stream>, Error> {
         let request = self.client.get(self.url("/stream")).header("last-event-id", held.to_string());
         match self.send("the stream", request).await {
-            Ok(response) => Ok(Some(Stream { response, decoder: Decoder::new(FRAME_BYTES_MAX) })),
+            Ok(response) => {
+                Ok(Some(Stream { response, decoder: Decoder::new(FRAME_BYTES_MAX), heard: Instant::now() }))
+            }
             Err(Error::Refused { status: StatusCode::GONE, .. }) => Ok(None),
             Err(error) => Err(error),
         }
@@ -176,9 +180,13 @@ impl Stream {
             if let Some(message) = self.decoder.next()? {
                 return Ok(message);
             }
-            let chunk = tokio::time::timeout(STREAM_SILENCE, self.response.chunk());
+            // From when the hub was heard, not from when this was called: callers come back before it ends.
+            let chunk = tokio::time::timeout_at(self.heard + STREAM_SILENCE, self.response.chunk());
             match chunk.await.map_err(|_| Error::Silent(STREAM_SILENCE))?? {
-                Some(chunk) => self.decoder.push(&chunk),
+                Some(chunk) => {
+                    self.heard = Instant::now();
+                    self.decoder.push(&chunk);
+                }
                 None => return Err(Error::Closed),
             }
         }

@@ -171,7 +171,9 @@ impl Replica {
         loop {
             tokio::select! {
                 message = stream.next() => {
-                    if let Message::Event { event, data, .. } = message? {
+                    if let Message::Event { id, event, data } = message? {
+                        // What is said is not held until OPA took it.
+                        self.status.with(|state| state.said = id.parse().ok());
                         self.apply(&mut held, &event, &data).await?;
                         self.note(&held);
                     }
@@ -236,6 +238,7 @@ impl Replica {
     /// Gives OPA what the digests in its marker say that it lacks.
     async fn reconcile(&mut self, marker: &Marker) -> Result<Held, Trouble> {
         let started = Instant::now();
+        self.status.with(|state| state.held = None);
         let modules = match self.delivery {
             Delivery::Rest => Some(marker.modules().map(|(id, digest)| (id.to_owned(), digest)).collect()),
             Delivery::Bundle => None,

@@ -54,6 +54,13 @@ impl Process {
         _ = self.child.wait();
     }
 
+    /// Stops it as `kill -STOP` does: it hangs, and its connections stay open.
+    pub fn suspend(&self) -> anyhow::Result<()> {
+        let status = Command::new("kill").args(["-STOP", &self.child.id().to_string()]).status()?;
+        anyhow::ensure!(status.success(), "cannot suspend {}", self.name);
+        Ok(())
+    }
+
     /// All that it logged.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()

@@ -1,0 +1,121 @@
+//! Several hubs, some of them dead: agents move on, say honestly whether they are in step, and keep what they have.
+
+use std::path::Path;
+
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
+use serde_json::{Value, json};
+
+fn write(dir: &Path, value: u64) -> anyhow::Result<()> {
+    let manifest = json!({
+        "apiVersion": "v1", "kind": "ConfigMap",
+        "metadata": { "name": "m", "namespace": "ns", "labels": { "openpolicyagent.org/data": "opa" } },
+        "data": { "k": json!({ "value": value }).to_string() },
+    });
+    std::fs::write(dir.join(".draft"), manifest.to_string())?;
+    Ok(std::fs::rename(dir.join(".draft"), dir.join("m.json"))?)
+}
+
+async fn holds(opa: &Opa, value: u64) -> anyhow::Result<()> {
+    eventually("the value reaches OPA", async || {
+        equal(&opa.data("/ns/m/k/value").await.map_err(|error| error.to_string())?, &json!(value))
+    })
+    .await
+    .map(drop)
+}
+
+async fn is_unready(agent: &Agent, because: &str) -> anyhow::Result<()> {
+    eventually(format!("not ready: {because}"), async || {
+        let status = agent.status().await.map_err(|error| error.to_string())?;
+        if status["because"].to_string().contains(because) { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await
+    .map(drop)
+}
+
+#[tokio::test]
+async fn an_agent_moves_on_and_keeps_what_it_has() -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let work = tempfile::tempdir()?;
+    let manifests = tempfile::tempdir()?;
+    let folder = manifests.path().display().to_string();
+    write(manifests.path(), 0)?;
+    let mut hubs = [
+        Hub::start(work.path(), &["--manifests", &folder]).await?,
+        Hub::start(work.path(), &["--manifests", &folder]).await?,
+    ];
+    let mut opa = Opa::start(&assets, work.path(), None, &[]).await?;
+    let urls = [hubs[0].url.clone(), hubs[1].url.clone()];
+    let urls = urls.each_ref().map(String::as_str);
+    let flags = ["--grace-seconds", "1"];
+    let mut agent = Agent::start(work.path(), &Agent::address()?, &urls, &opa.url, Delivery::Rest, &flags)?;
+    agent.wait_ready().await?;
+    holds(&opa, 0).await?;
+
+    // Whichever it follows goes: it resumes by frame at the other one.
+    let followed = usize::from(hubs[1].metric("opa_hub_agents").await? == 1);
+    hubs[followed].kill();
+    write(manifests.path(), 1)?;
+    holds(&opa, 1).await?;
+    agent.wait_ready().await?;
+    let done = &agent.status().await?["done"];
+    assert_eq!((&done["snapshots"], &done["reconciles"]), (&json!(1), &json!(0)), "{done}");
+
+    // Both go: what OPA holds stays, and after its grace the agent says that it may be old.
+    hubs[1 - followed].kill();
+    is_unready(&agent, "no stream from the hub").await?;
+    assert_eq!(opa.data("/ns/m/k/value").await?, json!(1));
+    // OPA goes too: it is empty, and the agent says so.
+    opa.process = None;
+    opa.restart().await?;
+    is_unready(&agent, "OPA does not hold what the hub last said").await?;
+    assert_eq!(opa.data("/ns/m").await?, Value::Null);
+    // One hub comes back: so does everything else.
+    hubs[followed].spawn()?;
+    agent.wait_ready().await?;
+    holds(&opa, 1).await
+}
+
+/// A hub that hangs says nothing and closes nothing: silence is what tells.
+#[tokio::test]
+async fn a_hub_that_hangs_is_left() -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let work = tempfile::tempdir()?;
+    let manifests = tempfile::tempdir()?;
+    let folder = manifests.path().display().to_string();
+    write(manifests.path(), 0)?;
+    let hubs = [
+        Hub::start(work.path(), &["--manifests", &folder]).await?,
+        Hub::start(work.path(), &["--manifests", &folder]).await?,
+    ];
+    let opa = Opa::start(&assets, work.path(), None, &[]).await?;
+    let urls = hubs.each_ref().map(|hub| hub.url.as_str());
+    let mut agent = Agent::start(work.path(), &Agent::address()?, &urls, &opa.url, Delivery::Rest, &[])?;
+    agent.wait_ready().await?;
+    let followed = usize::from(hubs[1].metric("opa_hub_agents").await? == 1);
+    hubs[followed].process.as_ref().expect("it runs").suspend()?;
+    write(manifests.path(), 1)?;
+    holds(&opa, 1).await
+}
+
+/// Somebody removes what the agent put, or its marker: it is put right.
+#[tokio::test]
+async fn what_others_remove_from_opa_comes_back() -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let work = tempfile::tempdir()?;
+    let manifests = tempfile::tempdir()?;
+    write(manifests.path(), 0)?;
+    let hub = Hub::start(work.path(), &["--manifests", &manifests.path().display().to_string()]).await?;
+    let opa = Opa::start(&assets, work.path(), None, &[]).await?;
+    let mut agent =
+        Agent::start(work.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
+    agent.wait_ready().await?;
+    let http = opa_hub_loadtest::lab::http()?;
+    for (value, path) in [(1, "/system/opahub/main"), (2, "/system/opahub"), (3, "/ns/m"), (4, "/ns")] {
+        http.delete(format!("{}/v1/data{path}", opa.url)).send().await?.error_for_status()?;
+        write(manifests.path(), value)?;
+        holds(&opa, value).await?;
+        agent.wait_ready().await?;
+    }
+    Ok(())
+}
