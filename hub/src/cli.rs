@@ -87,7 +87,7 @@ pub struct Cli {
         help_heading = "Replication"
     )]
     replicate_cluster: Vec<Resource>,
-    /// Where below data the resources go: data.<PATH>.<resource>.<namespace>.<name>
+    /// Where below data the resources go: data.PATH.resource.namespace.name
     #[arg(long, value_name = "PATH", default_value = "kubernetes", help_heading = "Replication")]
     replicate_path: String,
     /// Namespaces whose objects are not replicated

@@ -1,4 +1,4 @@
-//! Where objects come from. Every source speaks [`Event`](crate::model::Event), feed by feed, and knows nothing of
+//! Where objects come from. Every source speaks [`Event`], feed by feed, and knows nothing of
 //! bundles: what a list no longer names is the store's arithmetic, what an object means the bundle's.
 
 pub mod trim;
