@@ -33,14 +33,26 @@ pub const RECONCILE_CACHE_MAX: usize = 16;
 pub const DIRECTORIES_MAX: usize = 20_000;
 /// Bytes of one manifest file.
 pub const MANIFEST_BYTES_MAX: u64 = 512 << 20;
+/// Levels of a JSON value. Go's decoder, and so OPA, refuses 10,000, and with it the whole bundle.
+pub const JSON_DEPTH_MAX: usize = 1000;
+/// Refused items that are shown: the first of them are enough to know what is wrong.
+pub const PROBLEMS_MAX: usize = 1000;
 /// Files below a manifests folder, so that pointing the hub at `/` says so instead of reading the disk.
 pub const MANIFEST_FILES_MAX: usize = 20_000;
 /// An editor writes a file in several steps: the folder is read when it was quiet for this long.
 pub const FOLDER_SETTLE: Duration = Duration::from_millis(20);
+/// … but no longer than this, however busy it is.
+pub const FOLDER_SETTLE_MAX: Duration = Duration::from_millis(500);
+/// The folder is read this often whatever the system reports: it may have been replaced, or lie on a network.
+pub const FOLDER_RESCAN: Duration = Duration::from_secs(5);
 /// Requests in flight get this long to end at shutdown.
 pub const DRAIN: Duration = Duration::from_secs(5);
-/// Between tries to find a resource that the API server does not serve yet, and after a watch that failed.
-pub const RETRY: Duration = Duration::from_secs(2);
+/// Between tries to find a resource that the API server does not serve yet, and after a watch that failed: doubled …
+pub const RETRY: Duration = Duration::from_millis(500);
+/// … up to this.
+pub const RETRY_MAX: Duration = Duration::from_secs(30);
+/// A watch that came back says so only with the next event; quiet for this long, it is taken to work.
+pub const WATCH_SETTLED: Duration = Duration::from_secs(5);
 /// A watch is renewed this often, which is also how soon a connection that died in silence is noticed. Seconds.
 pub const WATCH_SECONDS: u32 = 60;
 

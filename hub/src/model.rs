@@ -84,8 +84,6 @@ pub struct ObjectKey {
 pub struct Object {
     /// Its name.
     pub key: ObjectKey,
-    /// The API server's resourceVersion; none from a folder.
-    pub version: Option<u64>,
     /// The trimmed object as JSON without insignificant white space, see [`crate::source::trim`].
     pub json: Bytes,
 }

@@ -11,7 +11,7 @@ use crate::bundle::log::Log;
 use crate::bundle::project::Projection;
 use crate::bundle::view::{Batch, View};
 use crate::config::COMMIT_EVENTS_MAX;
-use crate::model::{Content, Event, Feed, FeedId};
+use crate::model::{Change, Content, Event, Feed, FeedId};
 use crate::readiness::Readiness;
 use crate::store::Store;
 
@@ -48,7 +48,9 @@ pub struct Pipeline {
     bundle: Arc<Bundle>,
     readiness: Readiness,
     counters: Arc<Vec<FeedCounters>>,
-    published: bool,
+    /// Not every source has listed yet. What they gave is then taken in one order on every replica, since who comes
+    /// first may keep another out (I2).
+    is_first: bool,
 }
 
 impl Pipeline {
@@ -73,7 +75,7 @@ impl Pipeline {
             bundle,
             readiness,
             counters,
-            published: false,
+            is_first: true,
         }
     }
 
@@ -96,7 +98,9 @@ impl Pipeline {
             self.readiness.ready(&self.feeds[id.0].to_string());
         }
         for change in self.store.apply(id, event) {
-            self.projection.apply(change, &mut self.batch);
+            if !self.is_first {
+                self.projection.apply(change, &mut self.batch);
+            }
         }
         counters.objects.store(self.store.len(id) as u64, Ordering::Relaxed);
     }
@@ -106,20 +110,29 @@ impl Pipeline {
         if !self.store.is_complete() {
             return;
         }
-        self.bundle.set_problems(self.projection.problems().cloned().collect());
-        let before = self.view.revision;
-        if let Some((view, changed)) = self.view.apply(std::mem::take(&mut self.batch), self.store.position())
-        {
-            tracing::debug!(bundle = self.bundle.name, revision = %view.revision, keys = changed.len(), "new view");
-            self.view = view;
-            if self.published {
-                self.log.push(before, changed);
+        let is_first = std::mem::take(&mut self.is_first);
+        if is_first {
+            let mut first = self.store.objects();
+            first.sort_unstable_by(|(a, one), (b, other)| (a, &one.key).cmp(&(b, &other.key)));
+            for (id, object) in first {
+                self.projection.apply(Change::Put(id, object), &mut self.batch);
             }
-        } else if self.published {
-            return;
         }
-        if !self.published {
-            self.published = true;
+        let before = self.view.revision;
+        let next = self.view.apply(std::mem::take(&mut self.batch));
+        self.bundle.set_problems(self.projection.problems());
+        match next {
+            None if !is_first => return,
+            None => {}
+            Some((view, changed)) => {
+                tracing::debug!(bundle = self.bundle.name, revision = %view.revision, keys = changed.len(), "new view");
+                self.view = view;
+                if !is_first {
+                    self.log.push(before, changed);
+                }
+            }
+        }
+        if is_first {
             tracing::info!(
                 bundle = self.bundle.name,
                 revision = %self.view.revision,

@@ -3,8 +3,6 @@
 
 use std::collections::{HashMap, HashSet};
 
-use opa_hub_proto::frame::Position;
-
 use crate::model::{Change, Event, Feed, FeedId, Object, ObjectKey};
 
 /// See the module's text.
@@ -14,20 +12,16 @@ pub struct Store {
 
 #[derive(Default)]
 struct Live {
-    resource: String,
     objects: HashMap<ObjectKey, Object>,
     /// Names that the list under way has given so far.
     listing: Option<HashSet<ObjectKey>>,
     listed: bool,
-    /// The newest resourceVersion seen.
-    version: u64,
 }
 
 impl Store {
     /// An empty store for these feeds.
     pub fn new(feeds: &[Feed]) -> Self {
-        let live = |feed: &Feed| Live { resource: feed.resource.to_string(), ..Live::default() };
-        Self { feeds: feeds.iter().map(live).collect() }
+        Self { feeds: feeds.iter().map(|_| Live::default()).collect() }
     }
 
     /// Takes one event and says what it changed. Objects that a list no longer names are removed at its end, not
@@ -43,7 +37,6 @@ impl Store {
                 if let Some(listing) = &mut live.listing {
                     listing.insert(object.key.clone());
                 }
-                live.version = live.version.max(object.version.unwrap_or_default());
                 if live.objects.get(&object.key).is_some_and(|held| held.json == object.json) {
                     return Vec::new();
                 }
@@ -73,19 +66,17 @@ impl Store {
         self.feeds.iter().all(|live| live.listed)
     }
 
+    /// All objects, in no order.
+    pub fn objects(&self) -> Vec<(FeedId, Object)> {
+        let of_feed = |(id, live): (usize, &Live)| {
+            live.objects.values().map(move |object| (FeedId(id), object.clone())).collect::<Vec<_>>()
+        };
+        self.feeds.iter().enumerate().flat_map(of_feed).collect()
+    }
+
     /// How many objects the feed has.
     pub fn len(&self, id: FeedId) -> usize {
         self.feeds[id.0].objects.len()
-    }
-
-    /// The newest resourceVersion of each resource.
-    pub fn position(&self) -> Position {
-        let mut position = Position::new();
-        for live in self.feeds.iter().filter(|live| live.version > 0) {
-            let version = position.entry(live.resource.clone()).or_default();
-            *version = live.version.max(*version);
-        }
-        position
     }
 }
 
@@ -110,9 +101,7 @@ mod tests {
             let event = match word.split_once('=') {
                 _ if word == "[" => Event::Init,
                 _ if word == "]" => Event::InitDone,
-                Some((name, value)) => {
-                    Event::Apply(Object { key: key(name), version: None, json: value.to_owned().into() })
-                }
+                Some((name, value)) => Event::Apply(Object { key: key(name), json: value.to_owned().into() }),
                 None => Event::Delete(key(word.trim_start_matches('-'))),
             };
             for change in store.apply(FeedId(0), event) {

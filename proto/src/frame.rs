@@ -9,12 +9,8 @@ use crate::path::DirPath;
 use crate::revision::{Digest, Revision};
 
 /// Bytes of one frame at most. An agent buffers a frame whole, so this bounds its memory; the hub lets an agent
-/// whose frame would be larger reconcile, which streams. The largest object that etcd takes (1.5 MiB) fits.
+/// whose frame would be larger reconcile, which streams.
 pub const FRAME_BYTES_MAX: usize = 4 << 20;
-
-/// The newest resourceVersion that a content has seen, by watched resource, e.g. `pods` → `"123"`.
-/// Comparable within one resource since Kubernetes 1.35 (KEP-5504); empty for sources that have none.
-pub type Position = BTreeMap<String, u64>;
 
 /// The keys that changed between two data digests.
 #[derive(Serialize, Deserialize, Debug)]
@@ -23,9 +19,6 @@ pub struct Delta<'a> {
     pub from: Digest,
     /// Data digest that it holds afterwards.
     pub to: Digest,
-    /// What `to` has seen.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub position: Position,
     /// Maps that must exist before the patch is applied: created when missing, else left alone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ensure: Vec<DirPath>,
@@ -84,7 +77,7 @@ mod tests {
             let digest = Digest::of(b"x");
             let patch = RawValue::from_string(r#"[{"op":"remove","path":"/a/b/c"}]"#.into()).unwrap();
             let delta = Delta {
-                from: digest, to: digest, position: Position::from([("pods".into(), 7)]), ensure: vec!["/a".parse().unwrap()],
+                from: digest, to: digest, ensure: vec!["/a".parse().unwrap()],
                 dirs: BTreeMap::from([("/a/b".parse().unwrap(), Some(digest))]), ops: 1, patch: &patch,
             };
             let mut bytes = serde_json::to_vec(&delta).unwrap();

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::frame::Position;
 use crate::path::DirPath;
 use crate::revision::Digest;
 
@@ -13,6 +12,12 @@ pub const HEAD_FILE: &str = "opahub.json";
 
 /// Bytes of a head at most: 20,000 directories of 400 bytes.
 pub const HEAD_BYTES_MAX: usize = 8 << 20;
+
+/// Bytes of one entry at most: the largest object that etcd takes is 1.5 MiB, of which JSON may write each byte in six.
+pub const ENTRY_BYTES_MAX: usize = 10 << 20;
+
+/// Bytes of all modules together: an agent holds them all while it puts them.
+pub const MODULES_BYTES_MAX: usize = 16 << 20;
 
 /// What a view holds in full, whether the archive carries all of it (a snapshot) or only what the receiver
 /// lacked (reconcile). Directories and modules that a receiver has and a head has not are gone.
@@ -33,7 +38,4 @@ pub struct DataHead {
     pub dirs: BTreeMap<DirPath, Digest>,
     /// Maps that exist even while nothing is in them: one for each replicated resource.
     pub ensure: Vec<DirPath>,
-    /// What the view has seen of its sources.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub position: Position,
 }

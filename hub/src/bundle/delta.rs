@@ -40,6 +40,7 @@ pub fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Ar
         return None;
     }
     let since = log.data_since(from.data)?;
+    let nothing = RawValue::from_string("{}".into()).ok()?;
     let mut ops = Vec::new();
     for (path, (existed, keys)) in &since.dirs {
         let dir = view.dirs.get(path);
@@ -48,7 +49,9 @@ pub fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Ar
         }
         let Some(dir) = dir else {
             if *existed {
-                ops.push(Op { name: "remove", path: path.to_string(), value: None });
+                let kept = view.ensure.contains(path).then_some(&*nothing);
+                let name = if kept.is_some() { "replace" } else { "remove" };
+                ops.push(Op { name, path: path.to_string(), value: kept });
             }
             continue;
         };

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use opa_hub_proto::reconcile::Reconcile;
@@ -18,8 +18,10 @@ use super::{delta, frame};
 use crate::config::{RECONCILE_CACHE_MAX, SNAPSHOT_INTERVAL};
 use crate::model::Problem;
 
-/// Frames kept for agents at different revisions; more than this many are behind only in a storm.
-const FRAME_CACHE_MAX: usize = 256;
+/// Frames kept for agents at different revisions; more than this many are behind only in a storm …
+const FRAMES_MAX: usize = 256;
+/// … and the bytes that they may take together.
+const FRAMES_BYTES_MAX: usize = 64 << 20;
 
 /// Which part of a view an archive holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -149,8 +151,11 @@ impl Bundle {
     }
 
     /// What is refused from now on.
-    pub fn set_problems(&self, problems: Arc<[Problem]>) {
-        *self.problems.lock().unwrap_or_else(PoisonError::into_inner) = problems;
+    pub fn set_problems<'a>(&self, problems: impl Iterator<Item = &'a Problem> + Clone) {
+        let mut held = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        if !held.iter().eq(problems.clone()) {
+            *held = problems.cloned().collect();
+        }
     }
 
     /// What is refused.
@@ -193,7 +198,10 @@ impl Edition {
         }
         let cell = {
             let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
-            if frames.len() >= FRAME_CACHE_MAX {
+            let bytes = |frame: &Arc<OnceLock<Option<Bytes>>>| frame.get()?.as_ref().map(Bytes::len);
+            if frames.len() >= FRAMES_MAX
+                || frames.values().filter_map(bytes).sum::<usize>() > FRAMES_BYTES_MAX
+            {
                 frames.clear();
             }
             Arc::clone(frames.entry(held).or_default())
@@ -208,12 +216,13 @@ impl Edition {
 
     /// The archive of `part`. Encoded once, however many ask (I4).
     pub async fn archive(self: &Arc<Self>, part: Part) -> Archive {
-        let encode = || async {
-            self.counters.snapshot_encodes.fetch_add(1, Ordering::Relaxed);
-            let edition = Arc::clone(self);
-            blocking(move || snapshot::whole(&edition.view, part, &edition.bundle, &edition.segments)).await
-        };
-        self.archives[part as usize].get_or_init(encode).await.clone()
+        let edition = Arc::clone(self);
+        let cell = Arc::clone(&self.archives[part as usize]);
+        once(cell, move || {
+            edition.counters.snapshot_encodes.fetch_add(1, Ordering::Relaxed);
+            snapshot::whole(&edition.view, part, &edition.bundle, &edition.segments)
+        })
+        .await
     }
 
     /// The archive of what the sender of `held` lacks. Encoded once for all who hold the same.
@@ -227,27 +236,29 @@ impl Edition {
             }
             Arc::clone(reconciled.entry(hasher.finish()).or_default())
         };
-        let encode = || async {
-            self.counters.reconcile_encodes.fetch_add(1, Ordering::Relaxed);
-            let edition = Arc::clone(self);
-            blocking(move || snapshot::difference(&edition.view, &held, &edition.segments)).await
-        };
-        cell.get_or_init(encode).await.clone()
+        let edition = Arc::clone(self);
+        once(cell, move || {
+            edition.counters.reconcile_encodes.fetch_add(1, Ordering::Relaxed);
+            snapshot::difference(&edition.view, &held, &edition.segments)
+        })
+        .await
     }
 
     /// OPA's own delta from `from`, where OPA can take one.
     pub fn native_delta(&self, from: Revision) -> Option<Archive> {
         delta::encode(&self.view, &self.log, from, &self.bundle)
     }
-
-    /// How long ago it was published.
-    pub fn age(&self) -> Duration {
-        self.published.elapsed().unwrap_or_default()
-    }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work)
-        .await
-        .expect("encoding does not panic, and the runtime outlives its requests")
+/// What is in the cell, encoded by the first who asks, on a thread for long work. Whoever goes away meanwhile does not
+/// stop it: the next would begin anew.
+async fn once(cell: Arc<OnceCell<Archive>>, encode: impl FnOnce() -> Archive + Send + 'static) -> Archive {
+    if let Some(archive) = cell.get() {
+        return archive.clone();
+    }
+    let encoding = tokio::spawn(async move {
+        let encode = || async { tokio::task::spawn_blocking(encode).await.expect("encoding does not panic") };
+        cell.get_or_init(encode).await.clone()
+    });
+    encoding.await.expect("encoding does not panic, and the runtime outlives its requests")
 }

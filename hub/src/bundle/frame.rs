@@ -37,6 +37,7 @@ fn delta(view: &View, since: &Since, from: Digest) -> Option<Vec<u8>> {
     for (path, (existed, keys)) in &since.dirs {
         match (existed, view.dirs.get(path)) {
             (false, None) => continue,
+            (true, None) if view.ensure.contains(path) => patch.add_dir(path, b"{}"),
             (true, None) => patch.remove_dir(path),
             (existed, Some(dir)) => {
                 let differ = |key: &str, was: bool| was || dir.get(key).is_some();
@@ -72,15 +73,7 @@ fn delta(view: &View, since: &Since, from: Digest) -> Option<Vec<u8>> {
     let patch = String::from_utf8(patch.into_array()).expect("JSON values are UTF-8");
     let patch = RawValue::from_string(patch).expect("operations are written as JSON");
     ensure.dedup();
-    let delta = Delta {
-        from,
-        to: view.revision.data,
-        position: view.position.clone(),
-        ensure,
-        dirs: digests,
-        ops,
-        patch: &patch,
-    };
+    let delta = Delta { from, to: view.revision.data, ensure, dirs: digests, ops, patch: &patch };
     Some(serde_json::to_vec(&delta).expect("a frame has text keys only"))
 }
 

@@ -43,16 +43,6 @@ impl Log {
         }
     }
 
-    /// How many commits are remembered.
-    pub fn len(&self) -> usize {
-        self.commits.len()
-    }
-
-    /// Whether nothing is remembered.
-    pub fn is_empty(&self) -> bool {
-        self.commits.is_empty()
-    }
-
     /// The data that changed since the content was `data`; none when that is not remembered.
     pub fn data_since(&self, data: Digest) -> Option<Since> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;

@@ -3,21 +3,19 @@
 //! stays. The layout is kube-mgmt's.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
+use opa_hub_proto::head::{ENTRY_BYTES_MAX, MODULES_BYTES_MAX};
 use opa_hub_proto::path::{DirPath, is_segment};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::view::Batch;
-use crate::config::DIRECTORIES_MAX;
+use crate::config::{DIRECTORIES_MAX, JSON_DEPTH_MAX, PROBLEMS_MAX};
 use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem};
 use crate::policy::modules::{self, Module};
 use crate::source::trim;
-
-/// Levels of a JSON value. Go's decoder, and so OPA, refuses 10,000, and with it the whole bundle.
-const JSON_DEPTH_MAX: usize = 1000;
 
 /// Why an object is refused.
 #[derive(Debug, thiserror::Error)]
@@ -50,11 +48,26 @@ pub enum Error {
         /// Where and why.
         source: modules::Error,
     },
-    /// Two sources for one path.
-    #[error(
-        "its data would lie at {0}, where something else is replicated: use another namespace or --replicate-path"
-    )]
-    PathTaken(DirPath),
+    /// Two sources for one path, or a package where data lies: OPA would refuse every later write of data.
+    #[error("it would own data{place}, which {owner} owns already: rename one of them")]
+    Taken {
+        /// What it would own.
+        place: DirPath,
+        /// Who owns that, or something above or below it.
+        owner: String,
+    },
+    /// More than an agent takes.
+    #[error("{what} has {bytes} bytes, more than the {max} that {whose} may have")]
+    TooLarge {
+        /// The key, or the object.
+        what: String,
+        /// Its size.
+        bytes: usize,
+        /// The bound.
+        max: usize,
+        /// What the bound is for.
+        whose: &'static str,
+    },
     /// More places than the head of an archive may list.
     #[error("the bundle already has {DIRECTORIES_MAX} directories")]
     TooManyDirectories,
@@ -63,11 +76,39 @@ pub enum Error {
 /// Turns changes of objects into changes of a view.
 pub struct Projection {
     feeds: Vec<Feed>,
-    /// Keys or module ids of the ConfigMap's accepted content.
-    accepted: HashMap<(FeedId, ObjectKey), Vec<String>>,
-    /// Entries by directory.
-    entries: HashMap<DirPath, usize>,
-    problems: BTreeMap<(FeedId, ObjectKey), Problem>,
+    /// What of an object is in the view.
+    accepted: HashMap<ObjectId, Accepted>,
+    /// Entries by directory, with the ConfigMap that the directory belongs to.
+    dirs: BTreeMap<DirPath, Place>,
+    /// Modules by what their packages own.
+    roots: BTreeMap<DirPath, usize>,
+    /// Bytes of all modules.
+    modules_bytes: usize,
+    refused: BTreeMap<ObjectId, Refused>,
+}
+
+type ObjectId = (FeedId, ObjectKey);
+
+#[derive(Default)]
+struct Accepted {
+    /// Keys of a ConfigMap of data, ids of modules.
+    names: Vec<String>,
+    /// What each module owns.
+    roots: Vec<DirPath>,
+    /// Bytes of the modules.
+    bytes: usize,
+}
+
+struct Place {
+    entries: usize,
+    /// Whether a ConfigMap lies here, not a replicated resource.
+    is_configmap: bool,
+}
+
+struct Refused {
+    problem: Problem,
+    /// What may be taken once something else goes.
+    retry: Option<Object>,
 }
 
 #[derive(Deserialize)]
@@ -78,113 +119,123 @@ struct ConfigMap {
 impl Projection {
     /// With nothing accepted yet.
     pub fn new(feeds: Vec<Feed>) -> Self {
-        Self { feeds, accepted: HashMap::new(), entries: HashMap::new(), problems: BTreeMap::new() }
+        Self {
+            feeds,
+            accepted: HashMap::new(),
+            dirs: BTreeMap::new(),
+            roots: BTreeMap::new(),
+            modules_bytes: 0,
+            refused: BTreeMap::new(),
+        }
     }
 
-    /// What is refused now, in a stable order.
-    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
-        self.problems.values()
+    /// What is refused now, the first [`PROBLEMS_MAX`] of it, in a stable order.
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> + Clone {
+        self.refused.values().map(|refused| &refused.problem).take(PROBLEMS_MAX)
     }
 
-    /// Adds to `batch` what `change` does to the view.
+    /// Adds to `batch` what `change` does to the view. What was refused for want of a place is tried again when one
+    /// may have become free.
     pub fn apply(&mut self, change: Change, batch: &mut Batch) {
-        let (id, key, object) = match change {
-            Change::Put(id, object) => (id, object.key.clone(), Some(object)),
-            Change::Remove(id, key) => (id, key, None),
+        let owned = (self.dirs.len(), self.roots.len(), self.modules_bytes);
+        self.take(change, batch);
+        if self.dirs.len() < owned.0 || self.roots.len() < owned.1 || self.modules_bytes < owned.2 {
+            let again =
+                self.refused.iter().filter_map(|((feed, _), refused)| Some((*feed, refused.retry.clone()?)));
+            for (feed, object) in again.collect::<Vec<_>>() {
+                self.take(Change::Put(feed, object), batch);
+            }
+        }
+    }
+
+    fn take(&mut self, change: Change, batch: &mut Batch) {
+        let (id, object) = match change {
+            Change::Put(feed, object) => ((feed, object.key.clone()), Some(object)),
+            Change::Remove(feed, key) => ((feed, key), None),
         };
-        let content = self.feeds[id.0].content.clone();
+        if object.is_none() && !self.accepted.contains_key(&id) {
+            self.refused.remove(&id);
+            return;
+        }
+        let content = self.feeds[id.0.0].content.clone();
         let result = match &content {
-            Content::Resource(prefix) => self.resource(id, prefix, &key, object, batch),
-            Content::Data => self.data(id, &key, object, batch),
-            Content::Policies => self.policies(id, &key, object.as_ref(), batch),
+            Content::Resource(prefix) => self.resource(&id, prefix, object.as_ref(), batch),
+            Content::Data => self.data(&id, object.as_ref(), batch),
+            Content::Policies => self.policies(&id, object.as_ref(), batch),
         };
         match result {
-            Ok(()) => _ = self.problems.remove(&(id, key)),
+            Ok(()) => _ = self.refused.remove(&id),
             Err(error) => {
-                let kind = if matches!(content, Content::Resource(_)) {
-                    self.feeds[id.0].resource.to_string()
-                } else {
-                    "ConfigMap".into()
+                let kind = match content {
+                    Content::Resource(_) => self.feeds[id.0.0].resource.to_string(),
+                    _ => "ConfigMap".into(),
                 };
-                let problem = Problem { subject: format!("{kind} {key}"), message: error.to_string() };
+                let problem = Problem { subject: format!("{kind} {}", id.1), message: error.to_string() };
                 tracing::warn!(subject = problem.subject, error = problem.message, "refused");
-                self.problems.insert((id, key), problem);
+                let retry = object.filter(|_| {
+                    matches!(error, Error::Taken { .. } | Error::TooManyDirectories | Error::TooLarge { .. })
+                });
+                self.refused.insert(id, Refused { problem, retry });
             }
         }
     }
 
     fn resource(
         &mut self,
-        id: FeedId,
+        id: &ObjectId,
         prefix: &DirPath,
-        key: &ObjectKey,
-        object: Option<Object>,
+        object: Option<&Object>,
         batch: &mut Batch,
     ) -> Result<(), Error> {
+        let key = &id.1;
         let dir = match &*key.namespace {
             "" => prefix.clone(),
             namespace => prefix.join(namespace).map_err(|_| Error::Name(namespace.into()))?,
         };
-        let held = (id, key.clone());
-        match object {
-            None if self.accepted.remove(&held).is_some() => {
-                self.leave(&dir);
-                batch.entry(&dir, &key.name, None);
-            }
-            None => {}
-            Some(object) => {
-                if !self.accepted.contains_key(&held) {
-                    self.enter(&dir)?;
-                    self.accepted.insert(held, Vec::new());
-                }
-                batch.entry(&dir, &key.name, Some(object.json));
-            }
+        let Some(object) = object else {
+            self.accepted.remove(id);
+            self.leave(&dir);
+            batch.entry(&dir, &key.name, None);
+            return Ok(());
+        };
+        check_entry(&key.name, object.json.len())?;
+        if !self.accepted.contains_key(id) {
+            self.enter(&dir, false)?;
+            self.accepted.insert(id.clone(), Accepted::default());
         }
+        batch.entry(&dir, &key.name, Some(object.json.clone()));
         Ok(())
     }
 
-    fn data(
-        &mut self,
-        id: FeedId,
-        key: &ObjectKey,
-        object: Option<Object>,
-        batch: &mut Batch,
-    ) -> Result<(), Error> {
-        let dir = DirPath::new([&*key.namespace, &*key.name]).map_err(|_| Error::Name(key.to_string()))?;
-        let keys = match object {
-            None => BTreeMap::new(),
-            Some(object) => {
-                self.check_free(&dir)?;
-                let texts = texts(&object)?;
-                let values = texts.into_iter().map(|(key, text)| Ok((data_value(&key, &text)?, key)));
-                values.map(|pair| pair.map(|(value, key)| (key, value))).collect::<Result<_, Error>>()?
-            }
+    fn data(&mut self, id: &ObjectId, object: Option<&Object>, batch: &mut Batch) -> Result<(), Error> {
+        let dir = DirPath::new([&*id.1.namespace, &*id.1.name]).map_err(|_| Error::Name(id.1.to_string()))?;
+        let mut values = BTreeMap::new();
+        for (key, text) in object.map(texts).transpose()?.unwrap_or_default() {
+            let value = data_value(&key, &text)?;
+            check_entry(&key, value.len())?;
+            values.insert(key, value);
+        }
+        if !values.is_empty() && !self.accepted.contains_key(id) {
+            self.check_place(&dir)?;
+            self.enter(&dir, true)?;
+        }
+        let names = values.keys().cloned().collect();
+        let old = if values.is_empty() {
+            self.accepted.remove(id).inspect(|_| self.leave(&dir))
+        } else {
+            self.accepted.insert(id.clone(), Accepted { names, ..Accepted::default() })
         };
-        let held = (id, key.clone());
-        let new: Vec<String> = keys.keys().cloned().collect();
-        if !new.is_empty() && !self.accepted.contains_key(&held) {
-            self.enter(&dir)?;
-        }
-        let old = if new.is_empty() { self.accepted.remove(&held) } else { self.accepted.insert(held, new) };
-        if keys.is_empty() && old.is_some() {
-            self.leave(&dir);
-        }
-        for gone in old.into_iter().flatten().filter(|key| !keys.contains_key(key)) {
+        for gone in old.into_iter().flat_map(|old| old.names).filter(|key| !values.contains_key(key)) {
             batch.entry(&dir, &gone, None);
         }
-        for (key, value) in keys {
+        for (key, value) in values {
             batch.entry(&dir, &key, Some(value));
         }
         Ok(())
     }
 
-    fn policies(
-        &mut self,
-        id: FeedId,
-        key: &ObjectKey,
-        object: Option<&Object>,
-        batch: &mut Batch,
-    ) -> Result<(), Error> {
+    fn policies(&mut self, id: &ObjectId, object: Option<&Object>, batch: &mut Batch) -> Result<(), Error> {
+        let key = &id.1;
         if !is_segment(&key.namespace) || !is_segment(&key.name) {
             return Err(Error::Name(key.to_string()));
         }
@@ -193,50 +244,112 @@ impl Projection {
             let module_id = format!("{key}/{name}");
             let module =
                 modules::parse(&module_id, &text).map_err(|source| Error::Module { key: name, source })?;
+            self.check_root(&module.root)?;
             parsed.insert(module_id, Arc::new(module));
         }
-        let ids = parsed.keys().cloned().collect();
-        let old = match object {
-            None => self.accepted.remove(&(id, key.clone())),
-            Some(_) => self.accepted.insert((id, key.clone()), ids),
+        let new = Accepted {
+            names: parsed.keys().cloned().collect(),
+            roots: parsed.values().map(|module| module.root.clone()).collect(),
+            bytes: parsed.values().map(|module| module.text.len()).sum(),
         };
-        for gone in old.into_iter().flatten().filter(|id| !parsed.contains_key(id)) {
+        let bytes = self.modules_bytes + new.bytes - self.accepted.get(id).map_or(0, |old| old.bytes);
+        if bytes > MODULES_BYTES_MAX {
+            return Err(Error::TooLarge {
+                what: "the bundle with it".into(),
+                bytes,
+                max: MODULES_BYTES_MAX,
+                whose: "all modules together",
+            });
+        }
+        self.modules_bytes = bytes;
+        for root in &new.roots {
+            *self.roots.entry(root.clone()).or_default() += 1;
+        }
+        let old = match object {
+            None => self.accepted.remove(id),
+            Some(_) => self.accepted.insert(id.clone(), new),
+        };
+        let old = old.unwrap_or_default();
+        for root in &old.roots {
+            self.roots.entry(root.clone()).and_modify(|count| *count -= 1);
+        }
+        self.roots.retain(|_, count| *count > 0);
+        for gone in old.names.into_iter().filter(|id| !parsed.contains_key(id)) {
             batch.modules.insert(gone, None);
         }
         batch.modules.extend(parsed.into_iter().map(|(id, module)| (id, Some(module))));
         Ok(())
     }
 
-    /// Whether data may lie at `dir`: below no replicated resource, and above none; nor where agents keep their state.
-    fn check_free(&self, dir: &DirPath) -> Result<(), Error> {
-        let taken = |prefix: &DirPath| dir.is_within(prefix) || prefix.is_within(dir);
-        let replicated = self.feeds.iter().filter_map(|feed| match &feed.content {
-            Content::Resource(prefix) => Some(prefix),
-            _ => None,
-        });
-        let is_marker = dir.as_str().starts_with("/system/opahub");
-        if is_marker || replicated.into_iter().any(taken) {
-            return Err(Error::PathTaken(dir.clone()));
-        }
-        Ok(())
+    /// Whether data of a ConfigMap may lie at `dir`.
+    fn check_place(&self, dir: &DirPath) -> Result<(), Error> {
+        let roots =
+            self.roots.keys().map(|root| (root, format!("package {}", root.relative().replace('/', "."))));
+        check_disjoint(dir, self.replicated().chain(reserved([&OPAHUB, &SYSTEM])).chain(roots))
     }
 
-    fn enter(&mut self, dir: &DirPath) -> Result<(), Error> {
-        if self.entries.len() >= DIRECTORIES_MAX && !self.entries.contains_key(dir) {
+    /// Whether a package may own `root`: nothing that data lies in, above or below. `package system` is OPA's own
+    /// entry point, and is let pass beside the marker: as modules, not as a bundle.
+    fn check_root(&self, root: &DirPath) -> Result<(), Error> {
+        let configmaps = self.dirs.iter().filter(|(_, place)| place.is_configmap);
+        let configmaps = configmaps.map(|(dir, _)| (dir, format!("ConfigMap {}", dir.relative())));
+        let reserved = reserved([&OPAHUB, &MARKERS]).filter(|_| root.as_str() != "/system");
+        check_disjoint(root, self.replicated().chain(reserved).chain(configmaps))
+    }
+
+    fn replicated(&self) -> impl Iterator<Item = (&DirPath, String)> {
+        self.feeds.iter().filter_map(|feed| match &feed.content {
+            Content::Resource(prefix) => Some((prefix, format!("--replicate {}", feed.resource))),
+            _ => None,
+        })
+    }
+
+    fn enter(&mut self, dir: &DirPath, is_configmap: bool) -> Result<(), Error> {
+        if self.dirs.len() >= DIRECTORIES_MAX && !self.dirs.contains_key(dir) {
             return Err(Error::TooManyDirectories);
         }
-        *self.entries.entry(dir.clone()).or_default() += 1;
+        self.dirs.entry(dir.clone()).or_insert(Place { entries: 0, is_configmap }).entries += 1;
         Ok(())
     }
 
     fn leave(&mut self, dir: &DirPath) {
-        if let Some(count) = self.entries.get_mut(dir) {
-            *count -= 1;
-            if *count == 0 {
-                self.entries.remove(dir);
+        if let Some(place) = self.dirs.get_mut(dir) {
+            place.entries -= 1;
+            if place.entries == 0 {
+                self.dirs.remove(dir);
             }
         }
     }
+}
+
+/// Where agents keep their state in OPA.
+static MARKERS: LazyLock<DirPath> = LazyLock::new(|| "/system/opahub".parse().expect("a path"));
+/// What OPA keeps of itself below data, bundles among it.
+static SYSTEM: LazyLock<DirPath> = LazyLock::new(|| "/system".parse().expect("a path"));
+/// What the bundles own that own nothing of use.
+static OPAHUB: LazyLock<DirPath> = LazyLock::new(|| "/opahub".parse().expect("a path"));
+
+fn reserved<'a, const N: usize>(
+    places: [&'static LazyLock<DirPath>; N],
+) -> impl Iterator<Item = (&'a DirPath, String)> {
+    places.into_iter().map(|place| (&**place, "opa-hub or OPA itself".to_owned()))
+}
+
+fn check_disjoint<'a>(
+    place: &DirPath,
+    mut owners: impl Iterator<Item = (&'a DirPath, String)>,
+) -> Result<(), Error> {
+    match owners.find(|(other, _)| place.is_within(other) || other.is_within(place)) {
+        None => Ok(()),
+        Some((_, owner)) => Err(Error::Taken { place: place.clone(), owner }),
+    }
+}
+
+fn check_entry(name: &str, bytes: usize) -> Result<(), Error> {
+    if bytes <= ENTRY_BYTES_MAX {
+        return Ok(());
+    }
+    Err(Error::TooLarge { what: name.to_owned(), bytes, max: ENTRY_BYTES_MAX, whose: "one entry" })
 }
 
 fn texts(object: &Object) -> Result<BTreeMap<String, String>, Error> {
@@ -292,7 +405,7 @@ mod tests {
             Some(data) => {
                 let data: BTreeMap<_, _> = data.iter().copied().collect();
                 let json = serde_json::json!({ "data": data }).to_string();
-                Change::Put(FeedId(feed), Object { key, version: None, json: json.into() })
+                Change::Put(FeedId(feed), Object { key, json: json.into() })
             }
         };
         let mut batch = Batch::default();
@@ -325,7 +438,14 @@ mod tests {
     #[test]
     fn data_stays_clear_of_what_is_replicated() {
         let p = &mut projection();
-        check(p, 1, "kubernetes/pods", Some(&[("x", "{}")]), &[], &["/kubernetes/pods"]);
+        check(
+            p,
+            1,
+            "kubernetes/pods",
+            Some(&[("x", "{}")]),
+            &[],
+            &["--replicate v1/configmaps owns already"],
+        );
         check(
             p,
             1,
@@ -347,5 +467,50 @@ mod tests {
         check(p, 0, "a/m", Some(&[("y.rego", "package y")]), &["-a/m/x.rego", "+a/m/y.rego"], &[]);
         check(p, 0, "a/m", None, &["-a/m/y.rego"], &[]);
         check(p, 0, "a/m", Some(&[("x/y", "package x")]), &[], &["x/y"]);
+    }
+
+    #[test]
+    fn packages_and_data_own_different_places() {
+        let p = &mut projection();
+        check(p, 0, "a/m", Some(&[("x", "package shop")]), &["+a/m/x"], &[]);
+        check(p, 1, "shop/roles", Some(&[("x", "{}")]), &[], &["package shop owns already"]);
+        // What was refused for want of a place gets it when it becomes free.
+        check(p, 0, "a/m", None, &["+/shop/roles/x", "-a/m/x"], &[]);
+        check(
+            p,
+            0,
+            "a/m",
+            Some(&[("x", "package shop.roles.y")]),
+            &[],
+            &["ConfigMap shop/roles owns already"],
+        );
+        check(p, 0, "a/m", Some(&[("x", "package shop.orders")]), &["+a/m/x"], &[]);
+        check(p, 0, "b/m", Some(&[("x", "package kubernetes.admission")]), &["+b/m/x"], &[]);
+        check(p, 0, "b/m", Some(&[("x", "package kubernetes.pods")]), &[], &["--replicate"]);
+        check(p, 0, "b/m", Some(&[("x", "package system.opahub")]), &[], &["OPA itself owns already"]);
+        check(p, 0, "b/m", Some(&[("x", "package system")]), &["+b/m/x"], &[]);
+        check(p, 0, "b/m", Some(&[("x", "package system.authz")]), &["+b/m/x"], &[]);
+        check(p, 1, "system/bundles", Some(&[("x", "{}")]), &[], &["OPA itself owns already"]);
+    }
+
+    #[test]
+    fn entries_and_modules_are_bounded() {
+        let p = &mut projection();
+        let huge = format!("{{\"a\":\"{}\"}}", "x".repeat(ENTRY_BYTES_MAX));
+        check(p, 1, "a/m", Some(&[("x", &huge)]), &[], &["more than the 10485760 that one entry may have"]);
+        check(p, 1, "a/m", None, &[], &[]);
+        // Two of these pass the bound of all modules, one does not.
+        let text = format!("package a\n# {}", "x".repeat(MODULES_BYTES_MAX / 40));
+        let names: Vec<_> = (10..35).map(|at| format!("k{at}")).collect();
+        let keys: Vec<_> = names.iter().map(|name| (name.as_str(), text.as_str())).collect();
+        let ids = |sign, configmap| {
+            names.iter().map(|name| format!("{sign}a/{configmap}/{name}")).collect::<Vec<_>>()
+        };
+        let check_ids = |p: &mut Projection, name, data, expected: &[String], refused: &[&str]| {
+            check(p, 0, name, data, &expected.iter().map(String::as_str).collect::<Vec<_>>(), refused);
+        };
+        check_ids(p, "a/1", Some(&keys), &ids('+', 1), &[]);
+        check_ids(p, "a/2", Some(&keys), &[], &["all modules together"]);
+        check_ids(p, "a/1", None, &[ids('-', 1), ids('+', 2)].concat(), &[]);
     }
 }

@@ -76,7 +76,7 @@ pub fn difference(view: &View, held: &Reconcile, cache: &SegmentCache) -> Archiv
 pub fn roots(view: &View, part: Part, bundle: &str) -> Vec<String> {
     let mut roots = Vec::new();
     if part.has_modules() {
-        roots.extend(view.modules.values().map(|module| module.root.clone()));
+        roots.extend(view.modules.values().map(|module| module.root.relative().to_owned()));
     }
     if part.has_data() {
         roots.extend(view.ensure.iter().map(|prefix| prefix.relative().to_owned()));
@@ -95,7 +95,6 @@ fn head(view: &View, part: Part) -> Vec<u8> {
         data: part.has_data().then(|| DataHead {
             dirs: view.dirs.iter().map(|(path, dir)| (path.clone(), dir.digest)).collect(),
             ensure: view.ensure.to_vec(),
-            position: view.position.clone(),
         }),
         modules: part.has_modules().then(|| {
             view.modules.iter().map(|(id, module)| (id.clone(), module.digest)).collect::<BTreeMap<_, _>>()

@@ -6,7 +6,6 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use opa_hub_proto::frame::Position;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Hasher, Revision, data_digest, modules_digest};
 
@@ -26,8 +25,6 @@ pub struct View {
     pub modules: Arc<BTreeMap<String, Arc<Module>>>,
     /// Maps that exist even while nothing is in them: one for each replicated resource.
     pub ensure: Arc<[DirPath]>,
-    /// What the view has seen of its sources.
-    pub position: Position,
 }
 
 /// A map of entries, cut into chunks of neighbouring keys.
@@ -94,11 +91,11 @@ impl View {
     pub fn empty(ensure: Arc<[DirPath]>) -> Self {
         let dirs = Arc::default();
         let modules = Arc::default();
-        Self { revision: revision(&dirs, &modules), dirs, modules, ensure, position: Position::new() }
+        Self { revision: revision(&dirs, &modules), dirs, modules, ensure }
     }
 
     /// The next view, and what it changes; none when nothing does.
-    pub fn apply(&self, batch: Batch, position: Position) -> Option<(Self, Changed)> {
+    pub fn apply(&self, batch: Batch) -> Option<(Self, Changed)> {
         let mut changed = Changed::default();
         let mut dirs = Arc::clone(&self.dirs);
         for (path, keys) in batch.dirs {
@@ -143,13 +140,7 @@ impl View {
         if changed.dirs.is_empty() && changed.modules.is_empty() {
             return None;
         }
-        let next = Self {
-            revision: revision(&dirs, &modules),
-            dirs,
-            modules,
-            position,
-            ensure: self.ensure.clone(),
-        };
+        let next = Self { revision: revision(&dirs, &modules), dirs, modules, ensure: self.ensure.clone() };
         Some((next, changed))
     }
 
@@ -363,7 +354,7 @@ mod tests {
             for (key, value) in batch {
                 next.entry(&dir, &format!("k{key}"), value.map(|value| Bytes::from(value.to_string())));
             }
-            if let Some((next, _)) = view.apply(next, Position::new()) {
+            if let Some((next, _)) = view.apply(next) {
                 view = next;
             }
         }

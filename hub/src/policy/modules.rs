@@ -3,6 +3,7 @@
 
 use std::num::NonZeroU32;
 
+use opa_hub_proto::path::{DirPath, is_segment};
 use opa_hub_proto::revision::Digest;
 use regorus::unstable::{Expr, Parser, Source};
 
@@ -20,9 +21,9 @@ pub struct Module {
     pub text: String,
     /// The digest of the text.
     pub digest: Digest,
-    /// The path that its package owns below `data`, without a leading slash: `kubernetes/admission`. Shorter than
-    /// the package where a segment could not be written as a bundle root.
-    pub root: String,
+    /// What its package owns below `data`: `/kubernetes/admission`. Shorter than the package where a segment could
+    /// not be written as a bundle root.
+    pub root: DirPath,
 }
 
 /// Why a text is no module.
@@ -46,13 +47,10 @@ pub fn parse(id: &str, text: &str) -> Result<Module, Error> {
     let module = parser.parse().map_err(|error| fail(&error))?;
     let mut segments = Vec::new();
     package(&module.package.refr, &mut segments).map_err(|error| fail(&error))?;
-    let writable = segments.iter().take_while(|segment| !segment.contains(['/', '%']) && !segment.is_empty());
-    let root = writable.map(String::as_str).collect::<Vec<_>>().join("/");
-    if root.is_empty() {
-        return Err(Error(format!(
-            "{id}: its package's first segment holds a slash or a percent sign, which no bundle can own"
-        )));
-    }
+    let writable = segments.iter().map(String::as_str).take_while(|segment| is_segment(segment));
+    let root = DirPath::new(writable).map_err(|_| {
+        Error(format!("{id}: its package's first name must be of letters, digits, '.', '_' and '-'"))
+    })?;
     Ok(Module { text: text.to_owned(), digest: Digest::of(text.as_bytes()), root })
 }
 
@@ -116,10 +114,10 @@ mod tests {
             ("package a[\"b/c\"].d", "a"),
             ("package system.authz\ndefault allow := false", "system/authz"),
         ] {
-            assert_eq!(parse("m", text).unwrap().root, root, "{text}");
+            assert_eq!(parse("m", text).unwrap().root.relative(), root, "{text}");
         }
         let long = format!("package a\nx := \"{}\"", "y".repeat(5000));
-        assert_eq!(parse("m", &long).unwrap().root, "a");
+        assert_eq!(parse("m", &long).unwrap().root.as_str(), "/a");
     }
 
     #[test]

@@ -24,10 +24,9 @@ pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Re
         });
         shown["directories"] = directories.collect();
         let modules = view.modules.iter().map(|(id, module)| {
-            json!({ "id": id, "package": module.root.replace('/', "."), "bytes": module.text.len(), "digest": module.digest })
+            json!({ "id": id, "package": module.root.relative().replace('/', "."), "bytes": module.text.len(), "digest": module.digest })
         });
         shown["modules"] = modules.collect();
-        shown["position"] = json!(view.position);
     }
     Ok(Json(shown))
 }

@@ -11,10 +11,13 @@ use std::time::SystemTime;
 
 use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use self::manifest::{Kinds, Manifest};
 use super::Sender;
-use crate::config::{FOLDER_SETTLE, MANIFEST_BYTES_MAX, MANIFEST_FILES_MAX};
+use crate::config::{
+    FOLDER_RESCAN, FOLDER_SETTLE, FOLDER_SETTLE_MAX, MANIFEST_BYTES_MAX, MANIFEST_FILES_MAX,
+};
 use crate::model::{Event, Feed, FeedId, Object, ObjectKey, Scope};
 use crate::readiness::Readiness;
 
@@ -64,6 +67,7 @@ pub async fn run(dir: PathBuf, feeds: Vec<Feed>, out: Sender, readiness: Readine
         said: BTreeSet::new(),
     };
     let mut first = true;
+    let mut watched = identity(&folder.dir);
     loop {
         let scanned = tokio::task::spawn_blocking(move || {
             let events = folder.scan();
@@ -71,14 +75,12 @@ pub async fn run(dir: PathBuf, feeds: Vec<Feed>, out: Sender, readiness: Readine
         });
         let Ok((back, events)) = scanned.await else { return Ok(()) };
         folder = back;
-        let events = match events {
-            Ok(events) => events,
+        let (events, problem) = match events {
+            Ok(events) => (events, None),
             Err(error) if first => return Err(error),
-            Err(error) => {
-                readiness.problem(&folder.dir.display().to_string(), Some(error.to_string()));
-                Vec::new()
-            }
+            Err(error) => (Vec::new(), Some(error.to_string())),
         };
+        readiness.problem(&folder.dir.display().to_string(), problem);
         folder.report(&readiness);
         let ids = (0..folder.feeds.len()).map(FeedId);
         let begin = ids.clone().filter(|_| first).map(|id| (id, Event::Init));
@@ -92,9 +94,23 @@ pub async fn run(dir: PathBuf, feeds: Vec<Feed>, out: Sender, readiness: Readine
         tokio::select! {
             () = out.closed() => return Ok(()),
             change = changes.recv() => if change.is_none() { return Ok(()) },
+            () = tokio::time::sleep(FOLDER_RESCAN) => {}
         }
-        while let Ok(Some(())) = tokio::time::timeout(FOLDER_SETTLE, changes.recv()).await {}
+        let settled = Instant::now() + FOLDER_SETTLE_MAX;
+        while Instant::now() < settled && tokio::time::timeout(FOLDER_SETTLE, changes.recv()).await.is_ok() {}
+        let now = identity(&folder.dir);
+        if now != watched && now.is_some() {
+            // Another folder has taken its place: the system still watches the one before.
+            _ = watcher.unwatch(&folder.dir);
+            watcher.watch(&folder.dir, RecursiveMode::Recursive)?;
+            watched = now;
+        }
     }
+}
+
+/// Which folder lies at the path now.
+fn identity(dir: &Path) -> Option<(u64, u64)> {
+    fs::metadata(dir).ok().map(|folder| (folder.dev(), folder.ino()))
 }
 
 /// What was read, file by file, and what was said of it.
@@ -153,7 +169,9 @@ impl Folder {
             for (path, file) in &mut self.files {
                 for manifest in file.manifests.iter().filter(|manifest| kinds.selects(feed, manifest)) {
                     let mut object = manifest.object.clone();
-                    if object.key.namespace.is_empty() && feed.scope != Scope::Cluster {
+                    if feed.scope == Scope::Cluster {
+                        object.key.namespace = "".into();
+                    } else if object.key.namespace.is_empty() {
                         object.key.namespace = DEFAULT_NAMESPACE.into();
                     }
                     let place = format!("{} document {}", path.display(), manifest.document);

@@ -20,12 +20,9 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use super::{Sender, trim};
-use crate::config::{RETRY, WATCH_SECONDS};
+use crate::config::{RETRY, RETRY_MAX, WATCH_SECONDS, WATCH_SETTLED};
 use crate::model::{Event, Feed, FeedId, ObjectKey, Resource, Scope};
 use crate::readiness::Readiness;
-
-/// Between tries while the API server refuses or is away: doubled from [`RETRY`] up to this.
-const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// Why no client could be made, or why a feed is not watched right now. Every variant of the second kind is retried.
 #[derive(Debug, thiserror::Error)]
@@ -164,28 +161,50 @@ impl Watch<'_> {
             config = config.streaming_lists();
         }
         let mut events = watcher(self.api.clone(), config).boxed();
+        let mut listing = false;
         loop {
-            match events.try_next().await {
-                Ok(None) => return End::WriterGone,
-                Ok(Some(event)) => {
-                    *retry = RETRY;
+            let event = match tokio::time::timeout(WATCH_SETTLED, events.try_next()).await {
+                Ok(event) => event,
+                Err(_quiet) => {
                     self.readiness.problem(&name, None);
+                    continue;
+                }
+            };
+            match event {
+                Ok(None) => return End::WriterGone,
+                // A streaming list that the server's time limit cut off would begin again for ever.
+                Ok(Some(watcher::Event::Init)) if listing && list == List::Streaming => {
+                    return End::NoStreamingList;
+                }
+                Ok(Some(event)) => {
+                    // A list by pages begins before the server was asked: that is no success yet.
+                    if matches!(event, watcher::Event::Init) {
+                        listing = true;
+                    } else {
+                        *retry = RETRY;
+                        self.readiness.problem(&name, None);
+                        listing &= !matches!(event, watcher::Event::InitDone);
+                    }
                     let Some(event) = self.translate(event) else { continue };
                     if self.out.send((self.id, event)).await.is_err() {
                         return End::WriterGone;
                     }
                 }
-                Err(error) => match &error {
-                    watcher::Error::InitialListFailed(e) | watcher::Error::WatchStartFailed(e) => {
-                        match status_code(e) {
-                            Some(400 | 422) if list == List::Streaming => return End::NoStreamingList,
-                            // The resource or the right to it is gone: look again from the start.
-                            Some(403 | 404) => return End::Failed(error),
-                            _ => self.wait_out(&name, error, retry).await,
+                Err(error) => {
+                    match &error {
+                        watcher::Error::InitialListFailed(e) | watcher::Error::WatchStartFailed(e) => {
+                            match status_code(e) {
+                                Some(400 | 422) if list == List::Streaming => return End::NoStreamingList,
+                                // The resource or the right to it is gone: look again from the start.
+                                Some(403 | 404) => return End::Failed(error),
+                                _ => {}
+                            }
                         }
+                        _ => {}
                     }
-                    _ => self.wait_out(&name, error, retry).await,
-                },
+                    listing = false;
+                    self.wait_out(&name, error, retry).await;
+                }
             }
         }
     }
@@ -194,7 +213,7 @@ impl Watch<'_> {
     async fn wait_out(&self, name: &str, error: watcher::Error, retry: &mut Duration) {
         tracing::warn!(feed = name, %error, "watch interrupted");
         self.readiness.failing(name, &Error::Watch(error).to_string());
-        tokio::time::sleep(*retry / 4).await;
+        tokio::time::sleep(*retry).await;
         *retry = (*retry * 2).min(RETRY_MAX);
     }
 

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use crate::config::JSON_DEPTH_MAX;
 use crate::model::{Object, ObjectKey};
 
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
@@ -24,6 +25,9 @@ pub enum Error {
     /// No name to keep it under.
     #[error("it has no metadata.name")]
     NoName,
+    /// OPA would refuse to read it.
+    #[error("it is nested deeper than {JSON_DEPTH_MAX} levels")]
+    TooDeep,
 }
 
 /// The members of a JSON object in their order, none of them parsed.
@@ -70,9 +74,9 @@ pub fn object(json: &str, api_version: &str, kind: &str) -> Result<Object, Error
     let name = metadata.text("name").filter(|name| !name.is_empty()).ok_or(Error::NoName)?;
     let namespace = metadata.text("namespace").unwrap_or_default();
     let key = ObjectKey { namespace: namespace.into(), name: name.into() };
-    let version = metadata.text("resourceVersion").and_then(|version| version.parse().ok());
 
     let mut out = Vec::with_capacity(json.len());
+    let mut deepest = 0;
     out.push(b'{');
     let own = |key: &str, default: &str| members.text(key).unwrap_or_else(|| default.to_owned().into());
     member(&mut out, "kind");
@@ -88,13 +92,16 @@ pub fn object(json: &str, api_version: &str, kind: &str) -> Result<Object, Error
             }
             _ => {
                 member(&mut out, key);
-                push_compact(&mut out, value.get());
+                deepest = deepest.max(push_compact(&mut out, value.get()));
             }
         }
     }
+    if deepest >= JSON_DEPTH_MAX {
+        return Err(Error::TooDeep);
+    }
     out.push(b'}');
     out.shrink_to_fit();
-    Ok(Object { key, version, json: Bytes::from(out) })
+    Ok(Object { key, json: Bytes::from(out) })
 }
 
 fn push_metadata(out: &mut Vec<u8>, metadata: &Members) -> Result<(), Error> {
@@ -201,11 +208,9 @@ mod tests {
     }
 
     #[test]
-    fn names_and_versions() {
-        let object =
-            object(r#"{"metadata":{"name":"a\u0062","namespace":"n","resourceVersion":"12"}}"#, "v1", "Pod")
-                .unwrap();
-        assert_eq!((object.key.to_string().as_str(), object.version), ("n/ab", Some(12)));
+    fn names() {
+        let object = object(r#"{"metadata":{"name":"a\u0062","namespace":"n"}}"#, "v1", "Pod").unwrap();
+        assert_eq!(object.key.to_string(), "n/ab");
         for bad in
             ["", "[]", "{}", r#"{"metadata":1}"#, r#"{"metadata":{"name":""}}"#, r#"{"metadata":{"name":1}}"#]
         {

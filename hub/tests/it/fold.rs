@@ -54,9 +54,7 @@ impl Held {
                 self.modules.insert(id.to_owned(), content);
             } else if let Some(dir) = path.strip_suffix(DATA_FILE) {
                 let value: Value = serde_json::from_str(&content).unwrap();
-                if value != json!({}) {
-                    *place(&mut self.data, &format!("/{}", dir.trim_end_matches('/'))) = value;
-                }
+                *place(&mut self.data, &format!("/{}", dir.trim_end_matches('/'))) = value;
             }
         }
         if let Some(data) = head.data {

@@ -64,9 +64,7 @@ impl Writer {
         let (feed, key) = (FeedId(feed.into()), key(feed, namespace, name));
         let event = match value {
             None => Event::Delete(key),
-            Some(value) => {
-                Event::Apply(Object { json: json(feed, name, value).to_string().into(), key, version: None })
-            }
+            Some(value) => Event::Apply(Object { json: json(feed, name, value).to_string().into(), key }),
         };
         self.pipeline.take(feed, event);
     }
@@ -149,6 +147,9 @@ proptest! {
                 follow(&mut held, &head);
                 assert_eq!(held.content(), expected.content());
                 assert_eq!(held.modules, expected.modules);
+                for place in head.view.ensure.iter() {
+                    assert!(held.data.pointer(place.as_str()).is_some_and(Value::is_object), "{place} is a map, if an empty one");
+                }
             }
         });
     }

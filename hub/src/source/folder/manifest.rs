@@ -75,6 +75,7 @@ pub(super) fn parse_yaml(text: &str) -> Result<Vec<Manifest>, String> {
 /// What a list says of its items, which may not say it themselves.
 #[derive(Default)]
 struct Outer {
+    is_list: bool,
     api_version: String,
     kind: String,
 }
@@ -83,9 +84,12 @@ fn flatten(json: &str, outer: &Outer, document: usize, out: &mut Vec<Manifest>) 
     let wrap = |error: &dyn std::fmt::Display| format!("document {document}: {error}");
     let mut outline: Outline = serde_json::from_str(json).map_err(|error| wrap(&error))?;
     if let (Some(items), Some(of)) = (&outline.items, outline.kind.strip_suffix("List")) {
+        if outer.is_list {
+            return Err(wrap(&"a list in a list; write its items into the outer one"));
+        }
         let outer = match of {
-            "" => Outer::default(),
-            kind => Outer { api_version: outline.api_version.clone(), kind: kind.to_owned() },
+            "" => Outer { is_list: true, ..Outer::default() },
+            kind => Outer { is_list: true, api_version: outline.api_version.clone(), kind: kind.to_owned() },
         };
         return items.iter().try_for_each(|item| flatten(item.get(), &outer, document, out));
     }
