@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use opa_hub_proto::frame::{Delta, Policy};
+use opa_hub_proto::frame::Delta;
 use opa_hub_proto::head::DataHead;
 use opa_hub_proto::patch::{PATCH_OPS_MAX, PatchWriter};
 use opa_hub_proto::path::{DirPath, is_segment};
@@ -44,6 +44,9 @@ pub enum Error {
         /// What came of it.
         held: Digest,
     },
+    /// An archive that ended before its end.
+    #[error("the archive lacks {0}")]
+    Incomplete(DirPath),
     /// An archive that does not begin with what it is.
     #[error("the archive has no head")]
     NoHead,
@@ -78,7 +81,7 @@ impl Applier {
         let mut dirs = marker.dirs.clone();
         for (dir, digest) in &delta.dirs {
             match digest {
-                Some(digest) => _ = dirs.insert(dir.clone(), *digest),
+                Some(digest) => _ = dirs.insert(dir.clone(), Some(*digest)),
                 None => _ = dirs.remove(dir),
             }
         }
@@ -96,9 +99,8 @@ impl Applier {
             let revision = Revision { data: delta.to, ..revision };
             Marker::write_delta(&mut patch, &self.bundle, &delta.dirs, &marker.dirs, revision);
         } else {
-            // While the change is half done the marker names neither a revision nor the directories in question.
             let mut half = Marker { revision: None, ..marker.clone() };
-            half.dirs.retain(|dir, _| !delta.dirs.contains_key(dir));
+            half.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
             half.write(&mut patch, &self.bundle);
             for op in serde_json::from_str::<Vec<&RawValue>>(delta.patch.get())? {
                 self.make_room(&mut patch, op.get().len()).await?;
@@ -113,25 +115,34 @@ impl Applier {
     }
 
     /// Applies an archive onto what `held` says that OPA holds, or onto an OPA that never heard of us. The marker
-    /// that results says `modules` for what is not in it.
+    /// that results names a revision with these `modules`; without them none, until they are put.
     pub async fn archive(
         &self,
         held: Option<&Marker>,
-        modules: Digest,
+        modules: Option<Digest>,
         pieces: &mut mpsc::Receiver<Result<Piece, archive::Error>>,
     ) -> Result<(Marker, Modules), Error> {
         let Some(Piece::Head(head)) = pieces.recv().await.transpose()? else { return Err(Error::NoHead) };
         let mut found = Modules { put: BTreeMap::new(), all: head.modules };
         let data = head.data.ok_or(Error::NoHead)?;
-        self.opa.ensure(&MARKERS.parse().expect("a path")).await?;
-        if let Some(held) = held {
-            // What is about to change is unknown until the end; what goes is known until it is gone.
-            let mut half = Marker { revision: None, ..held.clone() };
-            half.dirs.retain(|dir, digest| data.dirs.get(dir).is_none_or(|new| new == digest));
-            let mut patch = PatchWriter::default();
-            half.write(&mut patch, &self.bundle);
-            self.opa.patch(patch.into_array()).await?;
+        if held.is_none() {
+            // Only here: everywhere else a missing marker must fail, since then OPA restarted meanwhile.
+            self.opa.ensure(&MARKERS.parse().expect("a path")).await?;
         }
+        let mut half = held.cloned().unwrap_or_default();
+        half.revision = None;
+        for (dir, digest) in &mut half.dirs {
+            *digest = digest.filter(|held| data.dirs.get(dir) == Some(held));
+        }
+        let mut missing: BTreeSet<&DirPath> = BTreeSet::new();
+        for dir in data.dirs.keys() {
+            if half.dirs.entry(dir.clone()).or_default().is_none() {
+                missing.insert(dir);
+            }
+        }
+        let mut patch = PatchWriter::default();
+        half.write(&mut patch, &self.bundle);
+        self.opa.patch(patch.into_array()).await?;
         for prefix in &data.ensure {
             self.opa.ensure(prefix).await?;
         }
@@ -142,15 +153,23 @@ impl Applier {
                 Piece::Head(_) => return Err(Error::NoHead),
                 Piece::Module { id, text } => _ = found.put.insert(id, text),
                 Piece::Directory(dir, json) => {
-                    if data.dirs.contains_key(&dir) {
+                    // The maps of replicated resources that have no object come too.
+                    if missing.remove(&dir) {
                         self.ensure_outside(&data, held, &dir).await?;
                         self.make_room(&mut patch, json.len()).await?;
                         patch.add_dir(&dir, &json);
                     }
                 }
                 Piece::Begin(dir) => {
+                    missing.remove(&dir);
                     self.opa.ensure(&dir).await?;
-                    large = Some((dir.clone(), self.opa.keys(&dir).await?.into_iter().collect()));
+                    let stale: HashSet<_> = self.opa.keys(&dir).await?.into_iter().collect();
+                    if stale.is_empty() {
+                        // Nothing to blank, and somebody may have put something else than a map there.
+                        self.make_room(&mut patch, 0).await?;
+                        patch.add_dir(&dir, b"{}");
+                    }
+                    large = Some((dir, stale));
                 }
                 Piece::Entry(key, value) => {
                     let Some((dir, stale)) = &mut large else { return Err(Error::NoHead) };
@@ -167,51 +186,52 @@ impl Applier {
                 }
             }
         }
+        if let Some(dir) = missing.first() {
+            return Err(Error::Incomplete((*dir).clone()));
+        }
         for dir in self.gone(held, &data).await? {
             self.opa.ensure(&dir).await?;
             self.make_room(&mut patch, 0).await?;
-            patch.remove_dir(&dir);
+            if data.ensure.contains(&dir) { patch.add_dir(&dir, b"{}") } else { patch.remove_dir(&dir) }
         }
         let mut marker = Marker {
             revision: None,
-            dirs: data.dirs,
+            dirs: data.dirs.into_iter().map(|(dir, digest)| (dir, Some(digest))).collect(),
             modules: held.map(|held| held.modules.clone()).unwrap_or_default(),
         };
-        marker.revision = Some(Revision { modules, data: marker.data_digest() });
+        marker.revision = modules.map(|modules| Revision { modules, data: marker.data_digest() });
         self.make_room(&mut patch, PATCH_BYTES_MAX).await?;
         marker.write(&mut patch, &self.bundle);
         self.opa.patch(patch.into_array()).await?;
         Ok((marker, found))
     }
 
-    /// Puts and removes modules, going round while there is progress: a module may need one that comes later. Says
-    /// which OPA refuses, and why; `marker` says what OPA really holds.
+    /// Puts (`Some`) and removes (`None`) modules, going round while there is progress: a module may need one that
+    /// comes later. Says which OPA refuses, and why; `marker` says what OPA really holds.
     pub async fn modules(
         &self,
         marker: &mut Marker,
-        put: &BTreeMap<String, String>,
-        remove: &BTreeSet<String>,
+        changes: &BTreeMap<String, Option<String>>,
     ) -> Result<BTreeMap<String, String>, Error> {
         let place = Marker::path(&self.bundle).join("modules").expect("a segment");
         let mut intent = PatchWriter::default();
-        for id in put.keys() {
+        for id in changes.keys() {
             self.make_room(&mut intent, 0).await?;
             intent.add(&place, id, b"null");
         }
         self.opa.patch(intent.into_array()).await?;
 
         let mut refused: BTreeMap<String, String> = BTreeMap::new();
-        let mut open: BTreeMap<&str, Option<&str>> = remove.iter().map(|id| (id.as_str(), None)).collect();
-        open.extend(put.iter().map(|(id, text)| (id.as_str(), Some(text.as_str()))));
+        let mut open: BTreeMap<&String, &Option<String>> = changes.iter().collect();
         loop {
             let before = open.len();
             // First what is put, then what is removed: the other way round only when nothing else helps.
             for removing in [false, true] {
-                let ids: Vec<_> =
+                let turn: Vec<_> =
                     open.iter().filter(|(_, text)| text.is_none() == removing).map(|(id, _)| *id).collect();
-                for id in ids {
+                for id in turn {
                     let result = match open[id] {
-                        Some(text) => self.opa.put_module(id, text.to_owned()).await,
+                        Some(text) => self.opa.put_module(id, text.clone()).await,
                         None => self.opa.delete_module(id).await,
                     };
                     match result {
@@ -220,7 +240,7 @@ impl Applier {
                             refused.remove(id);
                         }
                         Err(opa::Error::Refused { message, .. }) => {
-                            refused.insert(id.to_owned(), message);
+                            refused.insert(id.clone(), message);
                         }
                         Err(error) => return Err(error.into()),
                     }
@@ -231,12 +251,13 @@ impl Applier {
             }
         }
 
-        for (id, text) in put.iter().filter(|(id, _)| !refused.contains_key(*id)) {
-            marker.modules.insert(id.clone(), Some(Digest::of(text.as_bytes())));
+        for (id, text) in changes.iter().filter(|(id, _)| !refused.contains_key(*id)) {
+            match text {
+                Some(text) => _ = marker.modules.insert(id.clone(), Some(Digest::of(text.as_bytes()))),
+                None => _ = marker.modules.remove(id),
+            }
         }
-        marker.modules.retain(|id, _| !remove.contains(id) || refused.contains_key(id));
-        let modules = marker.modules_digest();
-        marker.revision = marker.revision.map(|revision| Revision { modules, ..revision });
+        marker.revision = Some(Revision { modules: marker.modules_digest(), data: marker.data_digest() });
         let mut patch = PatchWriter::default();
         marker.write(&mut patch, &self.bundle);
         self.opa.patch(patch.into_array()).await?;
@@ -244,19 +265,6 @@ impl Applier {
             tracing::error!(module = id, message, "OPA refuses a module; it keeps what it had");
         }
         Ok(refused)
-    }
-
-    /// Applies the event `policy` on top of what OPA refused so far.
-    pub fn pending(
-        policy: Policy,
-        refused: &BTreeMap<String, String>,
-    ) -> (BTreeMap<String, String>, BTreeSet<String>) {
-        let remove: BTreeSet<_> = policy.remove.into_iter().collect();
-        let mut put = policy.put;
-        for (id, text) in refused.iter().filter(|(id, _)| !remove.contains(*id)) {
-            put.entry(id.clone()).or_insert_with(|| text.clone());
-        }
-        (put, remove)
     }
 
     /// Sends the patch if there is no room in it for an operation of `bytes`.
@@ -275,7 +283,7 @@ impl Applier {
         held: Option<&Marker>,
         dir: &DirPath,
     ) -> Result<(), Error> {
-        let known = held.is_some_and(|held| held.dirs.contains_key(dir));
+        let known = held.is_some_and(|held| held.dirs.get(dir).is_some_and(Option::is_some));
         if !known && !data.ensure.iter().any(|prefix| dir.is_within(prefix)) {
             self.opa.ensure(dir).await?;
         }

@@ -8,10 +8,6 @@ use reqwest::Url;
 
 /// Bytes of one PATCH: what OPA decodes at once, and what the agent holds.
 pub const PATCH_BYTES_MAX: usize = 1 << 20;
-/// Bytes of one entry (an object, a key of a ConfigMap): the largest that etcd takes is 1.5 MiB.
-pub const ENTRY_BYTES_MAX: usize = 4 << 20;
-/// Bytes of all modules together: they are put one after the other, in rounds.
-pub const MODULES_BYTES_MAX: usize = 16 << 20;
 /// Bytes of a policy bundle that the agent holds for its OPA.
 pub const POLICY_BUNDLE_BYTES_MAX: usize = 16 << 20;
 /// Pieces of an archive that are decoded ahead of OPA.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::Router;
 use axum::extract::{Path, State};
-use axum::http::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
+use axum::http::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH, USER_AGENT};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -79,10 +79,16 @@ async fn ready(State(local): State<Local>) -> impl IntoResponse {
 }
 
 async fn policy(State(local): State<Local>, Path(name): Path<String>, headers: HeaderMap) -> Response {
-    // What OPA sends is what it has activated; nothing, when it just started.
+    // What OPA sends is what it has activated; nothing, when it just started. Nobody else is asked.
+    let is_opa = values(&headers, USER_AGENT.as_str()).any(|agent| agent.starts_with("Open-Policy-Agent/"));
     let activated = held(&headers).into_iter().next();
-    local.0.status.with(|status| status.activated = activated.as_deref().and_then(|etag| etag.parse().ok()));
-    if let Some(etag) = activated {
+    if is_opa && name == local.0.bundle {
+        local
+            .0
+            .status
+            .with(|status| status.activated = activated.as_deref().and_then(|etag| etag.parse().ok()));
+    }
+    if let Some(etag) = activated.filter(|_| is_opa) {
         let anew = |served: &mut Option<PolicyBundle>| {
             let changed = served.as_ref().is_none_or(|served| served.etag != etag);
             if changed {

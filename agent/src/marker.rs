@@ -7,16 +7,17 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
 use serde::{Deserialize, Serialize};
 
-/// See the module's text. What a marker does not name is unknown, and is given anew at the next reconcile.
+/// See the module's text. What has no digest is in flux: it is given anew, or removed, at the next reconcile. Whatever
+/// may be in OPA because of us is named, or it could never be removed.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq, Default)]
 pub struct Marker {
     /// What OPA holds, while that is one revision: none while a change is half done.
     pub revision: Option<Revision>,
     /// The digest of each directory.
     #[serde(default)]
-    pub dirs: BTreeMap<DirPath, Digest>,
-    /// The digest of each module that the agent put, none while it is being put; empty when OPA loads its policies
-    /// as a bundle.
+    pub dirs: BTreeMap<DirPath, Option<Digest>>,
+    /// The digest of each module that the agent put, none while it is put or removed; empty when OPA loads its
+    /// policies as a bundle.
     #[serde(default)]
     pub modules: BTreeMap<String, Option<Digest>>,
 }
@@ -30,9 +31,14 @@ impl Marker {
         format!("{MARKERS}/{bundle}").parse().expect("a bundle's name is a segment")
     }
 
-    /// The digest of the directories that it names.
+    /// The directories that are surely there.
+    pub fn dirs(&self) -> impl Iterator<Item = (&DirPath, Digest)> {
+        self.dirs.iter().filter_map(|(path, digest)| Some((path, (*digest)?)))
+    }
+
+    /// The digest of these directories.
     pub fn data_digest(&self) -> Digest {
-        data_digest(self.dirs.iter().map(|(path, digest)| (path, *digest)))
+        data_digest(self.dirs())
     }
 
     /// The modules that are surely there.
@@ -40,7 +46,7 @@ impl Marker {
         self.modules.iter().filter_map(|(id, digest)| Some((id.as_str(), (*digest)?)))
     }
 
-    /// The digest of the modules that it names.
+    /// The digest of these modules.
     pub fn modules_digest(&self) -> Digest {
         modules_digest(self.modules())
     }
@@ -56,7 +62,7 @@ impl Marker {
         patch: &mut PatchWriter,
         bundle: &str,
         dirs: &BTreeMap<DirPath, Option<Digest>>,
-        held: &BTreeMap<DirPath, Digest>,
+        held: &BTreeMap<DirPath, Option<Digest>>,
         revision: Revision,
     ) {
         let marker = Self::path(bundle);

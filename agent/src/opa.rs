@@ -74,8 +74,15 @@ impl Opa {
     }
 
     /// What OPA says that it holds of `bundle`; none when it was never loaded.
+    /// A marker that does not parse (another version's, somebody else's) is none.
     pub async fn marker(&self, bundle: &str) -> Result<Option<Marker>, Error> {
-        self.read(&Marker::path(bundle)).await
+        match self.read(&Marker::path(bundle)).await {
+            Err(error @ Error::Answer { .. }) => {
+                tracing::warn!(%error, "loading OPA anew");
+                Ok(None)
+            }
+            other => other,
+        }
     }
 
     /// The revision that OPA says it holds.

@@ -125,7 +125,7 @@ impl Hubs {
         let etag = response.headers().get(ETAG).and_then(|etag| etag.to_str().ok()).unwrap_or_default();
         let etag = etag.trim_matches('"').to_owned();
         let mut archive = Vec::new();
-        while let Some(chunk) = response.chunk().await? {
+        while let Some(chunk) = in_time(response.chunk()).await? {
             archive.extend_from_slice(&chunk);
             if archive.len() > POLICY_BUNDLE_BYTES_MAX {
                 return Err(Error::TooLarge);
@@ -165,7 +165,7 @@ impl Hubs {
         if status.is_success() || status == StatusCode::NOT_MODIFIED {
             return Ok(response);
         }
-        let message = response.text().await.unwrap_or_default();
+        let message = in_time(response.text()).await.unwrap_or_default();
         Err(Error::Refused { what: what.to_owned(), status, message: message.trim().to_owned() })
     }
 }
@@ -173,7 +173,18 @@ impl Hubs {
 /// A hub on the same network answers a connection within milliseconds.
 const OPEN: Duration = Duration::from_secs(5);
 
+/// What comes within the time that a hub may be silent.
+async fn in_time<T>(answer: impl Future<Output = reqwest::Result<T>>) -> Result<T, Error> {
+    let answer = tokio::time::timeout(STREAM_SILENCE, answer).await;
+    Ok(answer.map_err(|_| Error::Silent(STREAM_SILENCE))??)
+}
+
 impl Stream {
+    /// The reader was busy: silence counts from now.
+    pub fn heard_now(&mut self) {
+        self.heard = Instant::now();
+    }
+
     /// The next message. May be dropped half-way without losing any.
     pub async fn next(&mut self) -> Result<Message, Error> {
         loop {

@@ -1,18 +1,18 @@
-//! The state machine that keeps one OPA in step.
+//! Keeps one OPA in step, session after session.
 //!
 //! ```text
-//!         no marker                  stream open
-//!  Empty ───────────▶ Loading ─────────────────────▶ Live ──┐ frame, heartbeat
-//!    ▲                   ▲                            │ ▲◀──┘
-//!    │ OPA restarted     │ revision unknown: reconcile│ │ stream open again
-//!    └───────────────────┴────────── Stale ◀──────────┘─┘
-//!                                    no hub, or no OPA
+//!                    ┌─ no marker ──────────▶ load ──────┐
+//!  ask OPA what it   ├─ half done, or not ──▶ reconcile ─┤
+//!  holds (marker) ───┤  believed                         ├─▶ stream ─▶ follow: events, and looks at OPA
+//!    ▲               └─ whole ───────────────────────────┘    │ 410: reconcile once
+//!    │                                                        │
+//!    └──── pause ◀── no hub, no OPA, another marker, a frame that does not fit ◀──────┘
 //! ```
 //!
-//! Every way out of Live leads to asking OPA what it holds, and from there on: there is one path for the start, for
-//! a restart of OPA, of the agent or of the hub.
+//! Every way out of a session leads to asking OPA what it holds: there is one path for the start and for a restart of
+//! OPA, of the agent or of the hub.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use opa_hub_proto::frame::{DELTA_EVENT, POLICY_EVENT, Policy};
@@ -59,13 +59,37 @@ impl From<opa::Error> for Trouble {
     }
 }
 
+/// How much of OPA's marker is believed in the next session.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+enum Trust {
+    /// All of it.
+    #[default]
+    Whole,
+    /// Its digests, not the revision: what came from the hub did not fit to it.
+    Digests,
+    /// Only what it names: OPA lacked something that it should hold, so it may lack anything.
+    Names,
+}
+
+impl Trust {
+    fn apply(self, marker: &mut Marker) {
+        if self != Self::Whole {
+            marker.revision = None;
+        }
+        if self == Self::Names {
+            marker.dirs.values_mut().for_each(|digest| *digest = None);
+            marker.modules.values_mut().for_each(|digest| *digest = None);
+        }
+    }
+}
+
 /// What OPA holds and what the hub said.
 struct Held {
     marker: Marker,
     /// The modules' digest that the hub said: the marker has another one while OPA refuses some.
     modules: Digest,
-    /// Texts that OPA refuses.
-    refused: BTreeMap<String, String>,
+    /// What OPA refuses: texts to put, none: ids to remove.
+    refused: BTreeMap<String, Option<String>>,
 }
 
 impl Held {
@@ -90,9 +114,9 @@ impl Replica {
     /// Keeps OPA in step, for ever.
     pub async fn run(mut self) {
         let mut opa_pause = RETRY_FIRST;
-        let mut distrust = false;
+        let mut trust = Trust::Whole;
         loop {
-            let Err(trouble) = self.session(std::mem::take(&mut distrust)).await;
+            let Err(trouble) = self.session(std::mem::take(&mut trust)).await;
             self.status.with(|state| {
                 state.unconnected.get_or_insert_with(Instant::now);
                 state.failure = Some(trouble.to_string());
@@ -106,9 +130,7 @@ impl Replica {
                     tracing::warn!(hub = %self.hubs.current(), %error, "no stream");
                     self.hubs.fail_over().await;
                 }
-                Trouble::Apply(apply::Error::Opa(
-                    error @ (opa::Error::Unreachable(_) | opa::Error::Refused { .. }),
-                )) => {
+                Trouble::Apply(apply::Error::Opa(error @ opa::Error::Unreachable(_))) => {
                     tracing::warn!(%error, "waiting for OPA");
                     self.status.with(|state| state.held = None);
                     tokio::time::sleep(opa_pause.mul_f64(fastrand::f64())).await;
@@ -117,7 +139,11 @@ impl Replica {
                 }
                 Trouble::Apply(error) => {
                     tracing::warn!(%error, "repairing");
-                    distrust = true;
+                    self.status.with(|state| state.held = None);
+                    trust = match error {
+                        apply::Error::Opa(opa::Error::Missing(_)) => Trust::Names,
+                        _ => Trust::Digests,
+                    };
                     self.hubs.fail_over().await;
                 }
             }
@@ -125,10 +151,12 @@ impl Replica {
         }
     }
 
-    /// From asking OPA what it holds to whatever ends that. `distrust`: what the marker says of a revision is not
-    /// believed; its digests are sent to the hub instead.
-    async fn session(&mut self, distrust: bool) -> Result<std::convert::Infallible, Trouble> {
-        let found = self.applier.opa.marker(&self.applier.bundle).await?;
+    /// From asking OPA what it holds to whatever ends that.
+    async fn session(&mut self, trust: Trust) -> Result<std::convert::Infallible, Trouble> {
+        let mut found = self.applier.opa.marker(&self.applier.bundle).await?;
+        if let Some(marker) = &mut found {
+            trust.apply(marker);
+        }
         let whole = found.as_ref().filter(|marker| self.believed(marker).is_some());
         self.status.with(|state| {
             state.held = whole.and_then(|marker| marker.revision);
@@ -140,7 +168,7 @@ impl Replica {
         }
         let mut held = match found {
             None => self.load().await?,
-            Some(marker) => match self.believed(&marker).filter(|_| !distrust) {
+            Some(marker) => match self.believed(&marker) {
                 Some(modules) => Held { marker, modules, refused: BTreeMap::new() },
                 None => self.reconcile(&marker).await?,
             },
@@ -148,13 +176,15 @@ impl Replica {
         if held.marker.revision != Some(held.revision()) && self.delivery == Delivery::Bundle {
             self.mark_modules(&mut held).await?;
         }
-        let stream = loop {
+        self.note(&held);
+        let mut stream = self.hubs.stream(held.revision()).await?;
+        if stream.is_none() {
+            held = self.reconcile(&held.marker).await?;
             self.note(&held);
-            match self.hubs.stream(held.revision()).await? {
-                Some(stream) => break stream,
-                None => held = self.reconcile(&held.marker).await?,
-            }
-        };
+            stream = self.hubs.stream(held.revision()).await?;
+        }
+        // A hub that does not know what it gave us a moment ago: after a pause, another.
+        let stream = stream.ok_or(pull::Error::Closed)?;
         self.hubs.settle();
         tracing::info!(hub = %self.hubs.current(), revision = %held.revision(), "following");
         self.status.with(|state| (state.unconnected, state.failure) = (None, None));
@@ -176,6 +206,7 @@ impl Replica {
                         self.status.with(|state| state.said = id.parse().ok());
                         self.apply(&mut held, &event, &data).await?;
                         self.note(&held);
+                        stream.heard_now();
                     }
                 }
                 _ = poll.tick() => {
@@ -199,8 +230,10 @@ impl Replica {
                 match self.delivery {
                     Delivery::Rest => {
                         held.modules = policy.to;
-                        let (put, remove) = Applier::pending(policy, &held.refused);
-                        self.put_modules(held, put, &remove).await?;
+                        let mut changes = std::mem::take(&mut held.refused);
+                        changes.extend(policy.put.into_iter().map(|(id, text)| (id, Some(text))));
+                        changes.extend(policy.remove.into_iter().map(|id| (id, None)));
+                        self.change_modules(held, changes).await?;
                     }
                     Delivery::Bundle => {
                         self.refresh_policy_bundle().await?;
@@ -224,7 +257,8 @@ impl Replica {
     async fn load(&mut self) -> Result<Held, Trouble> {
         let started = Instant::now();
         let mut pieces = archive::read(self.hubs.data().await?);
-        let (marker, _) = self.applier.archive(None, self.modules_served(), &mut pieces).await?;
+        let modules = (self.delivery == Delivery::Bundle).then(|| self.modules_served());
+        let (marker, _) = self.applier.archive(None, modules, &mut pieces).await?;
         let mut held = Held { modules: self.modules_served(), marker, refused: BTreeMap::new() };
         if self.delivery == Delivery::Rest {
             let found = modules_of(self.hubs.policy().await?).await?;
@@ -239,18 +273,19 @@ impl Replica {
     async fn reconcile(&mut self, marker: &Marker) -> Result<Held, Trouble> {
         let started = Instant::now();
         self.status.with(|state| state.held = None);
+        if self.delivery == Delivery::Bundle {
+            self.refresh_policy_bundle().await?;
+        }
         let modules = match self.delivery {
             Delivery::Rest => Some(marker.modules().map(|(id, digest)| (id.to_owned(), digest)).collect()),
             Delivery::Bundle => None,
         };
-        let request = Reconcile { dirs: marker.dirs.clone(), modules };
+        let dirs = marker.dirs().map(|(dir, digest)| (dir.clone(), digest)).collect();
+        let request = Reconcile { dirs, modules };
         let mut pieces = archive::read(self.hubs.reconcile(&request).await?);
-        let modules = match self.delivery {
-            Delivery::Rest => marker.modules_digest(),
-            Delivery::Bundle => self.modules_served(),
-        };
+        let modules = (self.delivery == Delivery::Bundle).then(|| self.modules_served());
         let (marker, found) = self.applier.archive(Some(marker), modules, &mut pieces).await?;
-        let mut held = Held { marker, modules, refused: BTreeMap::new() };
+        let mut held = Held { marker, modules: self.modules_served(), refused: BTreeMap::new() };
         if self.delivery == Delivery::Rest {
             self.take_modules(&mut held, found).await?;
         }
@@ -262,18 +297,20 @@ impl Replica {
     async fn take_modules(&mut self, held: &mut Held, found: Modules) -> Result<(), Trouble> {
         let all = found.all.ok_or(apply::Error::NoHead)?;
         held.modules = modules_digest(all.iter().map(|(id, digest)| (id.as_str(), *digest)));
-        let remove = held.marker.modules.keys().filter(|id| !all.contains_key(*id)).cloned().collect();
-        self.put_modules(held, found.put, &remove).await
+        let gone = held.marker.modules.keys().filter(|id| !all.contains_key(*id));
+        let mut changes: BTreeMap<_, _> = gone.map(|id| (id.clone(), None)).collect();
+        changes.extend(found.put.into_iter().map(|(id, text)| (id, Some(text))));
+        self.change_modules(held, changes).await
     }
 
-    async fn put_modules(
+    /// Puts (`Some`) and removes (`None`) modules, and remembers what OPA refuses.
+    async fn change_modules(
         &mut self,
         held: &mut Held,
-        put: BTreeMap<String, String>,
-        remove: &BTreeSet<String>,
+        changes: BTreeMap<String, Option<String>>,
     ) -> Result<(), Trouble> {
-        let refused = self.applier.modules(&mut held.marker, &put, remove).await?;
-        held.refused = put.into_iter().filter(|(id, _)| refused.contains_key(id)).collect();
+        let refused = self.applier.modules(&mut held.marker, &changes).await?;
+        held.refused = changes.into_iter().filter(|(id, _)| refused.contains_key(id)).collect();
         self.status.with(|state| state.refused = refused);
         Ok(())
     }
@@ -297,7 +334,8 @@ impl Replica {
     /// The modules' digest that a stream may resume from, when the marker tells of a whole revision. A policy bundle
     /// is whole by itself, whatever the marker says of an older one.
     fn believed(&self, marker: &Marker) -> Option<Digest> {
-        let revision = marker.revision.filter(|revision| revision.data == marker.data_digest())?;
+        let whole = marker.dirs.values().all(Option::is_some);
+        let revision = marker.revision.filter(|revision| whole && revision.data == marker.data_digest())?;
         match self.delivery {
             Delivery::Bundle => Some(self.modules_served()),
             Delivery::Rest => {

@@ -36,11 +36,12 @@ pub(super) async fn get(
 ) -> Result<Response, Error> {
     let head = hub.bundle(&name)?.head();
     let edition = head.borrow().clone().ok_or(Error::NotReady)?;
-    let since =
-        headers.get("last-event-id").and_then(|value| value.to_str().ok()).or(options.since.as_deref());
+    let header =
+        headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    let since = header.or(options.since);
     let held = match since.filter(|since| !since.is_empty()) {
         None => edition.view.revision,
-        Some(text) => text.parse().map_err(|_| Error::InvalidRevision(text.to_owned()))?,
+        Some(text) => text.parse().map_err(|_| Error::InvalidRevision(text))?,
     };
     if matches!(edition.next(held), Next::Unknown) {
         hub.0.unknown_revisions.fetch_add(1, Ordering::Relaxed);

@@ -64,6 +64,7 @@ pub async fn run(dir: PathBuf, feeds: Vec<Feed>, out: Sender, readiness: Readine
         held: vec![HashMap::new(); feeds.len()],
         feeds,
         files: BTreeMap::new(),
+        unreadable: BTreeMap::new(),
         said: BTreeSet::new(),
     };
     let mut first = true;
@@ -119,6 +120,8 @@ struct Folder {
     feeds: Vec<Feed>,
     files: BTreeMap<PathBuf, File>,
     held: Vec<HashMap<ObjectKey, Object>>,
+    /// Folders below that cannot be read, and why.
+    unreadable: BTreeMap<PathBuf, String>,
     /// Subjects of the problems reported last.
     said: BTreeSet<String>,
 }
@@ -139,8 +142,12 @@ impl Folder {
     /// Reads what changed, and says what that changes feed by feed.
     fn scan(&mut self) -> Result<Vec<(FeedId, Event)>, Error> {
         let mut found = BTreeMap::new();
-        find(&self.dir, &mut found)?;
-        self.files.retain(|path, _| found.contains_key(path));
+        let mut unreadable = BTreeMap::new();
+        find(&self.dir, &mut found, &mut unreadable)?;
+        // What lies in a folder that cannot be read now keeps its last good content too.
+        self.files
+            .retain(|path, _| found.contains_key(path) || unreadable.keys().any(|dir| path.starts_with(dir)));
+        self.unreadable = unreadable;
         for (path, stamp) in found {
             let file = self.files.entry(path.clone()).or_insert(File {
                 stamp: (None, 0, 0),
@@ -200,8 +207,13 @@ impl Folder {
 
     fn report(&mut self, readiness: &Readiness) {
         let mut now = BTreeSet::new();
-        for (path, file) in &self.files {
-            let messages: Vec<_> = file.problem.iter().chain(&file.duplicates).cloned().collect();
+        let files = self
+            .files
+            .iter()
+            .map(|(path, file)| (path, file.problem.iter().chain(&file.duplicates).cloned().collect()));
+        let folders = self.unreadable.iter().map(|(path, problem)| (path, vec![problem.clone()]));
+        for (path, messages) in files.chain(folders) {
+            let messages: Vec<String> = messages;
             if messages.is_empty() {
                 continue;
             }
@@ -220,7 +232,11 @@ impl Folder {
 
 /// The manifest files below `dir` with their stamps. Hidden files are no manifests, nor is the `..data` folder by
 /// which a mounted ConfigMap swaps its files; the links to them are.
-fn find(dir: &Path, found: &mut BTreeMap<PathBuf, Stamp>) -> Result<(), Error> {
+fn find(
+    dir: &Path,
+    found: &mut BTreeMap<PathBuf, Stamp>,
+    unreadable: &mut BTreeMap<PathBuf, String>,
+) -> Result<(), Error> {
     let wrap = |source| Error::Read { path: dir.to_owned(), source };
     for entry in fs::read_dir(dir).map_err(wrap)? {
         let entry = entry.map_err(wrap)?;
@@ -232,10 +248,16 @@ fn find(dir: &Path, found: &mut BTreeMap<PathBuf, Stamp>) -> Result<(), Error> {
         let Ok(metadata) = fs::metadata(&path) else { continue };
         if metadata.is_dir() {
             // A link to a folder may lead in a circle.
-            if !path.is_symlink() {
-                find(&path, found)?;
+            if path.is_symlink() {
+                continue;
             }
-        } else if path.extension().is_some_and(|ext| ext == "yaml" || ext == "yml" || ext == "json") {
+            match find(&path, found, unreadable) {
+                Err(Error::Read { source, .. }) => _ = unreadable.insert(path, source.to_string()),
+                other => other?,
+            }
+        } else if metadata.is_file()
+            && path.extension().is_some_and(|ext| ext == "yaml" || ext == "yml" || ext == "json")
+        {
             found.insert(path, (metadata.modified().ok(), metadata.len(), metadata.ino()));
             if found.len() > MANIFEST_FILES_MAX {
                 return Err(Error::TooMany { path: dir.to_owned() });
@@ -276,6 +298,7 @@ mod tests {
             feeds: vec![feed],
             files: BTreeMap::new(),
             held: vec![HashMap::new()],
+            unreadable: BTreeMap::new(),
             said: BTreeSet::new(),
         }
     }

@@ -105,6 +105,12 @@ async fn what_others_remove_from_opa_comes_back() -> anyhow::Result<()> {
     let work = tempfile::tempdir()?;
     let manifests = tempfile::tempdir()?;
     write(manifests.path(), 0)?;
+    let other = json!({
+        "apiVersion": "v1", "kind": "ConfigMap",
+        "metadata": { "name": "other", "namespace": "ns", "labels": { "openpolicyagent.org/data": "opa" } },
+        "data": { "k": "{}" },
+    });
+    std::fs::write(manifests.path().join("other.json"), other.to_string())?;
     let hub = Hub::start(work.path(), &["--manifests", &manifests.path().display().to_string()]).await?;
     let opa = Opa::start(&assets, work.path(), None, &[]).await?;
     let mut agent =
@@ -115,7 +121,22 @@ async fn what_others_remove_from_opa_comes_back() -> anyhow::Result<()> {
         http.delete(format!("{}/v1/data{path}", opa.url)).send().await?.error_for_status()?;
         write(manifests.path(), value)?;
         holds(&opa, value).await?;
+        holds_other(&opa).await?;
         agent.wait_ready().await?;
     }
-    Ok(())
+    // A marker that no agent wrote is none.
+    let marker = http.put(format!("{}/v1/data/system/opahub/main", opa.url)).body("{\"revision\": 5}");
+    marker.send().await?.error_for_status()?;
+    write(manifests.path(), 5)?;
+    holds(&opa, 5).await?;
+    agent.wait_ready().await
+}
+
+/// The other directory is whole, whatever happened to the first.
+async fn holds_other(opa: &Opa) -> anyhow::Result<()> {
+    eventually("the other directory", async || {
+        equal(&opa.data("/ns/other/k").await.map_err(|error| error.to_string())?, &json!({}))
+    })
+    .await
+    .map(drop)
 }
