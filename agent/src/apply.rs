@@ -70,7 +70,8 @@ pub struct Modules {
 }
 
 impl Applier {
-    /// Applies the event `delta`: one PATCH, the marker in it, unless there are more operations than OPA likes.
+    /// Applies the event `delta`: one PATCH, the marker in it, unless there are more operations than OPA likes or
+    /// places to be made first.
     pub async fn delta(&self, marker: &mut Marker, json: &[u8]) -> Result<(), Error> {
         let delta: Delta = serde_json::from_slice(json)?;
         let revision = marker.revision.unwrap_or_else(|| unreachable!("only a whole marker is followed"));
@@ -89,11 +90,8 @@ impl Applier {
         if next.data_digest() != delta.to {
             return Err(Error::Diverged { to: delta.to, held: next.data_digest() });
         }
-        for dir in &delta.ensure {
-            self.opa.ensure(dir).await?;
-        }
         let mut patch = PatchWriter::default();
-        if delta.ops + delta.dirs.len() < PATCH_OPS_MAX {
+        if delta.ensure.is_empty() && delta.ops + delta.dirs.len() < PATCH_OPS_MAX {
             let ops = delta.patch.get();
             patch.splice(ops.trim_start_matches('[').trim_end_matches(']').as_bytes(), delta.ops);
             let revision = Revision { data: delta.to, ..revision };
@@ -102,6 +100,10 @@ impl Applier {
             let mut half = Marker { revision: None, ..marker.clone() };
             half.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
             half.write(&mut patch, &self.bundle);
+            self.opa.patch(std::mem::take(&mut patch).into_array()).await?;
+            for dir in &delta.ensure {
+                self.opa.ensure(dir).await?;
+            }
             for op in serde_json::from_str::<Vec<&RawValue>>(delta.patch.get())? {
                 self.make_room(&mut patch, op.get().len()).await?;
                 patch.splice(op.get().as_bytes(), 1);

@@ -176,11 +176,9 @@ impl Replica {
         if held.marker.revision != Some(held.revision()) && self.delivery == Delivery::Bundle {
             self.mark_modules(&mut held).await?;
         }
-        self.note(&held);
         let mut stream = self.hubs.stream(held.revision()).await?;
         if stream.is_none() {
             held = self.reconcile(&held.marker).await?;
-            self.note(&held);
             stream = self.hubs.stream(held.revision()).await?;
         }
         // A hub that does not know what it gave us a moment ago: after a pause, another.
@@ -205,9 +203,10 @@ impl Replica {
                         // What is said is not held until OPA took it.
                         self.status.with(|state| state.said = id.parse().ok());
                         self.apply(&mut held, &event, &data).await?;
-                        self.note(&held);
                         stream.heard_now();
                     }
+                    // A comment says that this was all, so far.
+                    self.note(&held);
                 }
                 _ = poll.tick() => {
                     let holds = self.applier.opa.revision(&self.applier.bundle).await?;

@@ -19,7 +19,7 @@ pub struct Delta<'a> {
     pub from: Digest,
     /// Data digest that it holds afterwards.
     pub to: Digest,
-    /// Maps that must exist before the patch is applied: created when missing, else left alone.
+    /// New directories outside the replicated resources: to be made, with their parents, before the patch.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ensure: Vec<DirPath>,
     /// Digests of the directories that the patch touches; none: the directory is gone.

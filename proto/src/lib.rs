@@ -8,7 +8,7 @@
 //!    │      Last-Event-ID: <revision>            │
 //!    │ ────────────────────────────────────────▶ │   event: delta   keys that changed, as a JSON patch
 //!    │                                           │   event: policy  modules that changed
-//!    │                                           │   : heartbeat
+//!    │                                           │   : a comment once all is told, and every 5 s
 //!    │  410 Gone: the revision is unknown        │
 //!    │  POST /bundles/main/reconcile             │   an archive of what differs only
 //!    │      digests of every directory           │

@@ -42,8 +42,8 @@ fn delta(view: &View, since: &Since, from: Digest) -> Option<Vec<u8>> {
             (existed, Some(dir)) => {
                 let differ = |key: &str, was: bool| was || dir.get(key).is_some();
                 let ops = keys.iter().filter(|(key, was)| differ(key, **was)).count();
-                if !existed {
-                    ensure.push(enclosing(view, path).unwrap_or(path).clone());
+                if !existed && enclosing(view, path).is_none() {
+                    ensure.push(path.clone());
                 }
                 // Replacing is cheaper for OPA than many operations, and for the wire too.
                 if !existed || ops * 2 > dir.len() {
@@ -72,7 +72,6 @@ fn delta(view: &View, since: &Since, from: Digest) -> Option<Vec<u8>> {
     let ops = patch.ops();
     let patch = String::from_utf8(patch.into_array()).expect("JSON values are UTF-8");
     let patch = RawValue::from_string(patch).expect("operations are written as JSON");
-    ensure.dedup();
     let delta = Delta { from, to: view.revision.data, ensure, dirs: digests, ops, patch: &patch };
     Some(serde_json::to_vec(&delta).expect("a frame has text keys only"))
 }

@@ -70,11 +70,6 @@ impl Reader {
     /// The next bytes; none when the stream must end: the hub stops, or the log no longer reaches back to a reader
     /// that was too slow, which then reconciles.
     async fn next(&mut self) -> Option<Bytes> {
-        if !self.greeted {
-            // Tells the reader its place at once, and opens the stream through proxies.
-            self.greeted = true;
-            return Some(format!(": {}\nid: {}\n\n", self.hub.0.bundle.name, self.held).into());
-        }
         loop {
             let edition = self.head.borrow_and_update().clone()?;
             match edition.next(self.held) {
@@ -83,6 +78,11 @@ impl Reader {
                     return Some(bytes);
                 }
                 Next::Unknown => return None,
+                // Tells the reader at once that it holds all there is, and opens the stream through proxies.
+                Next::UpToDate if !self.greeted => {
+                    self.greeted = true;
+                    return Some(format!(": {}\nid: {}\n\n", self.hub.0.bundle.name, self.held).into());
+                }
                 Next::UpToDate => {}
             }
             let changed = tokio::select! {

@@ -14,6 +14,8 @@ pub mod hub;
 
 pub mod agent;
 
+pub mod cut;
+
 use std::net::TcpListener;
 
 pub use self::agent::{Agent, Delivery};

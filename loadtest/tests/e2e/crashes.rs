@@ -1,0 +1,194 @@
+//! An agent that dies anywhere on its way into OPA, and a world that has moved on when it comes back: what OPA holds in
+//! the end is what the hub says, nothing less and nothing left over.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use opa_hub_loadtest::eventually::{PATIENCE, equal, eventually};
+use opa_hub_loadtest::lab::cut::Cut;
+use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
+use serde_json::{Value, json};
+
+/// More than one PATCH takes, so that a change is half done for a while.
+const PODS: usize = 600;
+/// Places where the agent dies, spread over the bytes of the whole change.
+const CUTS: i64 = 12;
+
+/// Which modules and directories there are: by name, what they say.
+struct State {
+    modules: &'static [(&'static str, u8)],
+    roles: &'static [(&'static str, u8)],
+    pods: &'static [(&'static str, usize, u8)],
+}
+
+const BEFORE: State = State {
+    modules: &[("a", 1), ("gone", 1), ("changed", 1)],
+    roles: &[("stays", 1), ("returns", 1)],
+    pods: &[("big", PODS, 1), ("leaves", 2, 1)],
+};
+const DURING: State = State {
+    modules: &[("a", 1), ("new", 1), ("changed", 2)],
+    roles: &[("stays", 1), ("comes", 1)],
+    pods: &[("big", PODS, 2), ("visits", 2, 1)],
+};
+/// What went is back as it was, what came is gone: nothing but the crash tells this from `BEFORE`.
+const AFTER: State = State {
+    modules: &[("a", 1), ("gone", 1), ("changed", 1)],
+    roles: &[("stays", 1), ("returns", 1)],
+    pods: &[("big", PODS, 3), ("leaves", 2, 1)],
+};
+
+fn write(dir: &Path, state: &State) -> anyhow::Result<()> {
+    let configmap = |name: &str, label: (&str, &str), key: &str, text: String| {
+        json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "data": { key: text },
+            "metadata": { "name": name, "namespace": "ns", "labels": { label.0: label.1 } },
+        })
+    };
+    let modules = state.modules.iter().map(|(name, value)| {
+        configmap(
+            name,
+            ("openpolicyagent.org/policy", "rego"),
+            "m.rego",
+            format!("package {name}\nx := {value}"),
+        )
+    });
+    let roles = state.roles.iter().map(|(name, value)| {
+        configmap(name, ("openpolicyagent.org/data", "opa"), "k", json!({ "value": value }).to_string())
+    });
+    let pods = state
+        .pods
+        .iter()
+        .flat_map(|(namespace, count, value)| (0..*count).map(move |at| pod(namespace, at, *value)));
+    let list = json!({ "apiVersion": "v1", "kind": "List", "items": modules.chain(roles).chain(pods).collect::<Value>() });
+    std::fs::write(dir.join(".draft"), list.to_string())?;
+    Ok(std::fs::rename(dir.join(".draft"), dir.join("all.json"))?)
+}
+
+fn pod(namespace: &str, at: usize, value: u8) -> Value {
+    let metadata = json!({ "name": format!("p{at}"), "namespace": namespace });
+    json!({ "kind": "Pod", "apiVersion": "v1", "metadata": metadata, "value": value })
+}
+
+/// What OPA must hold: below `ns` and below `kubernetes.pods`, and its modules.
+fn expected(state: &State) -> (Value, Value, Vec<String>) {
+    let roles: BTreeMap<_, _> =
+        state.roles.iter().map(|(name, value)| (*name, json!({ "k": { "value": value } }))).collect();
+    let pods: BTreeMap<_, BTreeMap<_, _>> = state
+        .pods
+        .iter()
+        .map(|(namespace, count, value)| {
+            (*namespace, (0..*count).map(|at| (format!("p{at}"), pod(namespace, at, *value))).collect())
+        })
+        .collect();
+    let mut modules: Vec<_> = state.modules.iter().map(|(name, _)| format!("ns/{name}/m.rego")).collect();
+    modules.sort_unstable();
+    (json!(roles), json!(pods), modules)
+}
+
+async fn holds(opa: &Opa, state: &State) -> Result<(), String> {
+    let (roles, pods, modules) = expected(state);
+    let text = |error: anyhow::Error| error.to_string();
+    equal(&opa.modules().await.map_err(text)?, &modules)?;
+    for (name, value) in state.modules {
+        equal(&opa.data(&format!("/{name}/x")).await.map_err(text)?, &json!(value))?;
+    }
+    equal(&opa.data("/ns").await.map_err(text)?, &roles)?;
+    // Thousands of pods would drown the message.
+    let found = opa.data("/kubernetes/pods").await.map_err(text)?;
+    if found == pods {
+        Ok(())
+    } else {
+        Err(format!(
+            "pods differ, namespaces {:?}",
+            found.as_object().map(|map| map.keys().cloned().collect::<Vec<_>>())
+        ))
+    }
+}
+
+/// `from_empty`: the agent dies while it loads an OPA that has nothing; else while it brings one up to date, by frame
+/// or, when the hub has restarted, by reconcile.
+async fn check(from_empty: bool, hub_restarts: bool) -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let work = tempfile::tempdir()?;
+    let manifests = tempfile::tempdir()?;
+    let dir = manifests.path();
+    write(dir, &BEFORE)?;
+    let mut hub =
+        Hub::start(work.path(), &["--manifests", &dir.display().to_string(), "--replicate", "v1/pods"])
+            .await?;
+    let revision = async |hub: &Hub| anyhow::Ok(hub.json("/v1/bundles/main").await?["revision"].clone());
+    let start = |hub: &Hub, opa: &str| {
+        Agent::start(work.path(), &Agent::address()?, &[&hub.url], opa, Delivery::Rest, &[])
+    };
+    // The first round is cut by nothing and tells how many bytes the whole change takes.
+    let mut whole = i64::MAX;
+    for cut in 0..=CUTS {
+        let opa = Opa::start(&assets, work.path(), None, &[]).await?;
+        if !from_empty {
+            let mut agent = start(&hub, &opa.url)?;
+            agent.wait_ready().await?;
+            holds(&opa, &BEFORE)
+                .await
+                .map_err(|error| anyhow::anyhow!("at the start of round {cut}: {error}"))?;
+        }
+        let before = revision(&hub).await?;
+        if hub_restarts {
+            hub.kill();
+        }
+        write(dir, &DURING)?;
+        if hub_restarts {
+            hub.spawn()?;
+            hub.wait_ready().await?;
+        }
+        let changed = async || {
+            if revision(&hub).await.is_ok_and(|now| now != before) { Ok(()) } else { Err("not yet") }
+        };
+        eventually("the hub has read the change", changed).await?;
+        let bytes = if cut == 0 { i64::MAX } else { whole * cut / (CUTS + 1) };
+        let proxy = Cut::start(&opa.url, bytes).await?;
+        let mut agent = start(&hub, &proxy.url)?;
+        let dies = async || {
+            if proxy.is_broken() || agent.status().await.is_ok_and(|status| status["ready"] == true) {
+                Ok(())
+            } else {
+                Err("not yet")
+            }
+        };
+        eventually("the agent gets as far as it can", dies).await?;
+        if cut == 0 {
+            whole = proxy.forwarded();
+        }
+        agent.kill();
+        drop(proxy);
+        write(dir, &AFTER)?;
+        let mut agent = start(&hub, &opa.url)?;
+        eventually(format!("cut at {bytes} of {whole} bytes"), async || holds(&opa, &AFTER).await).await?;
+        agent.wait_ready().await?;
+        holds(&opa, &AFTER)
+            .await
+            .map_err(|error| anyhow::anyhow!("cut at {bytes} of {whole} bytes: {error}"))?;
+        drop(agent);
+        write(dir, &BEFORE)?;
+        let after = revision(&hub).await?;
+        let back =
+            async || if revision(&hub).await.is_ok_and(|now| now != after) { Ok(()) } else { Err("not yet") };
+        eventually(format!("back at the start within {} s", PATIENCE.as_secs()), back).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn while_it_loads() -> anyhow::Result<()> {
+    check(true, false).await
+}
+
+#[tokio::test]
+async fn while_it_applies_a_frame() -> anyhow::Result<()> {
+    check(false, false).await
+}
+
+#[tokio::test]
+async fn while_it_reconciles() -> anyhow::Result<()> {
+    check(false, true).await
+}
