@@ -69,6 +69,17 @@ pub struct Modules {
     pub all: Option<BTreeMap<String, Digest>>,
 }
 
+impl Modules {
+    /// What to put (`Some`) and to remove (`None`) where there is what `held` names.
+    pub fn changes(&self, held: Option<&Marker>) -> BTreeMap<String, Option<String>> {
+        let all = self.all.as_ref();
+        let gone = held.into_iter().flat_map(|held| held.modules.keys());
+        let gone = gone.filter(|id| all.is_some_and(|all| !all.contains_key(*id)));
+        let put = self.put.iter().map(|(id, text)| (id.clone(), Some(text.clone())));
+        gone.map(|id| (id.clone(), None)).chain(put).collect()
+    }
+}
+
 impl Applier {
     /// Applies the event `delta`: one PATCH, the marker in it, unless there are more operations than OPA likes or
     /// places to be made first.
@@ -117,11 +128,13 @@ impl Applier {
     }
 
     /// Applies an archive onto what `held` says that OPA holds, or onto an OPA that never heard of us. The marker
-    /// that results names a revision with these `modules`; without them none, until they are put.
+    /// that results names a revision with these `modules`; without them none, until they are put. `modules_first`:
+    /// the archive's modules are put before its data, which may take a place that a package leaves.
     pub async fn archive(
         &self,
         held: Option<&Marker>,
         modules: Option<Digest>,
+        modules_first: bool,
         pieces: &mut mpsc::Receiver<Result<Piece, archive::Error>>,
     ) -> Result<(Marker, Modules), Error> {
         let Some(Piece::Head(head)) = pieces.recv().await.transpose()? else { return Err(Error::NoHead) };
@@ -150,8 +163,14 @@ impl Applier {
         }
         let mut patch = PatchWriter::default();
         let mut large: Option<(DirPath, HashSet<String>)> = None;
+        let mut modules_open = modules_first;
         while let Some(piece) = pieces.recv().await {
-            match piece? {
+            let piece = piece?;
+            if modules_open && !matches!(piece, Piece::Module { .. }) {
+                modules_open = false;
+                self.modules(&mut half, &found.changes(held)).await?;
+            }
+            match piece {
                 Piece::Head(_) => return Err(Error::NoHead),
                 Piece::Module { id, text } => _ = found.put.insert(id, text),
                 Piece::Directory(dir, json) => {
@@ -199,7 +218,7 @@ impl Applier {
         let mut marker = Marker {
             revision: None,
             dirs: data.dirs.into_iter().map(|(dir, digest)| (dir, Some(digest))).collect(),
-            modules: held.map(|held| held.modules.clone()).unwrap_or_default(),
+            modules: half.modules,
         };
         marker.revision = modules.map(|modules| Revision { modules, data: marker.data_digest() });
         self.make_room(&mut patch, PATCH_BYTES_MAX).await?;

@@ -37,6 +37,8 @@ pub struct Replica {
     delivery: Delivery,
     local: Local,
     status: Status,
+    /// OPA refused data: a package that goes may lie where it comes.
+    modules_first: bool,
 }
 
 /// What ends a session.
@@ -108,6 +110,7 @@ impl Replica {
             delivery: config.delivery,
             local,
             status,
+            modules_first: false,
         })
     }
 
@@ -140,6 +143,7 @@ impl Replica {
                 Trouble::Apply(error) => {
                     tracing::warn!(%error, "repairing");
                     self.status.with(|state| state.held = None);
+                    self.modules_first = matches!(error, apply::Error::Opa(opa::Error::Refused { .. }));
                     trust = match error {
                         apply::Error::Opa(opa::Error::Missing(_)) => Trust::Names,
                         _ => Trust::Digests,
@@ -184,6 +188,7 @@ impl Replica {
         // A hub that does not know what it gave us a moment ago: after a pause, another.
         let stream = stream.ok_or(pull::Error::Closed)?;
         self.hubs.settle();
+        self.modules_first = false;
         tracing::info!(hub = %self.hubs.current(), revision = %held.revision(), "following");
         self.status.with(|state| (state.unconnected, state.failure) = (None, None));
         self.follow(stream, held).await
@@ -257,7 +262,7 @@ impl Replica {
         let started = Instant::now();
         let mut pieces = archive::read(self.hubs.data().await?);
         let modules = (self.delivery == Delivery::Bundle).then(|| self.modules_served());
-        let (marker, _) = self.applier.archive(None, modules, &mut pieces).await?;
+        let (marker, _) = self.applier.archive(None, modules, false, &mut pieces).await?;
         let mut held = Held { modules: self.modules_served(), marker, refused: BTreeMap::new() };
         if self.delivery == Delivery::Rest {
             let found = modules_of(self.hubs.policy().await?).await?;
@@ -283,7 +288,8 @@ impl Replica {
         let request = Reconcile { dirs, modules };
         let mut pieces = archive::read(self.hubs.reconcile(&request).await?);
         let modules = (self.delivery == Delivery::Bundle).then(|| self.modules_served());
-        let (marker, found) = self.applier.archive(Some(marker), modules, &mut pieces).await?;
+        let (marker, found) =
+            self.applier.archive(Some(marker), modules, self.modules_first, &mut pieces).await?;
         let mut held = Held { marker, modules: self.modules_served(), refused: BTreeMap::new() };
         if self.delivery == Delivery::Rest {
             self.take_modules(&mut held, found).await?;
@@ -294,12 +300,9 @@ impl Replica {
     }
 
     async fn take_modules(&mut self, held: &mut Held, found: Modules) -> Result<(), Trouble> {
-        let all = found.all.ok_or(apply::Error::NoHead)?;
+        let all = found.all.as_ref().ok_or(apply::Error::NoHead)?;
         held.modules = modules_digest(all.iter().map(|(id, digest)| (id.as_str(), *digest)));
-        let gone = held.marker.modules.keys().filter(|id| !all.contains_key(*id));
-        let mut changes: BTreeMap<_, _> = gone.map(|id| (id.clone(), None)).collect();
-        changes.extend(found.put.into_iter().map(|(id, text)| (id, Some(text))));
-        self.change_modules(held, changes).await
+        self.change_modules(held, found.changes(Some(&held.marker))).await
     }
 
     /// Puts (`Some`) and removes (`None`) modules, and remembers what OPA refuses.

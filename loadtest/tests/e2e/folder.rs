@@ -98,6 +98,52 @@ async fn agent_with_bundle() -> anyhow::Result<()> {
     check(Way::Bundle).await
 }
 
+/// A package leaves a place to data, in one edit, and takes it back.
+async fn a_place_changes_hands(way: Way) -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let work = tempfile::tempdir()?;
+    let manifests = tempfile::tempdir()?;
+    let configmap = |namespace: &str, label: (&str, &str), key: &str, text: &str| {
+        json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "data": { key: text },
+            "metadata": { "name": "roles", "namespace": namespace, "labels": { label.0: label.1 } },
+        })
+    };
+    let package =
+        configmap("policies", ("openpolicyagent.org/policy", "rego"), "m.rego", "package team.roles\nk := 1");
+    let moved =
+        configmap("policies", ("openpolicyagent.org/policy", "rego"), "m.rego", "package elsewhere\nk := 1");
+    let data = configmap("team", ("openpolicyagent.org/data", "opa"), "k", "{\"a\": 2}");
+    write(manifests.path(), "a.json", std::slice::from_ref(&package))?;
+    let hub = Hub::start(work.path(), &["--manifests", &manifests.path().display().to_string()]).await?;
+    let (opa, _agent) = consumer(way, &assets, work.path(), &hub).await?;
+    let steps: [(&[Value], Value); 5] = [
+        (std::slice::from_ref(&package), json!(1)),
+        (std::slice::from_ref(&data), json!({ "a": 2 })),
+        (std::slice::from_ref(&package), json!(1)),
+        (&[moved, data.clone()], json!({ "a": 2 })),
+        (std::slice::from_ref(&package), json!(1)),
+    ];
+    for (step, (objects, expected)) in steps.iter().enumerate() {
+        write(manifests.path(), "a.json", objects)?;
+        eventually(format!("{way:?}: step {step}"), async || {
+            equal(&opa.data("/team/roles/k").await.map_err(|error| error.to_string())?, expected)
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_place_changes_hands_with_rest() -> anyhow::Result<()> {
+    a_place_changes_hands(Way::Rest).await
+}
+
+#[tokio::test]
+async fn a_place_changes_hands_with_bundle() -> anyhow::Result<()> {
+    a_place_changes_hands(Way::Bundle).await
+}
+
 /// OPA's own delta, for who asks for it: objects come, change and go, with names that need escapes.
 #[tokio::test]
 async fn native_deltas() -> anyhow::Result<()> {
