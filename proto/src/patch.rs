@@ -63,11 +63,6 @@ impl PatchWriter {
         self.text.is_empty()
     }
 
-    /// The operations, with no brackets around.
-    pub fn into_ops(self) -> Vec<u8> {
-        self.text
-    }
-
     /// The patch as a JSON array.
     pub fn into_array(self) -> Vec<u8> {
         let mut array = Vec::with_capacity(self.text.len() + 2);
@@ -114,22 +109,21 @@ mod tests {
     #[test]
     fn writes_what_opa_reads() {
         let dir: DirPath = "/a/b".parse().unwrap();
-        let mut inner = PatchWriter::default();
-        inner.add(&dir, "k/\"1\"", b"{\"x\":1.50}");
-        inner.remove(&dir, "50%");
         let mut patch = PatchWriter::default();
         patch.add_dir(&dir, b"{}");
-        let ops = inner.ops();
-        patch.splice(&inner.into_ops(), ops);
+        patch.add(&dir, "k/\"1\"", b"{\"x\":1.50}");
+        patch.remove(&dir, "50%");
+        patch.splice(br#"{"op":"remove","path":"/x"}"#, 1);
         patch.splice(b"", 0);
         patch.remove_dir(&dir);
-        assert_eq!(patch.ops(), 4);
+        assert_eq!(patch.ops(), 5);
         assert_eq!(
             String::from_utf8(patch.into_array()).unwrap(),
             concat!(
                 r#"[{"op":"add","path":"/a/b","value":{}},"#,
                 r#"{"op":"add","path":"/a/b/k~1\"1\"","value":{"x":1.50}},"#,
                 r#"{"op":"remove","path":"/a/b/50%25"},"#,
+                r#"{"op":"remove","path":"/x"},"#,
                 r#"{"op":"remove","path":"/a/b"}]"#,
             )
         );

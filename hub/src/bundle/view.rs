@@ -198,11 +198,6 @@ impl Directory {
         Some(&chunk.entries[at])
     }
 
-    /// All entries in the order of their keys.
-    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.chunks.iter().flat_map(|chunk| &chunk.entries)
-    }
-
     /// How many entries.
     pub fn len(&self) -> usize {
         self.chunks.iter().map(|chunk| chunk.entries.len()).sum()
