@@ -89,7 +89,7 @@ impl Applier {
         if delta.from != revision.data {
             return Err(Error::NotHeld { from: delta.from, held: revision.data });
         }
-        let next = Revision { data: delta.to, ..revision };
+        let to = Revision { data: delta.to, ..revision };
         let mut dirs = marker.dirs.clone();
         for (dir, digest) in &delta.dirs {
             match digest {
@@ -97,7 +97,7 @@ impl Applier {
                 None => _ = dirs.remove(dir),
             }
         }
-        let next = Marker { revision: Some(next), dirs, modules: marker.modules.clone() };
+        let next = Marker { revision: Some(to), dirs, modules: marker.modules.clone() };
         if next.data_digest() != delta.to {
             return Err(Error::Diverged { to: delta.to, held: next.data_digest() });
         }
@@ -105,13 +105,11 @@ impl Applier {
         if delta.ensure.is_empty() && delta.ops + delta.dirs.len() < PATCH_OPS_MAX {
             let ops = delta.patch.get();
             patch.splice(ops.trim_start_matches('[').trim_end_matches(']').as_bytes(), delta.ops);
-            let revision = Revision { data: delta.to, ..revision };
-            Marker::write_delta(&mut patch, &self.bundle, &delta.dirs, &marker.dirs, revision);
+            Marker::write_delta(&mut patch, &self.bundle, &delta.dirs, &marker.dirs, to);
         } else {
             let mut half = Marker { revision: None, ..marker.clone() };
             half.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
-            half.write(&mut patch, &self.bundle);
-            self.opa.patch(std::mem::take(&mut patch).into_array()).await?;
+            self.mark(&half).await?;
             for dir in &delta.ensure {
                 self.opa.ensure(dir).await?;
             }
@@ -155,9 +153,7 @@ impl Applier {
                 missing.insert(dir);
             }
         }
-        let mut patch = PatchWriter::default();
-        half.write(&mut patch, &self.bundle);
-        self.opa.patch(patch.into_array()).await?;
+        self.mark(&half).await?;
         for prefix in &data.ensure {
             self.opa.ensure(prefix).await?;
         }
@@ -279,13 +275,18 @@ impl Applier {
             }
         }
         marker.revision = Some(Revision { modules: marker.modules_digest(), data: marker.data_digest() });
-        let mut patch = PatchWriter::default();
-        marker.write(&mut patch, &self.bundle);
-        self.opa.patch(patch.into_array()).await?;
+        self.mark(marker).await?;
         for (id, message) in &refused {
             tracing::error!(module = id, message, "OPA refuses a module; it keeps what it had");
         }
         Ok(refused)
+    }
+
+    /// Writes the marker by itself. Fails where OPA has none of any bundle: then it restarted meanwhile.
+    pub async fn mark(&self, marker: &Marker) -> Result<(), Error> {
+        let mut patch = PatchWriter::default();
+        marker.write(&mut patch, &self.bundle);
+        Ok(self.opa.patch(patch.into_array()).await?)
     }
 
     /// Sends the patch if there is no room in it for an operation of `bytes`.

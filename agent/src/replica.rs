@@ -328,9 +328,7 @@ impl Replica {
     async fn mark_modules(&mut self, held: &mut Held) -> Result<(), Trouble> {
         held.modules = self.modules_served();
         held.marker.revision = Some(held.revision());
-        let mut patch = opa_hub_proto::patch::PatchWriter::default();
-        held.marker.write(&mut patch, &self.applier.bundle);
-        Ok(self.applier.opa.patch(patch.into_array()).await?)
+        Ok(self.applier.mark(&held.marker).await?)
     }
 
     /// The modules' digest that a stream may resume from, when the marker tells of a whole revision. A policy bundle

@@ -20,11 +20,12 @@ use opa_hub_proto::poll::{BUNDLE_TYPE, Tag, entity_tags, wait};
 use opa_hub_proto::revision::Revision;
 use serde::Deserialize;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::error::Error;
 use super::{Hub, Shared};
 use crate::bundle::archive::Archive;
-use crate::bundle::{Edition, Part};
+use crate::bundle::{Bundle, Edition, Part};
 use crate::config::{DELTA_CLIENTS_MAX, LONG_POLL_MAX};
 
 /// A client that asks again from the revision it was given a delta for, within this time, failed to apply it.
@@ -51,7 +52,7 @@ pub(super) async fn get(
 ) -> Result<Response, Error> {
     let held = entity_tags(text_values(&headers, IF_NONE_MATCH.as_str()));
     let patience = wait(text_values(&headers, "prefer"), LONG_POLL_MAX);
-    let Some(edition) = wait_for(&hub.0, &name, part, &held, patience).await? else {
+    let Some(edition) = wait_for(hub.bundle(&name)?, &hub.0.stop, part, &held, patience).await? else {
         // An older tag of the list may have matched here, on a replica that lags: what the client holds stands.
         let own = held.first().map_or("", |tag| tag.raw);
         return Ok((StatusCode::NOT_MODIFIED, [(ETAG, own)]).into_response());
@@ -74,17 +75,14 @@ pub(super) async fn get(
 
 /// The edition that the client lacks; none when it holds the newest until its patience ends.
 async fn wait_for(
-    hub: &Shared,
-    name: &str,
+    bundle: &Bundle,
+    stop: &CancellationToken,
     part: Part,
     held: &[Tag<'_>],
     patience: Duration,
 ) -> Result<Option<Arc<Edition>>, Error> {
-    if hub.bundle.name != name {
-        return Err(Error::NoSuchBundle(name.to_owned()));
-    }
     let deadline = Instant::now() + patience;
-    let mut editions = hub.bundle.archived(part);
+    let mut editions = bundle.archived(part);
     loop {
         let edition = editions.borrow_and_update().clone();
         let waits_for_first = edition.is_none();
@@ -97,7 +95,7 @@ async fn wait_for(
         let timed_out = tokio::select! {
             changed = tokio::time::timeout_at(deadline, editions.changed()) => changed.is_err(),
             // OPA asks again at once, and finds another replica or the next start of this one.
-            () = hub.stop.cancelled() => return Err(Error::NotReady),
+            () = stop.cancelled() => return Err(Error::NotReady),
         };
         if timed_out {
             return if waits_for_first { Err(Error::NotReady) } else { Ok(None) };

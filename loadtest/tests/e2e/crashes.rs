@@ -9,6 +9,8 @@ use opa_hub_loadtest::lab::cut::Cut;
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
+use crate::world::write_manifest;
+
 /// More than one PATCH takes, so that a change is half done for a while.
 const PODS: usize = 600;
 /// Places where the agent dies, spread over the bytes of the whole change.
@@ -61,8 +63,7 @@ fn write(dir: &Path, state: &State) -> anyhow::Result<()> {
         .iter()
         .flat_map(|(namespace, count, value)| (0..*count).map(move |at| pod(namespace, at, *value)));
     let list = json!({ "apiVersion": "v1", "kind": "List", "items": modules.chain(roles).chain(pods).collect::<Value>() });
-    std::fs::write(dir.join(".draft"), list.to_string())?;
-    Ok(std::fs::rename(dir.join(".draft"), dir.join("all.json"))?)
+    write_manifest(dir, "all.json", &list)
 }
 
 fn pod(namespace: &str, at: usize, value: u8) -> Value {

@@ -6,14 +6,15 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
+use crate::world::write_manifest;
+
 fn write(dir: &Path, value: u64) -> anyhow::Result<()> {
     let manifest = json!({
         "apiVersion": "v1", "kind": "ConfigMap",
         "metadata": { "name": "m", "namespace": "ns", "labels": { "openpolicyagent.org/data": "opa" } },
         "data": { "k": json!({ "value": value }).to_string() },
     });
-    std::fs::write(dir.join(".draft"), manifest.to_string())?;
-    Ok(std::fs::rename(dir.join(".draft"), dir.join("m.json"))?)
+    write_manifest(dir, "m.json", &manifest)
 }
 
 async fn holds(opa: &Opa, value: u64) -> anyhow::Result<()> {

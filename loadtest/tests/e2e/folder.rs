@@ -6,7 +6,7 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Hub, Opa, assets};
 use serde_json::{Map, Value, json};
 
-use crate::world::{Way, consumer, direct_config};
+use crate::world::{Way, consumer, direct_config, write_manifest};
 
 const FLAGS: [&str; 4] =
     ["--replicate", "v1/pods", "--replicate-cluster", "rbac.authorization.k8s.io/v1/clusterroles"];
@@ -17,8 +17,7 @@ const PODS: usize = 1500;
 
 fn write(dir: &Path, file: &str, objects: &[Value]) -> anyhow::Result<()> {
     let list = json!({ "apiVersion": "v1", "kind": "List", "items": objects });
-    std::fs::write(dir.join(".draft"), serde_json::to_vec(&list)?)?;
-    Ok(std::fs::rename(dir.join(".draft"), dir.join(file))?)
+    write_manifest(dir, file, &list)
 }
 
 fn roles(generation: usize) -> Vec<Value> {

@@ -110,6 +110,12 @@ pub(crate) fn direct_config(hub: &str, resource: &str) -> Value {
     })
 }
 
+/// Writes a manifest as an editor does, so that nobody reads half of it.
+pub(crate) fn write_manifest(dir: &Path, file: &str, content: &Value) -> anyhow::Result<()> {
+    std::fs::write(dir.join(".draft"), content.to_string())?;
+    Ok(std::fs::rename(dir.join(".draft"), dir.join(file))?)
+}
+
 fn without_empty_maps(value: Value) -> Value {
     match value {
         Value::Object(map) => {
