@@ -143,8 +143,11 @@ fn values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a st
 
 /// A bundle of nothing, below a root that nobody else has.
 fn empty_bundle(bundle: &str, revision: &str) -> Bytes {
-    let manifest =
-        Manifest { revision: revision.to_owned(), roots: vec![format!("opahub/{bundle}/data-only")] };
+    let manifest = Manifest {
+        revision: revision.to_owned(),
+        roots: vec![format!("opahub/{bundle}/data-only")],
+        rego_version: None,
+    };
     let manifest = serde_json::to_vec(&manifest).expect("a manifest has text keys only");
     let mut header = tar::Header::new_gnu();
     header.set_size(manifest.len() as u64);

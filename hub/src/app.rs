@@ -14,7 +14,9 @@ use crate::bundle::Bundle;
 use crate::cli::Cli;
 use crate::config::{Config, EVENT_QUEUE_MAX, Source};
 use crate::model::FeedId;
-use crate::pipeline::{FeedCounters, Pipeline};
+use crate::pipeline::{self, FeedCounters, Pipeline, Said};
+use crate::policy::candidates::LastGood;
+use crate::policy::check::Compiler;
 use crate::readiness::Readiness;
 use crate::source::{folder, kubernetes};
 use crate::{serve, telemetry};
@@ -51,6 +53,15 @@ async fn run(config: Config) -> anyhow::Result<()> {
     for feed in &config.feeds {
         readiness.pending(&feed.to_string(), "not listed yet");
     }
+    let compiler = Compiler::find(config.rego.opa.as_deref(), config.rego.dialect).await?;
+    tracing::info!(by = compiler.name(), "checking policies");
+    if let Compiler::Syntax(_) = compiler {
+        let warning = "no opa found: only the syntax of policies is checked, and one that does not compile reaches \
+                       OPAs; give --opa-bin";
+        tracing::warn!("{warning}");
+        readiness.problem("opa", Some(warning.into()));
+    }
+    readiness.pending(pipeline::POLICIES, "not checked yet");
     let stop = CancellationToken::new();
     let bundle = Arc::new(Bundle::new(config.bundle.clone()));
     let feeds = Arc::new(FeedCounters::new(&config.feeds));
@@ -79,10 +90,22 @@ async fn run(config: Config) -> anyhow::Result<()> {
             }
         }
     }
-    let writer = Pipeline::new(config.feeds.clone(), bundle.clone(), readiness.clone(), feeds.clone());
+    let (writer, ends) =
+        Pipeline::new(config.feeds.clone(), &config.rego, bundle.clone(), readiness.clone(), feeds.clone());
+    let (say, said) = mpsc::channel(1);
     tasks.spawn(async move {
-        tokio::task::spawn_blocking(move || writer.run(queue)).await?;
+        tokio::task::spawn_blocking(move || writer.run(queue, said)).await?;
         Ok("the writer")
+    });
+    _ = say.send(Said::Restored(LastGood::new())).await;
+    tasks.spawn({
+        let readiness = readiness.clone();
+        async move {
+            let here = tokio::runtime::Handle::current();
+            let check = move || here.block_on(pipeline::check(compiler, ends.jobs, say, readiness));
+            tokio::task::spawn_blocking(check).await?;
+            Ok("the check")
+        }
     });
     tasks.spawn({
         let bundle = bundle.clone();

@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use clap::{ArgAction, Parser, ValueEnum};
 use opa_hub_proto::path::{DirPath, is_segment};
 
-use crate::config::{Config, Source};
+use crate::config::{Config, Rego, Source};
 use crate::model::{Content, Feed, LabelTerm, Resource, Scope};
+use crate::policy::check::Dialect;
 
 /// opa-hub watches a Kubernetes API server once and serves its policies, JSON data and replicated resources to every
 /// OPA: as bundles to OPA itself, as a delta stream to opa-hub-agent.
@@ -94,6 +95,25 @@ pub struct Cli {
     #[arg(long, value_name = "NS,…", value_delimiter = ',', help_heading = "Replication")]
     replicate_ignore_namespaces: Vec<String>,
 
+    /// The OPA that checks policies before any other OPA gets them; the `opa` on the search path when not given, and
+    /// where there is none, a parser that sees syntax only
+    #[arg(long, value_name = "FILE", env = "OPA_BIN", help_heading = "Checking policies")]
+    opa_bin: Option<PathBuf>,
+    /// Check policies as OPA before 1.0 takes them, and say so in the bundle
+    #[arg(long, conflicts_with = "v1_compatible", help_heading = "Checking policies")]
+    v0_compatible: bool,
+    /// Check policies as OPA from 1.0 on takes them, and say so in the bundle
+    #[arg(long, help_heading = "Checking policies")]
+    v1_compatible: bool,
+    /// Run the keys that end in _test.rego of ConfigMaps that carry this label with the value true, instead of serving
+    /// them: a ConfigMap whose tests fail is refused
+    #[arg(long, value_name = "LABEL", help_heading = "Checking policies")]
+    test_label: Option<String>,
+    /// Keep the last good policies in this folder, so that a restart keeps them while a newer text is bad; in a cluster
+    /// they are kept in a ConfigMap when this is not given
+    #[arg(long, value_name = "DIR", env = "OPA_HUB_STATE_DIR", help_heading = "Checking policies")]
+    state_dir: Option<PathBuf>,
+
     /// What is logged: error, warn, info, debug, trace (RUST_LOG says it in detail)
     #[arg(
         long,
@@ -173,14 +193,27 @@ impl Cli {
             Some(dir) => Source::Folder(dir.clone()),
             None => Source::Kubernetes { kubeconfig: self.kubeconfig.clone() },
         };
-        Ok(Config { source, listen: self.listen, bundle: self.bundle.clone(), feeds })
+        if let Some(label) = &self.test_label {
+            check("--test-label", label, is_label)?;
+        }
+        let dialect = match (self.v0_compatible, self.v1_compatible) {
+            (true, _) => Dialect::V0,
+            (false, true) => Dialect::V1,
+            (false, false) => Dialect::Default,
+        };
+        Ok(Config {
+            source,
+            listen: self.listen,
+            bundle: self.bundle.clone(),
+            feeds,
+            rego: Rego { opa: self.opa_bin.clone(), dialect, test_label: self.test_label.clone() },
+            state_dir: self.state_dir.clone(),
+        })
     }
 
     fn configmap_feeds(&self) -> Result<Vec<Feed>, Error> {
         let label = |label_flag, label: &String, value_flag, value: &String, equal| {
-            check(label_flag, label, |label| {
-                label.split('/').count() <= 2 && label.split('/').all(is_segment)
-            })?;
+            check(label_flag, label, is_label)?;
             check(value_flag, value, |value| value.is_empty() || is_segment(value))?;
             Ok(LabelTerm { label: label.clone(), value: value.clone(), equal })
         };
@@ -250,6 +283,10 @@ impl Cli {
         }
         Ok(feeds)
     }
+}
+
+fn is_label(label: &str) -> bool {
+    label.split('/').count() <= 2 && label.split('/').all(is_segment)
 }
 
 fn check(flag: &'static str, value: &str, valid: impl Fn(&str) -> bool) -> Result<(), Error> {

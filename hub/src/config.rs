@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::model::Feed;
+use crate::policy::check::Dialect;
 
 /// Events that a source may be ahead of the writer. A full queue holds back the watch, and so the API server.
 pub const EVENT_QUEUE_MAX: usize = 1024;
@@ -56,6 +57,19 @@ pub const WATCH_SETTLED: Duration = Duration::from_secs(5);
 /// A watch is renewed this often, which is also how soon a connection that died in silence is noticed. Seconds.
 pub const WATCH_SECONDS: u32 = 60;
 
+/// How often all modules are compiled at most to find out whose change breaks them: about 2 s of OPA.
+pub const CHECKS_MAX: usize = 64;
+/// One run of OPA: 10,000 modules take it a second, and an endless one must not hold back all others.
+pub const CHECK_MAX: Duration = Duration::from_secs(30);
+/// Errors that one run tells: enough to name many ConfigMaps at once.
+pub const CHECK_FAULTS_MAX: usize = 100;
+/// Bytes that one run writes: an error quotes its line, which may be as long as a ConfigMap.
+pub const CHECK_OUTPUT_MAX: u64 = 128 << 20;
+/// Seconds that one test of a policy may take: OPA's own default.
+pub const TEST_SECONDS: u64 = 5;
+/// Pause before OPA is run again after it failed itself.
+pub const CHECK_RETRY: Duration = Duration::from_secs(2);
+
 /// What the hub was told to do.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -67,6 +81,21 @@ pub struct Config {
     pub bundle: String,
     /// What the bundle is made of.
     pub feeds: Vec<Feed>,
+    /// How its policies are checked.
+    pub rego: Rego,
+    /// Where the last good policies are kept over a restart; none: in the cluster, if there is one.
+    pub state_dir: Option<PathBuf>,
+}
+
+/// How policies are read and checked.
+#[derive(Debug, Clone, Default)]
+pub struct Rego {
+    /// The OPA that checks them; none: `opa` on the search path.
+    pub opa: Option<PathBuf>,
+    /// Which Rego they are in.
+    pub dialect: Dialect,
+    /// The label of ConfigMaps whose tests are run.
+    pub test_label: Option<String>,
 }
 
 /// Where objects come from.

@@ -1,19 +1,36 @@
 //! The one writer: events in, editions out. It runs on a thread of its own, takes whatever waits, and publishes once
-//! for all of it, so that a lone change travels at once and a storm is merged.
+//! for all of it, so that a lone change travels at once and a storm is merged. Policies are checked beside it: data
+//! never waits for a compiler.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 use crate::bundle::Bundle;
 use crate::bundle::log::Log;
 use crate::bundle::project::Projection;
 use crate::bundle::view::{Batch, View};
-use crate::config::COMMIT_EVENTS_MAX;
+use crate::config::{CHECK_RETRY, COMMIT_EVENTS_MAX, Rego};
 use crate::model::{Change, Content, Event, Feed, FeedId};
+use crate::policy::candidates::LastGood;
+use crate::policy::check::Compiler;
+use crate::policy::settle::{Candidates, Outcome, settle};
+use crate::policy::verdict::Verdict;
 use crate::readiness::Readiness;
 use crate::store::Store;
+
+/// What [`Readiness`] calls the policies.
+pub const POLICIES: &str = "policies checked";
+
+/// What the writer is told of policies.
+pub enum Said {
+    /// The policies that were accepted before a restart.
+    Restored(LastGood),
+    /// What came of the check under way.
+    Checked(Outcome),
+}
 
 /// What the sources said, by feed.
 pub struct FeedCounters {
@@ -37,6 +54,39 @@ impl FeedCounters {
     }
 }
 
+/// Checks policies until the writer is gone. When the compiler itself fails, nobody is blamed, what was good stays,
+/// and it is tried again.
+pub async fn check(
+    compiler: Compiler,
+    mut jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
+    said: mpsc::Sender<Said>,
+    readiness: Readiness,
+) {
+    while let Some(candidates) = jobs.recv().await {
+        let started = Instant::now();
+        let outcome = loop {
+            match settle(&candidates, async |selection| compiler.check(selection).await).await {
+                Ok(outcome) => break outcome,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot check the policies");
+                    readiness.failing(POLICIES, &error.to_string());
+                    tokio::time::sleep(CHECK_RETRY).await;
+                }
+            }
+        };
+        readiness.problem(POLICIES, None);
+        for (key, faults) in &outcome.faults {
+            let verdict = Verdict { faults: faults.clone(), warnings: Vec::new() };
+            tracing::warn!(configmap = %key, error = verdict.message(), "refused; its last good content stays");
+        }
+        let took = started.elapsed();
+        tracing::debug!(checks = outcome.checks, ?took, "checked the policies");
+        if said.send(Said::Checked(outcome)).await.is_err() {
+            return;
+        }
+    }
+}
+
 /// The writer.
 pub struct Pipeline {
     feeds: Vec<Feed>,
@@ -48,43 +98,100 @@ pub struct Pipeline {
     bundle: Arc<Bundle>,
     readiness: Readiness,
     counters: Arc<Vec<FeedCounters>>,
-    /// Not every source has listed yet. What they gave is then taken in one order on every replica, since who comes
-    /// first may keep another out (I2).
-    is_first: bool,
+    jobs: mpsc::UnboundedSender<Arc<Candidates>>,
+    good: watch::Sender<Option<LastGood>>,
+    restored: bool,
+    stage: Stage,
+}
+
+/// How far the first edition is.
+#[derive(PartialEq, Eq, Clone, Copy)]
+enum Stage {
+    /// Not every source has listed yet.
+    Listing,
+    /// All is known, and the policies are being checked.
+    Checking,
+    /// Editions are published.
+    Live,
+}
+
+/// Where the writer's ends lead.
+pub struct Ends {
+    /// What is to be checked: never more than one at a time.
+    pub jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
+    /// What is accepted, whenever that changed.
+    pub good: watch::Receiver<Option<LastGood>>,
 }
 
 impl Pipeline {
-    /// A writer of `bundle` that has seen nothing.
+    /// A writer of `bundle` that has seen nothing, and waits for [`Said::Restored`].
     pub fn new(
         feeds: Vec<Feed>,
+        rego: &Rego,
         bundle: Arc<Bundle>,
         readiness: Readiness,
         counters: Arc<Vec<FeedCounters>>,
-    ) -> Self {
+    ) -> (Self, Ends) {
         let ensure = feeds.iter().filter_map(|feed| match &feed.content {
             Content::Resource(prefix) => Some(prefix.clone()),
             _ => None,
         });
-        Self {
-            view: View::empty(ensure.collect()),
+        let (jobs, checker) = mpsc::unbounded_channel();
+        let good = watch::Sender::new(None);
+        let ends = Ends { jobs: checker, good: good.subscribe() };
+        let writer = Self {
+            view: View::empty(ensure.collect(), rego.dialect.version()),
             store: Store::new(&feeds),
-            projection: Projection::new(feeds.clone()),
+            projection: Projection::new(feeds.clone(), rego.test_label.clone()),
             feeds,
             batch: Batch::default(),
             log: Log::default(),
             bundle,
             readiness,
             counters,
-            is_first: true,
-        }
+            jobs,
+            good,
+            restored: false,
+            stage: Stage::Listing,
+        };
+        (writer, ends)
     }
 
     /// Writes until the sources are gone. Blocks its thread.
-    pub fn run(mut self, mut events: mpsc::Receiver<(FeedId, Event)>) {
+    pub fn run(mut self, mut events: mpsc::Receiver<(FeedId, Event)>, mut said: mpsc::Receiver<Said>) {
         let mut waiting = Vec::new();
-        while events.blocking_recv_many(&mut waiting, COMMIT_EVENTS_MAX) > 0 {
-            waiting.drain(..).for_each(|(id, event)| self.take(id, event));
-            self.commit();
+        futures::executor::block_on(async {
+            loop {
+                tokio::select! {
+                    count = events.recv_many(&mut waiting, COMMIT_EVENTS_MAX) => {
+                        if count == 0 {
+                            return;
+                        }
+                        waiting.drain(..).for_each(|(id, event)| self.take(id, event));
+                    }
+                    Some(said) = said.recv() => self.hear(said),
+                }
+                self.commit();
+            }
+        });
+    }
+
+    /// Takes what was said of policies into the batch.
+    pub fn hear(&mut self, said: Said) {
+        match said {
+            Said::Restored(good) => {
+                self.projection.restore(good);
+                self.restored = true;
+            }
+            Said::Checked(outcome) => {
+                self.projection.take_outcome(outcome, &mut self.batch);
+                let good = self.projection.last_good();
+                self.good.send_if_modified(|held| {
+                    let changed = held.as_ref() != Some(&good);
+                    *held = Some(good);
+                    changed
+                });
+            }
         }
     }
 
@@ -98,30 +205,35 @@ impl Pipeline {
             self.readiness.ready(&self.feeds[id.0].to_string());
         }
         for change in self.store.apply(id, event) {
-            if !self.is_first {
+            if self.stage != Stage::Listing {
                 self.projection.apply(change, &mut self.batch);
             }
         }
         counters.objects.store(self.store.len(id) as u64, Ordering::Relaxed);
     }
 
-    /// Publishes what the batch changed, once every source has listed (I5).
+    /// Publishes what the batch changed, once every source has listed and every policy was checked (I5, I6).
     pub fn commit(&mut self) {
-        if !self.store.is_complete() {
+        if self.stage == Stage::Listing {
+            if !self.store.is_complete() || !self.restored {
+                return;
+            }
+            self.project_all();
+            self.stage = Stage::Checking;
+        }
+        if let Some(candidates) = self.projection.job() {
+            // The checker ends with the hub only.
+            _ = self.jobs.send(candidates);
+        }
+        self.bundle.verdicts.take(self.projection.told());
+        self.bundle.set_problems(self.projection.problems());
+        if self.stage == Stage::Checking && !self.projection.is_settled() {
             return;
         }
-        let is_first = std::mem::take(&mut self.is_first);
-        if is_first {
-            let mut first = self.store.objects();
-            first.sort_unstable_by(|(a, one), (b, other)| (a, &one.key).cmp(&(b, &other.key)));
-            for (id, object) in first {
-                self.projection.apply(Change::Put(id, object), &mut self.batch);
-            }
-        }
+        let is_first = self.stage == Stage::Checking;
+        self.stage = Stage::Live;
         let before = self.view.revision;
-        let next = self.view.apply(std::mem::take(&mut self.batch));
-        self.bundle.set_problems(self.projection.problems());
-        match next {
+        match self.view.apply(std::mem::take(&mut self.batch)) {
             None if !is_first => return,
             None => {}
             Some((view, changed)) => {
@@ -133,6 +245,7 @@ impl Pipeline {
             }
         }
         if is_first {
+            self.readiness.ready(POLICIES);
             tracing::info!(
                 bundle = self.bundle.name,
                 revision = %self.view.revision,
@@ -143,5 +256,18 @@ impl Pipeline {
             );
         }
         self.bundle.publish(self.view.clone(), self.log.clone());
+    }
+
+    /// Takes what all sources listed in one order on every replica, since who comes first may keep another out (I2):
+    /// behind the policies that were restored data comes first, then the policies that are new.
+    fn project_all(&mut self) {
+        let mut first = self.store.objects();
+        let is_policy = |id: FeedId| self.feeds[id.0].content == Content::Policies;
+        first.sort_unstable_by(|(a, one), (b, other)| {
+            (is_policy(*a), a, &one.key).cmp(&(is_policy(*b), b, &other.key))
+        });
+        for (id, object) in first {
+            self.projection.apply(Change::Put(id, object), &mut self.batch);
+        }
     }
 }

@@ -16,6 +16,9 @@ pub struct Manifest {
     pub revision: String,
     /// The paths below `data` that the bundle owns; nobody else may write there.
     pub roots: Vec<String>,
+    /// Which Rego its modules are in: 0 or 1; none: what the OPA that loads it takes by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rego_version: Option<u8>,
 }
 
 /// The bundle file of the module `id` (`<namespace>/<configmap>/<key>`).

@@ -77,7 +77,11 @@ pub fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Ar
     if ops.is_empty() {
         return None;
     }
-    let manifest = Manifest { revision: view.revision.to_string(), roots: roots(view, Part::Whole, bundle) };
+    let manifest = Manifest {
+        revision: view.revision.to_string(),
+        roots: roots(view, Part::Whole, bundle),
+        rego_version: view.rego_version,
+    };
     let mut tar = Vec::new();
     push_file(&mut tar, MANIFEST_FILE, &serde_json::to_vec(&manifest).ok()?);
     push_file(&mut tar, PATCH_FILE, &serde_json::to_vec(&Patch { data: ops }).ok()?);

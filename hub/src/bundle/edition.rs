@@ -17,6 +17,7 @@ use super::view::View;
 use super::{delta, frame};
 use crate::config::{RECONCILE_CACHE_MAX, SNAPSHOT_INTERVAL};
 use crate::model::Problem;
+use crate::policy::verdict::Verdicts;
 
 /// Frames kept for agents at different revisions; more than this many are behind only in a storm …
 const FRAMES_MAX: usize = 256;
@@ -41,6 +42,8 @@ pub struct Bundle {
     head: watch::Sender<Option<Arc<Edition>>>,
     paced: watch::Sender<Option<Arc<Edition>>>,
     problems: Mutex<Arc<[Problem]>>,
+    /// What was said of each ConfigMap.
+    pub verdicts: Verdicts,
     segments: Arc<SegmentCache>,
     /// What was done.
     pub counters: Arc<Counters>,
@@ -122,6 +125,7 @@ impl Bundle {
             head: watch::Sender::new(None),
             paced: watch::Sender::new(None),
             problems: Mutex::default(),
+            verdicts: Verdicts::default(),
             segments: Arc::default(),
             counters: Arc::default(),
         }
@@ -151,10 +155,10 @@ impl Bundle {
     }
 
     /// What is refused from now on.
-    pub fn set_problems<'a>(&self, problems: impl Iterator<Item = &'a Problem> + Clone) {
+    pub fn set_problems(&self, problems: Vec<Problem>) {
         let mut held = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
-        if !held.iter().eq(problems.clone()) {
-            *held = problems.cloned().collect();
+        if **held != *problems {
+            *held = problems.into();
         }
     }
 

@@ -2,22 +2,26 @@
 //! ConfigMap of policies its modules. A ConfigMap is accepted whole or not at all; refused, its last good content
 //! stays. The layout is kube-mgmt's.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use opa_hub_proto::head::{ENTRY_BYTES_MAX, MODULES_BYTES_MAX};
 use opa_hub_proto::path::{DirPath, is_segment};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
 use super::view::Batch;
 use crate::config::{DIRECTORIES_MAX, JSON_DEPTH_MAX, PROBLEMS_MAX};
-use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem};
+use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem, Resource};
+use crate::policy::candidates::{LastGood, Opinion, Policies};
 use crate::policy::modules::{self, Module};
+use crate::policy::settle::{Candidates, Outcome, Texts};
+use crate::policy::verdict::{Fault, Observed, RETRIES, STATUS, Told, Verdict};
 use crate::source::trim;
 
-/// Why an object is refused.
+/// Why an object is refused before any check.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A ConfigMap that is none.
@@ -73,31 +77,42 @@ pub enum Error {
     TooManyDirectories,
 }
 
+impl Error {
+    /// As OPA would call it.
+    fn code(&self) -> &'static str {
+        match self {
+            Self::NotAConfigMap(_) | Self::Name(_) => "invalid_configmap",
+            Self::NotJson { .. } | Self::NotAnObject(_) | Self::TooDeep(_) => "invalid_data",
+            Self::Module { .. } => "rego_parse_error",
+            Self::Taken { .. } => "path_conflict",
+            Self::TooLarge { .. } | Self::TooManyDirectories => "too_large",
+        }
+    }
+
+    /// Whether it may be taken once something else goes.
+    fn may_pass(&self) -> bool {
+        matches!(self, Self::Taken { .. } | Self::TooManyDirectories | Self::TooLarge { .. })
+    }
+}
+
 /// Turns changes of objects into changes of a view.
 pub struct Projection {
     feeds: Vec<Feed>,
-    /// What of an object is in the view.
-    accepted: HashMap<ObjectId, Accepted>,
+    /// ConfigMaps whose `<key>_test.rego` are run: those with this label.
+    test_label: Option<String>,
+    /// What of an object is in the view: the keys of a ConfigMap of data.
+    accepted: HashMap<ObjectId, Vec<String>>,
     /// Entries by directory, with the ConfigMap that the directory belongs to.
     dirs: BTreeMap<DirPath, Place>,
-    /// Modules by what their packages own.
-    roots: BTreeMap<DirPath, usize>,
-    /// Bytes of all modules.
-    modules_bytes: usize,
+    policies: Policies,
     refused: BTreeMap<ObjectId, Refused>,
+    /// ConfigMaps as they are, for whom verdicts are.
+    configmaps: BTreeMap<ObjectKey, Known>,
+    /// ConfigMaps of which something new may be told.
+    news: BTreeSet<ObjectKey>,
 }
 
 type ObjectId = (FeedId, ObjectKey);
-
-#[derive(Default)]
-struct Accepted {
-    /// Keys of a ConfigMap of data, ids of modules.
-    names: Vec<String>,
-    /// What each module owns.
-    roots: Vec<DirPath>,
-    /// Bytes of the modules.
-    bytes: usize,
-}
 
 struct Place {
     entries: usize,
@@ -106,45 +121,151 @@ struct Place {
 }
 
 struct Refused {
-    problem: Problem,
+    fault: Fault,
     /// What may be taken once something else goes.
     retry: Option<Object>,
 }
 
+/// What is kept of a ConfigMap.
+struct Known {
+    feed: FeedId,
+    observed: Observed,
+    warnings: Vec<String>,
+}
+
 #[derive(Deserialize)]
 struct ConfigMap {
+    #[serde(default)]
+    metadata: Metadata,
     data: Option<BTreeMap<String, String>>,
+    #[serde(rename = "binaryData")]
+    binary_data: Option<BTreeMap<String, IgnoredAny>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+struct Metadata {
+    resource_version: Option<String>,
+    labels: Option<BTreeMap<String, String>>,
+    annotations: Option<BTreeMap<String, String>>,
+}
+
+impl Metadata {
+    fn annotation(&self, name: &str) -> Option<String> {
+        self.annotations.as_ref()?.get(name).cloned()
+    }
+}
+
+impl ConfigMap {
+    fn warnings(&self) -> Vec<String> {
+        let keys = self.binary_data.iter().flatten().map(|(key, _)| key.as_str()).collect::<Vec<_>>();
+        let ignored = format!("binaryData is ignored, only data is read: {}", keys.join(", "));
+        if keys.is_empty() { Vec::new() } else { vec![ignored] }
+    }
 }
 
 impl Projection {
     /// With nothing accepted yet.
-    pub fn new(feeds: Vec<Feed>) -> Self {
+    pub fn new(feeds: Vec<Feed>, test_label: Option<String>) -> Self {
         Self {
             feeds,
+            test_label,
             accepted: HashMap::new(),
             dirs: BTreeMap::new(),
-            roots: BTreeMap::new(),
-            modules_bytes: 0,
+            policies: Policies::default(),
             refused: BTreeMap::new(),
+            configmaps: BTreeMap::new(),
+            news: BTreeSet::new(),
         }
     }
 
+    /// Takes the policies that were accepted before a restart.
+    pub fn restore(&mut self, good: LastGood) {
+        self.policies.restore(good);
+    }
+
+    /// The policies to be checked now, if any are.
+    pub fn job(&mut self) -> Option<Arc<Candidates>> {
+        self.policies.job()
+    }
+
+    /// Whether all policies were checked.
+    pub fn is_settled(&self) -> bool {
+        self.policies.is_settled()
+    }
+
+    /// The policies that are accepted.
+    pub fn last_good(&self) -> LastGood {
+        self.policies.last_good()
+    }
+
+    /// Adds to `batch` what came of a check.
+    pub fn take_outcome(&mut self, outcome: Outcome, batch: &mut Batch) {
+        let (changes, news) = self.policies.take(outcome);
+        batch.modules.extend(changes);
+        self.news.extend(news);
+        self.retry(batch);
+    }
+
     /// What is refused now, the first [`PROBLEMS_MAX`] of it, in a stable order.
-    pub fn problems(&self) -> impl Iterator<Item = &Problem> + Clone {
-        self.refused.values().map(|refused| &refused.problem).take(PROBLEMS_MAX)
+    pub fn problems(&self) -> Vec<Problem> {
+        let refused = self.refused.iter().map(|(id, refused)| Problem {
+            subject: self.subject(id),
+            message: refused.fault.message.clone(),
+        });
+        let unchecked = |key: &&ObjectKey| {
+            self.configmaps
+                .get(*key)
+                .is_none_or(|known| !self.refused.contains_key(&(known.feed, (*key).clone())))
+        };
+        let policies =
+            self.policies.refused().filter(|(key, _)| unchecked(key)).map(|(key, faults)| Problem {
+                subject: format!("ConfigMap {key}"),
+                message: Verdict { faults: faults.to_vec(), warnings: Vec::new() }.message(),
+            });
+        refused.chain(policies).take(PROBLEMS_MAX).collect()
+    }
+
+    /// The ConfigMaps of which something new is to be told since the last call; none: it is gone, or what it holds
+    /// waits for a check.
+    pub fn told(&mut self) -> Vec<(ObjectKey, Option<Told>)> {
+        let news = std::mem::take(&mut self.news);
+        news.into_iter().map(|key| (key.clone(), self.tell(&key))).collect()
+    }
+
+    fn tell(&self, key: &ObjectKey) -> Option<Told> {
+        let known = self.configmaps.get(key)?;
+        let mut verdict = Verdict { faults: Vec::new(), warnings: known.warnings.clone() };
+        if let Some(refused) = self.refused.get(&(known.feed, key.clone())) {
+            verdict.faults.push(refused.fault.clone());
+        } else if self.feeds[known.feed.0].content == Content::Policies {
+            match self.policies.opinion(key)? {
+                Opinion::Waiting => return None,
+                Opinion::Told { faults, warnings } => {
+                    verdict.faults.extend_from_slice(faults);
+                    verdict.warnings.extend(warnings.iter().map(ToString::to_string));
+                }
+            }
+        }
+        Some(Told { observed: known.observed.clone(), verdict })
     }
 
     /// Adds to `batch` what `change` does to the view. What was refused for want of a place is tried again when one
     /// may have become free.
     pub fn apply(&mut self, change: Change, batch: &mut Batch) {
-        let owned = (self.dirs.len(), self.roots.len(), self.modules_bytes);
+        let (Change::Put(feed, _) | Change::Remove(feed, _)) = &change;
+        let (is_policy, places) = (self.content(*feed) == &Content::Policies, self.dirs.len());
         self.take(change, batch);
-        if self.dirs.len() < owned.0 || self.roots.len() < owned.1 || self.modules_bytes < owned.2 {
-            let again =
-                self.refused.iter().filter_map(|((feed, _), refused)| Some((*feed, refused.retry.clone()?)));
-            for (feed, object) in again.collect::<Vec<_>>() {
-                self.take(Change::Put(feed, object), batch);
-            }
+        if is_policy || self.dirs.len() < places {
+            self.retry(batch);
+        }
+    }
+
+    fn retry(&mut self, batch: &mut Batch) {
+        let again =
+            self.refused.iter().filter_map(|((feed, _), refused)| Some((*feed, refused.retry.clone()?)));
+        for (feed, object) in again.collect::<Vec<_>>() {
+            self.take(Change::Put(feed, object), batch);
         }
     }
 
@@ -153,30 +274,31 @@ impl Projection {
             Change::Put(feed, object) => ((feed, object.key.clone()), Some(object)),
             Change::Remove(feed, key) => ((feed, key), None),
         };
-        if object.is_none() && !self.accepted.contains_key(&id) {
-            self.refused.remove(&id);
-            return;
-        }
-        let content = self.feeds[id.0.0].content.clone();
+        let content = self.content(id.0).clone();
         let result = match &content {
             Content::Resource(prefix) => self.resource(&id, prefix, object.as_ref(), batch),
-            Content::Data => self.data(&id, object.as_ref(), batch),
-            Content::Policies => self.policies(&id, object.as_ref(), batch),
+            Content::Data | Content::Policies => self.configmap(&id, object.as_ref(), batch),
         };
         match result {
             Ok(()) => _ = self.refused.remove(&id),
             Err(error) => {
-                let kind = match content {
-                    Content::Resource(_) => self.feeds[id.0.0].resource.to_string(),
-                    _ => "ConfigMap".into(),
-                };
-                let problem = Problem { subject: format!("{kind} {}", id.1), message: error.to_string() };
-                tracing::warn!(subject = problem.subject, error = problem.message, "refused");
-                let retry = object.filter(|_| {
-                    matches!(error, Error::Taken { .. } | Error::TooManyDirectories | Error::TooLarge { .. })
-                });
-                self.refused.insert(id, Refused { problem, retry });
+                let fault = Fault::new(error.code(), error.to_string());
+                if self.refused.get(&id).is_none_or(|refused| refused.fault != fault) {
+                    tracing::warn!(subject = self.subject(&id), error = fault.message, "refused");
+                }
+                self.refused.insert(id, Refused { fault, retry: object.filter(|_| error.may_pass()) });
             }
+        }
+    }
+
+    fn content(&self, feed: FeedId) -> &Content {
+        &self.feeds[feed.0].content
+    }
+
+    fn subject(&self, (feed, key): &ObjectId) -> String {
+        match self.content(*feed) {
+            Content::Resource(_) => format!("{} {key}", self.feeds[feed.0].resource),
+            _ => format!("ConfigMap {key}"),
         }
     }
 
@@ -193,24 +315,78 @@ impl Projection {
             namespace => prefix.join(namespace).map_err(|_| Error::Name(namespace.into()))?,
         };
         let Some(object) = object else {
-            self.accepted.remove(id);
-            self.leave(&dir);
-            batch.entry(&dir, &key.name, None);
+            if self.accepted.remove(id).is_some() {
+                self.leave(&dir);
+                batch.entry(&dir, &key.name, None);
+            }
             return Ok(());
         };
         check_entry(&key.name, object.json.len())?;
         if !self.accepted.contains_key(id) {
             self.enter(&dir, false)?;
-            self.accepted.insert(id.clone(), Accepted::default());
+            self.accepted.insert(id.clone(), Vec::new());
         }
         batch.entry(&dir, &key.name, Some(object.json.clone()));
         Ok(())
     }
 
-    fn data(&mut self, id: &ObjectId, object: Option<&Object>, batch: &mut Batch) -> Result<(), Error> {
+    /// Takes a ConfigMap, remembering how it looks now for whoever tells its verdict.
+    fn configmap(&mut self, id: &ObjectId, object: Option<&Object>, batch: &mut Batch) -> Result<(), Error> {
+        let is_data = self.content(id.0) == &Content::Data;
+        self.news.insert(id.1.clone());
+        let Some(object) = object else {
+            // By its label it may have gone over to the other feed.
+            if self.configmaps.get(&id.1).is_some_and(|known| known.feed == id.0) {
+                self.configmaps.remove(&id.1);
+            }
+            if is_data {
+                return self.data(id, BTreeMap::new(), batch);
+            }
+            self.policies.remove(&id.1);
+            return Ok(());
+        };
+        let configmap = serde_json::from_slice::<ConfigMap>(&object.json);
+        let metadata = configmap.as_ref().ok().map(|map| &map.metadata);
+        let observed = metadata.map_or_else(Observed::default, |metadata| Observed {
+            version: metadata.resource_version.clone(),
+            status: metadata.annotation(STATUS),
+            retries: metadata.annotation(RETRIES),
+        });
+        let warnings = configmap.as_ref().map(ConfigMap::warnings).unwrap_or_default();
+        self.configmaps.insert(id.1.clone(), Known { feed: id.0, observed, warnings });
+        let result = configmap.map_err(Error::NotAConfigMap).and_then(|map| {
+            match map.data.iter().flatten().map(|(name, _)| name).find(|name| !is_segment(name)) {
+                Some(bad) => Err(Error::Name(bad.clone())),
+                None => Ok(map),
+            }
+        });
+        if is_data {
+            return self.data(id, result?.data.unwrap_or_default(), batch);
+        }
+        match result.and_then(|map| self.texts(&id.1, map)) {
+            Ok(texts) => {
+                if let Some(known) = self.configmaps.get_mut(&id.1) {
+                    known.warnings.extend(shared_segments(&self.feeds, &texts));
+                }
+                self.policies.put(&id.1, texts);
+                Ok(())
+            }
+            Err(error) => {
+                self.policies.put_unusable(&id.1);
+                Err(error)
+            }
+        }
+    }
+
+    fn data(
+        &mut self,
+        id: &ObjectId,
+        texts: BTreeMap<String, String>,
+        batch: &mut Batch,
+    ) -> Result<(), Error> {
         let dir = DirPath::new([&*id.1.namespace, &*id.1.name]).map_err(|_| Error::Name(id.1.to_string()))?;
         let mut values = BTreeMap::new();
-        for (key, text) in object.map(texts).transpose()?.unwrap_or_default() {
+        for (key, text) in texts {
             let value = data_value(&key, &text)?;
             check_entry(&key, value.len())?;
             values.insert(key, value);
@@ -219,13 +395,12 @@ impl Projection {
             self.check_place(&dir)?;
             self.enter(&dir, true)?;
         }
-        let names = values.keys().cloned().collect();
         let old = if values.is_empty() {
             self.accepted.remove(id).inspect(|_| self.leave(&dir))
         } else {
-            self.accepted.insert(id.clone(), Accepted { names, ..Accepted::default() })
+            self.accepted.insert(id.clone(), values.keys().cloned().collect())
         };
-        for gone in old.into_iter().flat_map(|old| old.names).filter(|key| !values.contains_key(key)) {
+        for gone in old.into_iter().flatten().filter(|key| !values.contains_key(key)) {
             batch.entry(&dir, &gone, None);
         }
         for (key, value) in values {
@@ -234,25 +409,24 @@ impl Projection {
         Ok(())
     }
 
-    fn policies(&mut self, id: &ObjectId, object: Option<&Object>, batch: &mut Batch) -> Result<(), Error> {
-        let key = &id.1;
+    /// The texts of a ConfigMap of policies, if they could be served at all.
+    fn texts(&self, key: &ObjectKey, configmap: ConfigMap) -> Result<Texts, Error> {
         if !is_segment(&key.namespace) || !is_segment(&key.name) {
             return Err(Error::Name(key.to_string()));
         }
-        let mut parsed: BTreeMap<String, Arc<Module>> = BTreeMap::new();
-        for (name, text) in object.map(texts).transpose()?.unwrap_or_default() {
-            let module_id = format!("{key}/{name}");
-            let module =
-                modules::parse(&module_id, &text).map_err(|source| Error::Module { key: name, source })?;
-            self.check_root(&module.root)?;
-            parsed.insert(module_id, Arc::new(module));
+        let label = |label: &String| configmap.metadata.labels.as_ref()?.get(label);
+        let has_tests = self.test_label.as_ref().and_then(label).is_some_and(|value| value == "true");
+        let mut texts = Texts::default();
+        for (name, text) in configmap.data.unwrap_or_default() {
+            let is_test = has_tests && name.ends_with("_test.rego");
+            let module = Module::read(&text).map_err(|source| Error::Module { key: name.clone(), source })?;
+            if !is_test {
+                self.check_root(&module.root)?;
+            }
+            let of = if is_test { &mut texts.tests } else { &mut texts.modules };
+            of.insert(format!("{key}/{name}"), Arc::new(module));
         }
-        let new = Accepted {
-            names: parsed.keys().cloned().collect(),
-            roots: parsed.values().map(|module| module.root.clone()).collect(),
-            bytes: parsed.values().map(|module| module.text.len()).sum(),
-        };
-        let bytes = self.modules_bytes + new.bytes - self.accepted.get(id).map_or(0, |old| old.bytes);
+        let bytes = self.policies.bytes_beside(key) + texts.bytes();
         if bytes > MODULES_BYTES_MAX {
             return Err(Error::TooLarge {
                 what: "the bundle with it".into(),
@@ -261,30 +435,13 @@ impl Projection {
                 whose: "all modules together",
             });
         }
-        self.modules_bytes = bytes;
-        for root in &new.roots {
-            *self.roots.entry(root.clone()).or_default() += 1;
-        }
-        let old = match object {
-            None => self.accepted.remove(id),
-            Some(_) => self.accepted.insert(id.clone(), new),
-        };
-        let old = old.unwrap_or_default();
-        for root in &old.roots {
-            self.roots.entry(root.clone()).and_modify(|count| *count -= 1);
-        }
-        self.roots.retain(|_, count| *count > 0);
-        for gone in old.names.into_iter().filter(|id| !parsed.contains_key(id)) {
-            batch.modules.insert(gone, None);
-        }
-        batch.modules.extend(parsed.into_iter().map(|(id, module)| (id, Some(module))));
-        Ok(())
+        Ok(texts)
     }
 
     /// Whether data of a ConfigMap may lie at `dir`.
     fn check_place(&self, dir: &DirPath) -> Result<(), Error> {
         let roots =
-            self.roots.keys().map(|root| (root, format!("package {}", root.relative().replace('/', "."))));
+            self.policies.roots().map(|(root, module)| (root, format!("package {}", module.package())));
         check_disjoint(dir, self.replicated().chain(reserved([&OPAHUB, &SYSTEM])).chain(roots))
     }
 
@@ -298,10 +455,7 @@ impl Projection {
     }
 
     fn replicated(&self) -> impl Iterator<Item = (&DirPath, String)> {
-        self.feeds.iter().filter_map(|feed| match &feed.content {
-            Content::Resource(prefix) => Some((prefix, format!("--replicate {}", feed.resource))),
-            _ => None,
-        })
+        replicated(&self.feeds).map(|(prefix, resource)| (prefix, format!("--replicate {resource}")))
     }
 
     fn enter(&mut self, dir: &DirPath, is_configmap: bool) -> Result<(), Error> {
@@ -320,6 +474,32 @@ impl Projection {
             }
         }
     }
+}
+
+fn replicated(feeds: &[Feed]) -> impl Iterator<Item = (&DirPath, &Resource)> {
+    feeds.iter().filter_map(|feed| match &feed.content {
+        Content::Resource(prefix) => Some((prefix, &feed.resource)),
+        _ => None,
+    })
+}
+
+/// OPA looks, at each write below a package's first segment, whether rules and data collide, and copies all the data
+/// there for it (OPA v1/storage/inmem/txn.go): with many objects that takes it seconds.
+fn shared_segments(feeds: &[Feed], texts: &Texts) -> Option<String> {
+    let first = |path: &DirPath| path.relative().split('/').next().unwrap_or_default().to_owned();
+    let shared: BTreeSet<String> = texts
+        .modules
+        .values()
+        .filter(|module| replicated(feeds).any(|(prefix, _)| first(prefix) == first(&module.root)))
+        .map(|module| format!("package {}", module.package()))
+        .collect();
+    (!shared.is_empty()).then(|| {
+        let shared: Vec<_> = shared.into_iter().collect();
+        format!(
+            "{} lies beside replicated data: OPA is slow at taking changes then; rename it, or use --policy-delivery bundle",
+            shared.join(", ")
+        )
+    })
 }
 
 /// Where agents keep their state in OPA.
@@ -352,15 +532,6 @@ fn check_entry(name: &str, bytes: usize) -> Result<(), Error> {
     Err(Error::TooLarge { what: name.to_owned(), bytes, max: ENTRY_BYTES_MAX, whose: "one entry" })
 }
 
-fn texts(object: &Object) -> Result<BTreeMap<String, String>, Error> {
-    let map: ConfigMap = serde_json::from_slice(&object.json).map_err(Error::NotAConfigMap)?;
-    let texts = map.data.unwrap_or_default();
-    match texts.keys().find(|key| !is_segment(key)) {
-        Some(bad) => Err(Error::Name(bad.clone())),
-        None => Ok(texts),
-    }
-}
-
 fn data_value(key: &str, text: &str) -> Result<Bytes, Error> {
     let json: &RawValue =
         serde_json::from_str(text).map_err(|source| Error::NotJson { key: key.to_owned(), source })?;
@@ -376,8 +547,11 @@ fn data_value(key: &str, text: &str) -> Result<Bytes, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
     use super::*;
-    use crate::model::{Resource, Scope};
+    use crate::model::Scope;
+    use crate::policy::settle::{Selection, settle};
 
     fn feed(content: Content) -> Feed {
         let scope = Scope::Namespaces { ignored: Vec::new() };
@@ -386,7 +560,8 @@ mod tests {
 
     fn projection() -> Projection {
         let pods = "/kubernetes/pods".parse().unwrap();
-        Projection::new(vec![feed(Content::Policies), feed(Content::Data), feed(Content::Resource(pods))])
+        let feeds = vec![feed(Content::Policies), feed(Content::Data), feed(Content::Resource(pods))];
+        Projection::new(feeds, Some("tests".into()))
     }
 
     /// Applies a ConfigMap (`None`: its removal) and compares the batch, in words, and the refusals.
@@ -409,14 +584,24 @@ mod tests {
             }
         };
         let mut batch = Batch::default();
+        let good = projection.last_good();
+        let before: Vec<_> = good.values().flat_map(|texts| texts.modules.clone()).collect();
         projection.apply(change, &mut batch);
+        while let Some(candidates) = projection.job() {
+            let nothing_wrong = async |_: &Selection| Ok::<_, Infallible>(Vec::new());
+            let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
+            projection.take_outcome(outcome, &mut batch);
+        }
+        // What is accepted already comes with every check.
+        let is_new = |id: &String, module: &Arc<Module>| !before.contains(&(id.clone(), module.clone()));
+        batch.modules.retain(|id, module| module.as_ref().is_none_or(|module| is_new(id, module)));
         let sign = |some: bool| if some { '+' } else { '-' };
         let entries = batch.dirs.iter().flat_map(|(dir, keys)| {
             keys.iter().map(move |(key, value)| format!("{}{dir}/{key}", sign(value.is_some())))
         });
         let modules = batch.modules.iter().map(|(id, module)| format!("{}{id}", sign(module.is_some())));
         assert_eq!(entries.chain(modules).collect::<Vec<_>>(), expected);
-        let problems: Vec<_> = projection.problems().collect();
+        let problems = projection.problems();
         assert_eq!(problems.len(), refused.len(), "{problems:?}");
         for (problem, part) in problems.iter().zip(refused) {
             assert!(format!("{} {}", problem.subject, problem.message).contains(part), "{problem:?}");

@@ -30,7 +30,11 @@ pub fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache) -> Arc
     let modules: Vec<_> = if part.has_modules() { view.modules.keys().collect() } else { Vec::new() };
     let mut first = Vec::new();
     push_file(&mut first, HEAD_FILE, &head(view, part));
-    let manifest = Manifest { revision: part.revision(view), roots: roots(view, part, bundle) };
+    let manifest = Manifest {
+        revision: part.revision(view),
+        roots: roots(view, part, bundle),
+        rego_version: view.rego_version.filter(|_| part.has_modules()),
+    };
     push_file(
         &mut first,
         MANIFEST_FILE,

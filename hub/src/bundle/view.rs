@@ -25,6 +25,8 @@ pub struct View {
     pub modules: Arc<BTreeMap<String, Arc<Module>>>,
     /// Maps that exist even while nothing is in them: one for each replicated resource.
     pub ensure: Arc<[DirPath]>,
+    /// Which Rego the modules are in, where the hub was told.
+    pub rego_version: Option<u8>,
 }
 
 /// A map of entries, cut into chunks of neighbouring keys.
@@ -88,10 +90,10 @@ pub struct ChangedDirectory {
 
 impl View {
     /// A view of nothing but the maps of the replicated resources.
-    pub fn empty(ensure: Arc<[DirPath]>) -> Self {
+    pub fn empty(ensure: Arc<[DirPath]>, rego_version: Option<u8>) -> Self {
         let dirs = Arc::default();
         let modules = Arc::default();
-        Self { revision: revision(&dirs, &modules), dirs, modules, ensure }
+        Self { revision: revision(&dirs, &modules), dirs, modules, ensure, rego_version }
     }
 
     /// The next view, and what it changes; none when nothing does.
@@ -140,7 +142,9 @@ impl View {
         if changed.dirs.is_empty() && changed.modules.is_empty() {
             return None;
         }
-        let next = Self { revision: revision(&dirs, &modules), dirs, modules, ensure: self.ensure.clone() };
+        let ensure = self.ensure.clone();
+        let rego_version = self.rego_version;
+        let next = Self { revision: revision(&dirs, &modules), dirs, modules, ensure, rego_version };
         Some((next, changed))
     }
 
@@ -343,7 +347,7 @@ mod tests {
 
     fn run(script: &Script) -> View {
         let dir: DirPath = "/d".parse().unwrap();
-        let mut view = View::empty(Arc::new([]));
+        let mut view = View::empty(Arc::new([]), None);
         for batch in script {
             let mut next = Batch::default();
             for (key, value) in batch {

@@ -1,3 +1,12 @@
-//! Rego texts: which modules a ConfigMap holds, and whether they parse.
+//! Rego texts: what their packages own, whether they compile together, which are accepted, and what is told of the
+//! others.
 
 pub mod modules;
+
+pub mod verdict;
+
+pub mod settle;
+
+pub mod check;
+
+pub mod candidates;

@@ -9,8 +9,10 @@ use axum::extract::ConnectInfo;
 use axum::http::{HeaderMap, Request, Response, StatusCode};
 use futures::StreamExt;
 use opa_hub::bundle::Bundle;
+use opa_hub::config::Rego;
 use opa_hub::model::{Content, Feed, Resource, Scope};
-use opa_hub::pipeline::{FeedCounters, Pipeline};
+use opa_hub::pipeline::{FeedCounters, Pipeline, Said};
+use opa_hub::policy::candidates::LastGood;
 use opa_hub::readiness::Readiness;
 use opa_hub::serve::{Hub, router};
 use opa_hub::source::folder;
@@ -53,8 +55,11 @@ impl Served {
         let (events, queue) = mpsc::channel(16);
         let counters = Arc::new(FeedCounters::new(&feeds));
         tokio::spawn(folder::run(self.dir.path().to_owned(), feeds.clone(), events, Readiness::default()));
-        let writer = Pipeline::new(feeds, self.bundle.clone(), Readiness::default(), counters);
-        std::thread::spawn(move || writer.run(queue));
+        let (mut writer, _) =
+            Pipeline::new(feeds, &Rego::default(), self.bundle.clone(), Readiness::default(), counters);
+        writer.hear(Said::Restored(LastGood::new()));
+        let (_, said) = mpsc::channel(1);
+        std::thread::spawn(move || writer.run(queue, said));
         let bundle = self.bundle.clone();
         tokio::spawn(async move { bundle.pace().await });
     }

@@ -7,8 +7,8 @@ use anyhow::Context;
 use reqwest::Client;
 use serde_json::Value;
 
-use super::free_port;
 use super::process::{Process, program};
+use super::{assets, free_port};
 
 /// A hub, running or stopped.
 pub struct Hub {
@@ -50,7 +50,8 @@ impl Hub {
     pub fn spawn(&mut self) -> anyhow::Result<()> {
         self.process = None;
         let mut command = Command::new(program("opa-hub")?);
-        self.process = Some(Process::start("opa-hub", &self.dir, command.args(&self.args))?);
+        command.env("OPA_BIN", assets::folder()?.join("opa")).args(&self.args);
+        self.process = Some(Process::start("opa-hub", &self.dir, &mut command)?);
         Ok(())
     }
 

@@ -1,0 +1,391 @@
+//! Whether modules compile together: by a real OPA, `opa check` on all of them, or, where there is none, by a parser
+//! that sees the syntax of each alone.
+
+mod syntax;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use tokio::io::AsyncReadExt as _;
+use tokio::process::Command;
+
+use super::modules::Module;
+use super::settle::{Selection, TEST_FAILED};
+use super::verdict::{Fault, Location};
+use crate::config::{CHECK_FAULTS_MAX, CHECK_MAX, CHECK_OUTPUT_MAX, TEST_SECONDS};
+
+/// Why nothing could be said about the modules: OPA itself failed. Nobody's module is at fault.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `--opa-bin` names something else.
+    #[error("{program} is no OPA: {because}")]
+    NotOpa {
+        /// What was run.
+        program: String,
+        /// What came of it.
+        because: String,
+    },
+    /// The folder for the modules.
+    #[error("cannot write the modules for OPA: {0}")]
+    Write(std::io::Error),
+    /// The process.
+    #[error("cannot run OPA: {0}")]
+    Run(std::io::Error),
+    /// It hangs.
+    #[error("OPA did not answer within {} s", CHECK_MAX.as_secs())]
+    TooLong,
+    /// It ended in some other way than with a list of errors.
+    #[error("OPA ended with {status}: {output}")]
+    Failed {
+        /// Its exit.
+        status: String,
+        /// The beginning of what it wrote.
+        output: String,
+    },
+}
+
+/// Which Rego a module is written in, as OPA's flags say it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Dialect {
+    /// What OPA takes by default.
+    #[default]
+    Default,
+    /// `--v0-compatible`
+    V0,
+    /// `--v1-compatible`
+    V1,
+}
+
+impl Dialect {
+    fn flag(self) -> Option<&'static str> {
+        match self {
+            Self::Default => None,
+            Self::V0 => Some("--v0-compatible"),
+            Self::V1 => Some("--v1-compatible"),
+        }
+    }
+
+    /// As a bundle's manifest says it; none: as the OPA that loads it likes.
+    pub fn version(self) -> Option<u8> {
+        match self {
+            Self::Default => None,
+            Self::V0 => Some(0),
+            Self::V1 => Some(1),
+        }
+    }
+}
+
+/// Who checks.
+#[derive(Clone, Debug)]
+pub enum Compiler {
+    /// A real OPA.
+    Opa(Opa),
+    /// The parser of another implementation: each module by itself.
+    Syntax(Dialect),
+}
+
+/// A program and how it is run.
+#[derive(Clone, Debug)]
+pub struct Opa {
+    program: PathBuf,
+    version: String,
+    dialect: Dialect,
+    /// What tests may use: everything but the network.
+    capabilities: Arc<Vec<u8>>,
+}
+
+impl Compiler {
+    /// The OPA at `program`, else the `opa` on the search path, else the parser.
+    pub async fn find(program: Option<&Path>, dialect: Dialect) -> Result<Self, Error> {
+        match Opa::new(program.unwrap_or(Path::new("opa")), dialect).await {
+            Ok(opa) => Ok(Self::Opa(opa)),
+            Err(error) if program.is_some() => Err(error),
+            Err(_) => Ok(Self::Syntax(dialect)),
+        }
+    }
+
+    /// What checks, for people.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Opa(opa) => format!("OPA {}", opa.version),
+            Self::Syntax(_) => "a parser, syntax only".into(),
+        }
+    }
+
+    /// What is wrong with these texts together; tests are run when nothing is.
+    pub async fn check(&self, selection: &Selection<'_>) -> Result<Vec<Fault>, Error> {
+        let modules: Modules = selection.values().flat_map(|texts| &texts.modules).collect();
+        let tests: Modules = selection.values().flat_map(|texts| &texts.tests).collect();
+        match self {
+            Self::Syntax(dialect) => {
+                let texts = modules.into_iter().chain(tests);
+                let texts: Vec<_> = texts.map(|(id, module)| (id.clone(), Arc::clone(module))).collect();
+                let dialect = *dialect;
+                let faults =
+                    move || texts.iter().filter_map(|(id, m)| syntax::fault(id, &m.text, dialect)).collect();
+                Ok(tokio::task::spawn_blocking(faults).await.expect("the parser does not panic"))
+            }
+            Self::Opa(_) if modules.is_empty() && tests.is_empty() => Ok(Vec::new()),
+            Self::Opa(opa) => {
+                let mut faults = opa.check(&modules).await?;
+                if faults.is_empty() && !tests.is_empty() {
+                    let all = modules.into_iter().chain(tests).collect();
+                    faults = opa.check(&all).await?;
+                    if faults.is_empty() {
+                        faults = opa.test(&all).await?;
+                    }
+                }
+                Ok(faults)
+            }
+        }
+    }
+
+    /// The names below `data.<root>` that the modules read; `*`: some that only an input decides. None: nobody here
+    /// can say.
+    pub async fn reads(
+        &self,
+        modules: &Modules<'_>,
+        root: &[&str],
+    ) -> Result<Option<BTreeSet<String>>, Error> {
+        match self {
+            Self::Syntax(_) => Ok(None),
+            Self::Opa(_) if modules.is_empty() => Ok(Some(BTreeSet::new())),
+            Self::Opa(opa) => opa.reads(modules, root).await.map(Some),
+        }
+    }
+}
+
+/// Modules by id.
+pub type Modules<'a> = BTreeMap<&'a String, &'a Arc<Module>>;
+
+#[derive(Deserialize)]
+struct Errors {
+    errors: Vec<OpaError>,
+}
+
+#[derive(Deserialize)]
+struct OpaError {
+    code: String,
+    message: String,
+    location: Option<OpaLocation>,
+}
+
+#[derive(Deserialize)]
+struct OpaLocation {
+    file: String,
+    row: u64,
+    col: u64,
+}
+
+#[derive(Deserialize)]
+struct Test {
+    location: OpaLocation,
+    package: String,
+    name: String,
+    #[serde(default)]
+    fail: bool,
+    error: Option<serde_json::Value>,
+}
+
+#[derive(Deserialize)]
+struct Dependencies {
+    #[serde(default)]
+    base: Vec<Vec<Term>>,
+}
+
+#[derive(Deserialize)]
+struct Term {
+    value: serde_json::Value,
+}
+
+struct Output {
+    status: std::process::ExitStatus,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+impl Opa {
+    async fn new(program: &Path, dialect: Dialect) -> Result<Self, Error> {
+        let not_opa = |because: String| Error::NotOpa { program: program.display().to_string(), because };
+        let said =
+            run(Command::new(program).arg("version")).await.map_err(|error| not_opa(error.to_string()))?;
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let version = said.lines().find_map(|line| line.strip_prefix("Version: "));
+        let version = version.ok_or_else(|| not_opa("it tells no version".into()))?.trim().to_owned();
+        let capabilities = run(Command::new(program).args(["capabilities", "--current"])).await?;
+        let mut capabilities: serde_json::Value = serde_json::from_slice(&capabilities.stdout)
+            .map_err(|error| not_opa(format!("its capabilities do not parse: {error}")))?;
+        capabilities["allow_net"] = serde_json::json!([]);
+        let capabilities = Arc::new(capabilities.to_string().into_bytes());
+        Ok(Self { program: program.to_owned(), version, dialect, capabilities })
+    }
+
+    async fn check(&self, modules: &Modules<'_>) -> Result<Vec<Fault>, Error> {
+        let folder = Folder::write(modules)?;
+        let max = CHECK_FAULTS_MAX.to_string();
+        let said = self.run(&folder, &["check", "--format=json", "--max-errors", &max], &["."]).await?;
+        if said.status.success() {
+            return Ok(Vec::new());
+        }
+        let Ok(Errors { errors }) = serde_json::from_slice(&said.stderr) else { return Err(failed(&said)) };
+        let located = errors.iter().any(|error| error.location.is_some());
+        // That there are more errors than were asked for is one without a place.
+        let told = errors.into_iter().filter(|error| error.location.is_some() || !located);
+        Ok(told
+            .map(|error| Fault {
+                location: error.location.map(|location| folder.location(location)),
+                ..Fault::new(&error.code, folder.rename(&error.message))
+            })
+            .collect())
+    }
+
+    async fn test(&self, modules: &Modules<'_>) -> Result<Vec<Fault>, Error> {
+        let folder = Folder::write(modules)?;
+        let capabilities = tempfile::NamedTempFile::new().map_err(Error::Write)?;
+        std::fs::write(capabilities.path(), &**self.capabilities).map_err(Error::Write)?;
+        let file = format!("--capabilities={}", capabilities.path().display());
+        let timeout = format!("--timeout={TEST_SECONDS}s");
+        let said = self.run(&folder, &["test", "--format=json", &timeout, &file], &["."]).await?;
+        let tests: Vec<Test> = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
+        let failed = tests.into_iter().filter(|test| test.fail || test.error.is_some());
+        Ok(failed
+            .map(|test| {
+                let because = test.error.as_ref().and_then(|error| error["message"].as_str());
+                let because = because.map(|because| format!(": {because}")).unwrap_or_default();
+                let message = format!("the test {}.{} fails{because}", test.package, test.name);
+                Fault { location: Some(folder.location(test.location)), ..Fault::new(TEST_FAILED, message) }
+            })
+            .collect())
+    }
+
+    async fn reads(&self, modules: &Modules<'_>, root: &[&str]) -> Result<BTreeSet<String>, Error> {
+        let folder = Folder::write(modules)?;
+        let said = self.run(&folder, &["deps", "--format=json", "--data=."], &["data"]).await?;
+        let found: Dependencies = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
+        let found = found.base.iter().filter_map(|terms| {
+            let mut names = terms.iter().map(|term| term.value.as_str().unwrap_or("*"));
+            if names.next() != Some("data") {
+                return None;
+            }
+            for expected in root {
+                match names.next() {
+                    Some(name) if name == *expected => {}
+                    Some("*") | None => return Some("*".to_owned()),
+                    Some(_) => return None,
+                }
+            }
+            Some(names.next().unwrap_or("*").to_owned())
+        });
+        Ok(found.collect())
+    }
+
+    async fn run(&self, folder: &Folder, command: &[&str], last: &[&str]) -> Result<Output, Error> {
+        let dialect = self.dialect.flag().filter(|_| command[0] != "deps");
+        let command = command.iter().copied().chain(dialect).chain(last.iter().copied());
+        run(Command::new(&self.program).args(command).current_dir(folder.dir.path())).await
+    }
+}
+
+/// Runs a command in an environment of its own: OPA takes flags from it.
+async fn run(command: &mut Command) -> Result<Output, Error> {
+    command.env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    if let Some(path) = std::env::var_os("PATH") {
+        command.env("PATH", path);
+    }
+    let mut child = command.spawn().map_err(Error::Run)?;
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    let out = child.stdout.take().expect("it is piped");
+    let err = child.stderr.take().expect("it is piped");
+    let (mut out, mut err) = (out.take(CHECK_OUTPUT_MAX), err.take(CHECK_OUTPUT_MAX));
+    let all = async {
+        tokio::try_join!(out.read_to_end(&mut stdout), err.read_to_end(&mut stderr))?;
+        // What is over the bound is not read, and must not hold the process.
+        drop((out, err));
+        child.wait().await
+    };
+    let status =
+        tokio::time::timeout(CHECK_MAX, all).await.map_err(|_| Error::TooLong)?.map_err(Error::Run)?;
+    Ok(Output { status, stdout, stderr })
+}
+
+fn failed(said: &Output) -> Error {
+    let output = if said.stderr.is_empty() { &said.stdout } else { &said.stderr };
+    let output = String::from_utf8_lossy(&output[..output.len().min(500)]).trim().to_owned();
+    Error::Failed { status: said.status.to_string(), output }
+}
+
+/// Modules as files, named by their place in the order of their ids: an id may be longer than a file's name.
+struct Folder {
+    dir: tempfile::TempDir,
+    ids: Vec<String>,
+}
+
+impl Folder {
+    fn write(modules: &Modules) -> Result<Self, Error> {
+        let dir = tempfile::tempdir().map_err(Error::Write)?;
+        for (at, module) in modules.values().enumerate() {
+            std::fs::write(dir.path().join(file(at)), &module.text).map_err(Error::Write)?;
+        }
+        Ok(Self { dir, ids: modules.keys().map(|id| (*id).clone()).collect() })
+    }
+
+    fn location(&self, location: OpaLocation) -> Location {
+        let file = location.file.strip_prefix("./").unwrap_or(&location.file);
+        let at = file.strip_prefix('m').and_then(|name| name.strip_suffix(".rego")?.parse::<usize>().ok());
+        let file = at.and_then(|at| self.ids.get(at)).cloned().unwrap_or(location.file);
+        Location { file, row: location.row, col: location.col }
+    }
+
+    /// Names the modules in a message by their ids, which begin where no other name does.
+    fn rename(&self, message: &str) -> String {
+        let mut renamed = String::with_capacity(message.len());
+        let mut rest = message;
+        while let Some(start) = rest.find('m') {
+            let (before, from) = rest.split_at(start);
+            renamed.push_str(before);
+            let digits = from[1..].bytes().take_while(u8::is_ascii_digit).count();
+            let is_file = digits == FILE_DIGITS && from[1 + digits..].starts_with(".rego");
+            let id = is_file.then(|| self.ids.get(from[1..=digits].parse::<usize>().ok()?)).flatten();
+            match id {
+                Some(id) => {
+                    renamed.push_str(id);
+                    rest = &from[1 + digits + ".rego".len()..];
+                }
+                None => {
+                    renamed.push('m');
+                    rest = &from[1..];
+                }
+            }
+        }
+        renamed + rest
+    }
+}
+
+/// Digits of a file's number: OPA lists files by name, which is then the order of the ids.
+const FILE_DIGITS: usize = 7;
+
+fn file(at: usize) -> String {
+    format!("m{at:0FILE_DIGITS$}.rego")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_name_modules_by_id() {
+        let (a, b) = ("opa/a/x".to_owned(), "opa/b/y.rego".to_owned());
+        let module = Arc::new(Module::read("package m").unwrap());
+        let folder = Folder::write(&Modules::from([(&a, &module), (&b, &module)])).unwrap();
+        let message =
+            "multiple default rules m0.x found at m0000000.rego:2, m0000001.rego:3, m0000009.rego:1 m";
+        let expected = "multiple default rules m0.x found at opa/a/x:2, opa/b/y.rego:3, m0000009.rego:1 m";
+        assert_eq!(folder.rename(message), expected);
+        let location = |file: &str| folder.location(OpaLocation { file: file.into(), row: 1, col: 2 }).file;
+        assert_eq!(location("./m0000001.rego"), b);
+        assert_eq!(location("m0000002.rego"), "m0000002.rego");
+    }
+}

@@ -1,0 +1,367 @@
+//! Which ConfigMaps of policies are accepted when not all of them compile together.
+//!
+//! What was good stays good: a ConfigMap that nobody touched is never refused for what another one changed. Of the
+//! changes, those that an error names give way first, each to its last good text; an error in an untouched ConfigMap
+//! is somebody's doing, and that change is looked for. Equal candidates end equal, whatever the order in which they
+//! came and the names of files, since nothing here looks at time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::modules::Module;
+use super::verdict::Fault;
+use crate::config::CHECKS_MAX;
+use crate::model::ObjectKey;
+
+/// The code of a fault that says that a test failed.
+pub const TEST_FAILED: &str = "test_failed";
+
+/// The texts of one ConfigMap, by module id.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Texts {
+    /// What OPAs get.
+    pub modules: BTreeMap<String, Arc<Module>>,
+    /// What is only run.
+    pub tests: BTreeMap<String, Arc<Module>>,
+}
+
+/// One ConfigMap: what was accepted of it last, and what it holds now.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Candidate {
+    /// None: it was never accepted, or its end was.
+    pub good: Option<Arc<Texts>>,
+    /// None: it is gone.
+    pub wanted: Option<Arc<Texts>>,
+}
+
+/// All ConfigMaps of policies.
+pub type Candidates = BTreeMap<ObjectKey, Candidate>;
+
+/// The texts that are checked together.
+pub type Selection<'a> = BTreeMap<&'a ObjectKey, &'a Texts>;
+
+/// What came of the candidates.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// What is accepted of each ConfigMap, while something is.
+    pub accepted: BTreeMap<ObjectKey, Arc<Texts>>,
+    /// Why what a ConfigMap holds now is refused.
+    pub faults: BTreeMap<ObjectKey, Vec<Fault>>,
+    /// Tests of ConfigMaps that nobody touched, and that fail now.
+    pub warnings: BTreeMap<ObjectKey, Vec<Fault>>,
+    /// How often all were compiled.
+    pub checks: usize,
+}
+
+/// Accepts as much of `candidates` as `check` lets pass together. `check` says what is wrong with a selection.
+pub async fn settle<E>(
+    candidates: &Candidates,
+    check: impl AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>,
+) -> Result<Outcome, E> {
+    let changed = candidates.iter().filter(|(_, candidate)| candidate.wanted != candidate.good);
+    let open = changed.map(|(key, _)| key).collect();
+    let settling = Settling { candidates, dropped: BTreeSet::new(), outcome: Outcome::default(), check };
+    settling.run(open).await
+}
+
+type Keys<'a> = BTreeSet<&'a ObjectKey>;
+
+struct Settling<'a, C> {
+    candidates: &'a Candidates,
+    /// What was good once and compiles no more.
+    dropped: Keys<'a>,
+    outcome: Outcome,
+    check: C,
+}
+
+impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> {
+    /// `open`: whose change is still to be accepted; all others are at their last good text.
+    async fn run(mut self, mut open: Keys<'a>) -> Result<Outcome, E> {
+        // Who gave way, round by round: what made the earlier ones fail may have given way after them.
+        let mut gave_way: Vec<Keys> = Vec::new();
+        loop {
+            let faults = self.faults(&open).await?;
+            if passes(&faults, &open) {
+                for fault in faults {
+                    if let Some(key) = owner(&fault, self.candidates) {
+                        self.outcome.warnings.entry(key.clone()).or_default().push(fault);
+                    }
+                }
+                break;
+            }
+            let named: Keys = faults.iter().filter_map(|fault| owner(fault, self.candidates)).collect();
+            let mut guilty: Keys = open.intersection(&named).copied().collect();
+            if guilty.is_empty() && !open.is_empty() {
+                guilty = self.culprits(&open).await?;
+                self.refuse(&guilty, &faults, |_| true);
+            } else if guilty.is_empty() {
+                // Nothing changed, and yet it fails: OPA is another one than the one that accepted it.
+                let selected = self.selection(&open).into_keys().map(|key| self.key(key));
+                guilty = selected.filter(|key| named.contains(key) || named.is_empty()).collect();
+                self.refuse(&guilty, &faults, |_| named.is_empty());
+                self.dropped.extend(guilty);
+                gave_way.push(Keys::new());
+                continue;
+            } else {
+                self.refuse(&guilty, &faults, |_| false);
+            }
+            open = &open - &guilty;
+            gave_way.push(guilty);
+        }
+        gave_way.pop();
+        for key in gave_way.into_iter().flatten() {
+            if self.outcome.checks < CHECKS_MAX && self.passes_with(&open, key).await? {
+                open.insert(key);
+                self.outcome.faults.remove(key);
+            }
+        }
+        self.outcome.accepted = self.chosen(&open).map(|(key, texts)| (key.clone(), texts.clone())).collect();
+        Ok(self.outcome)
+    }
+
+    /// Whose changes make an untouched ConfigMap fail: the one without which all is well, else all but those that
+    /// can be added to the last good texts one after the other.
+    async fn culprits(&mut self, open: &Keys<'a>) -> Result<Keys<'a>, E> {
+        if open.len() > 1 {
+            for key in open {
+                let others: Keys = open.iter().filter(|other| *other != key).copied().collect();
+                if self.outcome.checks >= CHECKS_MAX {
+                    break;
+                }
+                let faults = self.faults(&others).await?;
+                if passes(&faults, &others) {
+                    return Ok(Keys::from([*key]));
+                }
+            }
+        } else {
+            return Ok(open.clone());
+        }
+        let mut kept = Keys::new();
+        let mut left = open.clone();
+        loop {
+            let before = kept.len();
+            for key in left.clone() {
+                if self.outcome.checks < CHECKS_MAX && self.passes_with(&kept, key).await? {
+                    kept.insert(key);
+                    left.remove(key);
+                }
+            }
+            if left.is_empty() || kept.len() == before {
+                return Ok(left);
+            }
+        }
+    }
+
+    async fn passes_with(&mut self, open: &Keys<'a>, key: &'a ObjectKey) -> Result<bool, E> {
+        let mut more = open.clone();
+        more.insert(key);
+        let faults = self.faults(&more).await?;
+        Ok(passes(&faults, &more))
+    }
+
+    async fn faults(&mut self, open: &Keys<'a>) -> Result<Vec<Fault>, E> {
+        self.outcome.checks += 1;
+        let selection = self.selection(open);
+        (self.check)(&selection).await
+    }
+
+    fn chosen(&self, open: &Keys<'a>) -> impl Iterator<Item = (&'a ObjectKey, &'a Arc<Texts>)> {
+        let candidates = self.candidates.iter().filter(|(key, _)| !self.dropped.contains(key));
+        candidates.filter_map(|(key, candidate)| {
+            let texts = if open.contains(key) { &candidate.wanted } else { &candidate.good };
+            Some((key, texts.as_ref()?))
+        })
+    }
+
+    fn selection(&self, open: &Keys<'a>) -> Selection<'a> {
+        self.chosen(open).map(|(key, texts)| (key, &**texts)).collect()
+    }
+
+    fn key(&self, key: &ObjectKey) -> &'a ObjectKey {
+        self.candidates.get_key_value(key).expect("keys come from the candidates").0
+    }
+
+    /// Tells each of `guilty` the faults in its own texts, and those of others that `also` are its doing.
+    fn refuse(&mut self, guilty: &Keys<'a>, faults: &[Fault], also: impl Fn(&Fault) -> bool) {
+        for key in guilty {
+            let told =
+                faults.iter().filter(|fault| owner(fault, self.candidates) == Some(key) || also(fault));
+            let mut told: Vec<_> = told.cloned().collect();
+            if self.candidates[*key].wanted.is_none() {
+                told.insert(
+                    0,
+                    Fault::new("still_needed", "it is gone, but others need it: its modules stay"),
+                );
+            }
+            self.outcome.faults.insert((*key).clone(), told);
+        }
+    }
+}
+
+/// Whether nothing is wrong, or only tests of ConfigMaps fail that nobody touched.
+fn passes(faults: &[Fault], open: &Keys) -> bool {
+    faults.iter().all(|fault| {
+        fault.code == TEST_FAILED
+            && !fault
+                .location
+                .as_ref()
+                .is_some_and(|location| open.iter().any(|key| is_in(&location.file, key)))
+    })
+}
+
+/// The ConfigMap whose text the fault names.
+fn owner<'a>(fault: &Fault, candidates: &'a Candidates) -> Option<&'a ObjectKey> {
+    let (namespace, rest) = fault.location.as_ref()?.file.split_once('/')?;
+    let (name, _) = rest.split_once('/')?;
+    let key = ObjectKey { namespace: namespace.into(), name: name.into() };
+    candidates.get_key_value(&key).map(|(key, _)| key)
+}
+
+fn is_in(id: &str, key: &ObjectKey) -> bool {
+    let rest = id.strip_prefix(&*key.namespace).and_then(|rest| rest.strip_prefix('/'));
+    rest.and_then(|rest| rest.strip_prefix(&*key.name)).is_some_and(|rest| rest.starts_with('/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+    use crate::policy::verdict::Location;
+
+    /// A language as small as can be: `name` defines, `?name` needs, `!` is an error, `T` a failing test, and two
+    /// texts may not define one name.
+    fn compile(selection: &Selection) -> Vec<Fault> {
+        let words = |tests: bool| {
+            selection.iter().flat_map(move |(key, texts)| {
+                let modules = if tests { &texts.tests } else { &texts.modules };
+                modules.values().flat_map(move |module| {
+                    module.text.lines().skip(1).flat_map(str::split_whitespace).map(move |word| (*key, word))
+                })
+            })
+        };
+        let fault = |key: &ObjectKey, code: &str, word: &str| Fault {
+            location: Some(Location { file: format!("{key}/m"), row: 1, col: 1 }),
+            ..Fault::new(code, word)
+        };
+        let broken: Vec<_> = words(false)
+            .filter(|(_, word)| *word == "!")
+            .map(|(key, word)| fault(key, "parse", word))
+            .collect();
+        if !broken.is_empty() {
+            return broken;
+        }
+        let defined: Vec<_> = words(false).filter(|(_, word)| !word.starts_with('?')).collect();
+        let mut faults = Vec::new();
+        for (key, word) in words(false) {
+            let count = |name: &str| defined.iter().filter(|(_, other)| *other == name).count();
+            match word.strip_prefix('?') {
+                Some(name) if count(name) == 0 => faults.push(fault(key, "undefined", word)),
+                // As OPA does, only the first of two is named.
+                None if count(word) > 1
+                    && defined.iter().find(|(_, other)| *other == word) == Some(&(key, word)) =>
+                {
+                    faults.push(fault(key, "twice", word));
+                }
+                _ => {}
+            }
+        }
+        if faults.is_empty() {
+            faults.extend(
+                words(true).filter(|(_, word)| *word == "T").map(|(key, word)| fault(key, TEST_FAILED, word)),
+            );
+        }
+        faults
+    }
+
+    fn texts(words: &str) -> Option<Arc<Texts>> {
+        let (modules, tests) = words.split_once('/').unwrap_or((words, ""));
+        let module = |words: &str| Arc::new(Module::read(&format!("package a\n{words}")).unwrap());
+        let of = |words: &str, key: &str| BTreeMap::from([(key.to_owned(), module(words))]);
+        (words != "-").then(|| Arc::new(Texts { modules: of(modules, "m"), tests: of(tests, "t") }))
+    }
+
+    /// `name: good > wanted`, `-` for none. Expects `name=accepted` of all, and the names that are refused.
+    fn check(script: &[&str], accepted: &[&str], refused: &[&str]) {
+        let key = |name: &str| ObjectKey { namespace: "ns".into(), name: name.into() };
+        let candidates: Candidates = script
+            .iter()
+            .map(|line| {
+                let (name, states) = line.split_once(": ").unwrap();
+                let (good, wanted) = states.split_once(" > ").unwrap_or((states, states));
+                (key(name), Candidate { good: texts(good), wanted: texts(wanted) })
+            })
+            .collect();
+        let outcome = futures::executor::block_on(settle(&candidates, async |selection: &Selection| {
+            Ok::<_, Infallible>(compile(selection))
+        }));
+        let Ok(outcome) = outcome;
+        let expected: BTreeMap<_, _> = accepted
+            .iter()
+            .map(|line| line.split_once('=').unwrap())
+            .map(|(name, words)| (key(name), texts(words).unwrap()))
+            .collect();
+        assert_eq!(outcome.accepted, expected, "{script:?}");
+        let names: Vec<_> = outcome.faults.keys().map(|key| key.name.to_string()).collect();
+        assert_eq!(names, refused, "{script:?}");
+        assert!(outcome.faults.values().all(|faults| !faults.is_empty()), "{:?}", outcome.faults);
+        assert!(outcome.checks <= CHECKS_MAX + script.len() + 2, "{}", outcome.checks);
+    }
+
+    #[test]
+    fn all_that_compiles_is_accepted() {
+        check(&[], &[], &[]);
+        check(&["a: - > x", "b: - > ?x"], &["a=x", "b=?x"], &[]);
+        check(&["a: x > y", "b: ?x > ?y"], &["a=y", "b=?y"], &[]);
+        check(&["a: x > -", "b: ?x > -"], &[], &[]);
+    }
+
+    #[test]
+    fn what_an_error_names_gives_way() {
+        check(&["a: x > !"], &["a=x"], &["a"]);
+        check(&["a: - > !", "b: - > y"], &["b=y"], &["a"]);
+        check(&["a: x > ! ?q", "b: y > ?q", "c: z > w"], &["a=x", "b=y", "c=w"], &["a", "b"]);
+        // What comes later makes good what needs it.
+        check(&["a: - > ?x"], &[], &["a"]);
+        check(&["a: - > ?x", "b: - > x"], &["a=?x", "b=x"], &[]);
+        check(&["a: - > x", "b: - > x"], &["b=x"], &["a"]);
+    }
+
+    #[test]
+    fn an_untouched_configmap_stays() {
+        check(&["a: x > y", "b: ?x"], &["a=x", "b=?x"], &["a"]);
+        check(&["a: x > -", "b: ?x"], &["a=x", "b=?x"], &["a"]);
+        check(&["a: x", "b: - > x"], &["a=x"], &["b"]);
+        // One of several changes does it: the others go on, those that need each other too.
+        check(&["a: x > y", "b: ?x", "c: - > z", "d: - > ?z"], &["a=x", "b=?x", "c=z", "d=?z"], &["a"]);
+        check(
+            &["a: x > y", "b: ?x", "c: z > w", "d: ?z", "e: - > v"],
+            &["a=x", "b=?x", "c=z", "d=?z", "e=v"],
+            &["a", "c"],
+        );
+        // Who was named for another's doing is not refused for it.
+        check(&["a: x > -", "b: ?x > ?x k", "c: ?x"], &["a=x", "b=?x k", "c=?x"], &["a"]);
+    }
+
+    #[test]
+    fn tests_gate_their_own_configmap() {
+        check(&["a: x/ > y/T"], &["a=x/"], &["a"]);
+        check(&["a: x/T", "b: - > y"], &["a=x/T", "b=y"], &[]);
+    }
+
+    #[test]
+    fn another_opa_may_refuse_what_was_good() {
+        check(&["a: x !", "b: y > z", "c: ?x"], &["b=z"], &["a", "c"]);
+    }
+
+    #[test]
+    fn many_changes_at_once_are_bounded() {
+        let lines = |line: fn(u32) -> String| (10..60).map(line).collect::<Vec<_>>();
+        let script = [lines(|n| format!("c{n}: x{n} > y{n}")), lines(|n| format!("d{n}: ?x{n}"))].concat();
+        let kept = [lines(|n| format!("c{n}=x{n}")), lines(|n| format!("d{n}=?x{n}"))].concat();
+        let refused = lines(|n| format!("c{n}"));
+        let [script, kept, refused] =
+            [&script, &kept, &refused].map(|lines| lines.iter().map(String::as_str).collect::<Vec<_>>());
+        check(&script, &kept, &refused);
+    }
+}
