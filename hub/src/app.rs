@@ -6,20 +6,25 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use clap::Parser as _;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::bundle::Bundle;
 use crate::cli::Cli;
-use crate::config::{Config, EVENT_QUEUE_MAX, Source};
+use crate::config::{Config, DRAIN, EVENT_QUEUE_MAX, Source};
 use crate::model::FeedId;
 use crate::pipeline::{self, FeedCounters, Pipeline, Said};
 use crate::policy::candidates::LastGood;
 use crate::policy::check::Compiler;
 use crate::readiness::Readiness;
 use crate::source::{folder, kubernetes};
-use crate::{serve, telemetry};
+use crate::writeback::last_good::{self, Place};
+use crate::writeback::{lease, verdicts};
+use crate::{serve, telemetry, writeback};
+
+/// What runs as long as the hub does; each ends with its name.
+type Tasks = JoinSet<anyhow::Result<&'static str>>;
 
 /// Runs the hub as the command line says until it is told to stop.
 pub fn main() -> ExitCode {
@@ -54,7 +59,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
         readiness.pending(&feed.to_string(), "not listed yet");
     }
     let compiler = Compiler::find(config.rego.opa.as_deref(), config.rego.dialect).await?;
-    tracing::info!(by = compiler.name(), "checking policies");
+    let checked_by = compiler.name();
+    tracing::info!(by = checked_by, "checking policies");
     if let Compiler::Syntax(_) = compiler {
         let warning = "no opa found: only the syntax of policies is checked, and one that does not compile reaches \
                        OPAs; give --opa-bin";
@@ -66,8 +72,9 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let bundle = Arc::new(Bundle::new(config.bundle.clone()));
     let feeds = Arc::new(FeedCounters::new(&config.feeds));
     let (events, queue) = mpsc::channel(EVENT_QUEUE_MAX);
-    let mut tasks: JoinSet<anyhow::Result<&str>> = JoinSet::new();
+    let mut tasks = Tasks::new();
 
+    let mut cluster = None;
     match &config.source {
         Source::Folder(dir) => {
             let source = folder::run(dir.clone(), config.feeds.clone(), events, readiness.clone());
@@ -75,6 +82,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         }
         Source::Kubernetes { kubeconfig } => {
             let client = kubernetes::client(kubeconfig.as_deref()).await?;
+            cluster = Some(client.clone());
             for (id, feed) in config.feeds.iter().enumerate() {
                 let watch = kubernetes::watch(
                     client.clone(),
@@ -97,7 +105,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
         tokio::task::spawn_blocking(move || writer.run(queue, said)).await?;
         Ok("the writer")
     });
-    _ = say.send(Said::Restored(LastGood::new())).await;
+    let lease =
+        write_down(&config, cluster, &bundle, &readiness, &stop, (say.clone(), ends.good), &mut tasks);
     tasks.spawn({
         let readiness = readiness.clone();
         async move {
@@ -115,7 +124,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         }
     });
     let address = listener.local_addr()?;
-    let hub = serve::Hub::new(bundle, readiness, feeds, stop.clone());
+    let hub = serve::Hub::new(bundle, checked_by, readiness, feeds, stop.clone());
     let server = tokio::spawn(serve::run(listener, hub));
     tracing::info!("dashboard at http://{address}/");
 
@@ -130,7 +139,50 @@ async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!("stopping");
     stop.cancel();
     server.await?.context("cannot serve")?;
+    if let Some(lease) = lease {
+        // Whoever waits for the Lease takes it when it runs out, at worst.
+        _ = tokio::time::timeout(DRAIN, lease).await;
+    }
     ended
+}
+
+/// Starts what keeps the last good policies and, in a cluster, what writes verdicts. What is returned ends once the
+/// Lease was given back.
+fn write_down(
+    config: &Config,
+    cluster: Option<kube::Client>,
+    bundle: &Arc<Bundle>,
+    readiness: &Readiness,
+    stop: &CancellationToken,
+    (say, good): (mpsc::Sender<Said>, watch::Receiver<Option<LastGood>>),
+    tasks: &mut Tasks,
+) -> Option<JoinHandle<()>> {
+    let leads = watch::Sender::new(false);
+    let namespace = |client: &kube::Client| writeback::namespace(config.namespace.as_deref(), client);
+    let place = match (&config.state_dir, &cluster) {
+        (Some(dir), _) => Place::folder(dir, &config.bundle),
+        (None, Some(client)) => Place::cluster(client.clone(), &namespace(client), &config.bundle),
+        (None, None) => Place::Nowhere,
+    };
+    let keep = place.run(say, good, leads.subscribe(), readiness.clone());
+    tasks.spawn(async move {
+        keep.await;
+        Ok("the keeper of the last good policies")
+    });
+    let client = cluster?;
+    let identity = writeback::identity();
+    if config.write_verdicts {
+        let writer =
+            verdicts::Writer::new(client.clone(), identity.clone(), bundle.clone(), readiness.clone());
+        let write = writer.run(leads.subscribe());
+        tasks.spawn(async move {
+            write.await;
+            Ok("the writer of verdicts")
+        });
+    }
+    let namespace = namespace(&client);
+    let striving = lease::Striving::new(client, &namespace, last_good::object_name(&config.bundle), identity);
+    Some(tokio::spawn(striving.run(leads, readiness.clone(), stop.clone().cancelled_owned())))
 }
 
 async fn signal() {

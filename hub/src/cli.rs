@@ -18,6 +18,7 @@ use crate::policy::check::Dialect;
 /// KUBECONFIG, ~/.kube/config or the pod's service account.
 #[derive(Parser, Debug)]
 #[command(version, name = "opa-hub")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct Cli {
     /// Read this folder of manifests (YAML or JSON, watched for changes) instead of a cluster
     #[arg(long, value_name = "DIR", env = "OPA_HUB_MANIFESTS", conflicts_with = "kubeconfig")]
@@ -113,6 +114,13 @@ pub struct Cli {
     /// they are kept in a ConfigMap when this is not given
     #[arg(long, value_name = "DIR", env = "OPA_HUB_STATE_DIR", help_heading = "Checking policies")]
     state_dir: Option<PathBuf>,
+    /// Write to each ConfigMap what was said of it, as kube-mgmt does, and as an Event when it is refused
+    #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
+          require_equals = true, action = ArgAction::Set, help_heading = "Checking policies")]
+    write_verdicts: bool,
+    /// The hub's own namespace, for its Lease and its last good policies [default: the pod's, or the kubeconfig's]
+    #[arg(long, value_name = "NS", env = "POD_NAMESPACE", help_heading = "Checking policies")]
+    namespace: Option<String>,
 
     /// What is logged: error, warn, info, debug, trace (RUST_LOG says it in detail)
     #[arg(
@@ -193,6 +201,9 @@ impl Cli {
             Some(dir) => Source::Folder(dir.clone()),
             None => Source::Kubernetes { kubeconfig: self.kubeconfig.clone() },
         };
+        if let Some(namespace) = &self.namespace {
+            check("--namespace", namespace, is_segment)?;
+        }
         if let Some(label) = &self.test_label {
             check("--test-label", label, is_label)?;
         }
@@ -208,6 +219,8 @@ impl Cli {
             feeds,
             rego: Rego { opa: self.opa_bin.clone(), dialect, test_label: self.test_label.clone() },
             state_dir: self.state_dir.clone(),
+            write_verdicts: self.write_verdicts,
+            namespace: self.namespace.clone(),
         })
     }
 

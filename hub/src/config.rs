@@ -70,6 +70,21 @@ pub const TEST_SECONDS: u64 = 5;
 /// Pause before OPA is run again after it failed itself.
 pub const CHECK_RETRY: Duration = Duration::from_secs(2);
 
+/// A replica that writes for all must renew its right in this time …
+pub const LEASE: Duration = Duration::from_secs(15);
+/// … and does so this often.
+pub const LEASE_RENEW: Duration = Duration::from_secs(5);
+/// The same verdict is written to the same ConfigMap again, where somebody removed it, no sooner than after this.
+pub const VERDICT_AGAIN: Duration = Duration::from_secs(60);
+/// Whether that time has come is looked at this often.
+pub const VERDICT_LOOK: Duration = Duration::from_secs(10);
+/// Bytes of the compressed last good policies in a ConfigMap, which holds 1 MiB with its metadata.
+pub const LAST_GOOD_OBJECT_MAX: usize = 1_000_000;
+/// Bytes of the last good policies: all modules in JSON, where a byte takes six at worst.
+pub const LAST_GOOD_BYTES_MAX: u64 = 100 << 20;
+/// They are kept this long after they changed, so that a storm of edits is written once.
+pub const LAST_GOOD_SETTLE: Duration = Duration::from_millis(100);
+
 /// What the hub was told to do.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -85,6 +100,10 @@ pub struct Config {
     pub rego: Rego,
     /// Where the last good policies are kept over a restart; none: in the cluster, if there is one.
     pub state_dir: Option<PathBuf>,
+    /// Whether verdicts are written to ConfigMaps, where the source is a cluster.
+    pub write_verdicts: bool,
+    /// The hub's own namespace; none: that of its pod or of its kubeconfig.
+    pub namespace: Option<String>,
 }
 
 /// How policies are read and checked.

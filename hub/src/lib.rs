@@ -27,6 +27,8 @@ pub mod bundle;
 
 pub mod pipeline;
 
+pub mod writeback;
+
 pub mod serve;
 
 pub mod telemetry;

@@ -34,6 +34,11 @@ impl Readiness {
         });
     }
 
+    /// Whether `message` is not already what is wrong about `subject`.
+    pub fn is_news(&self, subject: &str, message: &str) -> bool {
+        self.with(|state| state.problems.get(subject).is_none_or(|held| held != message))
+    }
+
     /// The source of `name` fails: the reason it is not ready, or, once it was, a problem.
     pub fn failing(&self, name: &str, because: &str) {
         self.with(|state| match state.pending.get_mut(name) {

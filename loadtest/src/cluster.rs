@@ -12,6 +12,9 @@ pub const POLICY: (&str, &str) = ("openpolicyagent.org/policy", "rego");
 /// The label that marks data.
 pub const DATA: (&str, &str) = ("openpolicyagent.org/data", "opa");
 
+/// The annotation that holds a verdict.
+const STATUS: &str = "openpolicyagent.org/kube-mgmt-status";
+
 /// Writes objects.
 #[derive(Clone)]
 pub struct Cluster {
@@ -25,6 +28,19 @@ impl Cluster {
         let request = http::Request::post(collection).header("content-type", "application/json");
         self.client.request::<Value>(request.body(serde_json::to_vec(object)?)?).await?;
         Ok(())
+    }
+
+    /// Grants a user these rules in the whole cluster, under a name of their own.
+    pub async fn grant(&self, name: &str, user: &str, rules: &[Value]) -> anyhow::Result<()> {
+        const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
+        let role = json!({ "metadata": { "name": name }, "rules": rules });
+        self.create(&format!("{RBAC}/clusterroles"), &role).await?;
+        let binding = json!({
+            "metadata": { "name": name },
+            "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name },
+            "subjects": [{ "kind": "User", "name": user }],
+        });
+        self.create(&format!("{RBAC}/clusterrolebindings"), &binding).await
     }
 
     /// Makes a namespace, unless it is there.
@@ -104,6 +120,39 @@ impl Cluster {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         api.delete(name, &DeleteParams::default().grace_period(0)).await?;
         Ok(())
+    }
+
+    /// A ConfigMap, as it is.
+    pub async fn get_configmap(&self, namespace: &str, name: &str) -> anyhow::Result<ConfigMap> {
+        Ok(Api::namespaced(self.client.clone(), namespace).get(name).await?)
+    }
+
+    /// The annotation of a ConfigMap that holds its verdict; `Null` when it has none.
+    pub async fn status(&self, namespace: &str, name: &str) -> anyhow::Result<Value> {
+        let annotations = self.get_configmap(namespace, name).await?.metadata.annotations.unwrap_or_default();
+        Ok(annotations.get(STATUS).map_or(Ok(Value::Null), |status| serde_json::from_str(status))?)
+    }
+
+    /// What Events say of a ConfigMap: type, reason and note of each.
+    pub async fn events(&self, namespace: &str, name: &str) -> anyhow::Result<Vec<String>> {
+        let request = http::Request::get(format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"));
+        let list: Value = self.client.request(request.body(Vec::new())?).await?;
+        let about = |event: &&Value| event["regarding"]["name"] == name;
+        let text = |event: &Value, field: &str| event[field].as_str().unwrap_or_default().to_owned();
+        let events = list["items"].as_array().into_iter().flatten().filter(about);
+        Ok(events.map(|e| [text(e, "type"), text(e, "reason"), text(e, "note")].join(" ")).collect())
+    }
+
+    /// The sum of the API server's own metric over the samples with these labels.
+    pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<u64> {
+        let request = http::Request::get("/metrics").body(Vec::new())?;
+        let text = self.client.request_text(request).await?;
+        let labels: Vec<_> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
+        let samples = text.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{'))
+                && labels.iter().all(|label| line.contains(label))
+        });
+        Ok(samples.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
     }
 
     /// All pods as they should lie at `data.kubernetes.pods`: by namespace and name, without managedFields.

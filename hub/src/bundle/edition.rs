@@ -60,6 +60,8 @@ pub struct Counters {
     pub snapshot_encodes: AtomicU64,
     /// Reconcile answers encoded.
     pub reconcile_encodes: AtomicU64,
+    /// Verdicts that were to be written to ConfigMaps.
+    pub verdict_writes: AtomicU64,
 }
 
 /// See the module's text.

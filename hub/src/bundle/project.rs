@@ -9,7 +9,6 @@ use bytes::Bytes;
 use opa_hub_proto::head::{ENTRY_BYTES_MAX, MODULES_BYTES_MAX};
 use opa_hub_proto::path::{DirPath, is_segment};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
 use super::view::Batch;
@@ -139,7 +138,7 @@ struct ConfigMap {
     metadata: Metadata,
     data: Option<BTreeMap<String, String>>,
     #[serde(rename = "binaryData")]
-    binary_data: Option<BTreeMap<String, IgnoredAny>>,
+    binary_data: Option<HashMap<String, String>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -158,7 +157,8 @@ impl Metadata {
 
 impl ConfigMap {
     fn warnings(&self) -> Vec<String> {
-        let keys = self.binary_data.iter().flatten().map(|(key, _)| key.as_str()).collect::<Vec<_>>();
+        let mut keys: Vec<_> = self.binary_data.iter().flatten().map(|(key, _)| key.as_str()).collect();
+        keys.sort_unstable();
         let ignored = format!("binaryData is ignored, only data is read: {}", keys.join(", "));
         if keys.is_empty() { Vec::new() } else { vec![ignored] }
     }

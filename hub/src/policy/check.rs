@@ -349,16 +349,8 @@ impl Folder {
             let digits = from[1..].bytes().take_while(u8::is_ascii_digit).count();
             let is_file = digits == FILE_DIGITS && from[1 + digits..].starts_with(".rego");
             let id = is_file.then(|| self.ids.get(from[1..=digits].parse::<usize>().ok()?)).flatten();
-            match id {
-                Some(id) => {
-                    renamed.push_str(id);
-                    rest = &from[1 + digits + ".rego".len()..];
-                }
-                None => {
-                    renamed.push('m');
-                    rest = &from[1..];
-                }
-            }
+            renamed.push_str(id.map_or("m", String::as_str));
+            rest = &from[if id.is_some() { 1 + digits + ".rego".len() } else { 1 }..];
         }
         renamed + rest
     }

@@ -17,6 +17,9 @@ pub(super) async fn list(State(hub): State<Hub>) -> Json<Value> {
 pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
     let bundle = hub.bundle(&name)?;
     let mut shown = summary(&hub);
+    shown["verdicts"] = bundle.verdicts.with(|verdicts| {
+        verdicts.iter().map(|(key, told)| (key.to_string(), told.verdict.status())).collect()
+    });
     if let Some(edition) = bundle.head().borrow().clone() {
         let view = &edition.view;
         let directories = view.dirs.iter().map(|(path, dir)| {
@@ -24,7 +27,7 @@ pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Re
         });
         shown["directories"] = directories.collect();
         let modules = view.modules.iter().map(|(id, module)| {
-            json!({ "id": id, "package": module.root.relative().replace('/', "."), "bytes": module.text.len(), "digest": module.digest })
+            json!({ "id": id, "package": module.package(), "bytes": module.text.len(), "digest": module.digest })
         });
         shown["modules"] = modules.collect();
     }
@@ -46,6 +49,7 @@ fn summary(hub: &Hub) -> Value {
         "sources": feeds.collect::<Value>(),
         "pending": hub.readiness.pendings(),
         "problems": problems,
+        "checkedBy": hub.checked_by,
     });
     if let Some(edition) = hub.bundle.head().borrow().as_ref() {
         let view = &edition.view;

@@ -18,5 +18,13 @@ pub(super) async fn ready(State(hub): State<Hub>) -> impl IntoResponse {
     let pending = hub.0.readiness.pendings();
     let ready = pending.is_empty() && hub.0.bundle.head().borrow().is_some();
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({ "ready": ready, "pending": pending, "problems": hub.0.readiness.problems() })))
+    (
+        status,
+        Json(json!({
+            "ready": ready,
+            "pending": pending,
+            "problems": hub.0.readiness.problems(),
+            "checkedBy": hub.0.checked_by,
+        })),
+    )
 }

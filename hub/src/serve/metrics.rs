@@ -55,6 +55,10 @@ impl Collector for Scrape {
                 .collect::<Vec<_>>()
         };
 
+        let refused = hub
+            .bundle
+            .verdicts
+            .with(|verdicts| verdicts.values().filter(|told| !told.verdict.faults.is_empty()).count() as u64);
         let gauges = [
             ("agents", "Streams that are open", one(hub.agents.load(Relaxed).unsigned_abs())),
             ("ready", "Whether every source has listed once", one(u64::from(view.is_some()))),
@@ -62,6 +66,7 @@ impl Collector for Scrape {
             ("modules", "Modules that are served", one(view.map_or(0, |view| view.modules.len() as u64))),
             ("json_bytes", "Bytes of the data as JSON", one(view.map_or(0, |view| view.json_bytes() as u64))),
             ("problems", "ConfigMaps and objects refused", one(hub.bundle.problems().len() as u64)),
+            ("verdict_errors", "ConfigMaps whose newest content is refused", one(refused)),
             ("source_objects", "Objects that a source has", by_feed(|feed| feed.objects.load(Relaxed))),
         ];
         for (name, help, samples) in gauges {
@@ -84,6 +89,11 @@ impl Collector for Scrape {
             ("native_deltas_served", "OPA's own deltas sent", one(hub.native_deltas.load(Relaxed))),
             ("reconciles", "Reconcile requests answered", one(hub.reconciles.load(Relaxed))),
             ("reconcile_encodes", "Reconcile answers encoded", one(counters.reconcile_encodes.load(Relaxed))),
+            (
+                "verdict_writes",
+                "Verdicts to be written to ConfigMaps",
+                one(counters.verdict_writes.load(Relaxed)),
+            ),
             (
                 "unknown_revisions",
                 "Streams refused for a revision that is not remembered",

@@ -32,6 +32,8 @@ pub struct Hub(Arc<Shared>);
 
 struct Shared {
     bundle: Arc<Bundle>,
+    /// What checks the policies.
+    checked_by: String,
     readiness: Readiness,
     feeds: Arc<Vec<FeedCounters>>,
     stop: CancellationToken,
@@ -49,15 +51,17 @@ struct Shared {
 }
 
 impl Hub {
-    /// A hub that serves `bundle` until `stop`.
+    /// A hub that serves `bundle`, whose policies are `checked_by`, until `stop`.
     pub fn new(
         bundle: Arc<Bundle>,
+        checked_by: String,
         readiness: Readiness,
         feeds: Arc<Vec<FeedCounters>>,
         stop: CancellationToken,
     ) -> Self {
         Self(Arc::new(Shared {
             bundle,
+            checked_by,
             readiness,
             feeds,
             stop,

@@ -40,7 +40,13 @@ impl Served {
 
     fn empty() -> Self {
         let bundle = Arc::new(Bundle::new("main".into()));
-        let hub = Hub::new(bundle.clone(), Readiness::default(), Arc::default(), CancellationToken::new());
+        let hub = Hub::new(
+            bundle.clone(),
+            String::new(),
+            Readiness::default(),
+            Arc::default(),
+            CancellationToken::new(),
+        );
         Self { dir: tempfile::tempdir().unwrap(), bundle, router: router(hub) }
     }
 

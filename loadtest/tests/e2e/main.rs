@@ -8,6 +8,8 @@ mod folder;
 
 mod sources;
 
+mod verdicts;
+
 mod ways;
 
 mod world;

@@ -34,18 +34,8 @@ async fn rights_that_are_missing_are_named() -> anyhow::Result<()> {
     is_pending(&hub, "v1/pods", "grant the hub the verbs list, watch on v1/pods").await?;
     is_pending(&hub, "policies (v1/configmaps)", "grant the hub the verbs list, watch on v1/configmaps")
         .await?;
-    let rbac = "/apis/rbac.authorization.k8s.io/v1";
-    let role = json!({
-        "metadata": { "name": "hub" },
-        "rules": [{ "apiGroups": [""], "resources": ["pods", "configmaps"], "verbs": ["list", "watch"] }],
-    });
-    cluster.create(&format!("{rbac}/clusterroles"), &role).await?;
-    let binding = json!({
-        "metadata": { "name": "hub" },
-        "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "hub" },
-        "subjects": [{ "kind": "User", "name": PLAIN_USER }],
-    });
-    cluster.create(&format!("{rbac}/clusterrolebindings"), &binding).await?;
+    let reads = json!({ "apiGroups": [""], "resources": ["pods", "configmaps"], "verbs": ["list", "watch"] });
+    cluster.grant("hub", PLAIN_USER, &[reads]).await?;
     hub.wait_ready().await
 }
 

@@ -1,0 +1,315 @@
+//! The policies that were accepted last, kept where a hub that starts finds them: while a ConfigMap is bad its last
+//! good text is nowhere else (I6). In a folder, or in a ConfigMap of the hub's own.
+
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use flate2::Compression;
+use flate2::read::GzDecoder;
+use flate2::write::GzEncoder;
+use k8s_openapi::ByteString;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{ObjectMeta, Patch, PatchParams};
+use kube::{Api, Client};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, watch};
+
+use super::{WRITER, is_forbidden, words};
+use crate::config::{LAST_GOOD_BYTES_MAX, LAST_GOOD_OBJECT_MAX, LAST_GOOD_SETTLE, RETRY, RETRY_MAX};
+use crate::model::ObjectKey;
+use crate::pipeline::Said;
+use crate::policy::candidates::LastGood;
+use crate::policy::modules::Module;
+use crate::policy::settle::Texts;
+use crate::readiness::Readiness;
+
+/// What [`Readiness`] calls it.
+const SUBJECT: &str = "last good policies";
+/// The file, and the key of the ConfigMap.
+const FILE: &str = "last-good.json.gz";
+
+/// Why the last good policies could not be read or kept.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The folder.
+    #[error("{path}: {source}")]
+    File {
+        /// Which file.
+        path: String,
+        /// What is wrong with it.
+        source: std::io::Error,
+    },
+    /// The content.
+    #[error("they are damaged: {0}")]
+    Damaged(String),
+    /// The API server.
+    #[error("the API server: {}", words(.0))]
+    Cluster(kube::Error),
+    /// RBAC.
+    #[error(
+        "forbidden: grant the hub the verbs get, create, patch on configmaps in namespace {0}, or give --state-dir"
+    )]
+    Forbidden(String),
+    /// More than a ConfigMap holds.
+    #[error(
+        "they have {0} bytes compressed, more than the {LAST_GOOD_OBJECT_MAX} that a ConfigMap holds: give --state-dir"
+    )]
+    TooLarge(usize),
+}
+
+/// Where they are kept.
+pub enum Place {
+    /// Nowhere.
+    Nowhere,
+    /// In this file.
+    File(PathBuf),
+    /// In this ConfigMap.
+    Cluster(Box<Object>),
+}
+
+/// A ConfigMap of the hub's own.
+pub struct Object {
+    configmaps: Api<ConfigMap>,
+    namespace: String,
+    name: String,
+}
+
+impl Place {
+    /// A file of its own for each bundle.
+    pub fn folder(dir: &Path, bundle: &str) -> Self {
+        Self::File(dir.join(format!("{bundle}.{FILE}")))
+    }
+
+    /// A ConfigMap of its own for each bundle.
+    pub fn cluster(client: Client, namespace: &str, bundle: &str) -> Self {
+        let configmaps = Api::namespaced(client, namespace);
+        Self::Cluster(Box::new(Object { configmaps, namespace: namespace.into(), name: object_name(bundle) }))
+    }
+
+    /// Says what was kept, then keeps what is accepted, for ever. In a cluster only while this replica `leads`.
+    pub async fn run(
+        self,
+        say: mpsc::Sender<Said>,
+        mut good: watch::Receiver<Option<LastGood>>,
+        mut leads: watch::Receiver<bool>,
+        readiness: Readiness,
+    ) {
+        let mut kept = self.load_patiently(&readiness).await;
+        let restored = kept.as_deref().map_or_else(|| Ok(LastGood::new()), decode).unwrap_or_else(|error| {
+            complain(&readiness, &error);
+            kept = None;
+            LastGood::new()
+        });
+        if !restored.is_empty() {
+            tracing::info!(configmaps = restored.len(), "found the last good policies");
+        }
+        if say.send(Said::Restored(restored)).await.is_err() {
+            return;
+        }
+        let mut retry = RETRY;
+        loop {
+            let may_write = !matches!(self, Self::Cluster(_)) || *leads.borrow_and_update();
+            let now = good.borrow_and_update().as_ref().map(encode);
+            if let Some(now) = now.filter(|now| may_write && kept.as_ref() != Some(now)) {
+                match self.save(&now).await {
+                    Ok(()) => {
+                        readiness.problem(SUBJECT, None);
+                        (kept, retry) = (Some(now), RETRY);
+                    }
+                    Err(error) => {
+                        complain(&readiness, &error);
+                        tokio::time::sleep(retry).await;
+                        retry = (retry * 2).min(RETRY_MAX);
+                        continue;
+                    }
+                }
+            }
+            tokio::select! {
+                changed = good.changed() => if changed.is_err() { return },
+                Ok(()) = leads.changed() => {}
+            }
+            tokio::time::sleep(LAST_GOOD_SETTLE).await;
+        }
+    }
+
+    /// What is kept. An API server that does not answer is waited for, as its watches are.
+    async fn load_patiently(&self, readiness: &Readiness) -> Option<Vec<u8>> {
+        let mut retry = RETRY;
+        loop {
+            match self.load().await {
+                Ok(kept) => {
+                    readiness.problem(SUBJECT, None);
+                    return kept;
+                }
+                Err(error) => {
+                    complain(readiness, &error);
+                    if !matches!(error, Error::Cluster(_)) {
+                        return None;
+                    }
+                }
+            }
+            tokio::time::sleep(retry).await;
+            retry = (retry * 2).min(RETRY_MAX);
+        }
+    }
+
+    async fn load(&self) -> Result<Option<Vec<u8>>, Error> {
+        match self {
+            Self::Nowhere => Ok(None),
+            Self::File(path) => match std::fs::read(path) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                other => other.map(Some).map_err(|source| file_error(path, source)),
+            },
+            Self::Cluster(object) => object.load().await,
+        }
+    }
+
+    async fn save(&self, bytes: &[u8]) -> Result<(), Error> {
+        match self {
+            Self::Nowhere => Ok(()),
+            Self::File(path) => replace_file(path, bytes).map_err(|source| file_error(path, source)),
+            Self::Cluster(object) => object.save(bytes).await,
+        }
+    }
+}
+
+impl Object {
+    async fn load(&self) -> Result<Option<Vec<u8>>, Error> {
+        let found = self.configmaps.get_opt(&self.name).await.map_err(|error| self.error(error))?;
+        let file = found.and_then(|found| found.binary_data?.remove(FILE));
+        Ok(file.map(|ByteString(bytes)| bytes))
+    }
+
+    async fn save(&self, bytes: &[u8]) -> Result<(), Error> {
+        if bytes.len() > LAST_GOOD_OBJECT_MAX {
+            return Err(Error::TooLarge(bytes.len()));
+        }
+        let labels = BTreeMap::from([("app.kubernetes.io/managed-by".to_owned(), WRITER.to_owned())]);
+        let metadata =
+            ObjectMeta { name: Some(self.name.clone()), labels: Some(labels), ..ObjectMeta::default() };
+        let content = BTreeMap::from([(FILE.to_owned(), ByteString(bytes.to_owned()))]);
+        let object = ConfigMap { metadata, binary_data: Some(content), ..ConfigMap::default() };
+        let params = PatchParams::apply(WRITER).force();
+        let patched = self.configmaps.patch(&self.name, &params, &Patch::Apply(&object)).await;
+        patched.map(drop).map_err(|error| self.error(error))
+    }
+
+    fn error(&self, error: kube::Error) -> Error {
+        if is_forbidden(&error) { Error::Forbidden(self.namespace.clone()) } else { Error::Cluster(error) }
+    }
+}
+
+/// Names of objects have small letters and no underscores.
+pub fn object_name(bundle: &str) -> String {
+    format!("opa-hub-{}", bundle.to_ascii_lowercase().replace('_', "-").trim_matches(['.', '-']))
+}
+
+/// So that a crash leaves the old content or the new one.
+fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(dir)?;
+    let mut draft = tempfile::NamedTempFile::new_in(dir)?;
+    draft.write_all(bytes)?;
+    draft.as_file().sync_all()?;
+    draft.persist(path)?;
+    Ok(())
+}
+
+fn file_error(path: &Path, source: std::io::Error) -> Error {
+    Error::File { path: path.display().to_string(), source }
+}
+
+fn complain(readiness: &Readiness, error: &Error) {
+    let because = error.to_string();
+    if readiness.is_news(SUBJECT, &because) {
+        tracing::warn!(error = because, "the last good policies may not outlive a restart");
+    }
+    readiness.problem(SUBJECT, Some(because));
+}
+
+/// By ConfigMap, `namespace/name`.
+#[derive(Serialize, Deserialize, Default)]
+struct Saved {
+    configmaps: BTreeMap<String, SavedTexts>,
+}
+
+/// By id.
+#[derive(Serialize, Deserialize, Default)]
+struct SavedTexts {
+    modules: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    tests: BTreeMap<String, String>,
+}
+
+fn encode(good: &LastGood) -> Vec<u8> {
+    let texts = |modules: &BTreeMap<String, Arc<Module>>| {
+        modules.iter().map(|(id, module)| (id.clone(), module.text.clone())).collect()
+    };
+    let save = |of: &Texts| SavedTexts { modules: texts(&of.modules), tests: texts(&of.tests) };
+    let saved = Saved { configmaps: good.iter().map(|(key, of)| (key.to_string(), save(of))).collect() };
+    let json = serde_json::to_vec(&saved).expect("it has text keys only");
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::best());
+    gzip.write_all(&json).and_then(|()| gzip.finish()).expect("written into memory")
+}
+
+fn decode(bytes: &[u8]) -> Result<LastGood, Error> {
+    let mut json = Vec::new();
+    let mut gzip = GzDecoder::new(bytes).take(LAST_GOOD_BYTES_MAX);
+    gzip.read_to_end(&mut json).map_err(|error| Error::Damaged(error.to_string()))?;
+    let saved: Saved = serde_json::from_slice(&json).map_err(|error| Error::Damaged(error.to_string()))?;
+    let module = |(id, text): (String, String)| {
+        let module = Module::read(&text).map_err(|error| Error::Damaged(format!("{id}: {error}")))?;
+        Ok((id, Arc::new(module)))
+    };
+    let read = |(key, texts): (String, SavedTexts)| {
+        let (namespace, name) =
+            key.split_once('/').ok_or_else(|| Error::Damaged(format!("{key:?} names no ConfigMap")))?;
+        let key = ObjectKey { namespace: namespace.into(), name: name.into() };
+        let modules = texts.modules.into_iter().map(module).collect::<Result<_, _>>()?;
+        let tests = texts.tests.into_iter().map(module).collect::<Result<_, _>>()?;
+        Ok((key, Arc::new(Texts { modules, tests })))
+    };
+    saved.configmaps.into_iter().map(read).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> LastGood {
+        let module = |text: &str| Arc::new(Module::read(text).unwrap());
+        let texts = Texts {
+            modules: BTreeMap::from([("opa/a/x".to_owned(), module("package x"))]),
+            tests: BTreeMap::from([("opa/a/x_test.rego".to_owned(), module("package x_test"))]),
+        };
+        BTreeMap::from([(ObjectKey { namespace: "opa".into(), name: "a".into() }, Arc::new(texts))])
+    }
+
+    #[test]
+    fn what_is_kept_is_found() {
+        assert_eq!(decode(&encode(&good())).unwrap(), good());
+        assert_eq!(encode(&good()), encode(&good()), "equal content is not written again");
+        assert_eq!(object_name("My_bundle"), "opa-hub-my-bundle");
+    }
+
+    #[test]
+    fn i9_what_is_damaged_is_told() {
+        let bytes = encode(&good());
+        for damaged in [&b""[..], b"{}", &bytes[..bytes.len() / 2]] {
+            assert!(matches!(decode(damaged), Err(Error::Damaged(_))));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_outlives_its_writer() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = || Place::folder(&dir.path().join("new"), "main");
+        assert_eq!(place().load().await.unwrap(), None);
+        place().save(b"one").await.unwrap();
+        place().save(b"two").await.unwrap();
+        assert_eq!(place().load().await.unwrap().as_deref(), Some(&b"two"[..]));
+        assert_eq!(std::fs::read_dir(dir.path().join("new")).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,150 @@
+//! Verdicts as annotations on their ConfigMaps, as kube-mgmt writes them, and as Kubernetes Events: once a change,
+//! never because of its own write, never on a version that nobody judged.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference};
+use kube::api::{Patch, PatchParams};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Api, Client};
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::{WRITER, is_forbidden, words};
+use crate::bundle::Bundle;
+use crate::config::{VERDICT_AGAIN, VERDICT_LOOK};
+use crate::model::ObjectKey;
+use crate::policy::verdict::{NO_RETRIES, RETRIES, STATUS, Told};
+use crate::readiness::Readiness;
+
+/// What [`Readiness`] calls it.
+const SUBJECT: &str = "verdicts";
+/// Bytes of an Event's note: the API server refuses more than 1 KiB.
+const NOTE_BYTES_MAX: usize = 1000;
+
+/// Writes the verdicts of one bundle.
+pub struct Writer {
+    client: Client,
+    recorder: Recorder,
+    bundle: Arc<Bundle>,
+    readiness: Readiness,
+    /// What was written last, and when: whoever removes the annotation again and again is not fought.
+    written: HashMap<ObjectKey, (String, Instant)>,
+}
+
+impl Writer {
+    /// A writer that has written nothing.
+    pub fn new(client: Client, identity: String, bundle: Arc<Bundle>, readiness: Readiness) -> Self {
+        let reporter = Reporter { controller: WRITER.into(), instance: Some(identity) };
+        let recorder = Recorder::new(client.clone(), reporter);
+        Self { client, recorder, bundle, readiness, written: HashMap::new() }
+    }
+
+    /// Writes while this replica `leads`, for ever.
+    pub async fn run(mut self, mut leads: watch::Receiver<bool>) {
+        loop {
+            if *leads.borrow_and_update() {
+                for (key, told, status) in self.due() {
+                    self.write(key, &told, status).await;
+                }
+            }
+            tokio::select! {
+                () = self.bundle.verdicts.changed() => {}
+                Ok(()) = leads.changed() => {}
+                () = tokio::time::sleep(VERDICT_LOOK) => {}
+            }
+        }
+    }
+
+    /// The ConfigMaps that do not say what is to be said of them.
+    fn due(&mut self) -> Vec<(ObjectKey, Told, String)> {
+        let written = &mut self.written;
+        self.bundle.verdicts.with(|verdicts| {
+            written.retain(|key, _| verdicts.contains_key(key));
+            let due = verdicts.iter().filter_map(|(key, told)| {
+                let status = told.verdict.status().to_string();
+                let says = told.observed.status.as_deref() == Some(&*status)
+                    && told.observed.retries.as_deref() == Some(NO_RETRIES);
+                let just_said = written
+                    .get(key)
+                    .is_some_and(|(said, when)| *said == status && when.elapsed() < VERDICT_AGAIN);
+                (!says && !just_said).then(|| (key.clone(), told.clone(), status))
+            });
+            due.collect()
+        })
+    }
+
+    async fn write(&mut self, key: ObjectKey, told: &Told, status: String) {
+        // With the version: if the ConfigMap changed meanwhile, there will be another verdict.
+        let patch = json!({ "metadata": {
+            "resourceVersion": told.observed.version,
+            "annotations": { STATUS: status, RETRIES: NO_RETRIES },
+        } });
+        let configmaps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &key.namespace);
+        let params = PatchParams { field_manager: Some(WRITER.into()), ..PatchParams::default() };
+        self.bundle.counters.verdict_writes.fetch_add(1, Ordering::Relaxed);
+        let result = configmaps.patch_metadata(&key.name, &params, &Patch::Merge(patch)).await;
+        match result {
+            Ok(metadata) => {
+                self.readiness.problem(SUBJECT, None);
+                self.tell(&key, told, metadata.metadata.uid).await;
+            }
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => return,
+            Err(error) => {
+                let because = if is_forbidden(&error) {
+                    format!(
+                        "forbidden: grant the hub the verb patch on configmaps in namespace {}",
+                        key.namespace
+                    )
+                } else {
+                    format!("cannot write the verdict of ConfigMap {key}: {}", words(&error))
+                };
+                self.complain(SUBJECT, because);
+            }
+        }
+        self.written.insert(key, (status, Instant::now()));
+    }
+
+    /// An Event for a ConfigMap that is refused, and for one that no longer is.
+    async fn tell(&self, key: &ObjectKey, told: &Told, uid: Option<String>) {
+        let refused = !told.verdict.faults.is_empty();
+        let was_refused = told.observed.status.as_ref().is_some_and(|status| status.contains(r#""error""#));
+        if !refused && !was_refused {
+            return;
+        }
+        let mut note = if refused { told.verdict.message() } else { "accepted".into() };
+        note.truncate(note.floor_char_boundary(NOTE_BYTES_MAX));
+        let event = Event {
+            type_: if refused { EventType::Warning } else { EventType::Normal },
+            reason: if refused { "Refused" } else { "Accepted" }.into(),
+            note: Some(note),
+            action: "Check".into(),
+            secondary: None,
+        };
+        let about = ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some("ConfigMap".into()),
+            name: Some(key.name.to_string()),
+            namespace: Some(key.namespace.to_string()),
+            uid,
+            ..ObjectReference::default()
+        };
+        match self.recorder.publish(&event, &about).await {
+            Ok(()) => self.readiness.problem("events", None),
+            Err(error) => {
+                let because = "grant the hub the verbs create and patch on events.events.k8s.io";
+                self.complain("events", format!("cannot write an Event: {} ({because})", words(&error)));
+            }
+        }
+    }
+
+    fn complain(&self, subject: &str, because: String) {
+        if self.readiness.is_news(subject, &because) {
+            tracing::warn!("{because}");
+        }
+        self.readiness.problem(subject, Some(because));
+    }
+}
