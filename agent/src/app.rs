@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Parser as _;
 use tokio::net::TcpListener;
 
 use crate::cli::Cli;
@@ -14,7 +13,10 @@ use crate::status::Status;
 
 /// Runs the agent as the command line says until it is told to stop.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let (cli, others) = match Cli::parse_tolerantly(std::env::args()) {
+        Ok(parsed) => parsed,
+        Err(error) => error.exit(),
+    };
     let log = tracing_subscriber::fmt().with_max_level(cli.log_level).with_writer(std::io::stderr);
     if cli.log_json {
         log.json().init();
@@ -23,6 +25,9 @@ pub fn main() -> ExitCode {
     }
     let run = || -> anyhow::Result<()> {
         let config = cli.config()?;
+        if !others.is_empty() {
+            tracing::warn!(flags = others.join(" "), "passed over, the hub may need them now");
+        }
         let hubs: Vec<_> = config.hubs.iter().map(reqwest::Url::as_str).collect();
         let (opa, bundle, delivery) = (&config.opa.url, &config.bundle, config.delivery);
         tracing::info!(hubs = hubs.join(","), %opa, bundle, ?delivery, "starting");
@@ -45,13 +50,27 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
+    let health = match config.health {
+        Some(address) => {
+            Some(TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?)
+        }
+        None => None,
+    };
     let status = Status::new(config.delivery, config.grace);
     let local = Local::new(config.bundle.clone(), status.clone());
     let replica = Replica::new(&config, local.clone(), status)?;
     tracing::info!("health at http://{}/readyz", listener.local_addr()?);
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let router = local.clone().health();
+    let also_health = async {
+        match health {
+            Some(listener) => axum::serve(listener, router).await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         served = axum::serve(listener, local.router()) => served.context("cannot serve"),
+        served = also_health => served.context("cannot serve health"),
         () = replica.run() => unreachable!("it runs for ever"),
         _ = terminate.recv() => Ok(()),
         _ = tokio::signal::ctrl_c() => Ok(()),

@@ -15,6 +15,7 @@ use crate::archive::{self, Piece};
 use crate::config::PATCH_BYTES_MAX;
 use crate::marker::{MARKERS, Marker};
 use crate::opa::{self, Opa};
+use crate::rounds::{self, Turned};
 
 /// Why OPA does not hold what the hub said.
 #[derive(Debug, thiserror::Error)]
@@ -223,8 +224,8 @@ impl Applier {
         Ok((marker, found))
     }
 
-    /// Puts (`Some`) and removes (`None`) modules, going round while there is progress: a module may need one that
-    /// comes later. Says which OPA refuses, and why; `marker` says what OPA really holds.
+    /// Puts (`Some`) and removes (`None`) modules in an order that OPA takes. Says which it refuses, and why; `marker`
+    /// says what OPA really holds.
     pub async fn modules(
         &self,
         marker: &mut Marker,
@@ -238,42 +239,14 @@ impl Applier {
         }
         self.opa.patch(intent.into_array()).await?;
 
-        let mut refused: BTreeMap<String, String> = BTreeMap::new();
-        let mut open: BTreeMap<&String, &Option<String>> = changes.iter().collect();
-        loop {
-            let before = open.len();
-            // First what is put, then what is removed: the other way round only when nothing else helps.
-            for removing in [false, true] {
-                let turn: Vec<_> =
-                    open.iter().filter(|(_, text)| text.is_none() == removing).map(|(id, _)| *id).collect();
-                for id in turn {
-                    let result = match open[id] {
-                        Some(text) => self.opa.put_module(id, text.clone()).await,
-                        None => self.opa.delete_module(id).await,
-                    };
-                    match result {
-                        Ok(()) => {
-                            open.remove(id);
-                            refused.remove(id);
-                        }
-                        Err(opa::Error::Refused { message, .. }) => {
-                            refused.insert(id.clone(), message);
-                        }
-                        Err(error) => return Err(error.into()),
-                    }
-                }
-            }
-            if open.is_empty() || open.len() == before {
-                break;
-            }
-        }
-
+        let Turned { refused, absent } = rounds::turn(&self.opa, changes).await?;
         for (id, text) in changes.iter().filter(|(id, _)| !refused.contains_key(*id)) {
             match text {
                 Some(text) => _ = marker.modules.insert(id.clone(), Some(Digest::of(text.as_bytes()))),
                 None => _ = marker.modules.remove(id),
             }
         }
+        marker.modules.retain(|id, _| !absent.contains(id));
         marker.revision = Some(Revision { modules: marker.modules_digest(), data: marker.data_digest() });
         self.mark(marker).await?;
         for (id, message) in &refused {

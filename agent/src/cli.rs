@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{ArgAction, CommandFactory as _, Parser};
 use opa_hub_proto::path::is_segment;
 use reqwest::Url;
 
@@ -34,6 +34,9 @@ pub struct Cli {
     /// Serve health, and with --policy-delivery bundle the policies, here
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_AGENT_LISTEN", default_value = "127.0.0.1:8282")]
     listen: SocketAddr,
+    /// Serve /health, /livez and /readyz here too
+    #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT")]
+    health_endpoint: Option<SocketAddr>,
     /// How many seconds /readyz stays true while no hub is reachable
     #[arg(long, value_name = "SECONDS", env = "OPA_HUB_GRACE_SECONDS", default_value_t = 60)]
     grace_seconds: u64,
@@ -61,16 +64,11 @@ pub struct Cli {
     #[arg(long, value_name = "FILE", env = "OPA_AUTH_TOKEN_FILE", help_heading = "OPA")]
     opa_auth_token_file: Option<PathBuf>,
     /// The authority that signed OPA's certificate, as PEM
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "OPA_CA_FILE",
-        conflicts_with = "opa_allow_insecure",
-        help_heading = "OPA"
-    )]
+    #[arg(long, value_name = "FILE", env = "OPA_CA_FILE", help_heading = "OPA")]
     opa_ca_file: Option<PathBuf>,
     /// Take whatever certificate OPA shows
-    #[arg(long, env = "OPA_ALLOW_INSECURE", help_heading = "OPA")]
+    #[arg(long, value_name = "BOOL", env = "OPA_ALLOW_INSECURE", default_value_t = false, num_args = 0..=1,
+          default_missing_value = "true", require_equals = true, action = ArgAction::Set, help_heading = "OPA")]
     opa_allow_insecure: bool,
 
     /// What is logged: error, warn, info, debug, trace
@@ -79,6 +77,7 @@ pub struct Cli {
         value_name = "LEVEL",
         env = "OPA_HUB_LOG_LEVEL",
         default_value = "info",
+        value_parser = level,
         help_heading = "Logging"
     )]
     pub(crate) log_level: tracing::Level,
@@ -93,6 +92,9 @@ pub enum Error {
     /// A bundle's name goes into URLs and paths.
     #[error("--bundle {0:?}: use letters, digits, '.', '_' and '-'")]
     BundleName(String),
+    /// One of them would be for nothing.
+    #[error("--opa-ca-file and --opa-allow-insecure cannot be used together: give only one of them")]
+    CaUnused,
     /// A URL that is no place to send requests to.
     #[error("{flag} {url}: write http://HOST[:PORT] or https://HOST[:PORT]")]
     Url {
@@ -104,10 +106,38 @@ pub enum Error {
 }
 
 impl Cli {
+    /// The command line, without what it has of flags that are none of ours: kube-mgmt takes those too, and a container
+    /// that was kube-mgmt's may still be given what only the hub needs now. They are told.
+    pub fn parse_tolerantly(
+        args: impl IntoIterator<Item = String>,
+    ) -> Result<(Self, Vec<String>), clap::Error> {
+        let command = Self::command();
+        let is_ours = |name: &str| {
+            matches!(name, "help" | "version")
+                || command.get_arguments().any(|arg| arg.get_long() == Some(name))
+        };
+        let (mut ours, mut others) = (Vec::new(), Vec::new());
+        let mut args = args.into_iter().peekable();
+        while let Some(arg) = args.next() {
+            let name = arg.strip_prefix("--").and_then(|flag| flag.split('=').next());
+            if name.is_none_or(|name| name.is_empty() || is_ours(name)) {
+                ours.push(arg);
+                continue;
+            }
+            // A value in an argument of its own, as kube-mgmt's parser takes it.
+            let value = if arg.contains('=') { None } else { args.next_if(|next| !next.starts_with('-')) };
+            others.push(value.map_or(arg.clone(), |value| format!("{arg} {value}")));
+        }
+        Ok((Self::try_parse_from(ours)?, others))
+    }
+
     /// What the flags mean.
     pub fn config(&self) -> Result<Config, Error> {
         if !is_segment(&self.bundle) {
             return Err(Error::BundleName(self.bundle.clone()));
+        }
+        if self.opa_allow_insecure && self.opa_ca_file.is_some() {
+            return Err(Error::CaUnused);
         }
         let hubs = self.hub.iter().map(|url| folder("--hub", url)).collect::<Result<_, _>>()?;
         let file = self.opa_auth_token_file.clone().map(Token::File);
@@ -122,9 +152,20 @@ impl Cli {
             },
             delivery: self.policy_delivery,
             listen: self.listen,
+            health: self.health_endpoint,
             grace: Duration::from_secs(self.grace_seconds),
         })
     }
+}
+
+/// A level by its name here or in kube-mgmt.
+fn level(name: &str) -> Result<tracing::Level, String> {
+    let name = match name {
+        "warning" => "warn",
+        "fatal" | "panic" => "error",
+        other => other,
+    };
+    name.parse().map_err(|_| "write error, warn, info, debug or trace".to_owned())
 }
 
 /// `url` such that relative paths go below it.
@@ -141,8 +182,6 @@ fn folder(flag: &'static str, url: &Url) -> Result<Url, Error> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     fn config(flags: &str) -> Result<Config, Error> {
@@ -153,6 +192,20 @@ mod tests {
     #[test]
     fn flags_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_only_the_hub_needs_now_is_passed_over() {
+        let args = "opa-hub-agent --replicate v1/pods --hub http://a --enable-data --policies=x --log-level warning \
+                    --opa-allow-insecure=true --require-policy-label";
+        let (cli, others) = Cli::parse_tolerantly(args.split_whitespace().map(str::to_owned)).unwrap();
+        assert_eq!(
+            others,
+            ["--replicate v1/pods", "--enable-data", "--policies=x", "--require-policy-label"]
+        );
+        assert_eq!((cli.opa_allow_insecure, cli.log_level), (true, tracing::Level::WARN));
+        let missing = Cli::parse_tolerantly(["opa-hub-agent".to_owned(), "--replicate".to_owned()]);
+        assert!(missing.unwrap_err().to_string().contains("--hub"));
     }
 
     #[test]

@@ -42,6 +42,8 @@ pub struct Config {
     pub delivery: Delivery,
     /// Where health and the policy bundle are served.
     pub listen: SocketAddr,
+    /// Where health is served besides.
+    pub health: Option<SocketAddr>,
     /// How long `/readyz` stays true without a hub.
     pub grace: Duration,
 }

@@ -21,6 +21,8 @@ pub mod marker;
 
 pub mod opa;
 
+pub mod rounds;
+
 pub mod apply;
 
 pub mod replica;

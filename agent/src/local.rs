@@ -66,7 +66,16 @@ impl Local {
                 "/v1/status",
                 get(|State(local): State<Self>| async move { Json(local.0.status.report()) }),
             )
-            .route("/livez", get(|| async { "ok\n" }))
+            .with_state(self.clone())
+            .merge(self.health())
+    }
+
+    /// Whether the process answers, and whether OPA is in step. kube-mgmt's name for the first is `/health`.
+    pub fn health(self) -> Router {
+        let live = || async { "ok\n" };
+        Router::new()
+            .route("/health", get(live))
+            .route("/livez", get(live))
             .route("/readyz", get(ready))
             .with_state(self)
     }

@@ -114,6 +114,22 @@ impl Opa {
             .map(drop)
     }
 
+    /// The text of a module; none when there is no such module.
+    pub async fn module(&self, id: &str) -> Result<Option<String>, Error> {
+        #[derive(Deserialize)]
+        struct Policy {
+            raw: String,
+        }
+        let what = format!("policies/{id}");
+        let answer = match self.send(Method::GET, &what, None, |request| request).await {
+            Err(Error::Missing(_)) => return Ok(None),
+            other => other?.bytes().await?,
+        };
+        let answer: Answer<Policy> =
+            serde_json::from_slice(&answer).map_err(|source| Error::Answer { what, source })?;
+        Ok(answer.result.map(|policy| policy.raw))
+    }
+
     /// Adds or replaces a module.
     pub async fn put_module(&self, id: &str, text: String) -> Result<(), Error> {
         self.send(Method::PUT, &format!("policies/{id}"), Some(text.into()), |request| request)

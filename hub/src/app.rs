@@ -1,5 +1,6 @@
 //! The only wiring: which stage feeds which, and how they end.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -29,7 +30,7 @@ type Tasks = JoinSet<anyhow::Result<&'static str>>;
 /// Runs the hub as the command line says until it is told to stop.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    telemetry::init(&cli.log_level, cli.log_format);
+    telemetry::init(cli.log_level, cli.log_format);
     let run = || -> anyhow::Result<()> {
         let config = cli.config()?;
         let sources: Vec<_> = config.feeds.iter().map(ToString::to_string).collect();
@@ -51,9 +52,11 @@ pub fn main() -> ExitCode {
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("cannot listen on {}", config.listen))?;
+    let listener = listen(config.listen).await?;
+    let health = match config.health {
+        Some(address) => Some(listen(address).await?),
+        None => None,
+    };
     let readiness = Readiness::default();
     for feed in &config.feeds {
         readiness.pending(&feed.to_string(), "not listed yet");
@@ -125,6 +128,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
     });
     let address = listener.local_addr()?;
     let hub = serve::Hub::new(bundle, checked_by, readiness, feeds, stop.clone());
+    if let Some(listener) = health {
+        let served = serve::run_health(listener, hub.clone());
+        tasks.spawn(async move { served.await.map(|()| "the health endpoint").map_err(Into::into) });
+    }
     let server = tokio::spawn(serve::run(listener, hub));
     tracing::info!("dashboard at http://{address}/");
 
@@ -183,6 +190,10 @@ fn write_down(
     let namespace = namespace(&client);
     let striving = lease::Striving::new(client, &namespace, last_good::object_name(&config.bundle), identity);
     Some(tokio::spawn(striving.run(leads, readiness.clone(), stop.clone().cancelled_owned())))
+}
+
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
 }
 
 async fn signal() {

@@ -29,6 +29,9 @@ pub struct Cli {
     /// Serve bundles, streams, the dashboard and metrics here
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_LISTEN", default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
+    /// Serve /health, /livez and /readyz here too
+    #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT")]
+    health_endpoint: Option<SocketAddr>,
     /// The bundle's name, as in /bundles/NAME
     #[arg(long, value_name = "NAME", env = "OPA_HUB_BUNDLE", default_value = "main")]
     bundle: String,
@@ -128,9 +131,10 @@ pub struct Cli {
         value_name = "LEVEL",
         env = "OPA_HUB_LOG_LEVEL",
         default_value = "info",
+        value_parser = level,
         help_heading = "Logging"
     )]
-    pub(crate) log_level: String,
+    pub(crate) log_level: tracing::Level,
     /// How it is logged
     #[arg(
         long,
@@ -215,6 +219,7 @@ impl Cli {
         Ok(Config {
             source,
             listen: self.listen,
+            health: self.health_endpoint,
             bundle: self.bundle.clone(),
             feeds,
             rego: Rego { opa: self.opa_bin.clone(), dialect, test_label: self.test_label.clone() },
@@ -296,6 +301,16 @@ impl Cli {
         }
         Ok(feeds)
     }
+}
+
+/// A level by its name here or in kube-mgmt.
+fn level(name: &str) -> Result<tracing::Level, String> {
+    let name = match name {
+        "warning" => "warn",
+        "fatal" | "panic" => "error",
+        other => other,
+    };
+    name.parse().map_err(|_| "write error, warn, info, debug or trace".to_owned())
 }
 
 fn is_label(label: &str) -> bool {

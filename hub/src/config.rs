@@ -92,6 +92,8 @@ pub struct Config {
     pub source: Source,
     /// Where to serve.
     pub listen: SocketAddr,
+    /// Where health is served besides.
+    pub health: Option<SocketAddr>,
     /// The bundle's name.
     pub bundle: String,
     /// What the bundle is made of.

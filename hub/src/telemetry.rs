@@ -5,7 +5,7 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::LogFormat;
 
 /// Starts logging at `level`, or as `RUST_LOG` says.
-pub fn init(level: &str, format: LogFormat) {
+pub fn init(level: tracing::Level, format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
         EnvFilter::new(format!("{level},kube=warn,kube_runtime=error,kube_client=error"))
     });

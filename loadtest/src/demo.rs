@@ -11,7 +11,11 @@ use serde_json::{Value, json};
 const NAMESPACE: &str = "opa-policy";
 const ONLY_ADMIN: &str = "package example\n\ndefault allow := false\n\nallow if input.user == \"admin\"\n";
 const GUEST_TOO: &str = "package example\n\ndefault allow := false\n\nallow if input.user == \"admin\"\n\nallow if input.user == \"guest\"\n";
+const UNCOMPILABLE: &str = "package example\n\nallow if data.roles.no_such_function(input.user)\n";
 const ROLES: &str = r#"{"admin": ["read", "write"], "guest": ["read"]}"#;
+
+/// Modules beside which an edit is timed.
+const MODULES: usize = 100;
 
 /// Runs the steps, printing each with its result; ends by itself.
 pub(crate) async fn run() -> anyhow::Result<()> {
@@ -56,6 +60,38 @@ pub(crate) async fn run() -> anyhow::Result<()> {
     step("an edit that lets guest in: allow for guest", &true, Some(started.elapsed()));
 
     let started = Instant::now();
+    cluster.configmap(NAMESPACE, "example", Some(POLICY), &[("policy.rego", UNCOMPILABLE)]).await?;
+    let said = verdict(&cluster, "error").await?;
+    step(
+        "an edit that does not compile: kubectl get configmap example, its annotation",
+        &said,
+        Some(started.elapsed()),
+    );
+    decide(&opa, "guest", true).await?;
+    step("allow for guest, as before", &true, None);
+
+    let texts: Vec<_> =
+        (0..MODULES).map(|n| (format!("{n}.rego"), format!("package many.p{n}\n\nx := {n}"))).collect();
+    let keys: Vec<_> = texts.iter().map(|(key, text)| (key.as_str(), text.as_str())).collect();
+    cluster.configmap(NAMESPACE, "many", Some(POLICY), &keys).await?;
+    let count = async || hub.json("/v1/bundles/main").await.map(|bundle| bundle["counts"]["modules"].clone());
+    eventually("the modules are served", async || {
+        equal(&count().await.map_err(|error| error.to_string())?, &json!(MODULES + 1))
+    })
+    .await?;
+    let before = hub.json("/v1/bundles/main").await?["revision"].clone();
+    let started = Instant::now();
+    cluster.configmap(NAMESPACE, "example", Some(POLICY), &[("policy.rego", ONLY_ADMIN)]).await?;
+    eventually("the edit is accepted", async || {
+        let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
+        if bundle["revision"] == before { Err("not yet") } else { Ok(()) }.map_err(str::to_owned)
+    })
+    .await?;
+    step("an edit beside 100 modules, until it is checked and served", &"accepted", Some(started.elapsed()));
+    cluster.configmap(NAMESPACE, "example", Some(POLICY), &[("policy.rego", GUEST_TOO)]).await?;
+    decide(&opa, "guest", true).await?;
+
+    let started = Instant::now();
     cluster.pod("default", "web-1", &[("app", "web")]).await?;
     let path = "/kubernetes/pods/default/web-1/metadata/labels";
     reads(&opa, path, &json!({ "app": "web" })).await?;
@@ -84,6 +120,15 @@ pub(crate) async fn run() -> anyhow::Result<()> {
     step("OPA is back, empty: policies and data again", &"all there", Some(started.elapsed()));
     println!("done");
     Ok(())
+}
+
+/// The annotation of the policy's ConfigMap, once it says `expected`.
+async fn verdict(cluster: &Cluster, expected: &str) -> anyhow::Result<Value> {
+    let said = eventually("the verdict", async || {
+        let said = cluster.status(NAMESPACE, "example").await.map_err(|error| error.to_string())?;
+        if said["status"] == expected { Ok(said) } else { Err(said.to_string()) }
+    });
+    Ok(said.await?.0)
 }
 
 async fn decide(opa: &Opa, user: &str, expected: bool) -> anyhow::Result<()> {

@@ -104,9 +104,22 @@ pub fn router(hub: Hub) -> Router {
         .route("/v1/bundles", get(api::list))
         .route("/v1/bundles/{name}", get(api::show))
         .route("/metrics", get(metrics::render))
+        .with_state(hub.clone())
+        .merge(health(hub))
+}
+
+/// Whether the process answers, and whether it is ready. kube-mgmt's name for the first is `/health`.
+fn health(hub: Hub) -> Router {
+    Router::new()
+        .route("/health", get(health::live))
         .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .with_state(hub)
+}
+
+/// Serves health alone, for ever.
+pub async fn run_health(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
+    axum::serve(listener, health(hub)).await
 }
 
 /// Serves until the hub stops, then gives requests in flight a moment to end.

@@ -1,5 +1,6 @@
 //! An OPA as a server on loopback.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -83,12 +84,20 @@ impl Opa {
 
     /// The ids of its modules, sorted.
     pub async fn modules(&self) -> anyhow::Result<Vec<String>> {
+        Ok(self.texts().await?.into_keys().collect())
+    }
+
+    /// Its modules, by id.
+    pub async fn texts(&self) -> anyhow::Result<BTreeMap<String, String>> {
         let answer = self.http.get(format!("{}/v1/policies", self.url)).send().await?.error_for_status()?;
         let answer: Value = serde_json::from_slice(&answer.bytes().await?)?;
         let list = answer["result"].as_array().context("a list of policies")?;
-        let mut ids: Vec<_> =
-            list.iter().filter_map(|module| Some(module["id"].as_str()?.to_owned())).collect();
-        ids.sort_unstable();
-        Ok(ids)
+        let text = |module: &Value, field: &str| Some(module[field].as_str()?.to_owned());
+        Ok(list.iter().filter_map(|module| Some((text(module, "id")?, text(module, "raw")?))).collect())
+    }
+
+    /// What an agent wrote there of the bundle that it keeps.
+    pub async fn marker(&self, bundle: &str) -> anyhow::Result<Value> {
+        self.data(&format!("/system/opahub/{bundle}")).await
     }
 }

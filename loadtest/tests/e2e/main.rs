@@ -6,6 +6,10 @@ mod failover;
 
 mod folder;
 
+mod kube_mgmt;
+
+mod policies;
+
 mod sources;
 
 mod verdicts;
