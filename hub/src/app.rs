@@ -15,11 +15,12 @@ use crate::bundle::Bundle;
 use crate::cli::Cli;
 use crate::config::{Config, DRAIN, EVENT_QUEUE_MAX, Source};
 use crate::model::FeedId;
-use crate::pipeline::{self, FeedCounters, Pipeline, Said};
+use crate::pipeline::{self, Feeds, Pipeline, Said};
 use crate::policy::candidates::LastGood;
 use crate::policy::check::Compiler;
 use crate::readiness::Readiness;
-use crate::source::{folder, kubernetes};
+use crate::source::auto::{Auto, Wanted};
+use crate::source::{self, folder, kubernetes};
 use crate::writeback::last_good::{self, Place};
 use crate::writeback::{lease, verdicts};
 use crate::{serve, telemetry, writeback};
@@ -73,34 +74,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
     readiness.pending(pipeline::POLICIES, "not checked yet");
     let stop = CancellationToken::new();
     let bundle = Arc::new(Bundle::new(config.bundle.clone()));
-    let feeds = Arc::new(FeedCounters::new(&config.feeds));
+    let feeds = Arc::new(Feeds::default());
     let (events, queue) = mpsc::channel(EVENT_QUEUE_MAX);
     let mut tasks = Tasks::new();
 
-    let mut cluster = None;
-    match &config.source {
-        Source::Folder(dir) => {
-            let source = folder::run(dir.clone(), config.feeds.clone(), events, readiness.clone());
-            tasks.spawn(async move { source.await.map(|()| "the manifests folder").map_err(Into::into) });
-        }
-        Source::Kubernetes { kubeconfig } => {
-            let client = kubernetes::client(kubeconfig.as_deref()).await?;
-            cluster = Some(client.clone());
-            for (id, feed) in config.feeds.iter().enumerate() {
-                let watch = kubernetes::watch(
-                    client.clone(),
-                    FeedId(id),
-                    feed.clone(),
-                    events.clone(),
-                    readiness.clone(),
-                );
-                tasks.spawn(async move {
-                    watch.await;
-                    Ok("a watch")
-                });
-            }
-        }
-    }
     let (writer, ends) =
         Pipeline::new(config.feeds.clone(), &config.rego, bundle.clone(), readiness.clone(), feeds.clone());
     let (say, said) = mpsc::channel(1);
@@ -108,13 +85,18 @@ async fn run(config: Config) -> anyhow::Result<()> {
         tokio::task::spawn_blocking(move || writer.run(queue, said)).await?;
         Ok("the writer")
     });
+    let auto = config.auto.clone();
+    let auto = auto.map(|auto| Auto::new(auto.path, auto.ignored, &config.feeds, ends.settled));
+    let wanted = auto.as_ref().map(Auto::wanted);
+    let cluster = follow(&config, wanted, &events, &readiness, &mut tasks).await?;
+    drop(events);
     let lease =
         write_down(&config, cluster, &bundle, &readiness, &stop, (say.clone(), ends.good), &mut tasks);
     tasks.spawn({
         let readiness = readiness.clone();
         async move {
             let here = tokio::runtime::Handle::current();
-            let check = move || here.block_on(pipeline::check(compiler, ends.jobs, say, readiness));
+            let check = move || here.block_on(pipeline::check(compiler, ends.jobs, say, auto, readiness));
             tokio::task::spawn_blocking(check).await?;
             Ok("the check")
         }
@@ -151,6 +133,43 @@ async fn run(config: Config) -> anyhow::Result<()> {
         _ = tokio::time::timeout(DRAIN, lease).await;
     }
     ended
+}
+
+/// Starts the source. What is returned reaches the cluster, where there is one.
+async fn follow(
+    config: &Config,
+    wanted: Option<Wanted>,
+    events: &source::Sender,
+    readiness: &Readiness,
+    tasks: &mut Tasks,
+) -> anyhow::Result<Option<kube::Client>> {
+    let (events, readiness) = (events.clone(), readiness.clone());
+    match &config.source {
+        Source::Folder(dir) => {
+            let source = folder::run(dir.clone(), config.feeds.clone(), wanted, events, readiness);
+            tasks.spawn(async move { source.await.map(|()| "the manifests folder").map_err(Into::into) });
+            Ok(None)
+        }
+        Source::Kubernetes { kubeconfig } => {
+            let client = kubernetes::client(kubeconfig.as_deref()).await?;
+            for (id, feed) in config.feeds.iter().enumerate() {
+                let (client, events, readiness) = (client.clone(), events.clone(), readiness.clone());
+                let watch = kubernetes::watch(client, FeedId(id), feed.clone(), events, readiness);
+                tasks.spawn(async move {
+                    watch.await;
+                    Ok("a watch")
+                });
+            }
+            if let Some(wanted) = wanted {
+                let watches = kubernetes::watch_wanted(client.clone(), wanted, events, readiness);
+                tasks.spawn(async move {
+                    watches.await;
+                    Ok("the watches of what policies read")
+                });
+            }
+            Ok(Some(client))
+        }
+    }
 }
 
 /// Starts what keeps the last good policies and, in a cluster, what writes verdicts. What is returned ends once the

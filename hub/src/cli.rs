@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Parser, ValueEnum};
 use opa_hub_proto::path::{DirPath, is_segment};
 
-use crate::config::{Config, Rego, Source};
+use crate::config::{AutoReplication, Config, Rego, Source};
 use crate::model::{Content, Feed, LabelTerm, Resource, Scope};
 use crate::policy::check::Dialect;
 
@@ -92,6 +92,11 @@ pub struct Cli {
         help_heading = "Replication"
     )]
     replicate_cluster: Vec<Resource>,
+    /// Replicate the resources that policies read below data.PATH too, for as long as one does: which they are is asked
+    /// of OPA, which group serves a name of the API server
+    #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1,
+          require_equals = true, action = ArgAction::Set, help_heading = "Replication")]
+    replicate_auto: bool,
     /// Where below data the resources go: data.PATH.resource.namespace.name
     #[arg(long, value_name = "PATH", default_value = "kubernetes", help_heading = "Replication")]
     replicate_path: String,
@@ -216,8 +221,10 @@ impl Cli {
             (false, true) => Dialect::V1,
             (false, false) => Dialect::Default,
         };
+        let ignored = self.ignored();
         Ok(Config {
             source,
+            auto: self.replicate_auto.then_some(AutoReplication { path: replicate_path, ignored }),
             listen: self.listen,
             health: self.health_endpoint,
             bundle: self.bundle.clone(),
@@ -266,9 +273,12 @@ impl Cli {
         Ok(contents.iter().flat_map(|content| scopes.iter().map(move |scope| feed(content, scope))).collect())
     }
 
+    fn ignored(&self) -> Vec<String> {
+        self.replicate_ignore_namespaces.iter().filter(|ns| !ns.is_empty()).cloned().collect()
+    }
+
     fn resource_feeds(&self, path: &DirPath) -> Result<Vec<Feed>, Error> {
-        let ignored: Vec<_> =
-            self.replicate_ignore_namespaces.iter().filter(|ns| !ns.is_empty()).cloned().collect();
+        let ignored = self.ignored();
         for namespace in &ignored {
             check("--replicate-ignore-namespaces", namespace, is_segment)?;
         }

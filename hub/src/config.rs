@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use opa_hub_proto::path::DirPath;
+
 use crate::model::Feed;
 use crate::policy::check::Dialect;
 
@@ -70,6 +72,10 @@ pub const TEST_SECONDS: u64 = 5;
 /// Pause before OPA is run again after it failed itself.
 pub const CHECK_RETRY: Duration = Duration::from_secs(2);
 
+/// Resources that policies may have replicated: each is a watch.
+pub const AUTO_FEEDS_MAX: usize = 100;
+/// How long a policy waits for the resources that it is the first to read.
+pub const AUTO_LIST_MAX: Duration = Duration::from_secs(30);
 /// A replica that writes for all must renew its right in this time …
 pub const LEASE: Duration = Duration::from_secs(15);
 /// … and does so this often.
@@ -98,6 +104,8 @@ pub struct Config {
     pub bundle: String,
     /// What the bundle is made of.
     pub feeds: Vec<Feed>,
+    /// Whether it also holds the resources that its policies read, and where; none: only what flags name.
+    pub auto: Option<AutoReplication>,
     /// How its policies are checked.
     pub rego: Rego,
     /// Where the last good policies are kept over a restart; none: in the cluster, if there is one.
@@ -106,6 +114,15 @@ pub struct Config {
     pub write_verdicts: bool,
     /// The hub's own namespace; none: that of its pod or of its kubeconfig.
     pub namespace: Option<String>,
+}
+
+/// Which of the resources that policies read are replicated, and where.
+#[derive(Debug, Clone)]
+pub struct AutoReplication {
+    /// Below this path.
+    pub path: DirPath,
+    /// But for these namespaces.
+    pub ignored: Vec<String>,
 }
 
 /// How policies are read and checked.

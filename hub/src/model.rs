@@ -99,6 +99,12 @@ pub enum Event {
     Delete(ObjectKey),
     /// The list is complete.
     InitDone,
+    /// The feed, which the hub was not started with, begins.
+    Open(Feed),
+    /// The feed ends, and its objects with it.
+    Close,
+    /// The feed cannot be had now: nobody need wait for it.
+    Unavailable,
 }
 
 /// What an event changed.
@@ -130,6 +136,16 @@ impl Resource {
         Self { group: String::new(), version: "v1".into(), plural: "configmaps".into() }
     }
 
+    /// The resource of this name in whichever group serves it.
+    pub fn named(plural: &str) -> Self {
+        Self { group: String::new(), version: String::new(), plural: plural.into() }
+    }
+
+    /// Whether only its name is known.
+    pub fn is_named_only(&self) -> bool {
+        self.version.is_empty()
+    }
+
     /// `apiVersion` as objects carry it.
     pub fn api_version(&self) -> String {
         if self.group.is_empty() { self.version.clone() } else { format!("{}/{}", self.group, self.version) }
@@ -155,6 +171,9 @@ impl FromStr for Resource {
 
 impl fmt::Display for Resource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_named_only() {
+            return f.write_str(&self.plural);
+        }
         write!(f, "{}/{}", self.api_version(), self.plural)
     }
 }

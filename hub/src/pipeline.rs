@@ -2,8 +2,9 @@
 //! for all of it, so that a lone change travels at once and a storm is merged. Policies are checked beside it: data
 //! never waits for a compiler.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -19,6 +20,7 @@ use crate::policy::check::Compiler;
 use crate::policy::settle::{Candidates, Outcome, settle};
 use crate::policy::verdict::Verdict;
 use crate::readiness::Readiness;
+use crate::source::auto::Auto;
 use crate::store::Store;
 
 /// What [`Readiness`] calls the policies.
@@ -32,7 +34,31 @@ pub enum Said {
     Checked(Outcome),
 }
 
-/// What the sources said, by feed.
+/// What the sources said, feed by feed.
+#[derive(Default)]
+pub struct Feeds(RwLock<Vec<Arc<FeedCounters>>>);
+
+impl Feeds {
+    /// The feeds that there are.
+    pub fn list(&self) -> Vec<Arc<FeedCounters>> {
+        let feeds = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        feeds.iter().filter(|feed| feed.open.load(Ordering::Relaxed)).cloned().collect()
+    }
+
+    fn of(&self, id: FeedId) -> Arc<FeedCounters> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)[id.0].clone()
+    }
+
+    fn open(&self, id: FeedId, name: String) {
+        let mut feeds = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        match feeds.get(id.0) {
+            Some(feed) => feed.open.store(true, Ordering::Relaxed),
+            None => feeds.push(Arc::new(FeedCounters::new(name))),
+        }
+    }
+}
+
+/// What a source said of one feed.
 pub struct FeedCounters {
     /// The feed's name.
     pub name: String,
@@ -40,17 +66,13 @@ pub struct FeedCounters {
     pub events: AtomicU64,
     /// Objects that exist.
     pub objects: AtomicU64,
+    /// Whether the feed goes on.
+    open: AtomicBool,
 }
 
 impl FeedCounters {
-    /// Counters at zero for these feeds.
-    pub fn new(feeds: &[Feed]) -> Vec<Self> {
-        let counters = |feed: &Feed| Self {
-            name: feed.to_string(),
-            events: AtomicU64::new(0),
-            objects: AtomicU64::new(0),
-        };
-        feeds.iter().map(counters).collect()
+    fn new(name: String) -> Self {
+        Self { name, events: AtomicU64::new(0), objects: AtomicU64::new(0), open: AtomicBool::new(true) }
     }
 }
 
@@ -60,6 +82,7 @@ pub async fn check(
     compiler: Compiler,
     mut jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
     said: mpsc::Sender<Said>,
+    mut auto: Option<Auto>,
     readiness: Readiness,
 ) {
     while let Some(candidates) = jobs.recv().await {
@@ -81,8 +104,20 @@ pub async fn check(
         }
         let took = started.elapsed();
         tracing::debug!(checks = outcome.checks, ?took, "checked the policies");
+        // What policies read comes before them, and goes after them.
+        let mut reads = None;
+        if let Some(auto) = &mut auto {
+            let modules = outcome.accepted.values().flat_map(|texts| &texts.modules).collect();
+            reads = auto.reads(&compiler, &modules, &readiness).await;
+            if let Some(reads) = &reads {
+                auto.widen(reads).await;
+            }
+        }
         if said.send(Said::Checked(outcome)).await.is_err() {
             return;
+        }
+        if let (Some(auto), Some(reads)) = (&mut auto, &reads) {
+            auto.narrow(reads);
         }
     }
 }
@@ -97,8 +132,9 @@ pub struct Pipeline {
     log: Log,
     bundle: Arc<Bundle>,
     readiness: Readiness,
-    counters: Arc<Vec<FeedCounters>>,
+    counters: Arc<Feeds>,
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
+    settled: watch::Sender<BTreeSet<FeedId>>,
     good: watch::Sender<Option<LastGood>>,
     restored: bool,
     stage: Stage,
@@ -119,6 +155,8 @@ enum Stage {
 pub struct Ends {
     /// What is to be checked: never more than one at a time.
     pub jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
+    /// The feeds that nobody need wait for: listed, or not to be had.
+    pub settled: watch::Receiver<BTreeSet<FeedId>>,
     /// What is accepted, whenever that changed.
     pub good: watch::Receiver<Option<LastGood>>,
 }
@@ -130,15 +168,18 @@ impl Pipeline {
         rego: &Rego,
         bundle: Arc<Bundle>,
         readiness: Readiness,
-        counters: Arc<Vec<FeedCounters>>,
+        counters: Arc<Feeds>,
     ) -> (Self, Ends) {
         let ensure = feeds.iter().filter_map(|feed| match &feed.content {
             Content::Resource(prefix) => Some(prefix.clone()),
             _ => None,
         });
+        for (id, feed) in feeds.iter().enumerate() {
+            counters.open(FeedId(id), feed.to_string());
+        }
         let (jobs, checker) = mpsc::unbounded_channel();
-        let good = watch::Sender::new(None);
-        let ends = Ends { jobs: checker, good: good.subscribe() };
+        let (good, settled) = (watch::Sender::new(None), watch::Sender::default());
+        let ends = Ends { jobs: checker, good: good.subscribe(), settled: settled.subscribe() };
         let writer = Self {
             view: View::empty(ensure.collect(), rego.dialect.version()),
             store: Store::new(&feeds),
@@ -150,6 +191,7 @@ impl Pipeline {
             readiness,
             counters,
             jobs,
+            settled,
             good,
             restored: false,
             stage: Stage::Listing,
@@ -197,7 +239,18 @@ impl Pipeline {
 
     /// Takes one event into the batch.
     pub fn take(&mut self, id: FeedId, event: Event) {
-        let counters = &self.counters[id.0];
+        match &event {
+            Event::Open(feed) => self.open(id, feed.clone()),
+            Event::InitDone | Event::Unavailable => {
+                self.settled.send_if_modified(|settled| settled.insert(id));
+            }
+            Event::Close => {
+                self.settled.send_if_modified(|settled| settled.remove(&id));
+            }
+            _ => {}
+        }
+        let is_end = event == Event::Close;
+        let counters = self.counters.of(id);
         if matches!(event, Event::Apply(_) | Event::Delete(_)) {
             counters.events.fetch_add(1, Ordering::Relaxed);
         }
@@ -205,11 +258,29 @@ impl Pipeline {
             self.readiness.ready(&self.feeds[id.0].to_string());
         }
         for change in self.store.apply(id, event) {
-            if self.stage != Stage::Listing {
+            if self.stage != Stage::Listing && !self.projection.is_closed(id) {
                 self.projection.apply(change, &mut self.batch);
             }
         }
+        if is_end {
+            self.projection.close(id, &mut self.batch);
+            counters.open.store(false, Ordering::Relaxed);
+        }
         counters.objects.store(self.store.len(id) as u64, Ordering::Relaxed);
+    }
+
+    fn open(&mut self, id: FeedId, feed: Feed) {
+        let name = feed.to_string();
+        self.counters.open(id, name.clone());
+        match self.feeds.get_mut(id.0) {
+            Some(held) => *held = feed.clone(),
+            None => self.feeds.push(feed.clone()),
+        }
+        let refused = self.projection.open(id, feed).err();
+        if let Some(error) = &refused {
+            tracing::warn!(feed = name, %error, "not replicated");
+        }
+        self.readiness.problem(&name, refused.map(|error| error.to_string()));
     }
 
     /// Publishes what the batch changed, once every source has listed and every policy was checked (I5, I6).

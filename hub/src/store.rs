@@ -27,8 +27,17 @@ impl Store {
     /// Takes one event and says what it changed. Objects that a list no longer names are removed at its end, not
     /// before: readers keep what they had (I5).
     pub fn apply(&mut self, id: FeedId, event: Event) -> Vec<Change> {
+        if self.feeds.len() <= id.0 {
+            self.feeds.resize_with(id.0 + 1, || Live { listed: true, ..Live::default() });
+        }
         let live = &mut self.feeds[id.0];
         match event {
+            Event::Open(_) | Event::Unavailable => Vec::new(),
+            Event::Close => {
+                let mut gone: Vec<_> = std::mem::take(live).objects.into_keys().collect();
+                gone.sort_unstable();
+                gone.into_iter().map(|key| Change::Remove(id, key)).collect()
+            }
             Event::Init => {
                 live.listing = Some(HashSet::new());
                 Vec::new()

@@ -43,6 +43,23 @@ impl Cluster {
         self.create(&format!("{RBAC}/clusterrolebindings"), &binding).await
     }
 
+    /// Defines the custom resource `widgets.example.com`.
+    pub async fn widgets(&self) -> anyhow::Result<()> {
+        let definition = json!({
+            "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+            "metadata": { "name": "widgets.example.com" },
+            "spec": {
+                "group": "example.com", "scope": "Namespaced",
+                "names": { "plural": "widgets", "singular": "widget", "kind": "Widget" },
+                "versions": [{
+                    "name": "v1", "served": true, "storage": true,
+                    "schema": { "openAPIV3Schema": { "type": "object", "x-kubernetes-preserve-unknown-fields": true } },
+                }],
+            },
+        });
+        self.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition).await
+    }
+
     /// Makes a namespace, unless it is there.
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
         let namespace = Namespace {

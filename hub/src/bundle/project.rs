@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use super::view::Batch;
 use crate::config::{DIRECTORIES_MAX, JSON_DEPTH_MAX, PROBLEMS_MAX};
-use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem, Resource};
+use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem};
 use crate::policy::candidates::{LastGood, Opinion, Policies};
 use crate::policy::modules::{self, Module};
 use crate::policy::settle::{Candidates, Outcome, Texts};
@@ -97,6 +97,8 @@ impl Error {
 /// Turns changes of objects into changes of a view.
 pub struct Projection {
     feeds: Vec<Feed>,
+    /// Feeds that ended, or that never had a place of their own.
+    closed: BTreeSet<FeedId>,
     /// ConfigMaps whose `<key>_test.rego` are run: those with this label.
     test_label: Option<String>,
     /// What of an object is in the view: the keys of a ConfigMap of data.
@@ -169,6 +171,7 @@ impl Projection {
     pub fn new(feeds: Vec<Feed>, test_label: Option<String>) -> Self {
         Self {
             feeds,
+            closed: BTreeSet::new(),
             test_label,
             accepted: HashMap::new(),
             dirs: BTreeMap::new(),
@@ -177,6 +180,45 @@ impl Projection {
             configmaps: BTreeMap::new(),
             news: BTreeSet::new(),
         }
+    }
+
+    /// Takes a feed that the hub was not started with; refuses it when somebody else owns its place.
+    pub fn open(&mut self, id: FeedId, feed: Feed) -> Result<(), Error> {
+        if let Content::Resource(prefix) = &feed.content {
+            let configmaps = self.dirs.iter().filter(|(_, place)| place.is_configmap);
+            let configmaps = configmaps.map(|(dir, _)| (dir, format!("ConfigMap {}", dir.relative())));
+            let roots =
+                self.policies.roots().map(|(root, module)| (root, format!("package {}", module.package())));
+            let free = check_disjoint(prefix, configmaps.chain(roots).chain(reserved([&OPAHUB, &SYSTEM])));
+            if let Err(error) = free {
+                self.closed.insert(id);
+                self.set_feed(id, feed);
+                return Err(error);
+            }
+        }
+        self.closed.remove(&id);
+        self.set_feed(id, feed);
+        // What policies should know of it is told anew.
+        self.news.extend(self.configmaps.keys().cloned());
+        Ok(())
+    }
+
+    fn set_feed(&mut self, id: FeedId, feed: Feed) {
+        match self.feeds.get_mut(id.0) {
+            Some(held) => *held = feed,
+            None => self.feeds.push(feed),
+        }
+    }
+
+    /// The feed ended: its place is free.
+    pub fn close(&mut self, id: FeedId, batch: &mut Batch) {
+        self.closed.insert(id);
+        self.retry(batch);
+    }
+
+    /// Whether nothing of the feed is taken.
+    pub fn is_closed(&self, id: FeedId) -> bool {
+        self.closed.contains(&id)
     }
 
     /// Takes the policies that were accepted before a restart.
@@ -241,7 +283,9 @@ impl Projection {
         } else if self.feeds[known.feed.0].content == Content::Policies {
             match self.policies.opinion(key)? {
                 Opinion::Waiting => return None,
-                Opinion::Told { faults, warnings } => {
+                Opinion::Told { of, faults, warnings } => {
+                    let replicated = self.replicated().map(|(prefix, _)| prefix);
+                    verdict.warnings.extend(shared_segments(replicated, of));
                     verdict.faults.extend_from_slice(faults);
                     verdict.warnings.extend(warnings.iter().map(ToString::to_string));
                 }
@@ -365,9 +409,6 @@ impl Projection {
         }
         match result.and_then(|map| self.texts(&id.1, map)) {
             Ok(texts) => {
-                if let Some(known) = self.configmaps.get_mut(&id.1) {
-                    known.warnings.extend(shared_segments(&self.feeds, &texts));
-                }
                 self.policies.put(&id.1, texts);
                 Ok(())
             }
@@ -455,7 +496,11 @@ impl Projection {
     }
 
     fn replicated(&self) -> impl Iterator<Item = (&DirPath, String)> {
-        replicated(&self.feeds).map(|(prefix, resource)| (prefix, format!("--replicate {resource}")))
+        let open = self.feeds.iter().enumerate().filter(|(id, _)| !self.closed.contains(&FeedId(*id)));
+        open.filter_map(|(_, feed)| match &feed.content {
+            Content::Resource(prefix) => Some((prefix, format!("replicated {}", feed.resource))),
+            _ => None,
+        })
     }
 
     fn enter(&mut self, dir: &DirPath, is_configmap: bool) -> Result<(), Error> {
@@ -476,21 +521,15 @@ impl Projection {
     }
 }
 
-fn replicated(feeds: &[Feed]) -> impl Iterator<Item = (&DirPath, &Resource)> {
-    feeds.iter().filter_map(|feed| match &feed.content {
-        Content::Resource(prefix) => Some((prefix, &feed.resource)),
-        _ => None,
-    })
-}
-
 /// OPA looks, at each write below a package's first segment, whether rules and data collide, and copies all the data
 /// there for it (OPA v1/storage/inmem/txn.go): with many objects that takes it seconds.
-fn shared_segments(feeds: &[Feed], texts: &Texts) -> Option<String> {
+fn shared_segments<'a>(replicated: impl Iterator<Item = &'a DirPath>, texts: &Texts) -> Option<String> {
     let first = |path: &DirPath| path.relative().split('/').next().unwrap_or_default().to_owned();
+    let replicated: BTreeSet<String> = replicated.map(first).collect();
     let shared: BTreeSet<String> = texts
         .modules
         .values()
-        .filter(|module| replicated(feeds).any(|(prefix, _)| first(prefix) == first(&module.root)))
+        .filter(|module| replicated.contains(&first(&module.root)))
         .map(|module| format!("package {}", module.package()))
         .collect();
     (!shared.is_empty()).then(|| {
@@ -550,7 +589,7 @@ mod tests {
     use std::convert::Infallible;
 
     use super::*;
-    use crate::model::Scope;
+    use crate::model::{Resource, Scope};
     use crate::policy::settle::{Selection, settle};
 
     fn feed(content: Content) -> Feed {
@@ -623,14 +662,7 @@ mod tests {
     #[test]
     fn data_stays_clear_of_what_is_replicated() {
         let p = &mut projection();
-        check(
-            p,
-            1,
-            "kubernetes/pods",
-            Some(&[("x", "{}")]),
-            &[],
-            &["--replicate v1/configmaps owns already"],
-        );
+        check(p, 1, "kubernetes/pods", Some(&[("x", "{}")]), &[], &["replicated v1/configmaps owns already"]);
         check(
             p,
             1,
@@ -671,7 +703,7 @@ mod tests {
         );
         check(p, 0, "a/m", Some(&[("x", "package shop.orders")]), &["+a/m/x"], &[]);
         check(p, 0, "b/m", Some(&[("x", "package kubernetes.admission")]), &["+b/m/x"], &[]);
-        check(p, 0, "b/m", Some(&[("x", "package kubernetes.pods")]), &[], &["--replicate"]);
+        check(p, 0, "b/m", Some(&[("x", "package kubernetes.pods")]), &[], &["replicated"]);
         check(p, 0, "b/m", Some(&[("x", "package system.opahub")]), &[], &["OPA itself owns already"]);
         check(p, 0, "b/m", Some(&[("x", "package system")]), &["+b/m/x"], &[]);
         check(p, 0, "b/m", Some(&[("x", "package system.authz")]), &["+b/m/x"], &[]);

@@ -49,6 +49,8 @@ pub enum Opinion<'a> {
     Waiting,
     /// Accepted when `faults` is empty. `warnings` are about others' changes.
     Told {
+        /// What was asked about.
+        of: &'a Texts,
         /// Why it is refused.
         faults: &'a [Fault],
         /// Its tests that fail now.
@@ -157,14 +159,14 @@ impl Policies {
     /// What was said of the ConfigMap as it is now; none when there is no such ConfigMap.
     pub fn opinion(&self, key: &ObjectKey) -> Option<Opinion<'_>> {
         let unit = self.units.get(key)?;
-        let now = match &unit.wanted {
-            Wanted::Gone => None,
+        let of = match &unit.wanted {
+            Wanted::Gone => return None,
             Wanted::Unusable => return Some(Opinion::Waiting),
-            Wanted::Texts(texts) => Some(texts),
+            Wanted::Texts(texts) => texts,
         };
         Some(match &unit.told {
-            Some(told) if told.of.as_ref() == now => {
-                Opinion::Told { faults: &told.faults, warnings: &told.warnings }
+            Some(told) if told.of.as_ref() == Some(of) => {
+                Opinion::Told { of, faults: &told.faults, warnings: &told.warnings }
             }
             _ => Opinion::Waiting,
         })

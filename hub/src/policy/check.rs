@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 
+use opa_hub_proto::manifest::MANIFEST_FILE;
 use serde::Deserialize;
+use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 
@@ -218,7 +220,7 @@ impl Opa {
         let capabilities = run(Command::new(program).args(["capabilities", "--current"])).await?;
         let mut capabilities: serde_json::Value = serde_json::from_slice(&capabilities.stdout)
             .map_err(|error| not_opa(format!("its capabilities do not parse: {error}")))?;
-        capabilities["allow_net"] = serde_json::json!([]);
+        capabilities["allow_net"] = json!([]);
         let capabilities = Arc::new(capabilities.to_string().into_bytes());
         Ok(Self { program: program.to_owned(), version, dialect, capabilities })
     }
@@ -263,7 +265,10 @@ impl Opa {
 
     async fn reads(&self, modules: &Modules<'_>, root: &[&str]) -> Result<BTreeSet<String>, Error> {
         let folder = Folder::write(modules)?;
-        let said = self.run(&folder, &["deps", "--format=json", "--data=."], &["data"]).await?;
+        // This command has no flag for the dialect; a bundle says it by itself.
+        let manifest = json!({ "roots": [""], "rego_version": self.dialect.version() });
+        std::fs::write(folder.dir.path().join(MANIFEST_FILE), manifest.to_string()).map_err(Error::Write)?;
+        let said = self.run(&folder, &["deps", "--format=json", "--bundle=."], &["data"]).await?;
         let found: Dependencies = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
         let found = found.base.iter().filter_map(|terms| {
             let mut names = terms.iter().map(|term| term.value.as_str().unwrap_or("*"));

@@ -36,7 +36,8 @@ pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Re
 
 fn summary(hub: &Hub) -> Value {
     let hub = &hub.0;
-    let feeds = hub.feeds.iter().map(|feed| {
+    let feeds = hub.feeds.list();
+    let feeds = feeds.iter().map(|feed| {
         let objects = feed.objects.load(Ordering::Relaxed);
         json!({ "name": feed.name, "objects": objects, "events": feed.events.load(Ordering::Relaxed) })
     });

@@ -48,11 +48,9 @@ impl Collector for Scrape {
         let snapshots = parts.map(|part| {
             (vec![("bundle", bundle), ("part", part.name())], hub.snapshots[part as usize].load(Relaxed))
         });
+        let feeds = hub.feeds.list();
         let by_feed = |value: fn(&crate::pipeline::FeedCounters) -> u64| {
-            hub.feeds
-                .iter()
-                .map(|feed| (vec![("source", feed.name.as_str())], value(feed)))
-                .collect::<Vec<_>>()
+            feeds.iter().map(|feed| (vec![("source", feed.name.as_str())], value(feed))).collect::<Vec<_>>()
         };
 
         let refused = hub

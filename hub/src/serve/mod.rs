@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bundle::{Bundle, Part};
 use crate::config::DRAIN;
-use crate::pipeline::FeedCounters;
+use crate::pipeline::Feeds;
 use crate::readiness::Readiness;
 use crate::serve::error::Error;
 
@@ -35,7 +35,7 @@ struct Shared {
     /// What checks the policies.
     checked_by: String,
     readiness: Readiness,
-    feeds: Arc<Vec<FeedCounters>>,
+    feeds: Arc<Feeds>,
     stop: CancellationToken,
     deltas: bundle::DeltaClients,
     /// Streams of agents that are open.
@@ -56,7 +56,7 @@ impl Hub {
         bundle: Arc<Bundle>,
         checked_by: String,
         readiness: Readiness,
-        feeds: Arc<Vec<FeedCounters>>,
+        feeds: Arc<Feeds>,
         stop: CancellationToken,
     ) -> Self {
         Self(Arc::new(Shared {

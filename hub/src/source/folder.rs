@@ -3,6 +3,7 @@
 
 mod manifest;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -15,6 +16,7 @@ use tokio::time::Instant;
 
 use self::manifest::{Kinds, Manifest};
 use super::Sender;
+use super::auto::Wanted;
 use crate::config::{
     FOLDER_RESCAN, FOLDER_SETTLE, FOLDER_SETTLE_MAX, MANIFEST_BYTES_MAX, MANIFEST_FILES_MAX,
 };
@@ -46,8 +48,14 @@ pub enum Error {
     Watch(#[from] notify::Error),
 }
 
-/// Reads the folder, then follows its changes until the writer is gone.
-pub async fn run(dir: PathBuf, feeds: Vec<Feed>, out: Sender, readiness: Readiness) -> Result<(), Error> {
+/// Reads the folder, then follows its changes, and what is `wanted` of it besides `feeds`, until the writer is gone.
+pub async fn run(
+    dir: PathBuf,
+    feeds: Vec<Feed>,
+    mut wanted: Option<Wanted>,
+    out: Sender,
+    readiness: Readiness,
+) -> Result<(), Error> {
     let (changed, mut changes) = mpsc::channel(1);
     // One pending wake-up is enough: a scan looks at everything.
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
@@ -61,15 +69,24 @@ pub async fn run(dir: PathBuf, feeds: Vec<Feed>, out: Sender, readiness: Readine
 
     let mut folder = Folder {
         dir,
-        held: vec![HashMap::new(); feeds.len()],
-        feeds,
+        held: BTreeMap::new(),
+        feeds: (0..).map(FeedId).zip(feeds).collect(),
         files: BTreeMap::new(),
         unreadable: BTreeMap::new(),
         said: BTreeSet::new(),
     };
     let mut first = true;
+    // Feeds that were not listed yet.
+    let mut fresh: BTreeSet<FeedId> = folder.feeds.keys().copied().collect();
+    let given = folder.feeds.len();
     let mut watched = identity(&folder.dir);
     loop {
+        let now = wanted.as_mut().map(|wanted| wanted.borrow_and_update().clone()).unwrap_or_default();
+        for event in folder.turn(now, given, &mut fresh) {
+            if out.send(event).await.is_err() {
+                return Ok(());
+            }
+        }
         let scanned = tokio::task::spawn_blocking(move || {
             let events = folder.scan();
             (folder, events)
@@ -81,20 +98,27 @@ pub async fn run(dir: PathBuf, feeds: Vec<Feed>, out: Sender, readiness: Readine
             Err(error) if first => return Err(error),
             Err(error) => (Vec::new(), Some(error.to_string())),
         };
+        first = false;
+        let listed = if problem.is_none() { std::mem::take(&mut fresh) } else { BTreeSet::new() };
         readiness.problem(&folder.dir.display().to_string(), problem);
         folder.report(&readiness);
-        let ids = (0..folder.feeds.len()).map(FeedId);
-        let begin = ids.clone().filter(|_| first).map(|id| (id, Event::Init));
-        let end = ids.filter(|_| first).map(|id| (id, Event::InitDone));
+        let begin = listed.iter().map(|id| (*id, Event::Init));
+        let end = listed.iter().map(|id| (*id, Event::InitDone));
         for event in begin.chain(events).chain(end) {
             if out.send(event).await.is_err() {
                 return Ok(());
             }
         }
-        first = false;
+        let changed = async {
+            match &mut wanted {
+                Some(wanted) => wanted.changed().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = out.closed() => return Ok(()),
             change = changes.recv() => if change.is_none() { return Ok(()) },
+            Ok(()) = changed => continue,
             () = tokio::time::sleep(FOLDER_RESCAN) => {}
         }
         let settled = Instant::now() + FOLDER_SETTLE_MAX;
@@ -117,9 +141,9 @@ fn identity(dir: &Path) -> Option<(u64, u64)> {
 /// What was read, file by file, and what was said of it.
 struct Folder {
     dir: PathBuf,
-    feeds: Vec<Feed>,
+    feeds: BTreeMap<FeedId, Feed>,
     files: BTreeMap<PathBuf, File>,
-    held: Vec<HashMap<ObjectKey, Object>>,
+    held: BTreeMap<FeedId, HashMap<ObjectKey, Object>>,
     /// Folders below that cannot be read, and why.
     unreadable: BTreeMap<PathBuf, String>,
     /// Subjects of the problems reported last.
@@ -139,6 +163,30 @@ struct File {
 type Stamp = (Option<SystemTime>, u64, u64);
 
 impl Folder {
+    /// Turns to what is wanted now besides the `given` first feeds. What is new is `fresh`.
+    fn turn(
+        &mut self,
+        wanted: BTreeMap<FeedId, Feed>,
+        given: usize,
+        fresh: &mut BTreeSet<FeedId>,
+    ) -> Vec<(FeedId, Event)> {
+        let gone = self.feeds.keys().filter(|id| id.0 >= given && !wanted.contains_key(id));
+        let mut events: Vec<_> = gone.map(|id| (*id, Event::Close)).collect();
+        for (id, _) in &events {
+            self.feeds.remove(id);
+            self.held.remove(id);
+            fresh.remove(id);
+        }
+        for (id, feed) in wanted {
+            if let Entry::Vacant(place) = self.feeds.entry(id) {
+                events.push((id, Event::Open(feed.clone())));
+                place.insert(feed);
+                fresh.insert(id);
+            }
+        }
+        events
+    }
+
     /// Reads what changed, and says what that changes feed by feed.
     fn scan(&mut self) -> Result<Vec<(FeedId, Event)>, Error> {
         let mut found = BTreeMap::new();
@@ -170,13 +218,15 @@ impl Folder {
         let kinds = Kinds::of(self.files.values().flat_map(|file| &file.manifests));
         let mut events = Vec::new();
         self.files.values_mut().for_each(|file| file.duplicates.clear());
-        for (index, feed) in self.feeds.iter().enumerate() {
+        for (id, feed) in &self.feeds {
             let mut places: HashMap<ObjectKey, String> = HashMap::new();
             let mut now: HashMap<ObjectKey, Object> = HashMap::new();
             for (path, file) in &mut self.files {
                 for manifest in file.manifests.iter().filter(|manifest| kinds.selects(feed, manifest)) {
                     let mut object = manifest.object.clone();
-                    if feed.scope == Scope::Cluster {
+                    if feed.scope == Scope::Cluster
+                        || feed.resource.is_named_only() && kinds.is_cluster_scoped(manifest)
+                    {
                         object.key.namespace = "".into();
                     } else if object.key.namespace.is_empty() {
                         object.key.namespace = DEFAULT_NAMESPACE.into();
@@ -193,14 +243,14 @@ impl Folder {
                     now.insert(object.key.clone(), object);
                 }
             }
-            let before = &self.held[index];
+            let before = self.held.entry(*id).or_default();
             let gone = before.keys().filter(|key| !now.contains_key(*key));
-            events.extend(gone.map(|key| (FeedId(index), Event::Delete(key.clone()))));
+            events.extend(gone.map(|key| (*id, Event::Delete(key.clone()))));
             let new = now
                 .values()
                 .filter(|object| before.get(&object.key).is_none_or(|held| held.json != object.json));
-            events.extend(new.map(|object| (FeedId(index), Event::Apply(object.clone()))));
-            self.held[index] = now;
+            events.extend(new.map(|object| (*id, Event::Apply(object.clone()))));
+            *before = now;
         }
         events
     }
@@ -295,9 +345,9 @@ mod tests {
         };
         Folder {
             dir: dir.to_owned(),
-            feeds: vec![feed],
+            feeds: BTreeMap::from([(FeedId(0), feed)]),
             files: BTreeMap::new(),
-            held: vec![HashMap::new()],
+            held: BTreeMap::new(),
             unreadable: BTreeMap::new(),
             said: BTreeSet::new(),
         }

@@ -2,6 +2,7 @@
 //! with the paged list as the fallback, resumed and relisted by kube's `watcher`.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,12 +14,15 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ApiResource, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::DynamicResourceScope;
+use kube::discovery::{self, ApiCapabilities, ApiGroup, Discovery, verbs};
 use kube::runtime::watcher;
 use kube::{Api, Client, Config};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
+use tokio::task::JoinHandle;
 
+use super::auto::Wanted;
 use super::{Sender, trim};
 use crate::config::{RETRY, RETRY_MAX, WATCH_SECONDS, WATCH_SETTLED};
 use crate::model::{Event, Feed, FeedId, ObjectKey, Resource, Scope};
@@ -92,6 +96,36 @@ pub async fn client(kubeconfig: Option<&Path>) -> Result<Client, Error> {
     Client::try_from(config).map_err(Error::Client)
 }
 
+/// Watches what is wanted, for as long as it is, until the writer is gone.
+pub async fn watch_wanted(client: Client, mut wanted: Wanted, out: Sender, readiness: Readiness) {
+    let mut running: BTreeMap<FeedId, (Feed, JoinHandle<()>)> = BTreeMap::new();
+    loop {
+        let now = wanted.borrow_and_update().clone();
+        let gone: Vec<_> = running.keys().filter(|id| !now.contains_key(id)).copied().collect();
+        for id in gone {
+            if let Some((feed, watching)) = running.remove(&id) {
+                watching.abort();
+                // Behind its last event, so that the end is the last.
+                _ = watching.await;
+                readiness.problem(&feed.to_string(), None);
+                _ = out.send((id, Event::Close)).await;
+            }
+        }
+        for (id, feed) in now {
+            if running.contains_key(&id) {
+                continue;
+            }
+            _ = out.send((id, Event::Open(feed.clone()))).await;
+            let watching = watch(client.clone(), id, feed.clone(), out.clone(), readiness.clone());
+            running.insert(id, (feed, tokio::spawn(watching)));
+        }
+        tokio::select! {
+            changed = wanted.changed() => if changed.is_err() { return },
+            () = out.closed() => return,
+        }
+    }
+}
+
 /// Watches one feed until the writer is gone. Whatever goes wrong is said in `readiness` and tried again.
 pub async fn watch(client: Client, id: FeedId, feed: Feed, out: Sender, readiness: Readiness) {
     let name = feed.to_string();
@@ -100,7 +134,8 @@ pub async fn watch(client: Client, id: FeedId, feed: Feed, out: Sender, readines
     while !out.is_closed() {
         let error = match discover(&client, &feed).await {
             Err(error) => error,
-            Ok(resource) => {
+            Ok((resource, scope)) => {
+                let feed = Feed { scope, ..feed.clone() };
                 let api: Api<Raw> = match &feed.scope {
                     Scope::Namespace(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
                     _ => Api::all_with(client.clone(), &resource),
@@ -120,6 +155,9 @@ pub async fn watch(client: Client, id: FeedId, feed: Feed, out: Sender, readines
                 }
             }
         };
+        if feed.resource.is_named_only() && out.send((id, Event::Unavailable)).await.is_err() {
+            return;
+        }
         tracing::warn!(feed = name, %error, "not watching");
         readiness.failing(&name, &error.to_string());
         tokio::time::sleep(retry).await;
@@ -238,9 +276,12 @@ impl Watch<'_> {
     }
 }
 
-/// Finds the resource's kind, which the items of a paged list do not carry.
-async fn discover(client: &Client, feed: &Feed) -> Result<ApiResource, Error> {
+/// Finds the resource's kind, which the items of a paged list do not carry, and where its objects are.
+async fn discover(client: &Client, feed: &Feed) -> Result<(ApiResource, Scope), Error> {
     let resource = &feed.resource;
+    if resource.is_named_only() {
+        return discover_by_name(client, feed).await;
+    }
     let found = if resource.group.is_empty() {
         client.list_core_api_resources(&resource.version).await
     } else {
@@ -262,14 +303,39 @@ async fn discover(client: &Client, feed: &Feed) -> Result<ApiResource, Error> {
             actual: "cluster-scoped",
             flag: "--replicate-cluster",
         }),
-        _ => Ok(ApiResource {
-            group: resource.group.clone(),
-            version: resource.version.clone(),
-            api_version: resource.api_version(),
-            kind: served.kind,
-            plural: resource.plural.clone(),
-        }),
+        (scope, _) => {
+            let found = ApiResource {
+                group: resource.group.clone(),
+                version: resource.version.clone(),
+                api_version: resource.api_version(),
+                kind: served.kind,
+                plural: resource.plural.clone(),
+            };
+            Ok((found, scope.clone()))
+        }
     }
+}
+
+/// The resource of this name that can be watched: in the core group, else in the first by alphabet.
+async fn discover_by_name(client: &Client, feed: &Feed) -> Result<(ApiResource, Scope), Error> {
+    let resource = &feed.resource;
+    let discovery = match Discovery::new(client.clone()).run_aggregated().await {
+        // Aggregated discovery came with Kubernetes 1.27.
+        Err(_) => Discovery::new(client.clone()).run().await,
+        found => found,
+    };
+    let wrap = |source| Error::Discover { resource: resource.clone(), source };
+    let discovery = discovery.map_err(wrap)?;
+    let mut groups = discovery.groups_alphabetical();
+    groups.sort_by_key(|group| !group.name().is_empty());
+    let served = groups.into_iter().flat_map(ApiGroup::recommended_resources);
+    let can = |can: &ApiCapabilities, verb| can.supports_operation(verb);
+    let found = served.into_iter().find(|(served, capabilities)| {
+        served.plural == resource.plural && can(capabilities, verbs::LIST) && can(capabilities, verbs::WATCH)
+    });
+    let (found, capabilities) = found.ok_or_else(|| Error::NotServed(resource.clone()))?;
+    let is_cluster = capabilities.scope == discovery::Scope::Cluster;
+    Ok((found, if is_cluster { Scope::Cluster } else { feed.scope.clone() }))
 }
 
 /// Asks which of the verbs are missing: the API server's message names only the first.

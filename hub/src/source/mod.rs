@@ -7,6 +7,8 @@ pub mod kubernetes;
 
 pub mod folder;
 
+pub mod auto;
+
 use tokio::sync::mpsc;
 
 use crate::model::{Event, FeedId};

@@ -11,7 +11,7 @@ use futures::StreamExt;
 use opa_hub::bundle::Bundle;
 use opa_hub::config::Rego;
 use opa_hub::model::{Content, Feed, Resource, Scope};
-use opa_hub::pipeline::{FeedCounters, Pipeline, Said};
+use opa_hub::pipeline::{Feeds, Pipeline, Said};
 use opa_hub::policy::candidates::LastGood;
 use opa_hub::readiness::Readiness;
 use opa_hub::serve::{Hub, router};
@@ -59,8 +59,14 @@ impl Served {
             content: Content::Data,
         }];
         let (events, queue) = mpsc::channel(16);
-        let counters = Arc::new(FeedCounters::new(&feeds));
-        tokio::spawn(folder::run(self.dir.path().to_owned(), feeds.clone(), events, Readiness::default()));
+        let counters = Arc::new(Feeds::default());
+        tokio::spawn(folder::run(
+            self.dir.path().to_owned(),
+            feeds.clone(),
+            None,
+            events,
+            Readiness::default(),
+        ));
         let (mut writer, _) =
             Pipeline::new(feeds, &Rego::default(), self.bundle.clone(), Readiness::default(), counters);
         writer.hear(Said::Restored(LastGood::new()));

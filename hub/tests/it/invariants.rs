@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use opa_hub::bundle::{Bundle, Edition, Next, Part};
 use opa_hub::config::Rego;
 use opa_hub::model::{Content, Event, Feed, FeedId, Object, ObjectKey, Resource, Scope};
-use opa_hub::pipeline::{Ends, FeedCounters, Pipeline, Said};
+use opa_hub::pipeline::{Ends, Feeds, Pipeline, Said};
 use opa_hub::policy::candidates::LastGood;
 use opa_hub::policy::settle::{Selection, settle};
 use opa_hub::readiness::Readiness;
@@ -51,7 +51,7 @@ impl Writer {
             feed(Content::Resource("/kubernetes/nodes".parse().unwrap()), Scope::Cluster),
         ];
         let bundle = Arc::new(Bundle::new("main".into()));
-        let counters = Arc::new(FeedCounters::new(&feeds));
+        let counters = Arc::new(Feeds::default());
         let (mut pipeline, ends) =
             Pipeline::new(feeds, &Rego::default(), bundle.clone(), Readiness::default(), counters);
         pipeline.hear(Said::Restored(LastGood::new()));

@@ -1,5 +1,7 @@
 //! End to end on real components: what reaches OPA, by each of the three ways, whatever is killed meanwhile.
 
+mod auto;
+
 mod crashes;
 
 mod failover;

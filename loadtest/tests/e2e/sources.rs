@@ -57,19 +57,7 @@ async fn a_resource_to_come_is_waited_for() -> anyhow::Result<()> {
     drop(hub);
     hub = Hub::start_unready(plane.dir.path(), &flags[..4])?;
     is_pending(&hub, "example.com/v1/widgets", "does not serve example.com/v1/widgets").await?;
-    let definition = json!({
-        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
-        "metadata": { "name": "widgets.example.com" },
-        "spec": {
-            "group": "example.com", "scope": "Namespaced",
-            "names": { "plural": "widgets", "singular": "widget", "kind": "Widget" },
-            "versions": [{
-                "name": "v1", "served": true, "storage": true,
-                "schema": { "openAPIV3Schema": { "type": "object", "x-kubernetes-preserve-unknown-fields": true } },
-            }],
-        },
-    });
-    cluster.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition).await?;
+    cluster.widgets().await?;
     hub.wait_ready().await?;
     let widget =
         json!({ "apiVersion": "example.com/v1", "kind": "Widget", "metadata": { "name": "w" }, "size": 1.5 });

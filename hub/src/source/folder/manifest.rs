@@ -1,6 +1,6 @@
 //! The documents of one manifest file, and which feed selects them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -17,6 +17,13 @@ pub(super) struct Manifest {
     pub(super) object: Object,
     /// Which document of the file, from 1.
     pub(super) document: usize,
+}
+
+impl Manifest {
+    fn kind(&self) -> Kind {
+        let group = self.api_version.split_once('/').map_or("", |(group, _)| group);
+        (group.to_owned(), self.kind.clone())
+    }
 }
 
 /// The members of an object that say what it is.
@@ -106,26 +113,58 @@ fn flatten(json: &str, outer: &Outer, document: usize, out: &mut Vec<Manifest>) 
     Ok(())
 }
 
-/// The plurals of kinds: from the CustomResourceDefinitions in the folder, else by English rules.
-pub(super) struct Kinds(HashMap<(String, String), String>);
+/// Kubernetes' own kinds whose objects belong to no namespace.
+const CLUSTER_SCOPED: [&str; 12] = [
+    "APIService",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "CustomResourceDefinition",
+    "IngressClass",
+    "MutatingWebhookConfiguration",
+    "Namespace",
+    "Node",
+    "PersistentVolume",
+    "PriorityClass",
+    "StorageClass",
+    "ValidatingWebhookConfiguration",
+];
+
+/// Group and kind.
+type Kind = (String, String);
+
+/// The plurals of kinds: from the CustomResourceDefinitions in the folder, else by English rules. Those too say which
+/// kinds belong to no namespace.
+pub(super) struct Kinds {
+    plurals: HashMap<Kind, String>,
+    cluster_scoped: HashSet<Kind>,
+}
 
 impl Kinds {
-    /// The plurals that `manifests` define.
+    /// What `manifests` define.
     pub(super) fn of<'a>(manifests: impl Iterator<Item = &'a Manifest>) -> Self {
-        let definitions = manifests.filter(|manifest| manifest.kind == "CustomResourceDefinition");
-        let names = definitions.filter_map(|definition| {
-            let json: Value = serde_json::from_slice(&definition.object.json).ok()?;
+        let mut kinds = Self { plurals: HashMap::new(), cluster_scoped: HashSet::new() };
+        for definition in manifests.filter(|manifest| manifest.kind == "CustomResourceDefinition") {
+            let Ok(json) = serde_json::from_slice::<Value>(&definition.object.json) else { continue };
             let text = |pointer: &str| Some(json.pointer(pointer)?.as_str()?.to_owned());
-            Some(((text("/spec/group")?, text("/spec/names/kind")?), text("/spec/names/plural")?))
-        });
-        Self(names.collect())
+            let Some(kind) = text("/spec/group").zip(text("/spec/names/kind")) else { continue };
+            if text("/spec/scope").is_some_and(|scope| scope == "Cluster") {
+                kinds.cluster_scoped.insert(kind.clone());
+            }
+            kinds.plurals.extend(text("/spec/names/plural").map(|plural| (kind, plural)));
+        }
+        kinds
+    }
+
+    /// Whether `manifest` belongs to no namespace, whatever it says.
+    pub(super) fn is_cluster_scoped(&self, manifest: &Manifest) -> bool {
+        CLUSTER_SCOPED.contains(&&*manifest.kind) || self.cluster_scoped.contains(&manifest.kind())
     }
 
     /// Whether `feed` selects `manifest`, as the API server would.
     pub(super) fn selects(&self, feed: &Feed, manifest: &Manifest) -> bool {
-        let key = (feed.resource.group.clone(), manifest.kind.clone());
-        let is_resource = manifest.api_version == feed.resource.api_version()
-            && match self.0.get(&key) {
+        let is_version = feed.resource.is_named_only() || manifest.api_version == feed.resource.api_version();
+        let is_resource = is_version
+            && match self.plurals.get(&manifest.kind()) {
                 Some(plural) => *plural == feed.resource.plural,
                 None => plural(&manifest.kind) == feed.resource.plural,
             };
