@@ -18,7 +18,7 @@ use crate::model::{Change, Content, Event, Feed, FeedId};
 use crate::policy::candidates::LastGood;
 use crate::policy::check::Compiler;
 use crate::policy::settle::{Candidates, Outcome, settle};
-use crate::policy::verdict::Verdict;
+use crate::policy::verdict::{Fault, Verdict};
 use crate::readiness::Readiness;
 use crate::source::auto::Auto;
 use crate::store::Store;
@@ -87,7 +87,7 @@ pub async fn check(
 ) {
     while let Some(candidates) = jobs.recv().await {
         let started = Instant::now();
-        let outcome = loop {
+        let mut outcome = loop {
             match settle(&candidates, async |selection| compiler.check(selection).await).await {
                 Ok(outcome) => break outcome,
                 Err(error) => {
@@ -98,6 +98,12 @@ pub async fn check(
             }
         };
         readiness.problem(POLICIES, None);
+        if let Compiler::Syntax(_) = compiler {
+            for key in outcome.accepted.keys() {
+                let warning = Fault::new("unchecked", "only its syntax was checked: the hub has no opa");
+                outcome.warnings.entry(key.clone()).or_default().push(warning);
+            }
+        }
         for (key, faults) in &outcome.faults {
             let verdict = Verdict { faults: faults.clone(), warnings: Vec::new() };
             tracing::warn!(configmap = %key, error = verdict.message(), "refused; its last good content stays");

@@ -1,5 +1,7 @@
 //! What is said of policies, and what it costs the API server to say it; what was good outlives a restart.
 
+use std::process::Command;
+
 use opa_hub_loadtest::cluster::{Cluster, DATA, POLICY};
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::apiserver::PLAIN_USER;
@@ -238,5 +240,50 @@ async fn the_last_good_text_outlives_the_hub_in_a_folder() -> anyhow::Result<()>
     hub.wait_ready().await?;
     let bundle = hub.json("/v1/bundles/main").await?;
     assert_eq!(bundle["counts"]["modules"], 0, "{bundle}");
+    Ok(())
+}
+
+/// `deploy/kubernetes` is taken by a real API server, and its rights are enough for all that the hub does.
+#[tokio::test]
+async fn the_rights_in_the_manifests_suffice() -> anyhow::Result<()> {
+    let plane = ControlPlane::start().await?;
+    let Some(kubeconfig) = &plane.plain_kubeconfig else { return Ok(()) };
+    let cluster = Cluster { client: plane.client().await? };
+    for namespace in ["opa", "shop"] {
+        cluster.namespace(namespace).await?;
+    }
+    let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/kubernetes");
+    for file in ["hub.yaml", "sidecar-before.yaml", "sidecar-after.yaml"] {
+        let mut kubectl = Command::new(plane.assets.join("kubectl"));
+        kubectl.arg("--kubeconfig").arg(&plane.kubeconfig).args([
+            "apply",
+            "-f",
+            &format!("{manifests}/{file}"),
+        ]);
+        let output = tokio::task::spawn_blocking(move || kubectl.output()).await??;
+        assert!(output.status.success(), "{file}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    let user = json!([{ "kind": "User", "name": PLAIN_USER }]);
+    let rbac = "/apis/rbac.authorization.k8s.io/v1";
+    let binding = |kind: &str| {
+        json!({
+            "metadata": { "name": "user" }, "subjects": user,
+            "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": "opa-hub" },
+        })
+    };
+    cluster.create(&format!("{rbac}/clusterrolebindings"), &binding("ClusterRole")).await?;
+    cluster.create(&format!("{rbac}/namespaces/opa-hub/rolebindings"), &binding("Role")).await?;
+    let kubeconfig = kubeconfig.display().to_string();
+    let flags = ["--kubeconfig", &kubeconfig, "--namespace=opa-hub", "--replicate=v1/pods"];
+    let hub = Hub::start(plane.dir.path(), &flags).await?;
+    cluster.configmap("opa", "shop", Some(POLICY), &[("shop.rego", "package shop\n\nallow := true")]).await?;
+    has_status(&cluster, "shop", "ok").await?;
+    cluster.configmap("opa", "shop", Some(POLICY), &[("shop.rego", "package")]).await?;
+    has_event(&cluster, "shop", "Warning Refused").await?;
+    eventually("the last good policies are kept", async || {
+        cluster.get_configmap("opa-hub", "opa-hub-main").await.map(drop)
+    })
+    .await?;
+    assert_eq!(hub.json("/readyz").await?["problems"], json!([]));
     Ok(())
 }
