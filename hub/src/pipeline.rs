@@ -18,7 +18,7 @@ use crate::model::{Change, Content, Event, Feed, FeedId};
 use crate::policy::candidates::LastGood;
 use crate::policy::check::Compiler;
 use crate::policy::settle::{Candidates, Outcome, settle};
-use crate::policy::verdict::{Fault, Verdict};
+use crate::policy::verdict::Fault;
 use crate::readiness::Readiness;
 use crate::source::auto::Auto;
 use crate::store::Store;
@@ -103,10 +103,6 @@ pub async fn check(
                 let warning = Fault::new("unchecked", "only its syntax was checked: the hub has no opa");
                 outcome.warnings.entry(key.clone()).or_default().push(warning);
             }
-        }
-        for (key, faults) in &outcome.faults {
-            let verdict = Verdict { faults: faults.clone(), warnings: Vec::new() };
-            tracing::warn!(configmap = %key, error = verdict.message(), "refused; its last good content stays");
         }
         let took = started.elapsed();
         tracing::debug!(checks = outcome.checks, ?took, "checked the policies");

@@ -244,6 +244,10 @@ impl Projection {
     /// Adds to `batch` what came of a check.
     pub fn take_outcome(&mut self, outcome: Outcome, batch: &mut Batch) {
         let (changes, news) = self.policies.take(outcome);
+        for (key, faults) in self.policies.refused().filter(|(key, _)| news.contains(*key)) {
+            let verdict = Verdict { faults: faults.to_vec(), warnings: Vec::new() };
+            tracing::warn!(configmap = %key, error = verdict.message(), "refused; its last good content stays");
+        }
         batch.modules.extend(changes);
         self.news.extend(news);
         self.retry(batch);

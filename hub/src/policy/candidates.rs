@@ -7,7 +7,7 @@ use std::sync::Arc;
 use opa_hub_proto::path::DirPath;
 
 use super::modules::Module;
-use super::settle::{Candidate, Candidates, Outcome, Texts};
+use super::settle::{Candidate, Candidates, Outcome, Refused, Texts};
 use super::verdict::Fault;
 use crate::model::ObjectKey;
 
@@ -28,10 +28,13 @@ struct Unit {
     told: Option<Told>,
 }
 
+#[derive(PartialEq)]
 struct Told {
     of: Option<Arc<Texts>>,
     faults: Vec<Fault>,
     warnings: Vec<Fault>,
+    /// The faults are not its own for certain: nothing is told before it had its chance.
+    untried: bool,
 }
 
 #[derive(Default)]
@@ -112,7 +115,9 @@ impl Policies {
                 Wanted::Unusable => unit.good.clone(),
                 Wanted::Texts(texts) => Some(texts.clone()),
             };
-            (key.clone(), Candidate { good: unit.good.clone(), wanted })
+            let refused = unit.told.as_ref().filter(|told| told.of == wanted && !told.faults.is_empty());
+            let refused = refused.map(|told| if told.untried { Refused::Untried } else { Refused::Tried });
+            (key.clone(), Candidate { good: unit.good.clone(), wanted, refused })
         });
         let candidates = Arc::new(candidates.collect());
         self.checking = Some(Arc::clone(&candidates));
@@ -129,19 +134,22 @@ impl Policies {
     pub fn take(&mut self, outcome: Outcome) -> (ModuleChanges, BTreeSet<ObjectKey>) {
         let (mut changes, mut news) = (ModuleChanges::new(), BTreeSet::new());
         let Some(candidates) = self.checking.take() else { return (changes, news) };
-        let Outcome { mut accepted, mut faults, mut warnings, .. } = outcome;
+        let Outcome { mut accepted, mut faults, mut warnings, untried, .. } = outcome;
+        self.dirty |= !untried.is_empty();
         for (key, candidate) in &*candidates {
             let unit = self.units.get_mut(key).expect("what is checked is kept");
             let good = accepted.remove(key);
+            // What had no chance this time keeps what was said of it.
+            let before =
+                unit.told.as_ref().filter(|told| told.of == candidate.wanted && good != candidate.wanted);
+            let before = before.map(|told| told.faults.clone());
             let told = Told {
                 of: candidate.wanted.clone(),
-                faults: faults.remove(key).unwrap_or_default(),
+                faults: faults.remove(key).or(before).unwrap_or_default(),
                 warnings: warnings.remove(key).unwrap_or_default(),
+                untried: untried.contains(key),
             };
-            let is_news = unit.told.as_ref().is_none_or(|old| {
-                old.of != told.of || old.faults != told.faults || old.warnings != told.warnings
-            });
-            if is_news {
+            if unit.told.as_ref() != Some(&told) {
                 news.insert(key.clone());
             }
             unit.told = Some(told);
@@ -165,7 +173,7 @@ impl Policies {
             Wanted::Texts(texts) => texts,
         };
         Some(match &unit.told {
-            Some(told) if told.of.as_ref() == Some(of) => {
+            Some(told) if told.of.as_ref() == Some(of) && !told.untried => {
                 Opinion::Told { of, faults: &told.faults, warnings: &told.warnings }
             }
             _ => Opinion::Waiting,
@@ -174,9 +182,9 @@ impl Policies {
 
     /// The ConfigMaps of which the last check refused something, and why.
     pub fn refused(&self) -> impl Iterator<Item = (&ObjectKey, &[Fault])> {
-        let told =
-            self.units.iter().filter_map(|(key, unit)| Some((key, unit.told.as_ref()?.faults.as_slice())));
-        told.filter(|(_, faults)| !faults.is_empty())
+        let told = self.units.iter().filter_map(|(key, unit)| Some((key, unit.told.as_ref()?)));
+        let told = told.filter(|(_, told)| !told.untried && !told.faults.is_empty());
+        told.map(|(key, told)| (key, told.faults.as_slice()))
     }
 
     /// What was accepted last.

@@ -95,8 +95,8 @@ pub struct Opa {
     program: PathBuf,
     version: String,
     dialect: Dialect,
-    /// What tests may use: everything but the network.
-    capabilities: Arc<Vec<u8>>,
+    /// What modules may use while they are checked: all but the network, which tests and schemas could reach.
+    capabilities: Arc<tempfile::NamedTempFile>,
 }
 
 impl Compiler {
@@ -221,18 +221,24 @@ impl Opa {
         let mut capabilities: serde_json::Value = serde_json::from_slice(&capabilities.stdout)
             .map_err(|error| not_opa(format!("its capabilities do not parse: {error}")))?;
         capabilities["allow_net"] = json!([]);
-        let capabilities = Arc::new(capabilities.to_string().into_bytes());
-        Ok(Self { program: program.to_owned(), version, dialect, capabilities })
+        let file = tempfile::NamedTempFile::new().map_err(Error::Write)?;
+        std::fs::write(file.path(), capabilities.to_string()).map_err(Error::Write)?;
+        Ok(Self { program: program.to_owned(), version, dialect, capabilities: Arc::new(file) })
     }
 
     async fn check(&self, modules: &Modules<'_>) -> Result<Vec<Fault>, Error> {
         let folder = Folder::write(modules)?;
         let max = CHECK_FAULTS_MAX.to_string();
-        let said = self.run(&folder, &["check", "--format=json", "--max-errors", &max], &["."]).await?;
+        let command =
+            ["check", "--format=json", "--max-errors", &max, "--capabilities", &self.capabilities()];
+        let said = self.run(&folder, &command, &["."]).await?;
         if said.status.success() {
             return Ok(Vec::new());
         }
-        let Ok(Errors { errors }) = serde_json::from_slice(&said.stderr) else { return Err(failed(&said)) };
+        let errors = serde_json::from_slice(&said.stderr).map(|Errors { errors }| errors).unwrap_or_default();
+        if errors.is_empty() {
+            return Err(failed(&said));
+        }
         let located = errors.iter().any(|error| error.location.is_some());
         // That there are more errors than were asked for is one without a place.
         let told = errors.into_iter().filter(|error| error.location.is_some() || !located);
@@ -246,11 +252,9 @@ impl Opa {
 
     async fn test(&self, modules: &Modules<'_>) -> Result<Vec<Fault>, Error> {
         let folder = Folder::write(modules)?;
-        let capabilities = tempfile::NamedTempFile::new().map_err(Error::Write)?;
-        std::fs::write(capabilities.path(), &**self.capabilities).map_err(Error::Write)?;
-        let file = format!("--capabilities={}", capabilities.path().display());
         let timeout = format!("--timeout={TEST_SECONDS}s");
-        let said = self.run(&folder, &["test", "--format=json", &timeout, &file], &["."]).await?;
+        let command = ["test", "--format=json", &timeout, "--capabilities", &self.capabilities()];
+        let said = self.run(&folder, &command, &["."]).await?;
         let tests: Vec<Test> = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
         let failed = tests.into_iter().filter(|test| test.fail || test.error.is_some());
         Ok(failed
@@ -285,6 +289,10 @@ impl Opa {
             Some(names.next().unwrap_or("*").to_owned())
         });
         Ok(found.collect())
+    }
+
+    fn capabilities(&self) -> String {
+        self.capabilities.path().display().to_string()
     }
 
     async fn run(&self, folder: &Folder, command: &[&str], last: &[&str]) -> Result<Output, Error> {

@@ -2,8 +2,8 @@
 //!
 //! What was good stays good: a ConfigMap that nobody touched is never refused for what another one changed. Of the
 //! changes, those that an error names give way first, each to its last good text; an error in an untouched ConfigMap
-//! is somebody's doing, and that change is looked for. Equal candidates end equal, whatever the order in which they
-//! came and the names of files, since nothing here looks at time.
+//! is somebody's doing, and that change is looked for. What was refused before and is the same again stands aside
+//! until the rest is settled, and then has its chance. Equal candidates end equal: nothing here looks at time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -13,6 +13,8 @@ use super::verdict::Fault;
 use crate::config::CHECKS_MAX;
 use crate::model::ObjectKey;
 
+/// OPA's code of a fault in a module by itself.
+const PARSE_ERROR: &str = "rego_parse_error";
 /// The code of a fault that says that a test failed.
 pub const TEST_FAILED: &str = "test_failed";
 
@@ -32,6 +34,17 @@ pub struct Candidate {
     pub good: Option<Arc<Texts>>,
     /// None: it is gone.
     pub wanted: Option<Arc<Texts>>,
+    /// Whether what it holds now was refused before.
+    pub refused: Option<Refused>,
+}
+
+/// What is known of a text that was refused before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refused {
+    /// It had no chance yet among what is accepted now: it comes first.
+    Untried,
+    /// It had.
+    Tried,
 }
 
 /// All ConfigMaps of policies.
@@ -45,8 +58,10 @@ pub type Selection<'a> = BTreeMap<&'a ObjectKey, &'a Texts>;
 pub struct Outcome {
     /// What is accepted of each ConfigMap, while something is.
     pub accepted: BTreeMap<ObjectKey, Arc<Texts>>,
-    /// Why what a ConfigMap holds now is refused.
+    /// Why what a ConfigMap holds now is refused; nothing new of what was refused before and had no chance.
     pub faults: BTreeMap<ObjectKey, Vec<Fault>>,
+    /// Of these, the ones that had no chance yet among what is accepted now.
+    pub untried: BTreeSet<ObjectKey>,
     /// Tests of ConfigMaps that nobody touched, and that fail now.
     pub warnings: BTreeMap<ObjectKey, Vec<Fault>>,
     /// How often all were compiled.
@@ -58,10 +73,14 @@ pub async fn settle<E>(
     candidates: &Candidates,
     check: impl AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>,
 ) -> Result<Outcome, E> {
-    let changed = candidates.iter().filter(|(_, candidate)| candidate.wanted != candidate.good);
-    let open = changed.map(|(key, _)| key).collect();
-    let settling = Settling { candidates, dropped: BTreeSet::new(), outcome: Outcome::default(), check };
-    settling.run(open).await
+    let settling = Settling {
+        candidates,
+        dropped: BTreeSet::new(),
+        said: BTreeMap::new(),
+        outcome: Outcome::default(),
+        check,
+    };
+    settling.run().await
 }
 
 type Keys<'a> = BTreeSet<&'a ObjectKey>;
@@ -70,71 +89,142 @@ struct Settling<'a, C> {
     candidates: &'a Candidates,
     /// What was good once and compiles no more.
     dropped: Keys<'a>,
+    /// What was said of the selections that were checked, by whose change they held.
+    said: BTreeMap<Keys<'a>, Vec<Fault>>,
     outcome: Outcome,
     check: C,
 }
 
 impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> {
-    /// `open`: whose change is still to be accepted; all others are at their last good text.
-    async fn run(mut self, mut open: Keys<'a>) -> Result<Outcome, E> {
-        // Who gave way, round by round: what made the earlier ones fail may have given way after them.
-        let mut gave_way: Vec<Keys> = Vec::new();
-        loop {
-            let faults = self.faults(&open).await?;
-            if passes(&faults, &open) {
-                for fault in faults {
-                    if let Some(key) = owner(&fault, self.candidates) {
-                        self.outcome.warnings.entry(key.clone()).or_default().push(fault);
-                    }
-                }
-                break;
+    async fn run(mut self) -> Result<Outcome, E> {
+        let changed = self.candidates.iter().filter(|(_, candidate)| candidate.wanted != candidate.good);
+        let (old, new): (Vec<_>, Vec<_>) = changed.partition(|(_, candidate)| candidate.refused.is_some());
+        let mut old: Vec<_> = old.into_iter().map(|(key, _)| key).collect();
+        // Stable: among themselves in the order of their names.
+        old.sort_by_key(|key| self.candidates[*key].refused != Some(Refused::Untried));
+        let new: Keys = new.into_iter().map(|(key, _)| key).collect();
+        let all: Keys = new.iter().copied().chain(old.iter().copied()).collect();
+        let faults = self.faults(&all).await?;
+        let mut open = all.clone();
+        if !passes(&faults, &all) {
+            open = new.clone();
+            let mut again = self.narrow(&mut open).await?;
+            if self.outcome.checks >= CHECKS_MAX {
+                // They gave way together, for want of checks that tell them apart.
+                again = new.difference(&open).copied().collect();
             }
-            let named: Keys = faults.iter().filter_map(|fault| owner(fault, self.candidates)).collect();
-            let mut guilty: Keys = open.intersection(&named).copied().collect();
-            if guilty.is_empty() && !open.is_empty() {
-                guilty = self.culprits(&open).await?;
-                self.refuse(&guilty, &faults, |_| true);
-            } else if guilty.is_empty() {
-                // Nothing changed, and yet it fails: OPA is another one than the one that accepted it.
-                let selected = self.selection(&open).into_keys().map(|key| self.key(key));
-                guilty = selected.filter(|key| named.contains(key) || named.is_empty()).collect();
-                self.refuse(&guilty, &faults, |_| named.is_empty());
-                self.dropped.extend(guilty);
-                gave_way.push(Keys::new());
-                continue;
-            } else {
-                self.refuse(&guilty, &faults, |_| false);
-            }
-            open = &open - &guilty;
-            gave_way.push(guilty);
+            again.extend(old);
+            self.second_chance(&mut open, again).await?;
         }
-        gave_way.pop();
-        for key in gave_way.into_iter().flatten() {
-            if self.outcome.checks < CHECKS_MAX && self.passes_with(&open, key).await? {
-                open.insert(key);
-                self.outcome.faults.remove(key);
+        for fault in self.faults(&open).await? {
+            if let Some(key) = owner(&fault, self.candidates) {
+                self.outcome.warnings.entry(key.clone()).or_default().push(fault);
             }
         }
         self.outcome.accepted = self.chosen(&open).map(|(key, texts)| (key.clone(), texts.clone())).collect();
         Ok(self.outcome)
     }
 
+    /// Takes changes out of `open` until what is left passes. Says who gave way before the last one did.
+    async fn narrow(&mut self, open: &mut Keys<'a>) -> Result<Vec<&'a ObjectKey>, E> {
+        let mut gave_way: Vec<Keys> = Vec::new();
+        loop {
+            let faults = self.faults(open).await?;
+            if passes(&faults, open) {
+                break;
+            }
+            let named: Keys = faults.iter().filter_map(|fault| owner(fault, self.candidates)).collect();
+            let mut guilty: Keys = open.intersection(&named).copied().collect();
+            if guilty.is_empty() && !open.is_empty() {
+                guilty = self.culprits(open).await?;
+                self.refuse(&guilty, &faults, |_| true);
+            } else if guilty.is_empty() {
+                // Nothing changed, and yet it fails: OPA is another one than the one that accepted it.
+                let selected = self.selection(open).into_keys().map(|key| self.key(key));
+                guilty = selected.filter(|key| named.contains(key) || named.is_empty()).collect();
+                self.refuse(&guilty, &faults, |_| named.is_empty());
+                self.dropped.extend(guilty);
+                self.said.clear();
+                gave_way.push(Keys::new());
+                continue;
+            } else {
+                self.refuse(&guilty, &faults, |_| false);
+            }
+            *open = &*open - &guilty;
+            gave_way.push(guilty);
+        }
+        gave_way.pop();
+        Ok(gave_way.into_iter().flatten().collect())
+    }
+
+    /// Adds those of `again` to `open` that pass now: together as many as no error names, then one by one.
+    async fn second_chance(&mut self, open: &mut Keys<'a>, again: Vec<&'a ObjectKey>) -> Result<(), E> {
+        let mut group: Keys = again.iter().copied().collect();
+        let mut hopeless = Keys::new();
+        while !group.is_empty() && self.outcome.checks < CHECKS_MAX {
+            let more = &*open | &group;
+            let faults = self.faults(&more).await?;
+            if passes(&faults, &more) {
+                *open = more;
+                break;
+            }
+            let named: Keys = faults.iter().filter_map(|fault| owner(fault, self.candidates)).collect();
+            let guilty: Keys = group.intersection(&named).copied().collect();
+            if guilty.is_empty() {
+                break;
+            }
+            self.refuse(&guilty, &faults, |_| false);
+            // What does not even parse does so beside nothing else.
+            let unparsed = |key: &&ObjectKey| {
+                let own = faults.iter().filter(|fault| owner(fault, self.candidates) == Some(key));
+                own.into_iter().any(|fault| fault.code == PARSE_ERROR)
+            };
+            hopeless.extend(guilty.iter().filter(|key| unparsed(key)));
+            group = &group - &guilty;
+        }
+        let (mut tried, mut unreached) = (Keys::new(), Keys::new());
+        for key in again.into_iter().filter(|key| !hopeless.contains(key)) {
+            let mut more = open.clone();
+            more.insert(key);
+            let is_known = open.contains(key) || self.said.contains_key(&more);
+            if !is_known && self.outcome.checks >= CHECKS_MAX {
+                unreached.insert(key);
+                continue;
+            }
+            let faults = self.faults(&more).await?;
+            if passes(&faults, &more) {
+                self.outcome.faults.remove(key);
+                if *open != more {
+                    *open = more;
+                    // Those before it may need it.
+                    unreached.append(&mut tried);
+                }
+            } else {
+                self.refuse(&Keys::from([key]), &faults, |_| true);
+                tried.insert(key);
+            }
+        }
+        let is_same = open.is_empty() && self.dropped.is_empty();
+        unreached.retain(|key| !is_same || self.candidates[*key].refused != Some(Refused::Tried));
+        self.outcome.untried = unreached.into_iter().cloned().collect();
+        Ok(())
+    }
+
     /// Whose changes make an untouched ConfigMap fail: the one without which all is well, else all but those that
     /// can be added to the last good texts one after the other.
     async fn culprits(&mut self, open: &Keys<'a>) -> Result<Keys<'a>, E> {
-        if open.len() > 1 {
-            for key in open {
-                let others: Keys = open.iter().filter(|other| *other != key).copied().collect();
-                if self.outcome.checks >= CHECKS_MAX {
-                    break;
-                }
-                let faults = self.faults(&others).await?;
-                if passes(&faults, &others) {
-                    return Ok(Keys::from([*key]));
-                }
-            }
-        } else {
+        if open.len() == 1 {
             return Ok(open.clone());
+        }
+        for key in open {
+            let others: Keys = open.iter().filter(|other| *other != key).copied().collect();
+            if self.outcome.checks >= CHECKS_MAX {
+                break;
+            }
+            let faults = self.faults(&others).await?;
+            if passes(&faults, &others) {
+                return Ok(Keys::from([*key]));
+            }
         }
         let mut kept = Keys::new();
         let mut left = open.clone();
@@ -160,9 +250,14 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
     }
 
     async fn faults(&mut self, open: &Keys<'a>) -> Result<Vec<Fault>, E> {
+        if let Some(said) = self.said.get(open) {
+            return Ok(said.clone());
+        }
         self.outcome.checks += 1;
         let selection = self.selection(open);
-        (self.check)(&selection).await
+        let faults = (self.check)(&selection).await?;
+        self.said.insert(open.clone(), faults.clone());
+        Ok(faults)
     }
 
     fn chosen(&self, open: &Keys<'a>) -> impl Iterator<Item = (&'a ObjectKey, &'a Arc<Texts>)> {
@@ -246,7 +341,7 @@ mod tests {
         };
         let broken: Vec<_> = words(false)
             .filter(|(_, word)| *word == "!")
-            .map(|(key, word)| fault(key, "parse", word))
+            .map(|(key, word)| fault(key, PARSE_ERROR, word))
             .collect();
         if !broken.is_empty() {
             return broken;
@@ -289,23 +384,48 @@ mod tests {
             .map(|line| {
                 let (name, states) = line.split_once(": ").unwrap();
                 let (good, wanted) = states.split_once(" > ").unwrap_or((states, states));
-                (key(name), Candidate { good: texts(good), wanted: texts(wanted) })
+                // `~` for what was refused before.
+                let refused = wanted.strip_prefix('~').map(|_| Refused::Tried);
+                let wanted = wanted.trim_start_matches('~');
+                (key(name), Candidate { good: texts(good), wanted: texts(wanted), refused })
             })
             .collect();
-        let outcome = futures::executor::block_on(settle(&candidates, async |selection: &Selection| {
-            Ok::<_, Infallible>(compile(selection))
-        }));
-        let Ok(outcome) = outcome;
+        let wanted: Vec<_> = candidates.iter().map(|(key, c)| (key.clone(), c.wanted.clone())).collect();
+        let found = settle_all(candidates);
         let expected: BTreeMap<_, _> = accepted
             .iter()
             .map(|line| line.split_once('=').unwrap())
             .map(|(name, words)| (key(name), texts(words).unwrap()))
             .collect();
-        assert_eq!(outcome.accepted, expected, "{script:?}");
-        let names: Vec<_> = outcome.faults.keys().map(|key| key.name.to_string()).collect();
+        assert_eq!(found, expected, "{script:?}");
+        let refusals = wanted.into_iter().filter(|(key, wanted)| found.get(key) != wanted.as_ref());
+        let names: Vec<_> = refusals.map(|(key, _)| key.name.to_string()).collect();
         assert_eq!(names, refused, "{script:?}");
-        assert!(outcome.faults.values().all(|faults| !faults.is_empty()), "{:?}", outcome.faults);
-        assert!(outcome.checks <= CHECKS_MAX + script.len() + 2, "{}", outcome.checks);
+    }
+
+    /// As often as there is something untried.
+    fn settle_all(mut candidates: Candidates) -> BTreeMap<ObjectKey, Arc<Texts>> {
+        let mut faults = BTreeSet::new();
+        for _ in 0..candidates.len() + 2 {
+            let outcome = futures::executor::block_on(settle(&candidates, async |selection: &Selection| {
+                Ok::<_, Infallible>(compile(selection))
+            }));
+            let Ok(outcome) = outcome;
+            assert!(outcome.checks <= CHECKS_MAX + candidates.len(), "{}", outcome.checks);
+            if outcome.untried.is_empty() {
+                return outcome.accepted;
+            }
+            for (key, candidate) in &mut candidates {
+                candidate.good = outcome.accepted.get(key).cloned();
+                let untried = outcome.untried.contains(key);
+                let refused = if untried { Refused::Untried } else { Refused::Tried };
+                candidate.refused = (candidate.good != candidate.wanted).then_some(refused);
+                let told = outcome.faults.contains_key(key) || faults.contains(key);
+                assert!(told || candidate.refused.is_none(), "{key} is refused for nothing");
+                faults.extend(outcome.faults.get_key_value(key).map(|(key, _)| key.clone()));
+            }
+        }
+        panic!("it does not end");
     }
 
     #[test]
@@ -341,6 +461,21 @@ mod tests {
         );
         // Who was named for another's doing is not refused for it.
         check(&["a: x > -", "b: ?x > ?x k", "c: ?x"], &["a=x", "b=?x k", "c=?x"], &["a"]);
+    }
+
+    #[test]
+    fn what_was_refused_before_stands_aside() {
+        // It names others for its own doing, and yet the new one is judged by itself.
+        check(&["a: x", "b: - > ~x", "c: - > y"], &["a=x", "c=y"], &["b"]);
+        check(&["a: x", "b: - > ~x", "c: y > !"], &["a=x", "c=y"], &["b", "c"]);
+        check(
+            &["a: x", "b: - > ~x", "c: - > ~!", "d: - > ~?q", "e: - > q"],
+            &["a=x", "d=?q", "e=q"],
+            &["b", "c"],
+        );
+        // Two that need each other, beside one that is hopeless.
+        check(&["a: - > ~b0 ?a0", "b: - > ~a0 ?b0", "c: - > ~!"], &["a=b0 ?a0", "b=a0 ?b0"], &["c"]);
+        check(&["a: x > ~y", "b: ?x", "c: - > y"], &["a=x", "b=?x", "c=y"], &["a"]);
     }
 
     #[test]
