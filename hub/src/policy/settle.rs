@@ -109,10 +109,6 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         if !passes(&faults, &all) {
             open = new.clone();
             let mut again = self.narrow(&mut open).await?;
-            if self.outcome.checks >= CHECKS_MAX {
-                // They gave way together, for want of checks that tell them apart.
-                again = new.difference(&open).copied().collect();
-            }
             again.extend(old);
             self.second_chance(&mut open, again).await?;
         }
@@ -125,9 +121,11 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         Ok(self.outcome)
     }
 
-    /// Takes changes out of `open` until what is left passes. Says who gave way before the last one did.
+    /// Takes changes out of `open` until what is left passes. Says who of them may pass beside what is left, or gave way
+    /// for faults that are not its own for certain.
     async fn narrow(&mut self, open: &mut Keys<'a>) -> Result<Vec<&'a ObjectKey>, E> {
         let mut gave_way: Vec<Keys> = Vec::new();
+        let mut is_certain = true;
         loop {
             let faults = self.faults(open).await?;
             if passes(&faults, open) {
@@ -135,8 +133,10 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
             }
             let named: Keys = faults.iter().filter_map(|fault| owner(fault, self.candidates)).collect();
             let mut guilty: Keys = open.intersection(&named).copied().collect();
+            is_certain = true;
             if guilty.is_empty() && !open.is_empty() {
                 guilty = self.culprits(open).await?;
+                is_certain = guilty.len() == 1;
                 self.refuse(&guilty, &faults, |_| true);
             } else if guilty.is_empty() {
                 // Nothing changed, and yet it fails: OPA is another one than the one that accepted it.
@@ -153,7 +153,9 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
             *open = &*open - &guilty;
             gave_way.push(guilty);
         }
-        gave_way.pop();
+        if is_certain {
+            gave_way.pop();
+        }
         Ok(gave_way.into_iter().flatten().collect())
     }
 
