@@ -65,6 +65,27 @@ fn compiles(program: &Path, texts: &BTreeMap<String, String>) -> anyhow::Result<
     Ok(())
 }
 
+/// One edit, well or badly made.
+async fn edit_at_random(cluster: &Cluster, random: &mut fastrand::Rng, edit: usize) -> anyhow::Result<()> {
+    let at = random.usize(..CONFIGMAPS);
+    let (name, other) = (format!("c{at:02}"), random.usize(..at.max(1)));
+    let write = |text: String| {
+        let (cluster, name) = (cluster.clone(), name.clone());
+        async move { cluster.configmap("opa", &name, Some(POLICY), &[("m.rego", &text)]).await }
+    };
+    match random.u8(..10) {
+        0 => _ = cluster.delete_configmap("opa", &name).await,
+        1 => {
+            let text = LIBRARY[random.usize(..LIBRARY.len())];
+            cluster.configmap("opa", "lib", Some(POLICY), &[("l.rego", text)]).await?;
+        }
+        2 => _ = cluster.delete_configmap("opa", "lib").await,
+        3..6 => write(broken(at, other, random.u8(..6))).await?,
+        _ => write(valid(at, other, edit)).await?,
+    }
+    Ok(())
+}
+
 /// I6 under fire: at no moment does an OPA hold modules that do not compile, no decision of an untouched policy
 /// changes, and in the end each holds exactly what is accepted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -113,22 +134,7 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
 
     let mut random = fastrand::Rng::with_seed(SEED);
     for edit in 0..EDITS {
-        let at = random.usize(..CONFIGMAPS);
-        let (name, other) = (format!("c{at:02}"), random.usize(..at.max(1)));
-        let write = |text: String| {
-            let (cluster, name) = (cluster.clone(), name.clone());
-            async move { cluster.configmap("opa", &name, Some(POLICY), &[("m.rego", &text)]).await }
-        };
-        match random.u8(..10) {
-            0 => _ = cluster.delete_configmap("opa", &name).await,
-            1 => {
-                let text = LIBRARY[random.usize(..LIBRARY.len())];
-                cluster.configmap("opa", "lib", Some(POLICY), &[("l.rego", text)]).await?;
-            }
-            2 => _ = cluster.delete_configmap("opa", "lib").await,
-            3..6 => write(broken(at, other, random.u8(..6))).await?,
-            _ => write(valid(at, other, edit)).await?,
-        }
+        edit_at_random(&cluster, &mut random, edit).await?;
         // Sometimes the hub sees many edits at once, sometimes one.
         if edit % 4 == 0 {
             cluster
