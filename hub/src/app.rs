@@ -12,7 +12,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::bundle::Bundle;
-use crate::cli::Cli;
+use crate::cli::{Cli, Task};
 use crate::config::{Config, DRAIN, EVENT_QUEUE_MAX, Source};
 use crate::model::FeedId;
 use crate::pipeline::{self, Feeds, Pipeline, Said};
@@ -23,7 +23,7 @@ use crate::source::auto::{Auto, Wanted};
 use crate::source::{self, folder, kubernetes};
 use crate::writeback::last_good::{self, Place};
 use crate::writeback::{lease, verdicts};
-use crate::{serve, telemetry, writeback};
+use crate::{fields_of, serve, telemetry, writeback};
 
 /// What runs as long as the hub does; each ends with its name.
 type Tasks = JoinSet<anyhow::Result<&'static str>>;
@@ -31,9 +31,17 @@ type Tasks = JoinSet<anyhow::Result<&'static str>>;
 /// Runs the hub as the command line says until it is told to stop.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    telemetry::init(cli.log_level, cli.log_format);
+    let (level, format) = cli.log();
+    telemetry::init(level, format);
     let run = || -> anyhow::Result<()> {
-        let config = cli.config()?;
+        let config = match cli.task()? {
+            Task::Serve(config) => config,
+            Task::Fields(config) => {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+                print!("{}", runtime.block_on(fields_of::report(&config))?);
+                return Ok(());
+            }
+        };
         let sources: Vec<_> = config.feeds.iter().map(ToString::to_string).collect();
         tracing::info!(from = %config.source, bundle = config.bundle, sources = sources.join(", "), "starting");
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{ArgAction, Parser, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use opa_hub_proto::path::{DirPath, is_segment};
 
 use crate::config::{AutoReplication, Config, Rego, Source};
@@ -17,9 +17,33 @@ use crate::policy::check::Dialect;
 /// With --manifests it reads a folder instead of a cluster. With neither --manifests nor --kubeconfig it takes
 /// KUBECONFIG, ~/.kube/config or the pod's service account.
 #[derive(Parser, Debug)]
-#[command(version, name = "opa-hub")]
-#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
+#[command(version, name = "opa-hub", args_conflicts_with_subcommands = true)]
 pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+/// What the program does instead of serving.
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Show which fields of replicated objects the policies of a folder read, and what they are of all bytes
+    Fields(Box<Flags>),
+}
+
+/// What is to be done.
+pub enum Task {
+    /// Serve for ever.
+    Serve(Config),
+    /// Show fields.
+    Fields(Config),
+}
+
+/// All flags.
+#[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
+pub struct Flags {
     /// Read this folder of manifests (YAML or JSON, watched for changes) instead of a cluster
     #[arg(long, value_name = "DIR", env = "OPA_HUB_MANIFESTS", conflicts_with = "kubeconfig")]
     manifests: Option<PathBuf>,
@@ -139,7 +163,7 @@ pub struct Cli {
         value_parser = level,
         help_heading = "Logging"
     )]
-    pub(crate) log_level: tracing::Level,
+    log_level: tracing::Level,
     /// How it is logged
     #[arg(
         long,
@@ -148,7 +172,7 @@ pub struct Cli {
         default_value = "text",
         help_heading = "Logging"
     )]
-    pub(crate) log_format: LogFormat,
+    log_format: LogFormat,
 }
 
 /// How log lines look.
@@ -193,8 +217,26 @@ pub enum Error {
 }
 
 impl Cli {
-    /// What the flags mean.
-    pub fn config(&self) -> Result<Config, Error> {
+    /// What is asked for.
+    pub fn task(&self) -> Result<Task, Error> {
+        match &self.command {
+            None => self.flags.config().map(Task::Serve),
+            Some(Command::Fields(flags)) => flags.config().map(Task::Fields),
+        }
+    }
+
+    /// How it is to be logged.
+    pub fn log(&self) -> (tracing::Level, LogFormat) {
+        let flags = match &self.command {
+            None => &self.flags,
+            Some(Command::Fields(flags)) => flags,
+        };
+        (flags.log_level, flags.log_format)
+    }
+}
+
+impl Flags {
+    fn config(&self) -> Result<Config, Error> {
         if !is_segment(&self.bundle) {
             return Err(Error::BundleName(self.bundle.clone()));
         }
@@ -340,7 +382,7 @@ mod tests {
     /// Parses flags and compares the feeds, or the error, in words.
     fn check(flags: &str, expected: &[&str]) {
         let cli = Cli::try_parse_from(["opa-hub"].into_iter().chain(flags.split_whitespace())).unwrap();
-        let said = match cli.config() {
+        let said = match cli.flags.config() {
             Err(error) => vec![error.to_string()],
             Ok(config) => config
                 .feeds

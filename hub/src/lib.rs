@@ -33,4 +33,6 @@ pub mod serve;
 
 pub mod telemetry;
 
+pub mod fields_of;
+
 pub mod app;

@@ -2,6 +2,8 @@
 
 pub mod project;
 
+pub mod fields;
+
 pub mod view;
 
 pub mod log;

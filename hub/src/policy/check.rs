@@ -15,6 +15,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 
 use super::modules::Module;
+use super::plan::Plan;
 use super::settle::{Selection, TEST_FAILED};
 use super::verdict::{Fault, Location};
 use crate::config::{CHECK_FAULTS_MAX, CHECK_MAX, CHECK_OUTPUT_MAX, TEST_SECONDS};
@@ -145,6 +146,14 @@ impl Compiler {
         }
     }
 
+    /// The plan of everything that the modules decide; none: nobody here can make one.
+    pub async fn plan(&self, modules: &Modules<'_>) -> Result<Option<Plan>, Error> {
+        match self {
+            Self::Syntax(_) => Ok(None),
+            Self::Opa(opa) => opa.plan(modules).await.map(Some),
+        }
+    }
+
     /// The names below `data.<root>` that the modules read; `*`: some that only an input decides. None: nobody here
     /// can say.
     pub async fn reads(
@@ -159,6 +168,9 @@ impl Compiler {
         }
     }
 }
+
+/// The package of the rule that makes every package an entrypoint: one without rules would be refused as such.
+const ENTRY: &str = "opahub_entry";
 
 /// Modules by id.
 pub type Modules<'a> = BTreeMap<&'a String, &'a Arc<Module>>;
@@ -291,6 +303,33 @@ impl Opa {
         Ok(found.collect())
     }
 
+    async fn plan(&self, modules: &Modules<'_>) -> Result<Plan, Error> {
+        let folder = Folder::write(modules)?;
+        let packages: BTreeSet<_> = modules.values().map(|module| &module.root).collect();
+        let rules = packages.into_iter().enumerate().map(|(at, package)| {
+            format!("p{at} := data[\"{}\"]\n", package.relative().replace('/', "\"][\""))
+        });
+        let entry: Vec<_> = std::iter::once(format!("package {ENTRY}\n")).chain(rules).collect();
+        std::fs::write(folder.dir.path().join("entry.rego"), entry.join("\n")).map_err(Error::Write)?;
+        let command = ["build", "--target=plan", "--entrypoint", ENTRY, "--output=.plan.tar.gz"];
+        let said = self.run(&folder, &command, &["."]).await?;
+        if !said.status.success() {
+            return Err(failed(&said));
+        }
+        let file = std::fs::File::open(folder.dir.path().join(".plan.tar.gz")).map_err(Error::Write)?;
+        let mut bundle = tar::Archive::new(flate2::read::GzDecoder::new(file));
+        for entry in bundle.entries().map_err(Error::Write)? {
+            let entry = entry.map_err(Error::Write)?;
+            if entry.path().is_ok_and(|path| path.ends_with("plan.json")) {
+                let mut plan: Plan = serde_json::from_reader(std::io::BufReader::new(entry))
+                    .map_err(|error| Error::Failed { status: "a plan".into(), output: error.to_string() })?;
+                plan.rename_files(|file| folder.id(file).map(str::to_owned));
+                return Ok(plan);
+            }
+        }
+        Err(Error::Failed { status: said.status.to_string(), output: "no plan".into() })
+    }
+
     fn capabilities(&self) -> String {
         self.capabilities.path().display().to_string()
     }
@@ -346,10 +385,14 @@ impl Folder {
     }
 
     fn location(&self, location: OpaLocation) -> Location {
-        let file = location.file.strip_prefix("./").unwrap_or(&location.file);
-        let at = file.strip_prefix('m').and_then(|name| name.strip_suffix(".rego")?.parse::<usize>().ok());
-        let file = at.and_then(|at| self.ids.get(at)).cloned().unwrap_or(location.file);
+        let file = self.id(&location.file).map(str::to_owned).unwrap_or(location.file);
         Location { file, row: location.row, col: location.col }
+    }
+
+    fn id(&self, file: &str) -> Option<&str> {
+        let file = file.strip_prefix("./").unwrap_or(file);
+        let at = file.strip_prefix('m')?.strip_suffix(".rego")?.parse::<usize>().ok()?;
+        self.ids.get(at).map(String::as_str)
     }
 
     /// Names the modules in a message by their ids, which begin where no other name does.

@@ -10,3 +10,7 @@ pub mod settle;
 pub mod check;
 
 pub mod candidates;
+
+pub mod plan;
+
+pub mod analyze;

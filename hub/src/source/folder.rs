@@ -48,6 +48,30 @@ pub enum Error {
     Watch(#[from] notify::Error),
 }
 
+/// A folder at one moment.
+pub struct Contents {
+    /// What the feeds select.
+    pub objects: Vec<(FeedId, Object)>,
+    /// What cannot be read.
+    pub problems: Vec<String>,
+}
+
+/// Reads the folder once.
+pub fn read_once(dir: &Path, feeds: &[Feed]) -> Result<Contents, Error> {
+    let mut folder = Folder::new(dir.to_owned(), feeds.to_vec());
+    let events = folder.scan()?.into_iter();
+    let objects = events.filter_map(|(id, event)| match event {
+        Event::Apply(object) => Some((id, object)),
+        _ => None,
+    });
+    let objects = objects.collect();
+    let problems = folder.files.iter().filter_map(|(path, file)| {
+        file.problem.as_ref().map(|problem| format!("{}: {problem}", path.display()))
+    });
+    let problems = problems.collect();
+    Ok(Contents { objects, problems })
+}
+
 /// Reads the folder, then follows its changes, and what is `wanted` of it besides `feeds`, until the writer is gone.
 pub async fn run(
     dir: PathBuf,
@@ -67,14 +91,7 @@ pub async fn run(
     fs::metadata(&dir).map_err(read_error)?;
     watcher.watch(&dir, RecursiveMode::Recursive)?;
 
-    let mut folder = Folder {
-        dir,
-        held: BTreeMap::new(),
-        feeds: (0..).map(FeedId).zip(feeds).collect(),
-        files: BTreeMap::new(),
-        unreadable: BTreeMap::new(),
-        said: BTreeSet::new(),
-    };
+    let mut folder = Folder::new(dir, feeds);
     let mut first = true;
     // Feeds that were not listed yet.
     let mut fresh: BTreeSet<FeedId> = folder.feeds.keys().copied().collect();
@@ -163,6 +180,17 @@ struct File {
 type Stamp = (Option<SystemTime>, u64, u64);
 
 impl Folder {
+    fn new(dir: PathBuf, feeds: Vec<Feed>) -> Self {
+        Self {
+            dir,
+            held: BTreeMap::new(),
+            feeds: (0..).map(FeedId).zip(feeds).collect(),
+            files: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
+            said: BTreeSet::new(),
+        }
+    }
+
     /// Turns to what is wanted now besides the `given` first feeds. What is new is `fresh`.
     fn turn(
         &mut self,
@@ -343,14 +371,7 @@ mod tests {
             labels: Vec::new(),
             content: Content::Data,
         };
-        Folder {
-            dir: dir.to_owned(),
-            feeds: BTreeMap::from([(FeedId(0), feed)]),
-            files: BTreeMap::new(),
-            held: BTreeMap::new(),
-            unreadable: BTreeMap::new(),
-            said: BTreeSet::new(),
-        }
+        Folder::new(dir.to_owned(), vec![feed])
     }
 
     fn configmap(namespace: &str, name: &str, value: &str) -> String {

@@ -1,0 +1,229 @@
+//! Which parts of an object travel: a tree of its fields, and the object cut down to it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::rc::Rc;
+
+use opa_hub_proto::patch::push_json_string;
+use serde_json::value::RawValue;
+
+use crate::policy::analyze::{Extent, Reads, Step};
+use crate::source::trim::Members;
+
+/// Fields of an object. What a policy asks about a value is whether it is there, of which kind it is, and, where it is
+/// no container, what it is: so much of every value in the tree is kept.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Fields {
+    /// All below is kept.
+    whole: bool,
+    /// By name.
+    names: BTreeMap<Rc<str>, Fields>,
+    /// Of every member or element, besides.
+    any: Option<Box<Fields>>,
+}
+
+impl Fields {
+    /// Everything.
+    pub fn all() -> Self {
+        Self { whole: true, ..Self::default() }
+    }
+
+    /// Whether everything is kept.
+    pub fn is_all(&self) -> bool {
+        self.whole
+    }
+
+    /// Keeps what lies at `steps` too.
+    pub fn insert(&mut self, steps: &[Step], extent: Extent) {
+        if self.whole {
+            return;
+        }
+        let Some((first, rest)) = steps.split_first() else {
+            if extent == Extent::Whole {
+                *self = Self::all();
+            }
+            return;
+        };
+        match first {
+            Step::Name(name) => self.names.entry(name.clone()).or_default().insert(rest, extent),
+            Step::Any => self.any.get_or_insert_default().insert(rest, extent),
+        }
+    }
+
+    fn join(&mut self, other: &Self) {
+        if self.whole {
+            return;
+        }
+        if other.whole {
+            *self = Self::all();
+            return;
+        }
+        for (name, fields) in &other.names {
+            self.names.entry(name.clone()).or_default().join(fields);
+        }
+        if let Some(any) = &other.any {
+            self.any.get_or_insert_default().join(any);
+        }
+    }
+
+    /// What is kept of the member `name`.
+    fn of(&self, name: &str) -> Option<Self> {
+        match (self.names.get(name), &self.any) {
+            (None, None) => None,
+            (Some(fields), None) => Some(fields.clone()),
+            (None, Some(any)) => Some((**any).clone()),
+            (Some(fields), Some(any)) => {
+                let mut both = fields.clone();
+                both.join(any);
+                Some(both)
+            }
+        }
+    }
+
+    /// What is kept of an element: of all alike, for an index may be anything.
+    fn of_elements(&self) -> Self {
+        let mut fields = Self::default();
+        self.names.values().chain(self.any.as_deref()).for_each(|other| fields.join(other));
+        fields
+    }
+
+    /// Appends `json`, which has no insignificant white space, cut down to these fields.
+    pub fn cut(&self, json: &str, out: &mut Vec<u8>) -> Result<(), serde_json::Error> {
+        match json.as_bytes().first() {
+            _ if self.whole => out.extend_from_slice(json.as_bytes()),
+            Some(b'{') => {
+                out.push(b'{');
+                let empty = out.len();
+                for (name, value) in &serde_json::from_str::<Members>(json)?.0 {
+                    let Some(fields) = self.of(name.as_ref()) else { continue };
+                    if out.len() > empty {
+                        out.push(b',');
+                    }
+                    push_json_string(out, name);
+                    out.push(b':');
+                    fields.cut(value.get(), out)?;
+                }
+                out.push(b'}');
+            }
+            Some(b'[') => {
+                out.push(b'[');
+                if !self.names.is_empty() || self.any.is_some() {
+                    let fields = self.of_elements();
+                    for (at, value) in serde_json::from_str::<Vec<&RawValue>>(json)?.iter().enumerate() {
+                        if at > 0 {
+                            out.push(b',');
+                        }
+                        fields.cut(value.get(), out)?;
+                    }
+                }
+                out.push(b']');
+            }
+            _ => out.extend_from_slice(json.as_bytes()),
+        }
+        Ok(())
+    }
+}
+
+/// What is read of each resource below `root`. With each comes whether its objects belong to no namespace.
+pub fn of_resources<'a>(
+    reads: &'a Reads,
+    root: &[&str],
+    resources: impl IntoIterator<Item = (&'a str, bool)>,
+) -> BTreeMap<&'a str, Fields> {
+    let is = |step: &Step, name: &str| match step {
+        Step::Name(held) => **held == *name,
+        Step::Any => true,
+    };
+    let mut found = BTreeMap::new();
+    for (resource, is_cluster_scoped) in resources {
+        let mut fields = Fields::default();
+        let above = root.len() + 1;
+        let object = above + if is_cluster_scoped { 1 } else { 2 };
+        let names = || root.iter().copied().chain([resource]);
+        for (place, extent, _) in reads.iter() {
+            if place.iter().zip(names()).all(|(step, name)| is(step, name)) {
+                if place.len() >= object {
+                    fields.insert(&place[object..], extent);
+                } else if extent == Extent::Whole {
+                    fields = Fields::all();
+                }
+            }
+        }
+        found.insert(resource, fields);
+    }
+    found
+}
+
+impl fmt::Display for Fields {
+    /// As paths, one a line: `metadata.labels.app`, `spec.containers[*].image`; `…` behind what is kept whole.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fn write(fields: &Fields, path: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            if fields.whole {
+                return writeln!(f, "{path}…");
+            }
+            if fields.names.is_empty() && fields.any.is_none() {
+                return writeln!(f, "{path}");
+            }
+            for (name, below) in &fields.names {
+                write(below, &format!("{path}{}{name}", if path.is_empty() { "" } else { "." }), f)?;
+            }
+            fields.any.as_ref().map_or(Ok(()), |any| write(any, &format!("{path}[*]"), f))
+        }
+        write(self, "", f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Steps as `a.*.b`; a `!` behind them for whole.
+    fn check(paths: &[&str], json: &str, expected: &str) {
+        let mut fields = Fields::default();
+        for path in paths {
+            let (path, extent) = match path.strip_suffix('!') {
+                Some(path) => (path, Extent::Whole),
+                None => (*path, Extent::Shallow),
+            };
+            let step = |name: &str| if name == "*" { Step::Any } else { Step::Name(name.into()) };
+            fields.insert(
+                &path.split('.').filter(|name| !name.is_empty()).map(step).collect::<Vec<_>>(),
+                extent,
+            );
+        }
+        let mut cut = Vec::new();
+        fields.cut(json, &mut cut).unwrap();
+        assert_eq!(String::from_utf8(cut).unwrap(), expected, "{paths:?}");
+    }
+
+    #[test]
+    fn objects_are_cut_to_their_fields() {
+        let pod = r#"{"kind":"Pod","metadata":{"labels":{"app":"a","x":"1.50"},"name":"p"},"spec":{"c":[{"image":"i","n":1.50},{"n":2}]}}"#;
+        check(&[], pod, "{}");
+        check(&["!"], pod, pod);
+        check(&["metadata.labels.app", "nope.nope"], pod, r#"{"metadata":{"labels":{"app":"a"}}}"#);
+        check(
+            &["metadata.labels!", "metadata.labels.app"],
+            pod,
+            r#"{"metadata":{"labels":{"app":"a","x":"1.50"}}}"#,
+        );
+        check(&["spec.c.*.image"], pod, r#"{"spec":{"c":[{"image":"i"},{}]}}"#);
+        check(&["spec.c.0.n"], pod, r#"{"spec":{"c":[{"n":1.50},{"n":2}]}}"#);
+        check(&["spec.c"], pod, r#"{"spec":{"c":[]}}"#);
+        check(
+            &["metadata.*", "metadata.labels.x"],
+            pod,
+            r#"{"metadata":{"labels":{"x":"1.50"},"name":"p"}}"#,
+        );
+        check(&["kind.deeper"], pod, r#"{"kind":"Pod"}"#);
+    }
+
+    #[test]
+    fn fields_print_as_paths() {
+        let mut fields = Fields::default();
+        let name = |name: &str| Step::Name(name.into());
+        fields.insert(&[name("spec"), name("c"), Step::Any, name("image")], Extent::Shallow);
+        fields.insert(&[name("metadata"), name("labels")], Extent::Whole);
+        assert_eq!(fields.to_string(), "metadata.labels…\nspec.c[*].image\n");
+    }
+}

@@ -1,0 +1,409 @@
+//! What of the data policies can read, by a data-flow pass over OPA's [`Plan`].
+//!
+//! Each local stands for the places below `data` that its value may come from. A step into a place is a read of what
+//! lies there; whoever takes a value whole (compares, returns, prints it, hands it to a builtin) reads all below it.
+//! Nothing is guessed: what the pass does not know reads everything that it is given.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::rc::Rc;
+
+use super::plan::{Block, Function, Operand, Plan, Site, Stmt};
+
+/// Steps of one place. Rego forbids recursion, so that paths end; this bounds what a plan that lies may cost.
+const STEPS_MAX: usize = 32;
+/// Places that are told apart: beyond, policies read everything. A hundred real ones read a few hundred.
+const PLACES_MAX: usize = 20_000;
+/// Containers in containers whose elements are followed.
+const NESTING_MAX: usize = 4;
+
+/// One step down.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Step {
+    /// By this name.
+    Name(Rc<str>),
+    /// By some name, or to some element.
+    Any,
+}
+
+/// A place below `data`.
+pub type Place = Vec<Step>;
+
+/// How much is read at a place.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Extent {
+    /// Whether there is something, and the value itself where it is no container.
+    Shallow,
+    /// All that lies below it.
+    Whole,
+}
+
+/// What is read, and by whom first.
+#[derive(Default, Debug)]
+pub struct Reads(BTreeMap<Place, (Extent, Option<Site>)>);
+
+impl Reads {
+    /// Every place that is read, in their order.
+    pub fn iter(&self) -> impl Iterator<Item = (&Place, Extent, Option<&Site>)> {
+        self.0.iter().map(|(place, (extent, site))| (place, *extent, site.as_ref()))
+    }
+
+    fn add(&mut self, place: &[Step], extent: Extent, site: Option<&Site>) -> bool {
+        match self.0.get_mut(place) {
+            Some((held, _)) if *held >= extent => false,
+            Some((held, by)) => {
+                *held = extent;
+                // What OPA itself returns in the end has no place in a module: who read it before says more.
+                *by = site.cloned().or_else(|| by.take());
+                true
+            }
+            None => {
+                self.0.insert(place.to_vec(), (extent, site.cloned()));
+                true
+            }
+        }
+    }
+}
+
+/// What a value may be.
+#[derive(Clone, Default, PartialEq, Eq)]
+struct Flow {
+    /// Places that it may come from.
+    places: BTreeSet<Place>,
+    /// What its elements may be, when it was built of others.
+    elements: Option<Box<Flow>>,
+    /// The texts that it is for certain one of; none: anything.
+    texts: Option<BTreeSet<Rc<str>>>,
+}
+
+impl Flow {
+    fn is_empty(&self) -> bool {
+        self.places.is_empty() && self.elements.as_ref().is_none_or(|elements| elements.is_empty())
+    }
+
+    /// Takes what `other` may be too. Says whether that was news.
+    fn join(&mut self, other: &Self, depth: usize) -> bool {
+        let before = self.places.len();
+        self.places.extend(other.places.iter().cloned());
+        let mut news = self.places.len() > before;
+        if let Some(elements) = other.elements.as_ref().filter(|_| depth < NESTING_MAX) {
+            news |= self.elements.is_none();
+            news |= self.elements.get_or_insert_default().join(elements, depth + 1);
+        }
+        news
+    }
+}
+
+/// The places that the plan's entrypoints can read.
+pub fn reads(plan: &Plan) -> Reads {
+    let mut pass = Pass {
+        plan,
+        functions: plan.functions(),
+        flows: HashMap::new(),
+        begun: HashMap::new(),
+        returns: HashMap::new(),
+        reads: Reads::default(),
+        news: false,
+    };
+    loop {
+        pass.news = false;
+        for (at, blocks) in plan.entries().enumerate() {
+            let scope = format!("entrypoint {at}");
+            pass.set((scope.clone(), 1, 0), &data());
+            pass.body(&scope, blocks);
+        }
+        let functions: Vec<&Function> = pass.functions.values().copied().collect();
+        for function in functions {
+            pass.body(&function.name, &function.blocks);
+        }
+        if pass.reads.0.len() > PLACES_MAX {
+            pass.whole(&data(), None);
+            return pass.reads;
+        }
+        if !pass.news {
+            return pass.reads;
+        }
+    }
+}
+
+fn data() -> Flow {
+    Flow { places: BTreeSet::from([Vec::new()]), ..Flow::default() }
+}
+
+/// A function, a local, and in which of the function's blocks it began: other definitions of a rule use the same numbers
+/// for other things. Parameters begin before the first.
+type Local = (String, u32, usize);
+
+struct Pass<'a> {
+    plan: &'a Plan,
+    functions: HashMap<&'a str, &'a Function>,
+    flows: HashMap<Local, Flow>,
+    /// In which block of the function under way a local last began anew.
+    begun: HashMap<u32, usize>,
+    returns: HashMap<String, Flow>,
+    reads: Reads,
+    /// Something was learnt in this round.
+    news: bool,
+}
+
+impl Pass<'_> {
+    /// Runs the blocks of a function. A local whose first mention in a block is that it is assigned begins anew there.
+    fn body(&mut self, scope: &str, blocks: &[Block]) {
+        self.begun.clear();
+        for (at, block) in blocks.iter().enumerate() {
+            let (mut mentioned, mut begun) = (BTreeSet::new(), BTreeSet::new());
+            self.mentions(block, &mut mentioned, &mut begun);
+            self.begun.extend(begun.into_iter().map(|local| (local, at + 1)));
+            self.blocks(scope, std::iter::once(block));
+        }
+    }
+
+    fn mentions(&self, block: &Block, mentioned: &mut BTreeSet<u32>, begun: &mut BTreeSet<u32>) {
+        for stmt in &block.stmts {
+            mentioned.extend(self.plan.uses(stmt));
+            for target in stmt.targets() {
+                if mentioned.insert(target) {
+                    begun.insert(target);
+                }
+            }
+            for block in stmt.blocks() {
+                self.mentions(&block, mentioned, begun);
+            }
+        }
+    }
+
+    fn local(&self, scope: &str, local: u32) -> Local {
+        (scope.to_owned(), local, self.begun.get(&local).copied().unwrap_or_default())
+    }
+
+    fn blocks<'b>(&mut self, scope: &str, blocks: impl Iterator<Item = &'b Block>) {
+        for block in blocks {
+            for stmt in &block.stmts {
+                self.stmt(scope, stmt);
+            }
+        }
+    }
+
+    fn stmt(&mut self, scope: &str, stmt: &Stmt) {
+        let plan = self.plan;
+        let site = plan.site(stmt);
+        let operand = |name: &str| plan.operand(stmt, name);
+        let flow = |pass: &Self, name: &str| pass.flow(scope, plan.operand(stmt, name));
+        match stmt.kind.as_str() {
+            "NopStmt" | "BreakStmt" | "ResetLocalStmt" | "IsArrayStmt" | "IsObjectStmt" | "IsSetStmt"
+            | "IsDefinedStmt" | "IsUndefinedStmt" => {}
+            "MakeNullStmt" | "MakeNumberIntStmt" | "MakeNumberRefStmt" | "AssignIntStmt"
+            | "MakeArrayStmt" | "MakeObjectStmt" | "MakeSetStmt" => {
+                self.assign(scope, stmt, "target", &Flow::default());
+            }
+            "AssignVarStmt" | "AssignVarOnceStmt" => {
+                let mut source = flow(self, "source");
+                if let Some(Operand::Text(text)) = operand("source") {
+                    source.texts = Some(BTreeSet::from([text.into()]));
+                }
+                self.assign(scope, stmt, "target", &source);
+            }
+            "DotStmt" => {
+                let (source, key) = (flow(self, "source"), flow(self, "key"));
+                self.whole(&key, site.as_ref());
+                let target = self.dot(&source, &self.steps(scope, operand("key")), site.as_ref());
+                self.assign(scope, stmt, "target", &target);
+            }
+            "ScanStmt" => {
+                let value = self.dot(&flow(self, "source"), &[Step::Any], site.as_ref());
+                self.assign(scope, stmt, "key", &Flow::default());
+                self.assign(scope, stmt, "value", &value);
+                self.blocks(scope, stmt.blocks().iter());
+            }
+            "LenStmt" => {
+                self.dot(&flow(self, "source"), &[Step::Any], site.as_ref());
+                self.assign(scope, stmt, "target", &Flow::default());
+            }
+            "EqualStmt" | "NotEqualStmt" => {
+                let (a, b) = (operand("a"), operand("b"));
+                let is_scalar = |side| matches!(side, Some(Operand::Text(_) | Operand::Bool(_)));
+                // Against a scalar a container is unequal, whatever it holds.
+                if !is_scalar(a) && !is_scalar(b) {
+                    self.whole(&flow(self, "a"), site.as_ref());
+                    self.whole(&flow(self, "b"), site.as_ref());
+                }
+            }
+            "ArrayAppendStmt" => self.put(scope, stmt, "array", &["value"]),
+            "SetAddStmt" => self.put(scope, stmt, "set", &["value"]),
+            "ObjectInsertStmt" | "ObjectInsertOnceStmt" => {
+                self.whole(&flow(self, "key"), site.as_ref());
+                self.put(scope, stmt, "object", &["value"]);
+            }
+            "ObjectMergeStmt" => {
+                let mut merged = flow(self, "a");
+                merged.join(&flow(self, "b"), 0);
+                merged.texts = None;
+                self.assign(scope, stmt, "target", &merged);
+            }
+            "BlockStmt" | "NotStmt" => self.blocks(scope, stmt.blocks().iter()),
+            "WithStmt" => {
+                let value = flow(self, "value");
+                if stmt.has_path() {
+                    // What is read in its stead is read at another place.
+                    self.whole(&value, site.as_ref());
+                } else {
+                    self.assign(scope, stmt, "local", &value);
+                }
+                self.blocks(scope, stmt.blocks().iter());
+            }
+            "CallStmt" => self.call(scope, stmt, site.as_ref()),
+            "ReturnLocalStmt" => {
+                let source = flow(self, "source");
+                let returned = self.returns.entry(scope.to_owned()).or_default();
+                self.news |= returned.join(&source, 0);
+            }
+            "ResultSetAddStmt" => self.whole(&flow(self, "value"), site.as_ref()),
+            // A call that only an input decides, and whatever OPA adds one day.
+            _ => {
+                self.whole(&data(), site.as_ref());
+                self.blocks(scope, stmt.blocks().iter());
+            }
+        }
+    }
+
+    fn call(&mut self, scope: &str, stmt: &Stmt, site: Option<&Site>) {
+        let name = stmt.text("func").unwrap_or_default();
+        let operands = self.plan.operands(stmt, "args");
+        let args: Vec<Flow> = operands.iter().map(|operand| self.flow(scope, Some(*operand))).collect();
+        if let Some(function) = self.functions.get(name).copied() {
+            for (param, arg) in function.params.iter().zip(&args) {
+                self.set((name.to_owned(), *param, 0), arg);
+            }
+            let result = self.returns.get(name).cloned().unwrap_or_default();
+            self.assign(scope, stmt, "result", &result);
+            return;
+        }
+        let result = match (name, &args[..]) {
+            ("object.get", [object, key, default]) => {
+                self.whole(key, site);
+                // A list of steps is followed as far as any of them may lead: all below the first.
+                let steps = match operands.get(1) {
+                    Some(Operand::Text(text)) => vec![Step::Name((*text).into())],
+                    _ => Vec::new(),
+                };
+                if steps.is_empty() {
+                    self.whole(object, site);
+                    Flow::default()
+                } else {
+                    let mut result = self.dot(object, &steps, site);
+                    result.join(default, 0);
+                    result
+                }
+            }
+            ("count" | "object.keys", [source]) => {
+                self.dot(source, &[Step::Any], site);
+                Flow::default()
+            }
+            _ => {
+                for arg in &args {
+                    self.whole(arg, site);
+                }
+                Flow::default()
+            }
+        };
+        self.assign(scope, stmt, "result", &result);
+    }
+
+    /// The steps that a key may be.
+    fn steps(&self, scope: &str, key: Option<Operand>) -> Vec<Step> {
+        match key {
+            Some(Operand::Text(text)) => vec![Step::Name(text.into())],
+            Some(Operand::Local(local)) => match self.flows.get(&self.local(scope, local)) {
+                Some(Flow { texts: Some(texts), .. }) => texts.iter().cloned().map(Step::Name).collect(),
+                _ => vec![Step::Any],
+            },
+            _ => vec![Step::Any],
+        }
+    }
+
+    /// What lies one of these steps below, of which it is read at least that it is there.
+    fn dot(&mut self, source: &Flow, steps: &[Step], site: Option<&Site>) -> Flow {
+        let mut target = Flow::default();
+        for place in &source.places {
+            for step in steps {
+                let mut below = place.clone();
+                if below.len() < STEPS_MAX {
+                    below.push(step.clone());
+                    self.news |= self.reads.add(&below, Extent::Shallow, site);
+                } else {
+                    self.news |= self.reads.add(&below, Extent::Whole, site);
+                }
+                target.places.insert(below);
+            }
+        }
+        if let Some(elements) = &source.elements {
+            target.join(elements, 0);
+        }
+        target
+    }
+
+    fn whole(&mut self, flow: &Flow, site: Option<&Site>) {
+        for place in &flow.places {
+            self.news |= self.reads.add(place, Extent::Whole, site);
+        }
+        if let Some(elements) = &flow.elements {
+            self.whole(elements, site);
+        }
+    }
+
+    fn flow(&self, scope: &str, operand: Option<Operand>) -> Flow {
+        match operand {
+            Some(Operand::Local(local)) => {
+                self.flows.get(&self.local(scope, local)).cloned().unwrap_or_default()
+            }
+            _ => Flow::default(),
+        }
+    }
+
+    fn assign(&mut self, scope: &str, stmt: &Stmt, name: &str, flow: &Flow) {
+        match stmt.local(name) {
+            Some(local) => self.set(self.local(scope, local), flow),
+            None if flow.is_empty() => {}
+            // A plan that is not as expected.
+            None => self.whole(flow, None),
+        }
+    }
+
+    fn set(&mut self, local: Local, flow: &Flow) {
+        match self.flows.entry(local) {
+            Entry::Vacant(place) => {
+                place.insert(flow.clone());
+                self.news = true;
+            }
+            Entry::Occupied(mut held) => {
+                let held = held.get_mut();
+                self.news |= held.join(flow, 0);
+                // It is one of these texts for certain only if it is so wherever it comes from.
+                let before = held.texts.take();
+                if let (Some(one), Some(other)) = (&before, &flow.texts) {
+                    held.texts = Some(one | other);
+                }
+                self.news |= held.texts != before;
+            }
+        }
+    }
+
+    /// Puts values into a container.
+    fn put(&mut self, scope: &str, stmt: &Stmt, container: &str, values: &[&str]) {
+        let mut elements = Flow::default();
+        for value in values {
+            elements.join(&self.flow(scope, self.plan.operand(stmt, value)), 1);
+        }
+        if elements.is_empty() {
+            return;
+        }
+        match stmt.local(container) {
+            Some(local) => {
+                let built = Flow { elements: Some(Box::new(elements)), ..Flow::default() };
+                let held = self.flows.entry(self.local(scope, local)).or_default();
+                self.news |= held.join(&built, 0);
+            }
+            None => self.whole(&elements, None),
+        }
+    }
+}

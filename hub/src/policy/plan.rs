@@ -1,0 +1,200 @@
+//! OPA's plan of policies (OPA v1/ir/ir.go): every rule as statements over numbered locals, in which aliases, imports,
+//! unification and comprehensions are already resolved.
+
+use std::collections::HashMap;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+/// A plan as `opa build -t plan` writes it.
+#[derive(Deserialize)]
+pub struct Plan {
+    #[serde(rename = "static")]
+    tables: Tables,
+    plans: Plans,
+    #[serde(default)]
+    funcs: Funcs,
+}
+
+#[derive(Deserialize)]
+struct Tables {
+    #[serde(default)]
+    strings: Vec<Text>,
+    #[serde(default)]
+    files: Vec<Text>,
+}
+
+#[derive(Deserialize)]
+struct Text {
+    value: String,
+}
+
+#[derive(Deserialize)]
+struct Plans {
+    plans: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    blocks: Vec<Block>,
+}
+
+#[derive(Deserialize, Default)]
+struct Funcs {
+    funcs: Option<Vec<Function>>,
+}
+
+/// A rule or a function: parameters 0 and 1 are `input` and `data`.
+#[derive(Deserialize)]
+pub struct Function {
+    /// As calls name it.
+    pub name: String,
+    /// Locals that hold the arguments.
+    pub params: Vec<u32>,
+    /// Its body.
+    pub blocks: Vec<Block>,
+}
+
+/// Statements that run one after the other until one is undefined.
+#[derive(Deserialize, Default)]
+pub struct Block {
+    /// In their order.
+    #[serde(default)]
+    pub stmts: Vec<Stmt>,
+}
+
+/// One statement, its members as the plan has them.
+#[derive(Deserialize)]
+pub struct Stmt {
+    /// Which of the kinds, e.g. `DotStmt`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    #[serde(rename = "stmt")]
+    members: Map<String, Value>,
+}
+
+/// What a statement names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Operand<'a> {
+    /// A local.
+    Local(u32),
+    /// A text.
+    Text(&'a str),
+    /// `true` or `false`.
+    Bool(bool),
+}
+
+/// Where a statement comes from.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Site {
+    /// The file, as it was given to OPA.
+    pub file: String,
+    /// From 1.
+    pub row: u64,
+    /// From 1.
+    pub col: u64,
+}
+
+impl Plan {
+    /// The blocks of every entrypoint; their local 0 is `input`, local 1 `data`.
+    pub fn entries(&self) -> impl Iterator<Item = &Vec<Block>> {
+        self.plans.plans.iter().map(|entry| &entry.blocks)
+    }
+
+    /// Gives files other names, where `name` has one.
+    pub fn rename_files(&mut self, name: impl Fn(&str) -> Option<String>) {
+        for file in &mut self.tables.files {
+            file.value = name(&file.value).unwrap_or_else(|| std::mem::take(&mut file.value));
+        }
+    }
+
+    /// The functions by name.
+    pub fn functions(&self) -> HashMap<&str, &Function> {
+        self.funcs.funcs.iter().flatten().map(|function| (function.name.as_str(), function)).collect()
+    }
+
+    /// The operand at `name`.
+    pub fn operand<'a>(&'a self, stmt: &'a Stmt, name: &str) -> Option<Operand<'a>> {
+        self.operand_of(stmt.members.get(name)?)
+    }
+
+    /// The operands in the list at `name`.
+    pub fn operands<'a>(&'a self, stmt: &'a Stmt, name: &str) -> Vec<Operand<'a>> {
+        let list = stmt.members.get(name).and_then(Value::as_array);
+        list.into_iter().flatten().filter_map(|value| self.operand_of(value)).collect()
+    }
+
+    fn operand_of<'a>(&'a self, value: &'a Value) -> Option<Operand<'a>> {
+        if let Some(local) = value.as_u64() {
+            return u32::try_from(local).ok().map(Operand::Local);
+        }
+        let inner = value.get("value")?;
+        let number = || u32::try_from(inner.as_u64()?).ok();
+        match value.get("type")?.as_str()? {
+            "local" => Some(Operand::Local(number()?)),
+            "string_index" => Some(Operand::Text(&self.tables.strings.get(number()? as usize)?.value)),
+            "bool" => Some(Operand::Bool(inner.as_bool()?)),
+            _ => None,
+        }
+    }
+
+    /// The locals that a statement reads, or adds to.
+    pub fn uses(&self, stmt: &Stmt) -> Vec<u32> {
+        let names: &[&str] = match stmt.kind.as_str() {
+            "AssignIntStmt" | "MakeNumberIntStmt" => &[],
+            "ScanStmt" => &["source"],
+            // It keeps what was assigned before.
+            "AssignVarOnceStmt" => &["source", "target"],
+            _ => &["source", "key", "value", "a", "b", "array", "set", "object", "local"],
+        };
+        let operands = names.iter().filter_map(|name| self.operand(stmt, name));
+        let operands = operands.chain(self.operands(stmt, "args")).chain(self.operands(stmt, "path"));
+        let locals = operands.filter_map(|operand| match operand {
+            Operand::Local(local) => Some(local),
+            _ => None,
+        });
+        locals.collect()
+    }
+
+    /// Where a statement comes from; none for what OPA added.
+    pub fn site(&self, stmt: &Stmt) -> Option<Site> {
+        let number = |name: &str| stmt.members.get(name).and_then(Value::as_u64);
+        let row = number("row").filter(|row| *row > 0)?;
+        let file = self.tables.files.get(usize::try_from(number("file")?).ok()?)?;
+        Some(Site { file: file.value.clone(), row, col: number("col").unwrap_or_default() })
+    }
+}
+
+impl Stmt {
+    /// The local at `name`, which the plan may write as a bare number.
+    pub fn local(&self, name: &str) -> Option<u32> {
+        u32::try_from(self.members.get(name)?.as_u64()?).ok()
+    }
+
+    /// Whether a `with` replaces something below its local, not all of it.
+    pub fn has_path(&self) -> bool {
+        self.members.get("path").and_then(Value::as_array).is_some_and(|path| !path.is_empty())
+    }
+
+    /// The locals that it assigns.
+    pub fn targets(&self) -> Vec<u32> {
+        let names: &[&str] = match self.kind.as_str() {
+            "ScanStmt" => &["key", "value"],
+            "AssignVarOnceStmt" => &[],
+            _ => &["target", "result"],
+        };
+        names.iter().filter_map(|name| self.local(name)).collect()
+    }
+
+    /// The text at `name`.
+    pub fn text(&self, name: &str) -> Option<&str> {
+        self.members.get(name)?.as_str()
+    }
+
+    /// The blocks inside, under whichever name.
+    pub fn blocks(&self) -> Vec<Block> {
+        let one = self.members.get("block").into_iter();
+        let many = self.members.get("blocks").and_then(Value::as_array).into_iter().flatten();
+        one.chain(many).filter_map(|block| Block::deserialize(block).ok()).collect()
+    }
+}
