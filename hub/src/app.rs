@@ -86,8 +86,14 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let (events, queue) = mpsc::channel(EVENT_QUEUE_MAX);
     let mut tasks = Tasks::new();
 
-    let (writer, ends) =
-        Pipeline::new(config.feeds.clone(), &config.rego, bundle.clone(), readiness.clone(), feeds.clone());
+    let (writer, ends) = Pipeline::new(
+        config.feeds.clone(),
+        &config.rego,
+        config.fields.clone(),
+        bundle.clone(),
+        readiness.clone(),
+        feeds.clone(),
+    );
     let (say, said) = mpsc::channel(1);
     tasks.spawn(async move {
         tokio::task::spawn_blocking(move || writer.run(queue, said)).await?;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use opa_hub_proto::path::{DirPath, is_segment};
 
+use crate::bundle::fields::{Fields, InvalidField};
 use crate::config::{AutoReplication, Config, Rego, Source};
 use crate::model::{Content, Feed, LabelTerm, Resource, Scope};
 use crate::policy::check::Dialect;
@@ -124,6 +125,16 @@ pub struct Flags {
     /// Where below data the resources go: data.PATH.resource.namespace.name
     #[arg(long, value_name = "PATH", default_value = "kubernetes", help_heading = "Replication")]
     replicate_path: String,
+    /// The fields of replicated objects that travel, e.g. metadata.labels,spec.containers[*].image; all for all of them.
+    /// What a policy reads beyond is undefined: `opa-hub fields` shows what yours read
+    #[arg(
+        long,
+        value_name = "PATH,…",
+        value_delimiter = ',',
+        default_value = "all",
+        help_heading = "Replication"
+    )]
+    fields: Vec<String>,
     /// Namespaces whose objects are not replicated
     #[arg(long, value_name = "NS,…", value_delimiter = ',', help_heading = "Replication")]
     replicate_ignore_namespaces: Vec<String>,
@@ -190,6 +201,9 @@ pub enum Error {
     /// A bundle's name goes into URLs and paths.
     #[error("--bundle {0:?}: use letters, digits, '.', '_' and '-'")]
     BundleName(String),
+    /// No field of an object.
+    #[error("--fields: {0}")]
+    Fields(#[from] InvalidField),
     /// No place below data.
     #[error("--replicate-path {0:?}: write segments of letters, digits, '.', '_' and '-', separated by '/'")]
     ReplicatePath(String),
@@ -264,8 +278,13 @@ impl Flags {
             (false, false) => Dialect::Default,
         };
         let ignored = self.ignored();
+        let fields = match &self.fields[..] {
+            [all] if all == "all" => Fields::all(),
+            paths => Fields::parse(paths.iter().map(String::as_str))?,
+        };
         Ok(Config {
             source,
+            fields,
             auto: self.replicate_auto.then_some(AutoReplication { path: replicate_path, ignored }),
             listen: self.listen,
             health: self.health_endpoint,
@@ -282,7 +301,7 @@ impl Flags {
         let label = |label_flag, label: &String, value_flag, value: &String, equal| {
             check(label_flag, label, is_label)?;
             check(value_flag, value, |value| value.is_empty() || is_segment(value))?;
-            Ok(LabelTerm { label: label.clone(), value: value.clone(), equal })
+            Ok::<_, Error>(LabelTerm { label: label.clone(), value: value.clone(), equal })
         };
         let policy = label("--policy-label", &self.policy_label, "--policy-value", &self.policy_value, true)?;
         let data = label("--data-label", &self.data_label, "--data-value", &self.data_value, true)?;
@@ -436,5 +455,6 @@ mod tests {
         check("--bundle a/b", &["--bundle"]);
         check("--replicate-path a//b", &["--replicate-path"]);
         check("--policy-value a,b", &["--policy-value"]);
+        check("--fields metadata.labels,a..b", &["--fields: \"a..b\" names no field"]);
     }
 }

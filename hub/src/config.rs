@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use opa_hub_proto::path::DirPath;
 
+use crate::bundle::fields::Fields;
 use crate::model::Feed;
 use crate::policy::check::Dialect;
 
@@ -107,6 +108,8 @@ pub struct Config {
     pub feeds: Vec<Feed>,
     /// Whether it also holds the resources that its policies read, and where; none: only what flags name.
     pub auto: Option<AutoReplication>,
+    /// What of replicated objects travels.
+    pub fields: Fields,
     /// How its policies are checked.
     pub rego: Rego,
     /// Where the last good policies are kept over a restart; none: in the cluster, if there is one.

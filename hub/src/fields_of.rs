@@ -24,7 +24,7 @@ pub async fn report(config: &Config) -> anyhow::Result<String> {
     let compiler = Compiler::find(config.rego.opa.as_deref(), config.rego.dialect).await?;
     let Contents { objects, mut problems } = folder::read_once(dir, &config.feeds)?;
 
-    let mut projection = Projection::new(config.feeds.clone(), config.rego.test_label.clone());
+    let mut projection = Projection::new(config.feeds.clone(), config.rego.test_label.clone(), Fields::all());
     let mut batch = Batch::default();
     for (id, object) in objects.iter().filter(|(id, _)| config.feeds[id.0].content == Content::Policies) {
         projection.apply(Change::Put(*id, object.clone()), &mut batch);

@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::bundle::Bundle;
+use crate::bundle::fields::Fields;
 use crate::bundle::log::Log;
 use crate::bundle::project::Projection;
 use crate::bundle::view::{Batch, View};
@@ -168,6 +169,7 @@ impl Pipeline {
     pub fn new(
         feeds: Vec<Feed>,
         rego: &Rego,
+        fields: Fields,
         bundle: Arc<Bundle>,
         readiness: Readiness,
         counters: Arc<Feeds>,
@@ -185,7 +187,7 @@ impl Pipeline {
         let writer = Self {
             view: View::empty(ensure.collect(), rego.dialect.version()),
             store: Store::new(&feeds),
-            projection: Projection::new(feeds.clone(), rego.test_label.clone()),
+            projection: Projection::new(feeds.clone(), rego.test_label.clone(), fields),
             feeds,
             batch: Batch::default(),
             log: Log::default(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use opa_hub_proto::patch::push_json_string;
 use serde_json::value::RawValue;
@@ -17,12 +17,28 @@ pub struct Fields {
     /// All below is kept.
     whole: bool,
     /// By name.
-    names: BTreeMap<Rc<str>, Fields>,
+    names: BTreeMap<Arc<str>, Fields>,
     /// Of every member or element, besides.
     any: Option<Box<Fields>>,
 }
 
+/// Why a text names no field.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error(
+    "{0:?} names no field: write names and dots, [*] for every element, [\"…\"] for odd names, e.g. spec.containers[*].image"
+)]
+pub struct InvalidField(String);
+
 impl Fields {
+    /// Keeps what lies at these paths, and all below.
+    pub fn parse<'a>(paths: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidField> {
+        let mut fields = Self::default();
+        for path in paths {
+            fields.insert(&steps(path).ok_or_else(|| InvalidField(path.to_owned()))?, Extent::Whole);
+        }
+        Ok(fields)
+    }
+
     /// Everything.
     pub fn all() -> Self {
         Self { whole: true, ..Self::default() }
@@ -124,6 +140,31 @@ impl Fields {
     }
 }
 
+fn steps(path: &str) -> Option<Vec<Step>> {
+    let mut steps = Vec::new();
+    let mut rest = path;
+    while !rest.is_empty() {
+        if let Some(after) = rest.strip_prefix("[*]") {
+            steps.push(Step::Any);
+            rest = after;
+        } else if let Some(after) = rest.strip_prefix('[') {
+            let mut texts = serde_json::Deserializer::from_str(after).into_iter::<String>();
+            steps.push(Step::Name(texts.next()?.ok()?.into()));
+            rest = after[texts.byte_offset()..].strip_prefix(']')?;
+        } else {
+            let from = if steps.is_empty() { rest } else { rest.strip_prefix('.')? };
+            let end = from.find(['.', '[']).unwrap_or(from.len());
+            let (name, after) = from.split_at(end);
+            if name.is_empty() || name.contains([']', '"', '*', ' ']) {
+                return None;
+            }
+            steps.push(Step::Name(name.into()));
+            rest = after;
+        }
+    }
+    (!steps.is_empty()).then_some(steps)
+}
+
 /// What is read of each resource below `root`. With each comes whether its objects belong to no namespace.
 pub fn of_resources<'a>(
     reads: &'a Reads,
@@ -216,6 +257,16 @@ mod tests {
             r#"{"metadata":{"labels":{"x":"1.50"},"name":"p"}}"#,
         );
         check(&["kind.deeper"], pod, r#"{"kind":"Pod"}"#);
+    }
+
+    #[test]
+    fn paths_are_read_as_they_print() {
+        let paths = ["metadata.labels", "spec.containers[*].image", "metadata.annotations[\"a/b\"].c"];
+        let printed = Fields::parse(paths).unwrap().to_string();
+        assert_eq!(printed, "metadata.annotations.a/b.c…\nmetadata.labels…\nspec.containers[*].image…\n");
+        for bad in ["", ".", "a.", ".a", "a..b", "a[", "a[b]", "a[\"b\"", "a]", "a[*]b", "a b"] {
+            assert_eq!(Fields::parse([bad]), Err(InvalidField(bad.into())), "{bad}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, LazyLock};
 
+use bytes::Bytes;
 use opa_hub_proto::head::MODULES_BYTES_MAX;
 use opa_hub_proto::path::{DirPath, is_segment};
 
@@ -12,6 +13,7 @@ mod configmap;
 
 pub use self::configmap::Error;
 use self::configmap::{ConfigMap, check_entry, data_value};
+use super::fields::Fields;
 use super::view::Batch;
 use crate::config::{DIRECTORIES_MAX, PROBLEMS_MAX};
 use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem};
@@ -27,6 +29,8 @@ pub struct Projection {
     closed: BTreeSet<FeedId>,
     /// ConfigMaps whose `<key>_test.rego` are run: those with this label.
     test_label: Option<String>,
+    /// What of replicated objects travels.
+    fields: Fields,
     /// What of an object is in the view: the keys of a ConfigMap of data.
     accepted: HashMap<ObjectId, Vec<String>>,
     /// Entries by directory, with the ConfigMap that the directory belongs to.
@@ -62,11 +66,12 @@ struct Known {
 
 impl Projection {
     /// With nothing accepted yet.
-    pub fn new(feeds: Vec<Feed>, test_label: Option<String>) -> Self {
+    pub fn new(feeds: Vec<Feed>, test_label: Option<String>, fields: Fields) -> Self {
         Self {
             feeds,
             closed: BTreeSet::new(),
             test_label,
+            fields,
             accepted: HashMap::new(),
             dirs: BTreeMap::new(),
             policies: Policies::default(),
@@ -263,13 +268,26 @@ impl Projection {
             }
             return Ok(());
         };
-        check_entry(&key.name, object.json.len())?;
+        let json = self.cut(&object.json)?;
+        check_entry(&key.name, json.len())?;
         if !self.accepted.contains_key(id) {
             self.enter(&dir, false)?;
             self.accepted.insert(id.clone(), Vec::new());
         }
-        batch.entry(&dir, &key.name, Some(object.json.clone()));
+        batch.entry(&dir, &key.name, Some(json));
         Ok(())
+    }
+
+    /// The fields of an object that travel.
+    fn cut(&self, json: &Bytes) -> Result<Bytes, Error> {
+        if self.fields.is_all() {
+            return Ok(json.clone());
+        }
+        let mut cut = Vec::new();
+        let text = std::str::from_utf8(json).expect("objects come as text");
+        self.fields.cut(text, &mut cut).map_err(Error::NotAnObjectAtAll)?;
+        cut.shrink_to_fit();
+        Ok(cut.into())
     }
 
     /// Takes a ConfigMap, remembering how it looks now for whoever tells its verdict.
@@ -480,7 +498,7 @@ mod tests {
     fn projection() -> Projection {
         let pods = "/kubernetes/pods".parse().unwrap();
         let feeds = vec![feed(Content::Policies), feed(Content::Data), feed(Content::Resource(pods))];
-        Projection::new(feeds, Some("tests".into()))
+        Projection::new(feeds, Some("tests".into()), Fields::all())
     }
 
     /// Applies a ConfigMap (`None`: its removal) and compares the batch, in words, and the refusals.
@@ -525,6 +543,30 @@ mod tests {
         for (problem, part) in problems.iter().zip(refused) {
             assert!(format!("{} {}", problem.subject, problem.message).contains(part), "{problem:?}");
         }
+    }
+
+    #[test]
+    fn what_no_field_shows_is_silence() {
+        let feeds = vec![feed(Content::Resource("/kubernetes/pods".parse().unwrap()))];
+        let mut p = Projection::new(feeds, None, Fields::parse(["metadata.labels"]).unwrap());
+        let key = ObjectKey { namespace: "a".into(), name: "p".into() };
+        let mut view = crate::bundle::view::View::empty(Arc::new([]), None);
+        let mut put = |json: &str| {
+            let mut batch = Batch::default();
+            let object = Object { key: key.clone(), json: json.to_owned().into() };
+            p.apply(Change::Put(FeedId(0), object), &mut batch);
+            let next = view.apply(batch).map(|(next, _)| next);
+            let json = next.as_ref().map(|view| {
+                let mut json = Vec::new();
+                view.dirs.values().for_each(|dir| dir.write_json(&mut json));
+                String::from_utf8(json).unwrap()
+            });
+            view = next.unwrap_or(view.clone());
+            json
+        };
+        let cut = r#"{"p":{"metadata":{"labels":{"a":"b"}}}}"#.to_owned();
+        assert_eq!(put(r#"{"metadata":{"labels":{"a":"b"},"uid":"1"},"status":1}"#), Some(cut));
+        assert_eq!(put(r#"{"metadata":{"labels":{"a":"b"},"uid":"1"},"status":2}"#), None);
     }
 
     #[test]

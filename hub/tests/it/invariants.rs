@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use opa_hub::bundle::fields::Fields;
 use opa_hub::bundle::{Bundle, Edition, Next, Part};
 use opa_hub::config::Rego;
 use opa_hub::model::{Content, Event, Feed, FeedId, Object, ObjectKey, Resource, Scope};
@@ -52,8 +53,14 @@ impl Writer {
         ];
         let bundle = Arc::new(Bundle::new("main".into()));
         let counters = Arc::new(Feeds::default());
-        let (mut pipeline, ends) =
-            Pipeline::new(feeds, &Rego::default(), bundle.clone(), Readiness::default(), counters);
+        let (mut pipeline, ends) = Pipeline::new(
+            feeds,
+            &Rego::default(),
+            Fields::all(),
+            bundle.clone(),
+            Readiness::default(),
+            counters,
+        );
         pipeline.hear(Said::Restored(LastGood::new()));
         Self { pipeline, ends, bundle }
     }

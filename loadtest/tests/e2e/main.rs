@@ -6,6 +6,8 @@ mod crashes;
 
 mod failover;
 
+mod fields;
+
 mod folder;
 
 mod kube_mgmt;

@@ -15,6 +15,9 @@ use crate::source::trim;
 /// Why an object is refused before any check.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// An object whose text is none.
+    #[error("it is no object: {0}")]
+    NotAnObjectAtAll(serde_json::Error),
     /// A ConfigMap that is none.
     #[error("its data is no map of strings: {0}")]
     NotAConfigMap(serde_json::Error),
@@ -72,7 +75,7 @@ impl Error {
     /// As OPA would call it.
     pub(super) fn code(&self) -> &'static str {
         match self {
-            Self::NotAConfigMap(_) | Self::Name(_) => "invalid_configmap",
+            Self::NotAConfigMap(_) | Self::NotAnObjectAtAll(_) | Self::Name(_) => "invalid_object",
             Self::NotJson { .. } | Self::NotAnObject(_) | Self::TooDeep(_) => "invalid_data",
             Self::Module { .. } => "rego_parse_error",
             Self::Taken { .. } => "path_conflict",
