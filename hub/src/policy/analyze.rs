@@ -15,7 +15,7 @@ const STEPS_MAX: usize = 32;
 /// Places that are told apart: beyond, policies read everything. A hundred real ones read a few hundred.
 const PLACES_MAX: usize = 20_000;
 /// Containers in containers whose elements are followed.
-const NESTING_MAX: usize = 4;
+const NESTING_MAX: usize = 8;
 
 /// One step down.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -81,16 +81,28 @@ impl Flow {
         self.places.is_empty() && self.elements.as_ref().is_none_or(|elements| elements.is_empty())
     }
 
-    /// Takes what `other` may be too. Says whether that was news.
-    fn join(&mut self, other: &Self, depth: usize) -> bool {
+    /// Takes what `other` may be too. Says whether that was news. What lies too deep to be followed is `lost`, and must
+    /// be taken to be read whole.
+    fn join(&mut self, other: &Self, depth: usize, lost: &mut BTreeSet<Place>) -> bool {
         let before = self.places.len();
         self.places.extend(other.places.iter().cloned());
         let mut news = self.places.len() > before;
-        if let Some(elements) = other.elements.as_ref().filter(|_| depth < NESTING_MAX) {
-            news |= self.elements.is_none();
-            news |= self.elements.get_or_insert_default().join(elements, depth + 1);
+        if let Some(elements) = &other.elements {
+            if depth < NESTING_MAX {
+                news |= self.elements.is_none();
+                news |= self.elements.get_or_insert_default().join(elements, depth + 1, lost);
+            } else {
+                elements.all_places(lost);
+            }
         }
         news
+    }
+
+    fn all_places(&self, into: &mut BTreeSet<Place>) {
+        into.extend(self.places.iter().cloned());
+        if let Some(elements) = &self.elements {
+            elements.all_places(into);
+        }
     }
 }
 
@@ -228,15 +240,17 @@ impl Pass<'_> {
                     self.whole(&flow(self, "b"), site.as_ref());
                 }
             }
-            "ArrayAppendStmt" => self.put(scope, stmt, "array", &["value"]),
-            "SetAddStmt" => self.put(scope, stmt, "set", &["value"]),
+            "ArrayAppendStmt" => self.put(scope, stmt, "array"),
+            "SetAddStmt" => self.put(scope, stmt, "set"),
             "ObjectInsertStmt" | "ObjectInsertOnceStmt" => {
                 self.whole(&flow(self, "key"), site.as_ref());
-                self.put(scope, stmt, "object", &["value"]);
+                self.put(scope, stmt, "object");
             }
             "ObjectMergeStmt" => {
                 let mut merged = flow(self, "a");
-                merged.join(&flow(self, "b"), 0);
+                let mut lost = BTreeSet::new();
+                merged.join(&flow(self, "b"), 0, &mut lost);
+                self.lose(lost);
                 merged.texts = None;
                 self.assign(scope, stmt, "target", &merged);
             }
@@ -255,7 +269,9 @@ impl Pass<'_> {
             "ReturnLocalStmt" => {
                 let source = flow(self, "source");
                 let returned = self.returns.entry(scope.to_owned()).or_default();
-                self.news |= returned.join(&source, 0);
+                let mut lost = BTreeSet::new();
+                self.news |= returned.join(&source, 0, &mut lost);
+                self.lose(lost);
             }
             "ResultSetAddStmt" => self.whole(&flow(self, "value"), site.as_ref()),
             // A call that only an input decides, and whatever OPA adds one day.
@@ -291,7 +307,9 @@ impl Pass<'_> {
                     Flow::default()
                 } else {
                     let mut result = self.dot(object, &steps, site);
-                    result.join(default, 0);
+                    let mut lost = BTreeSet::new();
+                    result.join(default, 0, &mut lost);
+                    self.lose(lost);
                     result
                 }
             }
@@ -307,6 +325,13 @@ impl Pass<'_> {
             }
         };
         self.assign(scope, stmt, "result", &result);
+    }
+
+    /// Reads whole what cannot be followed.
+    fn lose(&mut self, lost: BTreeSet<Place>) {
+        for place in lost {
+            self.news |= self.reads.add(&place, Extent::Whole, None);
+        }
     }
 
     /// The steps that a key may be.
@@ -337,7 +362,9 @@ impl Pass<'_> {
             }
         }
         if let Some(elements) = &source.elements {
-            target.join(elements, 0);
+            let mut lost = BTreeSet::new();
+            target.join(elements, 0, &mut lost);
+            self.lose(lost);
         }
         target
     }
@@ -370,6 +397,7 @@ impl Pass<'_> {
     }
 
     fn set(&mut self, local: Local, flow: &Flow) {
+        let mut lost = BTreeSet::new();
         match self.flows.entry(local) {
             Entry::Vacant(place) => {
                 place.insert(flow.clone());
@@ -377,7 +405,7 @@ impl Pass<'_> {
             }
             Entry::Occupied(mut held) => {
                 let held = held.get_mut();
-                self.news |= held.join(flow, 0);
+                self.news |= held.join(flow, 0, &mut lost);
                 // It is one of these texts for certain only if it is so wherever it comes from.
                 let before = held.texts.take();
                 if let (Some(one), Some(other)) = (&before, &flow.texts) {
@@ -386,24 +414,22 @@ impl Pass<'_> {
                 self.news |= held.texts != before;
             }
         }
+        self.lose(lost);
     }
 
-    /// Puts values into a container.
-    fn put(&mut self, scope: &str, stmt: &Stmt, container: &str, values: &[&str]) {
-        let mut elements = Flow::default();
-        for value in values {
-            elements.join(&self.flow(scope, self.plan.operand(stmt, value)), 1);
-        }
-        if elements.is_empty() {
-            return;
-        }
+    /// Puts a value into a container.
+    fn put(&mut self, scope: &str, stmt: &Stmt, container: &str) {
+        let (mut elements, mut lost) = (Flow::default(), BTreeSet::new());
+        elements.join(&self.flow(scope, self.plan.operand(stmt, "value")), 1, &mut lost);
         match stmt.local(container) {
+            Some(_) if elements.is_empty() => {}
             Some(local) => {
                 let built = Flow { elements: Some(Box::new(elements)), ..Flow::default() };
                 let held = self.flows.entry(self.local(scope, local)).or_default();
-                self.news |= held.join(&built, 0);
+                self.news |= held.join(&built, 0, &mut lost);
             }
             None => self.whole(&elements, None),
         }
+        self.lose(lost);
     }
 }

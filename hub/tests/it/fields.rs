@@ -13,7 +13,7 @@ use opa_hub::policy::modules::Module;
 use serde_json::{Value, json};
 
 /// Rounds, each of other rules, fields, objects and inputs. `OPA_HUB_FIELD_ROUNDS` asks for more.
-const ROUNDS: u64 = 60;
+const ROUNDS: u64 = 120;
 /// Rules of one policy: few, or some of them would always read everything.
 const RULES: usize = 4;
 const INPUTS: usize = 12;
