@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use opa_hub_proto::frame::Delta;
-use opa_hub_proto::head::DataHead;
+use opa_hub_proto::head::{DataHead, Head};
 use opa_hub_proto::patch::{PATCH_OPS_MAX, PatchWriter};
 use opa_hub_proto::path::{DirPath, is_segment};
 use opa_hub_proto::revision::{Digest, Revision};
@@ -68,6 +68,10 @@ pub struct Modules {
     pub put: BTreeMap<String, String>,
     /// All the modules that there should be; none when the archive says nothing of modules.
     pub all: Option<BTreeMap<String, Digest>>,
+    /// The digest of the modules that the archive's data is for.
+    pub digest: Option<Digest>,
+    /// What these read.
+    pub reads: Option<String>,
 }
 
 impl Modules {
@@ -84,8 +88,7 @@ impl Modules {
 impl Applier {
     /// Applies the event `delta`: one PATCH, the marker in it, unless there are more operations than OPA likes or
     /// places to be made first.
-    pub async fn delta(&self, marker: &mut Marker, json: &[u8]) -> Result<(), Error> {
-        let delta: Delta = serde_json::from_slice(json)?;
+    pub async fn delta(&self, marker: &mut Marker, delta: &Delta<'_>) -> Result<(), Error> {
         let revision = marker.revision.unwrap_or_else(|| unreachable!("only a whole marker is followed"));
         if delta.from != revision.data {
             return Err(Error::NotHeld { from: delta.from, held: revision.data });
@@ -98,7 +101,7 @@ impl Applier {
                 None => _ = dirs.remove(dir),
             }
         }
-        let next = Marker { revision: Some(to), dirs, modules: marker.modules.clone() };
+        let next = Marker { revision: Some(to), dirs, ..marker.clone() };
         if next.data_digest() != delta.to {
             return Err(Error::Diverged { to: delta.to, held: next.data_digest() });
         }
@@ -127,18 +130,18 @@ impl Applier {
     }
 
     /// Applies an archive onto what `held` says that OPA holds, or onto an OPA that never heard of us. The marker
-    /// that results names a revision with these `modules`; without them none, until they are put. `modules_first`:
-    /// the archive's modules are put before its data, which may take a place that a package leaves.
+    /// that results names no revision, until its modules are there. `modules_first`: the archive's modules are put
+    /// before its data, which may take a place that a package leaves.
     pub async fn archive(
         &self,
         held: Option<&Marker>,
-        modules: Option<Digest>,
         modules_first: bool,
         pieces: &mut mpsc::Receiver<Result<Piece, archive::Error>>,
     ) -> Result<(Marker, Modules), Error> {
         let Some(Piece::Head(head)) = pieces.recv().await.transpose()? else { return Err(Error::NoHead) };
-        let mut found = Modules { put: BTreeMap::new(), all: head.modules };
-        let data = head.data.ok_or(Error::NoHead)?;
+        let Head { data, modules, modules_digest: digest, reads } = head;
+        let mut found = Modules { put: BTreeMap::new(), all: modules, digest, reads };
+        let data = data.ok_or(Error::NoHead)?;
         if held.is_none() {
             // Only here: everywhere else a missing marker must fail, since then OPA restarted meanwhile.
             self.opa.ensure(&MARKERS.parse().expect("a path")).await?;
@@ -165,7 +168,7 @@ impl Applier {
             let piece = piece?;
             if modules_open && !matches!(piece, Piece::Module { .. }) {
                 modules_open = false;
-                self.modules(&mut half, &found.changes(held)).await?;
+                self.modules(&mut half, &found.changes(held), found.reads.clone()).await?;
             }
             match piece {
                 Piece::Head(_) => return Err(Error::NoHead),
@@ -212,12 +215,11 @@ impl Applier {
             self.make_room(&mut patch, 0).await?;
             if data.ensure.contains(&dir) { patch.add_dir(&dir, b"{}") } else { patch.remove_dir(&dir) }
         }
-        let mut marker = Marker {
+        let marker = Marker {
             revision: None,
             dirs: data.dirs.into_iter().map(|(dir, digest)| (dir, Some(digest))).collect(),
-            modules: half.modules,
+            ..half
         };
-        marker.revision = modules.map(|modules| Revision { modules, data: marker.data_digest() });
         self.make_room(&mut patch, PATCH_BYTES_MAX).await?;
         marker.write(&mut patch, &self.bundle);
         self.opa.patch(patch.into_array()).await?;
@@ -225,14 +227,20 @@ impl Applier {
     }
 
     /// Puts (`Some`) and removes (`None`) modules in an order that OPA takes. Says which it refuses, and why; `marker`
-    /// says what OPA really holds.
+    /// says what OPA really holds. The modules that result are said to read `reads`.
     pub async fn modules(
         &self,
         marker: &mut Marker,
         changes: &BTreeMap<String, Option<String>>,
+        reads: Option<String>,
     ) -> Result<BTreeMap<String, String>, Error> {
-        let place = Marker::path(&self.bundle).join("modules").expect("a segment");
+        let place = Marker::path(&self.bundle);
         let mut intent = PatchWriter::default();
+        let is_whole = reads.is_some();
+        marker.may_read(reads);
+        let held = serde_json::to_vec(&marker.reads).expect("texts");
+        intent.add(&place, "reads", &held);
+        let place = place.join("modules").expect("a segment");
         for id in changes.keys() {
             self.make_room(&mut intent, 0).await?;
             intent.add(&place, id, b"null");
@@ -247,6 +255,9 @@ impl Applier {
             }
         }
         marker.modules.retain(|id, _| !absent.contains(id));
+        if refused.is_empty() {
+            if is_whole { marker.only_newest() } else { marker.reads.clear() }
+        }
         marker.revision = Some(Revision { modules: marker.modules_digest(), data: marker.data_digest() });
         self.mark(marker).await?;
         for (id, message) in &refused {

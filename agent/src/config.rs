@@ -14,6 +14,8 @@ pub const POLICY_BUNDLE_BYTES_MAX: usize = 16 << 20;
 pub const DECODED_AHEAD_MAX: usize = 2;
 /// OPA is asked this often whether it still holds what it was given: an OPA that restarted is found within this time.
 pub const OPA_POLL: Duration = Duration::from_millis(250);
+/// OPA activates a policy bundle within about this time; until then nothing goes that older policies read.
+pub const ACTIVATION_MAX: Duration = Duration::from_secs(2);
 /// A request that writes to OPA: a directory of thousands of entries takes OPA a second.
 pub const OPA_WRITE: Duration = Duration::from_secs(60);
 /// A request that reads the marker from OPA.

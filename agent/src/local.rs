@@ -19,9 +19,10 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use opa_hub_proto::manifest::{MANIFEST_FILE, Manifest};
 use opa_hub_proto::poll::{BUNDLE_TYPE, entity_tags, wait};
+use opa_hub_proto::revision::Digest;
 use tokio::sync::watch;
 
-use crate::config::LONG_POLL_MAX;
+use crate::config::{ACTIVATION_MAX, LONG_POLL_MAX};
 use crate::pull::PolicyBundle;
 use crate::status::Status;
 
@@ -47,9 +48,17 @@ impl Local {
         }))
     }
 
-    /// The modules' digest of the policy bundle that is served.
-    pub fn served(&self) -> Option<String> {
-        self.0.policy.borrow().as_ref().map(|policy| policy.etag.clone())
+    /// The policy bundle that is served.
+    pub fn served(&self) -> Option<PolicyBundle> {
+        self.0.policy.borrow().clone()
+    }
+
+    /// Waits a moment until OPA says that it activated these modules.
+    pub async fn activated(&self, modules: Digest) -> Option<()> {
+        let etag = modules.to_string();
+        let mut activated = self.0.data_only.subscribe();
+        let is_it = activated.wait_for(|served| served.as_ref().is_some_and(|served| served.etag == etag));
+        tokio::time::timeout(ACTIVATION_MAX, is_it).await.ok()?.ok().map(|_| ())
     }
 
     /// Serves this policy bundle from now on.

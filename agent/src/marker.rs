@@ -20,7 +20,13 @@ pub struct Marker {
     /// policies as a bundle.
     #[serde(default)]
     pub modules: BTreeMap<String, Option<Digest>>,
+    /// What the modules read that may decide, newest last, in the hub's words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reads: Vec<String>,
 }
+
+/// Sets of policies that may decide at once: OPA activates each within seconds, or says why not.
+const READS_MAX: usize = 8;
 
 /// Where the markers of all bundles are.
 pub const MARKERS: &str = "/system/opahub";
@@ -49,6 +55,22 @@ impl Marker {
     /// The digest of these modules.
     pub fn modules_digest(&self) -> Digest {
         modules_digest(self.modules())
+    }
+
+    /// From now on modules may decide that read this.
+    pub fn may_read(&mut self, reads: Option<String>) {
+        if let Some(reads) = reads {
+            self.reads.retain(|held| *held != reads);
+            self.reads.push(reads);
+            let surplus = self.reads.len().saturating_sub(READS_MAX);
+            self.reads.drain(..surplus);
+        }
+    }
+
+    /// From now on no modules decide but the newest.
+    pub fn only_newest(&mut self) {
+        let surplus = self.reads.len().saturating_sub(1);
+        self.reads.drain(..surplus);
     }
 
     /// Writes the whole marker.

@@ -8,7 +8,7 @@ use opa_hub_proto::frame::FRAME_BYTES_MAX;
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::Revision;
 use opa_hub_proto::sse::{self, Decoder, Message};
-use reqwest::header::{ETAG, IF_NONE_MATCH};
+use reqwest::header::ETAG;
 use reqwest::{Client, Response, StatusCode, Url};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -44,6 +44,9 @@ pub enum Error {
     /// The hub closed the stream: it stops, or it no longer knows what we hold.
     #[error("the hub closed the stream")]
     Closed,
+    /// Between two answers the hub took a change of policies.
+    #[error("the hub's policies are not those that its data was for: asking again")]
+    Moved,
     /// A policy bundle that no cluster's policies fill.
     #[error("the policy bundle has more than {POLICY_BUNDLE_BYTES_MAX} bytes")]
     TooLarge,
@@ -106,22 +109,16 @@ impl Hubs {
         self.send("the data", request).await.map(chunks)
     }
 
-    /// The archive of all modules.
-    pub async fn policy(&self) -> Result<Chunks, Error> {
-        let request = self.client.get(self.url("/policy"));
-        self.send("the policies", request).await.map(chunks)
+    /// The archive of all data and all modules.
+    pub async fn whole(&self) -> Result<Chunks, Error> {
+        let request = self.client.get(self.url(""));
+        self.send("the bundle", request).await.map(chunks)
     }
 
-    /// The policy bundle; none when `held` is still the newest.
-    pub async fn policy_bundle(&self, held: Option<&str>) -> Result<Option<PolicyBundle>, Error> {
-        let mut request = self.client.get(self.url("/policy"));
-        if let Some(held) = held {
-            request = request.header(IF_NONE_MATCH, format!("\"{held}\""));
-        }
+    /// The newest policy bundle.
+    pub async fn policy_bundle(&self) -> Result<PolicyBundle, Error> {
+        let request = self.client.get(self.url("/policy"));
         let mut response = self.send("the policies", request).await?;
-        if response.status() == StatusCode::NOT_MODIFIED {
-            return Ok(None);
-        }
         let etag = response.headers().get(ETAG).and_then(|etag| etag.to_str().ok()).unwrap_or_default();
         let etag = etag.trim_matches('"').to_owned();
         let mut archive = Vec::new();
@@ -131,7 +128,7 @@ impl Hubs {
                 return Err(Error::TooLarge);
             }
         }
-        Ok(Some(PolicyBundle { etag, archive: archive.into() }))
+        Ok(PolicyBundle { etag, archive: archive.into() })
     }
 
     /// The archive of what `held` lacks.
@@ -162,7 +159,7 @@ impl Hubs {
         let response = tokio::time::timeout(HUB_ANSWER, request.send());
         let response = response.await.map_err(|_| Error::Silent(HUB_ANSWER))??;
         let status = response.status();
-        if status.is_success() || status == StatusCode::NOT_MODIFIED {
+        if status.is_success() {
             return Ok(response);
         }
         let message = in_time(response.text()).await.unwrap_or_default();

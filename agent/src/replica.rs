@@ -15,18 +15,18 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use opa_hub_proto::frame::{DELTA_EVENT, POLICY_EVENT, Policy};
+use opa_hub_proto::frame::{DELTA_EVENT, Delta, POLICY_EVENT, Policy};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, modules_digest};
 use opa_hub_proto::sse::Message;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::apply::{self, Applier, Modules};
-use crate::archive::{self, Chunks, Piece};
+use crate::archive::{self, Chunks};
 use crate::config::{Delivery, OPA_POLL, RETRY_FIRST, RETRY_MAX};
 use crate::local::Local;
 use crate::marker::Marker;
-use crate::pull::{self, Hubs, Stream};
+use crate::pull::{self, Hubs, PolicyBundle, Stream};
 use crate::status::Status;
 use crate::{config, opa};
 
@@ -53,6 +53,9 @@ enum Trouble {
     /// OPA no longer holds what it held: it restarted.
     #[error("OPA holds something else than it was given: it restarted, or somebody else writes to it")]
     OpaChanged,
+    /// Older policies would miss what goes.
+    #[error("OPA has not activated its policies yet: fields that older ones read stay until then")]
+    NotActivated,
 }
 
 impl From<opa::Error> for Trouble {
@@ -129,6 +132,10 @@ impl Replica {
                     tracing::warn!("{trouble}");
                     self.status.with(|state| state.held = None);
                 }
+                Trouble::NotActivated => {
+                    tracing::warn!("{trouble}");
+                    tokio::time::sleep(RETRY_FIRST).await;
+                }
                 Trouble::Hub(error) => {
                     tracing::warn!(hub = %self.hubs.current(), %error, "no stream");
                     self.hubs.fail_over().await;
@@ -167,23 +174,19 @@ impl Replica {
             // An agent that restarted knows what the hub said from OPA.
             state.said = state.said.or(state.held);
         });
-        if self.delivery == Delivery::Bundle {
-            self.refresh_policy_bundle().await?;
-        }
         let mut held = match found {
             None => self.load().await?,
-            Some(marker) => match self.believed(&marker) {
+            Some(marker) => match self.resumable(&marker).await? {
                 Some(modules) => Held { marker, modules, refused: BTreeMap::new() },
-                None => self.reconcile(&marker).await?,
+                None => self.reconcile(marker).await?,
             },
         };
-        if held.marker.revision != Some(held.revision()) && self.delivery == Delivery::Bundle {
-            self.mark_modules(&mut held).await?;
-        }
         let mut stream = self.hubs.stream(held.revision()).await?;
-        if stream.is_none() {
-            held = self.reconcile(&held.marker).await?;
-            stream = self.hubs.stream(held.revision()).await?;
+        for _ in 0..RECONCILES_MAX {
+            if stream.is_none() {
+                held = self.reconcile(held.marker).await?;
+                stream = self.hubs.stream(held.revision()).await?;
+            }
         }
         // A hub that does not know what it gave us a moment ago: after a pause, another.
         let stream = stream.ok_or(pull::Error::Closed)?;
@@ -225,7 +228,13 @@ impl Replica {
 
     async fn apply(&mut self, held: &mut Held, event: &str, data: &[u8]) -> Result<(), Trouble> {
         match event {
-            DELTA_EVENT => self.applier.delta(&mut held.marker, data).await?,
+            DELTA_EVENT => {
+                let delta: Delta = serde_json::from_slice(data).map_err(apply::Error::from)?;
+                if delta.narrows && self.delivery == Delivery::Bundle {
+                    self.local.activated(held.modules).await.ok_or(Trouble::NotActivated)?;
+                }
+                self.applier.delta(&mut held.marker, &delta).await?;
+            }
             POLICY_EVENT => {
                 let policy: Policy = serde_json::from_slice(data).map_err(apply::Error::from)?;
                 if policy.from != held.modules {
@@ -237,17 +246,9 @@ impl Replica {
                         let mut changes = std::mem::take(&mut held.refused);
                         changes.extend(policy.put.into_iter().map(|(id, text)| (id, Some(text))));
                         changes.extend(policy.remove.into_iter().map(|id| (id, None)));
-                        self.change_modules(held, changes).await?;
+                        self.change_modules(held, changes, policy.reads).await?;
                     }
-                    Delivery::Bundle => {
-                        self.refresh_policy_bundle().await?;
-                        self.mark_modules(held).await?;
-                        // The newest policies may be newer than this event says: what leads there is then skipped
-                        // by starting again from there.
-                        if held.modules != policy.to {
-                            return Err(pull::Error::Closed.into());
-                        }
-                    }
+                    Delivery::Bundle => self.offer(held, policy.to, policy.reads).await?,
                 }
             }
             // A hub newer than this agent may say more.
@@ -260,49 +261,56 @@ impl Replica {
     /// Loads an OPA that has no marker.
     async fn load(&mut self) -> Result<Held, Trouble> {
         let started = Instant::now();
-        let mut pieces = archive::read(self.hubs.data().await?);
-        let modules = (self.delivery == Delivery::Bundle).then(|| self.modules_served());
-        let (marker, _) = self.applier.archive(None, modules, false, &mut pieces).await?;
-        let mut held = Held { modules: self.modules_served(), marker, refused: BTreeMap::new() };
-        if self.delivery == Delivery::Rest {
-            let found = modules_of(self.hubs.policy().await?).await?;
-            self.take_modules(&mut held, found).await?;
-        }
+        let archive = match self.delivery {
+            Delivery::Rest => self.hubs.whole().await?,
+            Delivery::Bundle => self.hubs.data().await?,
+        };
+        let held = self.take_archive(None, archive).await?;
         self.status.with(|state| state.done.snapshots += 1);
         tracing::info!(revision = %held.revision(), took = ?started.elapsed(), "loaded OPA");
         Ok(held)
     }
 
     /// Gives OPA what the digests in its marker say that it lacks.
-    async fn reconcile(&mut self, marker: &Marker) -> Result<Held, Trouble> {
+    async fn reconcile(&mut self, mut marker: Marker) -> Result<Held, Trouble> {
         let started = Instant::now();
         self.status.with(|state| state.held = None);
-        if self.delivery == Delivery::Bundle {
-            self.refresh_policy_bundle().await?;
-        }
         let modules = match self.delivery {
             Delivery::Rest => Some(marker.modules().map(|(id, digest)| (id.to_owned(), digest)).collect()),
-            Delivery::Bundle => None,
+            Delivery::Bundle => {
+                self.forget_replaced(&mut marker);
+                None
+            }
         };
         let dirs = marker.dirs().map(|(dir, digest)| (dir.clone(), digest)).collect();
-        let request = Reconcile { dirs, modules };
-        let mut pieces = archive::read(self.hubs.reconcile(&request).await?);
-        let modules = (self.delivery == Delivery::Bundle).then(|| self.modules_served());
-        let (marker, found) =
-            self.applier.archive(Some(marker), modules, self.modules_first, &mut pieces).await?;
-        let mut held = Held { marker, modules: self.modules_served(), refused: BTreeMap::new() };
-        if self.delivery == Delivery::Rest {
-            self.take_modules(&mut held, found).await?;
-        }
+        let request = Reconcile { dirs, modules, reads: marker.reads.clone() };
+        let archive = self.hubs.reconcile(&request).await?;
+        let held = self.take_archive(Some(&marker), archive).await?;
         self.status.with(|state| state.done.reconciles += 1);
         tracing::info!(revision = %held.revision(), took = ?started.elapsed(), "reconciled OPA");
+        Ok(held)
+    }
+
+    /// Data first, then the policies that may read it.
+    async fn take_archive(&mut self, marker: Option<&Marker>, archive: Chunks) -> Result<Held, Trouble> {
+        let mut pieces = archive::read(archive);
+        let (marker, found) = self.applier.archive(marker, self.modules_first, &mut pieces).await?;
+        let mut held = Held { marker, modules: modules_digest([]), refused: BTreeMap::new() };
+        match self.delivery {
+            Delivery::Rest => self.take_modules(&mut held, found).await?,
+            Delivery::Bundle => {
+                let modules = found.digest.ok_or(apply::Error::NoHead)?;
+                self.offer(&mut held, modules, found.reads).await?;
+            }
+        }
         Ok(held)
     }
 
     async fn take_modules(&mut self, held: &mut Held, found: Modules) -> Result<(), Trouble> {
         let all = found.all.as_ref().ok_or(apply::Error::NoHead)?;
         held.modules = modules_digest(all.iter().map(|(id, digest)| (id.as_str(), *digest)));
-        self.change_modules(held, found.changes(Some(&held.marker))).await
+        let changes = found.changes(Some(&held.marker));
+        self.change_modules(held, changes, found.reads).await
     }
 
     /// Puts (`Some`) and removes (`None`) modules, and remembers what OPA refuses.
@@ -310,43 +318,67 @@ impl Replica {
         &mut self,
         held: &mut Held,
         changes: BTreeMap<String, Option<String>>,
+        reads: Option<String>,
     ) -> Result<(), Trouble> {
-        let refused = self.applier.modules(&mut held.marker, &changes).await?;
+        let refused = self.applier.modules(&mut held.marker, &changes, reads).await?;
         held.refused = changes.into_iter().filter(|(id, _)| refused.contains_key(id)).collect();
         self.status.with(|state| state.refused = refused);
         Ok(())
     }
 
-    async fn refresh_policy_bundle(&mut self) -> Result<(), Trouble> {
-        if let Some(policy) = self.hubs.policy_bundle(self.local.served().as_deref()).await? {
-            self.local.serve(policy);
-        }
+    /// Offers OPA the policy bundle of these modules, which read `reads`. The hub may have newer ones by now: those may
+    /// read what is not here yet.
+    async fn offer(
+        &mut self,
+        held: &mut Held,
+        modules: Digest,
+        reads: Option<String>,
+    ) -> Result<(), Trouble> {
+        let policy = self.policy_bundle(modules).await?.ok_or(pull::Error::Moved)?;
+        self.forget_replaced(&mut held.marker);
+        held.marker.may_read(reads);
+        held.modules = modules;
+        held.marker.revision = Some(held.revision());
+        self.applier.mark(&held.marker).await?;
+        self.local.serve(policy);
         Ok(())
     }
 
-    /// Writes into the marker which policy bundle OPA is offered.
-    async fn mark_modules(&mut self, held: &mut Held) -> Result<(), Trouble> {
-        held.modules = self.modules_served();
-        held.marker.revision = Some(held.revision());
-        Ok(self.applier.mark(&held.marker).await?)
+    /// The policy bundle of these modules, if the hub still has it.
+    async fn policy_bundle(&self, modules: Digest) -> Result<Option<PolicyBundle>, Trouble> {
+        let is_it = |policy: &PolicyBundle| policy.etag == modules.to_string();
+        Ok(match self.local.served().filter(is_it) {
+            Some(served) => Some(served),
+            None => Some(self.hubs.policy_bundle().await?).filter(is_it),
+        })
     }
 
-    /// The modules' digest that a stream may resume from, when the marker tells of a whole revision. A policy bundle
-    /// is whole by itself, whatever the marker says of an older one.
-    fn believed(&self, marker: &Marker) -> Option<Digest> {
-        let whole = marker.dirs.values().all(Option::is_some);
-        let revision = marker.revision.filter(|revision| whole && revision.data == marker.data_digest())?;
-        match self.delivery {
-            Delivery::Bundle => Some(self.modules_served()),
-            Delivery::Rest => {
-                let whole = marker.modules.values().all(Option::is_some);
-                (whole && revision.modules == marker.modules_digest()).then_some(revision.modules)
-            }
+    /// Once OPA activated what it is offered, what came before decides no more.
+    fn forget_replaced(&self, marker: &mut Marker) {
+        let served = self.local.served().and_then(|served| served.etag.parse().ok());
+        if served.is_some() && self.status.with(|state| state.activated) == served {
+            marker.only_newest();
         }
     }
 
-    fn modules_served(&self) -> Digest {
-        self.local.served().and_then(|etag| etag.parse().ok()).unwrap_or_else(|| modules_digest([]))
+    /// The modules' digest that a stream may resume from, when the marker tells of a whole revision.
+    fn believed(&self, marker: &Marker) -> Option<Digest> {
+        let whole = marker.dirs.values().all(Option::is_some);
+        let revision = marker.revision.filter(|revision| whole && revision.data == marker.data_digest())?;
+        let whole = marker.modules.values().all(Option::is_some);
+        let is_held =
+            self.delivery == Delivery::Bundle || whole && revision.modules == marker.modules_digest();
+        is_held.then_some(revision.modules)
+    }
+
+    /// The same, where OPA can be offered these modules again.
+    async fn resumable(&mut self, marker: &Marker) -> Result<Option<Digest>, Trouble> {
+        let Some(modules) = self.believed(marker) else { return Ok(None) };
+        if self.delivery == Delivery::Bundle {
+            let Some(policy) = self.policy_bundle(modules).await? else { return Ok(None) };
+            self.local.serve(policy);
+        }
+        Ok(Some(modules))
     }
 
     fn note(&self, held: &Held) {
@@ -357,19 +389,8 @@ impl Replica {
     }
 }
 
-/// The modules of a policy archive.
-async fn modules_of(chunks: Chunks) -> Result<Modules, apply::Error> {
-    let mut pieces = archive::read(chunks);
-    let mut found = Modules::default();
-    while let Some(piece) = pieces.recv().await {
-        match piece? {
-            Piece::Head(head) => found.all = head.modules,
-            Piece::Module { id, text } => _ = found.put.insert(id, text),
-            _ => {}
-        }
-    }
-    Ok(found)
-}
+/// Answers to reconcile that may be needed at a start: one that holds what older policies read too, and one without.
+const RECONCILES_MAX: usize = 2;
 
 /// OPA starts within a second; it is looked for often, since until then nothing is decided.
 const OPA_RETRY_MAX: Duration = Duration::from_millis(500);

@@ -107,10 +107,11 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let lease =
         write_down(&config, cluster, &bundle, &readiness, &stop, (say.clone(), ends.good), &mut tasks);
     tasks.spawn({
-        let readiness = readiness.clone();
+        let (readiness, fields) = (readiness.clone(), config.fields.clone());
         async move {
             let here = tokio::runtime::Handle::current();
-            let check = move || here.block_on(pipeline::check(compiler, ends.jobs, say, auto, readiness));
+            let check =
+                move || here.block_on(pipeline::check(compiler, ends.jobs, say, auto, fields, readiness));
             tokio::task::spawn_blocking(check).await?;
             Ok("the check")
         }

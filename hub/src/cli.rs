@@ -8,7 +8,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use opa_hub_proto::path::{DirPath, is_segment};
 
 use crate::bundle::fields::{Fields, InvalidField};
-use crate::config::{AutoReplication, Config, Rego, Source};
+use crate::config::{AutoReplication, Config, Rego, Selection, Source};
 use crate::model::{Content, Feed, LabelTerm, Resource, Scope};
 use crate::policy::check::Dialect;
 
@@ -125,8 +125,9 @@ pub struct Flags {
     /// Where below data the resources go: data.PATH.resource.namespace.name
     #[arg(long, value_name = "PATH", default_value = "kubernetes", help_heading = "Replication")]
     replicate_path: String,
-    /// The fields of replicated objects that travel, e.g. metadata.labels,spec.containers[*].image; all for all of them.
-    /// What a policy reads beyond is undefined: `opa-hub fields` shows what yours read
+    /// The fields of replicated objects that travel: auto for those that the policies read, paths such as
+    /// metadata.labels,spec.containers[*].image (what a policy reads beyond is undefined), all for everything, and paths
+    /// beside auto for what others read. `opa-hub fields` shows what your policies read
     #[arg(
         long,
         value_name = "PATH,…",
@@ -135,6 +136,9 @@ pub struct Flags {
         help_heading = "Replication"
     )]
     fields: Vec<String>,
+    /// With --fields auto: only what these decisions come to read, e.g. authz/allow; every rule, when not given
+    #[arg(long, value_name = "PATH,…", value_delimiter = ',', help_heading = "Replication")]
+    entrypoints: Vec<String>,
     /// Namespaces whose objects are not replicated
     #[arg(long, value_name = "NS,…", value_delimiter = ',', help_heading = "Replication")]
     replicate_ignore_namespaces: Vec<String>,
@@ -204,6 +208,15 @@ pub enum Error {
     /// No field of an object.
     #[error("--fields: {0}")]
     Fields(#[from] InvalidField),
+    /// Everything and something.
+    #[error("--fields: all is everything: give it alone")]
+    AllFields,
+    /// No decision.
+    #[error("--entrypoints {0:?}: write package and rule, e.g. authz/allow")]
+    Entrypoint(String),
+    /// They narrow down what policies read.
+    #[error("--entrypoints says what --fields auto looks at: give both")]
+    EntrypointsAlone,
     /// No place below data.
     #[error("--replicate-path {0:?}: write segments of letters, digits, '.', '_' and '-', separated by '/'")]
     ReplicatePath(String),
@@ -278,13 +291,9 @@ impl Flags {
             (false, false) => Dialect::Default,
         };
         let ignored = self.ignored();
-        let fields = match &self.fields[..] {
-            [all] if all == "all" => Fields::all(),
-            paths => Fields::parse(paths.iter().map(String::as_str))?,
-        };
         Ok(Config {
             source,
-            fields,
+            fields: self.selection()?,
             auto: self.replicate_auto.then_some(AutoReplication { path: replicate_path, ignored }),
             listen: self.listen,
             health: self.health_endpoint,
@@ -295,6 +304,24 @@ impl Flags {
             write_verdicts: self.write_verdicts,
             namespace: self.namespace.clone(),
         })
+    }
+
+    fn selection(&self) -> Result<Selection, Error> {
+        let paths = self.fields.iter().map(String::as_str).filter(|path| !matches!(*path, "all" | "auto"));
+        let fields = Fields::parse(paths)?;
+        let has = |word: &str| self.fields.iter().any(|path| path == word);
+        let entrypoint = |path: &String| {
+            let names = path.trim_matches('/').strip_prefix("data/").unwrap_or(path).replace('.', "/");
+            DirPath::new(names.trim_matches('/').split('/')).map_err(|_| Error::Entrypoint(path.clone()))
+        };
+        let entrypoints = self.entrypoints.iter().map(entrypoint).collect::<Result<Vec<_>, _>>()?;
+        match (has("all"), has("auto")) {
+            (true, _) if self.fields.len() > 1 => Err(Error::AllFields),
+            (_, false) if !entrypoints.is_empty() => Err(Error::EntrypointsAlone),
+            (true, _) => Ok(Selection::Given(Fields::all())),
+            (false, true) => Ok(Selection::Auto { include: fields, entrypoints }),
+            (false, false) => Ok(Selection::Given(fields)),
+        }
     }
 
     fn configmap_feeds(&self) -> Result<Vec<Feed>, Error> {

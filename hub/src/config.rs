@@ -74,6 +74,9 @@ pub const TEST_SECONDS: u64 = 5;
 /// Pause before OPA is run again after it failed itself.
 pub const CHECK_RETRY: Duration = Duration::from_secs(2);
 
+/// Fields that no policy reads any more leave this long after the policies that did, so that agents are past those;
+/// who is not takes a longer way.
+pub const NARROW_AFTER: Duration = Duration::from_secs(5);
 /// Resources that policies may have replicated: each is a watch.
 pub const AUTO_FEEDS_MAX: usize = 100;
 /// How long a policy waits for the resources that it is the first to read.
@@ -109,7 +112,7 @@ pub struct Config {
     /// Whether it also holds the resources that its policies read, and where; none: only what flags name.
     pub auto: Option<AutoReplication>,
     /// What of replicated objects travels.
-    pub fields: Fields,
+    pub fields: Selection,
     /// How its policies are checked.
     pub rego: Rego,
     /// Where the last good policies are kept over a restart; none: in the cluster, if there is one.
@@ -118,6 +121,20 @@ pub struct Config {
     pub write_verdicts: bool,
     /// The hub's own namespace; none: that of its pod or of its kubeconfig.
     pub namespace: Option<String>,
+}
+
+/// What of replicated objects travels.
+#[derive(Debug, Clone)]
+pub enum Selection {
+    /// These fields.
+    Given(Fields),
+    /// What the policies read.
+    Auto {
+        /// And these fields.
+        include: Fields,
+        /// Only what these decisions (`authz/allow`) come to read; empty: every rule.
+        entrypoints: Vec<DirPath>,
+    },
 }
 
 /// Which of the resources that policies read are replicated, and where.

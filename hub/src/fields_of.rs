@@ -5,10 +5,11 @@ use std::fmt::Write as _;
 
 use anyhow::{Context as _, bail};
 
-use crate::bundle::fields::{self, Fields};
+use crate::bundle::fields::Fields;
+use crate::bundle::kept::Kept;
 use crate::bundle::project::Projection;
 use crate::bundle::view::Batch;
-use crate::config::{Config, Source};
+use crate::config::{Config, Selection, Source};
 use crate::model::{Change, Content, Feed, FeedId, Scope};
 use crate::policy::analyze::{self, Extent, Reads, Step};
 use crate::policy::check::Compiler;
@@ -24,7 +25,8 @@ pub async fn report(config: &Config) -> anyhow::Result<String> {
     let compiler = Compiler::find(config.rego.opa.as_deref(), config.rego.dialect).await?;
     let Contents { objects, mut problems } = folder::read_once(dir, &config.feeds)?;
 
-    let mut projection = Projection::new(config.feeds.clone(), config.rego.test_label.clone(), Fields::all());
+    let mut projection =
+        Projection::new(config.feeds.clone(), config.rego.test_label.clone(), Kept::default());
     let mut batch = Batch::default();
     for (id, object) in objects.iter().filter(|(id, _)| config.feeds[id.0].content == Content::Policies) {
         projection.apply(Change::Put(*id, object.clone()), &mut batch);
@@ -41,7 +43,11 @@ pub async fn report(config: &Config) -> anyhow::Result<String> {
     if good.is_empty() {
         bail!("no policies in {}: {}", dir.display(), problems.join("; "));
     }
-    let plan = compiler.plan(&modules).await?;
+    let entrypoints = match &config.fields {
+        Selection::Auto { entrypoints, .. } => &entrypoints[..],
+        Selection::Given(_) => &[],
+    };
+    let plan = compiler.plan(&modules, entrypoints).await?;
     let plan = plan.context("fields are found by a real OPA only: give --opa-bin")?;
     let reads = analyze::reads(&plan);
 
@@ -51,8 +57,8 @@ pub async fn report(config: &Config) -> anyhow::Result<String> {
         let root: Vec<_> = place.relative().split('/').collect();
         let (resource, root) = root.split_last().context("a place has a name")?;
         let is_cluster_scoped = feed.scope == Scope::Cluster;
-        let found = fields::of_resources(&reads, root, [(*resource, is_cluster_scoped)]);
-        let found = &found[resource];
+        let found = Kept::of_reads(&reads, [(place.clone(), Some(is_cluster_scoped))]);
+        let found = found.of(place);
         let (mut whole, mut less) = (0, 0);
         for (_, object) in objects.iter().filter(|(of, _)| *of == id) {
             let mut cut = Vec::new();

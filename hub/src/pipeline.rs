@@ -4,20 +4,22 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use opa_hub_proto::path::DirPath;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::bundle::Bundle;
-use crate::bundle::fields::Fields;
+use crate::bundle::kept::Kept;
 use crate::bundle::log::Log;
 use crate::bundle::project::Projection;
 use crate::bundle::view::{Batch, View};
-use crate::config::{CHECK_RETRY, COMMIT_EVENTS_MAX, Rego};
+use crate::config::{CHECK_RETRY, COMMIT_EVENTS_MAX, NARROW_AFTER, Rego, Selection};
 use crate::model::{Change, Content, Event, Feed, FeedId};
+use crate::policy::analyze::{self, Reads};
 use crate::policy::candidates::LastGood;
-use crate::policy::check::Compiler;
+use crate::policy::check::{Compiler, Modules};
 use crate::policy::settle::{Candidates, Outcome, settle};
 use crate::policy::verdict::Fault;
 use crate::readiness::Readiness;
@@ -26,13 +28,20 @@ use crate::store::Store;
 
 /// What [`Readiness`] calls the policies.
 pub const POLICIES: &str = "policies checked";
+/// What it calls the fields.
+const FIELDS: &str = "--fields auto";
 
 /// What the writer is told of policies.
 pub enum Said {
     /// The policies that were accepted before a restart.
     Restored(LastGood),
     /// What came of the check under way.
-    Checked(Outcome),
+    Checked {
+        /// What is accepted.
+        outcome: Outcome,
+        /// What that reads; none: fields do not follow from it.
+        reads: Option<Reads>,
+    },
 }
 
 /// What the sources said, feed by feed.
@@ -84,6 +93,7 @@ pub async fn check(
     mut jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
     said: mpsc::Sender<Said>,
     mut auto: Option<Auto>,
+    fields: Selection,
     readiness: Readiness,
 ) {
     while let Some(candidates) = jobs.recv().await {
@@ -107,28 +117,54 @@ pub async fn check(
         }
         let took = started.elapsed();
         tracing::debug!(checks = outcome.checks, ?took, "checked the policies");
+        let modules = outcome.accepted.values().flat_map(|texts| &texts.modules).collect();
         // What policies read comes before them, and goes after them.
-        let mut reads = None;
+        let mut resources = None;
         if let Some(auto) = &mut auto {
-            let modules = outcome.accepted.values().flat_map(|texts| &texts.modules).collect();
-            reads = auto.reads(&compiler, &modules, &readiness).await;
-            if let Some(reads) = &reads {
-                auto.widen(reads).await;
+            resources = auto.reads(&compiler, &modules, &readiness).await;
+            if let Some(resources) = &resources {
+                auto.widen(resources).await;
             }
         }
-        if said.send(Said::Checked(outcome)).await.is_err() {
+        let reads = match &fields {
+            Selection::Given(_) => None,
+            Selection::Auto { entrypoints, .. } => {
+                Some(read_by(&compiler, &modules, entrypoints, &readiness).await)
+            }
+        };
+        if said.send(Said::Checked { outcome, reads }).await.is_err() {
             return;
         }
-        if let (Some(auto), Some(reads)) = (&mut auto, &reads) {
-            auto.narrow(reads);
+        if let (Some(auto), Some(resources)) = (&mut auto, &resources) {
+            auto.narrow(resources);
         }
     }
+}
+
+/// What of the data `modules` read: all of it where that cannot be told, which is said.
+async fn read_by(
+    compiler: &Compiler,
+    modules: &Modules<'_>,
+    entrypoints: &[DirPath],
+    readiness: &Readiness,
+) -> Reads {
+    let plan = compiler.plan(modules, entrypoints).await;
+    let problem = match &plan {
+        Ok(Some(_)) => None,
+        Ok(None) => Some("it needs a real OPA: give --opa-bin; until then whole objects travel".to_owned()),
+        Err(error) => Some(format!("whole objects travel: {error}")),
+    };
+    if let Some(problem) = problem.as_ref().filter(|problem| readiness.is_news(FIELDS, problem)) {
+        tracing::warn!("{FIELDS}: {problem}");
+    }
+    readiness.problem(FIELDS, problem);
+    plan.ok().flatten().map_or_else(Reads::everything, |plan| analyze::reads(&plan))
 }
 
 /// The writer.
 pub struct Pipeline {
     feeds: Vec<Feed>,
-    store: Store,
+    store: Arc<Mutex<Store>>,
     projection: Projection,
     batch: Batch,
     view: View,
@@ -140,6 +176,9 @@ pub struct Pipeline {
     settled: watch::Sender<BTreeSet<FeedId>>,
     good: watch::Sender<Option<LastGood>>,
     restored: bool,
+    fields: Selection,
+    /// What is to be kept once agents are past the policies that read more, and when that is.
+    narrower: Option<(Kept, Instant)>,
     stage: Stage,
 }
 
@@ -169,7 +208,7 @@ impl Pipeline {
     pub fn new(
         feeds: Vec<Feed>,
         rego: &Rego,
-        fields: Fields,
+        fields: Selection,
         bundle: Arc<Bundle>,
         readiness: Readiness,
         counters: Arc<Feeds>,
@@ -184,10 +223,21 @@ impl Pipeline {
         let (jobs, checker) = mpsc::unbounded_channel();
         let (good, settled) = (watch::Sender::new(None), watch::Sender::default());
         let ends = Ends { jobs: checker, good: good.subscribe(), settled: settled.subscribe() };
+        let kept = match &fields {
+            Selection::Given(fields) => Kept::alike(fields.clone()),
+            Selection::Auto { .. } => Kept::default(),
+        };
+        let store = Arc::new(Mutex::new(Store::new(&feeds)));
+        let shared = Arc::clone(&store);
+        bundle.set_objects(Box::new(move || {
+            shared.lock().unwrap_or_else(PoisonError::into_inner).replicated()
+        }));
         let writer = Self {
             view: View::empty(ensure.collect(), rego.dialect.version()),
-            store: Store::new(&feeds),
-            projection: Projection::new(feeds.clone(), rego.test_label.clone(), fields),
+            store,
+            projection: Projection::new(feeds.clone(), rego.test_label.clone(), kept),
+            fields,
+            narrower: None,
             feeds,
             batch: Batch::default(),
             log: Log::default(),
@@ -216,6 +266,7 @@ impl Pipeline {
                         waiting.drain(..).for_each(|(id, event)| self.take(id, event));
                     }
                     Some(said) = said.recv() => self.hear(said),
+                    () = due(self.narrower.as_ref().map(|(_, at)| *at)) => self.narrow(),
                 }
                 self.commit();
             }
@@ -229,7 +280,11 @@ impl Pipeline {
                 self.projection.restore(good);
                 self.restored = true;
             }
-            Said::Checked(outcome) => {
+            Said::Checked { outcome, reads } => {
+                // Before the policies that read it, and in one commit with them: frames tell data first.
+                if let Some(reads) = reads {
+                    self.widen(&reads);
+                }
                 self.projection.take_outcome(outcome, &mut self.batch);
                 let good = self.projection.last_good();
                 self.good.send_if_modified(|held| {
@@ -239,6 +294,42 @@ impl Pipeline {
                 });
             }
         }
+    }
+
+    /// Keeps what is read from now on, beside what was read until now.
+    fn widen(&mut self, reads: &Reads) {
+        let Selection::Auto { include, .. } = &self.fields else { return };
+        let places = self.projection.places().map(|(_, place, scope)| (place.clone(), scope));
+        let mut target = Kept::of_reads(reads, places);
+        target.join_alike(include);
+        self.view.reads = Some(target.to_text().into());
+        if self.stage != Stage::Live {
+            return self.keep(target);
+        }
+        let mut both = self.projection.kept().clone();
+        both.join(&target);
+        self.narrower = (both != target).then(|| (target, Instant::now() + NARROW_AFTER));
+        self.keep(both);
+    }
+
+    /// Gives up what is no longer read. It goes in a commit of its own.
+    pub fn narrow(&mut self) {
+        if let Some((target, _)) = self.narrower.take() {
+            self.keep(target);
+            self.publish(true);
+        }
+    }
+
+    fn keep(&mut self, kept: Kept) {
+        let feeds = self.projection.keep(kept);
+        let objects = self.store().objects_of(&feeds);
+        for (id, object) in objects {
+            self.projection.apply(Change::Put(id, object), &mut self.batch);
+        }
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes one event into the batch.
@@ -261,7 +352,8 @@ impl Pipeline {
         if event == Event::InitDone {
             self.readiness.ready(&self.feeds[id.0].to_string());
         }
-        for change in self.store.apply(id, event) {
+        let changes = self.store().apply(id, event);
+        for change in changes {
             if self.stage != Stage::Listing && !self.projection.is_closed(id) {
                 self.projection.apply(change, &mut self.batch);
             }
@@ -270,7 +362,7 @@ impl Pipeline {
             self.projection.close(id, &mut self.batch);
             counters.open.store(false, Ordering::Relaxed);
         }
-        counters.objects.store(self.store.len(id) as u64, Ordering::Relaxed);
+        counters.objects.store(self.store().len(id) as u64, Ordering::Relaxed);
     }
 
     fn open(&mut self, id: FeedId, feed: Feed) {
@@ -290,7 +382,7 @@ impl Pipeline {
     /// Publishes what the batch changed, once every source has listed and every policy was checked (I5, I6).
     pub fn commit(&mut self) {
         if self.stage == Stage::Listing {
-            if !self.store.is_complete() || !self.restored {
+            if !self.store().is_complete() || !self.restored {
                 return;
             }
             self.project_all();
@@ -305,6 +397,11 @@ impl Pipeline {
         if self.stage == Stage::Checking && !self.projection.is_settled() {
             return;
         }
+        self.publish(false);
+    }
+
+    /// `narrows`: fields go that older modules read.
+    fn publish(&mut self, narrows: bool) {
         let is_first = self.stage == Stage::Checking;
         self.stage = Stage::Live;
         let before = self.view.revision;
@@ -315,7 +412,7 @@ impl Pipeline {
                 tracing::debug!(bundle = self.bundle.name, revision = %view.revision, keys = changed.len(), "new view");
                 self.view = view;
                 if !is_first {
-                    self.log.push(before, changed);
+                    self.log.push(before, changed, narrows);
                 }
             }
         }
@@ -336,7 +433,7 @@ impl Pipeline {
     /// Takes what all sources listed in one order on every replica, since who comes first may keep another out (I2):
     /// behind the policies that were restored data comes first, then the policies that are new.
     fn project_all(&mut self) {
-        let mut first = self.store.objects();
+        let mut first = self.store().objects();
         let is_policy = |id: FeedId| self.feeds[id.0].content == Content::Policies;
         first.sort_unstable_by(|(a, one), (b, other)| {
             (is_policy(*a), a, &one.key).cmp(&(is_policy(*b), b, &other.key))
@@ -344,5 +441,13 @@ impl Pipeline {
         for (id, object) in first {
             self.projection.apply(Change::Put(id, object), &mut self.batch);
         }
+    }
+}
+
+/// Waits until then; for ever, where there is nothing to wait for.
+async fn due(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }

@@ -1,9 +1,11 @@
 //! The live objects of every feed. One writer turns events into changes: an object that came again unchanged is
 //! silence, and what a list no longer names is removed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
-use crate::model::{Change, Event, Feed, FeedId, Object, ObjectKey};
+use opa_hub_proto::path::DirPath;
+
+use crate::model::{Change, Content, Event, Feed, FeedId, Object, ObjectKey};
 
 /// See the module's text.
 pub struct Store {
@@ -12,6 +14,8 @@ pub struct Store {
 
 #[derive(Default)]
 struct Live {
+    /// Where the objects lie, if they are replicated.
+    place: Option<DirPath>,
     objects: HashMap<ObjectKey, Object>,
     /// Names that the list under way has given so far.
     listing: Option<HashSet<ObjectKey>>,
@@ -21,7 +25,7 @@ struct Live {
 impl Store {
     /// An empty store for these feeds.
     pub fn new(feeds: &[Feed]) -> Self {
-        Self { feeds: feeds.iter().map(|_| Live::default()).collect() }
+        Self { feeds: feeds.iter().map(|feed| Live { place: place(feed), ..Live::default() }).collect() }
     }
 
     /// Takes one event and says what it changed. Objects that a list no longer names are removed at its end, not
@@ -32,7 +36,11 @@ impl Store {
         }
         let live = &mut self.feeds[id.0];
         match event {
-            Event::Open(_) | Event::Unavailable => Vec::new(),
+            Event::Unavailable => Vec::new(),
+            Event::Open(feed) => {
+                live.place = place(&feed);
+                Vec::new()
+            }
             Event::Close => {
                 let mut gone: Vec<_> = std::mem::take(live).objects.into_keys().collect();
                 gone.sort_unstable();
@@ -83,16 +91,41 @@ impl Store {
         self.feeds.iter().enumerate().flat_map(of_feed).collect()
     }
 
+    /// The objects of these feeds, in no order.
+    pub fn objects_of(&self, feeds: &BTreeSet<FeedId>) -> Vec<(FeedId, Object)> {
+        let of_feed = |id: &FeedId| {
+            let live = self.feeds.get(id.0).into_iter().flat_map(|live| live.objects.values());
+            live.map(|object| (*id, object.clone())).collect::<Vec<_>>()
+        };
+        feeds.iter().flat_map(of_feed).collect()
+    }
+
+    /// The replicated objects in no order, each with the place of its resource.
+    pub fn replicated(&self) -> Vec<(DirPath, Object)> {
+        let places = self.feeds.iter().filter_map(|live| Some((live.place.as_ref()?, live)));
+        let of = |(place, live): (&DirPath, &Live)| {
+            live.objects.values().map(|object| (place.clone(), object.clone())).collect::<Vec<_>>()
+        };
+        places.flat_map(of).collect()
+    }
+
     /// How many objects the feed has.
     pub fn len(&self, id: FeedId) -> usize {
         self.feeds[id.0].objects.len()
     }
 }
 
+fn place(feed: &Feed) -> Option<DirPath> {
+    match &feed.content {
+        Content::Resource(place) => Some(place.clone()),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Content, Resource, Scope};
+    use crate::model::{Resource, Scope};
 
     /// Runs a script of words (`[` a list begins, `]` it is complete, `a=1` an object, `-a` a delete) and compares
     /// what changed.

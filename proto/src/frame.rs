@@ -24,6 +24,9 @@ pub struct Delta<'a> {
     pub ensure: Vec<DirPath>,
     /// Digests of the directories that the patch touches; none: the directory is gone.
     pub dirs: BTreeMap<DirPath, Option<Digest>>,
+    /// Whether fields go that older modules read: those must be gone before.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub narrows: bool,
     /// How many operations `patch` holds.
     pub ops: usize,
     /// RFC 6902 `add` and `remove`, at most one a key. Last, so that whoever splices it need not parse it.
@@ -42,6 +45,9 @@ pub struct Policy {
     pub put: BTreeMap<String, String>,
     /// Ids to remove.
     pub remove: Vec<String>,
+    /// What of replicated objects the modules read then, in the hub's words; none: objects come whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reads: Option<String>,
 }
 
 /// The name of the event that carries a [`Delta`].
@@ -78,7 +84,7 @@ mod tests {
             let patch = RawValue::from_string(r#"[{"op":"remove","path":"/a/b/c"}]"#.into()).unwrap();
             let delta = Delta {
                 from: digest, to: digest, ensure: vec!["/a".parse().unwrap()],
-                dirs: BTreeMap::from([("/a/b".parse().unwrap(), Some(digest))]), ops: 1, patch: &patch,
+                dirs: BTreeMap::from([("/a/b".parse().unwrap(), Some(digest))]), narrows: false, ops: 1, patch: &patch,
             };
             let mut bytes = serde_json::to_vec(&delta).unwrap();
             let at = at % bytes.len();

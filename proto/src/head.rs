@@ -29,6 +29,12 @@ pub struct Head {
     /// The digest of each module's text, by id; none in an archive of data only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<BTreeMap<String, Digest>>,
+    /// Of the modules of the view, which are all that may decide on its data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modules_digest: Option<Digest>,
+    /// What of replicated objects these modules read, in the hub's words; none: objects come whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reads: Option<String>,
 }
 
 /// The data part of a [`Head`].

@@ -19,4 +19,7 @@ pub struct Reconcile {
     /// By module id; none: the sender takes its modules elsewhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<BTreeMap<String, Digest>>,
+    /// What the modules read that may decide there, in the hub's words: until they are replaced they keep it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reads: Vec<String>,
 }

@@ -6,17 +6,21 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use bytes::Bytes;
+use opa_hub_proto::path::DirPath;
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Hasher, Revision};
 use tokio::sync::{OnceCell, watch};
 
 use super::archive::Archive;
+use super::fields::Fields;
+use super::kept::Kept;
 use super::log::Log;
+use super::project::directory;
 use super::snapshot::{self, SegmentCache};
-use super::view::View;
+use super::view::{Batch, View};
 use super::{delta, frame};
 use crate::config::{RECONCILE_CACHE_MAX, SNAPSHOT_INTERVAL};
-use crate::model::Problem;
+use crate::model::{Object, Problem};
 use crate::policy::verdict::Verdicts;
 
 /// Frames kept for agents at different revisions; more than this many are behind only in a storm …
@@ -45,9 +49,13 @@ pub struct Bundle {
     /// What was said of each ConfigMap.
     pub verdicts: Verdicts,
     segments: Arc<SegmentCache>,
+    objects: Arc<OnceLock<Objects>>,
     /// What was done.
     pub counters: Arc<Counters>,
 }
+
+/// Tells the replicated objects that there are, whole, each with the place of its resource.
+pub type Objects = Box<dyn Fn() -> Vec<(DirPath, Object)> + Send + Sync>;
 
 /// What was done since the start.
 #[derive(Default)]
@@ -76,6 +84,7 @@ pub struct Edition {
     archives: [Arc<OnceCell<Archive>>; 3],
     reconciled: Mutex<HashMap<Digest, Arc<OnceCell<Archive>>>>,
     segments: Arc<SegmentCache>,
+    objects: Arc<OnceLock<Objects>>,
     counters: Arc<Counters>,
 }
 
@@ -109,7 +118,14 @@ impl Part {
         self != Self::Data
     }
 
-    /// The revision of this part: changes whenever its archive does.
+    /// Whether the archives of both views hold the same. That of data tells for which modules it is.
+    fn is_same(self, one: &View, other: &View) -> bool {
+        self.revision(one) == self.revision(other)
+            && one.reads == other.reads
+            && (!self.has_data() || one.revision == other.revision)
+    }
+
+    /// The revision of this part: changes whenever what OPA takes of its archive does.
     pub fn revision(self, view: &View) -> String {
         match self {
             Self::Whole => view.revision.to_string(),
@@ -129,8 +145,14 @@ impl Bundle {
             problems: Mutex::default(),
             verdicts: Verdicts::default(),
             segments: Arc::default(),
+            objects: Arc::default(),
             counters: Arc::default(),
         }
+    }
+
+    /// Who has the whole objects: said once, by the writer.
+    pub fn set_objects(&self, objects: Objects) {
+        _ = self.objects.set(objects);
     }
 
     /// Makes `view` the newest edition.
@@ -139,7 +161,7 @@ impl Bundle {
         let before = self.head.borrow().clone();
         // A part that did not change keeps its archive.
         let archives = [Part::Whole, Part::Policy, Part::Data].map(|part| {
-            let same = before.as_ref().filter(|before| part.revision(&before.view) == part.revision(&view));
+            let same = before.as_ref().filter(|before| part.is_same(&before.view, &view));
             same.map(|before| Arc::clone(&before.archives[part as usize])).unwrap_or_default()
         });
         let edition = Edition {
@@ -151,6 +173,7 @@ impl Bundle {
             archives,
             reconciled: Mutex::default(),
             segments: Arc::clone(&self.segments),
+            objects: Arc::clone(&self.objects),
             counters: Arc::clone(&self.counters),
         };
         self.head.send_replace(Some(Arc::new(edition)));
@@ -231,7 +254,8 @@ impl Edition {
         .await
     }
 
-    /// The archive of what the sender of `held` lacks. Encoded once for all who hold the same.
+    /// The archive of what the sender of `held` lacks. Encoded once for all who hold the same. While modules decide
+    /// there that read more than those here, it holds what both read (I10): the sender asks again once they are gone.
     pub async fn reconcile(self: &Arc<Self>, held: Reconcile) -> Archive {
         let mut hasher = Hasher::default();
         hasher.part(&serde_json::to_vec(&held).expect("a request has text keys only"));
@@ -245,9 +269,35 @@ impl Edition {
         let edition = Arc::clone(self);
         once(cell, move || {
             edition.counters.reconcile_encodes.fetch_add(1, Ordering::Relaxed);
-            snapshot::difference(&edition.view, &held, &edition.segments)
+            let wider = edition.wider(&held);
+            snapshot::difference(wider.as_ref().unwrap_or(&edition.view), &held, &edition.segments)
         })
         .await
+    }
+
+    /// This view with all that is read at the sender of `held` too, where that is more.
+    fn wider(&self, held: &Reconcile) -> Option<View> {
+        let own = Kept::parse(self.view.reads.as_deref()?).ok()?;
+        let mut both = own.clone();
+        let readers: Option<Vec<_>> = held.reads.iter().map(|reads| Kept::parse(reads).ok()).collect();
+        match readers {
+            _ if held.dirs.is_empty() => {}
+            Some(readers) if !readers.is_empty() => readers.iter().for_each(|reads| both.join(reads)),
+            // Its policies were told to expect whole objects, or in words that are not ours.
+            _ => both.join_alike(&Fields::all()),
+        }
+        if own.includes(&both) {
+            return None;
+        }
+        let mut batch = Batch::default();
+        for (place, object) in self.objects.get()?() {
+            let (Some(dir), name) = (directory(&place, &object.key), &object.key.name) else { continue };
+            if self.view.dirs.get(&dir).is_some_and(|dir| dir.get(name).is_some()) {
+                let json = both.of(&place).cut_object(&object.json).ok()?;
+                batch.entry(&dir, name, Some(json));
+            }
+        }
+        self.view.apply(batch).map(|(view, _)| view)
     }
 
     /// OPA's own delta from `from`, where OPA can take one.

@@ -4,21 +4,26 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use opa_hub_proto::patch::push_json_string;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::policy::analyze::{Extent, Reads, Step};
+use crate::policy::analyze::{Extent, Step};
 use crate::source::trim::Members;
 
 /// Fields of an object. What a policy asks about a value is whether it is there, of which kind it is, and, where it is
 /// no container, what it is: so much of every value in the tree is kept.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Fields {
     /// All below is kept.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     whole: bool,
     /// By name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     names: BTreeMap<Arc<str>, Fields>,
     /// Of every member or element, besides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     any: Option<Box<Fields>>,
 }
 
@@ -66,7 +71,16 @@ impl Fields {
         }
     }
 
-    fn join(&mut self, other: &Self) {
+    /// Whether whoever reads what `other` keeps finds it here.
+    pub fn includes(&self, other: &Self) -> bool {
+        let has =
+            |(name, fields): (&Arc<str>, &Self)| self.of(name).is_some_and(|held| held.includes(fields));
+        let any = |fields: &Self| self.any.as_ref().is_some_and(|held| held.includes(fields));
+        self.whole || !other.whole && other.names.iter().all(has) && other.any.as_deref().is_none_or(any)
+    }
+
+    /// Keeps what `other` keeps too.
+    pub fn join(&mut self, other: &Self) {
         if self.whole {
             return;
         }
@@ -101,6 +115,17 @@ impl Fields {
         let mut fields = Self::default();
         self.names.values().chain(self.any.as_deref()).for_each(|other| fields.join(other));
         fields
+    }
+
+    /// An object cut down to these fields.
+    pub fn cut_object(&self, json: &Bytes) -> Result<Bytes, serde_json::Error> {
+        if self.whole {
+            return Ok(json.clone());
+        }
+        let mut cut = Vec::new();
+        self.cut(std::str::from_utf8(json).expect("objects come as text"), &mut cut)?;
+        cut.shrink_to_fit();
+        Ok(cut.into())
     }
 
     /// Appends `json`, which has no insignificant white space, cut down to these fields.
@@ -163,36 +188,6 @@ fn steps(path: &str) -> Option<Vec<Step>> {
         }
     }
     (!steps.is_empty()).then_some(steps)
-}
-
-/// What is read of each resource below `root`. With each comes whether its objects belong to no namespace.
-pub fn of_resources<'a>(
-    reads: &'a Reads,
-    root: &[&str],
-    resources: impl IntoIterator<Item = (&'a str, bool)>,
-) -> BTreeMap<&'a str, Fields> {
-    let is = |step: &Step, name: &str| match step {
-        Step::Name(held) => **held == *name,
-        Step::Any => true,
-    };
-    let mut found = BTreeMap::new();
-    for (resource, is_cluster_scoped) in resources {
-        let mut fields = Fields::default();
-        let above = root.len() + 1;
-        let object = above + if is_cluster_scoped { 1 } else { 2 };
-        let names = || root.iter().copied().chain([resource]);
-        for (place, extent, _) in reads.iter() {
-            if place.iter().zip(names()).all(|(step, name)| is(step, name)) {
-                if place.len() >= object {
-                    fields.insert(&place[object..], extent);
-                } else if extent == Extent::Whole {
-                    fields = Fields::all();
-                }
-            }
-        }
-        found.insert(resource, fields);
-    }
-    found
 }
 
 impl fmt::Display for Fields {

@@ -13,12 +13,17 @@ use super::log::{Log, Since};
 use super::view::View;
 
 /// The events that lead from `from` to `view`: data first, then the modules that may read it. None when the log no
-/// longer reaches back to `from`, or when the events are larger than an agent may hold: reconcile then.
+/// longer reaches back to `from`, when the events are larger than an agent may hold, or when the modules at `from` read
+/// fields that are gone (I10): reconcile then.
 pub fn encode(view: &View, log: &Log, from: Revision) -> Option<Bytes> {
     let mut out = Vec::new();
     let mut held = from;
     if held.data != view.revision.data {
-        let json = delta(view, &log.data_since(held.data)?, held.data)?;
+        let since = log.data_since(held.data)?;
+        if since.narrows && held.modules != view.revision.modules {
+            return None;
+        }
+        let json = delta(view, &since, held.data)?;
         held.data = view.revision.data;
         write_event(&mut out, held, DELTA_EVENT, &json);
     }
@@ -72,7 +77,8 @@ fn delta(view: &View, since: &Since, from: Digest) -> Option<Vec<u8>> {
     let ops = patch.ops();
     let patch = String::from_utf8(patch.into_array()).expect("JSON values are UTF-8");
     let patch = RawValue::from_string(patch).expect("operations are written as JSON");
-    let delta = Delta { from, to: view.revision.data, ensure, dirs: digests, ops, patch: &patch };
+    let (to, narrows) = (view.revision.data, since.narrows);
+    let delta = Delta { from, to, ensure, dirs: digests, narrows, ops, patch: &patch };
     Some(serde_json::to_vec(&delta).expect("a frame has text keys only"))
 }
 
@@ -82,7 +88,9 @@ pub(super) fn enclosing<'a>(view: &'a View, dir: &DirPath) -> Option<&'a DirPath
 }
 
 fn policy(view: &View, ids: &[&str], from: Digest) -> Vec<u8> {
-    let mut policy = Policy { from, to: view.revision.modules, put: BTreeMap::new(), remove: Vec::new() };
+    let reads = view.reads.as_deref().map(str::to_owned);
+    let (put, remove) = (BTreeMap::new(), Vec::new());
+    let mut policy = Policy { from, to: view.revision.modules, put, remove, reads };
     for id in ids {
         match view.modules.get(*id) {
             Some(module) => _ = policy.put.insert((*id).to_owned(), module.text.clone()),

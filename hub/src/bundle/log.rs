@@ -23,20 +23,24 @@ pub struct Log {
 struct Commit {
     before: Revision,
     changed: Changed,
+    /// Whether it took fields that older modules read.
+    narrows: bool,
 }
 
 /// Everything that changed since an older content, with how it was then.
 #[derive(Default)]
 pub struct Since {
+    /// Whether fields went that older modules read.
+    pub narrows: bool,
     /// Directories: whether each existed then, and the changed keys with whether each existed then.
     pub dirs: BTreeMap<DirPath, (bool, BTreeMap<Arc<str>, bool>)>,
 }
 
 impl Log {
-    /// Remembers that `changed` led from the revision `before` to the next.
-    pub fn push(&mut self, before: Revision, changed: Changed) {
+    /// Remembers that `changed` led from the revision `before` to the next, and whether it `narrows` what objects hold.
+    pub fn push(&mut self, before: Revision, changed: Changed, narrows: bool) {
         self.keys += changed.len();
-        self.commits.push_back(Arc::new(Commit { before, changed }));
+        self.commits.push_back(Arc::new(Commit { before, changed, narrows }));
         while self.commits.len() > LOG_COMMITS_MAX || self.keys > LOG_KEYS_MAX {
             let Some(oldest) = self.commits.pop_front() else { break };
             self.keys -= oldest.changed.len();
@@ -46,7 +50,8 @@ impl Log {
     /// The data that changed since the content was `data`; none when that is not remembered.
     pub fn data_since(&self, data: Digest) -> Option<Since> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
-        let mut since = Since::default();
+        let narrows = self.commits.range(from..).any(|commit| commit.narrows);
+        let mut since = Since { narrows, ..Since::default() };
         for dir in self.commits.range(from..).flat_map(|commit| &commit.changed.dirs) {
             // The first word on a key says how it was then.
             let (_, keys) = since.dirs.entry(dir.path.clone()).or_insert((dir.existed, BTreeMap::new()));

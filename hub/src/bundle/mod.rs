@@ -4,6 +4,8 @@ pub mod project;
 
 pub mod fields;
 
+pub mod kept;
+
 pub mod view;
 
 pub mod log;
@@ -18,4 +20,4 @@ pub mod delta;
 
 mod edition;
 
-pub use self::edition::{Bundle, Edition, Next, Part};
+pub use self::edition::{Bundle, Edition, Next, Objects, Part};

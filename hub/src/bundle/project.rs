@@ -5,7 +5,6 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, LazyLock};
 
-use bytes::Bytes;
 use opa_hub_proto::head::MODULES_BYTES_MAX;
 use opa_hub_proto::path::{DirPath, is_segment};
 
@@ -13,10 +12,10 @@ mod configmap;
 
 pub use self::configmap::Error;
 use self::configmap::{ConfigMap, check_entry, data_value};
-use super::fields::Fields;
+use super::kept::{IsClusterScoped, Kept};
 use super::view::Batch;
 use crate::config::{DIRECTORIES_MAX, PROBLEMS_MAX};
-use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem};
+use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem, Scope};
 use crate::policy::candidates::{LastGood, Opinion, Policies};
 use crate::policy::modules::Module;
 use crate::policy::settle::{Candidates, Outcome, Texts};
@@ -29,8 +28,7 @@ pub struct Projection {
     closed: BTreeSet<FeedId>,
     /// ConfigMaps whose `<key>_test.rego` are run: those with this label.
     test_label: Option<String>,
-    /// What of replicated objects travels.
-    fields: Fields,
+    kept: Kept,
     /// What of an object is in the view: the keys of a ConfigMap of data.
     accepted: HashMap<ObjectId, Vec<String>>,
     /// Entries by directory, with the ConfigMap that the directory belongs to.
@@ -66,12 +64,12 @@ struct Known {
 
 impl Projection {
     /// With nothing accepted yet.
-    pub fn new(feeds: Vec<Feed>, test_label: Option<String>, fields: Fields) -> Self {
+    pub fn new(feeds: Vec<Feed>, test_label: Option<String>, kept: Kept) -> Self {
         Self {
             feeds,
             closed: BTreeSet::new(),
             test_label,
-            fields,
+            kept,
             accepted: HashMap::new(),
             dirs: BTreeMap::new(),
             policies: Policies::default(),
@@ -123,6 +121,31 @@ impl Projection {
     /// Takes the policies that were accepted before a restart.
     pub fn restore(&mut self, good: LastGood) {
         self.policies.restore(good);
+    }
+
+    /// What of replicated objects travels from now on. Says which feeds that concerns: their objects are to be applied
+    /// again.
+    pub fn keep(&mut self, kept: Kept) -> BTreeSet<FeedId> {
+        let before = std::mem::replace(&mut self.kept, kept);
+        let differs = |place: &DirPath| before.of(place) != self.kept.of(place);
+        self.places().filter(|(_, place, _)| differs(place)).map(|(id, ..)| id).collect()
+    }
+
+    /// What of replicated objects travels.
+    pub fn kept(&self) -> &Kept {
+        &self.kept
+    }
+
+    /// The feeds of replicated resources, with where each lies.
+    pub fn places(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
+        let open = self.feeds.iter().enumerate().map(|(id, feed)| (FeedId(id), feed));
+        open.filter(|(id, _)| !self.closed.contains(id)).filter_map(|(id, feed)| match &feed.content {
+            Content::Resource(place) => {
+                let scope = (!feed.resource.is_named_only()).then_some(feed.scope == Scope::Cluster);
+                Some((id, place, scope))
+            }
+            _ => None,
+        })
     }
 
     /// The policies to be checked now, if any are.
@@ -257,10 +280,7 @@ impl Projection {
         batch: &mut Batch,
     ) -> Result<(), Error> {
         let key = &id.1;
-        let dir = match &*key.namespace {
-            "" => prefix.clone(),
-            namespace => prefix.join(namespace).map_err(|_| Error::Name(namespace.into()))?,
-        };
+        let dir = directory(prefix, key).ok_or_else(|| Error::Name(key.namespace.to_string()))?;
         let Some(object) = object else {
             if self.accepted.remove(id).is_some() {
                 self.leave(&dir);
@@ -268,7 +288,7 @@ impl Projection {
             }
             return Ok(());
         };
-        let json = self.cut(&object.json)?;
+        let json = self.kept.of(prefix).cut_object(&object.json).map_err(Error::NotAnObjectAtAll)?;
         check_entry(&key.name, json.len())?;
         if !self.accepted.contains_key(id) {
             self.enter(&dir, false)?;
@@ -276,18 +296,6 @@ impl Projection {
         }
         batch.entry(&dir, &key.name, Some(json));
         Ok(())
-    }
-
-    /// The fields of an object that travel.
-    fn cut(&self, json: &Bytes) -> Result<Bytes, Error> {
-        if self.fields.is_all() {
-            return Ok(json.clone());
-        }
-        let mut cut = Vec::new();
-        let text = std::str::from_utf8(json).expect("objects come as text");
-        self.fields.cut(text, &mut cut).map_err(Error::NotAnObjectAtAll)?;
-        cut.shrink_to_fit();
-        Ok(cut.into())
     }
 
     /// Takes a ConfigMap, remembering how it looks now for whoever tells its verdict.
@@ -437,6 +445,11 @@ impl Projection {
     }
 }
 
+/// Where an object lies whose resource lies at `place`.
+pub fn directory(place: &DirPath, key: &ObjectKey) -> Option<DirPath> {
+    if key.namespace.is_empty() { Some(place.clone()) } else { place.join(&key.namespace).ok() }
+}
+
 /// OPA looks, at each write below a package's first segment, whether rules and data collide, and copies all the data
 /// there for it (OPA v1/storage/inmem/txn.go): with many objects that takes it seconds.
 fn shared_segments<'a>(replicated: impl Iterator<Item = &'a DirPath>, texts: &Texts) -> Option<String> {
@@ -487,7 +500,8 @@ mod tests {
     use opa_hub_proto::head::ENTRY_BYTES_MAX;
 
     use super::*;
-    use crate::model::{Resource, Scope};
+    use crate::bundle::fields::Fields;
+    use crate::model::Resource;
     use crate::policy::settle::{Selection, settle};
 
     fn feed(content: Content) -> Feed {
@@ -498,7 +512,7 @@ mod tests {
     fn projection() -> Projection {
         let pods = "/kubernetes/pods".parse().unwrap();
         let feeds = vec![feed(Content::Policies), feed(Content::Data), feed(Content::Resource(pods))];
-        Projection::new(feeds, Some("tests".into()), Fields::all())
+        Projection::new(feeds, Some("tests".into()), Kept::alike(Fields::all()))
     }
 
     /// Applies a ConfigMap (`None`: its removal) and compares the batch, in words, and the refusals.
@@ -548,7 +562,7 @@ mod tests {
     #[test]
     fn what_no_field_shows_is_silence() {
         let feeds = vec![feed(Content::Resource("/kubernetes/pods".parse().unwrap()))];
-        let mut p = Projection::new(feeds, None, Fields::parse(["metadata.labels"]).unwrap());
+        let mut p = Projection::new(feeds, None, Kept::alike(Fields::parse(["metadata.labels"]).unwrap()));
         let key = ObjectKey { namespace: "a".into(), name: "p".into() };
         let mut view = crate::bundle::view::View::empty(Arc::new([]), None);
         let mut put = |json: &str| {

@@ -103,6 +103,8 @@ fn head(view: &View, part: Part) -> Vec<u8> {
         modules: part.has_modules().then(|| {
             view.modules.iter().map(|(id, module)| (id.clone(), module.digest)).collect::<BTreeMap<_, _>>()
         }),
+        modules_digest: Some(view.revision.modules),
+        reads: view.reads.as_deref().map(str::to_owned),
     };
     serde_json::to_vec(&head).expect("a head has text keys only")
 }

@@ -27,6 +27,8 @@ pub struct View {
     pub ensure: Arc<[DirPath]>,
     /// Which Rego the modules are in, where the hub was told.
     pub rego_version: Option<u8>,
+    /// What of replicated objects the modules read, as agents are told; none: objects come whole.
+    pub reads: Option<Arc<str>>,
 }
 
 /// A map of entries, cut into chunks of neighbouring keys.
@@ -93,7 +95,7 @@ impl View {
     pub fn empty(ensure: Arc<[DirPath]>, rego_version: Option<u8>) -> Self {
         let dirs = Arc::default();
         let modules = Arc::default();
-        Self { revision: revision(&dirs, &modules), dirs, modules, ensure, rego_version }
+        Self { revision: revision(&dirs, &modules), dirs, modules, ensure, rego_version, reads: None }
     }
 
     /// The next view, and what it changes; none when nothing does.
@@ -142,9 +144,7 @@ impl View {
         if changed.dirs.is_empty() && changed.modules.is_empty() {
             return None;
         }
-        let ensure = self.ensure.clone();
-        let rego_version = self.rego_version;
-        let next = Self { revision: revision(&dirs, &modules), dirs, modules, ensure, rego_version };
+        let next = Self { revision: revision(&dirs, &modules), dirs, modules, ..self.clone() };
         Some((next, changed))
     }
 

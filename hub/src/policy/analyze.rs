@@ -48,6 +48,11 @@ impl Reads {
         self.0.iter().map(|(place, (extent, site))| (place, *extent, site.as_ref()))
     }
 
+    /// All of the data, by nobody in particular.
+    pub fn everything() -> Self {
+        Self(BTreeMap::from([(Vec::new(), (Extent::Whole, None))]))
+    }
+
     fn add(&mut self, place: &[Step], extent: Extent, site: Option<&Site>) -> bool {
         match self.0.get_mut(place) {
             Some((held, _)) if *held >= extent => false,

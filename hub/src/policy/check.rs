@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use opa_hub_proto::manifest::MANIFEST_FILE;
+use opa_hub_proto::path::DirPath;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
@@ -146,11 +147,11 @@ impl Compiler {
         }
     }
 
-    /// The plan of everything that the modules decide; none: nobody here can make one.
-    pub async fn plan(&self, modules: &Modules<'_>) -> Result<Option<Plan>, Error> {
+    /// The plan of `entrypoints`, without any of everything that the modules decide; none: nobody here can make one.
+    pub async fn plan(&self, modules: &Modules<'_>, entrypoints: &[DirPath]) -> Result<Option<Plan>, Error> {
         match self {
             Self::Syntax(_) => Ok(None),
-            Self::Opa(opa) => opa.plan(modules).await.map(Some),
+            Self::Opa(opa) => opa.plan(modules, entrypoints).await.map(Some),
         }
     }
 
@@ -303,10 +304,11 @@ impl Opa {
         Ok(found.collect())
     }
 
-    async fn plan(&self, modules: &Modules<'_>) -> Result<Plan, Error> {
+    async fn plan(&self, modules: &Modules<'_>, entrypoints: &[DirPath]) -> Result<Plan, Error> {
         let folder = Folder::write(modules)?;
-        let packages: BTreeSet<_> = modules.values().map(|module| &module.root).collect();
-        let rules = packages.into_iter().enumerate().map(|(at, package)| {
+        let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
+        let decisions: BTreeSet<_> = packages.chain(entrypoints).collect();
+        let rules = decisions.into_iter().enumerate().map(|(at, package)| {
             format!("p{at} := data[\"{}\"]\n", package.relative().replace('/', "\"][\""))
         });
         let entry: Vec<_> = std::iter::once(format!("package {ENTRY}\n")).chain(rules).collect();

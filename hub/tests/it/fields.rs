@@ -6,10 +6,12 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use opa_hub::bundle::fields::{self, Fields};
+use opa_hub::bundle::fields::Fields;
+use opa_hub::bundle::kept::Kept;
 use opa_hub::policy::analyze;
 use opa_hub::policy::check::{Compiler, Dialect};
 use opa_hub::policy::modules::Module;
+use opa_hub_proto::path::DirPath;
 use serde_json::{Value, json};
 
 /// Rounds, each of other rules, fields, objects and inputs. `OPA_HUB_FIELD_ROUNDS` asks for more.
@@ -17,7 +19,6 @@ const ROUNDS: u64 = 120;
 /// Rules of one policy: few, or some of them would always read everything.
 const RULES: usize = 4;
 const INPUTS: usize = 12;
-const ROOT: [&str; 1] = ["kubernetes"];
 
 /// Places that hold a pod. `$f` and `$g` in the rules are fields of it.
 const PODS: [&str; 6] = [
@@ -239,10 +240,13 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
         let text = policy(random);
         let (id, module) = ("ns/t/t.rego".to_owned(), Arc::new(Module::read(&text).unwrap()));
         let modules = BTreeMap::from([(&id, &module)]);
-        let plan = compiler.plan(&modules).await.unwrap_or_else(|error| panic!("{error}\n{text}")).unwrap();
+        let plan =
+            compiler.plan(&modules, &[]).await.unwrap_or_else(|error| panic!("{error}\n{text}")).unwrap();
         let reads = analyze::reads(&plan);
-        let found = fields::of_resources(&reads, &ROOT, [("pods", false), ("nodes", true)]);
-        narrow += u64::from(!found["pods"].is_all());
+        let places = ["pods", "nodes"].map(|name| format!("/kubernetes/{name}").parse::<DirPath>().unwrap());
+        let kept = Kept::of_reads(&reads, places.iter().cloned().zip([Some(false), Some(true)]));
+        let [of_pods, of_nodes] = places.each_ref().map(|place| kept.of(place));
+        narrow += u64::from(!of_pods.is_all());
 
         let inputs: Vec<_> = (0..INPUTS).map(|_| input(random)).collect();
         let nodes = json!({ "n1": { "spec": { "zone": "z" }, "status": 1 } });
@@ -251,11 +255,11 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
         let mut less = whole.clone();
         for namespace in less["kubernetes"]["pods"].as_object_mut().unwrap().values_mut() {
             for pod in namespace.as_object_mut().unwrap().values_mut() {
-                *pod = cut(&found["pods"], pod);
+                *pod = cut(of_pods, pod);
             }
         }
-        less["kubernetes"]["nodes"]["n1"] = cut(&found["nodes"], &less["kubernetes"]["nodes"]["n1"]);
-        if !found["nodes"].is_all() {
+        less["kubernetes"]["nodes"]["n1"] = cut(of_nodes, &less["kubernetes"]["nodes"]["n1"]);
+        if !of_nodes.is_all() {
             assert_eq!(less["kubernetes"]["nodes"]["n1"], json!({ "spec": { "zone": "z" } }));
         }
         let dir = tempfile::tempdir().unwrap();
@@ -267,7 +271,7 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
             for (rule, expected) in expected.as_object().into_iter().flatten() {
                 assert_eq!(
                     &decided[rule], expected,
-                    "seed {seed}, {rule} for {}\n{found:?}\n{text}",
+                    "seed {seed}, {rule} for {}\n{kept:?}\n{text}",
                     whole["inputs"][at]
                 );
                 cases += 1;

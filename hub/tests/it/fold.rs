@@ -19,6 +19,7 @@ pub(crate) struct Held {
     pub(crate) data: Value,
     pub(crate) modules: BTreeMap<String, String>,
     dirs: BTreeMap<DirPath, Digest>,
+    reads: Vec<String>,
 }
 
 impl Held {
@@ -36,7 +37,7 @@ impl Held {
 
     pub(crate) fn reconcile(&self) -> Reconcile {
         let modules = self.modules.iter().map(|(id, text)| (id.clone(), Digest::of(text.as_bytes())));
-        Reconcile { dirs: self.dirs.clone(), modules: Some(modules.collect()) }
+        Reconcile { dirs: self.dirs.clone(), modules: Some(modules.collect()), reads: self.reads.clone() }
     }
 
     /// Applies a snapshot or an answer to reconcile.
@@ -65,6 +66,7 @@ impl Held {
         }
         if let Some(modules) = head.modules {
             self.modules.retain(|id, _| modules.contains_key(id));
+            self.reads = head.reads.into_iter().collect();
         }
     }
 
@@ -81,6 +83,7 @@ impl Held {
                     assert_eq!(policy.from, self.revision().modules, "I3");
                     self.modules.retain(|id, _| !policy.remove.contains(id));
                     self.modules.extend(policy.put);
+                    self.reads = policy.reads.into_iter().collect();
                     assert_eq!(policy.to, self.revision().modules);
                 }
                 other => panic!("no event {other}"),

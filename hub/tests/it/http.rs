@@ -71,7 +71,7 @@ impl Served {
         let (mut writer, _) = Pipeline::new(
             feeds,
             &Rego::default(),
-            Fields::all(),
+            opa_hub::config::Selection::Given(Fields::all()),
             self.bundle.clone(),
             Readiness::default(),
             counters,

@@ -56,7 +56,7 @@ impl Writer {
         let (mut pipeline, ends) = Pipeline::new(
             feeds,
             &Rego::default(),
-            Fields::all(),
+            opa_hub::config::Selection::Given(Fields::all()),
             bundle.clone(),
             Readiness::default(),
             counters,
@@ -71,7 +71,7 @@ impl Writer {
         while let Ok(candidates) = self.ends.jobs.try_recv() {
             let nothing_wrong = async |_: &Selection| Ok::<_, Infallible>(Vec::new());
             let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
-            self.pipeline.hear(Said::Checked(outcome));
+            self.pipeline.hear(Said::Checked { outcome, reads: None });
             self.pipeline.commit();
         }
     }

@@ -1,10 +1,14 @@
-//! `--fields`: only what is asked for travels, and what does not show in it is silence.
+//! `--fields`: only what is asked for travels, what does not show in it is silence, and no policy ever decides on less
+//! than it reads.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
-use crate::world::write_manifest;
+use crate::world::{Way, consumer, write_manifest};
 
 #[tokio::test]
 async fn only_these_fields_travel() -> anyhow::Result<()> {
@@ -45,4 +49,153 @@ async fn only_these_fields_travel() -> anyhow::Result<()> {
     .await?;
     assert_eq!(hub.metric("opa_hub_view_changes_total").await?, before + 1);
     Ok(())
+}
+
+/// Edits of the policy under query load.
+const EDITS: u64 = 40;
+const SEED: u64 = 10;
+/// What a policy may read of a pod, and what it finds.
+const FIELDS: [(&str, &str); 4] = [
+    ("metadata.labels.app", "web"),
+    ("spec.containers[0].image", "i"),
+    ("status.podIP", "10.0.0.1"),
+    ("spec.nodeName", "n"),
+];
+
+/// A policy of this version that reads some fields of every pod, and decides nothing when one is missing.
+fn policy(dir: &Path, version: u64, reads: &[usize]) -> anyhow::Result<()> {
+    let field = |at: &usize| format!("\"f{at}\": pod.{}", FIELDS[*at].0);
+    let fields: Vec<_> = reads.iter().map(field).collect();
+    let text = format!(
+        "package t\nby_pod[name] := {{\"version\": {version}, {}}} if {{\n  some name, pod in data.kubernetes.pods[\"default\"]\n}}\n",
+        fields.join(", ")
+    );
+    let manifest = json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "data": { "t.rego": text },
+        "metadata": { "name": "t", "namespace": "opa", "labels": { "openpolicyagent.org/policy": "rego" } },
+    });
+    write_manifest(dir, "policy.json", &manifest)
+}
+
+/// Asks again and again, until told to stop, and says how often; each answer must be a version's whole decision.
+async fn query(opa: &Opa, stop: &AtomicBool, newest: &AtomicU64) -> anyhow::Result<u64> {
+    let mut asked = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let answer = opa.decide("/t/by_pod", &json!({})).await?;
+        asked += 1;
+        let pods = answer.as_object().filter(|pods| pods.len() == 2);
+        let pods = pods.ok_or_else(|| anyhow::anyhow!("a pod is missing: {answer}"))?;
+        for decision in pods.values() {
+            let version = decision["version"].as_u64().unwrap_or(u64::MAX);
+            anyhow::ensure!(version <= newest.load(Ordering::Relaxed), "no such version: {answer}");
+            for (at, (_, expected)) in FIELDS.iter().enumerate() {
+                let found = decision.get(format!("f{at}"));
+                anyhow::ensure!(found.is_none_or(|found| found == expected), "a wrong value: {answer}");
+            }
+        }
+    }
+    Ok(asked)
+}
+
+/// I10: policies that read ever other fields, edited under query load while hub and agents are killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn i10_no_policy_decides_on_less_than_it_reads() -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let dir = manifests.path();
+    for name in ["a", "b"] {
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": { "name": name, "labels": { "app": "web" } },
+            "spec": { "containers": [{ "name": "c", "image": "i" }], "nodeName": "n", "hostIPC": false },
+            "status": { "podIP": "10.0.0.1", "phase": "Running" },
+        });
+        write_manifest(dir, &format!("{name}.json"), &pod)?;
+    }
+    policy(dir, 0, &[0])?;
+    let folder = dir.display().to_string();
+    let flags = ["--manifests", &folder, "--replicate=v1/pods", "--fields=auto"];
+    let mut hub = Hub::start(work.path(), &flags).await?;
+    let (rest, rest_agent) = consumer(Way::Rest, &assets, work.path(), &hub).await?;
+    let (bundle, bundle_agent) = consumer(Way::Bundle, &assets, work.path(), &hub).await?;
+    let mut agents: Vec<Agent> = [rest_agent, bundle_agent].into_iter().flatten().collect();
+    let seen = json!({ "metadata": { "labels": { "app": "web" } } });
+    assert_eq!(rest.data("/kubernetes/pods/default/a").await?, seen);
+    let decides = async |opa: &Opa, version: u64| {
+        eventually(format!("version {version} decides"), async || {
+            let found = opa.decide("/t/by_pod/a/version", &json!({})).await.map_err(|e| e.to_string())?;
+            equal(&found, &json!(version))
+        })
+        .await
+        .map(drop)
+    };
+    decides(&rest, 0).await?;
+    decides(&bundle, 0).await?;
+
+    let (stop, newest) = (AtomicBool::new(false), AtomicU64::new(0));
+    let edits = async {
+        let random = &mut fastrand::Rng::with_seed(SEED);
+        for version in 1..=EDITS {
+            let mut reads: Vec<_> = (0..FIELDS.len()).filter(|_| random.bool()).collect();
+            if reads.is_empty() {
+                reads.push(random.usize(..FIELDS.len()));
+            }
+            let (hub_dies, agent_dies) = (random.u8(..4) == 0, random.u8(..4) == 0);
+            let dying = random.usize(..2);
+            if hub_dies {
+                hub.kill();
+            }
+            if agent_dies {
+                agents[dying].kill();
+            }
+            newest.store(version, Ordering::Relaxed);
+            policy(dir, version, &reads)?;
+            if hub_dies {
+                hub.spawn()?;
+            }
+            if agent_dies {
+                agents[dying].spawn()?;
+            }
+            // Now and then the next edit comes before this one arrived anywhere.
+            if random.u8(..3) > 0 {
+                decides(&rest, version).await?;
+                decides(&bundle, version).await?;
+            }
+            if version % 10 == 0 {
+                let expected = expected(&reads);
+                for opa in [&rest, &bundle] {
+                    eventually("what no policy reads any more is gone", async || {
+                        let found =
+                            opa.data("/kubernetes/pods/default/a").await.map_err(|e| e.to_string())?;
+                        equal(&found, &expected)
+                    })
+                    .await?;
+                }
+            }
+        }
+        decides(&rest, EDITS).await?;
+        decides(&bundle, EDITS).await?;
+        stop.store(true, Ordering::Relaxed);
+        anyhow::Ok(())
+    };
+    let (edits, first, second) = tokio::join!(
+        async { edits.await.inspect_err(|_| stop.store(true, Ordering::Relaxed)) },
+        async { query(&rest, &stop, &newest).await.inspect_err(|_| stop.store(true, Ordering::Relaxed)) },
+        async { query(&bundle, &stop, &newest).await.inspect_err(|_| stop.store(true, Ordering::Relaxed)) },
+    );
+    println!("{} and {} decisions under {EDITS} edits", first?, second?);
+    edits
+}
+
+/// A pod with the fields of these reads and no other.
+fn expected(reads: &[usize]) -> Value {
+    let mut pod = json!({});
+    for at in reads {
+        match at {
+            0 => pod["metadata"] = json!({ "labels": { "app": "web" } }),
+            1 => pod["spec"]["containers"] = json!([{ "image": "i" }]),
+            2 => pod["status"] = json!({ "podIP": "10.0.0.1" }),
+            _ => pod["spec"]["nodeName"] = json!("n"),
+        }
+    }
+    pod
 }
