@@ -174,6 +174,9 @@ impl Replica {
             // An agent that restarted knows what the hub said from OPA.
             state.said = state.said.or(state.held);
         });
+        if self.modules_first && self.delivery == Delivery::Bundle {
+            self.local.serve(self.hubs.policy_bundle().await?);
+        }
         let mut held = match found {
             None => self.load().await?,
             Some(marker) => match self.resumable(&marker).await? {

@@ -6,3 +6,5 @@ pub mod lab;
 pub mod cluster;
 
 pub mod eventually;
+
+pub mod pods;

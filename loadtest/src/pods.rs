@@ -1,0 +1,184 @@
+//! Pods as an API server serves them, about 10 KB each: a Deployment's, with two containers, probes, environment,
+//! volumes, conditions and the bookkeeping of three writers. A number makes a pod; the same number, the same pod.
+
+use serde_json::{Value, json};
+
+/// Pods of one namespace.
+pub const PODS_A_NAMESPACE: usize = 300;
+
+const APPS: [&str; 8] = ["orders", "catalog", "cart", "payment", "search", "mail", "report", "gateway"];
+
+/// Which pod: a number from 0.
+#[derive(Clone, Copy, Debug)]
+pub struct Nth(pub usize);
+
+impl Nth {
+    /// Its namespace, shared by [`PODS_A_NAMESPACE`] pods.
+    pub fn namespace(self) -> String {
+        format!("team-{:03}", self.0 / PODS_A_NAMESPACE)
+    }
+
+    /// Its name.
+    pub fn name(self) -> String {
+        format!("{}-{}-{:05}", self.app(), self.hash(), self.0)
+    }
+
+    fn app(self) -> &'static str {
+        APPS[self.0 % APPS.len()]
+    }
+
+    fn hash(self) -> String {
+        format!("{:09x}", (self.0 / 10).wrapping_mul(0x9e37_79b9) % 0xf_ffff_ffff)
+    }
+
+    /// Its own address.
+    pub fn address(self) -> String {
+        format!("10.{}.{}.{}", 64 + self.0 / 65536 % 64, self.0 / 256 % 256, self.0 % 256)
+    }
+
+    /// What a controller posts.
+    pub fn posted(self) -> Value {
+        let (app, hash) = (self.app(), self.hash());
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": self.name(), "generateName": format!("{app}-{hash}-"), "namespace": self.namespace(),
+                "labels": {
+                    "app": app, "app.kubernetes.io/instance": format!("{app}-main"),
+                    "app.kubernetes.io/version": "2.14.3", "pod-template-hash": hash,
+                    "team": self.namespace(), "tier": if self.0.is_multiple_of(2) { "front" } else { "back" },
+                },
+                "annotations": {
+                    "checksum/config": format!("{:064x}", self.0),
+                    "prometheus.io/path": "/metrics", "prometheus.io/port": "9090", "prometheus.io/scrape": "true",
+                    "sidecar.istio.io/status": "{\"initContainers\":[\"istio-init\"],\"containers\":[\"istio-proxy\"],\"volumes\":[\"istio-envoy\",\"istio-data\",\"istio-podinfo\",\"istiod-ca-cert\"],\"revision\":\"default\"}",
+                },
+                "ownerReferences": [{
+                    "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": format!("{app}-{hash}"),
+                    "uid": format!("{:08x}-6f1c-4b7e-9d1a-0242ac120002", self.0 / 10),
+                    "controller": true, "blockOwnerDeletion": true,
+                }],
+            },
+            "spec": {
+                "serviceAccountName": app, "restartPolicy": "Always", "dnsPolicy": "ClusterFirst",
+                "schedulerName": "default-scheduler", "terminationGracePeriodSeconds": 30,
+                "securityContext": { "runAsNonRoot": true, "fsGroup": 1000 },
+                "containers": [self.container(app, 8080), self.container("proxy", 15090)],
+                "tolerations": [
+                    { "key": "node.kubernetes.io/not-ready", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300 },
+                    { "key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300 },
+                ],
+                "volumes": [
+                    { "name": "config", "configMap": { "name": format!("{app}-config"), "defaultMode": 420 } },
+                    { "name": "tls", "secret": { "secretName": format!("{app}-tls"), "defaultMode": 420 } },
+                    { "name": "tmp", "emptyDir": {} },
+                    { "name": "token", "projected": { "defaultMode": 420, "sources": [
+                        { "serviceAccountToken": { "expirationSeconds": 3607, "path": "token" } },
+                        { "configMap": { "name": "kube-root-ca.crt", "items": [{ "key": "ca.crt", "path": "ca.crt" }] } },
+                        { "downwardAPI": { "items": [{ "path": "namespace", "fieldRef": { "apiVersion": "v1", "fieldPath": "metadata.namespace" } }] } },
+                    ] } },
+                ],
+            },
+        })
+    }
+
+    fn container(self, name: &str, port: u16) -> Value {
+        let upper = name.to_uppercase();
+        let env = (0..14).map(|at| json!({ "name": format!("{upper}_SETTING_{at}"), "value": format!("http://{name}-{at}.{}.svc.cluster.local:8080", self.namespace()) }));
+        let probe = |path: &str| json!({ "httpGet": { "path": path, "port": port, "scheme": "HTTP" }, "initialDelaySeconds": 5, "timeoutSeconds": 2, "periodSeconds": 10, "successThreshold": 1, "failureThreshold": 3 });
+        json!({
+            "name": name, "image": format!("registry.example.com/shop/{name}:2.14.{}", self.0 % 7),
+            "imagePullPolicy": "IfNotPresent", "args": ["--config=/etc/config/app.yaml", "--log-level=info"],
+            "ports": [{ "name": "http", "containerPort": port, "protocol": "TCP" }],
+            "env": env.collect::<Value>(),
+            "resources": { "limits": { "cpu": "500m", "memory": "512Mi" }, "requests": { "cpu": "100m", "memory": "128Mi" } },
+            "livenessProbe": probe("/livez"), "readinessProbe": probe("/readyz"),
+            "securityContext": { "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "capabilities": { "drop": ["ALL"] } },
+            "terminationMessagePath": "/dev/termination-log", "terminationMessagePolicy": "File",
+            "volumeMounts": [
+                { "name": "config", "mountPath": "/etc/config", "readOnly": true },
+                { "name": "tls", "mountPath": "/etc/tls", "readOnly": true },
+                { "name": "tmp", "mountPath": "/tmp" },
+                { "name": "token", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": true },
+            ],
+        })
+    }
+
+    /// What a kubelet reports of it.
+    pub fn status(self) -> Value {
+        let time = "2026-11-20T08:15:30Z";
+        let condition = |kind: &&str| json!({ "type": kind, "status": "True", "lastProbeTime": null, "lastTransitionTime": time });
+        let container = |name: &str| {
+            json!({
+                "name": name, "image": format!("registry.example.com/shop/{name}:2.14.{}", self.0 % 7),
+                "imageID": format!("registry.example.com/shop/{name}@sha256:{:064x}", self.0 % 7),
+                "containerID": format!("containerd://{:064x}", self.0), "ready": true, "started": true,
+                "restartCount": 0, "lastState": {}, "state": { "running": { "startedAt": time } },
+            })
+        };
+        let conditions =
+            ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+        json!({
+            "phase": "Running", "qosClass": "Burstable", "startTime": time,
+            "hostIP": format!("192.168.{}.{}", self.0 / 100 / 250, self.0 / 100 % 250),
+            "podIP": self.address(), "podIPs": [{ "ip": self.address() }],
+            "conditions": conditions.iter().map(condition).collect::<Value>(),
+            "containerStatuses": [container(self.app()), container("proxy")],
+        })
+    }
+
+    /// The node that it is bound to.
+    pub fn node(self) -> String {
+        format!("node-{:03}", self.0 / 100)
+    }
+
+    /// All of it, as the API server serves it.
+    pub fn served(self) -> Value {
+        let mut pod = self.posted();
+        pod["metadata"]["uid"] = json!(format!("{:08x}-1111-4b7e-9d1a-0242ac120002", self.0));
+        pod["metadata"]["resourceVersion"] = json!((1000 + self.0 * 3).to_string());
+        pod["metadata"]["creationTimestamp"] = json!("2026-11-20T08:15:28Z");
+        pod["metadata"]["managedFields"] = json!([
+            managed("kube-controller-manager", &pod["metadata"], None),
+            managed("kube-controller-manager", &pod["spec"], None),
+            managed("kubelet", &self.status(), Some("status")),
+        ]);
+        pod["spec"]["nodeName"] = json!(self.node());
+        pod["spec"]["enableServiceLinks"] = json!(true);
+        pod["spec"]["preemptionPolicy"] = json!("PreemptLowerPriority");
+        pod["spec"]["priority"] = json!(0);
+        pod["status"] = self.status();
+        pod
+    }
+}
+
+/// The bookkeeping of a writer: which fields it owns.
+fn managed(manager: &str, owned: &Value, subresource: Option<&str>) -> Value {
+    fn fields(value: &Value) -> Value {
+        match value {
+            Value::Object(map) => {
+                map.iter().map(|(key, value)| (format!("f:{key}"), fields(value))).collect()
+            }
+            _ => json!({}),
+        }
+    }
+    let mut entry = json!({
+        "manager": manager, "operation": "Update", "apiVersion": "v1", "time": "2026-11-20T08:15:30Z",
+        "fieldsType": "FieldsV1", "fieldsV1": fields(owned),
+    });
+    if let Some(subresource) = subresource {
+        entry["subresource"] = json!(subresource);
+    }
+    entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_is_about_ten_kilobytes() {
+        let bytes = Nth(7).served().to_string().len();
+        assert!((9_000..11_000).contains(&bytes), "{bytes}");
+    }
+}
