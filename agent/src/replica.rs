@@ -210,13 +210,17 @@ impl Replica {
         loop {
             tokio::select! {
                 message = stream.next() => {
-                    if let Message::Event { id, event, data } = message? {
-                        // What is said is not held until OPA took it.
-                        self.status.with(|state| state.said = id.parse().ok());
-                        self.apply(&mut held, &event, &data).await?;
-                        stream.heard_now();
+                    match message? {
+                        Message::Event { id, event, data } => {
+                            // What is said is not held until OPA took it.
+                            self.status.with(|state| state.said = id.parse().ok());
+                            self.apply(&mut held, &event, &data).await?;
+                            stream.heard_now();
+                        }
+                        // This was all, so far, and these policies are not what OPA is offered.
+                        _ if !self.is_offered(held.modules) => return Err(pull::Error::Moved.into()),
+                        _ => {}
                     }
-                    // A comment says that this was all, so far.
                     self.note(&held);
                 }
                 _ = poll.tick() => {
@@ -356,6 +360,12 @@ impl Replica {
         })
     }
 
+    /// Whether OPA has these modules, or can have them from here.
+    fn is_offered(&self, modules: Digest) -> bool {
+        let served = || self.local.served().is_some_and(|served| served.etag == modules.to_string());
+        self.delivery == Delivery::Rest || served()
+    }
+
     /// Once OPA activated what it is offered, what came before decides no more.
     fn forget_replaced(&self, marker: &mut Marker) {
         let served = self.local.served().and_then(|served| served.etag.parse().ok());
@@ -374,12 +384,11 @@ impl Replica {
         is_held.then_some(revision.modules)
     }
 
-    /// The same, where OPA can be offered these modules again.
+    /// The same. OPA is offered these modules again, where the hub still has them; else the stream leads to newer ones.
     async fn resumable(&mut self, marker: &Marker) -> Result<Option<Digest>, Trouble> {
         let Some(modules) = self.believed(marker) else { return Ok(None) };
         if self.delivery == Delivery::Bundle {
-            let Some(policy) = self.policy_bundle(modules).await? else { return Ok(None) };
-            self.local.serve(policy);
+            self.policy_bundle(modules).await?.into_iter().for_each(|policy| self.local.serve(policy));
         }
         Ok(Some(modules))
     }
