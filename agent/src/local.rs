@@ -18,7 +18,7 @@ use bytes::Bytes;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use opa_hub_proto::manifest::{MANIFEST_FILE, Manifest};
-use opa_hub_proto::poll::{BUNDLE_TYPE, entity_tags, wait};
+use opa_hub_proto::poll::{BUNDLE_TYPE, OPA_AGENT, entity_tags, wait};
 use opa_hub_proto::revision::Digest;
 use tokio::sync::watch;
 
@@ -98,7 +98,7 @@ async fn ready(State(local): State<Local>) -> impl IntoResponse {
 
 async fn policy(State(local): State<Local>, Path(name): Path<String>, headers: HeaderMap) -> Response {
     // What OPA sends is what it has activated; nothing, when it just started. Nobody else is asked.
-    let is_opa = values(&headers, USER_AGENT.as_str()).any(|agent| agent.starts_with("Open-Policy-Agent/"));
+    let is_opa = values(&headers, USER_AGENT.as_str()).any(|agent| agent.starts_with(OPA_AGENT));
     let activated = held(&headers).into_iter().next();
     if is_opa && name == local.0.bundle {
         local

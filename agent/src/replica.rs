@@ -219,7 +219,7 @@ impl Replica {
                         }
                         // This was all, so far, and these policies are not what OPA is offered.
                         _ if !self.is_offered(held.modules) => return Err(pull::Error::Moved.into()),
-                        _ => {}
+                        Message::Comment => {}
                     }
                     self.note(&held);
                 }

@@ -14,7 +14,7 @@ use crate::bundle::Bundle;
 use crate::bundle::kept::Kept;
 use crate::bundle::log::Log;
 use crate::bundle::project::Projection;
-use crate::bundle::view::{Batch, View};
+use crate::bundle::view::{Batch, Changed, View};
 use crate::config::{CHECK_RETRY, COMMIT_EVENTS_MAX, NARROW_AFTER, Rego, Selection};
 use crate::model::{Change, Content, Event, Feed, FeedId};
 use crate::policy::analyze::{self, Reads};
@@ -74,6 +74,8 @@ pub struct FeedCounters {
     pub name: String,
     /// Events that came.
     pub events: AtomicU64,
+    /// Objects and keys of which something changed for OPAs.
+    pub changes: AtomicU64,
     /// Objects that exist.
     pub objects: AtomicU64,
     /// Whether the feed goes on.
@@ -82,7 +84,13 @@ pub struct FeedCounters {
 
 impl FeedCounters {
     fn new(name: String) -> Self {
-        Self { name, events: AtomicU64::new(0), objects: AtomicU64::new(0), open: AtomicBool::new(true) }
+        Self {
+            name,
+            events: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
+            objects: AtomicU64::new(0),
+            open: AtomicBool::new(true),
+        }
     }
 }
 
@@ -410,6 +418,7 @@ impl Pipeline {
             None => {}
             Some((view, changed)) => {
                 tracing::debug!(bundle = self.bundle.name, revision = %view.revision, keys = changed.len(), "new view");
+                self.count(&changed);
                 self.view = view;
                 if !is_first {
                     self.log.push(before, changed, narrows);
@@ -428,6 +437,13 @@ impl Pipeline {
             );
         }
         self.bundle.publish(self.view.clone(), self.log.clone());
+    }
+
+    fn count(&self, changed: &Changed) {
+        for (id, place, _) in self.projection.places() {
+            let keys = changed.dirs.iter().filter(|dir| dir.path.is_within(place)).map(|dir| dir.keys.len());
+            self.counters.of(id).changes.fetch_add(keys.sum::<usize>() as u64, Ordering::Relaxed);
+        }
     }
 
     /// Takes what all sources listed in one order on every replica, since who comes first may keep another out (I2):

@@ -30,6 +30,13 @@ impl Cluster {
         Ok(())
     }
 
+    /// Merges into any object, e.g. `/api/v1/namespaces/x/pods/y/status`.
+    pub async fn merge(&self, object: &str, patch: &Value) -> anyhow::Result<()> {
+        let request = http::Request::patch(object).header("content-type", "application/merge-patch+json");
+        self.client.request::<Value>(request.body(serde_json::to_vec(patch)?)?).await?;
+        Ok(())
+    }
+
     /// Grants a user these rules in the whole cluster, under a name of their own.
     pub async fn grant(&self, name: &str, user: &str, rules: &[Value]) -> anyhow::Result<()> {
         const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";

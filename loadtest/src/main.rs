@@ -1,6 +1,7 @@
 //! The lab from the command line.
 
 mod demo;
+mod memory;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,8 @@ enum Command {
     Assets,
     /// Keep a control plane up until Ctrl-C; prints how to reach it
     Lab,
+    /// Measure what many pods cost in OPA, agent and hub, whole and cut down to what policies read
+    Memory(memory::Options),
     /// Walk through everything on a real cluster with one OPA and one agent
     Demo,
 }
@@ -45,6 +48,7 @@ async fn run() -> anyhow::Result<()> {
             Ok(())
         }
         Command::Lab => lab().await,
+        Command::Memory(options) => memory::run(options).await,
         Command::Demo => demo::run().await,
     }
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+/// How OPA's User-Agent begins.
+pub const OPA_AGENT: &str = "Open-Policy-Agent/";
 /// The content type of a bundle. OPA keeps long polling only while it sees exactly this.
 pub const BUNDLE_TYPE: &str = "application/vnd.openpolicyagent.bundles";
 

@@ -39,7 +39,8 @@ fn summary(hub: &Hub) -> Value {
     let feeds = hub.feeds.list();
     let feeds = feeds.iter().map(|feed| {
         let objects = feed.objects.load(Ordering::Relaxed);
-        json!({ "name": feed.name, "objects": objects, "events": feed.events.load(Ordering::Relaxed) })
+        let (events, changes) = (feed.events.load(Ordering::Relaxed), feed.changes.load(Ordering::Relaxed));
+        json!({ "name": feed.name, "objects": objects, "events": events, "changes": changes })
     });
     let mut problems = hub.readiness.problems();
     problems.extend(hub.bundle.problems().iter().cloned());

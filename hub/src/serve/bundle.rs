@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Path, Query, State};
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, IF_NONE_MATCH};
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, IF_NONE_MATCH, USER_AGENT};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::stream;
-use opa_hub_proto::poll::{BUNDLE_TYPE, Tag, entity_tags, wait};
+use opa_hub_proto::poll::{BUNDLE_TYPE, OPA_AGENT, Tag, entity_tags, wait};
 use opa_hub_proto::revision::Revision;
 use serde::Deserialize;
 use tokio::time::Instant;
@@ -57,6 +57,10 @@ pub(super) async fn get(
         let own = held.first().map_or("", |tag| tag.raw);
         return Ok((StatusCode::NOT_MODIFIED, [(ETAG, own)]).into_response());
     };
+    let is_opa = || text_values(&headers, USER_AGENT.as_str()).any(|name| name.starts_with(OPA_AGENT));
+    if part != Part::Whole && edition.view.reads.is_some() && is_opa() {
+        return Err(Error::Split(name));
+    }
     let tag = format!("\"{}\"", part.revision(&edition.view));
     let delta = if options.delta && part == Part::Whole {
         native_delta(&hub.0, &edition, &held, peer.ip())

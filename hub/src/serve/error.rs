@@ -13,6 +13,11 @@ pub(super) enum Error {
     /// I5.
     #[error("not ready: some sources have not listed yet, GET /readyz tells which")]
     NotReady,
+    /// I10 does not hold over two bundles.
+    #[error(
+        "fields follow the policies here, so data and policies must come in one bundle: use bundles/{0}, or an agent"
+    )]
+    Split(String),
     /// The revision is not remembered, or is too far away.
     #[error("revision {0} is not known here: POST the digests of what you hold to …/reconcile")]
     UnknownRevision(String),
@@ -29,6 +34,7 @@ impl IntoResponse for Error {
         let status = match self {
             Self::NoSuchBundle(_) => StatusCode::NOT_FOUND,
             Self::NotReady => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Split(_) => StatusCode::CONFLICT,
             Self::UnknownRevision(_) => StatusCode::GONE,
             Self::InvalidRevision(_) | Self::InvalidReconcile(_) => StatusCode::BAD_REQUEST,
         };

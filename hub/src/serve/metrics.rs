@@ -76,6 +76,11 @@ impl Collector for Scrape {
                 "Objects that sources said exist, changed or are gone",
                 by_feed(|feed| feed.events.load(Relaxed)),
             ),
+            (
+                "source_changes",
+                "Replicated objects of which something that travels changed",
+                by_feed(|feed| feed.changes.load(Relaxed)),
+            ),
             ("view_changes", "Editions published", one(counters.view_changes.load(Relaxed))),
             (
                 "frame_encodes",

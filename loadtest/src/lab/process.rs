@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 
@@ -11,6 +12,17 @@ use crate::eventually::eventually;
 
 /// Lines of the log that a failure shows.
 const TAIL: usize = 12;
+
+/// What a process takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    /// Bytes of memory now.
+    pub rss: u64,
+    /// The most that it ever had.
+    pub peak: u64,
+    /// Of one core, in steps of 10 ms (`USER_HZ` is 100 on Linux).
+    pub cpu: Duration,
+}
 
 /// See the module's text.
 pub struct Process {
@@ -59,6 +71,26 @@ impl Process {
         let status = Command::new("kill").args(["-STOP", &self.child.id().to_string()]).status()?;
         anyhow::ensure!(status.success(), "cannot suspend {}", self.name);
         Ok(())
+    }
+
+    /// What it has taken of the machine so far.
+    pub fn usage(&self) -> anyhow::Result<Usage> {
+        let file = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", self.child.id()));
+        let status = file("status")?;
+        let kilobytes = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|line| line.trim_end_matches("kB").trim().parse::<u64>().ok())
+        };
+        let stat = file("stat")?;
+        // Behind the program's name, which may hold anything (proc_pid_stat(5): utime and stime are fields 14 and 15).
+        let fields: Vec<_> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
+        let ticks: u64 =
+            fields.get(11..13).context("no CPU times")?.iter().flat_map(|f| f.parse::<u64>()).sum();
+        Ok(Usage {
+            rss: kilobytes("VmRSS:").context("no VmRSS")? << 10,
+            peak: kilobytes("VmHWM:").context("no VmHWM")? << 10,
+            cpu: Duration::from_millis(ticks * 10),
+        })
     }
 
     /// All that it logged.

@@ -1,0 +1,246 @@
+//! Many pods and ten policies, in a folder or on an API server.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use futures::{StreamExt as _, TryStreamExt as _};
+use opa_hub_loadtest::cluster::{Cluster, POLICY};
+use opa_hub_loadtest::lab::{ControlPlane, assets};
+use opa_hub_loadtest::pods::{Nth, PODS_A_NAMESPACE};
+use serde_json::{Value, json};
+
+use super::SourceKind;
+
+/// Where policies are.
+const NAMESPACE: &str = "opa";
+/// Requests to the API server at a time while it is filled.
+const FILLERS: usize = 16;
+/// So often it is told how far that is.
+const PROGRESS: usize = 5000;
+
+const POLICIES: [(&str, &str); 10] = [
+    ("account", include_str!("../../policies/account.rego")),
+    ("address", include_str!("../../policies/address.rego")),
+    ("caller", include_str!("../../policies/caller.rego")),
+    ("images", include_str!("../../policies/images.rego")),
+    ("labels", include_str!("../../policies/labels.rego")),
+    ("orphan", include_str!("../../policies/orphan.rego")),
+    ("owner", include_str!("../../policies/owner.rego")),
+    ("registry", include_str!("../../policies/registry.rego")),
+    ("same-account", include_str!("../../policies/same_account.rego")),
+    ("tier", include_str!("../../policies/tier.rego")),
+];
+
+/// How far a pod's life is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Stage {
+    Posted,
+    Bound,
+    Started,
+    Ready,
+    Gone,
+}
+
+/// See the module's text.
+pub(super) struct World {
+    pub(super) assets: PathBuf,
+    pub(super) hub_flags: Vec<String>,
+    pub(super) pods: usize,
+    place: Place,
+}
+
+enum Place {
+    Folder { work: tempfile::TempDir, manifests: tempfile::TempDir },
+    Cluster { plane: Box<ControlPlane>, cluster: Cluster },
+}
+
+impl World {
+    pub(super) async fn new(kind: SourceKind, pods: usize) -> anyhow::Result<Self> {
+        let assets = tokio::task::spawn_blocking(assets::folder).await??;
+        let (place, source) = match kind {
+            SourceKind::Folder => {
+                let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+                let all: Vec<_> = (0..pods).map(Nth).collect();
+                for (at, nths) in all.chunks(PODS_A_NAMESPACE).enumerate() {
+                    let items: Vec<_> = nths.iter().map(|nth| nth.served()).collect();
+                    write(manifests.path(), &format!("pods-{at:03}.json"), &list(&items))?;
+                }
+                let flag = ["--manifests".to_owned(), manifests.path().display().to_string()];
+                (Place::Folder { work, manifests }, flag)
+            }
+            SourceKind::Cluster => {
+                let plane = ControlPlane::start().await?;
+                let cluster = Cluster { client: plane.client().await? };
+                fill(&cluster, pods).await?;
+                let flag = ["--kubeconfig".to_owned(), plane.kubeconfig.display().to_string()];
+                (Place::Cluster { plane: Box::new(plane), cluster }, flag)
+            }
+        };
+        let flags = ["--replicate=v1/pods".to_owned(), "--log-level=debug".to_owned()];
+        let hub_flags = source.into_iter().chain(flags).collect();
+        let world = Self { assets, hub_flags, pods, place };
+        world.policies("").await?;
+        Ok(world)
+    }
+
+    /// Where processes put their logs.
+    pub(super) fn dir(&self) -> &Path {
+        match &self.place {
+            Place::Folder { work, .. } => work.path(),
+            Place::Cluster { plane, .. } => plane.dir.path(),
+        }
+    }
+
+    /// Bytes of what `url` answers.
+    pub(super) async fn length(&self, url: &str) -> anyhow::Result<u64> {
+        reqwest::get(url).await?.error_for_status()?.content_length().context("it says how long it is")
+    }
+
+    /// The policies as they are, as before any edit.
+    pub(super) async fn reset_policies(&self) -> anyhow::Result<()> {
+        self.policies("").await
+    }
+
+    /// Makes a policy read the node's name besides, which this `word` goes with.
+    pub(super) async fn edit_policy(&self, word: &str) -> anyhow::Result<()> {
+        let rule = format!(
+            "\nnode := [\"{word}\", data.kubernetes.pods[input.namespace][input.pod].spec.nodeName]\n"
+        );
+        self.policies(&rule).await
+    }
+
+    async fn policies(&self, more: &str) -> anyhow::Result<()> {
+        let edited = |name: &str, text: &str| {
+            if name == "address" { format!("{text}{more}") } else { text.to_owned() }
+        };
+        match &self.place {
+            Place::Folder { manifests, .. } => {
+                let configmap = |(name, text): &(&str, &str)| {
+                    json!({
+                        "apiVersion": "v1", "kind": "ConfigMap", "data": { format!("{name}.rego"): edited(name, text) },
+                        "metadata": { "name": name, "namespace": NAMESPACE, "labels": { POLICY.0: POLICY.1 } },
+                    })
+                };
+                let all: Vec<_> = POLICIES.iter().map(configmap).collect();
+                write(manifests.path(), "policies.json", &list(&all))
+            }
+            Place::Cluster { cluster, .. } => {
+                cluster.namespace(NAMESPACE).await?;
+                for (name, text) in POLICIES {
+                    let (key, text) = (format!("{name}.rego"), edited(name, text));
+                    cluster.configmap(NAMESPACE, name, Some(POLICY), &[(&key, &text)]).await?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives a pod's label `team` this value.
+    pub(super) async fn label(&self, nth: Nth, team: &str) -> anyhow::Result<()> {
+        match &self.place {
+            Place::Folder { manifests, .. } => {
+                // The pod leaves the large file for one of its own, so that the edit is what is measured.
+                let first = "pods-000.json";
+                let hot = format!("hot-{}.json", nth.0);
+                if !manifests.path().join(&hot).exists() {
+                    let others = (0..PODS_A_NAMESPACE.min(self.pods)).filter(|at| *at != nth.0);
+                    let others: Vec<_> = others.map(|at| Nth(at).served()).collect();
+                    write(manifests.path(), first, &list(&others))?;
+                }
+                let mut pod = nth.served();
+                pod["metadata"]["labels"]["team"] = json!(team);
+                write(manifests.path(), &hot, &pod)
+            }
+            Place::Cluster { cluster, .. } => {
+                cluster.label_pod(&nth.namespace(), &nth.name(), &[("team", team)]).await
+            }
+        }
+    }
+
+    /// Brings a pod to this stage of its life.
+    pub(super) async fn put(&self, nth: Nth, stage: Stage) -> anyhow::Result<()> {
+        match &self.place {
+            Place::Folder { manifests, .. } => {
+                let file = format!("rollout-{}.json", nth.0);
+                if stage == Stage::Gone {
+                    return Ok(std::fs::remove_file(manifests.path().join(file))?);
+                }
+                let mut pod = nth.served();
+                if stage == Stage::Posted {
+                    pod["spec"].as_object_mut().context("a spec")?.remove("nodeName");
+                }
+                pod["status"] = status(nth, stage);
+                write(manifests.path(), &file, &pod)
+            }
+            Place::Cluster { cluster, .. } => on_cluster(cluster, nth, stage).await,
+        }
+    }
+}
+
+/// What is reported of a pod at this stage.
+fn status(nth: Nth, stage: Stage) -> Value {
+    let mut status = nth.status();
+    match stage {
+        Stage::Posted | Stage::Gone => return json!({ "phase": "Pending" }),
+        Stage::Bound => {
+            return json!({ "phase": "Pending", "conditions": [{ "type": "PodScheduled", "status": "True" }] });
+        }
+        Stage::Started => {
+            for condition in status["conditions"].as_array_mut().into_iter().flatten() {
+                if condition["type"] == "Ready" || condition["type"] == "ContainersReady" {
+                    condition["status"] = json!("False");
+                }
+            }
+        }
+        Stage::Ready => {}
+    }
+    status
+}
+
+async fn on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result<()> {
+    let (namespace, name) = (nth.namespace(), nth.name());
+    let pod = format!("/api/v1/namespaces/{namespace}/pods/{name}");
+    match stage {
+        Stage::Posted => {
+            cluster.namespace(&namespace).await?;
+            cluster.create(&format!("/api/v1/namespaces/{namespace}/pods"), &nth.posted()).await
+        }
+        Stage::Bound => {
+            let binding =
+                json!({ "metadata": { "name": name }, "target": { "kind": "Node", "name": nth.node() } });
+            cluster.create(&format!("{pod}/binding"), &binding).await
+        }
+        Stage::Started | Stage::Ready => {
+            cluster.merge(&format!("{pod}/status"), &json!({ "status": status(nth, stage) })).await
+        }
+        Stage::Gone => cluster.delete_pod(&namespace, &name).await,
+    }
+}
+
+/// Brings all pods to life.
+async fn fill(cluster: &Cluster, pods: usize) -> anyhow::Result<()> {
+    for first in (0..pods).step_by(PODS_A_NAMESPACE) {
+        cluster.namespace(&Nth(first).namespace()).await?;
+    }
+    let made = futures::stream::iter((0..pods).map(Nth)).map(|nth| async move {
+        for stage in [Stage::Posted, Stage::Bound, Stage::Ready] {
+            on_cluster(cluster, nth, stage).await?;
+        }
+        if nth.0 % PROGRESS == PROGRESS - 1 {
+            eprintln!("  {} pods", nth.0 + 1);
+        }
+        anyhow::Ok(())
+    });
+    made.buffer_unordered(FILLERS).try_collect::<()>().await
+}
+
+fn list(items: &[Value]) -> Value {
+    json!({ "apiVersion": "v1", "kind": "List", "items": items })
+}
+
+/// As an editor does, so that nobody reads half of it.
+fn write(dir: &Path, file: &str, content: &Value) -> anyhow::Result<()> {
+    let draft = dir.join(".draft");
+    std::fs::write(&draft, content.to_string())?;
+    Ok(std::fs::rename(draft, dir.join(file))?)
+}
