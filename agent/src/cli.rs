@@ -28,6 +28,9 @@ pub struct Cli {
     /// The bundle to keep
     #[arg(long, value_name = "NAME", env = "OPA_HUB_BUNDLE", default_value = "main")]
     bundle: String,
+    /// The namespace whose objects are wanted, where the hub gives them out by namespace
+    #[arg(long, value_name = "NS", env = "OPA_HUB_NAMESPACE")]
+    namespace: Option<String>,
     /// How policies reach OPA
     #[arg(long, value_name = "HOW", env = "OPA_HUB_POLICY_DELIVERY", default_value = "rest")]
     policy_delivery: Delivery,
@@ -144,6 +147,7 @@ impl Cli {
         Ok(Config {
             hubs,
             bundle: self.bundle.clone(),
+            namespace: self.namespace.clone().filter(|namespace| !namespace.is_empty()),
             opa: OpaConfig {
                 url: folder("--opa-url", &self.opa_url)?,
                 token: self.opa_auth_token.clone().map(Token::Text).or(file),

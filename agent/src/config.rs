@@ -7,7 +7,7 @@ use std::time::Duration;
 use reqwest::Url;
 
 /// Bytes of one PATCH: what OPA decodes at once, and what the agent holds.
-pub const PATCH_BYTES_MAX: usize = 1 << 20;
+pub const PATCH_BYTES_MAX: usize = 256 << 10;
 /// Bytes of a policy bundle that the agent holds for its OPA.
 pub const POLICY_BUNDLE_BYTES_MAX: usize = 16 << 20;
 /// Pieces of an archive that are decoded ahead of OPA.
@@ -38,6 +38,8 @@ pub struct Config {
     pub hubs: Vec<Url>,
     /// The bundle to keep.
     pub bundle: String,
+    /// Whose objects are wanted.
+    pub namespace: Option<String>,
     /// OPA's API, ending in `/v1/`.
     pub opa: OpaConfig,
     /// How modules reach OPA.

@@ -57,6 +57,7 @@ pub struct Hubs {
     client: Client,
     urls: Vec<Url>,
     bundle: String,
+    namespace: Option<String>,
     current: usize,
     pause: Duration,
 }
@@ -79,11 +80,11 @@ pub struct Stream {
 
 impl Hubs {
     /// Starts with any of `urls`, so that agents spread over them.
-    pub fn new(urls: Vec<Url>, bundle: String) -> Result<Self, Error> {
+    pub fn new(urls: Vec<Url>, bundle: String, namespace: Option<String>) -> Result<Self, Error> {
         let client =
             Client::builder().tcp_nodelay(true).connect_timeout(OPEN).build().map_err(Error::Client)?;
         let current = fastrand::usize(..urls.len());
-        Ok(Self { client, urls, bundle, current, pause: RETRY_FIRST })
+        Ok(Self { client, urls, bundle, namespace, current, pause: RETRY_FIRST })
     }
 
     /// The hub that is asked.
@@ -152,7 +153,11 @@ impl Hubs {
 
     fn url(&self, what: &str) -> Url {
         let path = format!("bundles/{}{what}", self.bundle);
-        self.current().join(&path).expect("names of our own are URL paths")
+        let mut url = self.current().join(&path).expect("names of our own are URL paths");
+        if let Some(namespace) = &self.namespace {
+            url.query_pairs_mut().append_pair("namespace", namespace);
+        }
+        url
     }
 
     async fn send(&self, what: &str, request: reqwest::RequestBuilder) -> Result<Response, Error> {

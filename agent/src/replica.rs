@@ -109,7 +109,7 @@ impl Replica {
         let opa = opa::Opa::new(config.opa.clone())?;
         Ok(Self {
             applier: Applier { opa, bundle: config.bundle.clone() },
-            hubs: Hubs::new(config.hubs.clone(), config.bundle.clone())?,
+            hubs: Hubs::new(config.hubs.clone(), config.bundle.clone(), config.namespace.clone())?,
             delivery: config.delivery,
             local,
             status,

@@ -81,7 +81,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     }
     readiness.pending(pipeline::POLICIES, "not checked yet");
     let stop = CancellationToken::new();
-    let bundle = Arc::new(Bundle::new(config.bundle.clone()));
+    let bundle = Arc::new(Bundle::new(config.bundle.clone(), config.scoped.clone()));
     let feeds = Arc::new(Feeds::default());
     let (events, queue) = mpsc::channel(EVENT_QUEUE_MAX);
     let mut tasks = Tasks::new();

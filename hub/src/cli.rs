@@ -125,6 +125,10 @@ pub struct Flags {
     /// Where below data the resources go: data.PATH.resource.namespace.name
     #[arg(long, value_name = "PATH", default_value = "kubernetes", help_heading = "Replication")]
     replicate_path: String,
+    /// What of replicated resources each reader gets: all namespaces, or those of the one that it names (?namespace=, or
+    /// the agent's --namespace) and what belongs to none
+    #[arg(long, value_name = "SCOPE", default_value = "cluster", help_heading = "Replication")]
+    replicate_scope: ReplicateScope,
     /// The fields of replicated objects that travel: auto for those that the policies read, paths such as
     /// metadata.labels,spec.containers[*].image (what a policy reads beyond is undefined), all for everything, and paths
     /// beside auto for what others read. `opa-hub fields` shows what your policies read
@@ -188,6 +192,15 @@ pub struct Flags {
         help_heading = "Logging"
     )]
     log_format: LogFormat,
+}
+
+/// Whose objects a reader gets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum ReplicateScope {
+    /// Those of all namespaces
+    Cluster,
+    /// Those of the namespace that it names
+    Namespace,
 }
 
 /// How log lines look.
@@ -294,6 +307,7 @@ impl Flags {
         Ok(Config {
             source,
             fields: self.selection()?,
+            scoped: (self.replicate_scope == ReplicateScope::Namespace).then(|| replicate_path.clone()),
             auto: self.replicate_auto.then_some(AutoReplication { path: replicate_path, ignored }),
             listen: self.listen,
             health: self.health_endpoint,

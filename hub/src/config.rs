@@ -77,6 +77,10 @@ pub const CHECK_RETRY: Duration = Duration::from_secs(2);
 /// Fields that no policy reads any more leave this long after the policies that did, so that agents are past those;
 /// who is not takes a longer way.
 pub const NARROW_AFTER: Duration = Duration::from_secs(5);
+/// Namespaces whose views are kept at a time …
+pub const SCOPES_MAX: usize = 10_000;
+/// … and for how long while nobody asks.
+pub const SCOPE_IDLE: Duration = Duration::from_secs(60);
 /// Resources that policies may have replicated: each is a watch.
 pub const AUTO_FEEDS_MAX: usize = 100;
 /// How long a policy waits for the resources that it is the first to read.
@@ -111,6 +115,8 @@ pub struct Config {
     pub feeds: Vec<Feed>,
     /// Whether it also holds the resources that its policies read, and where; none: only what flags name.
     pub auto: Option<AutoReplication>,
+    /// The resources below it are given out by namespace; none: everybody gets all.
+    pub scoped: Option<DirPath>,
     /// What of replicated objects travels.
     pub fields: Selection,
     /// How its policies are checked.

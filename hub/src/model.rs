@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use opa_hub_proto::path::{DirPath, is_segment};
@@ -74,9 +75,9 @@ pub struct FeedId(pub usize);
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ObjectKey {
     /// Empty for objects that belong to no namespace.
-    pub namespace: Box<str>,
+    pub namespace: Arc<str>,
     /// The object's name.
-    pub name: Box<str>,
+    pub name: Arc<str>,
 }
 
 /// One Kubernetes object or manifest.

@@ -1,7 +1,10 @@
 //! Pods as an API server serves them, about 10 KB each: a Deployment's, with two containers, probes, environment,
 //! volumes, conditions and the bookkeeping of three writers. A number makes a pod; the same number, the same pod.
 
+use std::fmt::Write as _;
+
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
 /// Pods of one namespace.
 pub const PODS_A_NAMESPACE: usize = 300;
@@ -28,7 +31,7 @@ impl Nth {
     }
 
     fn hash(self) -> String {
-        format!("{:09x}", (self.0 / 10).wrapping_mul(0x9e37_79b9) % 0xf_ffff_ffff)
+        digest("template", self.0 / 10)[..9].to_owned()
     }
 
     /// Its own address.
@@ -49,13 +52,13 @@ impl Nth {
                     "team": self.namespace(), "tier": if self.0.is_multiple_of(2) { "front" } else { "back" },
                 },
                 "annotations": {
-                    "checksum/config": format!("{:064x}", self.0),
+                    "checksum/config": digest("config", self.0 / 10),
                     "prometheus.io/path": "/metrics", "prometheus.io/port": "9090", "prometheus.io/scrape": "true",
                     "sidecar.istio.io/status": "{\"initContainers\":[\"istio-init\"],\"containers\":[\"istio-proxy\"],\"volumes\":[\"istio-envoy\",\"istio-data\",\"istio-podinfo\",\"istiod-ca-cert\"],\"revision\":\"default\"}",
                 },
                 "ownerReferences": [{
                     "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": format!("{app}-{hash}"),
-                    "uid": format!("{:08x}-6f1c-4b7e-9d1a-0242ac120002", self.0 / 10),
+                    "uid": uid("owner", self.0 / 10),
                     "controller": true, "blockOwnerDeletion": true,
                 }],
             },
@@ -111,8 +114,8 @@ impl Nth {
         let container = |name: &str| {
             json!({
                 "name": name, "image": format!("registry.example.com/shop/{name}:2.14.{}", self.0 % 7),
-                "imageID": format!("registry.example.com/shop/{name}@sha256:{:064x}", self.0 % 7),
-                "containerID": format!("containerd://{:064x}", self.0), "ready": true, "started": true,
+                "imageID": format!("registry.example.com/shop/{name}@sha256:{}", digest(name, self.0 % 7)),
+                "containerID": format!("containerd://{}", digest(name, self.0)), "ready": true, "started": true,
                 "restartCount": 0, "lastState": {}, "state": { "running": { "startedAt": time } },
             })
         };
@@ -135,7 +138,7 @@ impl Nth {
     /// All of it, as the API server serves it.
     pub fn served(self) -> Value {
         let mut pod = self.posted();
-        pod["metadata"]["uid"] = json!(format!("{:08x}-1111-4b7e-9d1a-0242ac120002", self.0));
+        pod["metadata"]["uid"] = json!(uid("pod", self.0));
         pod["metadata"]["resourceVersion"] = json!((1000 + self.0 * 3).to_string());
         pod["metadata"]["creationTimestamp"] = json!("2026-11-20T08:15:28Z");
         pod["metadata"]["managedFields"] = json!([
@@ -150,6 +153,20 @@ impl Nth {
         pod["status"] = self.status();
         pod
     }
+}
+
+/// As random as real ones are, so that it compresses as they do.
+fn digest(of: &str, number: usize) -> String {
+    let hash = Sha256::digest(format!("{of} {number}"));
+    hash.iter().fold(String::new(), |mut text, byte| {
+        _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn uid(of: &str, number: usize) -> String {
+    let hash = digest(of, number);
+    [&hash[..8], &hash[8..12], &hash[12..16], &hash[16..20], &hash[20..32]].join("-")
 }
 
 /// The bookkeeping of a writer: which fields it owns.

@@ -16,6 +16,7 @@ use super::fields::Fields;
 use super::kept::Kept;
 use super::log::Log;
 use super::project::directory;
+use super::scopes::{self, Scopes};
 use super::snapshot::{self, SegmentCache};
 use super::view::{Batch, View};
 use super::{delta, frame};
@@ -52,6 +53,8 @@ pub struct Bundle {
     objects: Arc<OnceLock<Objects>>,
     /// What was done.
     pub counters: Arc<Counters>,
+    /// How it looks from single namespaces; none: everybody gets all of it.
+    pub scopes: Option<Scopes>,
 }
 
 /// Tells the replicated objects that there are, whole, each with the place of its resource.
@@ -136,8 +139,9 @@ impl Part {
 }
 
 impl Bundle {
-    /// A bundle that has nothing to serve yet.
-    pub fn new(name: String) -> Self {
+    /// A bundle that has nothing to serve yet. With `scoped` nobody gets more of the resources below it than the objects
+    /// of one namespace.
+    pub fn new(name: String, scoped: Option<DirPath>) -> Self {
         Self {
             name,
             head: watch::Sender::new(None),
@@ -147,7 +151,24 @@ impl Bundle {
             segments: Arc::default(),
             objects: Arc::default(),
             counters: Arc::default(),
+            scopes: scoped.map(Scopes::new),
         }
+    }
+
+    /// A part of it that has nothing to serve yet.
+    pub(super) fn part(&self) -> Self {
+        let (objects, counters) = (Arc::clone(&self.objects), Arc::clone(&self.counters));
+        Self { objects, counters, ..Self::new(self.name.clone(), None) }
+    }
+
+    /// What whoever asks from `namespace` gets.
+    pub fn of(self: &Arc<Self>, namespace: Option<&str>) -> Result<Arc<Self>, scopes::Error> {
+        self.scopes.as_ref().map_or_else(|| Ok(Arc::clone(self)), |scopes| scopes.of(self, namespace))
+    }
+
+    /// Whether anybody waits for a newer edition, besides [`pace`](Self::pace).
+    pub(super) fn is_read(&self) -> bool {
+        self.head.receiver_count() > 1 || self.paced.receiver_count() > 0
     }
 
     /// Who has the whole objects: said once, by the writer.
@@ -176,7 +197,11 @@ impl Bundle {
             objects: Arc::clone(&self.objects),
             counters: Arc::clone(&self.counters),
         };
-        self.head.send_replace(Some(Arc::new(edition)));
+        let edition = Arc::new(edition);
+        self.head.send_replace(Some(Arc::clone(&edition)));
+        if let Some(scopes) = &self.scopes {
+            scopes.follow(&edition.view, edition.log.last());
+        }
     }
 
     /// What is refused from now on.
@@ -220,6 +245,11 @@ impl Bundle {
 }
 
 impl Edition {
+    /// How it came to be.
+    pub(super) fn log(&self) -> &Log {
+        &self.log
+    }
+
     /// What leads an agent from `held` to this edition. Encoded once for all who are at `held` (I4).
     pub fn next(&self, held: Revision) -> Next {
         if held == self.view.revision {
@@ -294,7 +324,7 @@ impl Edition {
             let (Some(dir), name) = (directory(&place, &object.key), &object.key.name) else { continue };
             if self.view.dirs.get(&dir).is_some_and(|dir| dir.get(name).is_some()) {
                 let json = both.of(&place).cut_object(&object.json).ok()?;
-                batch.entry(&dir, name, Some(json));
+                batch.entry(&dir, name.clone(), Some(json));
             }
         }
         self.view.apply(batch).map(|(view, _)| view)

@@ -20,11 +20,13 @@ pub struct Log {
     keys: usize,
 }
 
-struct Commit {
+/// One step from a revision to the next.
+pub struct Commit {
     before: Revision,
-    changed: Changed,
+    /// What changed.
+    pub changed: Changed,
     /// Whether it took fields that older modules read.
-    narrows: bool,
+    pub narrows: bool,
 }
 
 /// Everything that changed since an older content, with how it was then.
@@ -45,6 +47,11 @@ impl Log {
             let Some(oldest) = self.commits.pop_front() else { break };
             self.keys -= oldest.changed.len();
         }
+    }
+
+    /// The step that led here.
+    pub fn last(&self) -> Option<&Commit> {
+        self.commits.back().map(AsRef::as_ref)
     }
 
     /// The data that changed since the content was `data`; none when that is not remembered.

@@ -18,6 +18,8 @@ pub mod snapshot;
 
 pub mod delta;
 
+pub mod scopes;
+
 mod edition;
 
 pub use self::edition::{Bundle, Edition, Next, Objects, Part};

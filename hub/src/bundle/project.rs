@@ -284,7 +284,7 @@ impl Projection {
         let Some(object) = object else {
             if self.accepted.remove(id).is_some() {
                 self.leave(&dir);
-                batch.entry(&dir, &key.name, None);
+                batch.entry(&dir, key.name.clone(), None);
             }
             return Ok(());
         };
@@ -294,7 +294,7 @@ impl Projection {
             self.enter(&dir, false)?;
             self.accepted.insert(id.clone(), Vec::new());
         }
-        batch.entry(&dir, &key.name, Some(json));
+        batch.entry(&dir, key.name.clone(), Some(json));
         Ok(())
     }
 
@@ -366,10 +366,10 @@ impl Projection {
             self.accepted.insert(id.clone(), values.keys().cloned().collect())
         };
         for gone in old.into_iter().flatten().filter(|key| !values.contains_key(key)) {
-            batch.entry(&dir, &gone, None);
+            batch.entry(&dir, gone, None);
         }
         for (key, value) in values {
-            batch.entry(&dir, &key, Some(value));
+            batch.entry(&dir, key, Some(value));
         }
         Ok(())
     }

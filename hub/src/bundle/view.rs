@@ -81,6 +81,7 @@ pub struct Changed {
 }
 
 /// The keys that changed in one directory.
+#[derive(Clone)]
 pub struct ChangedDirectory {
     /// Which.
     pub path: DirPath,
@@ -146,6 +147,15 @@ impl View {
         }
         let next = Self { revision: revision(&dirs, &modules), dirs, modules, ..self.clone() };
         Some((next, changed))
+    }
+
+    /// The same with these directories only.
+    #[must_use]
+    pub fn only(&self, keep: impl Fn(&DirPath) -> bool) -> Self {
+        let dirs = self.dirs.iter().filter(|(path, _)| keep(path));
+        let dirs: BTreeMap<_, _> = dirs.map(|(path, dir)| (path.clone(), Arc::clone(dir))).collect();
+        let data = data_digest(dirs.iter().map(|(path, dir)| (path, dir.digest)));
+        Self { revision: Revision { data, ..self.revision }, dirs: Arc::new(dirs), ..self.clone() }
     }
 
     /// The entries of all directories, counted.
@@ -305,7 +315,7 @@ impl Chunk {
 
 impl Batch {
     /// Sets (`Some`) or removes (`None`) one entry.
-    pub fn entry(&mut self, dir: &DirPath, key: &str, value: Option<Bytes>) {
+    pub fn entry(&mut self, dir: &DirPath, key: impl Into<Arc<str>>, value: Option<Bytes>) {
         let keys = match self.dirs.get_mut(dir) {
             Some(keys) => keys,
             None => self.dirs.entry(dir.clone()).or_default(),
@@ -351,7 +361,7 @@ mod tests {
         for batch in script {
             let mut next = Batch::default();
             for (key, value) in batch {
-                next.entry(&dir, &format!("k{key}"), value.map(|value| Bytes::from(value.to_string())));
+                next.entry(&dir, format!("k{key}"), value.map(|value| Bytes::from(value.to_string())));
             }
             if let Some((next, _)) = view.apply(next) {
                 view = next;

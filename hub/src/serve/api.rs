@@ -53,6 +53,9 @@ fn summary(hub: &Hub) -> Value {
         "problems": problems,
         "checkedBy": hub.checked_by,
     });
+    if let Some(scopes) = &hub.bundle.scopes {
+        summary["namespaces"] = json!(scopes.namespaces());
+    }
     if let Some(edition) = hub.bundle.head().borrow().as_ref() {
         let view = &edition.view;
         let published = edition.published.duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -36,6 +36,8 @@ pub(super) struct Options {
     /// Answer with OPA's own delta where one is possible.
     #[serde(default)]
     delta: bool,
+    /// Whose objects are wanted.
+    namespace: Option<String>,
 }
 
 /// Who was lately given a native delta, from which revision: who comes back from there gets a snapshot.
@@ -52,7 +54,8 @@ pub(super) async fn get(
 ) -> Result<Response, Error> {
     let held = entity_tags(text_values(&headers, IF_NONE_MATCH.as_str()));
     let patience = wait(text_values(&headers, "prefer"), LONG_POLL_MAX);
-    let Some(edition) = wait_for(hub.bundle(&name)?, &hub.0.stop, part, &held, patience).await? else {
+    let bundle = hub.part(&name, options.namespace.as_deref())?;
+    let Some(edition) = wait_for(&bundle, &hub.0.stop, part, &held, patience).await? else {
         // An older tag of the list may have matched here, on a replica that lags: what the client holds stands.
         let own = held.first().map_or("", |tag| tag.raw);
         return Ok((StatusCode::NOT_MODIFIED, [(ETAG, own)]).into_response());

@@ -4,12 +4,17 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
+use crate::bundle::scopes;
+
 /// Every way in which a request fails.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
     /// No such bundle.
     #[error("there is no bundle {0:?}; GET /v1/bundles lists them")]
     NoSuchBundle(String),
+    /// No part of it either.
+    #[error(transparent)]
+    Scope(#[from] scopes::Error),
     /// I5.
     #[error("not ready: some sources have not listed yet, GET /readyz tells which")]
     NotReady,
@@ -33,10 +38,10 @@ impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let status = match self {
             Self::NoSuchBundle(_) => StatusCode::NOT_FOUND,
-            Self::NotReady => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NotReady | Self::Scope(scopes::Error::TooMany) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Split(_) => StatusCode::CONFLICT,
             Self::UnknownRevision(_) => StatusCode::GONE,
-            Self::InvalidRevision(_) | Self::InvalidReconcile(_) => StatusCode::BAD_REQUEST,
+            Self::Scope(_) | Self::InvalidRevision(_) | Self::InvalidReconcile(_) => StatusCode::BAD_REQUEST,
         };
         (status, Json(serde_json::json!({ "error": self.to_string() }))).into_response()
     }

@@ -78,6 +78,11 @@ impl Hub {
         let bundle = &self.0.bundle;
         if bundle.name == name { Ok(bundle) } else { Err(Error::NoSuchBundle(name.to_owned())) }
     }
+
+    /// What is served of the bundle to whoever names this namespace.
+    fn part(&self, name: &str, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
+        Ok(self.bundle(name)?.of(namespace)?)
+    }
 }
 
 /// All that the hub answers.

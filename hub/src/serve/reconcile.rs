@@ -3,20 +3,28 @@
 use std::sync::atomic::Ordering;
 
 use axum::body::Bytes;
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::response::Response;
 use opa_hub_proto::reconcile::Reconcile;
+use serde::Deserialize;
 
 use super::Hub;
 use super::bundle::respond;
 use super::error::Error;
 
+#[derive(Deserialize)]
+pub(super) struct Options {
+    /// Whose objects are wanted.
+    namespace: Option<String>,
+}
+
 pub(super) async fn post(
     State(hub): State<Hub>,
     Path(name): Path<String>,
+    Query(options): Query<Options>,
     body: Bytes,
 ) -> Result<Response, Error> {
-    let bundle = hub.bundle(&name)?;
+    let bundle = hub.part(&name, options.namespace.as_deref())?;
     let held: Reconcile =
         serde_json::from_slice(&body).map_err(|error| Error::InvalidReconcile(error.to_string()))?;
     drop(body);

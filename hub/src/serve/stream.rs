@@ -26,6 +26,8 @@ use crate::config::HEARTBEAT;
 pub(super) struct Options {
     /// What `Last-Event-ID` says, for readers that cannot set headers.
     since: Option<String>,
+    /// Whose objects are wanted.
+    namespace: Option<String>,
 }
 
 pub(super) async fn get(
@@ -34,7 +36,7 @@ pub(super) async fn get(
     Query(options): Query<Options>,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
-    let head = hub.bundle(&name)?.head();
+    let head = hub.part(&name, options.namespace.as_deref())?.head();
     let edition = head.borrow().clone().ok_or(Error::NotReady)?;
     let header =
         headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());

@@ -10,6 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use bytes::Bytes;
 use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -150,6 +151,11 @@ pub async fn run(
     }
 }
 
+/// Mostly it is not only equal but the one text that was read.
+fn is_same(one: &Bytes, other: &Bytes) -> bool {
+    (one.as_ptr(), one.len()) == (other.as_ptr(), other.len()) || one == other
+}
+
 /// Which folder lies at the path now.
 fn identity(dir: &Path) -> Option<(u64, u64)> {
     fs::metadata(dir).ok().map(|folder| (folder.dev(), folder.ino()))
@@ -247,10 +253,11 @@ impl Folder {
         let mut events = Vec::new();
         self.files.values_mut().for_each(|file| file.duplicates.clear());
         for (id, feed) in &self.feeds {
-            let mut places: HashMap<ObjectKey, String> = HashMap::new();
+            let mut places: HashMap<ObjectKey, (&Path, usize)> = HashMap::new();
             let mut now: HashMap<ObjectKey, Object> = HashMap::new();
+            let mut selects = kinds.selection(feed);
             for (path, file) in &mut self.files {
-                for manifest in file.manifests.iter().filter(|manifest| kinds.selects(feed, manifest)) {
+                for manifest in file.manifests.iter().filter(|manifest| selects(manifest)) {
                     let mut object = manifest.object.clone();
                     if feed.scope == Scope::Cluster
                         || feed.resource.is_named_only() && kinds.is_cluster_scoped(manifest)
@@ -259,24 +266,26 @@ impl Folder {
                     } else if object.key.namespace.is_empty() {
                         object.key.namespace = DEFAULT_NAMESPACE.into();
                     }
-                    let place = format!("{} document {}", path.display(), manifest.document);
-                    if let Some(other) = places.get(&object.key) {
+                    if let Some((other, document)) = places.get(&object.key) {
                         file.duplicates.push(format!(
-                            "document {}: {} {} is already given by {other}; remove one of the two",
-                            manifest.document, manifest.kind, object.key
+                            "document {}: {} {} is already given by {} document {document}; remove one of the two",
+                            manifest.document,
+                            manifest.kind,
+                            object.key,
+                            other.display()
                         ));
                         continue;
                     }
-                    places.insert(object.key.clone(), place);
+                    places.insert(object.key.clone(), (path, manifest.document));
                     now.insert(object.key.clone(), object);
                 }
             }
             let before = self.held.entry(*id).or_default();
             let gone = before.keys().filter(|key| !now.contains_key(*key));
             events.extend(gone.map(|key| (*id, Event::Delete(key.clone()))));
-            let new = now
-                .values()
-                .filter(|object| before.get(&object.key).is_none_or(|held| held.json != object.json));
+            let new = now.values().filter(|object| {
+                before.get(&object.key).is_none_or(|held| !is_same(&held.json, &object.json))
+            });
             events.extend(new.map(|object| (*id, Event::Apply(object.clone()))));
             *before = now;
         }

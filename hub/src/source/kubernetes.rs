@@ -389,12 +389,23 @@ struct Raw {
 
 impl<'de> Deserialize<'de> for Raw {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        /// What the watcher looks at: bookmarks are told by an annotation.
         #[derive(Deserialize)]
+        struct Outline {
+            metadata: Metadata,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
         struct Metadata {
-            metadata: ObjectMeta,
+            name: Option<String>,
+            namespace: Option<String>,
+            resource_version: Option<String>,
+            annotations: Option<BTreeMap<String, String>>,
         }
         let json = Box::<RawValue>::deserialize(deserializer)?;
-        let Metadata { metadata } = serde_json::from_str(json.get()).map_err(D::Error::custom)?;
+        let Outline { metadata } = serde_json::from_str(json.get()).map_err(D::Error::custom)?;
+        let Metadata { name, namespace, resource_version, annotations } = metadata;
+        let metadata = ObjectMeta { name, namespace, resource_version, annotations, ..ObjectMeta::default() };
         Ok(Self { metadata, json })
     }
 }

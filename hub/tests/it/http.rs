@@ -40,7 +40,7 @@ impl Served {
     }
 
     fn empty() -> Self {
-        let bundle = Arc::new(Bundle::new("main".into()));
+        let bundle = Arc::new(Bundle::new("main".into(), None));
         let hub = Hub::new(
             bundle.clone(),
             String::new(),

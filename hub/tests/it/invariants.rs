@@ -51,7 +51,7 @@ impl Writer {
             feed(Content::Resource("/kubernetes/pods".parse().unwrap()), namespaced()),
             feed(Content::Resource("/kubernetes/nodes".parse().unwrap()), Scope::Cluster),
         ];
-        let bundle = Arc::new(Bundle::new("main".into()));
+        let bundle = Arc::new(Bundle::new("main".into(), None));
         let counters = Arc::new(Feeds::default());
         let (mut pipeline, ends) = Pipeline::new(
             feeds,

@@ -13,13 +13,18 @@ use crate::source::trim;
 pub(super) struct Manifest {
     pub(super) kind: String,
     api_version: String,
-    labels: BTreeMap<String, String>,
     pub(super) object: Object,
     /// Which document of the file, from 1.
     pub(super) document: usize,
 }
 
 impl Manifest {
+    /// Read anew each time: few feeds ask, of few kinds, and many objects keep many.
+    fn labels(&self) -> BTreeMap<String, String> {
+        let outline = serde_json::from_slice::<Outline>(&self.object.json);
+        outline.ok().and_then(|outline| outline.metadata.labels).unwrap_or_default()
+    }
+
     fn kind(&self) -> Kind {
         let group = self.api_version.split_once('/').map_or("", |(group, _)| group);
         (group.to_owned(), self.kind.clone())
@@ -108,8 +113,7 @@ fn flatten(json: &str, outer: &Outer, document: usize, out: &mut Vec<Manifest>) 
         return Err(wrap(&"it has no kind or no apiVersion"));
     }
     let object = trim::object(json, &outline.api_version, &outline.kind).map_err(|error| wrap(&error))?;
-    let labels = outline.metadata.labels.unwrap_or_default();
-    out.push(Manifest { kind: outline.kind, api_version: outline.api_version, labels, object, document });
+    out.push(Manifest { kind: outline.kind, api_version: outline.api_version, object, document });
     Ok(())
 }
 
@@ -160,19 +164,36 @@ impl Kinds {
         CLUSTER_SCOPED.contains(&&*manifest.kind) || self.cluster_scoped.contains(&manifest.kind())
     }
 
-    /// Whether `feed` selects `manifest`, as the API server would.
-    pub(super) fn selects(&self, feed: &Feed, manifest: &Manifest) -> bool {
+    /// Whether objects of this kind are what `feed` watches.
+    fn is_of(&self, feed: &Feed, manifest: &Manifest) -> bool {
         let is_version = feed.resource.is_named_only() || manifest.api_version == feed.resource.api_version();
-        let is_resource = is_version
+        is_version
             && match self.plurals.get(&manifest.kind()) {
                 Some(plural) => *plural == feed.resource.plural,
                 None => plural(&manifest.kind) == feed.resource.plural,
+            }
+    }
+
+    /// Picks what `feed` selects, as the API server would, from manifests that it is asked about one after the other.
+    pub(super) fn selection<'a>(&'a self, feed: &'a Feed) -> impl FnMut(&Manifest) -> bool {
+        // Neighbours are mostly of one kind.
+        let mut last: Option<(String, String, bool)> = None;
+        move |manifest| {
+            let same = |(version, kind, _): &&(String, String, bool)| {
+                *version == manifest.api_version && *kind == manifest.kind
             };
-        is_resource && in_scope(&feed.scope, &manifest.object.key.namespace) && {
-            let has = |term: &crate::model::LabelTerm| {
-                (manifest.labels.get(&term.label) == Some(&term.value)) == term.equal
+            let is_of = match last.as_ref().filter(same) {
+                Some((.., is_of)) => *is_of,
+                None => {
+                    let is_of = self.is_of(feed, manifest);
+                    last = Some((manifest.api_version.clone(), manifest.kind.clone(), is_of));
+                    is_of
+                }
             };
-            feed.labels.iter().all(has)
+            is_of && in_scope(&feed.scope, &manifest.object.key.namespace) && {
+                let labels = if feed.labels.is_empty() { BTreeMap::new() } else { manifest.labels() };
+                feed.labels.iter().all(|term| (labels.get(&term.label) == Some(&term.value)) == term.equal)
+            }
         }
     }
 }
