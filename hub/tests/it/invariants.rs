@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use opa_hub::bundle::fields::Fields;
+use opa_hub::bundle::scopes;
 use opa_hub::bundle::{Bundle, Edition, Next, Part};
-use opa_hub::config::Rego;
+use opa_hub::config::{Rego, SCOPE_IDLE};
 use opa_hub::model::{Content, Event, Feed, FeedId, Object, ObjectKey, Resource, Scope};
 use opa_hub::pipeline::{Ends, Feeds, Pipeline, Said};
 use opa_hub::policy::candidates::LastGood;
@@ -42,6 +43,10 @@ struct Writer {
 
 impl Writer {
     fn new() -> Self {
+        Self::scoped(None)
+    }
+
+    fn scoped(root: Option<&str>) -> Self {
         let feed =
             |content, scope| Feed { resource: Resource::configmaps(), scope, labels: Vec::new(), content };
         let namespaced = || Scope::Namespaces { ignored: Vec::new() };
@@ -51,7 +56,7 @@ impl Writer {
             feed(Content::Resource("/kubernetes/pods".parse().unwrap()), namespaced()),
             feed(Content::Resource("/kubernetes/nodes".parse().unwrap()), Scope::Cluster),
         ];
-        let bundle = Arc::new(Bundle::new("main".into(), None));
+        let bundle = Arc::new(Bundle::new("main".into(), root.map(|root| root.parse().unwrap())));
         let counters = Arc::new(Feeds::default());
         let (mut pipeline, ends) = Pipeline::new(
             feeds,
@@ -77,7 +82,11 @@ impl Writer {
     }
 
     fn listed() -> Self {
-        let mut writer = Self::new();
+        Self::new().list()
+    }
+
+    fn list(self) -> Self {
+        let mut writer = self;
         for feed in [POLICIES, DATA, PODS, NODES] {
             writer.pipeline.take(feed, Event::Init);
             writer.pipeline.take(feed, Event::InitDone);
@@ -102,6 +111,11 @@ impl Writer {
             }
             self.commit();
         }
+    }
+
+    fn head_of(&self, namespace: &str) -> Arc<Edition> {
+        let bundle = self.bundle.of(Some(namespace)).unwrap();
+        bundle.head().borrow().clone().expect("published")
     }
 
     fn head(&self) -> Arc<Edition> {
@@ -176,6 +190,35 @@ proptest! {
                 for place in head.view.ensure.iter() {
                     assert!(held.data.pointer(place.as_str()).is_some_and(Value::is_object), "{place} is a map, if an empty one");
                 }
+            }
+        });
+    }
+
+    /// I1: from one namespace the same, of what belongs to it or to none.
+    #[test]
+    fn i1_a_namespace_makes_its_view(script in scripts(), joins in proptest::collection::vec(0u8..4, 12)) {
+        runtime().block_on(async {
+            let mut writer = Writer::scoped(Some("/kubernetes")).list();
+            let mut readers: Vec<(String, Held)> = Vec::new();
+            for (at, (batch, join)) in script.iter().zip(joins).enumerate() {
+                for step in batch {
+                    writer.step(*step);
+                }
+                writer.commit();
+                let namespace = format!("ns{join}");
+                let head = writer.head_of(&namespace);
+                readers.push((namespace, snapshot(&head).await));
+                for (namespace, held) in readers.iter_mut().skip(at % 2).step_by(2) {
+                    follow(held, &writer.head_of(namespace));
+                }
+            }
+            let whole = snapshot(&writer.head()).await;
+            for (namespace, mut held) in readers {
+                follow(&mut held, &writer.head_of(&namespace));
+                let mut expected = whole.clone();
+                expected.data["kubernetes"]["pods"].as_object_mut().unwrap().retain(|of, _| *of == namespace);
+                assert_eq!(held.content(), expected.content(), "{namespace}");
+                assert_eq!(held.modules, expected.modules);
             }
         });
     }
@@ -263,6 +306,63 @@ fn i4_encodes_do_not_grow_with_readers() {
         writer.run(&vec![vec![(2, 0, 0, Some(2))]]);
         writer.head().archive(Part::Policy).await;
         assert_eq!(counters.snapshot_encodes.load(Relaxed), 2);
+    });
+}
+
+/// I4: readers of one namespace share its frames and snapshots, and another one's changes are silence.
+#[test]
+fn i4_a_namespace_is_encoded_once() {
+    const NAMESPACES: u8 = 200;
+    const AGENTS: usize = 5;
+    runtime().block_on(async {
+        let mut writer = Writer::scoped(Some("/kubernetes")).list();
+        assert_eq!(writer.bundle.of(None).err(), Some(scopes::Error::NoNamespace));
+        assert!(matches!(writer.bundle.of(Some("a/b")), Err(scopes::Error::Invalid(_))));
+        let pods =
+            |value| (0..NAMESPACES).map(|namespace| (2, namespace, 0, Some(value))).collect::<Vec<_>>();
+        writer.run(&vec![pods(0)]);
+        let mut agents = Vec::new();
+        for namespace in (0..NAMESPACES).map(|namespace| format!("ns{namespace}")) {
+            for _ in 0..AGENTS {
+                let held = snapshot(&writer.head_of(&namespace)).await;
+                let names: Vec<_> = held.data["kubernetes"]["pods"].as_object().unwrap().keys().collect();
+                assert_eq!(names, [&namespace], "nothing of another");
+                agents.push((namespace.clone(), held));
+            }
+        }
+        let counters = writer.bundle.counters.clone();
+        let counts =
+            || [&counters.snapshot_encodes, &counters.frame_encodes].map(|count| count.load(Relaxed));
+        assert_eq!(counts(), [u64::from(NAMESPACES), 0]);
+        writer.run(&vec![pods(1)]);
+        for (namespace, held) in &mut agents {
+            follow(held, &writer.head_of(namespace));
+        }
+        assert_eq!(counts(), [u64::from(NAMESPACES), u64::from(NAMESPACES)]);
+        let before = writer.head_of("ns1").view.revision;
+        writer.run(&vec![vec![(2, 0, 0, Some(2))]]);
+        assert_eq!(writer.head_of("ns1").view.revision, before);
+        assert_ne!(writer.head_of("ns0").view.revision, agents[0].1.revision());
+    });
+}
+
+/// A namespace that nobody asks for any more is dropped, and made again when somebody does.
+#[test]
+fn idle_namespaces_are_dropped() {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let writer = Writer::scoped(Some("/kubernetes")).list();
+        let namespaces = || writer.bundle.scopes.as_ref().unwrap().namespaces();
+        let read = writer.bundle.of(Some("read")).unwrap().head();
+        writer.head_of("asked");
+        assert_eq!(namespaces(), ["asked", "read"]);
+        tokio::time::sleep(SCOPE_IDLE * 3).await;
+        assert_eq!(namespaces(), ["read"]);
+        drop(read);
+        tokio::time::sleep(SCOPE_IDLE * 3).await;
+        assert!(namespaces().is_empty());
+        writer.head_of("asked");
     });
 }
 

@@ -12,6 +12,7 @@ mod folder;
 
 mod kube_mgmt;
 
+mod namespaces;
 mod policies;
 
 mod sources;

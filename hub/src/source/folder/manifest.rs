@@ -182,13 +182,12 @@ impl Kinds {
             let same = |(version, kind, _): &&(String, String, bool)| {
                 *version == manifest.api_version && *kind == manifest.kind
             };
-            let is_of = match last.as_ref().filter(same) {
-                Some((.., is_of)) => *is_of,
-                None => {
-                    let is_of = self.is_of(feed, manifest);
-                    last = Some((manifest.api_version.clone(), manifest.kind.clone(), is_of));
-                    is_of
-                }
+            let is_of = if let Some((.., is_of)) = last.as_ref().filter(same) {
+                *is_of
+            } else {
+                let is_of = self.is_of(feed, manifest);
+                last = Some((manifest.api_version.clone(), manifest.kind.clone(), is_of));
+                is_of
             };
             is_of && in_scope(&feed.scope, &manifest.object.key.namespace) && {
                 let labels = if feed.labels.is_empty() { BTreeMap::new() } else { manifest.labels() };

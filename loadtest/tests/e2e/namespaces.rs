@@ -1,0 +1,70 @@
+//! `--replicate-scope namespace`: an agent gets the objects of its namespace, and nothing of another.
+
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
+use serde_json::{Value, json};
+
+use crate::world::write_manifest;
+
+#[tokio::test]
+async fn an_agent_holds_nothing_of_another_namespace() -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let put = |kind: &str, namespace: &str, name: &str, value: u64| {
+        let manifest = json!({
+            "apiVersion": "v1", "kind": kind, "metadata": { "name": name, "namespace": namespace }, "value": value,
+        });
+        write_manifest(manifests.path(), &format!("{namespace}-{name}.json"), &manifest)
+    };
+    for namespace in ["a", "b"] {
+        put("Pod", namespace, "p", 0)?;
+    }
+    put("Node", "", "n", 0)?;
+    let folder = manifests.path().display().to_string();
+    let flags = ["--manifests", &folder, "--replicate=v1/pods", "--replicate-cluster=v1/nodes"];
+    let flags: Vec<_> = flags.into_iter().chain(["--replicate-scope=namespace"]).collect();
+    let mut hub = Hub::start(work.path(), &flags).await?;
+    let mut agents = Vec::new();
+    for (namespace, delivery) in [("a", Delivery::Rest), ("b", Delivery::Bundle), ("empty", Delivery::Rest)] {
+        let address = Agent::address()?;
+        let config = (delivery == Delivery::Bundle).then(|| Agent::opa_config(&address));
+        let opa = Opa::start(&assets, work.path(), config.as_ref(), &[]).await?;
+        let flags = ["--namespace", namespace];
+        let mut agent = Agent::start(work.path(), &address, &[&hub.url], &opa.url, delivery, &flags)?;
+        agent.wait_ready().await?;
+        agents.push((namespace, opa, agent));
+    }
+    let pod = |namespace: &str, value: u64| json!({ "kind": "Pod", "apiVersion": "v1", "metadata": { "name": "p", "namespace": namespace }, "value": value });
+    let hold = async |values: [u64; 2]| {
+        for (namespace, opa, _) in &agents {
+            let expected: Value = match *namespace {
+                "a" => json!({ "a": { "p": pod("a", values[0]) } }),
+                "b" => json!({ "b": { "p": pod("b", values[1]) } }),
+                _ => json!({}),
+            };
+            eventually(format!("the pods of {namespace}"), async || {
+                equal(&opa.data("/kubernetes/pods").await.map_err(|error| error.to_string())?, &expected)
+            })
+            .await?;
+            assert_eq!(opa.data("/kubernetes/nodes/n/value").await?, json!(0), "nodes belong to none");
+        }
+        anyhow::Ok(())
+    };
+    hold([0, 0]).await?;
+    put("Pod", "a", "p", 1)?;
+    hold([1, 0]).await?;
+    // A change of one namespace is silence to the others: they are at the revision that they had.
+    let applied =
+        async |at: usize| agents[at].2.status().await.map(|status| status["done"]["frames"].clone());
+    assert_eq!((applied(0).await?, applied(1).await?, applied(2).await?), (json!(1), json!(0), json!(0)));
+    hub.kill();
+    put("Pod", "b", "p", 2)?;
+    hub.spawn()?;
+    hub.wait_ready().await?;
+    hold([1, 2]).await?;
+    assert_eq!(hub.metric("opa_hub_snapshots_served_total").await?, 0, "who held something repaired it");
+    // Nobody gets all of them, and who names none is told what to do.
+    let answer = hub.json("/bundles/main").await?;
+    assert!(answer["error"].as_str().is_some_and(|error| error.contains("?namespace=")), "{answer}");
+    Ok(())
+}
