@@ -1,17 +1,16 @@
 //! `opa-hub fields`: which fields of replicated objects the policies of a folder read, without a server.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use anyhow::{Context as _, bail};
 
-use crate::bundle::fields::Fields;
+use crate::bundle::forecast::{self, Field, Sample};
 use crate::bundle::kept::Kept;
 use crate::bundle::project::Projection;
 use crate::bundle::view::Batch;
 use crate::config::{Config, Selection, Source};
-use crate::model::{Change, Content, Feed, FeedId, Scope};
-use crate::policy::analyze::{self, Extent, Reads, Step};
+use crate::model::{Change, Content, Feed, FeedId, Object, Scope};
+use crate::policy::analyze;
 use crate::policy::check::Compiler;
 use crate::policy::settle::settle;
 use crate::source::folder::{self, Contents};
@@ -54,59 +53,27 @@ pub async fn report(config: &Config) -> anyhow::Result<String> {
     let mut text = String::new();
     for (id, feed) in replicated {
         let Content::Resource(place) = &feed.content else { continue };
-        let root: Vec<_> = place.relative().split('/').collect();
-        let (resource, root) = root.split_last().context("a place has a name")?;
-        let is_cluster_scoped = feed.scope == Scope::Cluster;
-        let found = Kept::of_reads(&reads, [(place.clone(), Some(is_cluster_scoped))]);
-        let found = found.of(place);
-        let (mut whole, mut less) = (0, 0);
-        for (_, object) in objects.iter().filter(|(of, _)| *of == id) {
-            let mut cut = Vec::new();
-            found.cut(std::str::from_utf8(&object.json)?, &mut cut)?;
-            whole += object.json.len();
-            less += cut.len();
-        }
-        writeln!(text, "{}: {less} of {whole} bytes", feed.resource)?;
-        let readers = readers(
-            &reads,
-            root.len() + if is_cluster_scoped { 2 } else { 3 },
-            &[root, &[resource]].concat(),
-        );
-        for line in lines(found) {
-            let reader = readers.get(line.trim_end_matches('…')).map_or("", String::as_str);
-            writeln!(text, "  {line:<50} {reader}")?;
+        let scope = Some(feed.scope == Scope::Cluster);
+        let kept = Kept::of_reads(&reads, [(place.clone(), scope)]);
+        let fields = kept.of(place);
+        let cut = |(_, object): &(FeedId, Object)| {
+            let (namespace, whole_bytes) = (object.key.namespace.clone(), object.json.len());
+            fields.cut_object(&object.json).map(|kept| Sample { namespace, whole_bytes, kept })
+        };
+        let objects = objects.iter().filter(|(of, _)| *of == id).map(cut).collect::<Result<Vec<_>, _>>()?;
+        let found = forecast::resource(place, scope, fields, Some(&reads), &objects);
+        let opa = forecast::opa_bytes(found.json_bytes, found.objects) >> 20;
+        writeln!(
+            text,
+            "{}: {} of {} bytes, an OPA of about {opa} MB",
+            feed.resource, found.json_bytes, found.whole_bytes
+        )?;
+        for Field { path, json_bytes, readers } in found.fields {
+            writeln!(text, "  {path:<44} {json_bytes:>12}  {}", readers.join(" "))?;
         }
     }
     for problem in problems {
         writeln!(text, "refused: {problem}")?;
     }
     Ok(text)
-}
-
-fn lines(fields: &Fields) -> Vec<String> {
-    if fields.is_all() {
-        return vec!["…".into()];
-    }
-    fields.to_string().lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
-}
-
-/// Who reads each path first: `ns/configmap/key:row:col`. What is read whole comes before the rest.
-fn readers(reads: &Reads, object: usize, names: &[&str]) -> BTreeMap<String, String> {
-    let mut readers = BTreeMap::new();
-    let is = |step: &Step, name: &str| match step {
-        Step::Name(held) => **held == *name,
-        Step::Any => true,
-    };
-    for extent in [Extent::Whole, Extent::Shallow] {
-        for (place, _, site) in reads.iter().filter(|(_, of, _)| *of == extent) {
-            let Some(site) = site else { continue };
-            if place.iter().zip(names).all(|(step, name)| is(step, name)) {
-                let mut fields = Fields::default();
-                fields.insert(place.get(object..).unwrap_or_default(), Extent::Shallow);
-                let path = fields.to_string().trim().to_owned();
-                readers.entry(path).or_insert_with(|| format!("{}:{}:{}", site.file, site.row, site.col));
-            }
-        }
-    }
-    readers
 }

@@ -10,11 +10,11 @@ use opa_hub_proto::path::DirPath;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use crate::bundle::Bundle;
 use crate::bundle::kept::Kept;
 use crate::bundle::log::Log;
 use crate::bundle::project::Projection;
 use crate::bundle::view::{Batch, Changed, View};
+use crate::bundle::{Bundle, Reading};
 use crate::config::{CHECK_RETRY, COMMIT_EVENTS_MAX, NARROW_AFTER, Rego, Selection};
 use crate::model::{Change, Content, Event, Feed, FeedId};
 use crate::policy::analyze::{self, Reads};
@@ -232,7 +232,11 @@ impl Pipeline {
         let (good, settled) = (watch::Sender::new(None), watch::Sender::default());
         let ends = Ends { jobs: checker, good: good.subscribe(), settled: settled.subscribe() };
         let kept = match &fields {
-            Selection::Given(fields) => Kept::alike(fields.clone()),
+            Selection::Given(fields) => {
+                let kept = Kept::alike(fields.clone());
+                bundle.set_reading(Reading { kept: kept.clone(), reads: None });
+                kept
+            }
             Selection::Auto { .. } => Kept::default(),
         };
         let store = Arc::new(Mutex::new(Store::new(&feeds)));
@@ -291,7 +295,7 @@ impl Pipeline {
             Said::Checked { outcome, reads } => {
                 // Before the policies that read it, and in one commit with them: frames tell data first.
                 if let Some(reads) = reads {
-                    self.widen(&reads);
+                    self.widen(reads);
                 }
                 self.projection.take_outcome(outcome, &mut self.batch);
                 let good = self.projection.last_good();
@@ -305,12 +309,14 @@ impl Pipeline {
     }
 
     /// Keeps what is read from now on, beside what was read until now.
-    fn widen(&mut self, reads: &Reads) {
+    fn widen(&mut self, reads: Reads) {
         let Selection::Auto { include, .. } = &self.fields else { return };
         let places = self.projection.places().map(|(_, place, scope)| (place.clone(), scope));
-        let mut target = Kept::of_reads(reads, places);
+        let mut target = Kept::of_reads(&reads, places);
         target.join_alike(include);
         self.view.reads = Some(target.to_text().into());
+        self.projection.read_by(&reads, &target);
+        self.bundle.set_reading(Reading { kept: target.clone(), reads: Some(reads) });
         if self.stage != Stage::Live {
             return self.keep(target);
         }

@@ -68,6 +68,7 @@ struct Measured {
     load: Duration,
     opa: Usage,
     opa_settled: u64,
+    opa_forecast: u64,
     agent: Usage,
     change_p50: Duration,
     change_max: Duration,
@@ -124,6 +125,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
     let before = (count("events").await?, count("changes").await?);
     rollout(world, &hub).await?;
     let after = (count("events").await?, count("changes").await?);
+    let forecast = hub.json("/v1/bundles/main").await?["counts"]["opaBytes"].clone();
     let policy_edit = policy_edit(world, &opa, fields).await?;
     agent.wait_ready().await?;
     Ok(Measured {
@@ -135,6 +137,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
         load,
         opa: usage(opa.process.as_ref())?,
         opa_settled,
+        opa_forecast: forecast.as_u64().context("the hub tells what OPA will need")?,
         agent: usage(agent.process.as_ref())?,
         change_p50: changes[changes.len() / 2],
         change_max: changes[changes.len() - 1],
@@ -217,9 +220,10 @@ fn table(options: &Options, all: &Measured, auto: &Measured) -> String {
         let share = 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
         format!("{} of {} ({share:.0} %)", row.rollout_changes, row.rollout_events)
     };
-    let rows: [(&str, Cell); 12] = [
+    let rows: [(&str, Cell); 13] = [
         ("OPA, resident, in use", &|row| megabytes(row.opa_settled)),
         ("OPA, resident, at most", &|row| megabytes(row.opa.peak)),
+        ("OPA, as the hub forecasts it", &|row| megabytes(row.opa_forecast)),
         ("snapshot", &|row| megabytes(row.snapshot)),
         ("agent, resident, at most", &|row| megabytes(row.agent.peak)),
         ("hub, resident, in use", &|row| megabytes(row.hub.rss)),
@@ -250,7 +254,7 @@ fn results(options: &Options, rows: &[Measured]) -> Value {
         json!({
             "fields": row.fields, "hubReadySeconds": row.hub_ready.as_secs_f64(),
             "hubReadyCpuSeconds": row.hub_cpu.as_secs_f64(), "hub": usage(&row.hub), "snapshotBytes": row.snapshot,
-            "loadSeconds": row.load.as_secs_f64(), "opa": usage(&row.opa), "opaSettledBytes": row.opa_settled,
+            "loadSeconds": row.load.as_secs_f64(), "opa": usage(&row.opa), "opaSettledBytes": row.opa_settled, "opaForecastBytes": row.opa_forecast,
             "agent": usage(&row.agent), "changeMedianSeconds": row.change_p50.as_secs_f64(),
             "changeMaxSeconds": row.change_max.as_secs_f64(), "changeHubCpuSeconds": row.change_cpu.as_secs_f64(),
             "policyEditSeconds": row.policy_edit.as_secs_f64(), "rolloutEvents": row.rollout_events,

@@ -1,6 +1,6 @@
 //! What readers see: the view and the log at one moment, with everything that was encoded from them, once.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
@@ -13,6 +13,7 @@ use tokio::sync::{OnceCell, watch};
 
 use super::archive::Archive;
 use super::fields::Fields;
+use super::forecast::{self, Sample};
 use super::kept::Kept;
 use super::log::Log;
 use super::project::directory;
@@ -22,6 +23,7 @@ use super::view::{Batch, View};
 use super::{delta, frame};
 use crate::config::{RECONCILE_CACHE_MAX, SNAPSHOT_INTERVAL};
 use crate::model::{Object, Problem};
+use crate::policy::analyze::Reads;
 use crate::policy::verdict::Verdicts;
 
 /// Frames kept for agents at different revisions; more than this many are behind only in a storm …
@@ -47,6 +49,8 @@ pub struct Bundle {
     head: watch::Sender<Option<Arc<Edition>>>,
     paced: watch::Sender<Option<Arc<Edition>>>,
     problems: Mutex<Arc<[Problem]>>,
+    /// What of replicated objects travels, and because of whom.
+    reading: Mutex<Arc<Reading>>,
     /// What was said of each ConfigMap.
     pub verdicts: Verdicts,
     segments: Arc<SegmentCache>,
@@ -55,6 +59,15 @@ pub struct Bundle {
     pub counters: Arc<Counters>,
     /// How it looks from single namespaces; none: everybody gets all of it.
     pub scopes: Option<Scopes>,
+}
+
+/// What of replicated objects travels, and what policies read, where one follows from the other.
+#[derive(Default)]
+pub struct Reading {
+    /// What travels.
+    pub kept: Kept,
+    /// What is read.
+    pub reads: Option<Reads>,
 }
 
 /// Tells the replicated objects that there are, whole, each with the place of its resource.
@@ -147,6 +160,7 @@ impl Bundle {
             head: watch::Sender::new(None),
             paced: watch::Sender::new(None),
             problems: Mutex::default(),
+            reading: Mutex::default(),
             verdicts: Verdicts::default(),
             segments: Arc::default(),
             objects: Arc::default(),
@@ -215,6 +229,36 @@ impl Bundle {
     /// What is refused.
     pub fn problems(&self) -> Arc<[Problem]> {
         self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What travels from now on.
+    pub fn set_reading(&self, reading: Reading) {
+        *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(reading);
+    }
+
+    /// What travels, and because of whom.
+    pub fn reading(&self) -> Arc<Reading> {
+        self.reading.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What each replicated resource costs. Takes as long as all its objects are many.
+    pub fn forecast(&self) -> Vec<forecast::Resource> {
+        let (reading, edition) = (self.reading(), self.head.borrow().clone());
+        let (Some(objects), Some(edition)) = (self.objects.get(), edition) else { return Vec::new() };
+        let mut places: BTreeMap<DirPath, Vec<Sample>> = BTreeMap::new();
+        for (place, object) in objects() {
+            let (namespace, whole_bytes) = (object.key.namespace.clone(), object.json.len());
+            let dir = directory(&place, &object.key).and_then(|dir| edition.view.dirs.get(&dir));
+            if let Some(entry) = dir.and_then(|dir| dir.get(&object.key.name)) {
+                let sample = Sample { namespace, whole_bytes, kept: entry.value.clone() };
+                places.entry(place).or_default().push(sample);
+            }
+        }
+        let of = |(place, objects): (DirPath, Vec<Sample>)| {
+            let scope = Some(objects.iter().all(|object| object.namespace.is_empty()));
+            forecast::resource(&place, scope, reading.kept.of(&place), reading.reads.as_ref(), &objects)
+        };
+        places.into_iter().map(of).collect()
     }
 
     /// The newest edition; none before every source has listed once (I5).

@@ -96,6 +96,26 @@ impl Fields {
         }
     }
 
+    /// The ends of the tree.
+    pub fn paths(&self) -> Vec<(Vec<Step>, Extent)> {
+        fn collect(fields: &Fields, path: &mut Vec<Step>, out: &mut Vec<(Vec<Step>, Extent)>) {
+            if fields.whole {
+                out.push((path.clone(), Extent::Whole));
+            } else if fields.names.is_empty() && fields.any.is_none() && !path.is_empty() {
+                out.push((path.clone(), Extent::Shallow));
+            }
+            let names = fields.names.iter().map(|(name, below)| (Step::Name(name.clone()), below));
+            for (step, below) in names.chain(fields.any.iter().map(|below| (Step::Any, &**below))) {
+                path.push(step);
+                collect(below, path, out);
+                path.pop();
+            }
+        }
+        let mut paths = Vec::new();
+        collect(self, &mut Vec::new(), &mut paths);
+        paths
+    }
+
     /// What is kept of the member `name`.
     fn of(&self, name: &str) -> Option<Self> {
         match (self.names.get(name), &self.any) {
@@ -193,19 +213,16 @@ fn steps(path: &str) -> Option<Vec<Step>> {
 impl fmt::Display for Fields {
     /// As paths, one a line: `metadata.labels.app`, `spec.containers[*].image`; `…` behind what is kept whole.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fn write(fields: &Fields, path: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            if fields.whole {
-                return writeln!(f, "{path}…");
+        for (steps, extent) in self.paths() {
+            for (at, step) in steps.iter().enumerate() {
+                match step {
+                    Step::Any => f.write_str("[*]")?,
+                    Step::Name(name) => write!(f, "{}{name}", if at == 0 { "" } else { "." })?,
+                }
             }
-            if fields.names.is_empty() && fields.any.is_none() {
-                return writeln!(f, "{path}");
-            }
-            for (name, below) in &fields.names {
-                write(below, &format!("{path}{}{name}", if path.is_empty() { "" } else { "." }), f)?;
-            }
-            fields.any.as_ref().map_or(Ok(()), |any| write(any, &format!("{path}[*]"), f))
+            writeln!(f, "{}", if extent == Extent::Whole { "…" } else { "" })?;
         }
-        write(self, "", f)
+        Ok(())
     }
 }
 

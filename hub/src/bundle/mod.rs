@@ -6,6 +6,8 @@ pub mod fields;
 
 pub mod kept;
 
+pub mod forecast;
+
 pub mod view;
 
 pub mod log;
@@ -22,4 +24,4 @@ pub mod scopes;
 
 mod edition;
 
-pub use self::edition::{Bundle, Edition, Next, Objects, Part};
+pub use self::edition::{Bundle, Edition, Next, Objects, Part, Reading};

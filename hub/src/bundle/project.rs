@@ -12,12 +12,15 @@ mod configmap;
 
 pub use self::configmap::Error;
 use self::configmap::{ConfigMap, check_entry, data_value};
+use super::forecast;
 use super::kept::{IsClusterScoped, Kept};
 use super::view::Batch;
 use crate::config::{DIRECTORIES_MAX, PROBLEMS_MAX};
 use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem, Scope};
+use crate::policy::analyze::Reads;
 use crate::policy::candidates::{LastGood, Opinion, Policies};
 use crate::policy::modules::Module;
+use crate::policy::plan::Site;
 use crate::policy::settle::{Candidates, Outcome, Texts};
 use crate::policy::verdict::{Fault, Observed, RETRIES, STATUS, Told, Verdict};
 
@@ -34,12 +37,17 @@ pub struct Projection {
     /// Entries by directory, with the ConfigMap that the directory belongs to.
     dirs: BTreeMap<DirPath, Place>,
     policies: Policies,
+    /// Where policies take whole objects, and of which resource, though only fields should travel.
+    costly: Vec<(Site, String)>,
     refused: BTreeMap<ObjectId, Refused>,
     /// ConfigMaps as they are, for whom verdicts are.
     configmaps: BTreeMap<ObjectKey, Known>,
     /// ConfigMaps of which something new may be told.
     news: BTreeSet<ObjectKey>,
 }
+
+/// Bytes of a policy's line that a warning quotes.
+const LINE_BYTES_MAX: usize = 120;
 
 type ObjectId = (FeedId, ObjectKey);
 
@@ -73,6 +81,7 @@ impl Projection {
             accepted: HashMap::new(),
             dirs: BTreeMap::new(),
             policies: Policies::default(),
+            costly: Vec::new(),
             refused: BTreeMap::new(),
             configmaps: BTreeMap::new(),
             news: BTreeSet::new(),
@@ -129,6 +138,18 @@ impl Projection {
         let before = std::mem::replace(&mut self.kept, kept);
         let differs = |place: &DirPath| before.of(place) != self.kept.of(place);
         self.places().filter(|(_, place, _)| differs(place)).map(|(id, ..)| id).collect()
+    }
+
+    /// Remembers which policies make whole objects travel, to tell who can mend it.
+    pub fn read_by(&mut self, reads: &Reads, kept: &Kept) {
+        let whole = self.places().filter(|(_, place, _)| kept.of(place).is_all());
+        let costly = whole.flat_map(|(id, place, scope)| {
+            let sites = forecast::readers(reads, place, scope).remove(&Vec::new()).unwrap_or_default();
+            let resource = self.feeds[id.0].resource.to_string();
+            sites.into_iter().map(move |site| (site, resource.clone()))
+        });
+        self.costly = costly.collect();
+        self.news.extend(self.configmaps.keys().cloned());
     }
 
     /// What of replicated objects travels.
@@ -212,12 +233,23 @@ impl Projection {
                 Opinion::Told { of, faults, warnings } => {
                     let replicated = self.replicated().map(|(prefix, _)| prefix);
                     verdict.warnings.extend(shared_segments(replicated, of));
+                    verdict.warnings.extend(self.costly_lines(of));
                     verdict.faults.extend_from_slice(faults);
                     verdict.warnings.extend(warnings.iter().map(ToString::to_string));
                 }
             }
         }
         Some(Told { observed: known.observed.clone(), verdict })
+    }
+
+    /// Where these texts take whole objects though only fields should travel.
+    fn costly_lines(&self, of: &Texts) -> impl Iterator<Item = String> {
+        self.costly.iter().filter_map(|(site, resource)| {
+            let above = usize::try_from(site.row).ok()?.checked_sub(1)?;
+            let line = of.modules.get(&site.file)?.text.lines().nth(above).unwrap_or_default().trim();
+            let line = &line[..line.floor_char_boundary(LINE_BYTES_MAX)];
+            Some(format!("{site} takes {resource} whole, so all their fields travel: {line}"))
+        })
     }
 
     /// Adds to `batch` what `change` does to the view. What was refused for want of a place is tried again when one

@@ -38,35 +38,40 @@ pub enum Extent {
     Whole,
 }
 
-/// What is read, and by whom first.
+/// Readers of a place that are remembered: enough to know where to look.
+const SITES_MAX: usize = 8;
+
+/// What is read, and by whom.
 #[derive(Default, Debug)]
-pub struct Reads(BTreeMap<Place, (Extent, Option<Site>)>);
+pub struct Reads(BTreeMap<Place, (Extent, BTreeSet<Site>)>);
 
 impl Reads {
-    /// Every place that is read, in their order.
-    pub fn iter(&self) -> impl Iterator<Item = (&Place, Extent, Option<&Site>)> {
-        self.0.iter().map(|(place, (extent, site))| (place, *extent, site.as_ref()))
+    /// Every place that is read, in their order, with who reads it so.
+    pub fn iter(&self) -> impl Iterator<Item = (&Place, Extent, &BTreeSet<Site>)> {
+        self.0.iter().map(|(place, (extent, sites))| (place, *extent, sites))
     }
 
     /// All of the data, by nobody in particular.
     pub fn everything() -> Self {
-        Self(BTreeMap::from([(Vec::new(), (Extent::Whole, None))]))
+        Self(BTreeMap::from([(Vec::new(), (Extent::Whole, BTreeSet::new()))]))
     }
 
+    /// Says whether the place, or so much of it, was not read before.
     fn add(&mut self, place: &[Step], extent: Extent, site: Option<&Site>) -> bool {
-        match self.0.get_mut(place) {
-            Some((held, _)) if *held >= extent => false,
-            Some((held, by)) => {
-                *held = extent;
-                // What OPA itself returns in the end has no place in a module: who read it before says more.
-                *by = site.cloned().or_else(|| by.take());
-                true
-            }
-            None => {
-                self.0.insert(place.to_vec(), (extent, site.cloned()));
-                true
+        let is_new = !self.0.contains_key(place);
+        let (held, sites) = self.0.entry(place.to_vec()).or_insert((extent, BTreeSet::new()));
+        let is_more = *held < extent;
+        if is_more {
+            *held = extent;
+            // What OPA itself returns in the end has no place in a module: who read it before says more.
+            if site.is_some() {
+                sites.clear();
             }
         }
+        if *held == extent && sites.len() < SITES_MAX {
+            sites.extend(site.cloned());
+        }
+        is_new || is_more
     }
 }
 

@@ -95,6 +95,12 @@ pub struct Site {
     pub col: u64,
 }
 
+impl std::fmt::Display for Site {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}:{}", self.file, self.row, self.col)
+    }
+}
+
 impl Plan {
     /// The blocks of every entrypoint; their local 0 is `input`, local 1 `data`.
     pub fn entries(&self) -> impl Iterator<Item = &Vec<Block>> {

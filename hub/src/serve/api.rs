@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::Hub;
 use super::error::Error;
+use crate::bundle::forecast;
 
 pub(super) async fn list(State(hub): State<Hub>) -> Json<Value> {
     Json(json!({ "bundles": [summary(&hub)] }))
@@ -32,6 +33,17 @@ pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Re
         shown["modules"] = modules.collect();
     }
     Ok(Json(shown))
+}
+
+/// What replicated objects cost, and who reads what of them.
+pub(super) async fn fields(State(hub): State<Hub>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
+    let bundle = hub.bundle(&name)?.clone();
+    let follows = bundle.reading().reads.is_some();
+    // Weighs thousands of objects.
+    let forecast = tokio::task::spawn_blocking(move || bundle.forecast());
+    let resources = forecast.await.expect("weighing does not panic");
+    let by = follows.then(|| hub.0.checked_by.clone());
+    Ok(Json(json!({ "name": name, "followPolicies": follows, "analysedBy": by, "resources": resources })))
 }
 
 fn summary(hub: &Hub) -> Value {
@@ -67,6 +79,7 @@ fn summary(hub: &Hub) -> Value {
             "directories": view.dirs.len(),
             "entries": view.entries(),
             "jsonBytes": view.json_bytes(),
+            "opaBytes": forecast::opa_bytes(view.json_bytes(), view.entries()),
         });
     }
     summary

@@ -108,6 +108,7 @@ pub fn router(hub: Hub) -> Router {
         )
         .route("/v1/bundles", get(api::list))
         .route("/v1/bundles/{name}", get(api::show))
+        .route("/v1/bundles/{name}/fields", get(api::fields))
         .route("/metrics", get(metrics::render))
         .with_state(hub.clone())
         .merge(health(hub))
