@@ -185,6 +185,9 @@ impl Fields {
     }
 }
 
+/// What a name holds that is written in brackets and quotes.
+const ODD: [char; 6] = ['.', '[', ']', '"', '*', ' '];
+
 fn steps(path: &str) -> Option<Vec<Step>> {
     let mut steps = Vec::new();
     let mut rest = path;
@@ -200,7 +203,7 @@ fn steps(path: &str) -> Option<Vec<Step>> {
             let from = if steps.is_empty() { rest } else { rest.strip_prefix('.')? };
             let end = from.find(['.', '[']).unwrap_or(from.len());
             let (name, after) = from.split_at(end);
-            if name.is_empty() || name.contains([']', '"', '*', ' ']) {
+            if name.is_empty() || name.contains(ODD) {
                 return None;
             }
             steps.push(Step::Name(name.into()));
@@ -217,6 +220,9 @@ impl fmt::Display for Fields {
             for (at, step) in steps.iter().enumerate() {
                 match step {
                     Step::Any => f.write_str("[*]")?,
+                    Step::Name(name) if name.is_empty() || name.contains(ODD) => {
+                        write!(f, "[{}]", serde_json::Value::from(&**name))?;
+                    }
                     Step::Name(name) => write!(f, "{}{name}", if at == 0 { "" } else { "." })?,
                 }
             }

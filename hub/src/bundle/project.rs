@@ -248,7 +248,10 @@ impl Projection {
             let above = usize::try_from(site.row).ok()?.checked_sub(1)?;
             let line = of.modules.get(&site.file)?.text.lines().nth(above).unwrap_or_default().trim();
             let line = &line[..line.floor_char_boundary(LINE_BYTES_MAX)];
-            Some(format!("{site} takes {resource} whole, so all their fields travel: {line}"))
+            Some(format!(
+                "{site} takes {resource} whole, so all their fields travel; read fields, or if nobody asks for this \
+                 rule name those that are asked for with --entrypoints: {line}"
+            ))
         })
     }
 

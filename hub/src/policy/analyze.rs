@@ -123,6 +123,7 @@ pub fn reads(plan: &Plan) -> Reads {
         functions: plan.functions(),
         flows: HashMap::new(),
         begun: HashMap::new(),
+        lists: HashMap::new(),
         returns: HashMap::new(),
         reads: Reads::default(),
         news: false,
@@ -162,6 +163,8 @@ struct Pass<'a> {
     flows: HashMap<Local, Flow>,
     /// In which block of the function under way a local last began anew.
     begun: HashMap<u32, usize>,
+    /// The lists and sets of nothing but texts that were built so far in the block under way.
+    lists: HashMap<u32, Vec<Arc<str>>>,
     returns: HashMap<String, Flow>,
     reads: Reads,
     /// Something was learnt in this round.
@@ -200,9 +203,41 @@ impl Pass<'_> {
 
     fn blocks<'b>(&mut self, scope: &str, blocks: impl Iterator<Item = &'b Block>) {
         for block in blocks {
+            let before = self.lists.clone();
             for stmt in &block.stmts {
+                self.build(stmt);
                 self.stmt(scope, stmt);
             }
+            // Whether the block runs to its end is not known: what it built or changed is not known behind it.
+            self.lists.retain(|local, list| before.get(local) == Some(list));
+        }
+    }
+
+    /// Follows the building of lists and sets of texts.
+    fn build(&mut self, stmt: &Stmt) {
+        for target in stmt.targets() {
+            self.lists.remove(&target);
+        }
+        let (made, grown) = match stmt.kind.as_str() {
+            "MakeArrayStmt" | "MakeSetStmt" => (stmt.local("target"), None),
+            "ArrayAppendStmt" => (None, stmt.local("array")),
+            "SetAddStmt" => (None, stmt.local("set")),
+            _ => (None, None),
+        };
+        self.lists.extend(made.map(|local| (local, Vec::new())));
+        if let Some((local, mut list)) = grown.and_then(|local| self.lists.remove_entry(&local))
+            && let Some(Operand::Text(text)) = self.plan.operand(stmt, "value")
+        {
+            list.push(text.into());
+            self.lists.insert(local, list);
+        }
+    }
+
+    /// The texts of a list or set, if it is for certain one of these.
+    fn texts(&self, operand: Option<&Operand>) -> Option<Vec<Arc<str>>> {
+        match operand {
+            Some(Operand::Local(local)) => self.lists.get(local).cloned(),
+            _ => None,
         }
     }
 
@@ -307,21 +342,45 @@ impl Pass<'_> {
         let result = match (name, &args[..]) {
             ("object.get", [object, key, default]) => {
                 self.whole(key, site);
-                // A list of steps is followed as far as any of them may lead: all below the first.
                 let steps = match operands.get(1) {
-                    Some(Operand::Text(text)) => vec![Step::Name((*text).into())],
-                    _ => Vec::new(),
+                    Some(Operand::Text(text)) => Some(vec![(*text).into()]),
+                    list => self.texts(list),
                 };
-                if steps.is_empty() {
-                    self.whole(object, site);
-                    Flow::default()
-                } else {
-                    let mut result = self.dot(object, &steps, site);
+                if let Some(steps) = steps {
+                    let mut result = object.clone();
+                    for step in steps {
+                        result = self.dot(&result, &[Step::Name(step)], site);
+                    }
                     let mut lost = BTreeSet::new();
                     result.join(default, 0, &mut lost);
                     self.lose(lost);
+                    result.texts = None;
                     result
+                } else {
+                    self.whole(object, site);
+                    self.whole(default, site);
+                    Flow::default()
                 }
+            }
+            ("json.filter" | "object.filter", [object, kept]) => {
+                self.whole(kept, site);
+                match self.texts(operands.get(1)) {
+                    None => self.whole(object, site),
+                    Some(paths) => {
+                        for path in paths {
+                            let place = match name {
+                                "json.filter" => pointer(&path),
+                                _ => vec![path],
+                            };
+                            let mut part = object.clone();
+                            for step in place {
+                                part = self.dot(&part, &[Step::Name(step)], site);
+                            }
+                            self.whole(&part, site);
+                        }
+                    }
+                }
+                Flow::default()
             }
             ("count" | "object.keys", [source]) => {
                 self.dot(source, &[Step::Any], site);
@@ -442,4 +501,11 @@ impl Pass<'_> {
         }
         self.lose(lost);
     }
+}
+
+/// The names in a path as `json.filter` takes it (OPA v1/topdown/json.go, `parsePath`): a JSON pointer that may lack its
+/// first slash.
+fn pointer(path: &str) -> Vec<Arc<str>> {
+    let names = path.trim_start_matches('/').split('/').filter(|name| !name.is_empty());
+    names.map(|name| name.replace("~1", "/").replace("~0", "~").into()).collect()
 }

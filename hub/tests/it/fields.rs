@@ -11,6 +11,7 @@ use opa_hub::bundle::kept::Kept;
 use opa_hub::policy::analyze;
 use opa_hub::policy::check::{Compiler, Dialect};
 use opa_hub::policy::modules::Module;
+use opa_hub_loadtest::pods::Nth;
 use opa_hub_proto::path::DirPath;
 use serde_json::{Value, json};
 
@@ -46,7 +47,7 @@ const FIELDS: [&str; 14] = [
     "nothing.at.all",
 ];
 /// Every construct that the analysis claims to follow, and every one that it must give up on. Each body is a rule's.
-const BODIES: [&str; 46] = [
+const BODIES: [&str; 53] = [
     "if $p.$f",
     "if not $p.$f",
     ":= $p.$f",
@@ -72,6 +73,13 @@ const BODIES: [&str; 46] = [
     ":= object.keys($p.$f)",
     ":= object.union($p.metadata, {\"x\": 1})",
     ":= json.filter($p, [\"metadata/labels/app\", \"status\"])",
+    ":= json.filter($p, {\"/spec/hostNetwork\", \"status/podIP\", \"metadata/annotations/a~1b\"})",
+    ":= json.filter($p, [\"spec/containers/0/image\", \"no/such\", \"metadata/labels/app/x\"])",
+    ":= json.filter($p, [input.path])",
+    ":= json.filter($p.metadata, [[\"labels\", \"app\"]])",
+    ":= object.filter($p.metadata, [\"labels\", \"name\"])",
+    ":= object.get($p, [\"spec\", \"containers\", 0, \"image\"], \"none\")",
+    ":= object.get($p, [\"metadata\", \"labels\"], {}).app",
     ":= json.remove($p, [\"metadata/labels\"])",
     ":= [path | walk($p, [path, value]); value == \"web\"]",
     "if every c in $p.spec.containers { c.image != input.value }",
@@ -198,26 +206,24 @@ fn input(random: &mut fastrand::Rng) -> Value {
     json!({
         "ns": pick(random, &["a", "b", "c", "none"]), "name": pick(random, &["p0", "p1", "p2", "p3"]),
         "key": pick(random, &["app", "key", "containers", "labels", "status"]), "index": random.u8(..3),
-        "value": pick(random, &["web", "db", "i0", ""]), "table": { "web": 1, "": 2 },
+        "value": pick(random, &["web", "db", "i0", ""]), "path": pick(random, &["status", "spec/containers"]), "table": { "web": 1, "": 2 },
     })
 }
 
-/// What the package decides for each input.
-fn decide(opa: &Path, dir: &Path, data: &Value) -> Value {
+/// What the package decides for each input, by the modules in `dir`.
+fn decide(opa: &Path, dir: &Path, package: &str, data: &Value) -> Value {
     std::fs::write(dir.join("data.json"), data.to_string()).unwrap();
-    let query = "[d | some i in data.inputs; d := data.t with input as i]";
-    let output =
-        Command::new(opa).current_dir(dir).args(["eval", "-d", "data.json", "-d", "t.rego", query]).output();
-    let output = output.unwrap();
+    let query = format!("[d | some i in data.inputs; d := data.{package} with input as i]");
+    let output = Command::new(opa).current_dir(dir).args(["eval", "-d", ".", &query]).output().unwrap();
     let said = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
     let mut answer: Value =
         serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}"));
     // Two values for one key end the whole evaluation: they do so beside whole objects too.
     if answer["errors"][0]["code"] == "eval_conflict_error" {
-        return json!(vec!["conflict"; INPUTS]);
+        return json!(vec!["conflict"; data["inputs"].as_array().unwrap().len()]);
     }
     let decisions = answer["result"][0]["expressions"][0]["value"].take();
-    assert!(decisions.as_array().is_some_and(|decisions| decisions.len() == INPUTS), "{said}");
+    assert_eq!(decisions.as_array().map(Vec::len), data["inputs"].as_array().map(Vec::len), "{said}");
     decisions
 }
 
@@ -264,7 +270,8 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
         }
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("t.rego"), &text).unwrap();
-        let (expected, decided) = (decide(&opa, dir.path(), &whole), decide(&opa, dir.path(), &less));
+        let (expected, decided) =
+            (decide(&opa, dir.path(), "t", &whole), decide(&opa, dir.path(), "t", &less));
         for (at, (expected, decided)) in
             expected.as_array().unwrap().iter().zip(decided.as_array().unwrap()).enumerate()
         {
@@ -281,6 +288,90 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
     }
     println!("{cases} decisions, {narrow} of {rounds} policies read less than whole pods");
     assert!(cases > 2000 && narrow > rounds / 3, "{cases} decisions, {narrow} policies");
+}
+
+/// A policy with a rule that is a whole pod, for its others to use: only what is asked of it tells what it reads.
+const HELD: &str = "ns/m/required_labels.rego";
+const ASKED: &str = "/corpus/required_labels/violation";
+
+/// I7: so it is for policies as people write them, each by itself and all together, on pods as an API server serves
+/// them.
+#[tokio::test]
+async fn i7_policies_from_life_decide_the_same() {
+    let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
+    let opa = assets.join("opa");
+    let compiler = Compiler::find(Some(&opa), Dialect::Default).await.unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut texts = BTreeMap::new();
+    for folder in [root.join("tests/corpus"), root.join("../loadtest/policies")] {
+        for file in std::fs::read_dir(folder).unwrap() {
+            let path = file.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            texts.insert(format!("ns/m/{name}"), Arc::new(Module::read(&text).unwrap()));
+        }
+    }
+    let random = &mut fastrand::Rng::with_seed(1);
+    let (pods, inputs) = lived_in(random);
+    let place: DirPath = "/kubernetes/pods".parse().unwrap();
+    let others = || texts.iter().filter(|(id, _)| *id != HELD);
+    let each = texts.iter().map(|(id, module)| BTreeMap::from([(id, module)]));
+    for modules in each.chain([others().collect()]) {
+        let asked: Vec<DirPath> =
+            if modules.contains_key(&HELD.to_owned()) { vec![ASKED.parse().unwrap()] } else { Vec::new() };
+        let plan = compiler.plan(&modules, &asked).await.unwrap().unwrap();
+        let kept = Kept::of_reads(&analyze::reads(&plan), [(place.clone(), Some(false))]);
+        let names: Vec<_> = modules.keys().collect();
+        assert!(!kept.of(&place).is_all(), "{names:?} read whole pods");
+        let dir = tempfile::tempdir().unwrap();
+        for (at, module) in modules.values().enumerate() {
+            std::fs::write(dir.path().join(format!("{at}.rego")), &module.text).unwrap();
+        }
+        let whole = json!({ "kubernetes": { "pods": pods }, "inputs": inputs });
+        let mut less = whole.clone();
+        for pod in less["kubernetes"]["pods"].as_object_mut().unwrap().values_mut().flat_map(members) {
+            *pod = cut(kept.of(&place), pod);
+        }
+        let asked = asked.iter().map(|path| path.relative().replace('/', "."));
+        let packages = modules.values().map(|module| module.package());
+        let decisions: Vec<_> = if asked.len() > 0 { asked.collect() } else { packages.collect() };
+        for package in &decisions {
+            let [expected, decided] = [&whole, &less].map(|data| decide(&opa, dir.path(), package, data));
+            assert_eq!(decided, expected, "{names:?}");
+            let expected = expected.as_array().unwrap();
+            assert!(expected.iter().any(|one| *one != expected[0]), "{package} decides always the same");
+        }
+    }
+}
+
+fn members(value: &mut Value) -> impl Iterator<Item = &mut Value> {
+    value.as_object_mut().unwrap().values_mut()
+}
+
+/// Pods as they are served, some of them odd, and questions about them.
+fn lived_in(random: &mut fastrand::Rng) -> (Value, Vec<Value>) {
+    let (mut pods, mut inputs) = (json!({}), Vec::new());
+    for nth in (0..12).chain(300..304).map(Nth) {
+        let mut pod = nth.served();
+        match random.u8(..6) {
+            0 => pod["metadata"]["labels"] = json!({ "app": "Odd", "team": 1 }),
+            1 => pod["spec"]["containers"][0]["securityContext"] = json!({ "privileged": true }),
+            2 => pod["spec"]["initContainers"] = json!([{ "name": "init", "image": "other/init:latest" }]),
+            3 => pod["status"] = json!({ "phase": "Pending", "podIP": Nth(0).address() }),
+            4 => _ = pod["metadata"].as_object_mut().unwrap().remove("ownerReferences"),
+            _ => pod["spec"]["containers"][1]["resources"]["limits"] = json!({ "cpu": "2", "memory": "1Gi" }),
+        }
+        pods[nth.namespace()][nth.name()] = pod;
+        let of = |nth: Nth| json!({ "namespace": nth.namespace(), "name": nth.name() });
+        for role in ["read", "write", "reader"] {
+            let other = Nth(random.usize(..12));
+            inputs.push(json!({
+                "namespace": nth.namespace(), "pod": nth.name(), "source": other.address(), "role": role,
+                "from": of(nth), "to": of(other), "registry": if role == "read" { "other/" } else { "registry.example.com/" }, "destination": nth.address(),
+            }));
+        }
+    }
+    (pods, inputs)
 }
 
 /// `opa-hub fields`, as people run it.
