@@ -215,11 +215,13 @@ impl Applier {
             self.make_room(&mut patch, 0).await?;
             if data.ensure.contains(&dir) { patch.add_dir(&dir, b"{}") } else { patch.remove_dir(&dir) }
         }
-        let marker = Marker {
+        let mut marker = Marker {
             revision: None,
             dirs: data.dirs.into_iter().map(|(dir, digest)| (dir, Some(digest))).collect(),
             ..half
         };
+        // The policies that this data is for come next, or a crash before them.
+        marker.may_read(found.reads.clone());
         self.make_room(&mut patch, PATCH_BYTES_MAX).await?;
         marker.write(&mut patch, &self.bundle);
         self.opa.patch(patch.into_array()).await?;

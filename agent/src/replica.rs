@@ -285,6 +285,10 @@ impl Replica {
         let modules = match self.delivery {
             Delivery::Rest => Some(marker.modules().map(|(id, digest)| (id.to_owned(), digest)).collect()),
             Delivery::Bundle => {
+                if let (Some(offered), true) = (marker.revision, marker.reads.len() > 1) {
+                    // A moment's patience saves an answer that holds what older policies read.
+                    self.local.activated(offered.modules).await;
+                }
                 self.forget_replaced(&mut marker);
                 None
             }

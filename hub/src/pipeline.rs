@@ -231,9 +231,12 @@ impl Pipeline {
         let (jobs, checker) = mpsc::unbounded_channel();
         let (good, settled) = (watch::Sender::new(None), watch::Sender::default());
         let ends = Ends { jobs: checker, good: good.subscribe(), settled: settled.subscribe() };
+        let mut view = View::empty(ensure.collect(), rego.dialect.version());
         let kept = match &fields {
             Selection::Given(fields) => {
                 let kept = Kept::alike(fields.clone());
+                // Known to agents too, in case that fields follow the policies after a restart.
+                view.reads = (!fields.is_all()).then(|| kept.to_text().into());
                 bundle.set_reading(Reading { kept: kept.clone(), reads: None });
                 kept
             }
@@ -245,7 +248,7 @@ impl Pipeline {
             shared.lock().unwrap_or_else(PoisonError::into_inner).replicated()
         }));
         let writer = Self {
-            view: View::empty(ensure.collect(), rego.dialect.version()),
+            view,
             store,
             projection: Projection::new(feeds.clone(), rego.test_label.clone(), kept),
             fields,

@@ -50,7 +50,7 @@ pub struct Bundle {
     paced: watch::Sender<Option<Arc<Edition>>>,
     problems: Mutex<Arc<[Problem]>>,
     /// What of replicated objects travels, and because of whom.
-    reading: Mutex<Arc<Reading>>,
+    reading: Arc<Mutex<Arc<Reading>>>,
     /// What was said of each ConfigMap.
     pub verdicts: Verdicts,
     segments: Arc<SegmentCache>,
@@ -160,7 +160,7 @@ impl Bundle {
             head: watch::Sender::new(None),
             paced: watch::Sender::new(None),
             problems: Mutex::default(),
-            reading: Mutex::default(),
+            reading: Arc::default(),
             verdicts: Verdicts::default(),
             segments: Arc::default(),
             objects: Arc::default(),
@@ -172,7 +172,8 @@ impl Bundle {
     /// A part of it that has nothing to serve yet.
     pub(super) fn part(&self) -> Self {
         let (objects, counters) = (Arc::clone(&self.objects), Arc::clone(&self.counters));
-        Self { objects, counters, ..Self::new(self.name.clone(), None) }
+        let reading = Arc::clone(&self.reading);
+        Self { reading, objects, counters, ..Self::new(self.name.clone(), None) }
     }
 
     /// What whoever asks from `namespace` gets.

@@ -61,7 +61,7 @@ pub(super) async fn get(
         return Ok((StatusCode::NOT_MODIFIED, [(ETAG, own)]).into_response());
     };
     let is_opa = || text_values(&headers, USER_AGENT.as_str()).any(|name| name.starts_with(OPA_AGENT));
-    if part != Part::Whole && edition.view.reads.is_some() && is_opa() {
+    if part != Part::Whole && bundle.reading().reads.is_some() && is_opa() {
         return Err(Error::Split(name));
     }
     let tag = format!("\"{}\"", part.revision(&edition.view));
