@@ -144,8 +144,7 @@ impl Fields {
         }
         let mut cut = Vec::new();
         self.cut(std::str::from_utf8(json).expect("objects come as text"), &mut cut)?;
-        cut.shrink_to_fit();
-        Ok(cut.into())
+        Ok(Bytes::copy_from_slice(&cut))
     }
 
     /// Appends `json`, which has no insignificant white space, cut down to these fields.

@@ -100,8 +100,8 @@ pub fn object(json: &str, api_version: &str, kind: &str) -> Result<Object, Error
         return Err(Error::TooDeep);
     }
     out.push(b'}');
-    out.shrink_to_fit();
-    Ok(Object { key, json: Bytes::from(out) })
+    // Copied: shrunk in place, each of many objects would leave a gap behind it that nothing fits into.
+    Ok(Object { key, json: Bytes::copy_from_slice(&out) })
 }
 
 fn push_metadata(out: &mut Vec<u8>, metadata: &Members) -> Result<(), Error> {
