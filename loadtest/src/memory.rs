@@ -238,8 +238,9 @@ fn table(options: &Options, all: &Measured, auto: &Measured) -> String {
         ("events of a rollout that reach agents", &|row| share(row)),
     ];
     let mut text = format!(
-        "{} pods of 10 KB from a {}, ten policies\n\n| | whole objects | `--fields auto` |\n|---|--:|--:|\n",
+        "{} pods of 10 KB from a {}, ten policies: `opa-hub-loadtest memory --source {}`\n\n| | whole objects | `--fields auto` |\n|---|--:|--:|\n",
         options.pods,
+        options.source.name(),
         options.source.name()
     );
     for (name, cell) in rows {

@@ -199,3 +199,59 @@ fn expected(reads: &[usize]) -> Value {
     }
     pod
 }
+
+/// Who takes objects whole is told so, with what it costs, and OPA is not given data and policies apart.
+#[tokio::test]
+async fn what_travels_is_told() -> anyhow::Result<()> {
+    let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let dir = manifests.path();
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "a", "labels": { "app": "web" } },
+        "spec": { "nodeName": "n" }, "status": { "podIP": "10.0.0.1" },
+    });
+    write_manifest(dir, "a.json", &pod)?;
+    policy(dir, 0, &[0, 2])?;
+    let folder = dir.display().to_string();
+    let flags = ["--manifests", &folder, "--replicate=v1/pods", "--fields=auto,spec.nodeName"];
+    let hub = Hub::start(work.path(), &flags).await?;
+    let told = hub.json("/v1/bundles/main/fields").await?;
+    let pods = &told["resources"][0];
+    let fields = pods["fields"].as_array().into_iter().flatten();
+    let fields: Vec<_> =
+        fields.map(|field| (field["path"].as_str().unwrap_or_default(), &field["readers"])).collect();
+    let expected = [
+        ("metadata.labels.app…", &json!(["opa/t/t.rego:2:38"])),
+        ("status.podIP…", &json!(["opa/t/t.rego:2:69"])),
+        ("spec.nodeName…", &json!([])),
+    ];
+    assert_eq!(fields, expected, "{told}");
+    let (whole, kept) = (pods["wholeBytes"].as_u64(), pods["jsonBytes"].as_u64());
+    assert!(kept < whole && kept > Some(0), "{told}");
+
+    let apart = reqwest::Client::builder().user_agent("Open-Policy-Agent/1.22.2").build()?;
+    let answer = apart.get(format!("{}/bundles/main/data", hub.url)).send().await?;
+    assert_eq!(answer.status(), 409);
+    assert!(answer.text().await?.contains("use bundles/main"));
+
+    let text = "package t\nall := data.kubernetes.pods[input.namespace]\n";
+    let manifest = json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "data": { "t.rego": text },
+        "metadata": { "name": "t", "namespace": "opa", "labels": { "openpolicyagent.org/policy": "rego" } },
+    });
+    write_manifest(dir, "policy.json", &manifest)?;
+    eventually("the verdict names the line", async || {
+        let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
+        let warning = bundle["verdicts"]["opa/t"]["warnings"][0].as_str().unwrap_or_default();
+        let expected =
+            ["opa/t/t.rego:2:8 takes v1/pods whole", ": all := data.kubernetes.pods[input.namespace]"];
+        if expected.iter().all(|part| warning.contains(part)) {
+            Ok(())
+        } else {
+            Err(bundle["verdicts"].to_string())
+        }
+    })
+    .await?;
+    let told = hub.json("/v1/bundles/main/fields").await?;
+    assert_eq!(told["resources"][0]["jsonBytes"], told["resources"][0]["wholeBytes"]);
+    Ok(())
+}
