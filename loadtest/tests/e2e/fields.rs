@@ -8,7 +8,7 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
-use crate::world::{Way, consumer, write_manifest};
+use crate::world::write_manifest;
 
 #[tokio::test]
 async fn only_these_fields_travel() -> anyhow::Result<()> {
@@ -98,8 +98,7 @@ async fn query(opa: &Opa, stop: &AtomicBool, newest: &AtomicU64) -> anyhow::Resu
 }
 
 /// I10: policies that read ever other fields, edited under query load while hub and agents are killed.
-#[tokio::test(flavor = "multi_thread")]
-async fn i10_no_policy_decides_on_less_than_it_reads() -> anyhow::Result<()> {
+async fn i10_no_policy_decides_on_less_than_it_reads(hubs: usize) -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let dir = manifests.path();
@@ -114,10 +113,20 @@ async fn i10_no_policy_decides_on_less_than_it_reads() -> anyhow::Result<()> {
     policy(dir, 0, &[0])?;
     let folder = dir.display().to_string();
     let flags = ["--manifests", &folder, "--replicate=v1/pods", "--fields=auto"];
-    let mut hub = Hub::start(work.path(), &flags).await?;
-    let (rest, rest_agent) = consumer(Way::Rest, &assets, work.path(), &hub).await?;
-    let (bundle, bundle_agent) = consumer(Way::Bundle, &assets, work.path(), &hub).await?;
-    let mut agents: Vec<Agent> = [rest_agent, bundle_agent].into_iter().flatten().collect();
+    let mut hubs = futures::future::try_join_all((0..hubs).map(|_| Hub::start(work.path(), &flags))).await?;
+    let urls: Vec<_> = hubs.iter().map(|hub| hub.url.clone()).collect();
+    let urls: Vec<_> = urls.iter().map(String::as_str).collect();
+    let (mut opas, mut agents) = (Vec::new(), Vec::new());
+    for delivery in [Delivery::Rest, Delivery::Bundle] {
+        let address = Agent::address()?;
+        let config = (delivery == Delivery::Bundle).then(|| Agent::opa_config(&address));
+        let opa = Opa::start(&assets, work.path(), config.as_ref(), &[]).await?;
+        let mut agent = Agent::start(work.path(), &address, &urls, &opa.url, delivery, &[])?;
+        agent.wait_ready().await?;
+        opas.push(opa);
+        agents.push(agent);
+    }
+    let [rest, bundle] = &opas[..] else { anyhow::bail!("two OPAs") };
     let seen = json!({ "metadata": { "labels": { "app": "web" } } });
     assert_eq!(rest.data("/kubernetes/pods/default/a").await?, seen);
     let decides = async |opa: &Opa, version: u64| {
@@ -128,8 +137,8 @@ async fn i10_no_policy_decides_on_less_than_it_reads() -> anyhow::Result<()> {
         .await
         .map(drop)
     };
-    decides(&rest, 0).await?;
-    decides(&bundle, 0).await?;
+    decides(rest, 0).await?;
+    decides(bundle, 0).await?;
 
     let (stop, newest) = (AtomicBool::new(false), AtomicU64::new(0));
     let edits = async {
@@ -141,8 +150,9 @@ async fn i10_no_policy_decides_on_less_than_it_reads() -> anyhow::Result<()> {
             }
             let (hub_dies, agent_dies) = (random.u8(..4) == 0, random.u8(..4) == 0);
             let dying = random.usize(..2);
+            let dying_hub = random.usize(..hubs.len());
             if hub_dies {
-                hub.kill();
+                hubs[dying_hub].kill();
             }
             if agent_dies {
                 agents[dying].kill();
@@ -150,19 +160,19 @@ async fn i10_no_policy_decides_on_less_than_it_reads() -> anyhow::Result<()> {
             newest.store(version, Ordering::Relaxed);
             policy(dir, version, &reads)?;
             if hub_dies {
-                hub.spawn()?;
+                hubs[dying_hub].spawn()?;
             }
             if agent_dies {
                 agents[dying].spawn()?;
             }
             // Now and then the next edit comes before this one arrived anywhere.
             if random.u8(..3) > 0 {
-                decides(&rest, version).await?;
-                decides(&bundle, version).await?;
+                decides(rest, version).await?;
+                decides(bundle, version).await?;
             }
             if version % 10 == 0 {
                 let expected = expected(&reads);
-                for opa in [&rest, &bundle] {
+                for opa in [rest, bundle] {
                     eventually("what no policy reads any more is gone", async || {
                         let found =
                             opa.data("/kubernetes/pods/default/a").await.map_err(|e| e.to_string())?;
@@ -172,18 +182,28 @@ async fn i10_no_policy_decides_on_less_than_it_reads() -> anyhow::Result<()> {
                 }
             }
         }
-        decides(&rest, EDITS).await?;
-        decides(&bundle, EDITS).await?;
+        decides(rest, EDITS).await?;
+        decides(bundle, EDITS).await?;
         stop.store(true, Ordering::Relaxed);
         anyhow::Ok(())
     };
     let (edits, first, second) = tokio::join!(
         async { edits.await.inspect_err(|_| stop.store(true, Ordering::Relaxed)) },
-        async { query(&rest, &stop, &newest).await.inspect_err(|_| stop.store(true, Ordering::Relaxed)) },
-        async { query(&bundle, &stop, &newest).await.inspect_err(|_| stop.store(true, Ordering::Relaxed)) },
+        async { query(rest, &stop, &newest).await.inspect_err(|_| stop.store(true, Ordering::Relaxed)) },
+        async { query(bundle, &stop, &newest).await.inspect_err(|_| stop.store(true, Ordering::Relaxed)) },
     );
     println!("{} and {} decisions under {EDITS} edits", first?, second?);
     edits
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn i10_with_one_hub() -> anyhow::Result<()> {
+    i10_no_policy_decides_on_less_than_it_reads(1).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn i10_with_two_hubs() -> anyhow::Result<()> {
+    i10_no_policy_decides_on_less_than_it_reads(2).await
 }
 
 /// A pod with the fields of these reads and no other.
