@@ -187,6 +187,11 @@ impl Stream {
         self.heard = Instant::now();
     }
 
+    /// Whether nothing that came waits to be told.
+    pub fn is_drained(&self) -> bool {
+        self.decoder.is_drained()
+    }
+
     /// The next message. May be dropped half-way without losing any.
     pub async fn next(&mut self) -> Result<Message, Error> {
         loop {

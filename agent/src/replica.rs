@@ -216,12 +216,17 @@ impl Replica {
                             self.status.with(|state| state.said = id.parse().ok());
                             self.apply(&mut held, &event, &data).await?;
                             stream.heard_now();
+                            // Data and policies of one change come together: half of it is not in step.
+                            if stream.is_drained() {
+                                self.note(&held);
+                            }
                         }
                         // This was all, so far, and these policies are not what OPA is offered.
-                        _ if !self.is_offered(held.modules) => return Err(pull::Error::Moved.into()),
-                        Message::Comment => {}
+                        Message::Comment if !self.is_offered(held.modules) => {
+                            return Err(pull::Error::Moved.into());
+                        }
+                        Message::Comment => self.note(&held),
                     }
-                    self.note(&held);
                 }
                 _ = poll.tick() => {
                     let holds = self.applier.opa.revision(&self.applier.bundle).await?;

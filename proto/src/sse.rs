@@ -59,6 +59,11 @@ impl Decoder {
         }
     }
 
+    /// Whether all that was pushed was taken.
+    pub fn is_drained(&self) -> bool {
+        self.read == self.buffer.len()
+    }
+
     /// Adds a chunk as it came from the network.
     pub fn push(&mut self, chunk: &[u8]) {
         self.buffer.drain(..self.read);

@@ -163,6 +163,15 @@ async fn check(from_empty: bool, hub_restarts: bool) -> anyhow::Result<()> {
         agent.kill();
         drop(proxy);
         write(dir, &AFTER)?;
+        // Policies are checked beside the data: the hub says all of it a moment later.
+        let modules = |revision: &Value| {
+            revision.as_str().and_then(|text| text.split_once('-')).map(|(modules, _)| modules.to_owned())
+        };
+        eventually("the hub has the policies of before", async || {
+            let now = revision(&hub).await.map_err(|error| error.to_string())?;
+            equal(&modules(&now), &modules(&before))
+        })
+        .await?;
         let mut agent = start(&hub, &opa.url)?;
         eventually(format!("cut at {bytes} of {whole} bytes"), async || holds(&opa, &AFTER).await).await?;
         agent.wait_ready().await?;
