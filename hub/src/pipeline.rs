@@ -156,6 +156,9 @@ async fn read_by(
     entrypoints: &[DirPath],
     readiness: &Readiness,
 ) -> Reads {
+    if modules.is_empty() {
+        return Reads::default();
+    }
     let plan = compiler.plan(modules, entrypoints).await;
     let problem = match &plan {
         Ok(Some(_)) => None,

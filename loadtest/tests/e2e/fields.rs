@@ -230,10 +230,19 @@ async fn what_travels_is_told() -> anyhow::Result<()> {
         "spec": { "nodeName": "n" }, "status": { "podIP": "10.0.0.1" },
     });
     write_manifest(dir, "a.json", &pod)?;
-    policy(dir, 0, &[0, 2])?;
     let folder = dir.display().to_string();
     let flags = ["--manifests", &folder, "--replicate=v1/pods", "--fields=auto,spec.nodeName"];
     let hub = Hub::start(work.path(), &flags).await?;
+    // While there is no policy, nothing is read.
+    let told = hub.json("/v1/bundles/main/fields").await?;
+    let nothing_but = json!({ "spec": { "nodeName": "n" } }).to_string().len();
+    assert_eq!(told["resources"][0]["jsonBytes"], json!(nothing_but), "{told}");
+    policy(dir, 0, &[0, 2])?;
+    eventually("the policy is served", async || {
+        let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
+        equal(&bundle["counts"]["modules"], &json!(1))
+    })
+    .await?;
     let told = hub.json("/v1/bundles/main/fields").await?;
     let pods = &told["resources"][0];
     let fields = pods["fields"].as_array().into_iter().flatten();
