@@ -235,16 +235,14 @@ impl Pipeline {
         let (good, settled) = (watch::Sender::new(None), watch::Sender::default());
         let ends = Ends { jobs: checker, good: good.subscribe(), settled: settled.subscribe() };
         let mut view = View::empty(ensure.collect(), rego.dialect.version());
-        let kept = match &fields {
-            Selection::Given(fields) => {
-                let kept = Kept::alike(fields.clone());
-                // Known to agents too, in case that fields follow the policies after a restart.
-                view.reads = (!fields.is_all()).then(|| kept.to_text().into());
-                bundle.set_reading(Reading { kept: kept.clone(), reads: None });
-                kept
-            }
-            Selection::Auto { .. } => Kept::default(),
+        let (kept, reads) = match &fields {
+            Selection::Given(fields) => (Kept::alike(fields.clone()), None),
+            Selection::Auto { include, .. } => (Kept::alike(include.clone()), Some(Reads::default())),
         };
+        // Given fields are known to agents too, in case that they follow the policies after a restart.
+        let is_whole = matches!(&fields, Selection::Given(fields) if fields.is_all());
+        view.reads = (!is_whole).then(|| kept.to_text().into());
+        bundle.set_reading(Reading { kept: kept.clone(), reads });
         let store = Arc::new(Mutex::new(Store::new(&feeds)));
         let shared = Arc::clone(&store);
         bundle.set_objects(Box::new(move || {
