@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use opa_hub_proto::patch::PatchWriter;
 use opa_hub_proto::path::DirPath;
+use opa_hub_proto::reconcile::READS_MAX;
 use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
 use serde::{Deserialize, Serialize};
 
@@ -24,9 +25,6 @@ pub struct Marker {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reads: Vec<String>,
 }
-
-/// Sets of policies that may decide at once: OPA activates each within seconds, or says why not.
-const READS_MAX: usize = 8;
 
 /// Where the markers of all bundles are.
 pub const MARKERS: &str = "/system/opahub";

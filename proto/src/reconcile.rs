@@ -10,6 +10,12 @@ use crate::revision::Digest;
 /// Bytes of a request at most: 20,000 directories and 20,000 modules of 400 bytes.
 pub const RECONCILE_BYTES_MAX: usize = 16 << 20;
 
+/// Sets of policies that may decide at once: OPA activates each within seconds, or says why not.
+pub const READS_MAX: usize = 8;
+
+/// Bytes of what one set of policies reads: 20,000 places of 50 bytes.
+pub const READS_BYTES_MAX: usize = 1 << 20;
+
 /// The digests of what the sender holds. The answer is an archive of what differs.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 #[serde(deny_unknown_fields)]

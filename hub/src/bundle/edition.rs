@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
-use opa_hub_proto::reconcile::Reconcile;
+use opa_hub_proto::reconcile::{READS_BYTES_MAX, READS_MAX, Reconcile};
 use opa_hub_proto::revision::{Digest, Hasher, Revision};
 use tokio::sync::{OnceCell, watch};
 
@@ -354,7 +354,9 @@ impl Edition {
     fn wider(&self, held: &Reconcile) -> Option<View> {
         let own = Kept::parse(self.view.reads.as_deref()?).ok()?;
         let mut both = own.clone();
-        let readers: Option<Vec<_>> = held.reads.iter().map(|reads| Kept::parse(reads).ok()).collect();
+        let sane = |reads: &&String| held.reads.len() <= READS_MAX && reads.len() <= READS_BYTES_MAX;
+        let parse = |reads| Some(reads).filter(sane).and_then(|reads| Kept::parse(reads).ok());
+        let readers: Option<Vec<_>> = held.reads.iter().map(parse).collect();
         match readers {
             _ if held.dirs.is_empty() => {}
             Some(readers) if !readers.is_empty() => readers.iter().for_each(|reads| both.join(reads)),
