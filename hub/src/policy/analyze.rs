@@ -63,7 +63,7 @@ impl Reads {
         let is_more = *held < extent;
         if is_more {
             *held = extent;
-            // What OPA itself returns in the end has no place in a module: who read it before says more.
+            // Who takes it whole says more than who touches it.
             if site.is_some() {
                 sites.clear();
             }
@@ -125,6 +125,7 @@ pub fn reads(plan: &Plan) -> Reads {
         begun: HashMap::new(),
         lists: HashMap::new(),
         returns: HashMap::new(),
+        returned: BTreeMap::new(),
         reads: Reads::default(),
         news: false,
     };
@@ -135,7 +136,8 @@ pub fn reads(plan: &Plan) -> Reads {
             pass.set((scope.clone(), 1, 0), &data());
             pass.body(&scope, blocks);
         }
-        let functions: Vec<&Function> = pass.functions.values().copied().collect();
+        let mut functions: Vec<&Function> = pass.functions.values().copied().collect();
+        functions.sort_unstable_by_key(|function| &function.name);
         for function in functions {
             pass.body(&function.name, &function.blocks);
         }
@@ -166,6 +168,8 @@ struct Pass<'a> {
     /// The lists and sets of nothing but texts that were built so far in the block under way.
     lists: HashMap<u32, Vec<Arc<str>>>,
     returns: HashMap<String, Flow>,
+    /// The rule that first returned what may come from a place.
+    returned: BTreeMap<Place, Site>,
     reads: Reads,
     /// Something was learnt in this round.
     news: bool,
@@ -317,6 +321,11 @@ impl Pass<'_> {
                 let mut lost = BTreeSet::new();
                 self.news |= returned.join(&source, 0, &mut lost);
                 self.lose(lost);
+                if let Some(site) = site {
+                    for place in source.places {
+                        self.returned.entry(place).or_insert_with(|| site.clone());
+                    }
+                }
             }
             "ResultSetAddStmt" => self.whole(&flow(self, "value"), site.as_ref()),
             // A call that only an input decides, and whatever OPA adds one day.
@@ -440,6 +449,8 @@ impl Pass<'_> {
 
     fn whole(&mut self, flow: &Flow, site: Option<&Site>) {
         for place in &flow.places {
+            // What OPA itself takes in the end has no place in a module; the rule that returned it has.
+            let site = site.or_else(|| self.returned.get(place));
             self.news |= self.reads.add(place, Extent::Whole, site);
         }
         if let Some(elements) = &flow.elements {

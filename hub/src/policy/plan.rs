@@ -107,10 +107,10 @@ impl Plan {
         self.plans.plans.iter().map(|entry| &entry.blocks)
     }
 
-    /// Gives files other names, where `name` has one.
+    /// Gives files other names; those for which there is none are nobody's.
     pub fn rename_files(&mut self, name: impl Fn(&str) -> Option<String>) {
         for file in &mut self.tables.files {
-            file.value = name(&file.value).unwrap_or_else(|| std::mem::take(&mut file.value));
+            file.value = name(&file.value).unwrap_or_default();
         }
     }
 
@@ -162,11 +162,14 @@ impl Plan {
         locals.collect()
     }
 
-    /// Where a statement comes from; none for what OPA added.
+    /// Where a statement comes from; none for what OPA added, or the hub.
     pub fn site(&self, stmt: &Stmt) -> Option<Site> {
         let number = |name: &str| stmt.members.get(name).and_then(Value::as_u64);
         let row = number("row").filter(|row| *row > 0)?;
         let file = self.tables.files.get(usize::try_from(number("file")?).ok()?)?;
+        if file.value.is_empty() {
+            return None;
+        }
         Some(Site { file: file.value.clone(), row, col: number("col").unwrap_or_default() })
     }
 }
