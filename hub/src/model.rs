@@ -189,6 +189,14 @@ impl Feed {
         terms.collect::<Vec<_>>().join(",")
     }
 
+    /// Where its objects lie, if they are replicated.
+    pub fn place(&self) -> Option<&DirPath> {
+        match &self.content {
+            Content::Resource(place) => Some(place),
+            Content::Policies | Content::Data => None,
+        }
+    }
+
     /// The field selector in the API server's syntax; empty: no condition.
     pub fn field_selector(&self) -> String {
         let Scope::Namespaces { ignored } = &self.scope else { return String::new() };

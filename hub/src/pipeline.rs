@@ -224,10 +224,7 @@ impl Pipeline {
         readiness: Readiness,
         counters: Arc<Feeds>,
     ) -> (Self, Ends) {
-        let ensure = feeds.iter().filter_map(|feed| match &feed.content {
-            Content::Resource(prefix) => Some(prefix.clone()),
-            _ => None,
-        });
+        let ensure = feeds.iter().filter_map(|feed| feed.place().cloned());
         for (id, feed) in feeds.iter().enumerate() {
             counters.open(FeedId(id), feed.to_string());
         }

@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
 
-use crate::model::{Change, Content, Event, Feed, FeedId, Object, ObjectKey};
+use crate::model::{Change, Event, Feed, FeedId, Object, ObjectKey};
 
 /// See the module's text.
 pub struct Store {
@@ -26,7 +26,12 @@ struct Live {
 impl Store {
     /// An empty store for these feeds.
     pub fn new(feeds: &[Feed]) -> Self {
-        Self { feeds: feeds.iter().map(|feed| Live { place: place(feed), ..Live::default() }).collect() }
+        Self {
+            feeds: feeds
+                .iter()
+                .map(|feed| Live { place: feed.place().cloned(), ..Live::default() })
+                .collect(),
+        }
     }
 
     /// Takes one event and says what it changed. Objects that a list no longer names are removed at its end, not
@@ -39,7 +44,7 @@ impl Store {
         match event {
             Event::Unavailable => Vec::new(),
             Event::Open(feed) => {
-                live.place = place(&feed);
+                live.place = feed.place().cloned();
                 Vec::new()
             }
             Event::Close => {
@@ -121,17 +126,10 @@ impl Store {
     }
 }
 
-fn place(feed: &Feed) -> Option<DirPath> {
-    match &feed.content {
-        Content::Resource(place) => Some(place.clone()),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Resource, Scope};
+    use crate::model::{Content, Resource, Scope};
 
     /// Runs a script of words (`[` a list begins, `]` it is complete, `a=1` an object, `-a` a delete) and compares
     /// what changed.

@@ -137,14 +137,9 @@ pub fn readers(
     place: &DirPath,
     scope: IsClusterScoped,
 ) -> BTreeMap<Vec<Step>, BTreeSet<Site>> {
-    let names: Vec<_> = place.relative().split('/').collect();
-    let object = names.len() + if scope == Some(true) { 1 } else { 2 };
-    let is = |(step, name): (&Step, &&str)| match step {
-        Step::Name(held) => **held == **name,
-        Step::Any => true,
-    };
+    let object = place.relative().split('/').count() + if scope == Some(true) { 1 } else { 2 };
     let mut readers: BTreeMap<Vec<Step>, BTreeSet<Site>> = BTreeMap::new();
-    for (read, extent, sites) in reads.iter().filter(|(read, ..)| read.iter().zip(&names).all(is)) {
+    for (read, extent, sites) in reads.about(place) {
         let steps = match read.get(object..) {
             Some(steps) if !steps.is_empty() || extent == Extent::Whole => steps,
             None if extent == Extent::Whole => &[],

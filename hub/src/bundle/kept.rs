@@ -7,7 +7,7 @@ use opa_hub_proto::path::DirPath;
 use serde::{Deserialize, Serialize};
 
 use super::fields::Fields;
-use crate::policy::analyze::{Extent, Reads, Step};
+use crate::policy::analyze::{Extent, Reads};
 
 /// See the module's text.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -85,14 +85,9 @@ impl Kept {
 
 /// What is read of objects that lie `depth` names below `place`.
 fn read_of(reads: &Reads, place: &DirPath, depth: usize) -> Fields {
-    let names: Vec<_> = place.relative().split('/').collect();
-    let object = names.len() + depth;
-    let is = |(step, name): (&Step, &&str)| match step {
-        Step::Name(held) => **held == **name,
-        Step::Any => true,
-    };
+    let object = place.relative().split('/').count() + depth;
     let mut fields = Fields::default();
-    for (read, extent, _) in reads.iter().filter(|(read, ..)| read.iter().zip(&names).all(is)) {
+    for (read, extent, _) in reads.about(place) {
         if read.len() >= object {
             fields.insert(&read[object..], extent);
         } else if extent == Extent::Whole {

@@ -160,12 +160,9 @@ impl Projection {
     /// The feeds of replicated resources, with where each lies.
     pub fn places(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
         let open = self.feeds.iter().enumerate().map(|(id, feed)| (FeedId(id), feed));
-        open.filter(|(id, _)| !self.closed.contains(id)).filter_map(|(id, feed)| match &feed.content {
-            Content::Resource(place) => {
-                let scope = (!feed.resource.is_named_only()).then_some(feed.scope == Scope::Cluster);
-                Some((id, place, scope))
-            }
-            _ => None,
+        open.filter(|(id, _)| !self.closed.contains(id)).filter_map(|(id, feed)| {
+            let scope = (!feed.resource.is_named_only()).then_some(feed.scope == Scope::Cluster);
+            Some((id, feed.place()?, scope))
         })
     }
 
@@ -455,11 +452,7 @@ impl Projection {
     }
 
     fn replicated(&self) -> impl Iterator<Item = (&DirPath, String)> {
-        let open = self.feeds.iter().enumerate().filter(|(id, _)| !self.closed.contains(&FeedId(*id)));
-        open.filter_map(|(_, feed)| match &feed.content {
-            Content::Resource(prefix) => Some((prefix, format!("replicated {}", feed.resource))),
-            _ => None,
-        })
+        self.places().map(|(id, place, _)| (place, format!("replicated {}", self.feeds[id.0].resource)))
     }
 
     fn enter(&mut self, dir: &DirPath, is_configmap: bool) -> Result<(), Error> {

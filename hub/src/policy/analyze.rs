@@ -8,6 +8,8 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use opa_hub_proto::path::DirPath;
+
 use super::plan::{Block, Function, Operand, Plan, Site, Stmt};
 
 /// Steps of one place. Rego forbids recursion, so that paths end; this bounds what a plan that lies may cost.
@@ -49,6 +51,15 @@ impl Reads {
     /// Every place that is read, in their order, with who reads it so.
     pub fn iter(&self) -> impl Iterator<Item = (&Place, Extent, &BTreeSet<Site>)> {
         self.0.iter().map(|(place, (extent, sites))| (place, *extent, sites))
+    }
+
+    /// What is read of `place`, of what it lies in, and of what lies in it.
+    pub fn about(&self, place: &DirPath) -> impl Iterator<Item = (&Place, Extent, &BTreeSet<Site>)> {
+        let may_be = |(step, name): (&Step, &str)| match step {
+            Step::Name(held) => **held == *name,
+            Step::Any => true,
+        };
+        self.iter().filter(move |(read, ..)| read.iter().zip(place.relative().split('/')).all(may_be))
     }
 
     /// All of the data, by nobody in particular.
