@@ -11,18 +11,16 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::bundle::Bundle;
+use crate::bundles::{Bundles, Stages};
 use crate::cli::{Cli, Task};
 use crate::config::{Config, DRAIN, EVENT_QUEUE_MAX, Source};
-use crate::model::FeedId;
-use crate::pipeline::{self, Feeds, Pipeline, Said};
-use crate::policy::candidates::LastGood;
-use crate::policy::check::Compiler;
+use crate::documents::{Documents, Opinions};
+use crate::policy::check::{Compiler, Dialect};
 use crate::readiness::Readiness;
-use crate::source::auto::{Auto, Wanted};
 use crate::source::{self, folder, kubernetes};
+use crate::store::Store;
 use crate::writeback::last_good::{self, Place};
-use crate::writeback::{lease, verdicts};
+use crate::writeback::{lease, statuses, verdicts};
 use crate::{fields_of, serve, telemetry, writeback};
 
 /// What runs as long as the hub does; each ends with its name.
@@ -42,8 +40,7 @@ pub fn main() -> ExitCode {
                 return Ok(());
             }
         };
-        let sources: Vec<_> = config.feeds.iter().map(ToString::to_string).collect();
-        tracing::info!(from = %config.source, bundle = config.bundle, sources = sources.join(", "), "starting");
+        tracing::info!(from = %config.source, "starting");
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let result = runtime.block_on(run(config));
@@ -67,10 +64,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         None => None,
     };
     let readiness = Readiness::default();
-    for feed in &config.feeds {
-        readiness.pending(&feed.to_string(), "not listed yet");
-    }
-    let compiler = Compiler::find(config.rego.opa.as_deref(), config.rego.dialect).await?;
+    let compiler = Compiler::find(config.opa.as_deref(), Dialect::Default).await?;
     let checked_by = compiler.name();
     tracing::info!(by = checked_by, "checking policies");
     if let Compiler::Syntax(_) = compiler {
@@ -79,52 +73,35 @@ async fn run(config: Config) -> anyhow::Result<()> {
         tracing::warn!("{warning}");
         readiness.problem("opa", Some(warning.into()));
     }
-    readiness.pending(pipeline::POLICIES, "not checked yet");
     let stop = CancellationToken::new();
-    let bundle = Arc::new(Bundle::new(config.bundle.clone(), config.scoped.clone()));
-    let feeds = Arc::new(Feeds::default());
-    let (events, queue) = mpsc::channel(EVENT_QUEUE_MAX);
     let mut tasks = Tasks::new();
-
-    let (writer, ends) = Pipeline::new(
-        config.feeds.clone(),
-        &config.rego,
-        config.fields.clone(),
-        bundle.clone(),
-        readiness.clone(),
-        feeds.clone(),
-    );
-    let (say, said) = mpsc::channel(1);
-    tasks.spawn(async move {
-        tokio::task::spawn_blocking(move || writer.run(queue, said)).await?;
-        Ok("the writer")
-    });
-    let auto = config.auto.clone();
-    let auto = auto.map(|auto| Auto::new(auto.path, auto.ignored, &config.feeds, ends.settled));
-    let wanted = auto.as_ref().map(Auto::wanted);
-    let cluster = follow(&config, wanted, &events, &readiness, &mut tasks).await?;
-    drop(events);
-    let lease =
-        write_down(&config, cluster, &bundle, &readiness, &stop, (say.clone(), ends.good), &mut tasks);
+    let store = Arc::new(Store::new(readiness.clone()));
+    let (events, queue) = mpsc::channel(EVENT_QUEUE_MAX);
+    let cluster = follow(&config, &store, events, &readiness, &mut tasks).await?;
     tasks.spawn({
-        let (readiness, fields) = (readiness.clone(), config.fields.clone());
+        let store = Arc::clone(&store);
         async move {
-            let here = tokio::runtime::Handle::current();
-            let check =
-                move || here.block_on(pipeline::check(compiler, ends.jobs, say, auto, fields, readiness));
-            tokio::task::spawn_blocking(check).await?;
-            Ok("the check")
+            tokio::task::spawn_blocking(move || store.run(queue)).await?;
+            Ok("the store")
         }
     });
-    tasks.spawn({
-        let bundle = bundle.clone();
-        async move {
-            bundle.pace().await;
-            Ok("the pacer")
-        }
+    let bundles = Arc::new(Bundles::default());
+    let leads = watch::Sender::new(false);
+    let stages = Stages {
+        store,
+        opa: config.opa.clone(),
+        place: place(&config, cluster.clone()),
+        leads: leads.subscribe(),
+        readiness: readiness.clone(),
+        bundles: Arc::clone(&bundles),
+    };
+    let documents = Documents::new(stages, config.flags.clone(), config.documents.clone());
+    let lease = cluster.map(|client| {
+        write_down(&config, client, leads, &bundles, documents.opinions(), &readiness, &stop, &mut tasks)
     });
+    tasks.spawn(async move { Err(documents.run().await) });
     let address = listener.local_addr()?;
-    let hub = serve::Hub::new(bundle, checked_by, readiness, feeds, stop.clone());
+    let hub = serve::Hub::new(bundles, checked_by, readiness, stop.clone());
     if let Some(listener) = health {
         let served = serve::run_health(listener, hub.clone());
         tasks.spawn(async move { served.await.map(|()| "the health endpoint").map_err(Into::into) });
@@ -153,77 +130,73 @@ async fn run(config: Config) -> anyhow::Result<()> {
 /// Starts the source. What is returned reaches the cluster, where there is one.
 async fn follow(
     config: &Config,
-    wanted: Option<Wanted>,
-    events: &source::Sender,
+    store: &Store,
+    events: source::Sender,
     readiness: &Readiness,
     tasks: &mut Tasks,
 ) -> anyhow::Result<Option<kube::Client>> {
-    let (events, readiness) = (events.clone(), readiness.clone());
+    let (wanted, readiness) = (store.wanted(), readiness.clone());
     match &config.source {
         Source::Folder(dir) => {
-            let source = folder::run(dir.clone(), config.feeds.clone(), wanted, events, readiness);
+            let source = folder::run(dir.clone(), wanted, events, readiness);
             tasks.spawn(async move { source.await.map(|()| "the manifests folder").map_err(Into::into) });
             Ok(None)
         }
         Source::Kubernetes { kubeconfig } => {
             let client = kubernetes::client(kubeconfig.as_deref()).await?;
-            for (id, feed) in config.feeds.iter().enumerate() {
-                let (client, events, readiness) = (client.clone(), events.clone(), readiness.clone());
-                let watch = kubernetes::watch(client, FeedId(id), feed.clone(), events, readiness);
-                tasks.spawn(async move {
-                    watch.await;
-                    Ok("a watch")
-                });
-            }
-            if let Some(wanted) = wanted {
-                let watches = kubernetes::watch_wanted(client.clone(), wanted, events, readiness);
-                tasks.spawn(async move {
-                    watches.await;
-                    Ok("the watches of what policies read")
-                });
-            }
+            let source = kubernetes::run(client.clone(), wanted, events, readiness);
+            tasks.spawn(async move {
+                source.await;
+                Ok("the watches")
+            });
             Ok(Some(client))
         }
     }
 }
 
-/// Starts what keeps the last good policies and, in a cluster, what writes verdicts. What is returned ends once the
-/// Lease was given back.
+/// Where the last good policies of each bundle are kept.
+fn place(config: &Config, cluster: Option<kube::Client>) -> Box<dyn Fn(&str) -> Place + Send + Sync> {
+    let (dir, namespace) = (config.state_dir.clone(), config.namespace.clone());
+    Box::new(move |bundle| match (&dir, &cluster) {
+        (Some(dir), _) => Place::folder(dir, bundle),
+        (None, Some(client)) => {
+            Place::cluster(client.clone(), &writeback::namespace(namespace.as_deref(), client), bundle)
+        }
+        (None, None) => Place::Nowhere,
+    })
+}
+
+/// Starts what writes to the cluster while this replica leads. What is returned ends once the Lease was given back.
+#[expect(clippy::too_many_arguments, reason = "it joins what the others made")]
 fn write_down(
     config: &Config,
-    cluster: Option<kube::Client>,
-    bundle: &Arc<Bundle>,
+    client: kube::Client,
+    leads: watch::Sender<bool>,
+    bundles: &Arc<Bundles>,
+    opinions: watch::Receiver<Opinions>,
     readiness: &Readiness,
     stop: &CancellationToken,
-    (say, good): (mpsc::Sender<Said>, watch::Receiver<Option<LastGood>>),
     tasks: &mut Tasks,
-) -> Option<JoinHandle<()>> {
-    let leads = watch::Sender::new(false);
-    let namespace = |client: &kube::Client| writeback::namespace(config.namespace.as_deref(), client);
-    let place = match (&config.state_dir, &cluster) {
-        (Some(dir), _) => Place::folder(dir, &config.bundle),
-        (None, Some(client)) => Place::cluster(client.clone(), &namespace(client), &config.bundle),
-        (None, None) => Place::Nowhere,
-    };
-    let keep = place.run(say, good, leads.subscribe(), readiness.clone());
-    tasks.spawn(async move {
-        keep.await;
-        Ok("the keeper of the last good policies")
-    });
-    let client = cluster?;
+) -> JoinHandle<()> {
     let identity = writeback::identity();
     if config.write_verdicts {
         let writer =
-            verdicts::Writer::new(client.clone(), identity.clone(), bundle.clone(), readiness.clone());
+            verdicts::Writer::new(client.clone(), identity.clone(), Arc::clone(bundles), readiness.clone());
         let write = writer.run(leads.subscribe());
         tasks.spawn(async move {
             write.await;
             Ok("the writer of verdicts")
         });
     }
-    let namespace = namespace(&client);
+    let write =
+        statuses::run(client.clone(), Arc::clone(bundles), opinions, leads.subscribe(), readiness.clone());
+    tasks.spawn(async move {
+        write.await;
+        Ok("the writer of statuses")
+    });
+    let namespace = writeback::namespace(config.namespace.as_deref(), &client);
     let striving = lease::Striving::new(client, &namespace, last_good::object_name(&config.bundle), identity);
-    Some(tokio::spawn(striving.run(leads, readiness.clone(), stop.clone().cancelled_owned())))
+    tokio::spawn(striving.run(leads, readiness.clone(), stop.clone().cancelled_owned()))
 }
 
 async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {

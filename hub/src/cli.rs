@@ -1,6 +1,6 @@
 //! The command line: kube-mgmt's flags for what is watched, ours for where it goes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -8,8 +8,12 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use opa_hub_proto::path::{DirPath, is_segment};
 
 use crate::bundle::fields::{Fields, InvalidField};
-use crate::config::{AutoReplication, Config, Rego, Selection, Source};
-use crate::model::{Content, Feed, LabelTerm, Resource, Scope};
+use crate::bundle::kept::Kept;
+use crate::bundle::spec::{
+    self, AutoReplication, Follows, Scoped, Selection, Spec, configmap_feeds, is_label, is_label_value,
+};
+use crate::config::{Config, Source};
+use crate::model::{Condition, Content, Feed, LabelTerm, Resource, Scope};
 use crate::policy::check::Dialect;
 
 /// opa-hub watches a Kubernetes API server once and serves its policies, JSON data and replicated resources to every
@@ -48,6 +52,10 @@ pub struct Flags {
     /// Read this folder of manifests (YAML or JSON, watched for changes) instead of a cluster
     #[arg(long, value_name = "DIR", env = "OPA_HUB_MANIFESTS", conflicts_with = "kubeconfig")]
     manifests: Option<PathBuf>,
+    /// Serve the bundles of this file too: documents of kind Bundle, read again when it changes. Documents of the source
+    /// are followed without a flag
+    #[arg(long, value_name = "FILE", env = "OPA_HUB_CONFIG")]
+    config: Option<PathBuf>,
     /// Reach the API server by this kubeconfig
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
@@ -143,6 +151,9 @@ pub struct Flags {
     /// With --fields auto: only what these decisions come to read, e.g. authz/allow; every rule, when not given
     #[arg(long, value_name = "PATH,…", value_delimiter = ',', help_heading = "Replication")]
     entrypoints: Vec<String>,
+    /// Refuse what would make the data of the bundle larger than this, as JSON: plain bytes, or e.g. 64Mi
+    #[arg(long, value_name = "BYTES", value_parser = bytes, help_heading = "Replication")]
+    max_bytes: Option<usize>,
     /// Namespaces whose objects are not replicated
     #[arg(long, value_name = "NS,…", value_delimiter = ',', help_heading = "Replication")]
     replicate_ignore_namespaces: Vec<String>,
@@ -251,9 +262,6 @@ pub enum Error {
         /// Where both would lie.
         path: String,
     },
-    /// Nothing to serve.
-    #[error("nothing to do: --enable-policies and --enable-data are false and nothing is replicated")]
-    Nothing,
 }
 
 impl Cli {
@@ -285,9 +293,6 @@ impl Flags {
             DirPath::new(path.split('/')).map_err(|_| Error::ReplicatePath(self.replicate_path.clone()))?;
         let mut feeds = self.configmap_feeds()?;
         feeds.extend(self.resource_feeds(&replicate_path)?);
-        if feeds.is_empty() {
-            return Err(Error::Nothing);
-        }
         let source = match &self.manifests {
             Some(dir) => Source::Folder(dir.clone()),
             None => Source::Kubernetes { kubeconfig: self.kubeconfig.clone() },
@@ -303,52 +308,72 @@ impl Flags {
             (false, true) => Dialect::V1,
             (false, false) => Dialect::Default,
         };
-        let ignored = self.ignored();
+        let fields = self.selection(&feeds)?;
+        let auto = self
+            .replicate_auto
+            .then(|| AutoReplication { path: replicate_path.clone(), ignored: self.ignored() });
+        let scoped = self.replicate_scope == ReplicateScope::Namespace;
+        let spec = Spec {
+            name: self.bundle.clone(),
+            fields,
+            scoped: scoped.then(|| Scoped { root: replicate_path, whole: BTreeSet::new() }),
+            dialect,
+            test_label: self.test_label.clone(),
+            max_bytes: self.max_bytes,
+            feeds,
+            auto,
+        };
+        let asks = !spec.feeds.is_empty() || spec.auto.is_some();
         Ok(Config {
             source,
-            fields: self.selection()?,
-            scoped: (self.replicate_scope == ReplicateScope::Namespace).then(|| replicate_path.clone()),
-            auto: self.replicate_auto.then_some(AutoReplication { path: replicate_path, ignored }),
             listen: self.listen,
             health: self.health_endpoint,
             bundle: self.bundle.clone(),
-            feeds,
-            rego: Rego { opa: self.opa_bin.clone(), dialect, test_label: self.test_label.clone() },
+            flags: asks.then_some(spec),
+            documents: self.config.clone(),
+            opa: self.opa_bin.clone(),
             state_dir: self.state_dir.clone(),
             write_verdicts: self.write_verdicts,
             namespace: self.namespace.clone(),
         })
     }
 
-    fn selection(&self) -> Result<Selection, Error> {
+    fn selection(&self, feeds: &[Feed]) -> Result<Selection, Error> {
         let paths = self.fields.iter().map(String::as_str).filter(|path| !matches!(*path, "all" | "auto"));
         let fields = Fields::parse(paths)?;
         let has = |word: &str| self.fields.iter().any(|path| path == word);
-        let entrypoint = |path: &String| {
-            let names = path.trim_matches('/').strip_prefix("data/").unwrap_or(path).replace('.', "/");
-            DirPath::new(names.trim_matches('/').split('/')).map_err(|_| Error::Entrypoint(path.clone()))
-        };
+        let entrypoint =
+            |text: &String| spec::entrypoint(text).ok_or_else(|| Error::Entrypoint(text.clone()));
         let entrypoints = self.entrypoints.iter().map(entrypoint).collect::<Result<Vec<_>, _>>()?;
-        match (has("all"), has("auto")) {
-            (true, _) if self.fields.len() > 1 => Err(Error::AllFields),
-            (_, false) if !entrypoints.is_empty() => Err(Error::EntrypointsAlone),
-            (true, _) => Ok(Selection::Given(Fields::all())),
-            (false, true) => Ok(Selection::Auto { include: fields, entrypoints }),
-            (false, false) => Ok(Selection::Given(fields)),
+        let (all, auto) = (has("all"), has("auto"));
+        if all && self.fields.len() > 1 {
+            return Err(Error::AllFields);
         }
+        if !auto && !entrypoints.is_empty() {
+            return Err(Error::EntrypointsAlone);
+        }
+        let places = feeds.iter().filter_map(Feed::place).filter(|_| auto).cloned().collect();
+        Ok(Selection {
+            given: Kept::alike(if all { Fields::all() } else { fields }),
+            follows: Follows { places, others: auto && self.replicate_auto },
+            entrypoints,
+        })
     }
 
     fn configmap_feeds(&self) -> Result<Vec<Feed>, Error> {
-        let label = |label_flag, label: &String, value_flag, value: &String, equal| {
+        let label = |label_flag, label: &String, value_flag, value: &String| {
             check(label_flag, label, is_label)?;
-            check(value_flag, value, |value| value.is_empty() || is_segment(value))?;
-            Ok::<_, Error>(LabelTerm { label: label.clone(), value: value.clone(), equal })
+            check(value_flag, value, is_label_value)?;
+            Ok::<_, Error>(LabelTerm { label: label.clone(), is: Condition::In(vec![value.clone()]) })
         };
-        let policy = label("--policy-label", &self.policy_label, "--policy-value", &self.policy_value, true)?;
-        let data = label("--data-label", &self.data_label, "--data-value", &self.data_value, true)?;
+        let policy = label("--policy-label", &self.policy_label, "--policy-value", &self.policy_value)?;
+        let data = label("--data-label", &self.data_label, "--data-value", &self.data_value)?;
         let mut contents = Vec::new();
         if self.enable_policies {
-            let not_data = self.enable_data.then(|| LabelTerm { equal: false, ..data.clone() });
+            let not_data = self.enable_data.then(|| LabelTerm {
+                label: self.data_label.clone(),
+                is: Condition::NotIn(vec![self.data_value.clone()]),
+            });
             contents.push((Content::Policies, [policy].into_iter().chain(not_data).collect::<Vec<_>>()));
         }
         if self.enable_data {
@@ -366,13 +391,8 @@ impl Flags {
                 scopes.push(scope);
             }
         }
-        let feed = |(content, labels): &(Content, Vec<LabelTerm>), scope: &Scope| Feed {
-            resource: Resource::configmaps(),
-            scope: scope.clone(),
-            labels: labels.clone(),
-            content: content.clone(),
-        };
-        Ok(contents.iter().flat_map(|content| scopes.iter().map(move |scope| feed(content, scope))).collect())
+        let feeds = contents.iter().map(|(content, labels)| configmap_feeds(content, labels, &scopes));
+        Ok(feeds.flatten().collect())
     }
 
     fn ignored(&self) -> Vec<String> {
@@ -425,8 +445,8 @@ fn level(name: &str) -> Result<tracing::Level, String> {
     name.parse().map_err(|_| "write error, warn, info, debug or trace".to_owned())
 }
 
-fn is_label(label: &str) -> bool {
-    label.split('/').count() <= 2 && label.split('/').all(is_segment)
+fn bytes(text: &str) -> Result<usize, String> {
+    spec::bytes(text).ok_or_else(|| "write a number of bytes, e.g. 67108864 or 64Mi".to_owned())
 }
 
 fn check(flag: &'static str, value: &str, valid: impl Fn(&str) -> bool) -> Result<(), Error> {
@@ -445,8 +465,9 @@ mod tests {
         let said = match cli.flags.config() {
             Err(error) => vec![error.to_string()],
             Ok(config) => config
-                .feeds
+                .flags
                 .iter()
+                .flat_map(|spec| &spec.feeds)
                 .map(|feed| format!("{feed} [{}] [{}]", feed.label_selector(), feed.field_selector()))
                 .collect(),
         };
@@ -483,6 +504,7 @@ mod tests {
             ],
         );
         check("--replicate v1/pods --replicate v1/pods", &[policies, data, "v1/pods"]);
+        check("--enable-policies=false --enable-data=false", &[]);
     }
 
     #[test]
@@ -492,7 +514,7 @@ mod tests {
             &["would both be replicated to data.kubernetes.events"],
         );
         check("--replicate v1/pods --replicate-cluster v1/pods", &["would both be"]);
-        check("--enable-policies=false --enable-data=false", &["nothing to do"]);
+        check("--fields auto,all", &["all is everything"]);
         check("--bundle a/b", &["--bundle"]);
         check("--replicate-path a//b", &["--replicate-path"]);
         check("--policy-value a,b", &["--policy-value"]);

@@ -4,11 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use opa_hub_proto::path::DirPath;
-
-use crate::bundle::fields::Fields;
-use crate::model::Feed;
-use crate::policy::check::Dialect;
+use crate::bundle::spec::Spec;
 
 /// Events that a source may be ahead of the writer. A full queue holds back the watch, and so the API server.
 pub const EVENT_QUEUE_MAX: usize = 1024;
@@ -71,6 +67,8 @@ pub const CHECK_FAULTS_MAX: usize = 100;
 pub const CHECK_OUTPUT_MAX: u64 = 128 << 20;
 /// Seconds that one test of a policy may take: OPA's own default.
 pub const TEST_SECONDS: u64 = 5;
+/// A file of bundle documents is looked at this often.
+pub const DOCUMENTS_LOOK: Duration = Duration::from_secs(1);
 /// Pause before OPA is run again after it failed itself.
 pub const CHECK_RETRY: Duration = Duration::from_secs(2);
 
@@ -91,6 +89,10 @@ pub const LEASE: Duration = Duration::from_secs(15);
 pub const LEASE_RENEW: Duration = Duration::from_secs(5);
 /// The same verdict is written to the same ConfigMap again, where somebody removed it, no sooner than after this.
 pub const VERDICT_AGAIN: Duration = Duration::from_secs(60);
+/// What is wrong with a bundle is looked at this often, for its document's status …
+pub const STATUS_LOOK: Duration = Duration::from_secs(10);
+/// … which tells so many.
+pub const STATUS_PROBLEMS_MAX: usize = 5;
 /// Whether that time has come is looked at this often.
 pub const VERDICT_LOOK: Duration = Duration::from_secs(10);
 /// Bytes of the compressed last good policies in a ConfigMap, which holds 1 MiB with its metadata.
@@ -109,58 +111,20 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where health is served besides.
     pub health: Option<SocketAddr>,
-    /// The bundle's name.
+    /// The bundle of the flags' name, which the hub's Lease has too.
     pub bundle: String,
-    /// What the bundle is made of.
-    pub feeds: Vec<Feed>,
-    /// Whether it also holds the resources that its policies read, and where; none: only what flags name.
-    pub auto: Option<AutoReplication>,
-    /// The resources below it are given out by namespace; none: everybody gets all.
-    pub scoped: Option<DirPath>,
-    /// What of replicated objects travels.
-    pub fields: Selection,
-    /// How its policies are checked.
-    pub rego: Rego,
+    /// The bundle that flags ask for; none: documents say which there are.
+    pub flags: Option<Spec>,
+    /// A file of documents.
+    pub documents: Option<PathBuf>,
+    /// The OPA that checks policies; none: `opa` on the search path.
+    pub opa: Option<PathBuf>,
     /// Where the last good policies are kept over a restart; none: in the cluster, if there is one.
     pub state_dir: Option<PathBuf>,
     /// Whether verdicts are written to ConfigMaps, where the source is a cluster.
     pub write_verdicts: bool,
     /// The hub's own namespace; none: that of its pod or of its kubeconfig.
     pub namespace: Option<String>,
-}
-
-/// What of replicated objects travels.
-#[derive(Debug, Clone)]
-pub enum Selection {
-    /// These fields.
-    Given(Fields),
-    /// What the policies read.
-    Auto {
-        /// And these fields.
-        include: Fields,
-        /// Only what these decisions (`authz/allow`) come to read; empty: every rule.
-        entrypoints: Vec<DirPath>,
-    },
-}
-
-/// Which of the resources that policies read are replicated, and where.
-#[derive(Debug, Clone)]
-pub struct AutoReplication {
-    /// Below this path.
-    pub path: DirPath,
-    /// But for these namespaces.
-    pub ignored: Vec<String>,
-}
-
-/// How policies are read and checked.
-#[derive(Debug, Clone, Default)]
-pub struct Rego {
-    /// The OPA that checks them; none: `opa` on the search path.
-    pub opa: Option<PathBuf>,
-    /// Which Rego they are in.
-    pub dialect: Dialect,
-    /// The label of ConfigMaps whose tests are run.
-    pub test_label: Option<String>,
 }
 
 /// Where objects come from.

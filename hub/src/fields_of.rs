@@ -1,33 +1,66 @@
 //! `opa-hub fields`: which fields of replicated objects the policies of a folder read, without a server.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use anyhow::{Context as _, bail};
 
 use crate::bundle::forecast::{self, Field, Sample};
 use crate::bundle::kept::Kept;
 use crate::bundle::project::Projection;
+use crate::bundle::spec::Spec;
 use crate::bundle::view::Batch;
-use crate::config::{Config, Selection, Source};
-use crate::model::{Change, Content, Feed, FeedId, Object, Scope};
+use crate::config::{Config, Source};
+use crate::model::{Change, Content, FeedId, Object, Scope};
 use crate::policy::analyze;
 use crate::policy::check::Compiler;
 use crate::policy::settle::settle;
 use crate::source::folder::{self, Contents};
 
-/// The report, for people: by resource what is read and by whom, and how many bytes that leaves.
+/// The report, for people: by bundle and resource what is read and by whom, and how many bytes that leaves.
 pub async fn report(config: &Config) -> anyhow::Result<String> {
     let Source::Folder(dir) = &config.source else {
         bail!("give --manifests DIR: a cluster is not read for this")
     };
-    let replicated: Vec<(FeedId, &Feed)> = (0..).map(FeedId).zip(&config.feeds).collect();
-    let compiler = Compiler::find(config.rego.opa.as_deref(), config.rego.dialect).await?;
-    let Contents { objects, mut problems } = folder::read_once(dir, &config.feeds)?;
+    let mut problems = Vec::new();
+    let mut specs: Vec<Spec> = config.flags.iter().cloned().collect();
+    let of_file = config
+        .documents
+        .as_deref()
+        .map(|path| folder::read_file(path).map_err(|error| anyhow::anyhow!("{}: {error}", path.display())));
+    let of_folder = folder::read_once(dir, &[Spec::documents()])?;
+    let of_folder = of_folder.objects.into_iter().map(|(_, object)| object);
+    for document in of_file.transpose()?.into_iter().flatten().chain(of_folder) {
+        match Spec::parse(&document) {
+            Ok(spec) => specs.push(spec),
+            Err(error) => problems.push(format!("Bundle {}: {error}", document.key.name)),
+        }
+    }
+    let mut text = String::new();
+    for spec in &specs {
+        if specs.len() > 1 {
+            writeln!(text, "bundle {}", spec.name)?;
+        }
+        // With one bundle there is nothing else to show.
+        match bundle(dir, spec, config).await {
+            Ok(found) => text.push_str(&found),
+            Err(error) if specs.len() > 1 => problems.push(format!("bundle {}: {error:#}", spec.name)),
+            Err(error) => return Err(error),
+        }
+    }
+    for problem in problems {
+        writeln!(text, "refused: {problem}")?;
+    }
+    Ok(text)
+}
 
-    let mut projection =
-        Projection::new(config.feeds.clone(), config.rego.test_label.clone(), Kept::default());
+async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<String> {
+    let compiler = Compiler::find(config.opa.as_deref(), spec.dialect).await?;
+    let Contents { objects, mut problems } = folder::read_once(dir, &spec.feeds)?;
+
+    let mut projection = Projection::new(spec, Kept::default());
     let mut batch = Batch::default();
-    for (id, object) in objects.iter().filter(|(id, _)| config.feeds[id.0].content == Content::Policies) {
+    for (id, object) in objects.iter().filter(|(id, _)| spec.feeds[id.0].content == Content::Policies) {
         projection.apply(Change::Put(*id, object.clone()), &mut batch);
     }
     while let Some(candidates) = projection.job() {
@@ -42,16 +75,12 @@ pub async fn report(config: &Config) -> anyhow::Result<String> {
     if good.is_empty() {
         bail!("no policies in {}: {}", dir.display(), problems.join("; "));
     }
-    let entrypoints = match &config.fields {
-        Selection::Auto { entrypoints, .. } => &entrypoints[..],
-        Selection::Given(_) => &[],
-    };
-    let plan = compiler.plan(&modules, entrypoints).await?;
+    let plan = compiler.plan(&modules, &spec.fields.entrypoints).await?;
     let plan = plan.context("fields are found by a real OPA only: give --opa-bin")?;
     let reads = analyze::reads(&plan);
 
     let mut text = String::new();
-    for (id, feed) in replicated {
+    for (id, feed) in (0..).map(FeedId).zip(&spec.feeds) {
         let Content::Resource(place) = &feed.content else { continue };
         let scope = Some(feed.scope == Scope::Cluster);
         let kept = Kept::of_reads(&reads, [(place.clone(), scope)]);

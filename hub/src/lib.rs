@@ -27,6 +27,10 @@ pub mod bundle;
 
 pub mod pipeline;
 
+pub mod bundles;
+
+pub mod documents;
+
 pub mod writeback;
 
 pub mod serve;

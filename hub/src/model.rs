@@ -41,6 +41,8 @@ pub enum Content {
     Data,
     /// Objects replicated below this path, e.g. `/kubernetes/pods`.
     Resource(DirPath),
+    /// Documents that say which bundles there are.
+    Bundles,
 }
 
 /// One watch: a resource, which of its objects, and what they are for.
@@ -61,15 +63,30 @@ pub struct Feed {
 pub struct LabelTerm {
     /// The label's name.
     pub label: String,
-    /// Its value.
-    pub value: String,
-    /// Whether the label must have this value (true), or must not (false).
-    pub equal: bool,
+    /// What of it.
+    pub is: Condition,
 }
 
-/// A feed by its place in [`Config::feeds`](crate::config::Config::feeds).
+/// What a label must be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Condition {
+    /// One of these.
+    In(Vec<String>),
+    /// None of these, or not there.
+    NotIn(Vec<String>),
+    /// There.
+    Exists,
+    /// Not there.
+    DoesNotExist,
+}
+
+/// A feed by its place in its bundle.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FeedId(pub usize);
+
+/// A watch of the hub. Feeds that select alike, of whichever bundle, share one. No number is given twice.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct WatchId(pub usize);
 
 /// An object's name within its feed.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -89,7 +106,7 @@ pub struct Object {
     pub json: Bytes,
 }
 
-/// What a source says of one feed.
+/// What a source says of one watch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Event {
     /// A list begins: what it does not name before `InitDone` no longer exists.
@@ -100,11 +117,7 @@ pub enum Event {
     Delete(ObjectKey),
     /// The list is complete.
     InitDone,
-    /// The feed, which the hub was not started with, begins.
-    Open(Feed),
-    /// The feed ends, and its objects with it.
-    Close,
-    /// The feed cannot be had now: nobody need wait for it.
+    /// It cannot be had now: who can do without need not wait.
     Unavailable,
 }
 
@@ -182,18 +195,19 @@ impl fmt::Display for Resource {
 impl Feed {
     /// The label selector in the API server's syntax; empty: no condition.
     pub fn label_selector(&self) -> String {
-        let terms = self
-            .labels
-            .iter()
-            .map(|term| format!("{}{}{}", term.label, if term.equal { "=" } else { "!=" }, term.value));
-        terms.collect::<Vec<_>>().join(",")
+        self.labels.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+    }
+
+    /// Whether one watch serves both.
+    pub fn selects_as(&self, other: &Self) -> bool {
+        (&self.resource, &self.scope, &self.labels) == (&other.resource, &other.scope, &other.labels)
     }
 
     /// Where its objects lie, if they are replicated.
     pub fn place(&self) -> Option<&DirPath> {
         match &self.content {
             Content::Resource(place) => Some(place),
-            Content::Policies | Content::Data => None,
+            Content::Policies | Content::Data | Content::Bundles => None,
         }
     }
 
@@ -208,14 +222,46 @@ impl fmt::Display for Feed {
     /// As the feed is called in messages: `policies (v1/configmaps in opa)`, `v1/pods`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.content {
-            Content::Policies => write!(f, "policies ({}", self.resource)?,
-            Content::Data => write!(f, "data ({}", self.resource)?,
-            Content::Resource(_) => return self.resource.fmt(f),
+            Content::Policies => f.write_str("policies (")?,
+            Content::Data => f.write_str("data (")?,
+            Content::Resource(_) | Content::Bundles => {}
         }
+        self.resource.fmt(f)?;
         if let Scope::Namespace(namespace) = &self.scope {
             write!(f, " in {namespace}")?;
         }
-        f.write_str(")")
+        match self.content {
+            Content::Policies | Content::Data => f.write_str(")"),
+            Content::Resource(_) if !self.labels.is_empty() => write!(f, " with {}", self.label_selector()),
+            Content::Resource(_) | Content::Bundles => Ok(()),
+        }
+    }
+}
+
+impl LabelTerm {
+    /// Whether an object whose label has this value is meant.
+    pub fn takes(&self, value: Option<&String>) -> bool {
+        match (&self.is, value) {
+            (Condition::In(values), value) => value.is_some_and(|value| values.contains(value)),
+            (Condition::NotIn(values), value) => value.is_none_or(|value| !values.contains(value)),
+            (Condition::Exists, value) => value.is_some(),
+            (Condition::DoesNotExist, value) => value.is_none(),
+        }
+    }
+}
+
+impl fmt::Display for LabelTerm {
+    /// In the API server's syntax.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let label = &self.label;
+        match &self.is {
+            Condition::In(values) if values.len() == 1 => write!(f, "{label}={}", values[0]),
+            Condition::NotIn(values) if values.len() == 1 => write!(f, "{label}!={}", values[0]),
+            Condition::In(values) => write!(f, "{label} in ({})", values.join(",")),
+            Condition::NotIn(values) => write!(f, "{label} notin ({})", values.join(",")),
+            Condition::Exists => f.write_str(label),
+            Condition::DoesNotExist => write!(f, "!{label}"),
+        }
     }
 }
 

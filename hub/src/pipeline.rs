@@ -1,30 +1,32 @@
-//! The one writer: events in, editions out. It runs on a thread of its own, takes whatever waits, and publishes once
+//! The one writer of a bundle: changes in, editions out. It runs on a thread of its own, takes whatever waits, and publishes once
 //! for all of it, so that a lone change travels at once and a storm is merged. Policies are checked beside it: data
 //! never waits for a compiler.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use opa_hub_proto::path::DirPath;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::bundle::kept::Kept;
+use crate::bundle::limit::Scales;
 use crate::bundle::log::Log;
 use crate::bundle::project::Projection;
+use crate::bundle::spec::Spec;
 use crate::bundle::view::{Batch, Changed, View};
 use crate::bundle::{Bundle, Reading};
-use crate::config::{CHECK_RETRY, COMMIT_EVENTS_MAX, NARROW_AFTER, Rego, Selection};
-use crate::model::{Change, Content, Event, Feed, FeedId};
+use crate::config::{CHECK_RETRY, COMMIT_EVENTS_MAX, NARROW_AFTER};
+use crate::model::{Change, Content, Feed, FeedId, Scope};
 use crate::policy::analyze::{self, Reads};
 use crate::policy::candidates::LastGood;
-use crate::policy::check::{Compiler, Modules};
-use crate::policy::settle::{Candidates, Outcome, settle};
+use crate::policy::check::{self, Compiler, Modules};
+use crate::policy::settle::{Candidates, Outcome, Selection, settle};
 use crate::policy::verdict::Fault;
 use crate::readiness::Readiness;
 use crate::source::auto::Auto;
-use crate::store::Store;
+use crate::store::{Store, Subscription};
 
 /// What [`Readiness`] calls the policies.
 pub const POLICIES: &str = "policies checked";
@@ -42,56 +44,15 @@ pub enum Said {
         /// What that reads; none: fields do not follow from it.
         reads: Option<Reads>,
     },
-}
-
-/// What the sources said, feed by feed.
-#[derive(Default)]
-pub struct Feeds(RwLock<Vec<Arc<FeedCounters>>>);
-
-impl Feeds {
-    /// The feeds that there are.
-    pub fn list(&self) -> Vec<Arc<FeedCounters>> {
-        let feeds = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        feeds.iter().filter(|feed| feed.open.load(Ordering::Relaxed)).cloned().collect()
-    }
-
-    fn of(&self, id: FeedId) -> Arc<FeedCounters> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)[id.0].clone()
-    }
-
-    fn open(&self, id: FeedId, name: String) {
-        let mut feeds = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        match feeds.get(id.0) {
-            Some(feed) => feed.open.store(true, Ordering::Relaxed),
-            None => feeds.push(Arc::new(FeedCounters::new(name))),
-        }
-    }
-}
-
-/// What a source said of one feed.
-pub struct FeedCounters {
-    /// The feed's name.
-    pub name: String,
-    /// Events that came.
-    pub events: AtomicU64,
-    /// Objects and keys of which something changed for OPAs.
-    pub changes: AtomicU64,
-    /// Objects that exist.
-    pub objects: AtomicU64,
-    /// Whether the feed goes on.
-    open: AtomicBool,
-}
-
-impl FeedCounters {
-    fn new(name: String) -> Self {
-        Self {
-            name,
-            events: AtomicU64::new(0),
-            changes: AtomicU64::new(0),
-            objects: AtomicU64::new(0),
-            open: AtomicBool::new(true),
-        }
-    }
+    /// Resources that policies are about to read.
+    Opened {
+        /// Not open yet.
+        feeds: Vec<Feed>,
+        /// Dropped once they were listed, or cannot be had.
+        settled: oneshot::Sender<()>,
+    },
+    /// Places that no policy reads any more.
+    Closed(BTreeSet<DirPath>),
 }
 
 /// Checks policies until the writer is gone. When the compiler itself fails, nobody is blamed, what was good stays,
@@ -101,13 +62,23 @@ pub async fn check(
     mut jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
     said: mpsc::Sender<Said>,
     mut auto: Option<Auto>,
-    fields: Selection,
+    spec: Arc<Spec>,
+    bundle: Arc<Bundle>,
     readiness: Readiness,
 ) {
     while let Some(candidates) = jobs.recv().await {
         let started = Instant::now();
         let mut outcome = loop {
-            match settle(&candidates, async |selection| compiler.check(selection).await).await {
+            let mut limits =
+                Scales::new(&spec, &bundle).map(|scales| Limits::new(scales, &compiler, &candidates, &spec));
+            let check = async |selection: &Selection| {
+                let faults = compiler.check(selection).await?;
+                match &mut limits {
+                    Some(limits) if faults.is_empty() => limits.check(selection).await,
+                    _ => Ok(faults),
+                }
+            };
+            match settle(&candidates, check).await {
                 Ok(outcome) => break outcome,
                 Err(error) => {
                     tracing::warn!(%error, "cannot check the policies");
@@ -131,21 +102,57 @@ pub async fn check(
         if let Some(auto) = &mut auto {
             resources = auto.reads(&compiler, &modules, &readiness).await;
             if let Some(resources) = &resources {
-                auto.widen(resources).await;
+                auto.widen(resources, &said).await;
             }
         }
-        let reads = match &fields {
-            Selection::Given(_) => None,
-            Selection::Auto { entrypoints, .. } => {
-                Some(read_by(&compiler, &modules, entrypoints, &readiness).await)
-            }
+        let fields = &spec.fields;
+        let reads = if fields.follows.is_nothing() {
+            None
+        } else {
+            Some(read_by(&compiler, &modules, &fields.entrypoints, &readiness).await)
         };
         if said.send(Said::Checked { outcome, reads }).await.is_err() {
             return;
         }
         if let (Some(auto), Some(resources)) = (&mut auto, &resources) {
-            auto.narrow(resources);
+            auto.narrow(resources, &said).await;
         }
+    }
+}
+
+/// Policies that read more than the bundle may hold.
+struct Limits<'a> {
+    scales: Scales<'a>,
+    compiler: &'a Compiler,
+    candidates: &'a Candidates,
+    entrypoints: &'a [DirPath],
+    /// With what was good before.
+    before: Option<usize>,
+}
+
+impl<'a> Limits<'a> {
+    fn new(scales: Scales<'a>, compiler: &'a Compiler, candidates: &'a Candidates, spec: &'a Spec) -> Self {
+        Self { scales, compiler, candidates, entrypoints: &spec.fields.entrypoints, before: None }
+    }
+
+    async fn check(&mut self, selection: &Selection<'_>) -> Result<Vec<Fault>, check::Error> {
+        let good = || self.candidates.values().filter_map(|candidate| candidate.good.as_deref());
+        let before = match self.before {
+            Some(before) => before,
+            None => self.weigh(good().flat_map(|texts| &texts.modules).collect()).await?,
+        };
+        self.before = Some(before);
+        let bytes = self.weigh(selection.values().flat_map(|texts| &texts.modules).collect()).await?;
+        let fault = self.scales.fault(bytes, before);
+        Ok(fault.map(|message| Fault::new("over_limit", message)).into_iter().collect())
+    }
+
+    async fn weigh(&mut self, modules: Modules<'_>) -> Result<usize, check::Error> {
+        if modules.is_empty() {
+            return Ok(self.scales.weigh(&Reads::default()));
+        }
+        let plan = self.compiler.plan(&modules, self.entrypoints).await?;
+        Ok(self.scales.weigh(&plan.map_or_else(Reads::everything, |plan| analyze::reads(&plan))))
     }
 }
 
@@ -174,20 +181,20 @@ async fn read_by(
 
 /// The writer.
 pub struct Pipeline {
+    /// The spec's, and those that came because of policies.
     feeds: Vec<Feed>,
-    store: Arc<Mutex<Store>>,
+    source: Subscription,
     projection: Projection,
     batch: Batch,
     view: View,
     log: Log,
     bundle: Arc<Bundle>,
     readiness: Readiness,
-    counters: Arc<Feeds>,
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
-    settled: watch::Sender<BTreeSet<FeedId>>,
     good: watch::Sender<Option<LastGood>>,
     restored: bool,
-    fields: Selection,
+    /// Who waits for feeds that were opened lately.
+    opening: Vec<oneshot::Sender<()>>,
     /// What is to be kept once agents are past the policies that read more, and when that is.
     narrower: Option<(Kept, Instant)>,
     stage: Stage,
@@ -208,77 +215,58 @@ enum Stage {
 pub struct Ends {
     /// What is to be checked: never more than one at a time.
     pub jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
-    /// The feeds that nobody need wait for: listed, or not to be had.
-    pub settled: watch::Receiver<BTreeSet<FeedId>>,
     /// What is accepted, whenever that changed.
     pub good: watch::Receiver<Option<LastGood>>,
 }
 
 impl Pipeline {
-    /// A writer of `bundle` that has seen nothing, and waits for [`Said::Restored`].
-    pub fn new(
-        feeds: Vec<Feed>,
-        rego: &Rego,
-        fields: Selection,
-        bundle: Arc<Bundle>,
-        readiness: Readiness,
-        counters: Arc<Feeds>,
-    ) -> (Self, Ends) {
-        let ensure = feeds.iter().filter_map(|feed| feed.place().cloned());
-        for (id, feed) in feeds.iter().enumerate() {
-            counters.open(FeedId(id), feed.to_string());
+    /// A writer of `bundle` as `spec` says that has seen nothing, and waits for [`Said::Restored`].
+    pub fn new(spec: &Spec, bundle: Arc<Bundle>, store: &Arc<Store>, readiness: Readiness) -> (Self, Ends) {
+        let ensure: BTreeSet<_> = spec.feeds.iter().filter_map(|feed| feed.place().cloned()).collect();
+        let source = store.subscribe();
+        for (id, feed) in spec.feeds.iter().enumerate() {
+            let watch = source.open(FeedId(id), feed);
+            bundle.feeds.open(FeedId(id), feed.to_string(), watch);
         }
         let (jobs, checker) = mpsc::unbounded_channel();
-        let (good, settled) = (watch::Sender::new(None), watch::Sender::default());
-        let ends = Ends { jobs: checker, good: good.subscribe(), settled: settled.subscribe() };
-        let mut view = View::empty(ensure.collect(), rego.dialect.version());
-        let (kept, reads) = match &fields {
-            Selection::Given(fields) => (Kept::alike(fields.clone()), None),
-            Selection::Auto { include, .. } => (Kept::alike(include.clone()), Some(Reads::default())),
-        };
+        let good = watch::Sender::new(None);
+        let ends = Ends { jobs: checker, good: good.subscribe() };
+        let mut view = View::empty(ensure.into_iter().collect(), spec.dialect.version());
+        let kept = spec.fields.given.clone();
+        let reads = (!spec.fields.follows.is_nothing()).then(Reads::default);
         // Given fields are known to agents too, in case that they follow the policies after a restart.
-        let is_whole = matches!(&fields, Selection::Given(fields) if fields.is_all());
-        view.reads = (!is_whole).then(|| kept.to_text().into());
+        view.reads = (reads.is_some() || !kept.is_all()).then(|| kept.to_text().into());
         bundle.set_reading(Reading { kept: kept.clone(), reads });
-        let store = Arc::new(Mutex::new(Store::new(&feeds)));
-        let shared = Arc::clone(&store);
-        bundle.set_objects(Box::new(move || {
-            shared.lock().unwrap_or_else(PoisonError::into_inner).replicated()
-        }));
+        bundle.set_objects(Box::new(source.replicated()));
         let writer = Self {
             view,
-            store,
-            projection: Projection::new(feeds.clone(), rego.test_label.clone(), kept),
-            fields,
+            source,
+            projection: Projection::new(spec, kept),
             narrower: None,
-            feeds,
+            feeds: spec.feeds.clone(),
             batch: Batch::default(),
             log: Log::default(),
             bundle,
             readiness,
-            counters,
             jobs,
-            settled,
             good,
             restored: false,
+            opening: Vec::new(),
             stage: Stage::Listing,
         };
         (writer, ends)
     }
 
-    /// Writes until the sources are gone. Blocks its thread.
-    pub fn run(mut self, mut events: mpsc::Receiver<(FeedId, Event)>, mut said: mpsc::Receiver<Said>) {
-        let mut waiting = Vec::new();
+    /// Writes until nobody says anything of policies any more. Blocks its thread.
+    pub fn run(mut self, mut said: mpsc::Receiver<Said>) {
         futures::executor::block_on(async {
             loop {
                 tokio::select! {
-                    count = events.recv_many(&mut waiting, COMMIT_EVENTS_MAX) => {
-                        if count == 0 {
-                            return;
-                        }
-                        waiting.drain(..).for_each(|(id, event)| self.take(id, event));
-                    }
-                    Some(said) = said.recv() => self.hear(said),
+                    () = self.source.changed() => {}
+                    said = said.recv() => match said {
+                        Some(said) => self.hear(said),
+                        None => return,
+                    },
                     () = due(self.narrower.as_ref().map(|(_, at)| *at)) => self.narrow(),
                 }
                 self.commit();
@@ -306,15 +294,19 @@ impl Pipeline {
                     changed
                 });
             }
+            Said::Opened { feeds, settled } => {
+                for feed in &feeds {
+                    self.open(feed);
+                }
+                self.opening.push(settled);
+            }
+            Said::Closed(places) => self.close(&places),
         }
     }
 
     /// Keeps what is read from now on, beside what was read until now.
     fn widen(&mut self, reads: Reads) {
-        let Selection::Auto { include, .. } = &self.fields else { return };
-        let places = self.projection.places().map(|(_, place, scope)| (place.clone(), scope));
-        let mut target = Kept::of_reads(&reads, places);
-        target.join_alike(include);
+        let target = self.projection.kept_for(&reads);
         self.view.reads = Some(target.to_text().into());
         self.projection.read_by(&reads, &target);
         self.bundle.set_reading(Reading { kept: target.clone(), reads: Some(reads) });
@@ -337,71 +329,62 @@ impl Pipeline {
 
     fn keep(&mut self, kept: Kept) {
         let feeds = self.projection.keep(kept);
-        let objects = self.store().objects_of(&feeds);
-        for (id, object) in objects {
-            self.projection.apply(Change::Put(id, object), &mut self.batch);
+        for (id, object) in self.source.objects_of(&feeds) {
+            self.projection.apply_again(id, object, &mut self.batch);
         }
     }
 
-    fn store(&self) -> MutexGuard<'_, Store> {
-        self.store.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes one event into the batch.
-    pub fn take(&mut self, id: FeedId, event: Event) {
-        match &event {
-            Event::Open(feed) => self.open(id, feed.clone()),
-            Event::InitDone | Event::Unavailable => {
-                self.settled.send_if_modified(|settled| settled.insert(id));
-            }
-            Event::Close => {
-                self.settled.send_if_modified(|settled| settled.remove(&id));
-            }
-            _ => {}
-        }
-        let is_end = event == Event::Close;
-        let counters = self.counters.of(id);
-        if matches!(event, Event::Apply(_) | Event::Delete(_)) {
-            counters.events.fetch_add(1, Ordering::Relaxed);
-        }
-        if event == Event::InitDone {
-            self.readiness.ready(&self.feeds[id.0].to_string());
-        }
-        let changes = self.store().apply(id, event);
-        for change in changes {
-            if self.stage != Stage::Listing && !self.projection.is_closed(id) {
+    /// Takes what changed into the batch.
+    fn take(&mut self) {
+        for change in self.source.take(COMMIT_EVENTS_MAX) {
+            let (Change::Put(id, _) | Change::Remove(id, _)) = &change;
+            if !self.projection.is_closed(*id) {
                 self.projection.apply(change, &mut self.batch);
             }
         }
-        if is_end {
-            self.projection.close(id, &mut self.batch);
-            counters.open.store(false, Ordering::Relaxed);
-        }
-        counters.objects.store(self.store().len(id) as u64, Ordering::Relaxed);
     }
 
-    fn open(&mut self, id: FeedId, feed: Feed) {
+    fn open(&mut self, feed: &Feed) {
         let name = feed.to_string();
-        self.counters.open(id, name.clone());
+        let held = self.feeds.iter().position(|held| held.content == feed.content);
+        let id = FeedId(held.unwrap_or(self.feeds.len()));
         match self.feeds.get_mut(id.0) {
             Some(held) => *held = feed.clone(),
             None => self.feeds.push(feed.clone()),
         }
-        let refused = self.projection.open(id, feed).err();
-        if let Some(error) = &refused {
-            tracing::warn!(feed = name, %error, "not replicated");
+        let refused = self.projection.open(id, feed.clone()).err();
+        match &refused {
+            Some(error) => tracing::warn!(feed = name, %error, "not replicated"),
+            None => self.bundle.feeds.open(id, name.clone(), self.source.open(id, feed)),
         }
-        self.readiness.problem(&name, refused.map(|error| error.to_string()));
+        self.readiness.problem(&format!("replicated {name}"), refused.map(|error| error.to_string()));
+    }
+
+    fn close(&mut self, places: &BTreeSet<DirPath>) {
+        let named = |feed: &Feed| feed.place().is_some_and(|place| places.contains(place));
+        let ids: Vec<_> = (0..self.feeds.len()).filter(|id| named(&self.feeds[*id])).map(FeedId).collect();
+        for id in ids {
+            for change in self.source.close(id) {
+                self.projection.apply(change, &mut self.batch);
+            }
+            self.projection.close(id, &mut self.batch);
+            self.bundle.feeds.close(id);
+            self.readiness.problem(&format!("replicated {}", self.feeds[id.0]), None);
+        }
     }
 
     /// Publishes what the batch changed, once every source has listed and every policy was checked (I5, I6).
     pub fn commit(&mut self) {
         if self.stage == Stage::Listing {
-            if !self.store().is_complete() || !self.restored {
+            if !self.source.is_listed() || !self.restored {
                 return;
             }
             self.project_all();
             self.stage = Stage::Checking;
+        }
+        self.take();
+        if !self.opening.is_empty() && self.source.is_settled() {
+            self.opening.clear();
         }
         if let Some(candidates) = self.projection.job() {
             // The checker ends with the hub only.
@@ -448,15 +431,21 @@ impl Pipeline {
 
     fn count(&self, changed: &Changed) {
         for (id, place, _) in self.projection.places() {
-            let keys = changed.dirs.iter().filter(|dir| dir.path.is_within(place)).map(|dir| dir.keys.len());
-            self.counters.of(id).changes.fetch_add(keys.sum::<usize>() as u64, Ordering::Relaxed);
+            let of = match &self.feeds[id.0].scope {
+                Scope::Namespace(namespace) => place.join(namespace).unwrap_or_else(|_| place.clone()),
+                _ => place.clone(),
+            };
+            let keys = changed.dirs.iter().filter(|dir| dir.path.is_within(&of)).map(|dir| dir.keys.len());
+            if let Some(feed) = self.bundle.feeds.of(id) {
+                feed.changes.fetch_add(keys.sum::<usize>() as u64, Ordering::Relaxed);
+            }
         }
     }
 
     /// Takes what all sources listed in one order on every replica, since who comes first may keep another out (I2):
     /// behind the policies that were restored data comes first, then the policies that are new.
     fn project_all(&mut self) {
-        let mut first = self.store().objects();
+        let mut first = self.source.start();
         let is_policy = |id: FeedId| self.feeds[id.0].content == Content::Policies;
         first.sort_unstable_by(|(a, one), (b, other)| {
             (is_policy(*a), a, &one.key).cmp(&(is_policy(*b), b, &other.key))

@@ -7,7 +7,11 @@ use crate::model::Problem;
 
 /// Shared by the sources, which write, and `/readyz` and `/v1/bundles`, which read.
 #[derive(Clone, Default)]
-pub struct Readiness(Arc<Mutex<State>>);
+pub struct Readiness {
+    state: Arc<Mutex<State>>,
+    /// Before every name.
+    of: Arc<str>,
+}
 
 #[derive(Default)]
 struct State {
@@ -16,34 +20,52 @@ struct State {
 }
 
 impl Readiness {
+    /// The same, for somebody whose names begin with `prefix`.
+    #[must_use]
+    pub fn of(&self, prefix: &str) -> Self {
+        Self { state: Arc::clone(&self.state), of: format!("{}{prefix}", self.of).into() }
+    }
+
+    /// Whatever begins like this is not waited for, and nothing is wrong with it.
+    pub fn forget(&self) {
+        self.with(|state| {
+            state.pending.retain(|name, _| !name.starts_with(&*self.of));
+            state.problems.retain(|subject, _| !subject.starts_with(&*self.of));
+        });
+    }
+
+    fn name(&self, name: &str) -> String {
+        format!("{}{name}", self.of)
+    }
+
     /// `name` is not ready, because.
     pub fn pending(&self, name: &str, because: &str) {
-        self.with(|state| state.pending.insert(name.to_owned(), because.to_owned()));
+        self.with(|state| state.pending.insert(self.name(name), because.to_owned()));
     }
 
     /// `name` is ready, for good: what happens to it later is a [`problem`](Self::problem), not unreadiness.
     pub fn ready(&self, name: &str) {
-        self.with(|state| state.pending.remove(name));
+        self.with(|state| state.pending.remove(&self.name(name)));
     }
 
     /// Something about `subject` is wrong (`Some`) or no longer is (`None`).
     pub fn problem(&self, subject: &str, message: Option<String>) {
         self.with(|state| match message {
-            Some(message) => state.problems.insert(subject.to_owned(), message),
-            None => state.problems.remove(subject),
+            Some(message) => state.problems.insert(self.name(subject), message),
+            None => state.problems.remove(&self.name(subject)),
         });
     }
 
     /// Whether `message` is not already what is wrong about `subject`.
     pub fn is_news(&self, subject: &str, message: &str) -> bool {
-        self.with(|state| state.problems.get(subject).is_none_or(|held| held != message))
+        self.with(|state| state.problems.get(&self.name(subject)).is_none_or(|held| held != message))
     }
 
     /// The source of `name` fails: the reason it is not ready, or, once it was, a problem.
     pub fn failing(&self, name: &str, because: &str) {
-        self.with(|state| match state.pending.get_mut(name) {
+        self.with(|state| match state.pending.get_mut(&self.name(name)) {
             Some(reason) => because.clone_into(reason),
-            None => _ = state.problems.insert(name.to_owned(), because.to_owned()),
+            None => _ = state.problems.insert(self.name(name), because.to_owned()),
         });
     }
 
@@ -63,6 +85,6 @@ impl Readiness {
     }
 
     fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
-        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        f(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

@@ -1,66 +1,179 @@
-//! The live objects of every feed. One writer turns events into changes: an object that came again unchanged is
-//! silence, and what a list no longer names is removed.
+//! The live objects of every watch, once for all bundles, which subscribe. Events become changes: an object that came
+//! again unchanged is silence, and what a list no longer names is removed. A subscriber is told which objects changed,
+//! and looks here what they are: however slow it is, nothing queues up behind it.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
+use tokio::sync::{Notify, mpsc, watch};
 
-use crate::model::{Change, Event, Feed, FeedId, Object, ObjectKey};
+use crate::config::COMMIT_EVENTS_MAX;
+use crate::model::{Change, Content, Event, Feed, FeedId, Object, ObjectKey, WatchId};
+use crate::readiness::Readiness;
+
+/// The watches that somebody needs now, each as the first of its feeds says it.
+pub type Wanted = watch::Receiver<BTreeMap<WatchId, Feed>>;
 
 /// See the module's text.
 pub struct Store {
-    feeds: Vec<Live>,
+    state: Mutex<State>,
+    wanted: watch::Sender<BTreeMap<WatchId, Feed>>,
+    readiness: Readiness,
 }
 
 #[derive(Default)]
+struct State {
+    watches: BTreeMap<WatchId, Live>,
+    watches_ever: usize,
+    inboxes: BTreeMap<usize, Inbox>,
+    inboxes_ever: usize,
+}
+
+/// What a watch told.
+#[derive(Default)]
+pub struct Counters {
+    /// Objects that it said exist, changed or are gone.
+    pub events: AtomicU64,
+    /// Objects that exist.
+    pub objects: AtomicU64,
+}
+
+/// One watch.
 struct Live {
-    /// Where the objects lie, if they are replicated.
-    place: Option<DirPath>,
+    feed: Feed,
     objects: HashMap<ObjectKey, Object>,
     /// Names that the list under way has given so far.
     listing: Option<HashSet<ObjectKey>>,
     listed: bool,
+    /// It was listed, or cannot be had.
+    settled: bool,
+    counters: Arc<Counters>,
+    /// Whose feeds it serves.
+    readers: Vec<(usize, FeedId)>,
+}
+
+/// What a subscriber has still to look at.
+#[derive(Default)]
+struct Inbox {
+    feeds: BTreeMap<FeedId, (WatchId, Option<DirPath>)>,
+    changed: VecDeque<(FeedId, ObjectKey)>,
+    /// The same, to name each once.
+    waiting: HashSet<(FeedId, ObjectKey)>,
+    news: Arc<Notify>,
+}
+
+/// Some watches as one bundle sees them. Those that nobody else needs end with it.
+pub struct Subscription {
+    store: Arc<Store>,
+    id: usize,
+    news: Arc<Notify>,
 }
 
 impl Store {
-    /// An empty store for these feeds.
-    pub fn new(feeds: &[Feed]) -> Self {
-        Self {
-            feeds: feeds
-                .iter()
-                .map(|feed| Live { place: feed.place().cloned(), ..Live::default() })
-                .collect(),
+    /// An empty store.
+    pub fn new(readiness: Readiness) -> Self {
+        Self { state: Mutex::default(), wanted: watch::Sender::default(), readiness }
+    }
+
+    /// What is wanted, from now on.
+    pub fn wanted(&self) -> Wanted {
+        self.wanted.subscribe()
+    }
+
+    /// Takes events until the sources are gone. Blocks its thread.
+    pub fn run(&self, mut events: mpsc::Receiver<(WatchId, Event)>) {
+        let mut waiting = Vec::new();
+        while futures::executor::block_on(events.recv_many(&mut waiting, COMMIT_EVENTS_MAX)) > 0 {
+            waiting.drain(..).for_each(|(id, event)| self.apply(id, event));
         }
     }
 
-    /// Takes one event and says what it changed. Objects that a list no longer names are removed at its end, not
-    /// before: readers keep what they had (I5).
-    pub fn apply(&mut self, id: FeedId, event: Event) -> Vec<Change> {
-        if self.feeds.len() <= id.0 {
-            self.feeds.resize_with(id.0 + 1, || Live { listed: true, ..Live::default() });
+    /// Takes one event. Objects that a list no longer names are removed at its end, not before: readers keep what they
+    /// had (I5). What nobody wants any more is passed over.
+    pub fn apply(&self, id: WatchId, event: Event) {
+        let mut state = self.state();
+        let State { watches, inboxes, .. } = &mut *state;
+        let Some(live) = watches.get_mut(&id) else { return };
+        let is_end = matches!(event, Event::InitDone | Event::Unavailable);
+        if event == Event::InitDone {
+            self.readiness.ready(&live.feed.to_string());
         }
-        let live = &mut self.feeds[id.0];
+        let changed = live.take(event);
+        live.counters.objects.store(live.objects.len() as u64, Ordering::Relaxed);
+        for (reader, feed) in &live.readers {
+            let Some(inbox) = inboxes.get_mut(reader) else { continue };
+            for key in &changed {
+                inbox.tell(*feed, key);
+            }
+            if is_end || !changed.is_empty() {
+                inbox.news.notify_one();
+            }
+        }
+    }
+
+    /// A subscriber of nothing yet.
+    pub fn subscribe(self: &Arc<Self>) -> Subscription {
+        let mut state = self.state();
+        state.inboxes_ever += 1;
+        let id = state.inboxes_ever;
+        let inbox = Inbox::default();
+        let news = Arc::clone(&inbox.news);
+        state.inboxes.insert(id, inbox);
+        Subscription { store: Arc::clone(self), id, news }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn leave(&self, state: &mut State, reader: usize, feed: FeedId, id: WatchId) {
+        let Some(live) = state.watches.get_mut(&id) else { return };
+        live.readers.retain(|held| *held != (reader, feed));
+        if live.readers.is_empty() {
+            let name = live.feed.to_string();
+            state.watches.remove(&id);
+            self.wanted.send_modify(|wanted| _ = wanted.remove(&id));
+            self.readiness.ready(&name);
+            self.readiness.problem(&name, None);
+        }
+    }
+}
+
+impl Live {
+    fn new(feed: Feed) -> Self {
+        Self {
+            feed,
+            objects: HashMap::new(),
+            listing: None,
+            listed: false,
+            settled: false,
+            counters: Arc::default(),
+            readers: Vec::new(),
+        }
+    }
+
+    /// The objects of which something changed.
+    fn take(&mut self, event: Event) -> Vec<ObjectKey> {
+        if matches!(event, Event::Apply(_) | Event::Delete(_)) {
+            self.counters.events.fetch_add(1, Ordering::Relaxed);
+        }
         match event {
-            Event::Unavailable => Vec::new(),
-            Event::Open(feed) => {
-                live.place = feed.place().cloned();
+            Event::Unavailable => {
+                self.settled = true;
                 Vec::new()
             }
-            Event::Close => {
-                let mut gone: Vec<_> = std::mem::take(live).objects.into_keys().collect();
-                gone.sort_unstable();
-                gone.into_iter().map(|key| Change::Remove(id, key)).collect()
-            }
             Event::Init => {
-                live.listing = Some(HashSet::new());
+                self.listing = Some(HashSet::new());
                 Vec::new()
             }
             Event::Apply(mut object) => {
-                if let Some(listing) = &mut live.listing {
+                if let Some(listing) = &mut self.listing {
                     listing.insert(object.key.clone());
                 }
-                if live.objects.get(&object.key).is_some_and(|held| held.json == object.json) {
+                if self.objects.get(&object.key).is_some_and(|held| held.json == object.json) {
                     return Vec::new();
                 }
                 // Made by a thread that decodes, where what stays lies scattered among what goes: with 30,000 pods that takes
@@ -68,81 +181,185 @@ impl Store {
                 if object.json.is_unique() {
                     object.json = Bytes::copy_from_slice(&object.json);
                 }
-                live.objects.insert(object.key.clone(), object.clone());
-                vec![Change::Put(id, object)]
+                let key = object.key.clone();
+                self.objects.insert(key.clone(), object);
+                vec![key]
             }
             Event::Delete(key) => {
-                if let Some(listing) = &mut live.listing {
+                if let Some(listing) = &mut self.listing {
                     listing.remove(&key);
                 }
-                live.objects.remove(&key).map(|_| Change::Remove(id, key)).into_iter().collect()
+                self.objects.remove(&key).map(|_| key).into_iter().collect()
             }
             Event::InitDone => {
-                live.listed = true;
-                let Some(listed) = live.listing.take() else { return Vec::new() };
+                (self.listed, self.settled) = (true, true);
+                let Some(listed) = self.listing.take() else { return Vec::new() };
                 let mut gone: Vec<_> =
-                    live.objects.keys().filter(|key| !listed.contains(*key)).cloned().collect();
+                    self.objects.keys().filter(|key| !listed.contains(*key)).cloned().collect();
                 gone.sort_unstable();
-                live.objects.retain(|key, _| listed.contains(key));
-                gone.into_iter().map(|key| Change::Remove(id, key)).collect()
+                self.objects.retain(|key, _| listed.contains(key));
+                gone
             }
         }
     }
+}
 
-    /// Whether every feed was listed once.
-    pub fn is_complete(&self) -> bool {
-        self.feeds.iter().all(|live| live.listed)
+impl Inbox {
+    fn tell(&mut self, feed: FeedId, key: &ObjectKey) {
+        if self.waiting.insert((feed, key.clone())) {
+            self.changed.push_back((feed, key.clone()));
+        }
+    }
+}
+
+impl Subscription {
+    /// Takes what `feed` selects as its feed `id`.
+    pub fn open(&self, id: FeedId, feed: &Feed) -> Arc<Counters> {
+        let mut state = self.store.state();
+        let State { watches, watches_ever, inboxes, .. } = &mut *state;
+        let held = watches.iter().find(|(_, live)| live.feed.selects_as(feed)).map(|(id, _)| *id);
+        let watch = held.unwrap_or_else(|| {
+            *watches_ever += 1;
+            WatchId(*watches_ever - 1)
+        });
+        let live = watches.entry(watch).or_insert_with(|| Live::new(feed.clone()));
+        live.readers.push((self.id, id));
+        if let Some(inbox) = inboxes.get_mut(&self.id) {
+            inbox.feeds.insert(id, (watch, feed.place().cloned()));
+            let mut keys: Vec<_> = live.objects.keys().collect();
+            keys.sort_unstable();
+            for key in keys {
+                inbox.tell(id, key);
+            }
+            inbox.news.notify_one();
+        }
+        if held.is_none() {
+            self.store.wanted.send_modify(|wanted| _ = wanted.insert(watch, feed.clone()));
+        }
+        Arc::clone(&live.counters)
     }
 
-    /// All objects, in no order.
-    pub fn objects(&self) -> Vec<(FeedId, Object)> {
-        let of_feed = |(id, live): (usize, &Live)| {
-            live.objects.values().map(move |object| (FeedId(id), object.clone())).collect::<Vec<_>>()
-        };
-        self.feeds.iter().enumerate().flat_map(of_feed).collect()
+    /// Gives up a feed. What is returned is gone with it.
+    pub fn close(&self, id: FeedId) -> Vec<Change> {
+        let mut state = self.store.state();
+        let Some(inbox) = state.inboxes.get_mut(&self.id) else { return Vec::new() };
+        let Some((watch, _)) = inbox.feeds.remove(&id) else { return Vec::new() };
+        inbox.changed.retain(|(feed, _)| *feed != id);
+        inbox.waiting.retain(|(feed, _)| *feed != id);
+        let mut gone: Vec<_> =
+            state.watches.get(&watch).into_iter().flat_map(|live| live.objects.keys().cloned()).collect();
+        gone.sort_unstable();
+        self.store.leave(&mut state, self.id, id, watch);
+        gone.into_iter().map(|key| Change::Remove(id, key)).collect()
+    }
+
+    /// Waits until something may be new.
+    pub async fn changed(&self) {
+        self.news.notified().await;
+    }
+
+    /// What changed since the last call, so many at most; each object as it is now.
+    pub fn take(&self, max: usize) -> Vec<Change> {
+        let mut state = self.store.state();
+        let State { watches, inboxes, .. } = &mut *state;
+        let Some(inbox) = inboxes.get_mut(&self.id) else { return Vec::new() };
+        let mut changes = Vec::new();
+        while changes.len() < max {
+            let Some(changed) = inbox.changed.pop_front() else { return changes };
+            inbox.waiting.remove(&changed);
+            let (feed, key) = changed;
+            let live = inbox.feeds.get(&feed).and_then(|(watch, _)| watches.get(watch));
+            changes.push(match live.and_then(|live| live.objects.get(&key)) {
+                Some(object) => Change::Put(feed, object.clone()),
+                None => Change::Remove(feed, key),
+            });
+        }
+        inbox.news.notify_one();
+        changes
+    }
+
+    /// Whether every feed was listed once.
+    pub fn is_listed(&self) -> bool {
+        self.all(|live| live.listed)
+    }
+
+    /// Whether every feed was listed, or cannot be had.
+    pub fn is_settled(&self) -> bool {
+        self.all(|live| live.settled)
+    }
+
+    fn all(&self, is: impl Fn(&Live) -> bool) -> bool {
+        let state = self.store.state();
+        let feeds = state.inboxes.get(&self.id).into_iter().flat_map(|inbox| inbox.feeds.values());
+        feeds.into_iter().all(|(watch, _)| state.watches.get(watch).is_some_and(&is))
+    }
+
+    /// All objects, in no order; what changed until now is among them.
+    pub fn start(&self) -> Vec<(FeedId, Object)> {
+        let mut state = self.store.state();
+        let State { watches, inboxes, .. } = &mut *state;
+        let Some(inbox) = inboxes.get_mut(&self.id) else { return Vec::new() };
+        (inbox.changed, inbox.waiting) = Default::default();
+        let feeds = inbox.feeds.iter().filter_map(|(id, (watch, _))| Some((*id, watches.get(watch)?)));
+        feeds.flat_map(|(id, live)| live.objects.values().map(move |object| (id, object.clone()))).collect()
     }
 
     /// The objects of these feeds, in no order.
     pub fn objects_of(&self, feeds: &BTreeSet<FeedId>) -> Vec<(FeedId, Object)> {
-        let of_feed = |id: &FeedId| {
-            let live = self.feeds.get(id.0).into_iter().flat_map(|live| live.objects.values());
-            live.map(|object| (*id, object.clone())).collect::<Vec<_>>()
-        };
-        feeds.iter().flat_map(of_feed).collect()
+        let state = self.store.state();
+        let Some(inbox) = state.inboxes.get(&self.id) else { return Vec::new() };
+        let watches = feeds.iter().filter_map(|id| Some((*id, state.watches.get(&inbox.feeds.get(id)?.0)?)));
+        watches.flat_map(|(id, live)| live.objects.values().map(move |object| (id, object.clone()))).collect()
     }
 
-    /// The replicated objects in no order, each with the place of its resource.
-    pub fn replicated(&self) -> Vec<(DirPath, Object)> {
-        let places = self.feeds.iter().filter_map(|live| Some((live.place.as_ref()?, live)));
-        let of = |(place, live): (&DirPath, &Live)| {
-            live.objects.values().map(|object| (place.clone(), object.clone())).collect::<Vec<_>>()
-        };
-        places.flat_map(of).collect()
+    /// Tells the replicated objects that there are, in no order, each with the place of its resource; none once the
+    /// subscription has ended.
+    pub fn replicated(&self) -> impl Fn() -> Vec<(DirPath, Object)> + Send + Sync + 'static {
+        let (store, reader) = (Arc::clone(&self.store), self.id);
+        move || {
+            let state = store.state();
+            let feeds = state.inboxes.get(&reader).into_iter().flat_map(|inbox| inbox.feeds.values());
+            let places =
+                feeds.filter_map(|(watch, place)| Some((place.as_ref()?, state.watches.get(watch)?)));
+            let of = |(place, live): (&DirPath, &Live)| {
+                live.objects.values().map(|object| (place.clone(), object.clone())).collect::<Vec<_>>()
+            };
+            places.flat_map(of).collect()
+        }
     }
+}
 
-    /// How many objects the feed has.
-    pub fn len(&self, id: FeedId) -> usize {
-        self.feeds[id.0].objects.len()
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        let mut state = self.store.state();
+        let feeds = state.inboxes.remove(&self.id).map(|inbox| inbox.feeds).unwrap_or_default();
+        for (id, (watch, _)) in feeds {
+            self.store.leave(&mut state, self.id, id, watch);
+        }
     }
+}
+
+/// Whether a source may lack what `content` is made of without harm.
+pub fn is_optional(content: &Content) -> bool {
+    *content == Content::Bundles
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Content, Resource, Scope};
+    use crate::model::{Resource, Scope};
 
-    /// Runs a script of words (`[` a list begins, `]` it is complete, `a=1` an object, `-a` a delete) and compares
-    /// what changed.
-    fn check(script: &str, expected: &str) {
-        let feed = Feed {
+    fn feed() -> Feed {
+        Feed {
             resource: Resource::configmaps(),
             scope: Scope::Cluster,
             labels: Vec::new(),
             content: Content::Data,
-        };
-        let mut store = Store::new(&[feed]);
+        }
+    }
+
+    fn say(store: &Store, id: WatchId, script: &str) {
         let key = |name: &str| ObjectKey { namespace: "".into(), name: name.into() };
-        let mut said = Vec::new();
         for word in script.split_whitespace() {
             let event = match word.split_once('=') {
                 _ if word == "[" => Event::Init,
@@ -150,24 +367,65 @@ mod tests {
                 Some((name, value)) => Event::Apply(Object { key: key(name), json: value.to_owned().into() }),
                 None => Event::Delete(key(word.trim_start_matches('-'))),
             };
-            for change in store.apply(FeedId(0), event) {
-                said.push(match change {
-                    Change::Put(_, object) => {
-                        format!("{}={}", object.key, String::from_utf8_lossy(&object.json))
-                    }
-                    Change::Remove(_, key) => format!("-{key}"),
-                });
-            }
+            store.apply(id, event);
         }
-        assert_eq!(said.join(" "), expected, "{script}");
+    }
+
+    fn heard(subscription: &Subscription) -> String {
+        let said = |change| match change {
+            Change::Put(_, object) => format!("{}={}", object.key, String::from_utf8_lossy(&object.json)),
+            Change::Remove(_, key) => format!("-{key}"),
+        };
+        subscription.take(usize::MAX).into_iter().map(said).collect::<Vec<_>>().join(" ")
+    }
+
+    /// Runs a script of words (`[` a list begins, `]` it is complete, `a=1` an object, `-a` a delete), taking what
+    /// changed after each word or at the end, and compares it.
+    fn check(script: &str, each: &str, at_end: &str) {
+        let store = Arc::new(Store::new(Readiness::default()));
+        let (one, other) = (store.subscribe(), store.subscribe());
+        one.open(FeedId(0), &feed());
+        other.open(FeedId(0), &feed());
+        let mut said = Vec::new();
+        for word in script.split_whitespace() {
+            say(&store, WatchId(0), word);
+            said.push(heard(&one));
+        }
+        said.retain(|said| !said.is_empty());
+        assert_eq!(said.join(" "), each, "{script}");
+        assert_eq!(heard(&other), at_end, "{script}");
     }
 
     #[test]
     fn silence_and_relists() {
-        check("[ a=1 b=1 ] a=1 a=2 -b -b", "a=1 b=1 a=2 -b");
-        check("[ a=1 b=1 c=1 ] [ b=1 c=2 ]", "a=1 b=1 c=1 c=2 -a");
-        check("[ a=1 ] [ [ a=1 ]", "a=1");
-        check("[ a=1 ] [ ]", "a=1 -a");
-        check("[ a=1 ] [ a=1 -a ]", "a=1 -a");
+        check("[ a=1 b=1 ] a=1 a=2 -b -b", "a=1 b=1 a=2 -b", "a=2 -b");
+        check("[ a=1 b=1 c=1 ] [ b=1 c=2 ]", "a=1 b=1 c=1 c=2 -a", "-a b=1 c=2");
+        check("[ a=1 ] [ [ a=1 ]", "a=1", "a=1");
+        check("[ a=1 ] [ ]", "a=1 -a", "-a");
+        check("[ a=1 ] [ a=1 -a ]", "a=1 -a", "-a");
+    }
+
+    #[test]
+    fn who_selects_alike_shares_a_watch_which_ends_with_the_last() {
+        let store = Arc::new(Store::new(Readiness::default()));
+        let wanted = store.wanted();
+        let watches = || wanted.borrow().keys().map(|id| id.0).collect::<Vec<_>>();
+        let (one, other) = (store.subscribe(), store.subscribe());
+        one.open(FeedId(7), &feed());
+        say(&store, WatchId(0), "[ a=1 ]");
+        other.open(FeedId(0), &Feed { content: Content::Policies, ..feed() });
+        assert_eq!((watches(), heard(&other).as_str()), (vec![0], "a=1"));
+        assert!(other.is_listed(), "it was, for the other");
+        other.open(FeedId(1), &Feed { scope: Scope::Namespace("x".into()), ..feed() });
+        assert_eq!(watches(), [0, 1]);
+        assert!(!other.is_listed() && one.is_listed());
+        assert_eq!(one.close(FeedId(7)).len(), 1);
+        assert_eq!(watches(), [0, 1]);
+        drop(other);
+        assert!(watches().is_empty());
+        one.open(FeedId(8), &feed());
+        assert_eq!(watches(), [2], "what the old one still says is not taken for the new one's");
+        say(&store, WatchId(0), "b=1");
+        assert_eq!(heard(&one), "");
     }
 }

@@ -1,7 +1,7 @@
 //! What readers see: the view and the log at one moment, with everything that was encoded from them, once.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -12,6 +12,7 @@ use opa_hub_proto::revision::{Digest, Hasher, Revision};
 use tokio::sync::{OnceCell, watch};
 
 use super::archive::Archive;
+use super::feeds::Feeds;
 use super::fields::Fields;
 use super::forecast::{self, Sample};
 use super::kept::Kept;
@@ -19,6 +20,7 @@ use super::log::Log;
 use super::project::directory;
 use super::scopes::{self, Scopes};
 use super::snapshot::{self, SegmentCache};
+use super::spec::Scoped;
 use super::view::{Batch, View};
 use super::{delta, frame};
 use crate::config::{RECONCILE_CACHE_MAX, SNAPSHOT_INTERVAL};
@@ -51,6 +53,8 @@ pub struct Bundle {
     problems: Mutex<Arc<[Problem]>>,
     /// What of replicated objects travels, and because of whom.
     reading: Arc<Mutex<Arc<Reading>>>,
+    /// What it is made of.
+    pub feeds: Feeds,
     /// What was said of each ConfigMap.
     pub verdicts: Verdicts,
     segments: Arc<SegmentCache>,
@@ -84,8 +88,16 @@ pub struct Counters {
     pub snapshot_encodes: AtomicU64,
     /// Reconcile answers encoded.
     pub reconcile_encodes: AtomicU64,
-    /// Verdicts that were to be written to ConfigMaps.
-    pub verdict_writes: AtomicU64,
+    /// Streams of agents that are open.
+    pub agents: AtomicI64,
+    /// Archives sent, by [`Part`].
+    pub snapshots: [AtomicU64; 3],
+    /// Native deltas sent.
+    pub native_deltas: AtomicU64,
+    /// Reconcile requests answered.
+    pub reconciles: AtomicU64,
+    /// Streams refused because their revision is unknown.
+    pub unknown_revisions: AtomicU64,
 }
 
 /// See the module's text.
@@ -152,15 +164,15 @@ impl Part {
 }
 
 impl Bundle {
-    /// A bundle that has nothing to serve yet. With `scoped` nobody gets more of the resources below it than the objects
-    /// of one namespace.
-    pub fn new(name: String, scoped: Option<DirPath>) -> Self {
+    /// A bundle that has nothing to serve yet.
+    pub fn new(name: String, scoped: Option<Scoped>) -> Self {
         Self {
             name,
             head: watch::Sender::new(None),
             paced: watch::Sender::new(None),
             problems: Mutex::default(),
             reading: Arc::default(),
+            feeds: Feeds::default(),
             verdicts: Verdicts::default(),
             segments: Arc::default(),
             objects: Arc::default(),
@@ -189,6 +201,11 @@ impl Bundle {
     /// Who has the whole objects: said once, by the writer.
     pub fn set_objects(&self, objects: Objects) {
         _ = self.objects.set(objects);
+    }
+
+    /// The replicated objects that there are, whole, each with the place of its resource.
+    pub fn objects(&self) -> Vec<(DirPath, Object)> {
+        self.objects.get().map(|objects| objects()).unwrap_or_default()
     }
 
     /// Makes `view` the newest edition.
@@ -245,9 +262,9 @@ impl Bundle {
     /// What each replicated resource costs. Takes as long as all its objects are many.
     pub fn forecast(&self) -> Vec<forecast::Resource> {
         let (reading, edition) = (self.reading(), self.head.borrow().clone());
-        let (Some(objects), Some(edition)) = (self.objects.get(), edition) else { return Vec::new() };
+        let Some(edition) = edition else { return Vec::new() };
         let mut places: BTreeMap<DirPath, Vec<Sample>> = BTreeMap::new();
-        for (place, object) in objects() {
+        for (place, object) in self.objects() {
             let (namespace, whole_bytes) = (object.key.namespace.clone(), object.json.len());
             let dir = directory(&place, &object.key).and_then(|dir| edition.view.dirs.get(&dir));
             if let Some(entry) = dir.and_then(|dir| dir.get(&object.key.name)) {

@@ -40,6 +40,16 @@ impl Kept {
         Self { places: resources.into_iter().map(of).collect(), others: Fields::default() }
     }
 
+    /// These fields of the resources at these places, and of others.
+    pub fn new(places: BTreeMap<DirPath, Fields>, others: Fields) -> Self {
+        Self { places, others }
+    }
+
+    /// Whether everything is kept.
+    pub fn is_all(&self) -> bool {
+        self.others.is_all() && self.places.values().all(Fields::is_all)
+    }
+
     /// The same of every resource.
     pub fn alike(fields: Fields) -> Self {
         Self { places: BTreeMap::new(), others: fields }

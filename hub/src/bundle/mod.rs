@@ -1,5 +1,11 @@
 //! What agents subscribe to: an immutable view of the content, a log of what changed, and everything encoded once.
 
+pub mod spec;
+
+pub mod feeds;
+
+pub mod limit;
+
 pub mod project;
 
 pub mod fields;
@@ -24,4 +30,4 @@ pub mod scopes;
 
 mod edition;
 
-pub use self::edition::{Bundle, Edition, Next, Objects, Part, Reading};
+pub use self::edition::{Bundle, Counters, Edition, Next, Objects, Part, Reading};

@@ -14,6 +14,8 @@ pub use self::configmap::Error;
 use self::configmap::{ConfigMap, check_entry, data_value};
 use super::forecast;
 use super::kept::{IsClusterScoped, Kept};
+use super::limit::{Limit, Over, entry_bytes};
+use super::spec::{Selection, Spec};
 use super::view::Batch;
 use crate::config::{DIRECTORIES_MAX, PROBLEMS_MAX};
 use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem, Scope};
@@ -31,9 +33,13 @@ pub struct Projection {
     closed: BTreeSet<FeedId>,
     /// ConfigMaps whose `<key>_test.rego` are run: those with this label.
     test_label: Option<String>,
+    fields: Selection,
     kept: Kept,
-    /// What of an object is in the view: the keys of a ConfigMap of data.
-    accepted: HashMap<ObjectId, Vec<String>>,
+    /// What of an object is in the view.
+    accepted: HashMap<ObjectId, Accepted>,
+    limit: Limit,
+    /// What is refused because of the limit.
+    left_out: BTreeSet<ObjectId>,
     /// Entries by directory, with the ConfigMap that the directory belongs to.
     dirs: BTreeMap<DirPath, Place>,
     policies: Policies,
@@ -50,6 +56,14 @@ pub struct Projection {
 const LINE_BYTES_MAX: usize = 120;
 
 type ObjectId = (FeedId, ObjectKey);
+
+#[derive(Default)]
+struct Accepted {
+    /// Those of a ConfigMap of data.
+    keys: Vec<String>,
+    /// Of JSON.
+    bytes: usize,
+}
 
 struct Place {
     entries: usize,
@@ -72,13 +86,16 @@ struct Known {
 
 impl Projection {
     /// With nothing accepted yet.
-    pub fn new(feeds: Vec<Feed>, test_label: Option<String>, kept: Kept) -> Self {
+    pub fn new(spec: &Spec, kept: Kept) -> Self {
         Self {
-            feeds,
+            feeds: spec.feeds.clone(),
             closed: BTreeSet::new(),
-            test_label,
+            test_label: spec.test_label.clone(),
+            fields: spec.fields.clone(),
             kept,
             accepted: HashMap::new(),
+            limit: Limit::new(spec.max_bytes),
+            left_out: BTreeSet::new(),
             dirs: BTreeMap::new(),
             policies: Policies::default(),
             costly: Vec::new(),
@@ -142,7 +159,7 @@ impl Projection {
 
     /// Remembers which policies make whole objects travel, to tell who can mend it.
     pub fn read_by(&mut self, reads: &Reads, kept: &Kept) {
-        let whole = self.places().filter(|(_, place, _)| kept.of(place).is_all());
+        let whole = self.following().filter(|(_, place, _)| kept.of(place).is_all());
         let costly = whole.flat_map(|(id, place, scope)| {
             let sites = forecast::readers(reads, place, scope).remove(&Vec::new()).unwrap_or_default();
             let resource = self.feeds[id.0].resource.to_string();
@@ -150,6 +167,21 @@ impl Projection {
         });
         self.costly = costly.collect();
         self.news.extend(self.configmaps.keys().cloned());
+    }
+
+    /// What is to be kept for policies that read this.
+    pub fn kept_for(&self, reads: &Reads) -> Kept {
+        let places = self.following().map(|(_, place, scope)| (place.clone(), scope));
+        let mut kept = Kept::of_reads(reads, places);
+        kept.join(&self.fields.given);
+        kept
+    }
+
+    /// The places whose fields follow the policies.
+    fn following(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
+        let follows =
+            |id: FeedId, place| self.fields.follows(place, !self.feeds[id.0].resource.is_named_only());
+        self.places().filter(move |(id, place, _)| follows(*id, place))
     }
 
     /// What of replicated objects travels.
@@ -257,17 +289,41 @@ impl Projection {
     pub fn apply(&mut self, change: Change, batch: &mut Batch) {
         let (Change::Put(feed, _) | Change::Remove(feed, _)) = &change;
         let (is_policy, places) = (self.content(*feed) == &Content::Policies, self.dirs.len());
+        let bytes = self.limit.bytes();
         self.take(change, batch);
         if is_policy || self.dirs.len() < places {
             self.retry(batch);
+        } else if self.limit.bytes() < bytes {
+            self.retry_left_out(batch);
         }
     }
 
+    /// The same for an object that did not change, but what is kept of it did. It is no growth that the limit is for: who
+    /// reads more was weighed before.
+    pub fn apply_again(&mut self, id: FeedId, object: Object, batch: &mut Batch) {
+        self.limit.is_lax = self.accepted.contains_key(&(id, object.key.clone()));
+        self.apply(Change::Put(id, object), batch);
+        self.limit.is_lax = false;
+    }
+
     fn retry(&mut self, batch: &mut Batch) {
-        let again =
-            self.refused.iter().filter_map(|((feed, _), refused)| Some((*feed, refused.retry.clone()?)));
+        let refused = self.refused.iter().filter(|(id, _)| !self.left_out.contains(*id));
+        let again = refused.filter_map(|((feed, _), refused)| Some((*feed, refused.retry.clone()?)));
         for (feed, object) in again.collect::<Vec<_>>() {
             self.take(Change::Put(feed, object), batch);
+        }
+        self.retry_left_out(batch);
+    }
+
+    /// In the order of their names, up to the first that still does not fit.
+    fn retry_left_out(&mut self, batch: &mut Batch) {
+        while let Some(id) = self.left_out.first().cloned() {
+            let object = self.refused.get(&id).and_then(|refused| refused.retry.clone());
+            let Some(object) = object else { return };
+            self.take(Change::Put(id.0, object), batch);
+            if self.left_out.contains(&id) {
+                return;
+            }
         }
     }
 
@@ -280,12 +336,19 @@ impl Projection {
         let result = match &content {
             Content::Resource(prefix) => self.resource(&id, prefix, object.as_ref(), batch),
             Content::Data | Content::Policies => self.configmap(&id, object.as_ref(), batch),
+            Content::Bundles => return,
         };
+        self.left_out.remove(&id);
         match result {
             Ok(()) => _ = self.refused.remove(&id),
             Err(error) => {
                 let fault = Fault::new(error.code(), error.to_string());
-                if self.refused.get(&id).is_none_or(|refused| refused.fault != fault) {
+                // Where one is left out, thousands may be.
+                let is_first = !matches!(error, Error::OverLimit { .. }) || self.left_out.is_empty();
+                if matches!(error, Error::OverLimit { .. }) {
+                    self.left_out.insert(id.clone());
+                }
+                if is_first && self.refused.get(&id).is_none_or(|refused| refused.fault != fault) {
                     tracing::warn!(subject = self.subject(&id), error = fault.message, "refused");
                 }
                 self.refused.insert(id, Refused { fault, retry: object.filter(|_| error.may_pass()) });
@@ -314,7 +377,8 @@ impl Projection {
         let key = &id.1;
         let dir = directory(prefix, key).ok_or_else(|| Error::Name(key.namespace.to_string()))?;
         let Some(object) = object else {
-            if self.accepted.remove(id).is_some() {
+            if let Some(Accepted { bytes, .. }) = self.accepted.remove(id) {
+                self.resize(id.0, bytes, 0)?;
                 self.leave(&dir);
                 batch.entry(&dir, key.name.clone(), None);
             }
@@ -322,9 +386,16 @@ impl Projection {
         };
         let json = self.kept.of(prefix).cut_object(&object.json).map_err(Error::NotAnObjectAtAll)?;
         check_entry(&key.name, json.len())?;
-        if !self.accepted.contains_key(id) {
-            self.enter(&dir, false)?;
-            self.accepted.insert(id.clone(), Vec::new());
+        let bytes = entry_bytes(&key.name, json.len());
+        self.resize(id.0, self.accepted.get(id).map_or(0, |held| held.bytes), bytes)?;
+        if let Some(held) = self.accepted.get_mut(id) {
+            held.bytes = bytes;
+        } else {
+            if let Err(error) = self.enter(&dir, false) {
+                self.resize(id.0, bytes, 0)?;
+                return Err(error);
+            }
+            self.accepted.insert(id.clone(), Accepted { keys: Vec::new(), bytes });
         }
         batch.entry(&dir, key.name.clone(), Some(json));
         Ok(())
@@ -388,16 +459,27 @@ impl Projection {
             check_entry(&key, value.len())?;
             values.insert(key, value);
         }
-        if !values.is_empty() && !self.accepted.contains_key(id) {
+        let bytes = values.iter().map(|(key, value)| entry_bytes(key, value.len())).sum();
+        let held = self.accepted.get(id).map(|held| held.bytes);
+        if !values.is_empty() && held.is_none() {
             self.check_place(&dir)?;
-            self.enter(&dir, true)?;
+        }
+        self.resize(id.0, held.unwrap_or(0), bytes)?;
+        if !values.is_empty()
+            && held.is_none()
+            && let Err(error) = self.enter(&dir, true)
+        {
+            self.resize(id.0, bytes, 0)?;
+            return Err(error);
         }
         let old = if values.is_empty() {
             self.accepted.remove(id).inspect(|_| self.leave(&dir))
         } else {
-            self.accepted.insert(id.clone(), values.keys().cloned().collect())
+            let keys = values.keys().cloned().collect();
+            self.accepted.insert(id.clone(), Accepted { keys, bytes })
         };
-        for gone in old.into_iter().flatten().filter(|key| !values.contains_key(key)) {
+        let old = old.unwrap_or_default().keys;
+        for gone in old.into_iter().filter(|key| !values.contains_key(key)) {
             batch.entry(&dir, gone, None);
         }
         for (key, value) in values {
@@ -453,6 +535,15 @@ impl Projection {
 
     fn replicated(&self) -> impl Iterator<Item = (&DirPath, String)> {
         self.places().map(|(id, place, _)| (place, format!("replicated {}", self.feeds[id.0].resource)))
+    }
+
+    /// An object of `feed` has `new` bytes in place of `old`.
+    fn resize(&mut self, feed: FeedId, old: usize, new: usize) -> Result<(), Error> {
+        self.limit.change(feed, old, new).map_err(|Over { max, heaviest, bytes }| Error::OverLimit {
+            max,
+            heaviest: self.feeds[heaviest.0].to_string(),
+            megabytes: bytes >> 20,
+        })
     }
 
     fn enter(&mut self, dir: &DirPath, is_configmap: bool) -> Result<(), Error> {
@@ -540,7 +631,8 @@ mod tests {
     fn projection() -> Projection {
         let pods = "/kubernetes/pods".parse().unwrap();
         let feeds = vec![feed(Content::Policies), feed(Content::Data), feed(Content::Resource(pods))];
-        Projection::new(feeds, Some("tests".into()), Kept::alike(Fields::all()))
+        let spec = Spec { test_label: Some("tests".into()), ..Spec::of_feeds("main", feeds) };
+        Projection::new(&spec, Kept::alike(Fields::all()))
     }
 
     /// Applies a ConfigMap (`None`: its removal) and compares the batch, in words, and the refusals.
@@ -590,7 +682,8 @@ mod tests {
     #[test]
     fn what_no_field_shows_is_silence() {
         let feeds = vec![feed(Content::Resource("/kubernetes/pods".parse().unwrap()))];
-        let mut p = Projection::new(feeds, None, Kept::alike(Fields::parse(["metadata.labels"]).unwrap()));
+        let kept = Kept::alike(Fields::parse(["metadata.labels"]).unwrap());
+        let mut p = Projection::new(&Spec::of_feeds("main", feeds), kept);
         let key = ObjectKey { namespace: "a".into(), name: "p".into() };
         let mut view = crate::bundle::view::View::empty(Arc::new([]), None);
         let mut put = |json: &str| {
@@ -609,6 +702,26 @@ mod tests {
         let cut = r#"{"p":{"metadata":{"labels":{"a":"b"}}}}"#.to_owned();
         assert_eq!(put(r#"{"metadata":{"labels":{"a":"b"},"uid":"1"},"status":1}"#), Some(cut));
         assert_eq!(put(r#"{"metadata":{"labels":{"a":"b"},"uid":"1"},"status":2}"#), None);
+    }
+
+    #[test]
+    fn what_passes_the_limit_stays_as_it_was() {
+        let feeds = vec![feed(Content::Policies), feed(Content::Data)];
+        let spec = Spec { max_bytes: Some(30), ..Spec::of_feeds("main", feeds) };
+        let p = &mut Projection::new(&spec, Kept::alike(Fields::all()));
+        let over = "over_limit";
+        check(p, 1, "a/m", Some(&[("x", r#"{"a":10}"#)]), &["+/a/m/x"], &[]);
+        check(p, 1, "a/n", Some(&[("x", r#"{"a":10}"#)]), &["+/a/n/x"], &[]);
+        let told = "larger than the limit of 30 bytes (maxBytes), and data (v1/configmaps) has 0 MB";
+        check(p, 1, "a/o", Some(&[("x", "{}")]), &[], &[told]);
+        check(p, 1, "a/m", Some(&[("x", r#"{"a":1000000}"#)]), &[], &["a/m", "a/o"]);
+        assert_eq!(p.refused.values().map(|refused| &*refused.fault.code).collect::<Vec<_>>(), [over, over]);
+        // Smaller, and there is room for the next.
+        check(p, 1, "a/m", Some(&[("x", "{}")]), &["+/a/m/x", "+/a/o/x"], &[]);
+        check(p, 1, "a/p", Some(&[("x", "{}")]), &[], &["a/p"]);
+        check(p, 1, "a/p", None, &[], &[]);
+        check(p, 1, "a/n", None, &["-/a/n/x"], &[]);
+        assert_eq!(p.limit.bytes(), 14);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use opa_hub_proto::path::{DirPath, is_segment};
 
 use super::edition::Bundle;
 use super::log::{Commit, Log};
+use super::spec::Scoped;
 use super::view::{Changed, View};
 use crate::config::{SCOPE_IDLE, SCOPES_MAX};
 
@@ -31,8 +32,7 @@ pub enum Error {
 
 /// The views of single namespaces.
 pub struct Scopes {
-    /// Below it lie the replicated resources.
-    root: DirPath,
+    scoped: Scoped,
     live: Mutex<BTreeMap<String, Scope>>,
 }
 
@@ -43,9 +43,9 @@ struct Scope {
 }
 
 impl Scopes {
-    /// None yet, of the resources below `root`.
-    pub fn new(root: DirPath) -> Self {
-        Self { root, live: Mutex::default() }
+    /// None yet.
+    pub fn new(scoped: Scoped) -> Self {
+        Self { scoped, live: Mutex::default() }
     }
 
     /// The namespaces that are served now.
@@ -112,9 +112,10 @@ impl Scopes {
 
     /// Whether a directory is seen from `namespace`. Objects of no namespace lie right below their resource.
     fn has(&self, namespace: &str, dir: &DirPath) -> bool {
-        let below = dir.as_str().strip_prefix(self.root.as_str()).and_then(|rest| rest.strip_prefix('/'));
+        let Scoped { root, whole } = &self.scoped;
+        let below = dir.as_str().strip_prefix(root.as_str()).and_then(|rest| rest.strip_prefix('/'));
         let own = below.and_then(|below| below.split_once('/'));
-        own.is_none_or(|(_, of)| of == namespace)
+        own.is_none_or(|(_, of)| of == namespace) || whole.iter().any(|place| dir.is_within(place))
     }
 
     /// Whether nobody reads or asked since the last call; then it is gone.

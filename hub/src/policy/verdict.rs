@@ -1,7 +1,7 @@
 //! What was said about one ConfigMap: its faults, in the shape in which OPA tells errors, and warnings.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -77,10 +77,15 @@ pub struct Told {
 #[derive(Default)]
 pub struct Verdicts {
     told: Mutex<BTreeMap<ObjectKey, Told>>,
-    news: Notify,
+    news: Arc<Notify>,
 }
 
 impl Verdicts {
+    /// None yet; `news` is rung when there are.
+    pub fn telling(news: Arc<Notify>) -> Self {
+        Self { told: Mutex::default(), news }
+    }
+
     /// Takes what is new: none where there is no verdict any more.
     pub fn take(&self, news: Vec<(ObjectKey, Option<Told>)>) {
         if news.is_empty() {
@@ -100,11 +105,6 @@ impl Verdicts {
     /// Reads all of them.
     pub fn with<T>(&self, f: impl FnOnce(&mut BTreeMap<ObjectKey, Told>) -> T) -> T {
         f(&mut self.told.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Waits until something is new since the last call.
-    pub async fn changed(&self) {
-        self.news.notified().await;
     }
 }
 

@@ -1,6 +1,6 @@
 //! `/v1/bundles`: what is served, for people and scripts.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::UNIX_EPOCH;
 
 use axum::Json;
@@ -9,15 +9,18 @@ use serde_json::{Value, json};
 
 use super::Hub;
 use super::error::Error;
-use crate::bundle::forecast;
+use crate::bundle::{Bundle, forecast};
 
 pub(super) async fn list(State(hub): State<Hub>) -> Json<Value> {
-    Json(json!({ "bundles": [summary(&hub)] }))
+    let bundles: Vec<_> = hub.0.bundles.list().iter().map(|bundle| summary(&hub, bundle)).collect();
+    Json(
+        json!({ "bundles": bundles, "pending": hub.0.readiness.pendings(), "problems": hub.0.readiness.problems() }),
+    )
 }
 
 pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
     let bundle = hub.bundle(&name)?;
-    let mut shown = summary(&hub);
+    let mut shown = summary(&hub, &bundle);
     shown["verdicts"] = bundle.verdicts.with(|verdicts| {
         verdicts.iter().map(|(key, told)| (key.to_string(), told.verdict.status())).collect()
     });
@@ -37,7 +40,7 @@ pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Re
 
 /// What replicated objects cost, and who reads what of them.
 pub(super) async fn fields(State(hub): State<Hub>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
-    let bundle = hub.bundle(&name)?.clone();
+    let bundle = hub.bundle(&name)?;
     let follows = bundle.reading().reads.is_some();
     // Weighs thousands of objects.
     let forecast = tokio::task::spawn_blocking(move || bundle.forecast());
@@ -46,29 +49,29 @@ pub(super) async fn fields(State(hub): State<Hub>, Path(name): Path<String>) -> 
     Ok(Json(json!({ "name": name, "followPolicies": follows, "analysedBy": by, "resources": resources })))
 }
 
-fn summary(hub: &Hub) -> Value {
+fn summary(hub: &Hub, bundle: &Bundle) -> Value {
     let hub = &hub.0;
-    let feeds = hub.feeds.list();
+    let feeds = bundle.feeds.list();
     let feeds = feeds.iter().map(|feed| {
-        let objects = feed.objects.load(Ordering::Relaxed);
-        let (events, changes) = (feed.events.load(Ordering::Relaxed), feed.changes.load(Ordering::Relaxed));
-        json!({ "name": feed.name, "objects": objects, "events": events, "changes": changes })
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let (objects, events) = (load(&feed.watch.objects), load(&feed.watch.events));
+        json!({ "name": feed.name, "objects": objects, "events": events, "changes": load(&feed.changes) })
     });
     let mut problems = hub.readiness.problems();
-    problems.extend(hub.bundle.problems().iter().cloned());
+    problems.extend(bundle.problems().iter().cloned());
     let mut summary = json!({
-        "name": hub.bundle.name,
+        "name": bundle.name,
         "ready": false,
-        "agents": hub.agents.load(Ordering::Relaxed),
+        "agents": bundle.counters.agents.load(Ordering::Relaxed),
         "sources": feeds.collect::<Value>(),
         "pending": hub.readiness.pendings(),
         "problems": problems,
         "checkedBy": hub.checked_by,
     });
-    if let Some(scopes) = &hub.bundle.scopes {
+    if let Some(scopes) = &bundle.scopes {
         summary["namespaces"] = json!(scopes.namespaces());
     }
-    if let Some(edition) = hub.bundle.head().borrow().as_ref() {
+    if let Some(edition) = bundle.head().borrow().as_ref() {
         let view = &edition.view;
         let published = edition.published.duration_since(UNIX_EPOCH).unwrap_or_default();
         summary["ready"] = json!(true);

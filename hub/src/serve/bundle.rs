@@ -71,10 +71,10 @@ pub(super) async fn get(
         None
     };
     let archive = if let Some(delta) = delta {
-        hub.0.native_deltas.fetch_add(1, Ordering::Relaxed);
+        bundle.counters.native_deltas.fetch_add(1, Ordering::Relaxed);
         delta
     } else {
-        hub.0.snapshots[part as usize].fetch_add(1, Ordering::Relaxed);
+        bundle.counters.snapshots[part as usize].fetch_add(1, Ordering::Relaxed);
         edition.archive(part).await
     };
     Ok(([(ETAG, tag)], respond(archive)).into_response())
@@ -100,7 +100,12 @@ async fn wait_for(
             }
         }
         let timed_out = tokio::select! {
-            changed = tokio::time::timeout_at(deadline, editions.changed()) => changed.is_err(),
+            changed = tokio::time::timeout_at(deadline, editions.changed()) => match changed {
+                Ok(Ok(())) => false,
+                // Another bundle took its name.
+                Ok(Err(_closed)) => return Err(Error::NotReady),
+                Err(_late) => true,
+            },
             // OPA asks again at once, and finds another replica or the next start of this one.
             () = stop.cancelled() => return Err(Error::NotReady),
         };

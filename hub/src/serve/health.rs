@@ -16,7 +16,9 @@ pub(super) async fn live() -> &'static str {
 /// Every source has listed once, and there is an edition to serve.
 pub(super) async fn ready(State(hub): State<Hub>) -> impl IntoResponse {
     let pending = hub.0.readiness.pendings();
-    let ready = pending.is_empty() && hub.0.bundle.head().borrow().is_some();
+    let bundles = hub.0.bundles.list();
+    let serves = bundles.is_empty() || bundles.iter().any(|bundle| bundle.head().borrow().is_some());
+    let ready = pending.is_empty() && serves;
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (
         status,

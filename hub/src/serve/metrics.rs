@@ -1,6 +1,8 @@
 //! `GET /metrics` in OpenMetrics text. Values are read where they are kept, when somebody scrapes.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use axum::extract::State;
@@ -14,7 +16,10 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use super::Hub;
-use crate::bundle::Part;
+use crate::bundle::feeds::Feed;
+use crate::bundle::view::View;
+use crate::bundle::{Bundle, Counters, Part};
+use crate::policy::verdict::Told;
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -26,7 +31,7 @@ pub(super) async fn render(State(hub): State<Hub>) -> Response {
     ([(CONTENT_TYPE, OPENMETRICS)], text).into_response()
 }
 
-type Sample<'a> = (Vec<(&'static str, &'a str)>, u64);
+type Sample = (Vec<(&'static str, String)>, u64);
 
 struct Scrape(Hub);
 
@@ -36,36 +41,77 @@ impl fmt::Debug for Scrape {
     }
 }
 
+/// Every family, as read from the bundles.
+struct Families<'a>(&'a [Arc<Bundle>]);
+
+impl Families<'_> {
+    /// One sample a bundle.
+    fn one(&self, value: impl Fn(&Bundle) -> u64) -> Vec<Sample> {
+        self.0.iter().map(|bundle| (vec![("bundle", bundle.name.clone())], value(bundle))).collect()
+    }
+
+    /// The same of what it counts.
+    fn count(&self, value: impl Fn(&Counters) -> &AtomicU64) -> Vec<Sample> {
+        self.one(|bundle| value(&bundle.counters).load(Relaxed))
+    }
+
+    /// The same of its newest view; 0 while there is none.
+    fn view(&self, value: impl Fn(&View) -> usize) -> Vec<Sample> {
+        self.one(|bundle| bundle.head().borrow().as_ref().map_or(0, |edition| value(&edition.view)) as u64)
+    }
+
+    /// One sample a feed of a bundle.
+    fn by_feed(&self, value: impl Fn(&Feed) -> &AtomicU64) -> Vec<Sample> {
+        let of = |bundle: &Arc<Bundle>| {
+            let name = &bundle.name;
+            let feeds = bundle.feeds.list();
+            let sample = |feed: &Arc<Feed>| {
+                let labels = vec![("bundle", name.clone()), ("source", feed.name.clone())];
+                (labels, value(feed).load(Relaxed))
+            };
+            feeds.iter().map(sample).collect::<Vec<_>>()
+        };
+        self.0.iter().flat_map(of).collect()
+    }
+
+    fn snapshots(&self) -> Vec<Sample> {
+        let of = |bundle: &Arc<Bundle>| {
+            [Part::Whole, Part::Policy, Part::Data].map(|part| {
+                let labels = vec![("bundle", bundle.name.clone()), ("part", part.name().to_owned())];
+                (labels, bundle.counters.snapshots[part as usize].load(Relaxed))
+            })
+        };
+        self.0.iter().flat_map(of).collect()
+    }
+}
+
+fn refused(bundle: &Bundle) -> u64 {
+    let refused = |told: &&Told| !told.verdict.faults.is_empty();
+    bundle.verdicts.with(|verdicts| verdicts.values().filter(refused).count() as u64)
+}
+
 impl Collector for Scrape {
     fn encode(&self, mut out: DescriptorEncoder) -> fmt::Result {
         let hub = &self.0.0;
-        let bundle = hub.bundle.name.as_str();
-        let counters = &hub.bundle.counters;
-        let one = |value: u64| vec![(vec![("bundle", bundle)], value)];
-        let edition = hub.bundle.head().borrow().clone();
-        let view = edition.as_ref().map(|edition| &edition.view);
-        let parts = [Part::Whole, Part::Policy, Part::Data];
-        let snapshots = parts.map(|part| {
-            (vec![("bundle", bundle), ("part", part.name())], hub.snapshots[part as usize].load(Relaxed))
-        });
-        let feeds = hub.feeds.list();
-        let by_feed = |value: fn(&crate::pipeline::FeedCounters) -> u64| {
-            feeds.iter().map(|feed| (vec![("source", feed.name.as_str())], value(feed))).collect::<Vec<_>>()
-        };
-
-        let refused = hub
-            .bundle
-            .verdicts
-            .with(|verdicts| verdicts.values().filter(|told| !told.verdict.faults.is_empty()).count() as u64);
+        let bundles = hub.bundles.list();
+        let of = Families(&bundles);
         let gauges = [
-            ("agents", "Streams that are open", one(hub.agents.load(Relaxed).unsigned_abs())),
-            ("ready", "Whether every source has listed once", one(u64::from(view.is_some()))),
-            ("entries", "Entries of the data", one(view.map_or(0, |view| view.entries() as u64))),
-            ("modules", "Modules that are served", one(view.map_or(0, |view| view.modules.len() as u64))),
-            ("json_bytes", "Bytes of the data as JSON", one(view.map_or(0, |view| view.json_bytes() as u64))),
-            ("problems", "ConfigMaps and objects refused", one(hub.bundle.problems().len() as u64)),
-            ("verdict_errors", "ConfigMaps whose newest content is refused", one(refused)),
-            ("source_objects", "Objects that a source has", by_feed(|feed| feed.objects.load(Relaxed))),
+            (
+                "agents",
+                "Streams that are open",
+                of.one(|bundle| bundle.counters.agents.load(Relaxed).unsigned_abs()),
+            ),
+            (
+                "ready",
+                "Whether every source has listed once",
+                of.one(|bundle| u64::from(bundle.head().borrow().is_some())),
+            ),
+            ("entries", "Entries of the data", of.view(View::entries)),
+            ("modules", "Modules that are served", of.view(|view| view.modules.len())),
+            ("json_bytes", "Bytes of the data as JSON", of.view(View::json_bytes)),
+            ("problems", "ConfigMaps and objects refused", of.one(|bundle| bundle.problems().len() as u64)),
+            ("verdict_errors", "ConfigMaps whose newest content is refused", of.one(refused)),
+            ("source_objects", "Objects that a source has", of.by_feed(|feed| &feed.watch.objects)),
         ];
         for (name, help, samples) in gauges {
             family(&mut out, name, help, MetricType::Gauge, &samples)?;
@@ -74,33 +120,37 @@ impl Collector for Scrape {
             (
                 "source_events",
                 "Objects that sources said exist, changed or are gone",
-                by_feed(|feed| feed.events.load(Relaxed)),
+                of.by_feed(|feed| &feed.watch.events),
             ),
             (
                 "source_changes",
                 "Replicated objects of which something that travels changed",
-                by_feed(|feed| feed.changes.load(Relaxed)),
+                of.by_feed(|feed| &feed.changes),
             ),
-            ("view_changes", "Editions published", one(counters.view_changes.load(Relaxed))),
+            ("view_changes", "Editions published", of.count(|counters| &counters.view_changes)),
             (
                 "frame_encodes",
                 "Frames encoded, each for all agents at one revision",
-                one(counters.frame_encodes.load(Relaxed)),
+                of.count(|counters| &counters.frame_encodes),
             ),
-            ("snapshot_encodes", "Archives encoded", one(counters.snapshot_encodes.load(Relaxed))),
-            ("snapshots_served", "Archives sent", snapshots.to_vec()),
-            ("native_deltas_served", "OPA's own deltas sent", one(hub.native_deltas.load(Relaxed))),
-            ("reconciles", "Reconcile requests answered", one(hub.reconciles.load(Relaxed))),
-            ("reconcile_encodes", "Reconcile answers encoded", one(counters.reconcile_encodes.load(Relaxed))),
+            ("snapshot_encodes", "Archives encoded", of.count(|counters| &counters.snapshot_encodes)),
+            ("snapshots_served", "Archives sent", of.snapshots()),
+            ("native_deltas_served", "OPA's own deltas sent", of.count(|counters| &counters.native_deltas)),
+            ("reconciles", "Reconcile requests answered", of.count(|counters| &counters.reconciles)),
+            (
+                "reconcile_encodes",
+                "Reconcile answers encoded",
+                of.count(|counters| &counters.reconcile_encodes),
+            ),
             (
                 "verdict_writes",
                 "Verdicts to be written to ConfigMaps",
-                one(counters.verdict_writes.load(Relaxed)),
+                vec![(Vec::new(), hub.bundles.verdict_writes.load(Relaxed))],
             ),
             (
                 "unknown_revisions",
                 "Streams refused for a revision that is not remembered",
-                one(hub.unknown_revisions.load(Relaxed)),
+                of.count(|counters| &counters.unknown_revisions),
             ),
         ];
         for (name, help, samples) in counters {

@@ -10,7 +10,6 @@ mod reconcile;
 mod stream;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -21,8 +20,8 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::bundle::{Bundle, Part};
+use crate::bundles::Bundles;
 use crate::config::DRAIN;
-use crate::pipeline::Feeds;
 use crate::readiness::Readiness;
 use crate::serve::error::Error;
 
@@ -31,52 +30,33 @@ use crate::serve::error::Error;
 pub struct Hub(Arc<Shared>);
 
 struct Shared {
-    bundle: Arc<Bundle>,
+    bundles: Arc<Bundles>,
     /// What checks the policies.
     checked_by: String,
     readiness: Readiness,
-    feeds: Arc<Feeds>,
     stop: CancellationToken,
     deltas: bundle::DeltaClients,
-    /// Streams of agents that are open.
-    agents: AtomicI64,
-    /// Archives sent, by [`Part`].
-    snapshots: [AtomicU64; 3],
-    /// Native deltas sent.
-    native_deltas: AtomicU64,
-    /// Reconcile requests answered.
-    reconciles: AtomicU64,
-    /// Streams refused because their revision is unknown.
-    unknown_revisions: AtomicU64,
 }
 
 impl Hub {
-    /// A hub that serves `bundle`, whose policies are `checked_by`, until `stop`.
+    /// A hub that serves `bundles`, whose policies are `checked_by`, until `stop`.
     pub fn new(
-        bundle: Arc<Bundle>,
+        bundles: Arc<Bundles>,
         checked_by: String,
         readiness: Readiness,
-        feeds: Arc<Feeds>,
         stop: CancellationToken,
     ) -> Self {
         Self(Arc::new(Shared {
-            bundle,
+            bundles,
             checked_by,
             readiness,
-            feeds,
             stop,
             deltas: bundle::DeltaClients::default(),
-            agents: AtomicI64::new(0),
-            snapshots: Default::default(),
-            native_deltas: AtomicU64::new(0),
-            reconciles: AtomicU64::new(0),
-            unknown_revisions: AtomicU64::new(0),
         }))
     }
 
-    fn bundle(&self, name: &str) -> Result<&Arc<Bundle>, Error> {
-        let bundle = &self.0.bundle;
-        if bundle.name == name { Ok(bundle) } else { Err(Error::NoSuchBundle(name.to_owned())) }
+    fn bundle(&self, name: &str) -> Result<Arc<Bundle>, Error> {
+        self.0.bundles.get(name).ok_or_else(|| Error::NoSuchBundle(name.to_owned()))
     }
 
     /// What is served of the bundle to whoever names this namespace.

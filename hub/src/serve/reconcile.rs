@@ -29,6 +29,6 @@ pub(super) async fn post(
         serde_json::from_slice(&body).map_err(|error| Error::InvalidReconcile(error.to_string()))?;
     drop(body);
     let edition = bundle.head().borrow().clone().ok_or(Error::NotReady)?;
-    hub.0.reconciles.fetch_add(1, Ordering::Relaxed);
+    bundle.counters.reconciles.fetch_add(1, Ordering::Relaxed);
     Ok(respond(edition.reconcile(held).await))
 }

@@ -16,10 +16,11 @@ use futures::{Stream, stream};
 use opa_hub_proto::revision::Revision;
 use serde::Deserialize;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
+use super::Hub;
 use super::error::Error;
-use super::{Hub, Shared};
-use crate::bundle::{Edition, Next};
+use crate::bundle::{Counters, Edition, Next};
 use crate::config::HEARTBEAT;
 
 #[derive(Deserialize)]
@@ -36,7 +37,8 @@ pub(super) async fn get(
     Query(options): Query<Options>,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
-    let head = hub.part(&name, options.namespace.as_deref())?.head();
+    let bundle = hub.part(&name, options.namespace.as_deref())?;
+    let head = bundle.head();
     let edition = head.borrow().clone().ok_or(Error::NotReady)?;
     let header =
         headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
@@ -46,19 +48,22 @@ pub(super) async fn get(
         Some(text) => text.parse().map_err(|_| Error::InvalidRevision(text))?,
     };
     if matches!(edition.next(held), Next::Unknown) {
-        hub.0.unknown_revisions.fetch_add(1, Ordering::Relaxed);
+        bundle.counters.unknown_revisions.fetch_add(1, Ordering::Relaxed);
         return Err(Error::UnknownRevision(held.to_string()));
     }
     let headers = [(CONTENT_TYPE, "text/event-stream"), (CACHE_CONTROL, "no-store")];
-    let reader = Reader { hub: Open::new(hub.0), head, held, greeted: false };
+    let open = Open::new(Arc::clone(&bundle.counters));
+    let reader = Reader { name, stop: hub.0.stop.clone(), head, held, greeted: false, _open: open };
     Ok((headers, Body::from_stream(events(reader))).into_response())
 }
 
 struct Reader {
-    hub: Open,
+    name: String,
+    stop: CancellationToken,
     head: watch::Receiver<Option<Arc<Edition>>>,
     held: Revision,
     greeted: bool,
+    _open: Open,
 }
 
 fn events(reader: Reader) -> impl Stream<Item = Result<Bytes, Infallible>> {
@@ -69,8 +74,8 @@ fn events(reader: Reader) -> impl Stream<Item = Result<Bytes, Infallible>> {
 }
 
 impl Reader {
-    /// The next bytes; none when the stream must end: the hub stops, or the log no longer reaches back to a reader
-    /// that was too slow, which then reconciles.
+    /// The next bytes; none when the stream must end: the hub stops, another bundle took the name of this one, or the log
+    /// no longer reaches back to a reader that was too slow, which then reconciles.
     async fn next(&mut self) -> Option<Bytes> {
         loop {
             let edition = self.head.borrow_and_update().clone()?;
@@ -83,13 +88,13 @@ impl Reader {
                 // Tells the reader at once that it holds all there is, and opens the stream through proxies.
                 Next::UpToDate if !self.greeted => {
                     self.greeted = true;
-                    return Some(format!(": {}\nid: {}\n\n", self.hub.0.bundle.name, self.held).into());
+                    return Some(format!(": {}\nid: {}\n\n", self.name, self.held).into());
                 }
                 Next::UpToDate => {}
             }
             let changed = tokio::select! {
                 changed = tokio::time::timeout(HEARTBEAT, self.head.changed()) => changed,
-                () = self.hub.0.stop.cancelled() => return None,
+                () = self.stop.cancelled() => return None,
             };
             match changed {
                 Ok(Ok(())) => {}
@@ -101,12 +106,12 @@ impl Reader {
 }
 
 /// A stream that is open, counted.
-struct Open(Arc<Shared>);
+struct Open(Arc<Counters>);
 
 impl Open {
-    fn new(hub: Arc<Shared>) -> Self {
-        hub.agents.fetch_add(1, Ordering::Relaxed);
-        Self(hub)
+    fn new(counters: Arc<Counters>) -> Self {
+        counters.agents.fetch_add(1, Ordering::Relaxed);
+        Self(counters)
     }
 }
 

@@ -1,59 +1,41 @@
 //! Resources that policies read and no flag names: feeds that come with the first policy that reads them and go with
 //! the last.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use opa_hub_proto::path::{DirPath, is_segment};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot};
 
+use crate::bundle::spec::AutoReplication;
 use crate::config::{AUTO_FEEDS_MAX, AUTO_LIST_MAX};
-use crate::model::{Content, Feed, FeedId, Resource, Scope};
+use crate::model::{Content, Feed, Resource, Scope};
+use crate::pipeline::Said;
 use crate::policy::check::{Compiler, Modules};
 use crate::readiness::Readiness;
 
 /// What [`Readiness`] calls it.
 const SUBJECT: &str = "--replicate-auto";
 
-/// The feeds that are wanted now, for the source.
-pub type Wanted = watch::Receiver<BTreeMap<FeedId, Feed>>;
-
 /// See the module's text.
 pub struct Auto {
     path: DirPath,
     scope: Scope,
-    /// Resources that flags name, and that are always there.
+    /// Resources that the spec names, and that are always there.
     given: BTreeSet<String>,
-    /// Every name that was ever wanted has its own id.
-    ids: BTreeMap<String, FeedId>,
-    first: usize,
-    wanted: watch::Sender<BTreeMap<FeedId, Feed>>,
-    settled: watch::Receiver<BTreeSet<FeedId>>,
+    /// Those that are there because of policies.
+    held: BTreeSet<String>,
 }
 
 impl Auto {
-    /// Below `path`, leaving out the `ignored` namespaces, beside the feeds that flags name. `settled`: the feeds that
-    /// nobody need wait for.
-    pub fn new(
-        path: DirPath,
-        ignored: Vec<String>,
-        feeds: &[Feed],
-        settled: watch::Receiver<BTreeSet<FeedId>>,
-    ) -> Self {
-        let given = feeds.iter().filter(|feed| matches!(feed.content, Content::Resource(_)));
+    /// As `replication` says, beside the `feeds` that the spec names.
+    pub fn new(replication: AutoReplication, feeds: &[Feed]) -> Self {
+        let given = feeds.iter().filter(|feed| feed.place().is_some());
         Self {
-            path,
-            scope: Scope::Namespaces { ignored },
+            path: replication.path,
+            scope: Scope::Namespaces { ignored: replication.ignored },
             given: given.map(|feed| feed.resource.plural.clone()).collect(),
-            ids: BTreeMap::new(),
-            first: feeds.len(),
-            wanted: watch::Sender::default(),
-            settled,
+            held: BTreeSet::new(),
         }
-    }
-
-    /// What is wanted, from now on.
-    pub fn wanted(&self) -> Wanted {
-        self.wanted.subscribe()
     }
 
     /// The resources that `modules` read; none when that cannot be told now, which is said.
@@ -87,49 +69,42 @@ impl Auto {
     }
 
     /// Asks for these resources too, and waits until they are there, or cannot be had now.
-    pub async fn widen(&mut self, reads: &BTreeSet<String>) {
-        let mut asked = BTreeSet::new();
-        let mut wanted = self.wanted.borrow().clone();
-        for name in reads {
-            let next = FeedId(self.first + self.ids.len());
-            let id = *self.ids.entry(name.clone()).or_insert(next);
-            if wanted.contains_key(&id) {
-                continue;
-            }
-            let place = self.path.join(name).expect("a name that was read is a segment");
+    pub async fn widen(&mut self, reads: &BTreeSet<String>, say: &mpsc::Sender<Said>) {
+        let new: Vec<_> = reads.difference(&self.held).cloned().collect();
+        if new.is_empty() {
+            return;
+        }
+        let feed = |name: &String| {
             tracing::info!(resource = name, "a policy reads it: replicating it");
-            let feed = Feed {
+            Feed {
                 resource: Resource::named(name),
                 scope: self.scope.clone(),
                 labels: Vec::new(),
-                content: Content::Resource(place),
-            };
-            wanted.insert(id, feed);
-            asked.insert(id);
-        }
-        if asked.is_empty() {
-            return;
-        }
-        self.wanted.send_replace(wanted);
-        let settled = self.settled.wait_for(|settled| settled.is_superset(&asked));
-        if tokio::time::timeout(AUTO_LIST_MAX, settled).await.is_err() {
+                content: Content::Resource(self.place(name)),
+            }
+        };
+        let (settled, until) = oneshot::channel();
+        _ = say.send(Said::Opened { feeds: new.iter().map(feed).collect(), settled }).await;
+        self.held.extend(new);
+        if tokio::time::timeout(AUTO_LIST_MAX, until).await.is_err() {
             tracing::warn!("what policies read is not listed yet: going on without it");
         }
     }
 
     /// Gives up whatever is not among these.
-    pub fn narrow(&mut self, reads: &BTreeSet<String>) {
-        let ids: BTreeSet<_> = reads.iter().filter_map(|name| self.ids.get(name)).copied().collect();
-        self.wanted.send_if_modified(|wanted| {
-            let before = wanted.len();
-            wanted.retain(|id, feed| {
-                let kept = ids.contains(id);
-                if !kept {
-                    tracing::info!(resource = %feed.resource, "no policy reads it any more: dropping it");
-                }
-                kept
-            });
-            wanted.len() < before
-        });
+    pub async fn narrow(&mut self, reads: &BTreeSet<String>, say: &mpsc::Sender<Said>) {
+        let gone: Vec<_> = self.held.difference(reads).cloned().collect();
+        if gone.is_empty() {
+            return;
+        }
+        for name in &gone {
+            tracing::info!(resource = name, "no policy reads it any more: dropping it");
+            self.held.remove(name);
+        }
+        _ = say.send(Said::Closed(gone.iter().map(|name| self.place(name)).collect())).await;
+    }
+
+    fn place(&self, name: &str) -> DirPath {
+        self.path.join(name).expect("a name that was read is a segment")
     }
 }

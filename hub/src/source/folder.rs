@@ -3,7 +3,6 @@
 
 mod manifest;
 
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -17,12 +16,12 @@ use tokio::time::Instant;
 
 use self::manifest::{Kinds, Manifest};
 use super::Sender;
-use super::auto::Wanted;
 use crate::config::{
     FOLDER_RESCAN, FOLDER_SETTLE, FOLDER_SETTLE_MAX, MANIFEST_BYTES_MAX, MANIFEST_FILES_MAX,
 };
-use crate::model::{Event, Feed, FeedId, Object, ObjectKey, Scope};
+use crate::model::{Event, Feed, FeedId, Object, ObjectKey, Scope, WatchId};
 use crate::readiness::Readiness;
+use crate::store::Wanted;
 
 /// The namespace that `kubectl apply` gives an object that names none.
 const DEFAULT_NAMESPACE: &str = "default";
@@ -59,10 +58,11 @@ pub struct Contents {
 
 /// Reads the folder once.
 pub fn read_once(dir: &Path, feeds: &[Feed]) -> Result<Contents, Error> {
-    let mut folder = Folder::new(dir.to_owned(), feeds.to_vec());
+    let mut folder = Folder::new(dir.to_owned());
+    folder.feeds = (0..).map(WatchId).zip(feeds.iter().cloned()).collect();
     let events = folder.scan()?.into_iter();
     let objects = events.filter_map(|(id, event)| match event {
-        Event::Apply(object) => Some((id, object)),
+        Event::Apply(object) => Some((FeedId(id.0), object)),
         _ => None,
     });
     let objects = objects.collect();
@@ -73,14 +73,8 @@ pub fn read_once(dir: &Path, feeds: &[Feed]) -> Result<Contents, Error> {
     Ok(Contents { objects, problems })
 }
 
-/// Reads the folder, then follows its changes, and what is `wanted` of it besides `feeds`, until the writer is gone.
-pub async fn run(
-    dir: PathBuf,
-    feeds: Vec<Feed>,
-    mut wanted: Option<Wanted>,
-    out: Sender,
-    readiness: Readiness,
-) -> Result<(), Error> {
+/// Reads what is `wanted` of the folder, then follows its changes, until the store is gone.
+pub async fn run(dir: PathBuf, mut wanted: Wanted, out: Sender, readiness: Readiness) -> Result<(), Error> {
     let (changed, mut changes) = mpsc::channel(1);
     // One pending wake-up is enough: a scan looks at everything.
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
@@ -92,19 +86,13 @@ pub async fn run(
     fs::metadata(&dir).map_err(read_error)?;
     watcher.watch(&dir, RecursiveMode::Recursive)?;
 
-    let mut folder = Folder::new(dir, feeds);
+    let mut folder = Folder::new(dir);
     let mut first = true;
     // Feeds that were not listed yet.
-    let mut fresh: BTreeSet<FeedId> = folder.feeds.keys().copied().collect();
-    let given = folder.feeds.len();
+    let mut fresh = BTreeSet::new();
     let mut watched = identity(&folder.dir);
     loop {
-        let now = wanted.as_mut().map(|wanted| wanted.borrow_and_update().clone()).unwrap_or_default();
-        for event in folder.turn(now, given, &mut fresh) {
-            if out.send(event).await.is_err() {
-                return Ok(());
-            }
-        }
+        folder.turn(wanted.borrow_and_update().clone(), &mut fresh);
         let scanned = tokio::task::spawn_blocking(move || {
             let events = folder.scan();
             (folder, events)
@@ -127,16 +115,10 @@ pub async fn run(
                 return Ok(());
             }
         }
-        let changed = async {
-            match &mut wanted {
-                Some(wanted) => wanted.changed().await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             () = out.closed() => return Ok(()),
             change = changes.recv() => if change.is_none() { return Ok(()) },
-            Ok(()) = changed => continue,
+            Ok(()) = wanted.changed() => continue,
             () = tokio::time::sleep(FOLDER_RESCAN) => {}
         }
         let settled = Instant::now() + FOLDER_SETTLE_MAX;
@@ -164,9 +146,9 @@ fn identity(dir: &Path) -> Option<(u64, u64)> {
 /// What was read, file by file, and what was said of it.
 struct Folder {
     dir: PathBuf,
-    feeds: BTreeMap<FeedId, Feed>,
+    feeds: BTreeMap<WatchId, Feed>,
     files: BTreeMap<PathBuf, File>,
-    held: BTreeMap<FeedId, HashMap<ObjectKey, Object>>,
+    held: BTreeMap<WatchId, HashMap<ObjectKey, Object>>,
     /// Folders below that cannot be read, and why.
     unreadable: BTreeMap<PathBuf, String>,
     /// Subjects of the problems reported last.
@@ -186,43 +168,27 @@ struct File {
 type Stamp = (Option<SystemTime>, u64, u64);
 
 impl Folder {
-    fn new(dir: PathBuf, feeds: Vec<Feed>) -> Self {
+    fn new(dir: PathBuf) -> Self {
         Self {
             dir,
             held: BTreeMap::new(),
-            feeds: (0..).map(FeedId).zip(feeds).collect(),
+            feeds: BTreeMap::new(),
             files: BTreeMap::new(),
             unreadable: BTreeMap::new(),
             said: BTreeSet::new(),
         }
     }
 
-    /// Turns to what is wanted now besides the `given` first feeds. What is new is `fresh`.
-    fn turn(
-        &mut self,
-        wanted: BTreeMap<FeedId, Feed>,
-        given: usize,
-        fresh: &mut BTreeSet<FeedId>,
-    ) -> Vec<(FeedId, Event)> {
-        let gone = self.feeds.keys().filter(|id| id.0 >= given && !wanted.contains_key(id));
-        let mut events: Vec<_> = gone.map(|id| (*id, Event::Close)).collect();
-        for (id, _) in &events {
-            self.feeds.remove(id);
-            self.held.remove(id);
-            fresh.remove(id);
-        }
-        for (id, feed) in wanted {
-            if let Entry::Vacant(place) = self.feeds.entry(id) {
-                events.push((id, Event::Open(feed.clone())));
-                place.insert(feed);
-                fresh.insert(id);
-            }
-        }
-        events
+    /// Turns to what is wanted now. What is new is `fresh`.
+    fn turn(&mut self, wanted: BTreeMap<WatchId, Feed>, fresh: &mut BTreeSet<WatchId>) {
+        fresh.extend(wanted.keys().filter(|id| !self.feeds.contains_key(id)));
+        fresh.retain(|id| wanted.contains_key(id));
+        self.held.retain(|id, _| wanted.contains_key(id));
+        self.feeds = wanted;
     }
 
     /// Reads what changed, and says what that changes feed by feed.
-    fn scan(&mut self) -> Result<Vec<(FeedId, Event)>, Error> {
+    fn scan(&mut self) -> Result<Vec<(WatchId, Event)>, Error> {
         let mut found = BTreeMap::new();
         let mut unreadable = BTreeMap::new();
         find(&self.dir, &mut found, &mut unreadable)?;
@@ -248,7 +214,7 @@ impl Folder {
         Ok(self.events())
     }
 
-    fn events(&mut self) -> Vec<(FeedId, Event)> {
+    fn events(&mut self) -> Vec<(WatchId, Event)> {
         let kinds = Kinds::of(self.files.values().flat_map(|file| &file.manifests));
         let mut events = Vec::new();
         self.files.values_mut().for_each(|file| file.duplicates.clear());
@@ -354,6 +320,11 @@ fn find(
     Ok(())
 }
 
+/// The objects of one file.
+pub fn read_file(path: &Path) -> Result<Vec<Object>, String> {
+    Ok(read(path)?.into_iter().map(|manifest| manifest.object).collect())
+}
+
 fn read(path: &Path) -> Result<Vec<Manifest>, String> {
     let length = fs::metadata(path).map_err(|error| error.to_string())?.len();
     if length > MANIFEST_BYTES_MAX {
@@ -380,7 +351,9 @@ mod tests {
             labels: Vec::new(),
             content: Content::Data,
         };
-        Folder::new(dir.to_owned(), vec![feed])
+        let mut folder = Folder::new(dir.to_owned());
+        folder.feeds.insert(WatchId(0), feed);
+        folder
     }
 
     fn configmap(namespace: &str, name: &str, value: &str) -> String {

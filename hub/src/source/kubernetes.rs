@@ -22,11 +22,11 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use tokio::task::JoinHandle;
 
-use super::auto::Wanted;
 use super::{Sender, trim};
 use crate::config::{RETRY, RETRY_MAX, WATCH_SECONDS, WATCH_SETTLED};
-use crate::model::{Event, Feed, FeedId, ObjectKey, Resource, Scope};
+use crate::model::{Event, Feed, ObjectKey, Resource, Scope, WatchId};
 use crate::readiness::Readiness;
+use crate::store::{Wanted, is_optional};
 
 /// Why no client could be made, or why a feed is not watched right now. Every variant of the second kind is retried.
 #[derive(Debug, thiserror::Error)]
@@ -96,28 +96,20 @@ pub async fn client(kubeconfig: Option<&Path>) -> Result<Client, Error> {
     Client::try_from(config).map_err(Error::Client)
 }
 
-/// Watches what is wanted, for as long as it is, until the writer is gone.
-pub async fn watch_wanted(client: Client, mut wanted: Wanted, out: Sender, readiness: Readiness) {
-    let mut running: BTreeMap<FeedId, (Feed, JoinHandle<()>)> = BTreeMap::new();
+/// Watches what is wanted, for as long as it is, until the store is gone.
+pub async fn run(client: Client, mut wanted: Wanted, out: Sender, readiness: Readiness) {
+    let mut running: BTreeMap<WatchId, (Feed, JoinHandle<()>)> = BTreeMap::new();
     loop {
         let now = wanted.borrow_and_update().clone();
-        let gone: Vec<_> = running.keys().filter(|id| !now.contains_key(id)).copied().collect();
-        for id in gone {
-            if let Some((feed, watching)) = running.remove(&id) {
-                watching.abort();
-                // Behind its last event, so that the end is the last.
-                _ = watching.await;
-                readiness.problem(&feed.to_string(), None);
-                _ = out.send((id, Event::Close)).await;
-            }
+        for (_, (feed, watching)) in running.extract_if(.., |id, _| !now.contains_key(id)) {
+            watching.abort();
+            readiness.problem(&feed.to_string(), None);
         }
         for (id, feed) in now {
-            if running.contains_key(&id) {
-                continue;
-            }
-            _ = out.send((id, Event::Open(feed.clone()))).await;
-            let watching = watch(client.clone(), id, feed.clone(), out.clone(), readiness.clone());
-            running.insert(id, (feed, tokio::spawn(watching)));
+            running.entry(id).or_insert_with(|| {
+                let watching = watch(client.clone(), id, feed.clone(), out.clone(), readiness.clone());
+                (feed, tokio::spawn(watching))
+            });
         }
         tokio::select! {
             changed = wanted.changed() => if changed.is_err() { return },
@@ -126,8 +118,8 @@ pub async fn watch_wanted(client: Client, mut wanted: Wanted, out: Sender, readi
     }
 }
 
-/// Watches one feed until the writer is gone. Whatever goes wrong is said in `readiness` and tried again.
-pub async fn watch(client: Client, id: FeedId, feed: Feed, out: Sender, readiness: Readiness) {
+/// Watches until the store is gone. Whatever goes wrong is said in `readiness` and tried again.
+async fn watch(client: Client, id: WatchId, feed: Feed, out: Sender, readiness: Readiness) {
     let name = feed.to_string();
     let mut list = List::Streaming;
     let mut retry = RETRY;
@@ -142,7 +134,7 @@ pub async fn watch(client: Client, id: FeedId, feed: Feed, out: Sender, readines
                 };
                 let watch = Watch { api, resource, id, feed: &feed, out: &out, readiness: &readiness };
                 match watch.run(list, &mut retry).await {
-                    End::WriterGone => return,
+                    End::StoreGone => return,
                     End::NoStreamingList => {
                         tracing::info!(feed = name, "no streaming list here, listing by pages");
                         list = List::Paged;
@@ -155,11 +147,13 @@ pub async fn watch(client: Client, id: FeedId, feed: Feed, out: Sender, readines
                 }
             }
         };
-        if feed.resource.is_named_only() && out.send((id, Event::Unavailable)).await.is_err() {
+        if out.send((id, Event::Unavailable)).await.is_err() {
             return;
         }
-        tracing::warn!(feed = name, %error, "not watching");
-        readiness.failing(&name, &error.to_string());
+        if !(is_optional(&feed.content) && matches!(error, Error::NotServed(_))) {
+            tracing::warn!(feed = name, %error, "not watching");
+            readiness.failing(&name, &error.to_string());
+        }
         tokio::time::sleep(retry).await;
         retry = (retry * 2).min(RETRY_MAX);
     }
@@ -172,7 +166,7 @@ enum List {
 }
 
 enum End {
-    WriterGone,
+    StoreGone,
     /// The server refused the streaming list itself.
     NoStreamingList,
     Failed(watcher::Error),
@@ -181,7 +175,7 @@ enum End {
 struct Watch<'a> {
     api: Api<Raw>,
     resource: ApiResource,
-    id: FeedId,
+    id: WatchId,
     feed: &'a Feed,
     out: &'a Sender,
     readiness: &'a Readiness,
@@ -209,7 +203,7 @@ impl Watch<'_> {
                 }
             };
             match event {
-                Ok(None) => return End::WriterGone,
+                Ok(None) => return End::StoreGone,
                 // A streaming list that the server's time limit cut off would begin again for ever.
                 Ok(Some(watcher::Event::Init)) if listing && list == List::Streaming => {
                     return End::NoStreamingList;
@@ -225,7 +219,7 @@ impl Watch<'_> {
                     }
                     let Some(event) = self.translate(event) else { continue };
                     if self.out.send((self.id, event)).await.is_err() {
-                        return End::WriterGone;
+                        return End::StoreGone;
                     }
                 }
                 Err(error) => {

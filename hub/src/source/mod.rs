@@ -1,4 +1,4 @@
-//! Where objects come from. Every source speaks [`Event`], feed by feed, and knows nothing of
+//! Where objects come from. Every source speaks [`Event`], watch by watch, and knows nothing of
 //! bundles: what a list no longer names is the store's arithmetic, what an object means the bundle's.
 
 pub mod trim;
@@ -11,7 +11,7 @@ pub mod auto;
 
 use tokio::sync::mpsc;
 
-use crate::model::{Event, FeedId};
+use crate::model::{Event, WatchId};
 
 /// The way from the sources to the writer; closed when the hub shuts down.
-pub type Sender = mpsc::Sender<(FeedId, Event)>;
+pub type Sender = mpsc::Sender<(WatchId, Event)>;

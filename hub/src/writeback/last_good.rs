@@ -88,26 +88,31 @@ impl Place {
         Self::Cluster(Box::new(Object { configmaps, namespace: namespace.into(), name: object_name(bundle) }))
     }
 
-    /// Says what was kept, then keeps what is accepted, for ever. In a cluster only while this replica `leads`.
-    pub async fn run(
-        self,
-        say: mpsc::Sender<Said>,
-        mut good: watch::Receiver<Option<LastGood>>,
-        mut leads: watch::Receiver<bool>,
-        readiness: Readiness,
-    ) {
-        let mut kept = self.load_patiently(&readiness).await;
+    /// Says what was kept, and returns it as it is there.
+    pub async fn restore(&self, say: mpsc::Sender<Said>, readiness: &Readiness) -> Option<Vec<u8>> {
+        let mut kept = self.load_patiently(readiness).await;
         let restored = kept.as_deref().map_or_else(|| Ok(LastGood::new()), decode).unwrap_or_else(|error| {
-            complain(&readiness, &error);
+            complain(readiness, &error);
             kept = None;
             LastGood::new()
         });
         if !restored.is_empty() {
             tracing::info!(configmaps = restored.len(), "found the last good policies");
         }
-        if say.send(Said::Restored(restored)).await.is_err() {
-            return;
-        }
+        // The writer ends with the bundle only.
+        _ = say.send(Said::Restored(restored)).await;
+        kept
+    }
+
+    /// Keeps what is accepted, for ever, where it is not what is `kept` already. In a cluster only while this replica
+    /// `leads`.
+    pub async fn keep(
+        self,
+        mut kept: Option<Vec<u8>>,
+        mut good: watch::Receiver<Option<LastGood>>,
+        mut leads: watch::Receiver<bool>,
+        readiness: Readiness,
+    ) {
         let mut retry = RETRY;
         loop {
             let may_write = !matches!(self, Self::Cluster(_)) || *leads.borrow_and_update();

@@ -5,6 +5,8 @@ pub mod lease;
 
 pub mod verdicts;
 
+pub mod statuses;
+
 pub mod last_good;
 
 use std::time::SystemTime;

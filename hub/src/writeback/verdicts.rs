@@ -1,7 +1,7 @@
 //! Verdicts as annotations on their ConfigMaps, as kube-mgmt writes them, and as Kubernetes Events: once a change,
 //! never because of its own write, never on a version that nobody judged.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -14,10 +14,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::{WRITER, is_forbidden, words};
-use crate::bundle::Bundle;
+use crate::bundles::Bundles;
 use crate::config::{VERDICT_AGAIN, VERDICT_LOOK};
 use crate::model::ObjectKey;
-use crate::policy::verdict::{NO_RETRIES, RETRIES, STATUS, Told};
+use crate::policy::verdict::{NO_RETRIES, RETRIES, STATUS, Told, Verdict};
 use crate::readiness::Readiness;
 
 /// What [`Readiness`] calls it.
@@ -25,11 +25,11 @@ const SUBJECT: &str = "verdicts";
 /// Bytes of an Event's note: the API server refuses more than 1 KiB.
 const NOTE_BYTES_MAX: usize = 1000;
 
-/// Writes the verdicts of one bundle.
+/// Writes the verdicts of all bundles: one for each ConfigMap.
 pub struct Writer {
     client: Client,
     recorder: Recorder,
-    bundle: Arc<Bundle>,
+    bundles: Arc<Bundles>,
     readiness: Readiness,
     /// What was written last, and when: whoever removes the annotation again and again is not fought.
     written: HashMap<ObjectKey, (String, Instant)>,
@@ -37,10 +37,10 @@ pub struct Writer {
 
 impl Writer {
     /// A writer that has written nothing.
-    pub fn new(client: Client, identity: String, bundle: Arc<Bundle>, readiness: Readiness) -> Self {
+    pub fn new(client: Client, identity: String, bundles: Arc<Bundles>, readiness: Readiness) -> Self {
         let reporter = Reporter { controller: WRITER.into(), instance: Some(identity) };
         let recorder = Recorder::new(client.clone(), reporter);
-        Self { client, recorder, bundle, readiness, written: HashMap::new() }
+        Self { client, recorder, bundles, readiness, written: HashMap::new() }
     }
 
     /// Writes while this replica `leads`, for ever.
@@ -52,7 +52,7 @@ impl Writer {
                 }
             }
             tokio::select! {
-                () = self.bundle.verdicts.changed() => {}
+                () = self.bundles.verdicts.notified() => {}
                 Ok(()) = leads.changed() => {}
                 () = tokio::time::sleep(VERDICT_LOOK) => {}
             }
@@ -61,20 +61,33 @@ impl Writer {
 
     /// The ConfigMaps that do not say what is to be said of them.
     fn due(&mut self) -> Vec<(ObjectKey, Told, String)> {
+        let verdicts = self.verdicts();
         let written = &mut self.written;
-        self.bundle.verdicts.with(|verdicts| {
-            written.retain(|key, _| verdicts.contains_key(key));
-            let due = verdicts.iter().filter_map(|(key, told)| {
-                let status = told.verdict.status().to_string();
-                let says = told.observed.status.as_deref() == Some(&*status)
-                    && told.observed.retries.as_deref() == Some(NO_RETRIES);
-                let just_said = written
-                    .get(key)
-                    .is_some_and(|(said, when)| *said == status && when.elapsed() < VERDICT_AGAIN);
-                (!says && !just_said).then(|| (key.clone(), told.clone(), status))
+        written.retain(|key, _| verdicts.contains_key(key));
+        let due = verdicts.into_iter().filter_map(|(key, told)| {
+            let status = told.verdict.status().to_string();
+            let says = told.observed.status.as_deref() == Some(&*status)
+                && told.observed.retries.as_deref() == Some(NO_RETRIES);
+            let just_said = written
+                .get(&key)
+                .is_some_and(|(said, when)| *said == status && when.elapsed() < VERDICT_AGAIN);
+            (!says && !just_said).then_some((key, told, status))
+        });
+        due.collect()
+    }
+
+    /// What is to be said of each ConfigMap. Where several bundles hold it, it is refused while one of them refuses it,
+    /// and the bundle is named; none while one has not seen the newest of it.
+    fn verdicts(&self) -> BTreeMap<ObjectKey, Told> {
+        let mut verdicts: BTreeMap<ObjectKey, Vec<(String, Told)>> = BTreeMap::new();
+        for bundle in self.bundles.list() {
+            bundle.verdicts.with(|told| {
+                for (key, told) in told.iter() {
+                    verdicts.entry(key.clone()).or_default().push((bundle.name.clone(), told.clone()));
+                }
             });
-            due.collect()
-        })
+        }
+        verdicts.into_iter().filter_map(|(key, told)| Some((key, merged(told)?))).collect()
     }
 
     async fn write(&mut self, key: ObjectKey, told: &Told, status: String) {
@@ -85,7 +98,7 @@ impl Writer {
         } });
         let configmaps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &key.namespace);
         let params = PatchParams { field_manager: Some(WRITER.into()), ..PatchParams::default() };
-        self.bundle.counters.verdict_writes.fetch_add(1, Ordering::Relaxed);
+        self.bundles.verdict_writes.fetch_add(1, Ordering::Relaxed);
         let result = configmaps.patch_metadata(&key.name, &params, &Patch::Merge(patch)).await;
         match result {
             Ok(metadata) => {
@@ -147,4 +160,24 @@ impl Writer {
         }
         self.readiness.problem(subject, Some(because));
     }
+}
+
+fn merged(mut told: Vec<(String, Told)>) -> Option<Told> {
+    if told.len() == 1 {
+        return told.pop().map(|(_, told)| told);
+    }
+    let mut all = Told { observed: told.first()?.1.observed.clone(), verdict: Verdict::default() };
+    for (bundle, Told { observed, verdict }) in told {
+        if observed != all.observed {
+            return None;
+        }
+        all.verdict.faults.extend(verdict.faults.into_iter().map(|mut fault| {
+            fault.message = format!("bundle {bundle}: {}", fault.message);
+            fault
+        }));
+        all.verdict
+            .warnings
+            .extend(verdict.warnings.iter().map(|warning| format!("bundle {bundle}: {warning}")));
+    }
+    Some(all)
 }

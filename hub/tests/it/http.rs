@@ -9,14 +9,15 @@ use axum::extract::ConnectInfo;
 use axum::http::{HeaderMap, Request, Response, StatusCode};
 use futures::StreamExt;
 use opa_hub::bundle::Bundle;
-use opa_hub::bundle::fields::Fields;
-use opa_hub::config::Rego;
+use opa_hub::bundle::spec::Spec;
+use opa_hub::bundles::Bundles;
 use opa_hub::model::{Content, Feed, Resource, Scope};
-use opa_hub::pipeline::{Feeds, Pipeline, Said};
+use opa_hub::pipeline::{Pipeline, Said};
 use opa_hub::policy::candidates::LastGood;
 use opa_hub::readiness::Readiness;
 use opa_hub::serve::{Hub, router};
 use opa_hub::source::folder;
+use opa_hub::store::Store;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
@@ -41,13 +42,9 @@ impl Served {
 
     fn empty() -> Self {
         let bundle = Arc::new(Bundle::new("main".into(), None));
-        let hub = Hub::new(
-            bundle.clone(),
-            String::new(),
-            Readiness::default(),
-            Arc::default(),
-            CancellationToken::new(),
-        );
+        let bundles = Arc::new(Bundles::default());
+        bundles.serve(bundle.clone());
+        let hub = Hub::new(bundles, String::new(), Readiness::default(), CancellationToken::new());
         Self { dir: tempfile::tempdir().unwrap(), bundle, router: router(hub) }
     }
 
@@ -60,27 +57,21 @@ impl Served {
             content: Content::Data,
         }];
         let (events, queue) = mpsc::channel(16);
-        let counters = Arc::new(Feeds::default());
-        tokio::spawn(folder::run(
-            self.dir.path().to_owned(),
-            feeds.clone(),
-            None,
-            events,
-            Readiness::default(),
-        ));
-        let (mut writer, _) = Pipeline::new(
-            feeds,
-            &Rego::default(),
-            opa_hub::config::Selection::Given(Fields::all()),
-            self.bundle.clone(),
-            Readiness::default(),
-            counters,
-        );
+        let store = Arc::new(Store::new(Readiness::default()));
+        let wanted = store.wanted();
+        tokio::spawn(folder::run(self.dir.path().to_owned(), wanted, events, Readiness::default()));
+        let spec = Spec::of_feeds("main", feeds);
+        let (mut writer, _) = Pipeline::new(&spec, self.bundle.clone(), &store, Readiness::default());
+        std::thread::spawn(move || store.run(queue));
         writer.hear(Said::Restored(LastGood::new()));
-        let (_, said) = mpsc::channel(1);
-        std::thread::spawn(move || writer.run(queue, said));
+        let (say, said) = mpsc::channel(1);
+        std::thread::spawn(move || writer.run(said));
         let bundle = self.bundle.clone();
-        tokio::spawn(async move { bundle.pace().await });
+        tokio::spawn(async move {
+            // The writer goes on for as long as somebody may say something.
+            let _say = say;
+            bundle.pace().await;
+        });
     }
 
     /// Writes a ConfigMap with one key.

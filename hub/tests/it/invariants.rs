@@ -1,28 +1,29 @@
 //! I1–I5 for any event script and any join point.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use opa_hub::bundle::fields::Fields;
 use opa_hub::bundle::scopes;
+use opa_hub::bundle::spec::{Scoped, Spec};
 use opa_hub::bundle::{Bundle, Edition, Next, Part};
-use opa_hub::config::{Rego, SCOPE_IDLE};
-use opa_hub::model::{Content, Event, Feed, FeedId, Object, ObjectKey, Resource, Scope};
-use opa_hub::pipeline::{Ends, Feeds, Pipeline, Said};
+use opa_hub::config::SCOPE_IDLE;
+use opa_hub::model::{Content, Event, Feed, Object, ObjectKey, Resource, Scope, WatchId};
+use opa_hub::pipeline::{Ends, Pipeline, Said};
 use opa_hub::policy::candidates::LastGood;
 use opa_hub::policy::settle::{Selection, settle};
 use opa_hub::readiness::Readiness;
+use opa_hub::store::Store;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use crate::fold::Held;
 
-const POLICIES: FeedId = FeedId(0);
-const DATA: FeedId = FeedId(1);
-const PODS: FeedId = FeedId(2);
-const NODES: FeedId = FeedId(3);
+const POLICIES: WatchId = WatchId(0);
+const DATA: WatchId = WatchId(1);
+const PODS: WatchId = WatchId(2);
+const NODES: WatchId = WatchId(3);
 
 /// One step of a script: an object of a feed gets a value, or goes (`None`).
 type Step = (u8, u8, u8, Option<u8>);
@@ -36,6 +37,7 @@ fn scripts() -> impl Strategy<Value = Script> {
 }
 
 struct Writer {
+    store: Arc<Store>,
     pipeline: Pipeline,
     ends: Ends,
     bundle: Arc<Bundle>,
@@ -47,27 +49,26 @@ impl Writer {
     }
 
     fn scoped(root: Option<&str>) -> Self {
-        let feed =
-            |content, scope| Feed { resource: Resource::configmaps(), scope, labels: Vec::new(), content };
+        let feed = |plural, content, scope| Feed {
+            resource: Resource { plural: String::from(plural), ..Resource::configmaps() },
+            scope,
+            labels: Vec::new(),
+            content,
+        };
         let namespaced = || Scope::Namespaces { ignored: Vec::new() };
         let feeds = vec![
-            feed(Content::Policies, namespaced()),
-            feed(Content::Data, namespaced()),
-            feed(Content::Resource("/kubernetes/pods".parse().unwrap()), namespaced()),
-            feed(Content::Resource("/kubernetes/nodes".parse().unwrap()), Scope::Cluster),
+            feed("policies", Content::Policies, namespaced()),
+            feed("data", Content::Data, namespaced()),
+            feed("pods", Content::Resource("/kubernetes/pods".parse().unwrap()), namespaced()),
+            feed("nodes", Content::Resource("/kubernetes/nodes".parse().unwrap()), Scope::Cluster),
         ];
-        let bundle = Arc::new(Bundle::new("main".into(), root.map(|root| root.parse().unwrap())));
-        let counters = Arc::new(Feeds::default());
-        let (mut pipeline, ends) = Pipeline::new(
-            feeds,
-            &Rego::default(),
-            opa_hub::config::Selection::Given(Fields::all()),
-            bundle.clone(),
-            Readiness::default(),
-            counters,
-        );
+        let mut spec = Spec::of_feeds("main", feeds);
+        spec.scoped = root.map(|root| Scoped { root: root.parse().unwrap(), whole: BTreeSet::new() });
+        let bundle = Arc::new(Bundle::new(spec.name.clone(), spec.scoped.clone()));
+        let store = Arc::new(Store::new(Readiness::default()));
+        let (mut pipeline, ends) = Pipeline::new(&spec, bundle.clone(), &store, Readiness::default());
         pipeline.hear(Said::Restored(LastGood::new()));
-        Self { pipeline, ends, bundle }
+        Self { store, pipeline, ends, bundle }
     }
 
     /// Commits, with a compiler that finds nothing wrong.
@@ -88,20 +89,20 @@ impl Writer {
     fn list(self) -> Self {
         let mut writer = self;
         for feed in [POLICIES, DATA, PODS, NODES] {
-            writer.pipeline.take(feed, Event::Init);
-            writer.pipeline.take(feed, Event::InitDone);
+            writer.store.apply(feed, Event::Init);
+            writer.store.apply(feed, Event::InitDone);
         }
         writer.commit();
         writer
     }
 
     fn step(&mut self, (feed, namespace, name, value): Step) {
-        let (feed, key) = (FeedId(feed.into()), key(feed, namespace, name));
+        let (feed, key) = (WatchId(feed.into()), key(feed, namespace, name));
         let event = match value {
             None => Event::Delete(key),
             Some(value) => Event::Apply(Object { json: json(feed, name, value).to_string().into(), key }),
         };
-        self.pipeline.take(feed, event);
+        self.store.apply(feed, event);
     }
 
     fn run(&mut self, script: &Script) {
@@ -124,7 +125,7 @@ impl Writer {
 }
 
 fn key(feed: u8, namespace: u8, name: u8) -> ObjectKey {
-    let namespace = if FeedId(feed.into()) == NODES { String::new() } else { format!("ns{namespace}") };
+    let namespace = if WatchId(feed.into()) == NODES { String::new() } else { format!("ns{namespace}") };
     ObjectKey {
         namespace: namespace.into(),
         name: format!("o{name}~/%").replace(if feed < 2 { "~/%" } else { "" }, "").into(),
@@ -132,7 +133,7 @@ fn key(feed: u8, namespace: u8, name: u8) -> ObjectKey {
 }
 
 /// The object as a source gives it. Value 3 of a ConfigMap is refused.
-fn json(feed: FeedId, name: u8, value: u8) -> Value {
+fn json(feed: WatchId, name: u8, value: u8) -> Value {
     let keys = |text: &dyn Fn(u8) -> String| {
         let keys: BTreeMap<_, _> = (0..=value).map(|key| (format!("k{key}"), text(key))).collect();
         json!({ "data": keys })
@@ -258,10 +259,10 @@ proptest! {
             }
             let mut other = Writer::new();
             for feed in [NODES, PODS, DATA, POLICIES] {
-                other.pipeline.take(feed, Event::Init);
-                let of_feed = last.values().rev().filter(|(of, _, _, value)| FeedId((*of).into()) == feed && value.is_some());
+                other.store.apply(feed, Event::Init);
+                let of_feed = last.values().rev().filter(|(of, _, _, value)| WatchId((*of).into()) == feed && value.is_some());
                 of_feed.for_each(|step| other.step(*step));
-                other.pipeline.take(feed, Event::InitDone);
+                other.store.apply(feed, Event::InitDone);
                 other.commit();
             }
             assert_eq!(one.head().view.revision, other.head().view.revision);
@@ -371,18 +372,18 @@ fn idle_namespaces_are_dropped() {
 fn i5_nothing_before_all_have_listed_nor_less_during_a_relist() {
     let mut writer = Writer::new();
     for (at, feed) in [POLICIES, DATA, PODS, NODES].into_iter().enumerate() {
-        writer.pipeline.take(feed, Event::Init);
+        writer.store.apply(feed, Event::Init);
         writer.step((feed.0.try_into().unwrap(), 0, 0, Some(0)));
         writer.commit();
         assert!(writer.bundle.head().borrow().is_none(), "{at} of 4 have listed");
-        writer.pipeline.take(feed, Event::InitDone);
+        writer.store.apply(feed, Event::InitDone);
         writer.commit();
     }
     let revision = writer.head().view.revision;
-    writer.pipeline.take(PODS, Event::Init);
+    writer.store.apply(PODS, Event::Init);
     writer.commit();
     assert_eq!(writer.head().view.revision, revision);
-    writer.pipeline.take(PODS, Event::InitDone);
+    writer.store.apply(PODS, Event::InitDone);
     writer.commit();
     assert_eq!(
         writer.head().view.dirs.len(),

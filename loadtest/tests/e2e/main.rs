@@ -2,6 +2,8 @@
 
 mod auto;
 
+mod bundles;
+
 mod crashes;
 
 mod failover;

@@ -66,6 +66,19 @@ pub enum Error {
         /// What the bound is for.
         whose: &'static str,
     },
+    /// More than the bundle may hold.
+    #[error(
+        "left as it was: with it the data would be larger than the limit of {max} bytes (maxBytes), and {heaviest} has \
+         {megabytes} MB of it; select fewer objects or fields, or raise the limit"
+    )]
+    OverLimit {
+        /// The limit.
+        max: usize,
+        /// Who has most of it.
+        heaviest: String,
+        /// How much, rounded down.
+        megabytes: usize,
+    },
     /// More places than the head of an archive may list.
     #[error("the bundle already has {DIRECTORIES_MAX} directories")]
     TooManyDirectories,
@@ -80,12 +93,16 @@ impl Error {
             Self::Module { .. } => "rego_parse_error",
             Self::Taken { .. } => "path_conflict",
             Self::TooLarge { .. } | Self::TooManyDirectories => "too_large",
+            Self::OverLimit { .. } => "over_limit",
         }
     }
 
     /// Whether it may be taken once something else goes.
     pub(super) fn may_pass(&self) -> bool {
-        matches!(self, Self::Taken { .. } | Self::TooManyDirectories | Self::TooLarge { .. })
+        matches!(
+            self,
+            Self::Taken { .. } | Self::TooManyDirectories | Self::TooLarge { .. } | Self::OverLimit { .. }
+        )
     }
 }
 

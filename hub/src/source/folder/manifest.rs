@@ -191,7 +191,7 @@ impl Kinds {
             };
             is_of && in_scope(&feed.scope, &manifest.object.key.namespace) && {
                 let labels = if feed.labels.is_empty() { BTreeMap::new() } else { manifest.labels() };
-                feed.labels.iter().all(|term| (labels.get(&term.label) == Some(&term.value)) == term.equal)
+                feed.labels.iter().all(|term| term.takes(labels.get(&term.label)))
             }
         }
     }

@@ -1,0 +1,690 @@
+//! What a bundle is made of: as the flags say it, or a document of kind `Bundle`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use opa_hub_proto::path::{DirPath, is_segment};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::Value;
+
+use super::fields::{Fields, InvalidField};
+use super::kept::Kept;
+use crate::model::{Condition, Content, Feed, InvalidResource, LabelTerm, Object, Resource, Scope};
+use crate::policy::check::Dialect;
+
+/// The API that documents belong to.
+pub const API_VERSION: &str = "opahub.dev/v1alpha1";
+/// ConfigMaps with policies, as kube-mgmt marks them …
+pub const POLICY_LABEL: (&str, &str) = ("openpolicyagent.org/policy", "rego");
+/// … and those with data.
+pub const DATA_LABEL: (&str, &str) = ("openpolicyagent.org/data", "opa");
+
+/// See the module's text.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Spec {
+    /// The bundle's name.
+    pub name: String,
+    /// What it is made of.
+    pub feeds: Vec<Feed>,
+    /// Whether it also holds the resources that its policies read; none: only what is named.
+    pub auto: Option<AutoReplication>,
+    /// What is given out by namespace; none: everybody gets all.
+    pub scoped: Option<Scoped>,
+    /// What of replicated objects travels.
+    pub fields: Selection,
+    /// Which Rego its policies are in.
+    pub dialect: Dialect,
+    /// The label of ConfigMaps whose tests are run.
+    pub test_label: Option<String>,
+    /// Bytes of its data as JSON; none: as many as there are.
+    pub max_bytes: Option<usize>,
+}
+
+/// Which of the resources that policies read are replicated, and where.
+#[derive(Clone, PartialEq, Debug)]
+pub struct AutoReplication {
+    /// Below this path.
+    pub path: DirPath,
+    /// But for these namespaces.
+    pub ignored: Vec<String>,
+}
+
+/// The resources of which a reader gets the objects of one namespace.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Scoped {
+    /// All below this path …
+    pub root: DirPath,
+    /// … but these.
+    pub whole: BTreeSet<DirPath>,
+}
+
+/// What of replicated objects travels.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Selection {
+    /// In any case.
+    pub given: Kept,
+    /// Of which resources what policies read does too.
+    pub follows: Follows,
+    /// Policies read what these decisions (`authz/allow`) come to read; empty: what any rule does.
+    pub entrypoints: Vec<DirPath>,
+}
+
+/// Resources whose fields follow the policies.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Follows {
+    /// At these places.
+    pub places: BTreeSet<DirPath>,
+    /// Those that are replicated because policies read them.
+    pub others: bool,
+}
+
+impl Follows {
+    /// Whether no resource's do.
+    pub fn is_nothing(&self) -> bool {
+        self.places.is_empty() && !self.others
+    }
+}
+
+impl Selection {
+    /// Whether the fields of what lies at `place` follow the policies.
+    pub fn follows(&self, place: &DirPath, is_named: bool) -> bool {
+        if is_named { self.follows.places.contains(place) } else { self.follows.others }
+    }
+}
+
+/// Why a document is no bundle. It names the field.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It does not parse.
+    #[error("{0}")]
+    Parse(#[from] serde_path_to_error::Error<serde_json::Error>),
+    /// A kind or version that this hub does not know.
+    #[error("{0} is not known here: write apiVersion: {API_VERSION}, kind: Bundle")]
+    Kind(String),
+    /// A text that is none of what it should be.
+    #[error("{field}: {value:?} is {not}")]
+    Value {
+        /// Where.
+        field: String,
+        /// What is there.
+        value: String,
+        /// What is wrong with it.
+        not: &'static str,
+    },
+    /// No resource.
+    #[error("{field}: {source}")]
+    Resource {
+        /// Where.
+        field: String,
+        /// Why.
+        source: InvalidResource,
+    },
+    /// No field of an object.
+    #[error("{field}: {source}")]
+    Fields {
+        /// Where.
+        field: String,
+        /// Why.
+        source: InvalidField,
+    },
+    /// Two things that exclude each other.
+    #[error("{field}: {why}")]
+    Both {
+        /// Where.
+        field: String,
+        /// Which, and what to do.
+        why: String,
+    },
+    /// Nothing to serve.
+    #[error("spec: it asks for nothing: name policies, data, replicate or replicateAuto")]
+    Nothing,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Document {
+    api_version: String,
+    kind: String,
+    metadata: Metadata,
+    spec: DocumentSpec,
+    #[serde(rename = "status")]
+    _status: Option<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+struct Metadata {
+    name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct DocumentSpec {
+    policies: Option<ConfigMaps>,
+    data: Option<ConfigMaps>,
+    #[serde(default)]
+    replicate: Vec<Replicate>,
+    replicate_auto: Option<ReplicateAuto>,
+    #[serde(default = "kubernetes")]
+    replicate_path: String,
+    #[serde(default)]
+    entrypoints: Vec<String>,
+    max_bytes: Option<Value>,
+    rego_version: Option<RegoVersion>,
+    test_label: Option<String>,
+}
+
+fn kubernetes() -> String {
+    "kubernetes".into()
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct ConfigMaps {
+    #[serde(default)]
+    namespaces: Vec<String>,
+    label_selector: Option<LabelSelector>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Replicate {
+    resource: String,
+    #[serde(default)]
+    cluster_scoped: bool,
+    #[serde(default)]
+    namespaces: Vec<String>,
+    #[serde(default)]
+    ignore_namespaces: Vec<String>,
+    #[serde(default)]
+    label_selector: LabelSelector,
+    #[serde(default)]
+    scope: ReplicateScope,
+    fields: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct ReplicateAuto {
+    #[serde(default)]
+    ignore_namespaces: Vec<String>,
+    #[serde(default)]
+    scope: ReplicateScope,
+    fields: Option<Value>,
+}
+
+#[derive(Deserialize, Default, PartialEq, Clone, Copy)]
+enum ReplicateScope {
+    #[default]
+    Cluster,
+    Namespace,
+}
+
+#[derive(Deserialize, Clone, Copy)]
+#[serde(rename_all = "lowercase")]
+enum RegoVersion {
+    V0,
+    V1,
+}
+
+/// meta/v1 LabelSelector.
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct LabelSelector {
+    #[serde(default)]
+    match_labels: BTreeMap<String, String>,
+    #[serde(default)]
+    match_expressions: Vec<Requirement>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Requirement {
+    key: String,
+    operator: Operator,
+    #[serde(default)]
+    values: Vec<String>,
+}
+
+#[derive(Deserialize, Clone, Copy)]
+enum Operator {
+    In,
+    NotIn,
+    Exists,
+    DoesNotExist,
+}
+
+/// What an entry says of fields: what travels in any case, and whether what policies read does too.
+type FieldsOf = (Fields, bool);
+
+impl Spec {
+    /// What the document in `object` asks for.
+    pub fn parse(object: &Object) -> Result<Self, Error> {
+        let mut json = serde_json::Deserializer::from_slice(&object.json);
+        let document: Document = serde_path_to_error::deserialize(&mut json)?;
+        if document.api_version != API_VERSION || document.kind != "Bundle" {
+            return Err(Error::Kind(format!("{} {}", document.api_version, document.kind)));
+        }
+        let Document { metadata: Metadata { name }, spec, .. } = document;
+        text("metadata.name", &name, is_segment)?;
+        let root = path("spec.replicatePath", &spec.replicate_path)?;
+        let mut feeds = spec.configmap_feeds()?;
+        let mut given = BTreeMap::new();
+        let mut follows = Follows::default();
+        let mut scoped = Scoped { root: root.clone(), whole: BTreeSet::new() };
+        let mut is_scoped = false;
+        for (at, entry) in spec.replicate.iter().enumerate() {
+            let at = format!("spec.replicate[{at}]");
+            let place = entry.feeds(&at, &root, &mut feeds)?;
+            let (fields, is_auto) = fields(&format!("{at}.fields"), entry.fields.as_ref())?;
+            given.insert(place.clone(), fields);
+            if is_auto {
+                follows.places.insert(place.clone());
+            }
+            if entry.scope == ReplicateScope::Namespace {
+                is_scoped = true;
+            } else {
+                scoped.whole.insert(place);
+            }
+        }
+        let mut others = Fields::all();
+        let mut auto = None;
+        if let Some(entry) = spec.replicate_auto {
+            (others, follows.others) = fields("spec.replicateAuto.fields", entry.fields.as_ref())?;
+            texts("spec.replicateAuto.ignoreNamespaces", &entry.ignore_namespaces)?;
+            if is_scoped != (entry.scope == ReplicateScope::Namespace) && !spec.replicate.is_empty() {
+                let why =
+                    "give all entries with it one scope: which resources policies will read is not known yet";
+                return Err(Error::Both { field: "spec.replicateAuto.scope".into(), why: why.into() });
+            }
+            is_scoped = entry.scope == ReplicateScope::Namespace;
+            auto = Some(AutoReplication { path: root, ignored: entry.ignore_namespaces });
+        }
+        if feeds.is_empty() && auto.is_none() {
+            return Err(Error::Nothing);
+        }
+        let entrypoints: Vec<_> =
+            (0..).zip(&spec.entrypoints).map(entrypoint_at).collect::<Result<_, _>>()?;
+        if !entrypoints.is_empty() && follows.is_nothing() {
+            let why = "they say what fields: auto looks at, and no entry has that".into();
+            return Err(Error::Both { field: "spec.entrypoints".into(), why });
+        }
+        if let Some(label) = &spec.test_label {
+            text("spec.testLabel", label, is_label)?;
+        }
+        let dialect = match spec.rego_version {
+            None => Dialect::Default,
+            Some(RegoVersion::V0) => Dialect::V0,
+            Some(RegoVersion::V1) => Dialect::V1,
+        };
+        Ok(Self {
+            name,
+            feeds,
+            auto,
+            scoped: is_scoped.then_some(scoped),
+            fields: Selection { given: Kept::new(given, others), follows, entrypoints },
+            dialect,
+            test_label: spec.test_label,
+            max_bytes: spec.max_bytes.map(|value| max_bytes(&value)).transpose()?,
+        })
+    }
+
+    /// One that asks for these feeds, all of them whole.
+    pub fn of_feeds(name: &str, feeds: Vec<Feed>) -> Self {
+        Self {
+            name: name.into(),
+            feeds,
+            auto: None,
+            scoped: None,
+            fields: Selection {
+                given: Kept::alike(Fields::all()),
+                follows: Follows::default(),
+                entrypoints: Vec::new(),
+            },
+            dialect: Dialect::Default,
+            test_label: None,
+            max_bytes: None,
+        }
+    }
+
+    /// Where documents are found.
+    pub fn documents() -> Feed {
+        Feed {
+            resource: format!("{API_VERSION}/bundles").parse().expect("a resource"),
+            scope: Scope::Cluster,
+            labels: Vec::new(),
+            content: Content::Bundles,
+        }
+    }
+}
+
+impl DocumentSpec {
+    fn configmap_feeds(&self) -> Result<Vec<Feed>, Error> {
+        let selected = |of: &ConfigMaps, field: &str, (label, value): (&str, &str)| {
+            texts(&format!("spec.{field}.namespaces"), &of.namespaces)?;
+            let labels = match &of.label_selector {
+                Some(selector) => selector.terms(&format!("spec.{field}.labelSelector"))?,
+                None => vec![LabelTerm { label: label.into(), is: Condition::In(vec![value.into()]) }],
+            };
+            Ok::<_, Error>((scopes(&of.namespaces, &[]), labels))
+        };
+        let policies = self.policies.as_ref().map(|of| selected(of, "policies", POLICY_LABEL));
+        let data = self.data.as_ref().map(|of| selected(of, "data", DATA_LABEL));
+        let (mut policies, data) = (policies.transpose()?, data.transpose()?);
+        // Where both labels are set data wins, as with the flags.
+        if let (Some((_, labels)), Some((_, of_data))) = (&mut policies, &data)
+            && let [LabelTerm { label, is: Condition::In(values) }] = &of_data[..]
+        {
+            labels.push(LabelTerm { label: label.clone(), is: Condition::NotIn(values.clone()) });
+        }
+        let mut feeds = Vec::new();
+        for (content, selected) in [(Content::Policies, policies), (Content::Data, data)] {
+            let Some((scopes, labels)) = selected else { continue };
+            feeds.extend(configmap_feeds(&content, &labels, &scopes));
+        }
+        Ok(feeds)
+    }
+}
+
+/// A watch for each scope.
+pub fn configmap_feeds(content: &Content, labels: &[LabelTerm], scopes: &[Scope]) -> Vec<Feed> {
+    let feed = |scope: &Scope| Feed {
+        resource: Resource::configmaps(),
+        scope: scope.clone(),
+        labels: labels.to_vec(),
+        content: content.clone(),
+    };
+    scopes.iter().map(feed).collect()
+}
+
+/// These namespaces, each once; all but the `ignored` where none is named.
+fn scopes(namespaces: &[String], ignored: &[String]) -> Vec<Scope> {
+    if namespaces.is_empty() {
+        return vec![Scope::Namespaces { ignored: ignored.to_vec() }];
+    }
+    let namespaces: BTreeSet<_> = namespaces.iter().collect();
+    namespaces.into_iter().cloned().map(Scope::Namespace).collect()
+}
+
+impl Replicate {
+    /// Adds its feeds, which lie at the place that is returned.
+    fn feeds(&self, at: &str, root: &DirPath, feeds: &mut Vec<Feed>) -> Result<DirPath, Error> {
+        let field = format!("{at}.resource");
+        let resource: Resource =
+            self.resource.parse().map_err(|source| Error::Resource { field: field.clone(), source })?;
+        let place = root.join(&resource.plural).expect("a resource's name is a segment");
+        if let Some(other) = feeds.iter().find(|feed| feed.place() == Some(&place)) {
+            let why = format!(
+                "{} lies at data.{} already: merge the two",
+                other.resource,
+                place.relative().replace('/', ".")
+            );
+            return Err(Error::Both { field, why });
+        }
+        texts(&format!("{at}.namespaces"), &self.namespaces)?;
+        texts(&format!("{at}.ignoreNamespaces"), &self.ignore_namespaces)?;
+        let names = !self.namespaces.is_empty();
+        if names && !self.ignore_namespaces.is_empty()
+            || self.cluster_scoped && (names || !self.ignore_namespaces.is_empty())
+        {
+            let why = "give namespaces, ignoreNamespaces or clusterScoped, one of them".into();
+            return Err(Error::Both { field: at.to_owned(), why });
+        }
+        let labels = self.label_selector.terms(&format!("{at}.labelSelector"))?;
+        let scopes = if self.cluster_scoped {
+            vec![Scope::Cluster]
+        } else {
+            scopes(&self.namespaces, &self.ignore_namespaces)
+        };
+        feeds.extend(scopes.into_iter().map(|scope| Feed {
+            resource: resource.clone(),
+            scope,
+            labels: labels.clone(),
+            content: Content::Resource(place.clone()),
+        }));
+        Ok(place)
+    }
+}
+
+impl LabelSelector {
+    fn terms(&self, at: &str) -> Result<Vec<LabelTerm>, Error> {
+        let mut terms = Vec::new();
+        for (label, value) in &self.match_labels {
+            text(&format!("{at}.matchLabels"), label, is_label)?;
+            text(&format!("{at}.matchLabels"), value, is_label_value)?;
+            terms.push(LabelTerm { label: label.clone(), is: Condition::In(vec![value.clone()]) });
+        }
+        for (index, Requirement { key, operator, values }) in self.match_expressions.iter().enumerate() {
+            let at = format!("{at}.matchExpressions[{index}]");
+            text(&format!("{at}.key"), key, is_label)?;
+            for value in values {
+                text(&format!("{at}.values"), value, is_label_value)?;
+            }
+            let takes_values = matches!(operator, Operator::In | Operator::NotIn);
+            if takes_values == values.is_empty() {
+                let why = "In and NotIn take values, Exists and DoesNotExist take none".into();
+                return Err(Error::Both { field: format!("{at}.values"), why });
+            }
+            let is = match operator {
+                Operator::In => Condition::In(values.clone()),
+                Operator::NotIn => Condition::NotIn(values.clone()),
+                Operator::Exists => Condition::Exists,
+                Operator::DoesNotExist => Condition::DoesNotExist,
+            };
+            terms.push(LabelTerm { label: key.clone(), is });
+        }
+        Ok(terms)
+    }
+}
+
+fn fields(field: &str, value: Option<&Value>) -> Result<FieldsOf, Error> {
+    let paths = |paths: &[Value], is_auto| {
+        let invalid =
+            |value: &Value| Error::Value { field: field.into(), value: value.to_string(), not: "no text" };
+        let texts: Vec<_> =
+            paths.iter().map(|path| path.as_str().ok_or_else(|| invalid(path))).collect::<Result<_, _>>()?;
+        let fields = Fields::parse(texts);
+        Ok((fields.map_err(|source| Error::Fields { field: field.into(), source })?, is_auto))
+    };
+    match value {
+        None => Ok((Fields::all(), false)),
+        Some(Value::String(word)) if word == "all" => Ok((Fields::all(), false)),
+        Some(Value::String(word)) if word == "auto" => Ok((Fields::default(), true)),
+        Some(Value::Array(list)) => paths(list, false),
+        Some(Value::Object(of)) if of.len() == 1 && of.contains_key("include") => {
+            paths(of["include"].as_array().map_or(&[], Vec::as_slice), true)
+        }
+        Some(other) => Err(Error::Value {
+            field: field.into(),
+            value: other.to_string(),
+            not: "none of all, auto, a list of paths, and {include: [paths]} for auto and these",
+        }),
+    }
+}
+
+/// A decision, as `authz/allow`, `data.authz.allow` or `authz.allow`.
+pub fn entrypoint(text: &str) -> Option<DirPath> {
+    let names = text.trim_matches('/').replace('.', "/");
+    let names = names.strip_prefix("data/").unwrap_or(&names);
+    DirPath::new(names.split('/')).ok()
+}
+
+fn entrypoint_at((at, text): (usize, &String)) -> Result<DirPath, Error> {
+    let not = "no decision: write package and rule, e.g. authz/allow";
+    let field = format!("spec.entrypoints[{at}]");
+    entrypoint(text).ok_or_else(|| Error::Value { field, value: text.clone(), not })
+}
+
+/// A number of bytes: plain, or with Kubernetes' suffixes of size.
+pub fn bytes(text: &str) -> Option<usize> {
+    const SUFFIXES: [(&str, usize); 6] = [
+        ("Ki", 1 << 10),
+        ("Mi", 1 << 20),
+        ("Gi", 1 << 30),
+        ("k", 1_000),
+        ("M", 1_000_000),
+        ("G", 1_000_000_000),
+    ];
+    let (number, unit) = SUFFIXES
+        .iter()
+        .find_map(|(suffix, unit)| Some((text.strip_suffix(suffix)?, *unit)))
+        .unwrap_or((text, 1));
+    number.parse::<usize>().ok()?.checked_mul(unit).filter(|bytes| *bytes > 0)
+}
+
+fn max_bytes(value: &Value) -> Result<usize, Error> {
+    let text = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+    let not = "no number of bytes: write e.g. 67108864 or 64Mi";
+    bytes(&text).ok_or_else(|| Error::Value { field: "spec.maxBytes".into(), value: text, not })
+}
+
+fn path(field: &str, text: &str) -> Result<DirPath, Error> {
+    let not = "no path: write segments of letters, digits, '.', '_' and '-', separated by '/'";
+    DirPath::new(text.trim_matches('/').split('/')).map_err(|_| Error::Value {
+        field: field.into(),
+        value: text.into(),
+        not,
+    })
+}
+
+fn text(field: &str, value: &str, valid: impl Fn(&str) -> bool) -> Result<(), Error> {
+    let not = "not valid here";
+    if valid(value) { Ok(()) } else { Err(Error::Value { field: field.into(), value: value.into(), not }) }
+}
+
+fn texts(field: &str, values: &[String]) -> Result<(), Error> {
+    values.iter().try_for_each(|value| text(field, value, is_segment))
+}
+
+/// Whether a label may have this name.
+pub fn is_label(label: &str) -> bool {
+    label.split('/').count() <= 2 && label.split('/').all(is_segment)
+}
+
+/// Whether a label may have this value.
+pub fn is_label_value(value: &str) -> bool {
+    value.is_empty() || is_segment(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(spec: &Value) -> Result<Spec, Error> {
+        let json = json!({ "apiVersion": API_VERSION, "kind": "Bundle", "metadata": { "name": "b", "uid": "1" }, "spec": spec });
+        let key = crate::model::ObjectKey { namespace: "".into(), name: "b".into() };
+        Spec::parse(&Object { key, json: json.to_string().into() })
+    }
+
+    /// Compares feeds, or the error, in words.
+    fn check(spec: &Value, expected: &[&str]) {
+        let said = match parse(spec) {
+            Err(error) => vec![error.to_string()],
+            Ok(spec) => {
+                let feed =
+                    |feed: &Feed| format!("{feed} [{}] [{}]", feed.label_selector(), feed.field_selector());
+                spec.feeds.iter().map(feed).collect()
+            }
+        };
+        assert_eq!(said.len(), expected.len(), "{spec}: {said:?}");
+        for (said, expected) in said.iter().zip(expected) {
+            assert!(said.contains(expected), "{spec}: {said}");
+        }
+    }
+
+    #[test]
+    fn documents_say_what_flags_say_and_more() {
+        let policies =
+            "policies (v1/configmaps) [openpolicyagent.org/policy=rego,openpolicyagent.org/data!=opa] []";
+        check(
+            &json!({ "policies": {}, "data": {} }),
+            &[policies, "data (v1/configmaps) [openpolicyagent.org/data=opa]"],
+        );
+        check(
+            &json!({ "policies": { "namespaces": ["a", "b", "a"], "labelSelector": {
+                "matchLabels": { "x": "y" },
+                "matchExpressions": [
+                    { "key": "team", "operator": "In", "values": ["p", "q"] }, { "key": "old", "operator": "DoesNotExist" },
+                ],
+            } } }),
+            &["policies (v1/configmaps in a) [x=y,team in (p,q),!old]", "policies (v1/configmaps in b)"],
+        );
+        check(
+            &json!({ "replicate": [
+                { "resource": "v1/pods", "ignoreNamespaces": ["kube-system"], "labelSelector": { "matchLabels": { "a": "b" } } },
+                { "resource": "v1/nodes", "clusterScoped": true },
+                { "resource": "apps/v1/deployments", "namespaces": ["x", "y"] },
+            ] }),
+            &[
+                "v1/pods with a=b [a=b] [metadata.namespace!=kube-system]",
+                "v1/nodes",
+                "deployments in x",
+                "deployments in y",
+            ],
+        );
+        let spec = parse(&json!({
+            "replicate": [
+                { "resource": "v1/pods", "fields": { "include": ["metadata.labels"] }, "scope": "Namespace" },
+                { "resource": "v1/nodes", "clusterScoped": true, "fields": ["metadata.name"] },
+            ],
+            "entrypoints": ["data.authz.allow"], "maxBytes": "64Mi", "regoVersion": "v0",
+        }))
+        .unwrap();
+        let pods: DirPath = "/kubernetes/pods".parse().unwrap();
+        assert_eq!(spec.fields.entrypoints, ["/authz/allow".parse().unwrap()]);
+        assert!(
+            spec.fields.follows(&pods, true)
+                && !spec.fields.follows(&"/kubernetes/nodes".parse().unwrap(), true)
+        );
+        assert_eq!(spec.fields.given.of(&pods), &Fields::parse(["metadata.labels"]).unwrap());
+        assert_eq!((spec.max_bytes, spec.dialect), (Some(64 << 20), Dialect::V0));
+        assert_eq!(spec.scoped.unwrap().whole, BTreeSet::from(["/kubernetes/nodes".parse().unwrap()]));
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        for (spec, expected) in [
+            (json!({}), "asks for nothing"),
+            (json!({ "policy": {} }), "spec.policy: unknown field `policy`"),
+            (json!({ "policies": { "namespaces": "a" } }), "spec.policies.namespaces: invalid type"),
+            (
+                json!({ "policies": { "namespaces": ["a b"] } }),
+                "spec.policies.namespaces: \"a b\" is not valid",
+            ),
+            (
+                json!({ "replicate": [{ "resource": "pods" }] }),
+                "spec.replicate[0].resource: \"pods\" names no resource",
+            ),
+            (
+                json!({ "replicate": [{ "resource": "v1/pods", "scope": "Pod" }] }),
+                "spec.replicate[0].scope: unknown variant",
+            ),
+            (
+                json!({ "replicate": [{ "resource": "v1/pods", "fields": "some" }] }),
+                "spec.replicate[0].fields: \"\\\"some\\\"\" is none of all",
+            ),
+            (
+                json!({ "replicate": [{ "resource": "v1/pods", "fields": ["a..b"] }] }),
+                "spec.replicate[0].fields: \"a..b\" names no field",
+            ),
+            (
+                json!({ "replicate": [{ "resource": "v1/pods" }, { "resource": "x/v1/pods" }] }),
+                "spec.replicate[1].resource: v1/pods lies at data.kubernetes.pods",
+            ),
+            (
+                json!({ "replicate": [{ "resource": "v1/pods", "namespaces": ["a"], "ignoreNamespaces": ["b"] }] }),
+                "spec.replicate[0]: give namespaces",
+            ),
+            (
+                json!({ "data": { "labelSelector": { "matchExpressions": [{ "key": "a", "operator": "In" }] } } }),
+                "spec.data.labelSelector.matchExpressions[0].values: In and NotIn",
+            ),
+            (json!({ "data": {}, "entrypoints": ["a/b"] }), "spec.entrypoints: they say"),
+            (json!({ "data": {}, "maxBytes": "64MB" }), "spec.maxBytes: \"64MB\" is no number of bytes"),
+            (json!({ "data": {}, "maxBytes": -1 }), "spec.maxBytes"),
+        ] {
+            check(&spec, &[expected]);
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! What is said of documents of kind `Bundle`, in their status: whether the document is accepted, and whether something
+//! of the bundle is refused.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
+use kube::{Api, Client};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::sync::watch;
+
+use super::{WRITER, is_forbidden, words};
+use crate::bundle::spec::API_VERSION;
+use crate::bundles::Bundles;
+use crate::config::{STATUS_LOOK, STATUS_PROBLEMS_MAX};
+use crate::documents::{Opinion, Opinions};
+use crate::readiness::Readiness;
+
+/// What [`Readiness`] calls it.
+const SUBJECT: &str = "bundle statuses";
+
+/// The parts of a document that are looked at here.
+#[derive(Deserialize)]
+struct Document {
+    metadata: Metadata,
+    #[serde(default)]
+    status: Status,
+}
+
+#[derive(Deserialize)]
+struct Metadata {
+    #[serde(default)]
+    generation: i64,
+}
+
+#[derive(Deserialize, Default)]
+struct Status {
+    #[serde(default)]
+    conditions: Vec<Condition>,
+}
+
+/// meta/v1 Condition.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(rename_all = "camelCase")]
+struct Condition {
+    #[serde(rename = "type")]
+    kind: String,
+    status: String,
+    #[serde(default)]
+    observed_generation: i64,
+    #[serde(default)]
+    last_transition_time: String,
+    reason: String,
+    #[serde(default)]
+    message: String,
+}
+
+/// Writes while this replica `leads`, for ever.
+pub async fn run(
+    client: Client,
+    bundles: Arc<Bundles>,
+    mut opinions: watch::Receiver<Opinions>,
+    mut leads: watch::Receiver<bool>,
+    readiness: Readiness,
+) {
+    let (group, version) = API_VERSION.split_once('/').expect("a group and a version");
+    let resource = ApiResource {
+        group: group.into(),
+        version: version.into(),
+        api_version: API_VERSION.into(),
+        kind: "Bundle".into(),
+        plural: "bundles".into(),
+    };
+    let documents: Api<DynamicObject> = Api::all_with(client, &resource);
+    loop {
+        let now = opinions.borrow_and_update().clone();
+        if *leads.borrow_and_update() {
+            for (name, opinion) in now {
+                if let Some(conditions) = due(&name, &opinion, &bundles) {
+                    write(&documents, &name, &conditions, &readiness).await;
+                }
+            }
+        }
+        tokio::select! {
+            Ok(()) = opinions.changed() => {}
+            Ok(()) = leads.changed() => {}
+            () = tokio::time::sleep(STATUS_LOOK) => {}
+        }
+    }
+}
+
+/// What the status does not say yet.
+fn due(name: &str, Opinion { object, error }: &Opinion, bundles: &Bundles) -> Option<Vec<Condition>> {
+    let document: Document = serde_json::from_slice(&object.json).ok()?;
+    let condition = |kind: &str, status: bool, reason: &str, message: String| Condition {
+        kind: kind.into(),
+        status: if status { "True" } else { "False" }.into(),
+        observed_generation: document.metadata.generation,
+        last_transition_time: String::new(),
+        reason: reason.into(),
+        message,
+    };
+    let mut wanted = vec![match error {
+        None => condition("Accepted", true, "Accepted", String::new()),
+        Some(error) => {
+            condition("Accepted", false, "Invalid", format!("{error}; the last good document stays"))
+        }
+    }];
+    if let Some(bundle) = bundles.get(name).filter(|bundle| bundle.head().borrow().is_some()) {
+        let problems = bundle.problems();
+        wanted.push(if problems.is_empty() {
+            condition("Complete", true, "Complete", String::new())
+        } else {
+            let told = problems.iter().take(STATUS_PROBLEMS_MAX);
+            let mut told: Vec<_> =
+                told.map(|problem| format!("{}: {}", problem.subject, problem.message)).collect();
+            if problems.len() > told.len() {
+                told.push(format!("and {} more", problems.len() - told.len()));
+            }
+            condition("Complete", false, "Refused", told.join("; "))
+        });
+    }
+    let held: BTreeMap<_, _> =
+        document.status.conditions.iter().map(|condition| (&*condition.kind, condition)).collect();
+    let says = |wanted: &Condition| {
+        held.get(&*wanted.kind).is_some_and(|held| {
+            (&held.status, &held.message, held.observed_generation)
+                == (&wanted.status, &wanted.message, wanted.observed_generation)
+        })
+    };
+    if wanted.iter().all(says) {
+        return None;
+    }
+    let now = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    for wanted in &mut wanted {
+        let since = held.get(&*wanted.kind).filter(|held| held.status == wanted.status);
+        wanted.last_transition_time =
+            since.map_or_else(|| now.clone(), |held| held.last_transition_time.clone());
+    }
+    Some(wanted)
+}
+
+async fn write(documents: &Api<DynamicObject>, name: &str, conditions: &[Condition], readiness: &Readiness) {
+    let patch = json!({ "status": { "conditions": conditions } });
+    let params = PatchParams { field_manager: Some(WRITER.into()), ..PatchParams::default() };
+    let because = match documents.patch_status(name, &params, &Patch::Merge(patch)).await {
+        Ok(_) => None,
+        Err(kube::Error::Api(status)) if status.code == 404 => None,
+        Err(error) if is_forbidden(&error) => {
+            Some("forbidden: grant the hub the verb patch on bundles.opahub.dev/status".to_owned())
+        }
+        Err(error) => Some(format!("cannot write the status of Bundle {name}: {}", words(&error))),
+    };
+    if let Some(because) = because.as_ref().filter(|because| readiness.is_news(SUBJECT, because)) {
+        tracing::warn!("{because}");
+    }
+    readiness.problem(SUBJECT, because);
+}
