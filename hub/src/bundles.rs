@@ -101,16 +101,15 @@ impl Stages {
         } else {
             self.readiness.of(&format!("bundle {}: ", spec.name))
         };
-        if gates {
-            readiness.pending(pipeline::POLICIES, "not checked yet");
-            spec.feeds.iter().for_each(|feed| self.readiness.pending(&feed.to_string(), "not listed yet"));
-        }
         let compiler = Compiler::find(self.opa.as_deref(), spec.dialect).await?;
         let mut bundle = Bundle::new(spec.name.clone(), spec.scoped.clone());
         bundle.verdicts = Verdicts::telling(Arc::clone(&self.bundles.verdicts));
         let bundle = Arc::new(bundle);
         let (writer, Ends { jobs, good }) =
             Pipeline::new(&spec, Arc::clone(&bundle), &self.store, readiness.clone());
+        if gates {
+            writer.gate();
+        }
         let (say, said) = mpsc::channel(1);
         let stop = CancellationToken::new();
         let mut handles = Vec::new();

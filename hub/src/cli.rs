@@ -498,7 +498,7 @@ mod tests {
             "--enable-data=false --replicate v1/pods,apps/v1/deployments --replicate-cluster v1/nodes --replicate-ignore-namespaces=kube-system,x",
             &[
                 "policies",
-                "v1/pods [] [metadata.namespace!=kube-system,metadata.namespace!=x]",
+                "v1/pods outside kube-system,x [] [metadata.namespace!=kube-system,metadata.namespace!=x]",
                 "apps/v1/deployments",
                 "v1/nodes [] []",
             ],

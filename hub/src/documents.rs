@@ -70,7 +70,7 @@ impl Documents {
     pub fn new(stages: Stages, flags: Option<Spec>, path: Option<PathBuf>) -> Self {
         let source = stages.store.subscribe();
         source.open(FEED, &Spec::documents());
-        stages.readiness.pending(&Spec::documents().to_string(), "not listed yet");
+        source.gate();
         let file = path.map(|path| File { path, stamp: None, objects: Vec::new(), error: None });
         Self {
             stages,

@@ -7,6 +7,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use opa_hub_proto::path::{DirPath, is_segment};
 
+/// ConfigMaps with policies, as kube-mgmt marks them …
+pub const POLICY_LABEL: (&str, &str) = ("openpolicyagent.org/policy", "rego");
+/// … and those with data.
+pub const DATA_LABEL: (&str, &str) = ("openpolicyagent.org/data", "opa");
+
 /// A resource as kube-mgmt's flags name it, `[group/]version/plural`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Resource {
@@ -219,7 +224,8 @@ impl Feed {
 }
 
 impl fmt::Display for Feed {
-    /// As the feed is called in messages: `policies (v1/configmaps in opa)`, `v1/pods`.
+    /// As the feed is called in messages: `policies (v1/configmaps in opa)`, `v1/pods`. What kube-mgmt selects by goes
+    /// without saying.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.content {
             Content::Policies => f.write_str("policies (")?,
@@ -227,14 +233,36 @@ impl fmt::Display for Feed {
             Content::Resource(_) | Content::Bundles => {}
         }
         self.resource.fmt(f)?;
-        if let Scope::Namespace(namespace) = &self.scope {
-            write!(f, " in {namespace}")?;
+        match &self.scope {
+            Scope::Namespace(namespace) => write!(f, " in {namespace}")?,
+            Scope::Namespaces { ignored } if !ignored.is_empty() => {
+                write!(f, " outside {}", ignored.join(","))?;
+            }
+            _ => {}
         }
-        match self.content {
-            Content::Policies | Content::Data => f.write_str(")"),
-            Content::Resource(_) if !self.labels.is_empty() => write!(f, " with {}", self.label_selector()),
-            Content::Resource(_) | Content::Bundles => Ok(()),
+        let usual = match self.content {
+            Content::Policies => Some(POLICY_LABEL),
+            Content::Data => Some(DATA_LABEL),
+            Content::Resource(_) | Content::Bundles => None,
+        };
+        let is = |term: &LabelTerm, (label, value): (&str, &str), not: bool| {
+            term.label == label
+                && match &term.is {
+                    Condition::In(values) => !not && values[..] == [value],
+                    Condition::NotIn(values) => not && values[..] == [value],
+                    _ => false,
+                }
+        };
+        let is_usual = match (&self.labels[..], usual) {
+            ([], None) => true,
+            ([first], Some(usual)) => is(first, usual, false),
+            ([first, second], Some(usual)) => is(first, usual, false) && is(second, DATA_LABEL, true),
+            _ => false,
+        };
+        if !is_usual {
+            write!(f, " with {}", self.label_selector())?;
         }
+        f.write_str(if usual.is_some() { ")" } else { "" })
     }
 }
 

@@ -257,6 +257,12 @@ impl Pipeline {
         (writer, ends)
     }
 
+    /// The hub is not ready before there is an edition.
+    pub fn gate(&self) {
+        self.readiness.pending(POLICIES, "not checked yet");
+        self.source.gate();
+    }
+
     /// Writes until nobody says anything of policies any more. Blocks its thread.
     pub fn run(mut self, mut said: mpsc::Receiver<Said>) {
         futures::executor::block_on(async {

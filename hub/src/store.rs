@@ -239,6 +239,15 @@ impl Subscription {
         Arc::clone(&live.counters)
     }
 
+    /// Whoever asks whether the hub is ready is told of those that were not listed yet.
+    pub fn gate(&self) {
+        let state = self.store.state();
+        let feeds = state.inboxes.get(&self.id).into_iter().flat_map(|inbox| inbox.feeds.values());
+        for live in feeds.filter_map(|(watch, _)| state.watches.get(watch)).filter(|live| !live.listed) {
+            self.store.readiness.pending(&live.feed.to_string(), "not listed yet");
+        }
+    }
+
     /// Gives up a feed. What is returned is gone with it.
     pub fn close(&self, id: FeedId) -> Vec<Change> {
         let mut state = self.store.state();

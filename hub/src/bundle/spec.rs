@@ -9,16 +9,13 @@ use serde_json::Value;
 
 use super::fields::{Fields, InvalidField};
 use super::kept::Kept;
-use crate::model::{Condition, Content, Feed, InvalidResource, LabelTerm, Object, Resource, Scope};
+use crate::model::{
+    Condition, Content, DATA_LABEL, Feed, InvalidResource, LabelTerm, Object, POLICY_LABEL, Resource, Scope,
+};
 use crate::policy::check::Dialect;
 
 /// The API that documents belong to.
 pub const API_VERSION: &str = "opahub.dev/v1alpha1";
-/// ConfigMaps with policies, as kube-mgmt marks them …
-pub const POLICY_LABEL: (&str, &str) = ("openpolicyagent.org/policy", "rego");
-/// … and those with data.
-pub const DATA_LABEL: (&str, &str) = ("openpolicyagent.org/data", "opa");
-
 /// See the module's text.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Spec {
@@ -608,7 +605,10 @@ mod tests {
                     { "key": "team", "operator": "In", "values": ["p", "q"] }, { "key": "old", "operator": "DoesNotExist" },
                 ],
             } } }),
-            &["policies (v1/configmaps in a) [x=y,team in (p,q),!old]", "policies (v1/configmaps in b)"],
+            &[
+                "policies (v1/configmaps in a with x=y,team in (p,q),!old) [x=y,team in (p,q),!old]",
+                "policies (v1/configmaps in b with x=y,",
+            ],
         );
         check(
             &json!({ "replicate": [
@@ -617,7 +617,7 @@ mod tests {
                 { "resource": "apps/v1/deployments", "namespaces": ["x", "y"] },
             ] }),
             &[
-                "v1/pods with a=b [a=b] [metadata.namespace!=kube-system]",
+                "v1/pods outside kube-system with a=b [a=b] [metadata.namespace!=kube-system]",
                 "v1/nodes",
                 "deployments in x",
                 "deployments in y",
@@ -640,6 +640,25 @@ mod tests {
         assert_eq!(spec.fields.given.of(&pods), &Fields::parse(["metadata.labels"]).unwrap());
         assert_eq!((spec.max_bytes, spec.dialect), (Some(64 << 20), Dialect::V0));
         assert_eq!(spec.scoped.unwrap().whole, BTreeSet::from(["/kubernetes/nodes".parse().unwrap()]));
+    }
+
+    #[test]
+    fn the_document_of_the_docs_is_one() {
+        let docs = include_str!("../../../docs/bundles.md");
+        let (_, yaml) = docs.split_once("```yaml\n").unwrap();
+        let (yaml, _) = yaml.split_once("```").unwrap();
+        let document: Value = serde_saphyr::from_str(yaml).unwrap();
+        check(
+            &document["spec"],
+            &[
+                "policies (v1/configmaps in shop-policies)",
+                "data (v1/configmaps with",
+                "v1/pods outside kube-system",
+                "ingresses in shop with tier in (edge,front)",
+                "ingresses in shop-staging",
+                "v1/nodes",
+            ],
+        );
     }
 
     #[test]
