@@ -62,6 +62,8 @@ struct File {
     error: Option<String>,
 }
 
+/// What [`Readiness`](crate::readiness::Readiness) calls them.
+const DOCUMENTS: &str = "bundle documents";
 /// The only one.
 const FEED: FeedId = FeedId(0);
 
@@ -70,7 +72,7 @@ impl Documents {
     pub fn new(stages: Stages, flags: Option<Spec>, path: Option<PathBuf>) -> Self {
         let source = stages.store.subscribe();
         source.open(FEED, &Spec::documents());
-        source.gate();
+        stages.readiness.pending(DOCUMENTS, "not looked at yet");
         let file = path.map(|path| File { path, stamp: None, objects: Vec::new(), error: None });
         Self {
             stages,
@@ -131,7 +133,7 @@ impl Documents {
             self.provide(name, spec, !was_settled).await?;
         }
         if self.settled && !was_settled {
-            self.stages.readiness.ready(&Spec::documents().to_string());
+            self.stages.readiness.ready(DOCUMENTS);
             if self.slots.is_empty() {
                 tracing::info!("no bundle yet: waiting for documents of kind Bundle");
             }

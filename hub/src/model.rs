@@ -254,7 +254,7 @@ impl fmt::Display for Feed {
                 }
         };
         let is_usual = match (&self.labels[..], usual) {
-            ([], None) => true,
+            ([], _) => true,
             ([first], Some(usual)) => is(first, usual, false),
             ([first, second], Some(usual)) => is(first, usual, false) && is(second, DATA_LABEL, true),
             _ => false,

@@ -654,7 +654,7 @@ mod tests {
                 "policies (v1/configmaps in shop-policies)",
                 "data (v1/configmaps with",
                 "v1/pods outside kube-system",
-                "ingresses in shop with tier in (edge,front)",
+                "ingresses in shop with tier in (front,edge)",
                 "ingresses in shop-staging",
                 "v1/nodes",
             ],
