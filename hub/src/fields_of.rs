@@ -32,6 +32,9 @@ pub async fn report(config: &Config) -> anyhow::Result<String> {
     let of_folder = of_folder.objects.into_iter().map(|(_, object)| object);
     for document in of_file.transpose()?.into_iter().flatten().chain(of_folder) {
         match Spec::parse(&document) {
+            Ok(spec) if specs.iter().any(|other| other.name == spec.name) => {
+                problems.push(format!("Bundle {}: a bundle of this name is given already", spec.name));
+            }
             Ok(spec) => specs.push(spec),
             Err(error) => problems.push(format!("Bundle {}: {error}", document.key.name)),
         }
