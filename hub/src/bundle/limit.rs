@@ -51,6 +51,11 @@ impl Limit {
         self.bytes
     }
 
+    /// What there is of `feed`.
+    pub fn bytes_of(&self, feed: FeedId) -> usize {
+        self.of_feeds.get(&feed).copied().unwrap_or_default()
+    }
+
     /// An object of `feed` has `new` bytes from now on in place of `old`, unless that is more than there may be.
     pub fn change(&mut self, feed: FeedId, old: usize, new: usize) -> Result<(), Over> {
         let bytes = self.bytes - old + new;

@@ -44,7 +44,7 @@ pub struct Projection {
     dirs: BTreeMap<DirPath, Place>,
     policies: Policies,
     /// Where policies take whole objects, and of which resource, though only fields should travel.
-    costly: Vec<(Site, String)>,
+    costly: Vec<(Site, FeedId)>,
     refused: BTreeMap<ObjectId, Refused>,
     /// ConfigMaps as they are, for whom verdicts are.
     configmaps: BTreeMap<ObjectKey, Known>,
@@ -162,8 +162,7 @@ impl Projection {
         let whole = self.following().filter(|(_, place, _)| kept.of(place).is_all());
         let costly = whole.flat_map(|(id, place, scope)| {
             let sites = forecast::readers(reads, place, scope).remove(&Vec::new()).unwrap_or_default();
-            let resource = self.feeds[id.0].resource.to_string();
-            sites.into_iter().map(move |site| (site, resource.clone()))
+            sites.into_iter().map(move |site| (site, id))
         });
         self.costly = costly.collect();
         self.news.extend(self.configmaps.keys().cloned());
@@ -273,13 +272,15 @@ impl Projection {
 
     /// Where these texts take whole objects though only fields should travel.
     fn costly_lines(&self, of: &Texts) -> impl Iterator<Item = String> {
-        self.costly.iter().filter_map(|(site, resource)| {
+        self.costly.iter().filter_map(|(site, feed)| {
             let above = usize::try_from(site.row).ok()?.checked_sub(1)?;
             let line = of.modules.get(&site.file)?.text.lines().nth(above).unwrap_or_default().trim();
             let line = &line[..line.floor_char_boundary(LINE_BYTES_MAX)];
+            let (resource, megabytes) = (&self.feeds[feed.0], self.limit.bytes_of(*feed) >> 20);
+            let bytes = if megabytes == 0 { "less than 1 MB".into() } else { format!("{megabytes} MB of JSON") };
             Some(format!(
-                "{site} takes {resource} whole, so all their fields travel; read fields, or if nobody asks for this \
-                 rule name those that are asked for with --entrypoints: {line}"
+                "{site} takes {resource} whole, so all their fields travel, {bytes}; read fields, or if nobody asks for \
+                 this rule name those that are asked for with --entrypoints: {line}"
             ))
         })
     }

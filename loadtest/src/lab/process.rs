@@ -121,31 +121,29 @@ pub fn program(name: &str) -> anyhow::Result<PathBuf> {
     if dir.ends_with("deps") {
         dir = dir.parent().context("deps lies in a folder")?;
     }
-    let path = dir.join(name);
+    let target = dir.parent().context("the target folder")?;
+    // The agent has a profile of its own.
+    let (profile, folder) = match (dir.ends_with("release"), name) {
+        (false, _) => ("dev", "debug"),
+        (true, "opa-hub-agent") => ("agent", "agent"),
+        (true, _) => ("release", "release"),
+    };
+    let path = target.join(folder).join(name);
     let workspace =
         Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("a member lies in the workspace")?;
     let built = fs::metadata(&path).and_then(|file| file.modified()).ok();
-    let sources =
-        ["Cargo.lock", "proto/src", "hub/src", "agent/src"].map(|part| newest(&workspace.join(part)));
-    let newest = sources.into_iter().flatten().max();
+    let sources = ["Cargo.toml", "Cargo.lock", "proto/src", "hub/src", "agent/src"];
+    let newest = sources.map(|part| newest(&workspace.join(part))).into_iter().flatten().max();
     if built.is_none() || newest.is_some_and(|newest| built < Some(newest)) {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.current_dir(workspace).args([
-            "build",
-            "--quiet",
-            "--package",
-            "opa-hub",
-            "--package",
-            "opa-hub-agent",
-        ]);
-        cargo.arg("--target-dir").arg(dir.parent().context("the target folder")?);
-        if dir.ends_with("release") {
-            cargo.arg("--release");
-        }
-        eprintln!("lab: building opa-hub and opa-hub-agent");
+        cargo.current_dir(workspace).args(["build", "--quiet", "--package", name, "--profile", profile]);
+        cargo.arg("--target-dir").arg(target);
+        eprintln!("lab: building {name}");
         if !cargo.status().context("cannot run cargo")?.success() {
             bail!("cannot build {name}");
         }
+        // Cargo leaves what is newest already as it was.
+        fs::File::open(&path)?.set_modified(std::time::SystemTime::now())?;
     }
     Ok(path)
 }
