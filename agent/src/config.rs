@@ -7,11 +7,11 @@ use std::time::Duration;
 use reqwest::Url;
 
 /// Bytes of one PATCH: what OPA decodes at once, and what the agent holds.
-pub const PATCH_BYTES_MAX: usize = 128 << 10;
+pub const PATCH_BYTES_MAX: usize = 256 << 10;
 /// Bytes of a policy bundle that the agent holds for its OPA.
 pub const POLICY_BUNDLE_BYTES_MAX: usize = 16 << 20;
 /// Pieces of an archive that are decoded ahead of OPA.
-pub const DECODED_AHEAD_MAX: usize = 1;
+pub const DECODED_AHEAD_MAX: usize = 2;
 /// OPA is asked this often whether it still holds what it was given: an OPA that restarted is found within this time.
 pub const OPA_POLL: Duration = Duration::from_millis(250);
 /// OPA activates a policy bundle within about this time; until then nothing goes that older policies read.

@@ -81,8 +81,13 @@ pub struct Stream {
 impl Hubs {
     /// Starts with any of `urls`, so that agents spread over them.
     pub fn new(urls: Vec<Url>, bundle: String, namespace: Option<String>) -> Result<Self, Error> {
-        let client =
-            Client::builder().tcp_nodelay(true).connect_timeout(OPEN).build().map_err(Error::Client)?;
+        // A stream on a connection of its own is cheaper to the hub.
+        let client = Client::builder()
+            .tcp_nodelay(true)
+            .pool_max_idle_per_host(0)
+            .connect_timeout(OPEN)
+            .build()
+            .map_err(Error::Client)?;
         let current = fastrand::usize(..urls.len());
         Ok(Self { client, urls, bundle, namespace, current, pause: RETRY_FIRST })
     }

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bundles::{Bundles, Stages};
 use crate::cli::{Cli, Task};
-use crate::config::{Config, DRAIN, EVENT_QUEUE_MAX, Source};
+use crate::config::{Config, DRAIN, EVENT_QUEUE_MAX, FILES_WANTED, Source};
 use crate::documents::{Documents, Opinions};
 use crate::policy::check::{Compiler, Dialect};
 use crate::readiness::Readiness;
@@ -58,6 +58,14 @@ pub fn main() -> ExitCode {
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
+    match rlimit::increase_nofile_limit(u64::MAX) {
+        Ok(files) if files < FILES_WANTED => tracing::warn!(
+            files,
+            "each stream takes a file descriptor: raise the hard limit (LimitNOFILE, ulimit -Hn) for more agents"
+        ),
+        Ok(files) => tracing::debug!(files, "file descriptors"),
+        Err(error) => tracing::warn!(%error, "cannot raise the limit of open files"),
+    }
     let listener = listen(config.listen).await?;
     let health = match config.health {
         Some(address) => Some(listen(address).await?),

@@ -45,6 +45,33 @@ pub const FOLDER_SETTLE: Duration = Duration::from_millis(20);
 pub const FOLDER_SETTLE_MAX: Duration = Duration::from_millis(500);
 /// The folder is read this often whatever the system reports: it may have been replaced, or lie on a network.
 pub const FOLDER_RESCAN: Duration = Duration::from_secs(5);
+/// File descriptors below which the hub warns: each stream takes one.
+pub const FILES_WANTED: u64 = 16_384;
+/// Heads of requests that are looked at at a time: a storm of connections waits in the kernel's queue.
+pub const HEADS_MAX: usize = 512;
+/// Bytes of the head of a request for a stream; one that is longer is axum's.
+pub const HEAD_BYTES_MAX: usize = 4096;
+/// A connection that has not said this long what it wants is axum's …
+pub const HEAD_MAX: Duration = Duration::from_secs(1);
+/// … and a head that comes in pieces is looked at this often.
+pub const HEAD_LOOK: Duration = Duration::from_millis(5);
+/// Before the next connection is accepted when one could not be: there are no file descriptors left, mostly.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Bytes that the kernel takes of a stream whose reader does not read, twice that with its own: without a limit it takes
+/// 4 MB, 12,700 small frames, before anybody notices.
+pub const SEND_BUFFER: usize = 16 << 10;
+/// Streams that are written to before others have their turn: 3 ms.
+pub const ROUND_SLICE: usize = 256;
+/// A connection that was quiet this long is probed …
+pub const KEEPALIVE: Duration = Duration::from_secs(30);
+/// … this often …
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// … and given up after so many probes.
+pub const KEEPALIVE_TRIES: u32 = 3;
+/// A hub that stops ends its streams in at most so many rounds …
+pub const DRAIN_ROUNDS: usize = 20;
+/// … of this length.
+pub const DRAIN_ROUND: Duration = Duration::from_millis(100);
 /// Requests in flight get this long to end at shutdown.
 pub const DRAIN: Duration = Duration::from_secs(5);
 /// Between tries to find a resource that the API server does not serve yet, and after a watch that failed: doubled …

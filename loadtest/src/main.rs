@@ -1,6 +1,7 @@
 //! The lab from the command line.
 
 mod demo;
+mod fanout;
 mod memory;
 
 use std::process::ExitCode;
@@ -26,6 +27,16 @@ enum Command {
     Lab,
     /// Measure what many pods cost in OPA, agent and hub, whole and cut down to what policies read
     Memory(memory::Options),
+    /// Measure what one change costs the hub with many agents, beside a thread that only writes to as many sockets
+    Fanout(fanout::Options),
+    /// What `fanout` compares with
+    #[command(hide = true)]
+    Raw {
+        #[arg(long)]
+        listen: std::net::SocketAddr,
+        #[arg(long)]
+        bytes: usize,
+    },
     /// Walk through everything on a real cluster with one OPA and one agent
     Demo,
 }
@@ -49,6 +60,8 @@ async fn run() -> anyhow::Result<()> {
         }
         Command::Lab => lab().await,
         Command::Memory(options) => memory::run(options).await,
+        Command::Fanout(options) => fanout::run(options).await,
+        Command::Raw { listen, bytes } => fanout::serve_raw(listen, bytes),
         Command::Demo => demo::run().await,
     }
 }

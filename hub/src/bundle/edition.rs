@@ -46,6 +46,8 @@ pub enum Part {
 
 /// A bundle: the newest edition for streams, and the one that trails it for archives.
 pub struct Bundle {
+    /// Of this process; another bundle of the same name has another.
+    pub id: u64,
     /// Its name.
     pub name: String,
     head: watch::Sender<Option<Arc<Edition>>>,
@@ -166,7 +168,9 @@ impl Part {
 impl Bundle {
     /// A bundle that has nothing to serve yet.
     pub fn new(name: String, scoped: Option<Scoped>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
             name,
             head: watch::Sender::new(None),
             paced: watch::Sender::new(None),

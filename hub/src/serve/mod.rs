@@ -3,7 +3,9 @@
 mod api;
 mod bundle;
 mod dashboard;
+mod door;
 mod error;
+mod fanout;
 mod health;
 mod metrics;
 mod reconcile;
@@ -23,7 +25,9 @@ use crate::bundle::{Bundle, Part};
 use crate::bundles::Bundles;
 use crate::config::DRAIN;
 use crate::readiness::Readiness;
+use crate::serve::door::Door;
 use crate::serve::error::Error;
+use crate::serve::fanout::Fanout;
 
 /// What the handlers share.
 #[derive(Clone)]
@@ -111,16 +115,22 @@ pub async fn run_health(listener: TcpListener, hub: Hub) -> std::io::Result<()> 
 /// Serves until the hub stops, then gives requests in flight a moment to end.
 pub async fn run(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
     let stop = hub.0.stop.clone();
-    // A frame is small and must not wait for the acknowledgement of the one before.
-    let listener = listener.tap_io(|tcp| _ = tcp.set_nodelay(true));
+    let fanout = Fanout::new(stop.clone());
+    // Says who is at the other end, as axum's own listener does.
+    let door = Door::open(listener, hub.clone(), Arc::clone(&fanout))?.tap_io(|_| {});
     let service = router(hub).into_make_service_with_connect_info::<std::net::SocketAddr>();
-    let graceful = axum::serve(listener, service).with_graceful_shutdown(stop.clone().cancelled_owned());
+    let graceful = axum::serve(door, service).with_graceful_shutdown(stop.clone().cancelled_owned());
     let deadline = async {
         stop.cancelled().await;
         tokio::time::sleep(DRAIN).await;
     };
+    let ended = async {
+        let ended = graceful.await;
+        fanout.drained().await;
+        ended
+    };
     tokio::select! {
-        ended = graceful => ended,
+        ended = ended => ended,
         () = deadline => Ok(()),
     }
 }

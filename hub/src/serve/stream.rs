@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Hub;
 use super::error::Error;
-use crate::bundle::{Counters, Edition, Next};
+use crate::bundle::{Bundle, Counters, Edition, Next};
 use crate::config::HEARTBEAT;
 
 #[derive(Deserialize)]
@@ -31,29 +31,68 @@ pub(super) struct Options {
     namespace: Option<String>,
 }
 
+/// What a request for a stream asks for.
+pub(super) struct Asked {
+    name: String,
+    namespace: Option<String>,
+    since: Option<String>,
+}
+
+impl Asked {
+    /// By path and query, and by the header `Last-Event-ID`, which comes first.
+    pub(super) fn new(name: &str, options: Options, id: Option<String>) -> Self {
+        let since = id.or(options.since).filter(|since| !since.is_empty());
+        Self { name: name.to_owned(), namespace: options.namespace, since }
+    }
+
+    /// The bundle to follow, and where its reader is.
+    pub(super) fn open(&self, hub: &Hub) -> Result<(Arc<Bundle>, Revision), Error> {
+        let bundle = hub.part(&self.name, self.namespace.as_deref())?;
+        let edition = bundle.head().borrow().clone().ok_or(Error::NotReady)?;
+        let held = match &self.since {
+            None => edition.view.revision,
+            Some(text) => text.parse().map_err(|_| Error::InvalidRevision(text.clone()))?,
+        };
+        if matches!(edition.next(held), Next::Unknown) {
+            return Err(Error::UnknownRevision(held.to_string()));
+        }
+        Ok((bundle, held))
+    }
+}
+
+impl std::fmt::Display for Asked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {:?} {:?}", self.name, self.namespace, self.since)
+    }
+}
+
+/// Tells a reader that it holds all there is, and opens the stream through proxies.
+pub(super) fn greeting(bundle: &str, held: Revision) -> Bytes {
+    format!(": {bundle}\nid: {held}\n\n").into()
+}
+
+/// The hub is there, and nothing is new.
+pub(super) const HEARTBEAT_BYTES: Bytes = Bytes::from_static(b":\n\n");
+
+/// Streams that the front door does not hand to the fan-out: whose request is not the first of its connection.
 pub(super) async fn get(
     State(hub): State<Hub>,
     Path(name): Path<String>,
     Query(options): Query<Options>,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
-    let bundle = hub.part(&name, options.namespace.as_deref())?;
-    let head = bundle.head();
-    let edition = head.borrow().clone().ok_or(Error::NotReady)?;
-    let header =
-        headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
-    let since = header.or(options.since);
-    let held = match since.filter(|since| !since.is_empty()) {
-        None => edition.view.revision,
-        Some(text) => text.parse().map_err(|_| Error::InvalidRevision(text))?,
-    };
-    if matches!(edition.next(held), Next::Unknown) {
-        bundle.counters.unknown_revisions.fetch_add(1, Ordering::Relaxed);
-        return Err(Error::UnknownRevision(held.to_string()));
-    }
+    let id = headers.get("last-event-id");
+    let id = id.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    let asked = Asked::new(&name, options, id);
+    let (bundle, held) = asked.open(&hub).inspect_err(|error| {
+        if let (Error::UnknownRevision(_), Some(bundle)) = (error, hub.0.bundles.get(&name)) {
+            bundle.counters.unknown_revisions.fetch_add(1, Ordering::Relaxed);
+        }
+    })?;
     let headers = [(CONTENT_TYPE, "text/event-stream"), (CACHE_CONTROL, "no-store")];
     let open = Open::new(Arc::clone(&bundle.counters));
-    let reader = Reader { name, stop: hub.0.stop.clone(), head, held, greeted: false, _open: open };
+    let reader =
+        Reader { name, stop: hub.0.stop.clone(), head: bundle.head(), held, greeted: false, _open: open };
     Ok((headers, Body::from_stream(events(reader))).into_response())
 }
 
@@ -85,10 +124,9 @@ impl Reader {
                     return Some(bytes);
                 }
                 Next::Unknown => return None,
-                // Tells the reader at once that it holds all there is, and opens the stream through proxies.
                 Next::UpToDate if !self.greeted => {
                     self.greeted = true;
-                    return Some(format!(": {}\nid: {}\n\n", self.name, self.held).into());
+                    return Some(greeting(&self.name, self.held));
                 }
                 Next::UpToDate => {}
             }
@@ -99,17 +137,17 @@ impl Reader {
             match changed {
                 Ok(Ok(())) => {}
                 Ok(Err(_closed)) => return None,
-                Err(_quiet) => return Some(Bytes::from_static(b":\n\n")),
+                Err(_quiet) => return Some(HEARTBEAT_BYTES),
             }
         }
     }
 }
 
 /// A stream that is open, counted.
-struct Open(Arc<Counters>);
+pub(super) struct Open(Arc<Counters>);
 
 impl Open {
-    fn new(counters: Arc<Counters>) -> Self {
+    pub(super) fn new(counters: Arc<Counters>) -> Self {
         counters.agents.fetch_add(1, Ordering::Relaxed);
         Self(counters)
     }

@@ -1,0 +1,198 @@
+//! The front door: looks at the head of each connection's first request. A stream goes to the fan-out, head read and
+//! all; everything else, and a stream that cannot be opened, goes to axum untouched. Here is also where TLS would end.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::extract::Query;
+use axum::http::Uri;
+use axum::serve::Listener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
+
+use super::Hub;
+use super::fanout::Fanout;
+use super::stream::{Asked, Options};
+use crate::config::{ACCEPT_PAUSE, HEAD_BYTES_MAX, HEAD_LOOK, HEAD_MAX, HEADS_MAX};
+
+/// Headers of a request for a stream: more than any agent, browser or proxy sends.
+const HEADERS_MAX: usize = 64;
+/// How a request for a stream begins.
+const STREAMS: &[u8] = b"GET /bundles/";
+
+/// What axum gets.
+pub(super) struct Door {
+    address: SocketAddr,
+    others: mpsc::Receiver<(TcpStream, SocketAddr)>,
+}
+
+/// What the beginning of a request is.
+enum Head {
+    /// Not enough of it.
+    Partial,
+    /// Axum's.
+    Other,
+    /// For a stream, with its length.
+    Stream(Asked, usize),
+}
+
+impl Door {
+    /// Accepts connections until the hub stops.
+    pub(super) fn open(listener: TcpListener, hub: Hub, fanout: Arc<Fanout>) -> std::io::Result<Self> {
+        let address = listener.local_addr()?;
+        let (out, others) = mpsc::channel(HEADS_MAX);
+        let stop = hub.0.stop.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = accept(listener, hub, fanout, out) => {}
+            }
+        });
+        Ok(Self { address, others })
+    }
+}
+
+impl Listener for Door {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
+        match self.others.recv().await {
+            Some(other) => other,
+            // The hub stops: axum asks no more soon.
+            None => std::future::pending().await,
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        Ok(self.address)
+    }
+}
+
+async fn accept(
+    listener: TcpListener,
+    hub: Hub,
+    fanout: Arc<Fanout>,
+    out: mpsc::Sender<(TcpStream, SocketAddr)>,
+) {
+    // A storm waits in the kernel's queue, not here.
+    let heads = Arc::new(Semaphore::new(HEADS_MAX));
+    loop {
+        let Ok(looking) = Arc::clone(&heads).acquire_owned().await else { return };
+        let (tcp, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // No more file descriptors, mostly: what is open goes on.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let (hub, fanout, out) = (hub.clone(), Arc::clone(&fanout), out.clone());
+        tokio::spawn(async move {
+            if let Some(tcp) = look(tcp, &hub, &fanout).await {
+                _ = out.send((tcp, peer)).await;
+            }
+            drop(looking);
+        });
+    }
+}
+
+/// Hands a stream to the fan-out, and gives back everything else.
+async fn look(tcp: TcpStream, hub: &Hub, fanout: &Arc<Fanout>) -> Option<TcpStream> {
+    // A frame is small and must not wait for the acknowledgement of the one before.
+    _ = tcp.set_nodelay(true);
+    let until = Instant::now() + HEAD_MAX;
+    let mut bytes = [0; HEAD_BYTES_MAX];
+    loop {
+        let peeked = tokio::time::timeout_at(until, tcp.peek(&mut bytes)).await;
+        let Ok(Ok(length)) = peeked else { return Some(tcp) };
+        match head(&bytes[..length]) {
+            Head::Partial if length > 0 && length < bytes.len() && Instant::now() < until => {
+                // What was peeked at stays readable: there is no waiting for more of it.
+                tokio::time::sleep(HEAD_LOOK).await;
+            }
+            Head::Partial | Head::Other => return Some(tcp),
+            Head::Stream(asked, length) => {
+                let Ok((bundle, held)) = asked.open(hub) else { return Some(tcp) };
+                if matches!(tcp.try_read(&mut bytes[..length]), Ok(read) if read == length) {
+                    fanout.join(&bundle, tcp, held);
+                }
+                return None;
+            }
+        }
+    }
+}
+
+fn head(bytes: &[u8]) -> Head {
+    let known = bytes.len().min(STREAMS.len());
+    if bytes[..known] != STREAMS[..known] {
+        return Head::Other;
+    }
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut request = httparse::Request::new(&mut headers);
+    let length = match request.parse(bytes) {
+        Ok(httparse::Status::Complete(length)) => length,
+        Ok(httparse::Status::Partial) => return Head::Partial,
+        Err(_) => return Head::Other,
+    };
+    // What comes behind it, a body or another request, is axum's to refuse.
+    let has_body = |header: &&httparse::Header| {
+        ["content-length", "transfer-encoding", "upgrade", "expect"]
+            .iter()
+            .any(|name| header.name.eq_ignore_ascii_case(name))
+    };
+    if length != bytes.len()
+        || request.version != Some(1)
+        || request.headers.iter().any(|header| has_body(&header))
+    {
+        return Head::Other;
+    }
+    let asked = || {
+        let uri: Uri = request.path?.parse().ok()?;
+        let name = uri.path().strip_prefix("/bundles/")?.strip_suffix("/stream")?;
+        let Query(options) = Query::<Options>::try_from_uri(&uri).ok()?;
+        let id = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case("last-event-id"));
+        let id = id.map(|header| String::from_utf8_lossy(header.value).into_owned());
+        Some(Asked::new(name, options, id))
+    };
+    asked().map_or(Head::Other, |asked| Head::Stream(asked, length))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_requests_for_streams_are_taken() {
+        for (text, expected) in [
+            ("", "partial"),
+            ("GET /bun", "partial"),
+            ("GET /bundles/main/stream HTTP/1.1\r\nhost: x\r\n", "partial"),
+            ("GET /bundles/main/stream HTTP/1.1\r\nhost: x\r\n\r\n", "main None None"),
+            (
+                "GET /bundles/main/stream?namespace=a HTTP/1.1\r\nLast-Event-ID: 7\r\n\r\n",
+                "main Some(\"a\") Some(\"7\")",
+            ),
+            ("GET /bundles/main/stream?since=7 HTTP/1.1\r\n\r\n", "main None Some(\"7\")"),
+            ("GET /bundles/main/stream HTTP/1.0\r\n\r\n", "other"),
+            ("GET /bundles/main/stream HTTP/1.1\r\ncontent-length: 1\r\n\r\nx", "other"),
+            ("GET /bundles/main/stream HTTP/1.1\r\n\r\nGET /", "other"),
+            ("GET /bundles/main HTTP/1.1\r\n\r\n", "other"),
+            ("GET / HTTP/1.1\r\n", "other"),
+            ("POST /bundles/main/stream HTTP/1.1\r\n\r\n", "other"),
+            ("GET /bundles/\u{1}", "other"),
+        ] {
+            let found = match head(text.as_bytes()) {
+                Head::Partial => "partial".to_owned(),
+                Head::Other => "other".to_owned(),
+                Head::Stream(asked, length) => {
+                    assert_eq!(length, text.len());
+                    asked.to_string()
+                }
+            };
+            assert_eq!(found, expected, "{text}");
+        }
+    }
+}
