@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use opa_hub_loadtest::eventually::{equal, eventually};
-use opa_hub_loadtest::lab::process::{Process, Usage};
+use opa_hub_loadtest::lab::process::{Process, Usage, program};
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa};
 use opa_hub_loadtest::pods::Nth;
 use serde_json::{Value, json};
@@ -79,6 +79,10 @@ struct Measured {
 }
 
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
+    // Not within what is timed.
+    for name in ["opa-hub", "opa-hub-agent"] {
+        program(name)?;
+    }
     let world = World::new(options.source, options.pods).await?;
     let mut rows = Vec::new();
     for fields in ["all", "auto"] {

@@ -73,6 +73,24 @@ impl Process {
         Ok(())
     }
 
+    /// Tells it to stop, as Kubernetes does.
+    pub fn terminate(&self) -> anyhow::Result<()> {
+        let status = Command::new("kill").arg(self.child.id().to_string()).status()?;
+        anyhow::ensure!(status.success(), "cannot stop {}", self.name);
+        Ok(())
+    }
+
+    /// Waits until it has ended.
+    pub async fn ended(&mut self) -> anyhow::Result<()> {
+        let name = self.name.clone();
+        let ended = async || match self.child.try_wait() {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => Err("it runs".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        eventually(format!("{name} ends"), ended).await.map(drop)
+    }
+
     /// What it has taken of the machine so far.
     pub fn usage(&self) -> anyhow::Result<Usage> {
         let file = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", self.child.id()));

@@ -8,6 +8,8 @@ mod crashes;
 
 mod failover;
 
+mod fanout;
+
 mod fields;
 
 mod folder;

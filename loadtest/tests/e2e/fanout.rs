@@ -1,0 +1,149 @@
+//! Many streams on one hub: readers that do not read, requests in pieces, a hub that stops.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::Hub;
+use opa_hub_proto::sse::{Decoder, Message};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
+
+use crate::world::write_manifest;
+
+/// A pod of about this many bytes, larger than what the kernel holds of a stream.
+const POD_BYTES: usize = 200 << 10;
+
+fn put(manifests: &Path, round: usize) -> anyhow::Result<()> {
+    let filler = format!("{round:06}").repeat(POD_BYTES / 6);
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "p", "namespace": "a" }, "spec": { "filler": filler },
+    });
+    write_manifest(manifests, "pod.json", &pod)
+}
+
+/// A reader of a stream.
+struct Reader {
+    tcp: TcpStream,
+    decoder: Decoder,
+    in_head: bool,
+}
+
+impl Reader {
+    /// Asks in these pieces, and has little room for what comes.
+    async fn open(hub: &Hub, pieces: &[&str]) -> anyhow::Result<Self> {
+        let socket = TcpSocket::new_v4()?;
+        socket.set_recv_buffer_size(16 << 10)?;
+        let mut tcp = socket.connect(hub.url.trim_start_matches("http://").parse()?).await?;
+        for piece in pieces {
+            tcp.write_all(piece.as_bytes()).await?;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(Self { tcp, decoder: Decoder::new(64 << 20), in_head: true })
+    }
+
+    /// The id of the next event; none at the end.
+    async fn next(&mut self) -> anyhow::Result<Option<String>> {
+        let mut bytes = [0; 16 << 10];
+        loop {
+            if !self.in_head
+                && let Some(message) = self.decoder.next()?
+            {
+                match message {
+                    Message::Event { id, .. } => return Ok(Some(id)),
+                    Message::Comment => continue,
+                }
+            }
+            let read = tokio::time::timeout(Duration::from_secs(20), self.tcp.read(&mut bytes));
+            let length = read.await.context("a stream that says nothing, not even that it is there")??;
+            if length == 0 {
+                return Ok(None);
+            }
+            let mut body = &bytes[..length];
+            if self.in_head {
+                ensure!(body.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(body));
+                let end =
+                    body.windows(4).position(|four| four == b"\r\n\r\n").context("the head in one piece")?;
+                (body, self.in_head) = (&body[end + 4..], false);
+            }
+            self.decoder.push(body);
+        }
+    }
+
+    /// Reads until it is at `revision`, and says how many events that took.
+    async fn reach(&mut self, revision: &str) -> anyhow::Result<usize> {
+        let mut events = 1;
+        while self.next().await?.context("the stream ended")? != revision {
+            events += 1;
+        }
+        Ok(events)
+    }
+}
+
+async fn revision(hub: &Hub) -> anyhow::Result<String> {
+    let bundle = hub.json("/v1/bundles/main").await?;
+    bundle["revision"].as_str().map(ToOwned::to_owned).context("a revision")
+}
+
+const REQUEST: &str = "GET /bundles/main/stream HTTP/1.1\r\nhost: hub\r\n\r\n";
+
+#[tokio::test]
+async fn who_does_not_read_costs_nobody_and_loses_nothing() -> anyhow::Result<()> {
+    const ROUNDS: usize = 40;
+    let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    put(manifests.path(), 0)?;
+    let folder = manifests.path().display().to_string();
+    let mut hub = Hub::start(work.path(), &["--manifests", &folder, "--replicate=v1/pods"]).await?;
+    let mut stalled = Reader::open(&hub, &[REQUEST]).await?;
+    // Its head comes in pieces: the front door waits for the rest.
+    let mut healthy = Reader::open(&hub, &["GET /bun", &REQUEST[8..30], &REQUEST[30..]]).await?;
+    eventually("both are open", async || {
+        equal(&hub.metric("opa_hub_agents").await.map_err(|error| error.to_string())?, &2)
+    })
+    .await?;
+    let mut held = revision(&hub).await?;
+    for round in 1..=ROUNDS {
+        put(manifests.path(), round)?;
+        let next = healthy.next().await?.context("the stream ended")?;
+        ensure!(next != held, "an event that changes nothing");
+        held = next;
+    }
+    assert_eq!(revision(&hub).await?, held);
+    // One frame that was under way, and one for all that it missed.
+    let events = stalled.reach(&held).await?;
+    assert!(events <= 3, "{events} events of {ROUNDS}");
+    assert_eq!(hub.metric("opa_hub_agents").await?, 2, "nobody was cut off");
+    let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
+    assert!(encodes <= ROUNDS as u64 + 2, "{encodes} encodes for {ROUNDS} changes");
+
+    // One that goes without a word is found.
+    drop(stalled);
+    eventually("one is left", async || {
+        equal(&hub.metric("opa_hub_agents").await.map_err(|error| error.to_string())?, &1)
+    })
+    .await?;
+    // A hub that is told to stop ends its streams, and then itself.
+    let process = hub.process.as_mut().context("the hub runs")?;
+    let started = Instant::now();
+    process.terminate()?;
+    assert_eq!(healthy.next().await?, None);
+    process.ended().await?;
+    assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
+    Ok(())
+}
+
+/// The command that measures it, with few agents: one encode a change.
+#[tokio::test]
+async fn the_measurement_runs() -> anyhow::Result<()> {
+    let out = tempfile::tempdir()?;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_opa-hub-loadtest"));
+    command.args(["fanout", "--agents", "200", "--rounds", "3", "--out"]).arg(out.path());
+    let ran = tokio::task::spawn_blocking(move || command.output()).await??;
+    ensure!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    let results: Value = serde_json::from_slice(&std::fs::read(out.path().join("fanout.json"))?)?;
+    assert_eq!((&results["encodes"], &results["agents"]), (&json!(3), &json!(200)));
+    Ok(())
+}
