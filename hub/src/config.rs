@@ -94,6 +94,8 @@ pub const CHECK_FAULTS_MAX: usize = 100;
 pub const CHECK_OUTPUT_MAX: u64 = 128 << 20;
 /// Seconds that one test of a policy may take: OPA's own default.
 pub const TEST_SECONDS: u64 = 5;
+/// Bundles of one hub: each has a thread, and policies of its own to be checked.
+pub const BUNDLES_MAX: usize = 200;
 /// A file of bundle documents is looked at this often.
 pub const DOCUMENTS_LOOK: Duration = Duration::from_secs(1);
 /// Pause before OPA is run again after it failed itself.

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use crate::bundle::Edition;
 use crate::bundle::spec::Spec;
 use crate::bundles::{Ended, Running, Stages};
-use crate::config::DOCUMENTS_LOOK;
+use crate::config::{BUNDLES_MAX, DOCUMENTS_LOOK};
 use crate::model::{Change, FeedId, Object};
 use crate::policy::check;
 use crate::source::folder;
@@ -163,6 +163,7 @@ impl Documents {
         let mut wanted = Wanted::default();
         let mut refused = BTreeMap::new();
         let mut opinions = Opinions::new();
+        let mut room = BUNDLES_MAX.saturating_sub(self.slots.len());
         if let Some(spec) = &self.flags {
             wanted.names.insert(spec.name.clone());
             wanted.specs.push((spec.name.clone(), Arc::clone(spec)));
@@ -177,6 +178,9 @@ impl Documents {
                 _ if wanted.names.contains(&*object.key.name) => {
                     Err("a bundle of this name is given by flags or by another document: rename one (the flags' is --bundle)".into())
                 }
+                Ok(_) if !self.slots.contains_key(&*object.key.name) && room == 0 => {
+                    Err(format!("{BUNDLES_MAX} bundles are being served: no more"))
+                }
                 result => result.map_err(|error| error.to_string()),
             };
             let error = result.as_ref().err().cloned();
@@ -187,6 +191,7 @@ impl Documents {
                 opinions.insert(object.key.name.to_string(), Opinion { object: object.clone(), error });
             }
             wanted.names.insert(object.key.name.to_string());
+            room -= usize::from(result.is_ok() && !self.slots.contains_key(&*object.key.name));
             wanted.specs.extend(result.ok().map(|spec| (spec.name.clone(), Arc::new(spec))));
         }
         if let Some((file, error)) = self.file.as_ref().and_then(|file| Some((file, file.error.clone()?))) {

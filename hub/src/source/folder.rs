@@ -272,7 +272,9 @@ impl Folder {
             }
             let subject = path.display().to_string();
             let message = messages.join("; ");
-            tracing::warn!(file = subject, message, "refused");
+            if readiness.is_news(&subject, &message) {
+                tracing::warn!(file = subject, message, "refused");
+            }
             readiness.problem(&subject, Some(message));
             now.insert(subject);
         }

@@ -47,7 +47,7 @@ impl Reader {
 
     /// The id of the next event; none at the end.
     async fn next(&mut self) -> anyhow::Result<Option<String>> {
-        let mut bytes = [0; 16 << 10];
+        let mut bytes = vec![0; 16 << 10];
         loop {
             if !self.in_head
                 && let Some(message) = self.decoder.next()?
