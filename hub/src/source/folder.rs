@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use self::manifest::{Kinds, Manifest};
 use super::Sender;
+use crate::bundle::spec;
 use crate::config::{
     FOLDER_RESCAN, FOLDER_SETTLE, FOLDER_SETTLE_MAX, MANIFEST_BYTES_MAX, MANIFEST_FILES_MAX,
 };
@@ -160,8 +161,8 @@ struct File {
     /// The last good content.
     manifests: Vec<Manifest>,
     problem: Option<String>,
-    /// Objects that another place already gives.
-    duplicates: Vec<String>,
+    /// Objects that another place already gives, and bundles that are not understood.
+    refused: Vec<String>,
 }
 
 /// Changes whenever the file's content may have.
@@ -201,7 +202,7 @@ impl Folder {
                 stamp: (None, 0, 0),
                 manifests: Vec::new(),
                 problem: None,
-                duplicates: Vec::new(),
+                refused: Vec::new(),
             });
             if file.stamp != stamp || stamp.0.is_none() {
                 file.stamp = stamp;
@@ -217,7 +218,15 @@ impl Folder {
     fn events(&mut self) -> Vec<(WatchId, Event)> {
         let kinds = Kinds::of(self.files.values().flat_map(|file| &file.manifests));
         let mut events = Vec::new();
-        self.files.values_mut().for_each(|file| file.duplicates.clear());
+        for file in self.files.values_mut() {
+            // No watch asks for it, and nobody else would tell.
+            let unknown = file.manifests.iter().filter(|manifest| manifest.is_unknown_bundle());
+            file.refused = unknown
+                .map(|manifest| {
+                    format!("document {}: {}", manifest.document, spec::Error::Kind(manifest.to_string()))
+                })
+                .collect();
+        }
         for (id, feed) in &self.feeds {
             let mut places: HashMap<ObjectKey, (&Path, usize)> = HashMap::new();
             let mut now: HashMap<ObjectKey, Object> = HashMap::new();
@@ -233,7 +242,7 @@ impl Folder {
                         object.key.namespace = DEFAULT_NAMESPACE.into();
                     }
                     if let Some((other, document)) = places.get(&object.key) {
-                        file.duplicates.push(format!(
+                        file.refused.push(format!(
                             "document {}: {} {} is already given by {} document {document}; remove one of the two",
                             manifest.document,
                             manifest.kind,
@@ -263,7 +272,7 @@ impl Folder {
         let files = self
             .files
             .iter()
-            .map(|(path, file)| (path, file.problem.iter().chain(&file.duplicates).cloned().collect()));
+            .map(|(path, file)| (path, file.problem.iter().chain(&file.refused).cloned().collect()));
         let folders = self.unreadable.iter().map(|(path, problem)| (path, vec![problem.clone()]));
         for (path, messages) in files.chain(folders) {
             let messages: Vec<String> = messages;
@@ -386,7 +395,7 @@ mod tests {
         events.sort_unstable();
         assert_eq!(events, expected);
         let said: Vec<_> =
-            folder.files.values().flat_map(|file| file.problem.iter().chain(&file.duplicates)).collect();
+            folder.files.values().flat_map(|file| file.problem.iter().chain(&file.refused)).collect();
         assert_eq!(said.len(), problems.len(), "{said:?}");
         for (said, part) in said.iter().zip(problems) {
             assert!(said.contains(part), "{said}");
@@ -410,6 +419,9 @@ mod tests {
             &["document 2", "already given"],
         );
         check(&mut folder, &[("a.yaml", None)], &["+a/x", "-a/y"], &[]);
+        let later = r#"{"apiVersion":"opahub.dev/v2","kind":"Bundle","metadata":{"name":"b"}}"#;
+        check(&mut folder, &[("later.json", Some(later))], &[], &["opahub.dev/v2 Bundle is not known here"]);
+        check(&mut folder, &[("later.json", None)], &[], &[]);
         let list = r#"{"apiVersion":"v1","kind":"ConfigMapList","items":[{"metadata":{"name":"z"}}]}"#;
         check(&mut folder, &[("b.yaml", None), ("c.json", Some(list))], &["+default/z", "-a/x"], &[]);
     }

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
+use crate::bundle::spec::API_VERSION;
 use crate::model::{Feed, Object, Scope};
 use crate::source::trim;
 
@@ -25,9 +26,23 @@ impl Manifest {
         outline.ok().and_then(|outline| outline.metadata.labels).unwrap_or_default()
     }
 
+    /// Whether it is a document of another version than this hub's.
+    pub(super) fn is_unknown_bundle(&self) -> bool {
+        let group = |version: &'_ str| version.split('/').next().map(ToOwned::to_owned);
+        self.kind == "Bundle"
+            && self.api_version != API_VERSION
+            && group(&self.api_version) == group(API_VERSION)
+    }
+
     fn kind(&self) -> Kind {
         let group = self.api_version.split_once('/').map_or("", |(group, _)| group);
         (group.to_owned(), self.kind.clone())
+    }
+}
+
+impl std::fmt::Display for Manifest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.api_version, self.kind)
     }
 }
 
