@@ -5,9 +5,9 @@
 //!  manifest folder  ┴ source ─Event→ store ─Change→ bundle (project, view, log, snapshot) ─→ serve ─HTTP→ agent, OPA
 //! ```
 //!
-//! Data flows one way. `source` says what exists; `store` turns that into what changed; `bundle` keeps the immutable
-//! view that all readers share and the log that frames are computed from; `serve` only reads. `pipeline` is the one
-//! writer, `app` the one place that joins the stages.
+//! Data flows one way. `source` says what exists; `store` turns that into what changed, once for all bundles; `bundle`
+//! keeps the immutable view that all readers share and the log that frames are computed from; `serve` only reads.
+//! `pipeline` is the one writer of a bundle, `documents` and `bundles` say which there are, `app` joins the stages.
 
 pub mod config;
 
