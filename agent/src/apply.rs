@@ -7,6 +7,7 @@ use opa_hub_proto::frame::Delta;
 use opa_hub_proto::head::{DataHead, Head};
 use opa_hub_proto::patch::{PATCH_OPS_MAX, PatchWriter};
 use opa_hub_proto::path::{DirPath, is_segment};
+use opa_hub_proto::position::Position;
 use opa_hub_proto::revision::{Digest, Revision};
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
@@ -101,7 +102,8 @@ impl Applier {
                 None => _ = dirs.remove(dir),
             }
         }
-        let next = Marker { revision: Some(to), dirs, ..marker.clone() };
+        let position = delta.position.clone();
+        let next = Marker { revision: Some(to), dirs, position, ..marker.clone() };
         if next.data_digest() != delta.to {
             return Err(Error::Diverged { to: delta.to, held: next.data_digest() });
         }
@@ -109,7 +111,7 @@ impl Applier {
         if delta.ensure.is_empty() && delta.ops + delta.dirs.len() < PATCH_OPS_MAX {
             let ops = delta.patch.get();
             patch.splice(ops.trim_start_matches('[').trim_end_matches(']').as_bytes(), delta.ops);
-            Marker::write_delta(&mut patch, &self.bundle, &delta.dirs, &marker.dirs, to);
+            marker.write_delta(&mut patch, &self.bundle, delta, to);
         } else {
             let mut half = Marker { revision: None, ..marker.clone() };
             half.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
@@ -129,13 +131,14 @@ impl Applier {
         Ok(())
     }
 
-    /// Applies an archive onto what `held` says that OPA holds, or onto an OPA that never heard of us. The marker
+    /// Applies an archive, which is as of `position`, onto what `held` says that OPA holds, or onto an OPA that never heard of us. The marker
     /// that results names no revision, until its modules are there. `modules_first`: the archive's modules are put
     /// before its data, which may take a place that a package leaves.
     pub async fn archive(
         &self,
         held: Option<&Marker>,
         modules_first: bool,
+        position: Position,
         pieces: &mut mpsc::Receiver<Result<Piece, archive::Error>>,
     ) -> Result<(Marker, Modules), Error> {
         let Some(Piece::Head(head)) = pieces.recv().await.transpose()? else { return Err(Error::NoHead) };
@@ -218,6 +221,7 @@ impl Applier {
         let mut marker = Marker {
             revision: None,
             dirs: data.dirs.into_iter().map(|(dir, digest)| (dir, Some(digest))).collect(),
+            position,
             ..half
         };
         // The policies that this data is for come next, or a crash before them.

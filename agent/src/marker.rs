@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use opa_hub_proto::frame::Delta;
 use opa_hub_proto::patch::PatchWriter;
 use opa_hub_proto::path::DirPath;
+use opa_hub_proto::position::Position;
 use opa_hub_proto::reconcile::READS_MAX;
 use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
 use serde::{Deserialize, Serialize};
@@ -21,6 +23,9 @@ pub struct Marker {
     /// policies as a bundle.
     #[serde(default)]
     pub modules: BTreeMap<String, Option<Digest>>,
+    /// How far the hub had heard that gave this.
+    #[serde(default, skip_serializing_if = "Position::is_empty")]
+    pub position: Position,
     /// What the modules read that may decide, newest last, in the hub's words.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reads: Vec<String>,
@@ -77,22 +82,19 @@ impl Marker {
         patch.add_dir(&Self::path(bundle), &json);
     }
 
-    /// Writes what `dirs` changes, and the revision that this makes.
-    pub fn write_delta(
-        patch: &mut PatchWriter,
-        bundle: &str,
-        dirs: &BTreeMap<DirPath, Option<Digest>>,
-        held: &BTreeMap<DirPath, Option<Digest>>,
-        revision: Revision,
-    ) {
+    /// Writes what `delta` changes, and the `revision` that this makes.
+    pub fn write_delta(&self, patch: &mut PatchWriter, bundle: &str, delta: &Delta, revision: Revision) {
         let marker = Self::path(bundle);
         let place = marker.join("dirs").expect("a segment");
-        for (dir, digest) in dirs {
+        for (dir, digest) in &delta.dirs {
             match digest {
                 Some(digest) => patch.add(&place, dir.as_str(), quoted(digest).as_bytes()),
-                None if held.contains_key(dir) => patch.remove(&place, dir.as_str()),
+                None if self.dirs.contains_key(dir) => patch.remove(&place, dir.as_str()),
                 None => {}
             }
+        }
+        if !delta.position.is_empty() {
+            patch.add(&marker, "position", delta.position.to_string().as_bytes());
         }
         patch.add(&marker, "revision", quoted(&revision).as_bytes());
     }

@@ -5,16 +5,19 @@ use std::time::Duration;
 
 use futures::TryStreamExt;
 use opa_hub_proto::frame::FRAME_BYTES_MAX;
+use opa_hub_proto::position::{POSITION_HEADER, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::Revision;
 use opa_hub_proto::sse::{self, Decoder, Message};
 use reqwest::header::ETAG;
-use reqwest::{Client, Response, StatusCode, Url};
+use reqwest::{Client, RequestBuilder, Response, StatusCode, Url};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::archive::Chunks;
-use crate::config::{HUB_ANSWER, POLICY_BUNDLE_BYTES_MAX, RETRY_FIRST, RETRY_MAX, STREAM_SILENCE};
+use crate::config::{
+    FRESH_ANSWER, HUB_ANSWER, POLICY_BUNDLE_BYTES_MAX, RETRY_FIRST, RETRY_MAX, STREAM_SILENCE,
+};
 
 /// Why the hub gave nothing. Each is tried again, on the next hub.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +41,15 @@ pub enum Error {
         /// The hub's words.
         message: String,
     },
+    /// What it has is older than what OPA holds.
+    #[error("it would take OPA back in time: {0}")]
+    Lags(String),
+    /// It has not heard its source for a while, and another hub has.
+    #[error("the hub is cut off, and another is not: {0}")]
+    Stale(String),
+    /// It stops.
+    #[error("the hub stops")]
+    Stops,
     /// The stream does not follow its format.
     #[error("the stream cannot be read: {0}")]
     Stream(#[from] sse::Error),
@@ -71,6 +83,14 @@ pub struct PolicyBundle {
     pub archive: bytes::Bytes,
 }
 
+/// An archive on its way.
+pub struct Archive {
+    /// What it holds.
+    pub chunks: Chunks,
+    /// As of when.
+    pub position: Position,
+}
+
 /// A stream that is open.
 pub struct Stream {
     response: Response,
@@ -102,23 +122,43 @@ impl Hubs {
         self.pause = RETRY_FIRST;
     }
 
+    /// Moves on to the next hub.
+    pub fn move_on(&mut self) {
+        self.current = (self.current + 1) % self.urls.len();
+    }
+
+    /// Moves to a hub that hears its source, if there is one. Behind one address there may be several.
+    pub async fn move_to_fresh(&mut self) -> bool {
+        for step in 1..=self.urls.len() {
+            let at = (self.current + step) % self.urls.len();
+            let mut url = self.urls[at].join("readyz").expect("a path of our own");
+            url.query_pairs_mut().append_pair("bundle", &self.bundle);
+            let answer = self.client.get(url).timeout(FRESH_ANSWER).send().await;
+            if answer.is_ok_and(|answer| answer.status().is_success()) {
+                self.current = at;
+                return true;
+            }
+        }
+        false
+    }
+
     /// Moves on to the next hub, after a pause.
     pub async fn fail_over(&mut self) {
-        self.current = (self.current + 1) % self.urls.len();
+        self.move_on();
         tokio::time::sleep(self.pause.mul_f64(fastrand::f64())).await;
         self.pause = (self.pause * 2).min(RETRY_MAX);
     }
 
     /// The archive of all data.
-    pub async fn data(&self) -> Result<Chunks, Error> {
+    pub async fn data(&self) -> Result<Archive, Error> {
         let request = self.client.get(self.url("/data"));
-        self.send("the data", request).await.map(chunks)
+        self.send("the data", request).await.map(archive)
     }
 
     /// The archive of all data and all modules.
-    pub async fn whole(&self) -> Result<Chunks, Error> {
+    pub async fn whole(&self) -> Result<Archive, Error> {
         let request = self.client.get(self.url(""));
-        self.send("the bundle", request).await.map(chunks)
+        self.send("the bundle", request).await.map(archive)
     }
 
     /// The newest policy bundle.
@@ -137,17 +177,17 @@ impl Hubs {
         Ok(PolicyBundle { etag, archive: archive.into() })
     }
 
-    /// The archive of what `held` lacks.
-    pub async fn reconcile(&self, held: &Reconcile) -> Result<Chunks, Error> {
+    /// The archive of what `held` lacks, which is as of `position`.
+    pub async fn reconcile(&self, held: &Reconcile, position: &Position) -> Result<Archive, Error> {
         let body = serde_json::to_vec(held).expect("a request has text keys only");
-        let request = self.client.post(self.url("/reconcile")).body(body);
-        self.send("a reconcile request", request).await.map(chunks)
+        let request = at(self.client.post(self.url("/reconcile")).body(body), position);
+        self.send("a reconcile request", request).await.map(archive)
     }
 
-    /// The stream from `held` on; none when the hub does not know it.
-    pub async fn stream(&self, held: Revision) -> Result<Option<Stream>, Error> {
+    /// The stream from `held` on, which is as of `position`; none when the hub does not know it.
+    pub async fn stream(&self, held: Revision, position: &Position) -> Result<Option<Stream>, Error> {
         let request = self.client.get(self.url("/stream")).header("last-event-id", held.to_string());
-        match self.send("the stream", request).await {
+        match self.send("the stream", at(request, position)).await {
             Ok(response) => {
                 Ok(Some(Stream { response, decoder: Decoder::new(FRAME_BYTES_MAX), heard: Instant::now() }))
             }
@@ -165,7 +205,7 @@ impl Hubs {
         url
     }
 
-    async fn send(&self, what: &str, request: reqwest::RequestBuilder) -> Result<Response, Error> {
+    async fn send(&self, what: &str, request: RequestBuilder) -> Result<Response, Error> {
         let response = tokio::time::timeout(HUB_ANSWER, request.send());
         let response = response.await.map_err(|_| Error::Silent(HUB_ANSWER))??;
         let status = response.status();
@@ -173,6 +213,9 @@ impl Hubs {
             return Ok(response);
         }
         let message = in_time(response.text()).await.unwrap_or_default();
+        if status == StatusCode::PRECONDITION_FAILED {
+            return Err(Error::Lags(message.trim().to_owned()));
+        }
         Err(Error::Refused { what: what.to_owned(), status, message: message.trim().to_owned() })
     }
 }
@@ -214,6 +257,18 @@ impl Stream {
             }
         }
     }
+}
+
+/// Says what must not be taken back.
+fn at(request: RequestBuilder, position: &Position) -> RequestBuilder {
+    if position.is_empty() { request } else { request.header(POSITION_HEADER, position.to_string()) }
+}
+
+fn archive(response: Response) -> Archive {
+    let position = response.headers().get(POSITION_HEADER).and_then(|position| position.to_str().ok());
+    // A hub that says none keeps nobody from anything.
+    let position = position.and_then(|position| position.parse().ok()).unwrap_or_default();
+    Archive { position, chunks: chunks(response) }
 }
 
 /// Hands the body on, one chunk ahead.

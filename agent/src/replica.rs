@@ -16,17 +16,18 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, POLICY_EVENT, Policy};
+use opa_hub_proto::position::Position;
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, modules_digest};
-use opa_hub_proto::sse::Message;
+use opa_hub_proto::sse::{GO, Message, STALE};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::apply::{self, Applier, Modules};
-use crate::archive::{self, Chunks};
-use crate::config::{Delivery, OPA_POLL, RETRY_FIRST, RETRY_MAX};
+use crate::archive;
+use crate::config::{Delivery, FRESH_LOOK, FRESH_LOOK_MAX, LAG_MAX, OPA_POLL, RETRY_FIRST, RETRY_MAX};
 use crate::local::Local;
 use crate::marker::Marker;
-use crate::pull::{self, Hubs, PolicyBundle, Stream};
+use crate::pull::{self, Archive, Hubs, PolicyBundle, Stream};
 use crate::status::Status;
 use crate::{config, opa};
 
@@ -39,6 +40,10 @@ pub struct Replica {
     status: Status,
     /// OPA refused data: a package that goes may lie where it comes.
     modules_first: bool,
+    /// Since when every hub is behind what OPA holds.
+    lags: Option<Instant>,
+    /// When a hub that hears its source is looked for, and how long after that again.
+    look: (Instant, Duration),
 }
 
 /// What ends a session.
@@ -114,6 +119,8 @@ impl Replica {
             local,
             status,
             modules_first: false,
+            lags: None,
+            look: (Instant::now(), FRESH_LOOK),
         })
     }
 
@@ -136,7 +143,17 @@ impl Replica {
                     tracing::warn!("{trouble}");
                     tokio::time::sleep(RETRY_FIRST).await;
                 }
+                Trouble::Hub(error @ pull::Error::Stale(_)) => {
+                    tracing::warn!(to = %self.hubs.current(), %error, "moving");
+                }
+                Trouble::Hub(error @ pull::Error::Stops) => {
+                    tracing::info!(hub = %self.hubs.current(), %error, "moving on");
+                    self.hubs.move_on();
+                }
                 Trouble::Hub(error) => {
+                    if let pull::Error::Lags(_) = error {
+                        self.lags.get_or_insert_with(Instant::now);
+                    }
                     tracing::warn!(hub = %self.hubs.current(), %error, "no stream");
                     self.hubs.fail_over().await;
                 }
@@ -167,6 +184,12 @@ impl Replica {
         let mut found = self.applier.opa.marker(&self.applier.bundle).await?;
         if let Some(marker) = &mut found {
             trust.apply(marker);
+            if self.lags.is_some_and(|since| since.elapsed() > LAG_MAX) {
+                tracing::warn!(
+                    "no hub is as new as what OPA holds: the source went back, and OPA goes with it"
+                );
+                marker.position = Position::default();
+            }
         }
         let whole = found.as_ref().filter(|marker| self.believed(marker).is_some());
         self.status.with(|state| {
@@ -184,17 +207,17 @@ impl Replica {
                 None => self.reconcile(marker).await?,
             },
         };
-        let mut stream = self.hubs.stream(held.revision()).await?;
+        let mut stream = self.hubs.stream(held.revision(), &held.marker.position).await?;
         for _ in 0..RECONCILES_MAX {
             if stream.is_none() {
                 held = self.reconcile(held.marker).await?;
-                stream = self.hubs.stream(held.revision()).await?;
+                stream = self.hubs.stream(held.revision(), &held.marker.position).await?;
             }
         }
         // A hub that does not know what it gave us a moment ago: after a pause, another.
         let stream = stream.ok_or(pull::Error::Closed)?;
         self.hubs.settle();
-        self.modules_first = false;
+        (self.modules_first, self.lags) = (false, None);
         tracing::info!(hub = %self.hubs.current(), revision = %held.revision(), "following");
         self.status.with(|state| (state.unconnected, state.failure) = (None, None));
         self.follow(stream, held).await
@@ -221,11 +244,18 @@ impl Replica {
                                 self.note(&held);
                             }
                         }
+                        Message::Comment(words) if words.starts_with(GO) => {
+                            return Err(pull::Error::Stops.into());
+                        }
                         // This was all, so far, and these policies are not what OPA is offered.
-                        Message::Comment if !self.is_offered(held.modules) => {
+                        Message::Comment(_) if !self.is_offered(held.modules) => {
                             return Err(pull::Error::Moved.into());
                         }
-                        Message::Comment => self.note(&held),
+                        Message::Comment(words) => {
+                            self.note(&held);
+                            self.note_freshness(&words).await?;
+                            stream.heard_now();
+                        }
                     }
                 }
                 _ = poll.tick() => {
@@ -236,6 +266,28 @@ impl Replica {
                 }
             }
         }
+    }
+
+    /// A hub that has not heard its source for a while says so. Whoever hears it is better; where there is nobody, what it
+    /// says is the best there is.
+    async fn note_freshness(&mut self, words: &str) -> Result<(), pull::Error> {
+        let Some(words) = words.strip_prefix(STALE) else {
+            self.status.with(|state| state.stale = None);
+            self.look = (Instant::now(), FRESH_LOOK);
+            return Ok(());
+        };
+        let words = words.trim().to_owned();
+        let now = Instant::now();
+        self.status.with(|state| {
+            let since = state.stale.take().map_or(now, |(since, _)| since);
+            state.stale = Some((since, words.clone()));
+        });
+        let (at, pause) = self.look;
+        if now < at {
+            return Ok(());
+        }
+        self.look = (now + pause.mul_f64(0.5 + fastrand::f64()), (pause * 2).min(FRESH_LOOK_MAX));
+        if self.hubs.move_to_fresh().await { Err(pull::Error::Stale(words)) } else { Ok(()) }
     }
 
     async fn apply(&mut self, held: &mut Held, event: &str, data: &[u8]) -> Result<(), Trouble> {
@@ -252,6 +304,7 @@ impl Replica {
                 if policy.from != held.modules {
                     return Err(apply::Error::NotHeld { from: policy.from, held: held.modules }.into());
                 }
+                held.marker.position = policy.position;
                 match self.delivery {
                     Delivery::Rest => {
                         held.modules = policy.to;
@@ -300,7 +353,7 @@ impl Replica {
         };
         let dirs = marker.dirs().map(|(dir, digest)| (dir.clone(), digest)).collect();
         let request = Reconcile { dirs, modules, reads: marker.reads.clone() };
-        let archive = self.hubs.reconcile(&request).await?;
+        let archive = self.hubs.reconcile(&request, &marker.position).await?;
         let held = self.take_archive(Some(&marker), archive).await?;
         self.status.with(|state| state.done.reconciles += 1);
         tracing::info!(revision = %held.revision(), took = ?started.elapsed(), "reconciled OPA");
@@ -308,9 +361,10 @@ impl Replica {
     }
 
     /// Data first, then the policies that may read it.
-    async fn take_archive(&mut self, marker: Option<&Marker>, archive: Chunks) -> Result<Held, Trouble> {
-        let mut pieces = archive::read(archive);
-        let (marker, found) = self.applier.archive(marker, self.modules_first, &mut pieces).await?;
+    async fn take_archive(&mut self, marker: Option<&Marker>, archive: Archive) -> Result<Held, Trouble> {
+        let Archive { chunks, position } = archive;
+        let mut pieces = archive::read(chunks);
+        let (marker, found) = self.applier.archive(marker, self.modules_first, position, &mut pieces).await?;
         let mut held = Held { marker, modules: modules_digest([]), refused: BTreeMap::new() };
         match self.delivery {
             Delivery::Rest => self.take_modules(&mut held, found).await?,

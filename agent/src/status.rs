@@ -26,6 +26,8 @@ pub struct State {
     pub activated: Option<Digest>,
     /// Since when there is no stream; none while there is one.
     pub unconnected: Option<Instant>,
+    /// Since when the hub has not heard its source, in its words.
+    pub stale: Option<(Instant, String)>,
     /// Modules that OPA refuses, with its words.
     pub refused: BTreeMap<String, String>,
     /// The failure that is being waited out.
@@ -71,6 +73,7 @@ impl Status {
             held: None,
             activated: None,
             unconnected: Some(Instant::now()),
+            stale: None,
             refused: BTreeMap::new(),
             failure: None,
             done: Done::default(),
@@ -110,6 +113,8 @@ impl State {
         if let Some(silent) = silent.filter(|silent| *silent > self.grace) {
             because.push(format!("no stream from the hub for {} s", silent.as_secs()));
         }
+        let stale = self.stale.as_ref().filter(|(since, _)| since.elapsed() > self.grace);
+        because.extend(stale.map(|(_, words)| format!("what the hub says may be old: {words}")));
         because.extend(self.refused.iter().map(|(id, message)| format!("OPA refuses {id}: {message}")));
         if !because.is_empty() {
             because.extend(self.failure.clone());

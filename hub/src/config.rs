@@ -78,10 +78,18 @@ pub const DRAIN: Duration = Duration::from_secs(5);
 pub const RETRY: Duration = Duration::from_millis(500);
 /// … up to this.
 pub const RETRY_MAX: Duration = Duration::from_secs(30);
-/// A watch that came back says so only with the next event; quiet for this long, it is taken to work.
-pub const WATCH_SETTLED: Duration = Duration::from_secs(5);
-/// A watch is renewed this often, which is also how soon a connection that died in silence is noticed. Seconds.
-pub const WATCH_SECONDS: u32 = 60;
+/// A watch is renewed this often, which proves that the source is there; silence beyond is a connection that died.
+/// Seconds.
+pub const WATCH_SECONDS: u32 = 20;
+/// A list by watch gets this long: 150,000 pods take an API server two minutes. Seconds.
+pub const LIST_SECONDS: u32 = 300;
+/// A server answers a list's page or a watch within this time, or is taken to be gone.
+pub const SOURCE_ANSWER: Duration = Duration::from_secs(30);
+/// Objects of one page of a list: what client-go asks for.
+pub const LIST_PAGE: u32 = 500;
+/// A source that was not heard for this long may have gone on without us: its watches are renewed sooner than that.
+pub const STALE_AFTER: Duration = Duration::from_secs(30);
+const _: () = assert!(STALE_AFTER.as_secs() > WATCH_SECONDS as u64);
 
 /// How often all modules are compiled at most to find out whose change breaks them: about 1 s of OPA with a hundred
 /// modules, after which newer edits have their turn.

@@ -120,7 +120,7 @@ impl Documents {
         if let Some(file) = &mut self.file {
             file.look();
         }
-        for change in self.source.take(usize::MAX) {
+        for change in self.source.take(usize::MAX).changes {
             match change {
                 Change::Put(_, object) => _ = self.objects.insert(object.key.name.to_string(), object),
                 Change::Remove(_, key) => _ = self.objects.remove(&*key.name),

@@ -111,6 +111,10 @@ pub struct Object {
     pub json: Bytes,
 }
 
+/// How far a watch is: all that happened up to then was said. Comparable within one resource (KEP-5504).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Version(pub u64);
+
 /// What a source says of one watch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Event {
@@ -124,6 +128,8 @@ pub enum Event {
     InitDone,
     /// It cannot be had now: who can do without need not wait.
     Unavailable,
+    /// Nothing is new.
+    Quiet,
 }
 
 /// What an event changed.
@@ -206,6 +212,20 @@ impl Feed {
     /// Whether one watch serves both.
     pub fn selects_as(&self, other: &Self) -> bool {
         (&self.resource, &self.scope, &self.labels) == (&other.resource, &other.scope, &other.labels)
+    }
+
+    /// What it is called in a position: the same, however it selects.
+    pub fn position_name(&self) -> String {
+        let content = match &self.content {
+            Content::Policies => "policies",
+            Content::Data => "data",
+            Content::Bundles => "bundles",
+            Content::Resource(place) => place.as_str(),
+        };
+        match &self.scope {
+            Scope::Namespace(namespace) => format!("{content} in {namespace}"),
+            Scope::Cluster | Scope::Namespaces { .. } => content.to_owned(),
+        }
     }
 
     /// Where its objects lie, if they are replicated.

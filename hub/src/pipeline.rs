@@ -2,11 +2,12 @@
 //! for all of it, so that a lone change travels at once and a storm is merged. Policies are checked beside it: data
 //! never waits for a compiler.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use opa_hub_proto::path::DirPath;
+use opa_hub_proto::position::Position;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
@@ -18,7 +19,7 @@ use crate::bundle::spec::Spec;
 use crate::bundle::view::{Batch, Changed, View};
 use crate::bundle::{Bundle, Reading};
 use crate::config::{CHECK_RETRY, COMMIT_EVENTS_MAX, NARROW_AFTER};
-use crate::model::{Change, Content, Feed, FeedId, Scope};
+use crate::model::{Change, Content, Feed, FeedId, Scope, Version};
 use crate::policy::analyze::{self, Reads};
 use crate::policy::candidates::LastGood;
 use crate::policy::check::{self, Compiler, Modules};
@@ -26,7 +27,7 @@ use crate::policy::settle::{Candidates, Outcome, Selection, settle};
 use crate::policy::verdict::Fault;
 use crate::readiness::Readiness;
 use crate::source::auto::Auto;
-use crate::store::{Store, Subscription};
+use crate::store::{Store, Subscription, Taken};
 
 /// What [`Readiness`] calls the policies.
 pub const POLICIES: &str = "policies checked";
@@ -188,6 +189,8 @@ pub struct Pipeline {
     batch: Batch,
     view: View,
     log: Log,
+    /// How far each feed is in what the next edition says.
+    versions: BTreeMap<FeedId, Version>,
     bundle: Arc<Bundle>,
     readiness: Readiness,
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
@@ -246,6 +249,7 @@ impl Pipeline {
             feeds: spec.feeds.clone(),
             batch: Batch::default(),
             log: Log::default(),
+            versions: BTreeMap::new(),
             bundle,
             readiness,
             jobs,
@@ -340,14 +344,34 @@ impl Pipeline {
         }
     }
 
-    /// Takes what changed into the batch.
-    fn take(&mut self) {
-        for change in self.source.take(COMMIT_EVENTS_MAX) {
+    /// Takes what changed into the batch. Says how far each feed is with that, where nothing is left to take.
+    fn take(&mut self) -> Option<BTreeMap<FeedId, Version>> {
+        let Taken { changes, position } = self.source.take(COMMIT_EVENTS_MAX);
+        for change in changes {
             let (Change::Put(id, _) | Change::Remove(id, _)) = &change;
             if !self.projection.is_closed(*id) {
                 self.projection.apply(change, &mut self.batch);
             }
         }
+        position
+    }
+
+    /// What was heard of policies counts once they were checked.
+    fn advance(&mut self, mut versions: BTreeMap<FeedId, Version>) {
+        if !self.projection.is_settled() {
+            let is_policies = |id: &FeedId| self.feeds[id.0].content == Content::Policies;
+            versions.retain(|id, _| !is_policies(id));
+            versions.extend(self.versions.iter().filter(|(id, _)| is_policies(id)));
+        }
+        self.versions = versions;
+    }
+
+    fn position(&self) -> Position {
+        let mut position = Position::default();
+        for (id, Version(version)) in &self.versions {
+            position.heard(self.feeds[id.0].position_name(), *version);
+        }
+        position
     }
 
     fn open(&mut self, feed: &Feed) {
@@ -388,13 +412,16 @@ impl Pipeline {
             self.project_all();
             self.stage = Stage::Checking;
         }
-        self.take();
+        let versions = self.take();
         if !self.opening.is_empty() && self.source.is_settled() {
             self.opening.clear();
         }
         if let Some(candidates) = self.projection.job() {
             // The checker ends with the hub only.
             _ = self.jobs.send(candidates);
+        }
+        if let Some(versions) = versions {
+            self.advance(versions);
         }
         self.bundle.verdicts.take(self.projection.told());
         self.bundle.set_problems(self.projection.problems());
@@ -410,7 +437,7 @@ impl Pipeline {
         self.stage = Stage::Live;
         let before = self.view.revision;
         match self.view.apply(std::mem::take(&mut self.batch)) {
-            None if !is_first => return,
+            None if !is_first => return self.bundle.set_position(&self.position()),
             None => {}
             Some((view, changed)) => {
                 tracing::debug!(bundle = self.bundle.name, revision = %view.revision, keys = changed.len(), "new view");
@@ -432,7 +459,9 @@ impl Pipeline {
                 "ready"
             );
         }
-        self.bundle.publish(self.view.clone(), self.log.clone());
+        let position = self.position();
+        self.bundle.publish(self.view.clone(), self.log.clone(), position.clone());
+        self.bundle.set_position(&position);
     }
 
     fn count(&self, changed: &Changed) {

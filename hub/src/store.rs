@@ -5,14 +5,17 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::Instant;
 
-use crate::config::COMMIT_EVENTS_MAX;
-use crate::model::{Change, Content, Event, Feed, FeedId, Object, ObjectKey, WatchId};
+use crate::config::{COMMIT_EVENTS_MAX, STALE_AFTER};
+use crate::model::{Change, Content, Event, Feed, FeedId, Object, ObjectKey, Version, WatchId};
 use crate::readiness::Readiness;
+use crate::source::Told;
 
 /// The watches that somebody needs now, each as the first of its feeds says it.
 pub type Wanted = watch::Receiver<BTreeMap<WatchId, Feed>>;
@@ -39,6 +42,15 @@ pub struct Counters {
     pub events: AtomicU64,
     /// Objects that exist.
     pub objects: AtomicU64,
+    heard: Mutex<Option<Instant>>,
+}
+
+/// What changed for a subscriber.
+pub struct Taken {
+    /// Each object as it is now.
+    pub changes: Vec<Change>,
+    /// How far each feed is with that, where its source can tell; none: there is more to take.
+    pub position: Option<BTreeMap<FeedId, Version>>,
 }
 
 /// One watch.
@@ -50,6 +62,8 @@ struct Live {
     listed: bool,
     /// It was listed, or cannot be had.
     settled: bool,
+    /// How far it is.
+    version: Option<Version>,
     counters: Arc<Counters>,
     /// Whose feeds it serves.
     readers: Vec<(usize, FeedId)>,
@@ -84,16 +98,16 @@ impl Store {
     }
 
     /// Takes events until the sources are gone. Blocks its thread.
-    pub fn run(&self, mut events: mpsc::Receiver<(WatchId, Event)>) {
+    pub fn run(&self, mut events: mpsc::Receiver<Told>) {
         let mut waiting = Vec::new();
         while futures::executor::block_on(events.recv_many(&mut waiting, COMMIT_EVENTS_MAX)) > 0 {
-            waiting.drain(..).for_each(|(id, event)| self.apply(id, event));
+            waiting.drain(..).for_each(|told| self.apply(told));
         }
     }
 
     /// Takes one event. Objects that a list no longer names are removed at its end, not before: readers keep what they
     /// had (I5). What nobody wants any more is passed over.
-    pub fn apply(&self, id: WatchId, event: Event) {
+    pub fn apply(&self, (id, event, version): Told) {
         let mut state = self.state();
         let State { watches, inboxes, .. } = &mut *state;
         let Some(live) = watches.get_mut(&id) else { return };
@@ -101,6 +115,7 @@ impl Store {
         if event == Event::InitDone {
             self.readiness.ready(&live.feed.to_string());
         }
+        let advances = live.hear(&event, version);
         let changed = live.take(event);
         live.counters.objects.store(live.objects.len() as u64, Ordering::Relaxed);
         for (reader, feed) in &live.readers {
@@ -108,7 +123,7 @@ impl Store {
             for key in &changed {
                 inbox.tell(*feed, key);
             }
-            if is_end || !changed.is_empty() {
+            if is_end || advances || !changed.is_empty() {
                 inbox.news.notify_one();
             }
         }
@@ -150,9 +165,24 @@ impl Live {
             listing: None,
             listed: false,
             settled: false,
+            version: None,
             counters: Arc::default(),
             readers: Vec::new(),
         }
+    }
+
+    /// Whether it is further now. A list is not, before its end.
+    fn hear(&mut self, event: &Event, version: Option<Version>) -> bool {
+        if matches!(event, Event::Init | Event::Unavailable) {
+            return false;
+        }
+        *self.counters.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        let lists = self.listing.is_some() && *event != Event::InitDone;
+        let advances = !lists && version.is_some() && version != self.version;
+        if advances {
+            self.version = version;
+        }
+        advances
     }
 
     /// The objects of which something changed.
@@ -165,6 +195,7 @@ impl Live {
                 self.settled = true;
                 Vec::new()
             }
+            Event::Quiet => Vec::new(),
             Event::Init => {
                 self.listing = Some(HashSet::new());
                 Vec::new()
@@ -201,6 +232,14 @@ impl Live {
                 gone
             }
         }
+    }
+}
+
+impl Counters {
+    /// For how long nothing was heard, where that is too long to trust what was heard before.
+    pub fn stale(&self) -> Option<Duration> {
+        let heard = *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.map(|heard| heard.elapsed()).filter(|silent| *silent > STALE_AFTER)
     }
 }
 
@@ -267,14 +306,19 @@ impl Subscription {
         self.news.notified().await;
     }
 
-    /// What changed since the last call, so many at most; each object as it is now.
-    pub fn take(&self, max: usize) -> Vec<Change> {
+    /// What changed since the last call, so many at most.
+    pub fn take(&self, max: usize) -> Taken {
         let mut state = self.store.state();
         let State { watches, inboxes, .. } = &mut *state;
-        let Some(inbox) = inboxes.get_mut(&self.id) else { return Vec::new() };
         let mut changes = Vec::new();
+        let Some(inbox) = inboxes.get_mut(&self.id) else { return Taken { changes, position: None } };
         while changes.len() < max {
-            let Some(changed) = inbox.changed.pop_front() else { return changes };
+            let Some(changed) = inbox.changed.pop_front() else {
+                let live = |watch| watches.get(watch).and_then(|live| live.version);
+                let position =
+                    inbox.feeds.iter().filter_map(|(id, (watch, _))| Some((*id, live(watch)?))).collect();
+                return Taken { changes, position: Some(position) };
+            };
             inbox.waiting.remove(&changed);
             let (feed, key) = changed;
             let live = inbox.feeds.get(&feed).and_then(|(watch, _)| watches.get(watch));
@@ -284,7 +328,7 @@ impl Subscription {
             });
         }
         inbox.news.notify_one();
-        changes
+        Taken { changes, position: None }
     }
 
     /// Whether every feed was listed once.
@@ -376,7 +420,7 @@ mod tests {
                 Some((name, value)) => Event::Apply(Object { key: key(name), json: value.to_owned().into() }),
                 None => Event::Delete(key(word.trim_start_matches('-'))),
             };
-            store.apply(id, event);
+            store.apply((id, event, None));
         }
     }
 
@@ -385,7 +429,7 @@ mod tests {
             Change::Put(_, object) => format!("{}={}", object.key, String::from_utf8_lossy(&object.json)),
             Change::Remove(_, key) => format!("-{key}"),
         };
-        subscription.take(usize::MAX).into_iter().map(said).collect::<Vec<_>>().join(" ")
+        subscription.take(usize::MAX).changes.into_iter().map(said).collect::<Vec<_>>().join(" ")
     }
 
     /// Runs a script of words (`[` a list begins, `]` it is complete, `a=1` an object, `-a` a delete), taking what

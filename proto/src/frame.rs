@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::path::DirPath;
+use crate::position::Position;
 use crate::revision::{Digest, Revision};
 
 /// Bytes of one frame at most. An agent buffers a frame whole, so this bounds its memory; the hub lets an agent
@@ -19,6 +20,9 @@ pub struct Delta<'a> {
     pub from: Digest,
     /// Data digest that it holds afterwards.
     pub to: Digest,
+    /// How far the hub had heard its source by then.
+    #[serde(default, skip_serializing_if = "Position::is_empty")]
+    pub position: Position,
     /// New directories outside the replicated resources: to be made, with their parents, before the patch.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ensure: Vec<DirPath>,
@@ -41,6 +45,9 @@ pub struct Policy {
     pub from: Digest,
     /// Modules digest that it holds afterwards.
     pub to: Digest,
+    /// How far the hub had heard its source by then.
+    #[serde(default, skip_serializing_if = "Position::is_empty")]
+    pub position: Position,
     /// Texts to put, by module id.
     pub put: BTreeMap<String, String>,
     /// Ids to remove.
@@ -83,7 +90,7 @@ mod tests {
             let digest = Digest::of(b"x");
             let patch = RawValue::from_string(r#"[{"op":"remove","path":"/a/b/c"}]"#.into()).unwrap();
             let delta = Delta {
-                from: digest, to: digest, ensure: vec!["/a".parse().unwrap()],
+                from: digest, to: digest, position: Position::default(), ensure: vec!["/a".parse().unwrap()],
                 dirs: BTreeMap::from([("/a/b".parse().unwrap(), Some(digest))]), narrows: false, ops: 1, patch: &patch,
             };
             let mut bytes = serde_json::to_vec(&delta).unwrap();

@@ -20,6 +20,8 @@
 
 pub mod revision;
 
+pub mod position;
+
 pub mod path;
 
 pub mod patch;

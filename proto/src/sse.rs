@@ -1,10 +1,15 @@
 //! Reads `text/event-stream` (WHATWG HTML §9.2) from chunks of any size, holding one event at most.
 
+/// A comment that begins like this: the hub has not heard its source for so long. Its head may be old.
+pub const STALE: &str = "stale";
+/// A comment that begins like this: the hub stops, and another one should be asked at once.
+pub const GO: &str = "go";
+
 /// One event, or a comment line, which the hub sends as its heartbeat.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Message {
-    /// A line that began with a colon: the peer is alive.
-    Comment,
+    /// A line that began with a colon: the peer is alive. What it says beside.
+    Comment(String),
     /// A dispatched event.
     Event {
         /// The `id` field: the revision after the event.
@@ -25,8 +30,8 @@ pub enum Error {
         /// The bound that was passed.
         max: usize,
     },
-    /// A name or id that is not UTF-8.
-    #[error("an event whose id or name is not UTF-8")]
+    /// A name, id or comment that is not UTF-8.
+    #[error("an event whose id or name, or a comment, is not UTF-8")]
     NotText,
 }
 
@@ -90,7 +95,7 @@ impl Decoder {
                     event: std::mem::take(&mut self.event),
                     data: std::mem::take(&mut self.data),
                 }),
-                b"" => Some(Message::Comment),
+                b"" => Some(Message::Comment(text(value)?)),
                 b"id" => {
                     self.id = text(value)?;
                     None
@@ -161,12 +166,15 @@ mod tests {
         Message::Event { id: id.into(), event: event.into(), data: data.into() }
     }
 
+    fn comment(text: &str) -> Message {
+        Message::Comment(text.into())
+    }
+
     #[test]
     fn reads_events_comments_and_odd_lines() {
         let stream =
             b": hello\n\nid: 1\nevent: delta\ndata: {}\n\ndata:a\r\ndata: b\r\n\r\nretry: 5\nnonsense\n\n:\n";
-        let expected =
-            vec![Message::Comment, event("1", "delta", "{}"), event("1", "", "a\nb"), Message::Comment];
+        let expected = vec![comment("hello"), event("1", "delta", "{}"), event("1", "", "a\nb"), comment("")];
         assert_eq!(read(&[stream], 100), Ok(expected));
     }
 

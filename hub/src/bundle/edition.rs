@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
+use opa_hub_proto::position::Position;
 use opa_hub_proto::reconcile::{READS_BYTES_MAX, READS_MAX, Reconcile};
 use opa_hub_proto::revision::{Digest, Hasher, Revision};
 use tokio::sync::{OnceCell, watch};
@@ -52,6 +53,8 @@ pub struct Bundle {
     pub name: String,
     head: watch::Sender<Option<Arc<Edition>>>,
     paced: watch::Sender<Option<Arc<Edition>>>,
+    /// How far the source was heard, also where that changed nothing.
+    position: Arc<Mutex<Position>>,
     problems: Mutex<Arc<[Problem]>>,
     /// What of replicated objects travels, and because of whom.
     reading: Arc<Mutex<Arc<Reading>>>,
@@ -108,6 +111,8 @@ pub struct Edition {
     pub view: View,
     /// When it was published.
     pub published: SystemTime,
+    /// How far the source had been heard by then.
+    pub position: Position,
     bundle: String,
     log: Log,
     frames: Mutex<HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>>,
@@ -174,6 +179,7 @@ impl Bundle {
             name,
             head: watch::Sender::new(None),
             paced: watch::Sender::new(None),
+            position: Arc::default(),
             problems: Mutex::default(),
             reading: Arc::default(),
             feeds: Feeds::default(),
@@ -188,8 +194,9 @@ impl Bundle {
     /// A part of it that has nothing to serve yet.
     pub(super) fn part(&self) -> Self {
         let (objects, counters) = (Arc::clone(&self.objects), Arc::clone(&self.counters));
-        let reading = Arc::clone(&self.reading);
-        Self { reading, objects, counters, ..Self::new(self.name.clone(), None) }
+        let (reading, position) = (Arc::clone(&self.reading), Arc::clone(&self.position));
+        let feeds = self.feeds.clone();
+        Self { position, reading, feeds, objects, counters, ..Self::new(self.name.clone(), None) }
     }
 
     /// What whoever asks from `namespace` gets.
@@ -213,7 +220,7 @@ impl Bundle {
     }
 
     /// Makes `view` the newest edition.
-    pub fn publish(&self, view: View, log: Log) {
+    pub fn publish(&self, view: View, log: Log, position: Position) {
         self.counters.view_changes.fetch_add(1, Ordering::Relaxed);
         let before = self.head.borrow().clone();
         // A part that did not change keeps its archive.
@@ -224,6 +231,7 @@ impl Bundle {
         let edition = Edition {
             view,
             published: SystemTime::now(),
+            position,
             bundle: self.name.clone(),
             log,
             frames: Mutex::default(),
@@ -236,8 +244,23 @@ impl Bundle {
         let edition = Arc::new(edition);
         self.head.send_replace(Some(Arc::clone(&edition)));
         if let Some(scopes) = &self.scopes {
-            scopes.follow(&edition.view, edition.log.last());
+            scopes.follow(&edition);
         }
+    }
+
+    /// Its editions are as of this position from now on.
+    pub fn set_position(&self, position: &Position) {
+        position.clone_into(&mut self.position.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// How far the source was heard.
+    pub fn position(&self) -> Position {
+        self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What was not heard here yet of what somebody was told elsewhere: see [`Position::lacks`].
+    pub fn lacks<'a>(&self, other: &'a Position) -> Option<(&'a str, u64, u64)> {
+        self.position.lock().unwrap_or_else(PoisonError::into_inner).lacks(other)
     }
 
     /// What is refused from now on.
@@ -332,7 +355,7 @@ impl Edition {
             Arc::clone(frames.entry(held).or_default())
         };
         let frame = cell.get_or_init(|| {
-            let frame = frame::encode(&self.view, &self.log, held);
+            let frame = frame::encode(&self.view, &self.log, &self.position, held);
             self.counters.frame_encodes.fetch_add(u64::from(frame.is_some()), Ordering::Relaxed);
             frame
         });

@@ -2,13 +2,28 @@
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::model::FeedId;
 use crate::store;
 
-/// By feed; none: it ended.
-#[derive(Default)]
-pub struct Feeds(Mutex<Vec<Option<Arc<Feed>>>>);
+/// By feed; none: it ended. Cloning shares them.
+#[derive(Clone, Default)]
+pub struct Feeds(Arc<Mutex<Vec<Option<Arc<Feed>>>>>);
+
+/// A feed whose source was not heard for too long.
+pub struct Stale {
+    /// Its name.
+    pub feed: String,
+    /// Since so long.
+    pub silent: Duration,
+}
+
+impl std::fmt::Display for Stale {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} was not heard for {} s", self.feed, self.silent.as_secs())
+    }
+}
 
 /// One feed.
 pub struct Feed {
@@ -24,6 +39,15 @@ impl Feeds {
     /// The feeds that there are.
     pub fn list(&self) -> Vec<Arc<Feed>> {
         self.with(|feeds| feeds.iter().flatten().cloned().collect())
+    }
+
+    /// The feed whose source was silent for longest, where that is too long to trust what it said.
+    pub fn stale(&self) -> Option<Stale> {
+        let feeds = self.list();
+        let stale = feeds
+            .iter()
+            .filter_map(|feed| Some(Stale { silent: feed.watch.stale()?, feed: feed.name.clone() }));
+        stale.max_by_key(|stale| stale.silent)
     }
 
     /// The feed `id`, if it goes on.

@@ -6,16 +6,17 @@ use bytes::Bytes;
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX, POLICY_EVENT, Policy, write_event};
 use opa_hub_proto::patch::PatchWriter;
 use opa_hub_proto::path::DirPath;
+use opa_hub_proto::position::Position;
 use opa_hub_proto::revision::{Digest, Revision};
 use serde_json::value::RawValue;
 
 use super::log::{Log, Since};
 use super::view::View;
 
-/// The events that lead from `from` to `view`: data first, then the modules that may read it. None when the log no
+/// The events that lead from `from` to `view`, which is as of `position`: data first, then the modules that may read it. None when the log no
 /// longer reaches back to `from`, when the events are larger than an agent may hold, or when the modules at `from` read
 /// fields that are gone (I10): reconcile then.
-pub fn encode(view: &View, log: &Log, from: Revision) -> Option<Bytes> {
+pub fn encode(view: &View, log: &Log, position: &Position, from: Revision) -> Option<Bytes> {
     let mut out = Vec::new();
     let mut held = from;
     if held.data != view.revision.data {
@@ -23,19 +24,19 @@ pub fn encode(view: &View, log: &Log, from: Revision) -> Option<Bytes> {
         if since.narrows && held.modules != view.revision.modules {
             return None;
         }
-        let json = delta(view, &since, held.data)?;
+        let json = delta(view, &since, position, held.data)?;
         held.data = view.revision.data;
         write_event(&mut out, held, DELTA_EVENT, &json);
     }
     if held.modules != view.revision.modules {
-        let json = policy(view, &log.modules_since(held.modules)?, held.modules);
+        let json = policy(view, &log.modules_since(held.modules)?, position, held.modules);
         held.modules = view.revision.modules;
         write_event(&mut out, held, POLICY_EVENT, &json);
     }
     (out.len() <= FRAME_BYTES_MAX).then(|| out.into())
 }
 
-fn delta(view: &View, since: &Since, from: Digest) -> Option<Vec<u8>> {
+fn delta(view: &View, since: &Since, position: &Position, from: Digest) -> Option<Vec<u8>> {
     let mut patch = PatchWriter::default();
     let mut ensure = Vec::new();
     let mut digests = BTreeMap::new();
@@ -78,7 +79,8 @@ fn delta(view: &View, since: &Since, from: Digest) -> Option<Vec<u8>> {
     let patch = String::from_utf8(patch.into_array()).expect("JSON values are UTF-8");
     let patch = RawValue::from_string(patch).expect("operations are written as JSON");
     let (to, narrows) = (view.revision.data, since.narrows);
-    let delta = Delta { from, to, ensure, dirs: digests, narrows, ops, patch: &patch };
+    let position = position.clone();
+    let delta = Delta { from, to, position, ensure, dirs: digests, narrows, ops, patch: &patch };
     Some(serde_json::to_vec(&delta).expect("a frame has text keys only"))
 }
 
@@ -87,10 +89,11 @@ pub(super) fn enclosing<'a>(view: &'a View, dir: &DirPath) -> Option<&'a DirPath
     view.ensure.iter().find(|prefix| dir.is_within(prefix))
 }
 
-fn policy(view: &View, ids: &[&str], from: Digest) -> Vec<u8> {
+fn policy(view: &View, ids: &[&str], position: &Position, from: Digest) -> Vec<u8> {
     let reads = view.reads.as_deref().map(str::to_owned);
     let (put, remove) = (BTreeMap::new(), Vec::new());
-    let mut policy = Policy { from, to: view.revision.modules, put, remove, reads };
+    let position = position.clone();
+    let mut policy = Policy { from, to: view.revision.modules, position, put, remove, reads };
     for id in ids {
         match view.modules.get(*id) {
             Some(module) => _ = policy.put.insert((*id).to_owned(), module.text.clone()),

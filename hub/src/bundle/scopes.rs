@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use opa_hub_proto::path::{DirPath, is_segment};
 
-use super::edition::Bundle;
+use super::edition::{Bundle, Edition};
 use super::log::{Commit, Log};
 use super::spec::Scoped;
 use super::view::{Changed, View};
@@ -69,7 +69,8 @@ impl Scopes {
         }
         let bundle = Arc::new(whole.part());
         if let Some(edition) = whole.head().borrow().as_ref() {
-            bundle.publish(self.view(&edition.view, namespace), Log::default());
+            let view = self.view(&edition.view, namespace);
+            bundle.publish(view, Log::default(), edition.position.clone());
         }
         let asked = Arc::new(AtomicBool::new(true));
         let scope = Scope { bundle: Arc::clone(&bundle), asked };
@@ -79,8 +80,9 @@ impl Scopes {
         Ok(bundle)
     }
 
-    /// Brings every namespace that this change concerns to `view`.
-    pub fn follow(&self, view: &View, commit: Option<&Commit>) {
+    /// Brings every namespace that the last change concerns to `edition`.
+    pub fn follow(&self, edition: &Edition) {
+        let commit = edition.log().last();
         for (namespace, scope) in self.live().iter() {
             let held = scope.bundle.head().borrow().clone();
             let concerns = |commit: &Commit| {
@@ -90,7 +92,7 @@ impl Scopes {
             if held.is_some() && !commit.is_some_and(concerns) {
                 continue;
             }
-            let next = self.view(view, namespace);
+            let next = self.view(&edition.view, namespace);
             let mut log = Log::default();
             if let (Some(held), Some(commit)) = (held, commit) {
                 if held.view.revision == next.revision {
@@ -102,7 +104,7 @@ impl Scopes {
                 log = held.log().clone();
                 log.push(held.view.revision, changed, commit.narrows);
             }
-            scope.bundle.publish(next, log);
+            scope.bundle.publish(next, log, edition.position.clone());
         }
     }
 

@@ -65,6 +65,7 @@ fn summary(hub: &Hub, bundle: &Bundle) -> Value {
         "agents": bundle.counters.agents.load(Ordering::Relaxed),
         "sources": feeds.collect::<Value>(),
         "pending": hub.readiness.pendings(),
+        "stale": bundle.feeds.stale().map(|stale| stale.to_string()),
         "problems": problems,
         "checkedBy": hub.checked_by,
     });
@@ -76,6 +77,7 @@ fn summary(hub: &Hub, bundle: &Bundle) -> Value {
         let published = edition.published.duration_since(UNIX_EPOCH).unwrap_or_default();
         summary["ready"] = json!(true);
         summary["revision"] = json!(view.revision);
+        summary["position"] = json!(bundle.position());
         summary["publishedUnixSeconds"] = json!(published.as_secs_f64());
         summary["counts"] = json!({
             "modules": view.modules.len(),

@@ -17,6 +17,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::stream;
 use opa_hub_proto::poll::{BUNDLE_TYPE, OPA_AGENT, Tag, entity_tags, wait};
+use opa_hub_proto::position::POSITION_HEADER;
 use opa_hub_proto::revision::Revision;
 use serde::Deserialize;
 use tokio::time::Instant;
@@ -77,7 +78,8 @@ pub(super) async fn get(
         bundle.counters.snapshots[part as usize].fetch_add(1, Ordering::Relaxed);
         edition.archive(part).await
     };
-    Ok(([(ETAG, tag)], respond(archive)).into_response())
+    let headers = [(ETAG.as_str(), tag), (POSITION_HEADER, edition.position.to_string())];
+    Ok((headers, respond(archive)).into_response())
 }
 
 /// The edition that the client lacks; none when it holds the newest until its patience ends.

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::Hub;
 use super::fanout::Fanout;
-use super::stream::{Asked, Options};
+use super::stream::{Asked, Options, text};
 use crate::config::{ACCEPT_PAUSE, HEAD_BYTES_MAX, HEAD_LOOK, HEAD_MAX, HEADS_MAX};
 
 /// Headers of a request for a stream: more than any agent, browser or proxy sends.
@@ -153,9 +153,12 @@ fn head(bytes: &[u8]) -> Head {
         let uri: Uri = request.path?.parse().ok()?;
         let name = uri.path().strip_prefix("/bundles/")?.strip_suffix("/stream")?;
         let Query(options) = Query::<Options>::try_from_uri(&uri).ok()?;
-        let id = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case("last-event-id"));
-        let id = id.map(|header| String::from_utf8_lossy(header.value).into_owned());
-        Some(Asked::new(name, options, id))
+        let headers = request.headers.iter();
+        let header = |name: &str| {
+            let mut headers = headers.clone();
+            Some(text(headers.find(|header| header.name.eq_ignore_ascii_case(name))?.value))
+        };
+        Some(Asked::new(name, options, header))
     };
     asked().map_or(Head::Other, |asked| Head::Stream(asked, length))
 }

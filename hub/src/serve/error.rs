@@ -4,6 +4,8 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
+use opa_hub_proto::position::{self, POSITION_HEADER};
+
 use crate::bundle::scopes;
 
 /// Every way in which a request fails.
@@ -29,6 +31,21 @@ pub(super) enum Error {
     /// A revision that is none.
     #[error("{0:?} is no revision: send the id of the last event, or nothing to start at the head")]
     InvalidRevision(String),
+    /// A position that is none.
+    #[error("in {POSITION_HEADER}: {0}")]
+    InvalidPosition(#[from] position::Invalid),
+    /// Who asks would go back in time.
+    #[error(
+        "this hub has heard {name} up to {here}, and you hold what was at {there}: ask again, or another hub"
+    )]
+    Lags {
+        /// Of what.
+        name: String,
+        /// How far it is here.
+        here: u64,
+        /// How far the sender knows it to be.
+        there: u64,
+    },
     /// A reconcile request that does not parse.
     #[error("not a reconcile request: {0}")]
     InvalidReconcile(String),
@@ -41,7 +58,11 @@ impl IntoResponse for Error {
             Self::NotReady | Self::Scope(scopes::Error::TooMany) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Split(_) => StatusCode::CONFLICT,
             Self::UnknownRevision(_) => StatusCode::GONE,
-            Self::Scope(_) | Self::InvalidRevision(_) | Self::InvalidReconcile(_) => StatusCode::BAD_REQUEST,
+            Self::Lags { .. } => StatusCode::PRECONDITION_FAILED,
+            Self::Scope(_)
+            | Self::InvalidRevision(_)
+            | Self::InvalidPosition(_)
+            | Self::InvalidReconcile(_) => StatusCode::BAD_REQUEST,
         };
         (status, Json(serde_json::json!({ "error": self.to_string() }))).into_response()
     }

@@ -19,7 +19,8 @@ use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::stream::{HEARTBEAT_BYTES, Open, greeting};
+use super::stream::{FAREWELL, Open, greeting, heartbeat};
+use crate::bundle::feeds::Feeds;
 use crate::bundle::{Bundle, Edition, Next};
 use crate::config::{
     DRAIN_ROUND, DRAIN_ROUNDS, HEARTBEAT, KEEPALIVE, KEEPALIVE_INTERVAL, KEEPALIVE_TRIES, ROUND_SLICE,
@@ -51,8 +52,6 @@ struct Stream {
     rest: Bytes,
     /// It was told once that it holds all there is.
     is_greeted: bool,
-    /// Nothing was written since the last heartbeat.
-    is_quiet: bool,
     /// The socket is full; this waits until it is not.
     waits: Option<Waiting>,
     _open: Open,
@@ -89,7 +88,6 @@ impl Fanout {
             held,
             rest: Bytes::from_static(RESPONSE.as_bytes()),
             is_greeted: false,
-            is_quiet: false,
             waits: None,
             _open: Open::new(Arc::clone(&bundle.counters)),
         };
@@ -105,8 +103,7 @@ impl Fanout {
         let (writer, joins) = mpsc::unbounded_channel();
         _ = writer.send(stream);
         writers.insert(key, writer);
-        let (head, fanout) = (bundle.head(), Arc::clone(self));
-        let rounds = Rounds::new(bundle.name.clone(), head, joins);
+        let (rounds, fanout) = (Rounds::new(bundle, joins), Arc::clone(self));
         self.tasks.spawn(async move {
             rounds.run(&fanout, key).await;
         });
@@ -132,6 +129,7 @@ impl Fanout {
 /// The streams of one part of a bundle.
 struct Rounds {
     bundle: String,
+    feeds: Feeds,
     head: watch::Receiver<Option<Arc<Edition>>>,
     joins: mpsc::UnboundedReceiver<Stream>,
     streams: Slab<Stream>,
@@ -145,13 +143,11 @@ struct Rounds {
 }
 
 impl Rounds {
-    fn new(
-        bundle: String,
-        head: watch::Receiver<Option<Arc<Edition>>>,
-        joins: mpsc::UnboundedReceiver<Stream>,
-    ) -> Self {
+    fn new(bundle: &Bundle, joins: mpsc::UnboundedReceiver<Stream>) -> Self {
+        let (head, feeds) = (bundle.head(), bundle.feeds.clone());
+        let bundle = bundle.name.clone();
         let (streams, ready) = (Slab::new(), mpsc::unbounded_channel());
-        Self { bundle, head, joins, streams, ready, first: 0, beat: 0, frame: None }
+        Self { bundle, feeds, head, joins, streams, ready, first: 0, beat: 0, frame: None }
     }
 
     async fn run(mut self, fanout: &Fanout, key: (u64, usize)) {
@@ -224,7 +220,6 @@ impl Rounds {
                     Ok(0) => return Err(Over),
                     Ok(written) => {
                         stream.rest.advance(written);
-                        stream.is_quiet = false;
                     }
                     Err(error) if error.kind() == ErrorKind::WouldBlock => {
                         let (tcp, ready) = (Arc::clone(&stream.tcp), self.ready.0.clone());
@@ -244,7 +239,7 @@ impl Rounds {
                 _ if stream.held == to && stream.is_greeted => return Ok(()),
                 _ if stream.held == to => {
                     stream.is_greeted = true;
-                    greeting(&self.bundle, to)
+                    greeting(&self.bundle, &self.feeds, to)
                 }
                 Some((from, head, bytes)) if (*from, *head) == (stream.held, to) => bytes.clone(),
                 _ => match edition.next(stream.held) {
@@ -268,9 +263,10 @@ impl Rounds {
         }
     }
 
-    /// Tells those to whom nothing was written for a while that the hub is there, and finds those who are not.
+    /// Tells readers that the hub is there, and whether it hears its source, and finds those who are not there.
     fn heartbeat(&mut self) {
         self.beat = (self.beat + 1) % BEATS;
+        let bytes = heartbeat(&self.feeds);
         for at in (self.beat..self.streams.capacity()).step_by(BEATS) {
             let Some(stream) = self.streams.get_mut(at) else { continue };
             let mut nothing = [0; 64];
@@ -282,9 +278,8 @@ impl Rounds {
                     continue;
                 }
             }
-            let is_quiet = std::mem::replace(&mut stream.is_quiet, true);
-            if is_quiet && stream.waits.is_none() && stream.rest.is_empty() {
-                stream.rest = HEARTBEAT_BYTES;
+            if stream.waits.is_none() && stream.rest.is_empty() {
+                stream.rest = bytes.clone();
                 self.write(at);
             }
         }
@@ -292,13 +287,18 @@ impl Rounds {
         self.frame = None;
     }
 
-    /// Ends the streams a few at a time, so that their readers come to another hub spread over a while.
+    /// Tells readers to go, a few at a time, so that their readers come to another hub spread over a while.
     async fn drain(mut self) {
         let mut left: Vec<_> = self.streams.drain().collect();
         fastrand::shuffle(&mut left);
         let slice = left.len().div_ceil(DRAIN_ROUNDS).max(ROUND_SLICE);
         while !left.is_empty() {
-            left.truncate(left.len().saturating_sub(slice));
+            for stream in left.drain(left.len().saturating_sub(slice)..) {
+                // Between two frames only; who has half of one will see that it ends.
+                if stream.rest.is_empty() {
+                    _ = stream.tcp.try_write(&FAREWELL);
+                }
+            }
             tokio::time::sleep(if left.is_empty() { Duration::ZERO } else { DRAIN_ROUND }).await;
         }
     }

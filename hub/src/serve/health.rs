@@ -1,30 +1,50 @@
 //! `/livez` and `/readyz`.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
+use serde::Deserialize;
 use serde_json::json;
 
 use super::Hub;
+use crate::bundle::Bundle;
 
 /// The process answers: that is all a restart could mend.
 pub(super) async fn live() -> &'static str {
     "ok\n"
 }
 
-/// Every source has listed once, and there is an edition to serve.
-pub(super) async fn ready(State(hub): State<Hub>) -> impl IntoResponse {
+#[derive(Deserialize)]
+pub(super) struct Options {
+    /// Which bundle is asked for; none: any will do.
+    bundle: Option<String>,
+}
+
+/// Every source has listed once, and there is an edition to serve whose sources were heard lately.
+pub(super) async fn ready(State(hub): State<Hub>, Query(options): Query<Options>) -> impl IntoResponse {
     let pending = hub.0.readiness.pendings();
-    let bundles = hub.0.bundles.list();
-    let serves = bundles.is_empty() || bundles.iter().any(|bundle| bundle.head().borrow().is_some());
-    let ready = pending.is_empty() && serves;
+    let mut bundles = hub.0.bundles.list();
+    let has_none = bundles.is_empty();
+    if let Some(name) = &options.bundle {
+        bundles.retain(|bundle| bundle.name == *name);
+    }
+    let stale: BTreeMap<_, _> = bundles
+        .iter()
+        .filter_map(|bundle| Some((bundle.name.clone(), bundle.feeds.stale()?.to_string())))
+        .collect();
+    let serves = |bundle: &Arc<Bundle>| bundle.head().borrow().is_some() && !stale.contains_key(&bundle.name);
+    let ready = pending.is_empty() && (has_none && options.bundle.is_none() || bundles.iter().any(serves));
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (
         status,
         Json(json!({
             "ready": ready,
             "pending": pending,
+            "stale": stale,
             "problems": hub.0.readiness.problems(),
             "checkedBy": hub.0.checked_by,
         })),

@@ -106,6 +106,11 @@ impl Collector for Scrape {
                 "Whether every source has listed once",
                 of.one(|bundle| u64::from(bundle.head().borrow().is_some())),
             ),
+            (
+                "stale",
+                "Whether a source was not heard for too long",
+                of.one(|bundle| u64::from(bundle.feeds.stale().is_some())),
+            ),
             ("entries", "Entries of the data", of.view(View::entries)),
             ("modules", "Modules that are served", of.view(|view| view.modules.len())),
             ("json_bytes", "Bytes of the data as JSON", of.view(View::json_bytes)),

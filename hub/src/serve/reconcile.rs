@@ -4,7 +4,9 @@ use std::sync::atomic::Ordering;
 
 use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
-use axum::response::Response;
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse, Response};
+use opa_hub_proto::position::POSITION_HEADER;
 use opa_hub_proto::reconcile::Reconcile;
 use serde::Deserialize;
 
@@ -22,13 +24,16 @@ pub(super) async fn post(
     State(hub): State<Hub>,
     Path(name): Path<String>,
     Query(options): Query<Options>,
+    headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, Error> {
-    let bundle = hub.part(&name, options.namespace.as_deref())?;
+    let position = headers.get(POSITION_HEADER).and_then(|value| value.to_str().ok());
+    let bundle = hub.part_from(&name, options.namespace.as_deref(), position)?;
     let held: Reconcile =
         serde_json::from_slice(&body).map_err(|error| Error::InvalidReconcile(error.to_string()))?;
     drop(body);
     let edition = bundle.head().borrow().clone().ok_or(Error::NotReady)?;
     bundle.counters.reconciles.fetch_add(1, Ordering::Relaxed);
-    Ok(respond(edition.reconcile(held).await))
+    let position = [(POSITION_HEADER, edition.position.to_string())];
+    Ok((position, respond(edition.reconcile(held).await)).into_response())
 }

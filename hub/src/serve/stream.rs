@@ -13,13 +13,16 @@ use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures::{Stream, stream};
+use opa_hub_proto::position::POSITION_HEADER;
 use opa_hub_proto::revision::Revision;
+use opa_hub_proto::sse::STALE;
 use serde::Deserialize;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::Hub;
 use super::error::Error;
+use crate::bundle::feeds::Feeds;
 use crate::bundle::{Bundle, Counters, Edition, Next};
 use crate::config::HEARTBEAT;
 
@@ -36,18 +39,20 @@ pub(super) struct Asked {
     name: String,
     namespace: Option<String>,
     since: Option<String>,
+    position: Option<String>,
 }
 
 impl Asked {
-    /// By path and query, and by the header `Last-Event-ID`, which comes first.
-    pub(super) fn new(name: &str, options: Options, id: Option<String>) -> Self {
+    /// By path and query, and by headers: `Last-Event-ID` comes before what the query says.
+    pub(super) fn new(name: &str, options: Options, header: impl Fn(&str) -> Option<String>) -> Self {
+        let (id, position) = (header("last-event-id"), header(POSITION_HEADER));
         let since = id.or(options.since).filter(|since| !since.is_empty());
-        Self { name: name.to_owned(), namespace: options.namespace, since }
+        Self { name: name.to_owned(), namespace: options.namespace, since, position }
     }
 
     /// The bundle to follow, and where its reader is.
     pub(super) fn open(&self, hub: &Hub) -> Result<(Arc<Bundle>, Revision), Error> {
-        let bundle = hub.part(&self.name, self.namespace.as_deref())?;
+        let bundle = hub.part_from(&self.name, self.namespace.as_deref(), self.position.as_deref())?;
         let edition = bundle.head().borrow().clone().ok_or(Error::NotReady)?;
         let held = match &self.since {
             None => edition.view.revision,
@@ -66,13 +71,24 @@ impl std::fmt::Display for Asked {
     }
 }
 
-/// Tells a reader that it holds all there is, and opens the stream through proxies.
-pub(super) fn greeting(bundle: &str, held: Revision) -> Bytes {
-    format!(": {bundle}\nid: {held}\n\n").into()
+/// Tells a reader that it holds all there is, or all that was heard lately, and opens the stream through proxies.
+pub(super) fn greeting(bundle: &str, feeds: &Feeds, held: Revision) -> Bytes {
+    let word = feeds.stale().map_or_else(|| bundle.to_owned(), |stale| format!("{STALE} {stale}"));
+    format!(": {word}\nid: {held}\n\n").into()
 }
 
-/// The hub is there, and nothing is new.
-pub(super) const HEARTBEAT_BYTES: Bytes = Bytes::from_static(b":\n\n");
+/// What a header says.
+pub(super) fn text(value: &[u8]) -> String {
+    String::from_utf8_lossy(value).into_owned()
+}
+
+/// The hub is there, and nothing is new; or what it last heard is old.
+pub(super) fn heartbeat(feeds: &Feeds) -> Bytes {
+    feeds.stale().map_or(Bytes::from_static(b":\n\n"), |stale| format!(": {STALE} {stale}\n\n").into())
+}
+
+/// The last words of a hub that stops.
+pub(super) const FAREWELL: Bytes = Bytes::from_static(b": go\n\n");
 
 /// Streams that the front door does not hand to the fan-out: whose request is not the first of its connection.
 pub(super) async fn get(
@@ -81,9 +97,8 @@ pub(super) async fn get(
     Query(options): Query<Options>,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
-    let id = headers.get("last-event-id");
-    let id = id.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
-    let asked = Asked::new(&name, options, id);
+    let header = |name: &str| headers.get(name).map(|value| text(value.as_bytes()));
+    let asked = Asked::new(&name, options, header);
     let (bundle, held) = asked.open(&hub).inspect_err(|error| {
         if let (Error::UnknownRevision(_), Some(bundle)) = (error, hub.0.bundles.get(&name)) {
             bundle.counters.unknown_revisions.fetch_add(1, Ordering::Relaxed);
@@ -91,13 +106,22 @@ pub(super) async fn get(
     })?;
     let headers = [(CONTENT_TYPE, "text/event-stream"), (CACHE_CONTROL, "no-store")];
     let open = Open::new(Arc::clone(&bundle.counters));
-    let reader =
-        Reader { name, stop: hub.0.stop.clone(), head: bundle.head(), held, greeted: false, _open: open };
+    let feeds = bundle.feeds.clone();
+    let reader = Reader {
+        name,
+        feeds,
+        stop: hub.0.stop.clone(),
+        head: bundle.head(),
+        held,
+        greeted: false,
+        _open: open,
+    };
     Ok((headers, Body::from_stream(events(reader))).into_response())
 }
 
 struct Reader {
     name: String,
+    feeds: Feeds,
     stop: CancellationToken,
     head: watch::Receiver<Option<Arc<Edition>>>,
     held: Revision,
@@ -126,7 +150,7 @@ impl Reader {
                 Next::Unknown => return None,
                 Next::UpToDate if !self.greeted => {
                     self.greeted = true;
-                    return Some(greeting(&self.name, self.held));
+                    return Some(greeting(&self.name, &self.feeds, self.held));
                 }
                 Next::UpToDate => {}
             }
@@ -137,7 +161,7 @@ impl Reader {
             match changed {
                 Ok(Ok(())) => {}
                 Ok(Err(_closed)) => return None,
-                Err(_quiet) => return Some(HEARTBEAT_BYTES),
+                Err(_quiet) => return Some(heartbeat(&self.feeds)),
             }
         }
     }

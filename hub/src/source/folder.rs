@@ -106,13 +106,16 @@ pub async fn run(dir: PathBuf, mut wanted: Wanted, out: Sender, readiness: Readi
             Err(error) => (Vec::new(), Some(error.to_string())),
         };
         first = false;
-        let listed = if problem.is_none() { std::mem::take(&mut fresh) } else { BTreeSet::new() };
+        let was_read = problem.is_none();
+        let listed = if was_read { std::mem::take(&mut fresh) } else { BTreeSet::new() };
         readiness.problem(&folder.dir.display().to_string(), problem);
         folder.report(&readiness);
         let begin = listed.iter().map(|id| (*id, Event::Init));
         let end = listed.iter().map(|id| (*id, Event::InitDone));
-        for event in begin.chain(events).chain(end) {
-            if out.send(event).await.is_err() {
+        let all: Vec<_> = if was_read { folder.feeds.keys().copied().collect() } else { Vec::new() };
+        let quiet = all.into_iter().map(|id| (id, Event::Quiet));
+        for (id, event) in begin.chain(events).chain(end).chain(quiet) {
+            if out.send((id, event, None)).await.is_err() {
                 return Ok(());
             }
         }

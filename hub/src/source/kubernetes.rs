@@ -1,12 +1,13 @@
-//! The Kubernetes API as a source: one watch a feed, selected on the server, opened as a streaming list (KEP-3157)
-//! with the paged list as the fallback, resumed and relisted by kube's `watcher`.
+//! The Kubernetes API as a source: one watch a feed, selected on the server, opened as a streaming list with the paged
+//! list as the fallback.
+
+mod watch;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::authorization::v1::{
     ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
 };
@@ -15,16 +16,16 @@ use kube::api::{ApiResource, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::DynamicResourceScope;
 use kube::discovery::{self, ApiCapabilities, ApiGroup, Discovery, verbs};
-use kube::runtime::watcher;
 use kube::{Api, Client, Config};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use tokio::task::JoinHandle;
 
+use self::watch::{List, Said, Watch};
 use super::{Sender, trim};
-use crate::config::{RETRY, RETRY_MAX, WATCH_SECONDS, WATCH_SETTLED};
-use crate::model::{Event, Feed, ObjectKey, Resource, Scope, WatchId};
+use crate::config::{RETRY, RETRY_MAX};
+use crate::model::{Event, Feed, ObjectKey, Resource, Scope, Version, WatchId};
 use crate::readiness::Readiness;
 use crate::store::{Wanted, is_optional};
 
@@ -80,7 +81,7 @@ pub enum Error {
     },
     /// Anything else: the network, an overloaded server, an expired token.
     #[error("the watch failed: {0}")]
-    Watch(watcher::Error),
+    Watch(watch::Error),
 }
 
 /// A client for the cluster that `kubeconfig`, the environment or the pod says.
@@ -107,7 +108,8 @@ pub async fn run(client: Client, mut wanted: Wanted, out: Sender, readiness: Rea
         }
         for (id, feed) in now {
             running.entry(id).or_insert_with(|| {
-                let watching = watch(client.clone(), id, feed.clone(), out.clone(), readiness.clone());
+                let watching =
+                    keep_watching(client.clone(), id, feed.clone(), out.clone(), readiness.clone());
                 (feed, tokio::spawn(watching))
             });
         }
@@ -119,7 +121,7 @@ pub async fn run(client: Client, mut wanted: Wanted, out: Sender, readiness: Rea
 }
 
 /// Watches until the store is gone. Whatever goes wrong is said in `readiness` and tried again.
-async fn watch(client: Client, id: WatchId, feed: Feed, out: Sender, readiness: Readiness) {
+async fn keep_watching(client: Client, id: WatchId, feed: Feed, out: Sender, readiness: Readiness) {
     let name = feed.to_string();
     let mut list = List::Streaming;
     let mut retry = RETRY;
@@ -132,22 +134,27 @@ async fn watch(client: Client, id: WatchId, feed: Feed, out: Sender, readiness: 
                     Scope::Namespace(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
                     _ => Api::all_with(client.clone(), &resource),
                 };
-                let watch = Watch { api, resource, id, feed: &feed, out: &out, readiness: &readiness };
-                match watch.run(list, &mut retry).await {
+                let watch = Watch::new(api, feed.label_selector(), feed.field_selector(), list);
+                let following = Following { resource, id, feed: &feed, out: &out, readiness: &readiness };
+                match following.run(watch, list, &mut retry).await {
                     End::StoreGone => return,
                     End::NoStreamingList => {
                         tracing::info!(feed = name, "no streaming list here, listing by pages");
                         list = List::Paged;
                         continue;
                     }
-                    End::Failed(
-                        watcher::Error::InitialListFailed(e) | watcher::Error::WatchStartFailed(e),
-                    ) if status_code(&e) == Some(403) => forbidden(&client, &feed, &e).await,
+                    End::Failed(error) if error.code() == Some(403) => {
+                        forbidden(&client, &feed, &error).await
+                    }
                     End::Failed(error) => Error::Watch(error),
                 }
             }
         };
-        if out.send((id, Event::Unavailable)).await.is_err() {
+        if out.send((id, Event::Unavailable, None)).await.is_err() {
+            return;
+        }
+        // The API server was heard: there is nothing of it.
+        if matches!(error, Error::NotServed(_)) && out.send((id, Event::Quiet, None)).await.is_err() {
             return;
         }
         if !(is_optional(&feed.content) && matches!(error, Error::NotServed(_))) {
@@ -159,21 +166,14 @@ async fn watch(client: Client, id: WatchId, feed: Feed, out: Sender, readiness: 
     }
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum List {
-    Streaming,
-    Paged,
-}
-
 enum End {
     StoreGone,
     /// The server refused the streaming list itself.
     NoStreamingList,
-    Failed(watcher::Error),
+    Failed(watch::Error),
 }
 
-struct Watch<'a> {
-    api: Api<Raw>,
+struct Following<'a> {
     resource: ApiResource,
     id: WatchId,
     feed: &'a Feed,
@@ -181,92 +181,73 @@ struct Watch<'a> {
     readiness: &'a Readiness,
 }
 
-impl Watch<'_> {
-    /// Forwards events; a failure that the watcher itself recovers from is waited out here.
-    async fn run(&self, list: List, retry: &mut Duration) -> End {
+impl Following<'_> {
+    /// Forwards what `watch` says; a failure that it goes on from is waited out here.
+    async fn run(&self, mut watch: Watch, list: List, retry: &mut Duration) -> End {
         let name = self.feed.to_string();
-        let mut config = watcher::Config::default()
-            .timeout(WATCH_SECONDS)
-            .labels(&self.feed.label_selector())
-            .fields(&self.feed.field_selector());
-        if list == List::Streaming {
-            config = config.streaming_lists();
-        }
-        let mut events = watcher(self.api.clone(), config).boxed();
-        let mut listing = false;
         loop {
-            let event = match tokio::time::timeout(WATCH_SETTLED, events.try_next()).await {
-                Ok(event) => event,
-                Err(_quiet) => {
-                    self.readiness.problem(&name, None);
-                    continue;
-                }
-            };
-            match event {
-                Ok(None) => return End::StoreGone,
-                // A streaming list that the server's time limit cut off would begin again for ever.
-                Ok(Some(watcher::Event::Init)) if listing && list == List::Streaming => {
-                    return End::NoStreamingList;
-                }
-                Ok(Some(event)) => {
-                    // A list by pages begins before the server was asked: that is no success yet.
-                    if matches!(event, watcher::Event::Init) {
-                        listing = true;
-                    } else {
-                        *retry = RETRY;
-                        self.readiness.problem(&name, None);
-                        listing &= !matches!(event, watcher::Event::InitDone);
-                    }
-                    let Some(event) = self.translate(event) else { continue };
-                    if self.out.send((self.id, event)).await.is_err() {
+            match watch.next().await {
+                // A list by pages begins before the server was asked: that is no success yet.
+                Ok(Said::Begin) => {
+                    if self.out.send((self.id, Event::Init, None)).await.is_err() {
                         return End::StoreGone;
                     }
                 }
+                Ok(said) => {
+                    *retry = RETRY;
+                    self.readiness.problem(&name, None);
+                    let (event, version) = self.translate(said);
+                    if self.out.send((self.id, event, version)).await.is_err() {
+                        return End::StoreGone;
+                    }
+                }
+                Err(watch::Error::Cut) => return End::NoStreamingList,
                 Err(error) => {
-                    match &error {
-                        watcher::Error::InitialListFailed(e) | watcher::Error::WatchStartFailed(e) => {
-                            match status_code(e) {
-                                Some(400 | 422) if list == List::Streaming => return End::NoStreamingList,
-                                // The resource or the right to it is gone: look again from the start.
-                                Some(403 | 404) => return End::Failed(error),
-                                _ => {}
-                            }
-                        }
+                    match error.code() {
+                        Some(400 | 422) if list == List::Streaming => return End::NoStreamingList,
+                        // The resource or the right to it is gone: look again from the start.
+                        Some(403 | 404) => return End::Failed(error),
                         _ => {}
                     }
-                    listing = false;
                     self.wait_out(&name, error, retry).await;
                 }
             }
         }
     }
 
-    /// The watcher goes on from the last resourceVersion when it is polled again.
-    async fn wait_out(&self, name: &str, error: watcher::Error, retry: &mut Duration) {
+    async fn wait_out(&self, name: &str, error: watch::Error, retry: &mut Duration) {
         tracing::warn!(feed = name, %error, "watch interrupted");
         self.readiness.failing(name, &Error::Watch(error).to_string());
         tokio::time::sleep(*retry).await;
         *retry = (*retry * 2).min(RETRY_MAX);
     }
 
-    fn translate(&self, event: watcher::Event<Raw>) -> Option<Event> {
-        Some(match event {
-            watcher::Event::Init => Event::Init,
-            watcher::Event::InitDone => Event::InitDone,
-            watcher::Event::Delete(raw) => Event::Delete(ObjectKey {
-                namespace: raw.metadata.namespace.unwrap_or_default().into(),
-                name: raw.metadata.name.unwrap_or_default().into(),
-            }),
-            watcher::Event::Apply(raw) | watcher::Event::InitApply(raw) => {
-                match trim::object(raw.json.get(), &self.resource.api_version, &self.resource.kind) {
-                    Ok(object) => Event::Apply(object),
-                    Err(error) => {
-                        tracing::warn!(feed = %self.feed, %error, "skipped an object");
-                        return None;
-                    }
-                }
+    fn translate(&self, said: Said) -> (Event, Option<Version>) {
+        match said {
+            Said::Begin => (Event::Init, None),
+            Said::Listed(raw) => (self.put(&raw), None),
+            Said::End(version) => (Event::InitDone, watch::version(&version)),
+            Said::Quiet(version) => (Event::Quiet, watch::version(&version)),
+            Said::Put(raw) => (self.put(&raw), raw.version()),
+            Said::Gone(raw) => {
+                let version = raw.version();
+                let key = ObjectKey {
+                    namespace: raw.metadata.namespace.unwrap_or_default().into(),
+                    name: raw.metadata.name.unwrap_or_default().into(),
+                };
+                (Event::Delete(key), version)
             }
-        })
+        }
+    }
+
+    fn put(&self, raw: &Raw) -> Event {
+        match trim::object(raw.json.get(), &self.resource.api_version, &self.resource.kind) {
+            Ok(object) => Event::Apply(object),
+            Err(error) => {
+                tracing::warn!(feed = %self.feed, %error, "skipped an object");
+                Event::Quiet
+            }
+        }
     }
 }
 
@@ -333,7 +314,7 @@ async fn discover_by_name(client: &Client, feed: &Feed) -> Result<(ApiResource, 
 }
 
 /// Asks which of the verbs are missing: the API server's message names only the first.
-async fn forbidden(client: &Client, feed: &Feed, error: &kube::Error) -> Error {
+async fn forbidden(client: &Client, feed: &Feed, error: &watch::Error) -> Error {
     let namespace = match &feed.scope {
         Scope::Namespace(namespace) => Some(namespace.clone()),
         _ => None,
@@ -383,7 +364,6 @@ struct Raw {
 
 impl<'de> Deserialize<'de> for Raw {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        /// What the watcher looks at: bookmarks are told by an annotation.
         #[derive(Deserialize)]
         struct Outline {
             metadata: Metadata,
@@ -394,13 +374,18 @@ impl<'de> Deserialize<'de> for Raw {
             name: Option<String>,
             namespace: Option<String>,
             resource_version: Option<String>,
-            annotations: Option<BTreeMap<String, String>>,
         }
         let json = Box::<RawValue>::deserialize(deserializer)?;
         let Outline { metadata } = serde_json::from_str(json.get()).map_err(D::Error::custom)?;
-        let Metadata { name, namespace, resource_version, annotations } = metadata;
-        let metadata = ObjectMeta { name, namespace, resource_version, annotations, ..ObjectMeta::default() };
+        let Metadata { name, namespace, resource_version } = metadata;
+        let metadata = ObjectMeta { name, namespace, resource_version, ..ObjectMeta::default() };
         Ok(Self { metadata, json })
+    }
+}
+
+impl Raw {
+    fn version(&self) -> Option<Version> {
+        watch::version(self.metadata.resource_version.as_deref()?)
     }
 }
 

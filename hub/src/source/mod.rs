@@ -11,7 +11,10 @@ pub mod auto;
 
 use tokio::sync::mpsc;
 
-use crate::model::{Event, WatchId};
+use crate::model::{Event, Version, WatchId};
 
-/// The way from the sources to the writer; closed when the hub shuts down.
-pub type Sender = mpsc::Sender<(WatchId, Event)>;
+/// What a source says of which watch, and how far that is then, where the source can tell.
+pub type Told = (WatchId, Event, Option<Version>);
+
+/// The way from the sources to the store; closed when the hub shuts down.
+pub type Sender = mpsc::Sender<Told>;

@@ -89,8 +89,8 @@ impl Writer {
     fn list(self) -> Self {
         let mut writer = self;
         for feed in [POLICIES, DATA, PODS, NODES] {
-            writer.store.apply(feed, Event::Init);
-            writer.store.apply(feed, Event::InitDone);
+            writer.store.apply((feed, Event::Init, None));
+            writer.store.apply((feed, Event::InitDone, None));
         }
         writer.commit();
         writer
@@ -102,7 +102,7 @@ impl Writer {
             None => Event::Delete(key),
             Some(value) => Event::Apply(Object { json: json(feed, name, value).to_string().into(), key }),
         };
-        self.store.apply(feed, event);
+        self.store.apply((feed, event, None));
     }
 
     fn run(&mut self, script: &Script) {
@@ -259,10 +259,10 @@ proptest! {
             }
             let mut other = Writer::new();
             for feed in [NODES, PODS, DATA, POLICIES] {
-                other.store.apply(feed, Event::Init);
+                other.store.apply((feed, Event::Init, None));
                 let of_feed = last.values().rev().filter(|(of, _, _, value)| WatchId((*of).into()) == feed && value.is_some());
                 of_feed.for_each(|step| other.step(*step));
-                other.store.apply(feed, Event::InitDone);
+                other.store.apply((feed, Event::InitDone, None));
                 other.commit();
             }
             assert_eq!(one.head().view.revision, other.head().view.revision);
@@ -372,18 +372,18 @@ fn idle_namespaces_are_dropped() {
 fn i5_nothing_before_all_have_listed_nor_less_during_a_relist() {
     let mut writer = Writer::new();
     for (at, feed) in [POLICIES, DATA, PODS, NODES].into_iter().enumerate() {
-        writer.store.apply(feed, Event::Init);
+        writer.store.apply((feed, Event::Init, None));
         writer.step((feed.0.try_into().unwrap(), 0, 0, Some(0)));
         writer.commit();
         assert!(writer.bundle.head().borrow().is_none(), "{at} of 4 have listed");
-        writer.store.apply(feed, Event::InitDone);
+        writer.store.apply((feed, Event::InitDone, None));
         writer.commit();
     }
     let revision = writer.head().view.revision;
-    writer.store.apply(PODS, Event::Init);
+    writer.store.apply((PODS, Event::Init, None));
     writer.commit();
     assert_eq!(writer.head().view.revision, revision);
-    writer.store.apply(PODS, Event::InitDone);
+    writer.store.apply((PODS, Event::InitDone, None));
     writer.commit();
     assert_eq!(
         writer.head().view.dirs.len(),

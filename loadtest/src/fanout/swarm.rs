@@ -103,7 +103,7 @@ async fn read(mut tcp: tokio::net::TcpStream, out: &mpsc::UnboundedSender<Arriva
         while !decoder.is_drained() {
             match decoder.next()? {
                 Some(Message::Event { id, .. }) => out.send(Arrival { at, id })?,
-                Some(Message::Comment) => {}
+                Some(Message::Comment(_)) => {}
                 None => break,
             }
         }

@@ -54,7 +54,7 @@ impl Reader {
             {
                 match message {
                     Message::Event { id, .. } => return Ok(Some(id)),
-                    Message::Comment => continue,
+                    Message::Comment(_) => continue,
                 }
             }
             let read = tokio::time::timeout(Duration::from_secs(20), self.tcp.read(&mut bytes));

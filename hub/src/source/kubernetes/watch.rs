@@ -1,0 +1,225 @@
+//! One watch of a resource: a streaming list (KEP-3157) or one by pages, then what changes from there on, renewed before the
+//! source may be gone unnoticed. kube's `watcher` does as much, but tells neither how far it is nor that it was heard:
+//! without the first no replica can be kept from taking an agent back in time, without the second none knows that
+//! it is cut off.
+
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use kube::Api;
+use kube::api::{ListParams, WatchEvent, WatchParams};
+
+use super::Raw;
+use crate::config::{LIST_PAGE, LIST_SECONDS, SOURCE_ANSWER, WATCH_SECONDS};
+use crate::model::Version;
+
+/// The annotation of the bookmark that ends a streaming list.
+const LISTED: &str = "k8s.io/initial-events-end";
+/// What a watch may be late to end that the server ends.
+const LATE: Duration = Duration::from_secs(5);
+/// The status of an answer that says that what was asked for is no longer known.
+const GONE: u16 = 410;
+
+/// What went wrong. Asking on goes on from where the watch was, or lists again where it must.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A list or a watch was refused or broke.
+    #[error("{0}")]
+    Api(#[from] kube::Error),
+    /// The server said so within a watch.
+    #[error("{}: {}", .0.reason, .0.message)]
+    Status(Box<kube::core::Status>),
+    /// No answer at all.
+    #[error("no answer within {} s", SOURCE_ANSWER.as_secs())]
+    Silent,
+    /// A streaming list that did not end in its time.
+    #[error("the list broke off")]
+    Cut,
+    /// An object or a list without one.
+    #[error("the API server gives no resourceVersion")]
+    NoVersion,
+}
+
+impl Error {
+    /// The status that the server answered with.
+    pub(super) fn code(&self) -> Option<u16> {
+        match self {
+            Self::Api(kube::Error::Api(status)) | Self::Status(status) => Some(status.code),
+            _ => None,
+        }
+    }
+}
+
+/// How the first list is had.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum List {
+    Streaming,
+    Paged,
+}
+
+/// What is said. Each but the first two with how far the watch is then.
+pub(super) enum Said {
+    /// A list begins.
+    Begin,
+    /// An object is on the list.
+    Listed(Raw),
+    /// The list is complete.
+    End(String),
+    Put(Raw),
+    Gone(Raw),
+    /// Nothing is new.
+    Quiet(String),
+}
+
+type Events = BoxStream<'static, kube::Result<WatchEvent<Raw>>>;
+
+enum State {
+    Start,
+    Streaming(Events),
+    Paging { next: Option<String>, items: std::vec::IntoIter<Raw>, version: Option<String> },
+    Listed(String),
+    Following(Events, String),
+}
+
+/// See the module's text.
+pub(super) struct Watch {
+    asked: Asked,
+    list: List,
+    state: State,
+}
+
+struct Asked {
+    api: Api<Raw>,
+    labels: String,
+    fields: String,
+}
+
+impl Watch {
+    /// Of the objects that these selectors mean.
+    pub(super) fn new(api: Api<Raw>, labels: String, fields: String, list: List) -> Self {
+        Self { asked: Asked { api, labels, fields }, list, state: State::Start }
+    }
+
+    /// What comes next. Not to be dropped half-way.
+    pub(super) async fn next(&mut self) -> Result<Said, Error> {
+        loop {
+            let state = std::mem::replace(&mut self.state, State::Start);
+            let (state, said) = match state {
+                State::Start if self.list == List::Streaming => {
+                    // No version: as new as can be had, so that a hub that restarts does not go back in time.
+                    (State::Streaming(self.asked.watch(LIST_SECONDS, true, "").await?), Some(Said::Begin))
+                }
+                State::Start => {
+                    let items = Vec::new().into_iter();
+                    (State::Paging { next: None, items, version: None }, Some(Said::Begin))
+                }
+                State::Streaming(events) => streamed(events).await?,
+                State::Paging { next, mut items, version } => match (items.next(), next, version) {
+                    (Some(item), next, version) => {
+                        (State::Paging { next, items, version }, Some(Said::Listed(item)))
+                    }
+                    (None, None, Some(version)) => (State::Listed(version.clone()), Some(Said::End(version))),
+                    (None, next, _) => (self.asked.page(next).await?, None),
+                },
+                State::Listed(version) => {
+                    // A failure here goes on from the same version.
+                    self.state = State::Listed(version.clone());
+                    let events = match self.asked.watch(WATCH_SECONDS, false, &version).await {
+                        Err(error) if error.code() == Some(GONE) => {
+                            self.state = State::Start;
+                            return Err(error);
+                        }
+                        events => events?,
+                    };
+                    (State::Following(events, version.clone()), Some(Said::Quiet(version)))
+                }
+                State::Following(events, version) => self.follow(events, version).await?,
+            };
+            self.state = state;
+            if let Some(said) = said {
+                return Ok(said);
+            }
+        }
+    }
+
+    async fn follow(&mut self, mut events: Events, version: String) -> Result<(State, Option<Said>), Error> {
+        // Whatever breaks, the watch goes on from here, unless the server no longer knows the version.
+        self.state = State::Listed(version.clone());
+        let again = State::Listed(version);
+        let patience = Duration::from_secs(WATCH_SECONDS.into()) + LATE;
+        let Ok(Some(event)) = tokio::time::timeout(patience, events.next()).await else {
+            return Ok((again, None));
+        };
+        Ok(match event? {
+            WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
+                let version = raw.metadata.resource_version.clone().ok_or(Error::NoVersion)?;
+                (State::Following(events, version), Some(Said::Put(raw)))
+            }
+            WatchEvent::Deleted(raw) => {
+                let version = raw.metadata.resource_version.clone().ok_or(Error::NoVersion)?;
+                (State::Following(events, version), Some(Said::Gone(raw)))
+            }
+            WatchEvent::Bookmark(mark) => {
+                let version = mark.metadata.resource_version;
+                (State::Following(events, version.clone()), Some(Said::Quiet(version)))
+            }
+            WatchEvent::Error(status) => {
+                if status.code == GONE {
+                    self.state = State::Start;
+                }
+                return Err(Error::Status(status));
+            }
+        })
+    }
+}
+
+impl Asked {
+    async fn watch(&self, seconds: u32, lists: bool, version: &str) -> Result<Events, Error> {
+        let params = WatchParams {
+            timeout: Some(seconds),
+            send_initial_events: lists,
+            ..WatchParams::default().labels(&self.labels).fields(&self.fields)
+        };
+        let events = tokio::time::timeout(SOURCE_ANSWER, self.api.watch(&params, version));
+        Ok(events.await.map_err(|_| Error::Silent)??.boxed())
+    }
+
+    async fn page(&self, next: Option<String>) -> Result<State, Error> {
+        let params = ListParams {
+            limit: Some(LIST_PAGE),
+            continue_token: next,
+            ..ListParams::default().labels(&self.labels).fields(&self.fields)
+        };
+        let page = tokio::time::timeout(SOURCE_ANSWER, self.api.list(&params));
+        let page = page.await.map_err(|_| Error::Silent)??;
+        let version = page.metadata.resource_version.filter(|version| !version.is_empty());
+        let next = page.metadata.continue_.filter(|next| !next.is_empty());
+        if version.is_none() && next.is_none() {
+            return Err(Error::NoVersion);
+        }
+        Ok(State::Paging { next, items: page.items.into_iter(), version })
+    }
+}
+
+async fn streamed(mut events: Events) -> Result<(State, Option<Said>), Error> {
+    let event = tokio::time::timeout(SOURCE_ANSWER, events.next()).await.map_err(|_| Error::Silent)?;
+    Ok(match event.ok_or(Error::Cut)?? {
+        WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
+            (State::Streaming(events), Some(Said::Listed(raw)))
+        }
+        WatchEvent::Bookmark(mark) if mark.metadata.annotations.contains_key(LISTED) => {
+            let version = mark.metadata.resource_version;
+            // The watch that follows is renewed more often.
+            (State::Listed(version.clone()), Some(Said::End(version)))
+        }
+        // A list names what is there.
+        WatchEvent::Bookmark(_) | WatchEvent::Deleted(_) => (State::Streaming(events), None),
+        WatchEvent::Error(status) => return Err(Error::Status(status)),
+    })
+}
+
+/// A version as it can be compared, where it can be.
+pub(super) fn version(text: &str) -> Option<Version> {
+    text.parse().ok().map(Version)
+}
