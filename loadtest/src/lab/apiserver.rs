@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use super::etcd::Etcd;
 use super::process::Process;
+use super::valve::Valve;
 use super::{assets, free_port};
 
 /// A user with no rights but those that a test grants.
@@ -79,6 +80,17 @@ impl ControlPlane {
         let file = Kubeconfig::read_from(&self.kubeconfig)?;
         let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
         Ok(Client::try_from(config)?)
+    }
+
+    /// A way to the API server that can be shut.
+    pub async fn valve(&self) -> anyhow::Result<Valve> {
+        let own = self.own.as_ref().context("this cluster was there before; the way to it is not ours")?;
+        Valve::start(format!("127.0.0.1:{}", own.port)).await
+    }
+
+    /// For an administrator, by way of `valve`.
+    pub fn kubeconfig_through(&self, valve: &Valve) -> anyhow::Result<PathBuf> {
+        kubeconfig(self.dir.path(), valve.port, "admin")
     }
 
     /// Whether [`stop_apiserver`](Self::stop_apiserver) is possible.
@@ -160,7 +172,7 @@ fn credentials(dir: &Path) -> anyhow::Result<()> {
 }
 
 fn kubeconfig(dir: &Path, port: u16, user: &str) -> anyhow::Result<PathBuf> {
-    let path = dir.join(format!("{user}.kubeconfig"));
+    let path = dir.join(format!("{user}-{port}.kubeconfig"));
     let authority = dir.join("ca.crt");
     let text = serde_json::json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "lab",

@@ -16,6 +16,8 @@ pub mod agent;
 
 pub mod cut;
 
+pub mod valve;
+
 use std::net::TcpListener;
 
 pub use self::agent::{Agent, Delivery};

@@ -17,7 +17,10 @@ mod folder;
 mod kube_mgmt;
 
 mod namespaces;
+
 mod policies;
+
+mod replicas;
 
 mod sources;
 
