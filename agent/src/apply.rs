@@ -102,7 +102,7 @@ impl Applier {
                 None => _ = dirs.remove(dir),
             }
         }
-        let position = delta.position.clone();
+        let position = delta.position.clone().after(&marker.position);
         let next = Marker { revision: Some(to), dirs, position, ..marker.clone() };
         if next.data_digest() != delta.to {
             return Err(Error::Diverged { to: delta.to, held: next.data_digest() });
@@ -111,7 +111,7 @@ impl Applier {
         if delta.ensure.is_empty() && delta.ops + delta.dirs.len() < PATCH_OPS_MAX {
             let ops = delta.patch.get();
             patch.splice(ops.trim_start_matches('[').trim_end_matches(']').as_bytes(), delta.ops);
-            marker.write_delta(&mut patch, &self.bundle, delta, to);
+            marker.write_delta(&mut patch, &self.bundle, delta, &next);
         } else {
             let mut half = Marker { revision: None, ..marker.clone() };
             half.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
@@ -221,7 +221,7 @@ impl Applier {
         let mut marker = Marker {
             revision: None,
             dirs: data.dirs.into_iter().map(|(dir, digest)| (dir, Some(digest))).collect(),
-            position,
+            position: position.after(&half.position),
             ..half
         };
         // The policies that this data is for come next, or a crash before them.

@@ -82,8 +82,8 @@ impl Marker {
         patch.add_dir(&Self::path(bundle), &json);
     }
 
-    /// Writes what `delta` changes, and the `revision` that this makes.
-    pub fn write_delta(&self, patch: &mut PatchWriter, bundle: &str, delta: &Delta, revision: Revision) {
+    /// Writes what `delta` changes, which makes `next`.
+    pub fn write_delta(&self, patch: &mut PatchWriter, bundle: &str, delta: &Delta, next: &Self) {
         let marker = Self::path(bundle);
         let place = marker.join("dirs").expect("a segment");
         for (dir, digest) in &delta.dirs {
@@ -93,10 +93,11 @@ impl Marker {
                 None => {}
             }
         }
-        if !delta.position.is_empty() {
-            patch.add(&marker, "position", delta.position.to_string().as_bytes());
+        if !next.position.is_empty() {
+            patch.add(&marker, "position", next.position.to_string().as_bytes());
         }
-        patch.add(&marker, "revision", quoted(&revision).as_bytes());
+        let revision = serde_json::to_vec(&next.revision).expect("a text");
+        patch.add(&marker, "revision", &revision);
     }
 }
 

@@ -177,10 +177,18 @@ impl Hubs {
         Ok(PolicyBundle { etag, archive: archive.into() })
     }
 
-    /// The archive of what `held` lacks, which is as of `position`.
-    pub async fn reconcile(&self, held: &Reconcile, position: &Position) -> Result<Archive, Error> {
+    /// The archive of what `held` lacks, which is as of `position`, and `revision` where it is whole.
+    pub async fn reconcile(
+        &self,
+        held: &Reconcile,
+        revision: Option<Revision>,
+        position: &Position,
+    ) -> Result<Archive, Error> {
         let body = serde_json::to_vec(held).expect("a request has text keys only");
-        let request = at(self.client.post(self.url("/reconcile")).body(body), position);
+        let mut request = at(self.client.post(self.url("/reconcile")).body(body), position);
+        if let Some(revision) = revision {
+            request = request.header("last-event-id", revision.to_string());
+        }
         self.send("a reconcile request", request).await.map(archive)
     }
 

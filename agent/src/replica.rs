@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, POLICY_EVENT, Policy};
-use opa_hub_proto::position::Position;
+use opa_hub_proto::position::{Lag, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, modules_digest};
 use opa_hub_proto::sse::{GO, Message, STALE};
@@ -236,8 +236,9 @@ impl Replica {
                     match message? {
                         Message::Event { id, event, data } => {
                             // What is said is not held until OPA took it.
-                            self.status.with(|state| state.said = id.parse().ok());
-                            self.apply(&mut held, &event, &data).await?;
+                            let said = id.parse().ok();
+                            self.status.with(|state| state.said = said);
+                            self.apply(&mut held, &event, &data, said).await?;
                             stream.heard_now();
                             // Data and policies of one change come together: half of it is not in step.
                             if stream.is_drained() {
@@ -290,21 +291,36 @@ impl Replica {
         if self.hubs.move_to_fresh().await { Err(pull::Error::Stale(words)) } else { Ok(()) }
     }
 
-    async fn apply(&mut self, held: &mut Held, event: &str, data: &[u8]) -> Result<(), Trouble> {
+    /// Applies an event that leads to `said`: half of that is what is held.
+    async fn apply(
+        &mut self,
+        held: &mut Held,
+        event: &str,
+        data: &[u8],
+        said: Option<Revision>,
+    ) -> Result<(), Trouble> {
+        let half = |from: Option<Digest>, held: Digest| match from {
+            Some(from) if from != held => Err(apply::Error::NotHeld { from, held }),
+            _ => Ok(()),
+        };
         match event {
             DELTA_EVENT => {
+                half(said.map(|said| said.modules), held.modules)?;
                 let delta: Delta = serde_json::from_slice(data).map_err(apply::Error::from)?;
+                not_back(delta.position.lag(&held.marker.position, delta.dirs.keys(), false))?;
                 if delta.narrows && self.delivery == Delivery::Bundle {
                     self.local.activated(held.modules).await.ok_or(Trouble::NotActivated)?;
                 }
                 self.applier.delta(&mut held.marker, &delta).await?;
             }
             POLICY_EVENT => {
+                half(said.map(|said| said.data), held.revision().data)?;
                 let policy: Policy = serde_json::from_slice(data).map_err(apply::Error::from)?;
                 if policy.from != held.modules {
                     return Err(apply::Error::NotHeld { from: policy.from, held: held.modules }.into());
                 }
-                held.marker.position = policy.position;
+                not_back(policy.position.lag(&held.marker.position, std::iter::empty(), true))?;
+                held.marker.position = policy.position.after(&held.marker.position);
                 match self.delivery {
                     Delivery::Rest => {
                         held.modules = policy.to;
@@ -353,7 +369,7 @@ impl Replica {
         };
         let dirs = marker.dirs().map(|(dir, digest)| (dir.clone(), digest)).collect();
         let request = Reconcile { dirs, modules, reads: marker.reads.clone() };
-        let archive = self.hubs.reconcile(&request, &marker.position).await?;
+        let archive = self.hubs.reconcile(&request, marker.revision, &marker.position).await?;
         let held = self.take_archive(Some(&marker), archive).await?;
         self.status.with(|state| state.done.reconciles += 1);
         tracing::info!(revision = %held.revision(), took = ?started.elapsed(), "reconciled OPA");
@@ -462,6 +478,11 @@ impl Replica {
             state.held = held.marker.revision;
         });
     }
+}
+
+/// A hub that had what OPA holds may still be behind the one that it came from: it has been there before.
+fn not_back(lag: Option<Lag>) -> Result<(), pull::Error> {
+    lag.map_or(Ok(()), |lag| Err(pull::Error::Lags(lag.to_string())))
 }
 
 /// Answers to reconcile that may be needed at a start: one that holds what older policies read too, and one without.

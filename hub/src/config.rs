@@ -76,8 +76,8 @@ pub const DRAIN_ROUND: Duration = Duration::from_millis(100);
 pub const DRAIN: Duration = Duration::from_secs(5);
 /// Between tries to find a resource that the API server does not serve yet, and after a watch that failed: doubled …
 pub const RETRY: Duration = Duration::from_millis(500);
-/// … up to this.
-pub const RETRY_MAX: Duration = Duration::from_secs(30);
+/// … up to this: a hub is one of few, and its agents wait.
+pub const RETRY_MAX: Duration = Duration::from_secs(10);
 /// A watch is renewed this often, which proves that the source is there; silence beyond is a connection that died.
 /// Seconds.
 pub const WATCH_SECONDS: u32 = 20;

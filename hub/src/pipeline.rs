@@ -189,8 +189,12 @@ pub struct Pipeline {
     batch: Batch,
     view: View,
     log: Log,
-    /// How far each feed is in what the next edition says.
-    versions: BTreeMap<FeedId, Version>,
+    /// How far each feed is in what was taken.
+    heard: BTreeMap<FeedId, Version>,
+    /// How far those of policies are in the check under way …
+    checking: BTreeMap<FeedId, Version>,
+    /// … and in what came of the last.
+    checked: BTreeMap<FeedId, Version>,
     bundle: Arc<Bundle>,
     readiness: Readiness,
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
@@ -249,7 +253,9 @@ impl Pipeline {
             feeds: spec.feeds.clone(),
             batch: Batch::default(),
             log: Log::default(),
-            versions: BTreeMap::new(),
+            heard: BTreeMap::new(),
+            checking: BTreeMap::new(),
+            checked: BTreeMap::new(),
             bundle,
             readiness,
             jobs,
@@ -297,6 +303,7 @@ impl Pipeline {
                     self.widen(reads);
                 }
                 self.projection.take_outcome(outcome, &mut self.batch);
+                self.checked = std::mem::take(&mut self.checking);
                 let good = self.projection.last_good();
                 self.good.send_if_modified(|held| {
                     let changed = held.as_ref() != Some(&good);
@@ -356,19 +363,20 @@ impl Pipeline {
         position
     }
 
-    /// What was heard of policies counts once they were checked.
-    fn advance(&mut self, mut versions: BTreeMap<FeedId, Version>) {
-        if !self.projection.is_settled() {
-            let is_policies = |id: &FeedId| self.feeds[id.0].content == Content::Policies;
-            versions.retain(|id, _| !is_policies(id));
-            versions.extend(self.versions.iter().filter(|(id, _)| is_policies(id)));
-        }
-        self.versions = versions;
+    /// How far policies are in what was taken.
+    fn policies_heard(&self) -> BTreeMap<FeedId, Version> {
+        let heard = self.heard.iter().map(|(id, version)| (*id, *version));
+        heard.filter(|(id, _)| self.is_policies(*id)).collect()
+    }
+
+    fn is_policies(&self, id: FeedId) -> bool {
+        self.feeds[id.0].content == Content::Policies
     }
 
     fn position(&self) -> Position {
         let mut position = Position::default();
-        for (id, Version(version)) in &self.versions {
+        let others = self.heard.iter().filter(|(id, _)| !self.is_policies(**id));
+        for (id, Version(version)) in others.chain(&self.checked) {
             position.heard(self.feeds[id.0].position_name(), *version);
         }
         position
@@ -416,12 +424,15 @@ impl Pipeline {
         if !self.opening.is_empty() && self.source.is_settled() {
             self.opening.clear();
         }
+        if let Some(versions) = versions {
+            self.heard = versions;
+        }
         if let Some(candidates) = self.projection.job() {
+            self.checking = self.policies_heard();
             // The checker ends with the hub only.
             _ = self.jobs.send(candidates);
-        }
-        if let Some(versions) = versions {
-            self.advance(versions);
+        } else if self.projection.is_settled() {
+            self.checked = self.policies_heard();
         }
         self.bundle.verdicts.take(self.projection.told());
         self.bundle.set_problems(self.projection.problems());

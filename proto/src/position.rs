@@ -1,12 +1,17 @@
 //! How far a hub has heard its source: what Kubernetes calls `resourceVersion`, for each thing that it watches. Versions
 //! of one resource can be compared, whichever API server said them (KEP-5504). Equal revisions need no equal positions: time
 //! passes where nothing changes.
+//!
+//! A quiet watch says seldom how far it is: with nothing to tell, an API server says so once a watch. So a hub that has
+//! heard less of something need not lag. It does where it would change that something at the reader.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::path::DirPath;
 
 /// The header in which an agent says how far the hub had heard that gave it what it holds, and a hub with what it gives.
 pub const POSITION_HEADER: &str = "opahub-position";
@@ -18,6 +23,23 @@ pub const POSITION_BYTES_MAX: usize = 4 << 10;
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 #[serde(transparent)]
 pub struct Position(BTreeMap<String, u64>);
+
+/// What is older here than there.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Lag {
+    /// Its name in positions.
+    pub name: String,
+    /// How far it was heard here.
+    pub here: u64,
+    /// How far it was heard there.
+    pub there: u64,
+}
+
+impl fmt::Display for Lag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} was heard up to {} only, {} is held", self.name, self.here, self.there)
+    }
+}
 
 /// Why a text is no position.
 #[derive(Debug, thiserror::Error)]
@@ -47,11 +69,60 @@ impl Position {
         self.0.get(name).copied()
     }
 
-    /// What is not heard yet of what `other` has heard: its name, and how far it is here and there.
-    pub fn lacks<'a>(&self, other: &'a Self) -> Option<(&'a str, u64, u64)> {
-        let behind = other.0.iter().map(|(name, there)| (name.as_str(), self.of(name).unwrap_or(0), *there));
-        behind.into_iter().find(|(_, here, there)| here < there)
+    /// Whether something was heard of which `there` has heard more.
+    pub fn is_behind(&self, there: &Self) -> bool {
+        self.behind(there).next().is_some()
     }
+
+    /// What would go back in time that was heard up to `there`, if these directories, and maybe the modules, changed to what
+    /// they are here.
+    pub fn lag<'a>(
+        &self,
+        there: &Self,
+        mut dirs: impl Iterator<Item = &'a DirPath>,
+        modules: bool,
+    ) -> Option<Lag> {
+        let (mut places, mut data) = (BTreeSet::new(), false);
+        if self.is_behind(there) {
+            let replicated: BTreeSet<_> =
+                self.0.keys().chain(there.0.keys()).filter_map(|name| place(name)).collect();
+            dirs.by_ref().for_each(|dir| match replicated.iter().find(|place| dir.is_within(place)) {
+                Some(place) => _ = places.insert(place.clone()),
+                None => data = true,
+            });
+        }
+        let changes = |name: &String| match content(name) {
+            "policies" => modules,
+            "data" => data,
+            _ => place(name).is_none_or(|place| places.contains(&place)),
+        };
+        let mut behind = self.behind(there).filter(|(name, ..)| changes(name));
+        behind.next().map(|(name, here, there)| Lag { name: name.clone(), here, there })
+    }
+
+    /// Of each thing the most that was heard here or `before`, which held the same of what was heard less of.
+    #[must_use]
+    pub fn after(mut self, before: &Self) -> Self {
+        for (name, version) in &mut self.0 {
+            *version = (*version).max(before.of(name).unwrap_or(0));
+        }
+        self
+    }
+
+    fn behind<'a>(&self, there: &'a Self) -> impl Iterator<Item = (&'a String, u64, u64)> {
+        let all = there.0.iter().map(|(name, there)| (name, self.of(name).unwrap_or(0), *there));
+        all.filter(|(_, here, there)| here < there)
+    }
+}
+
+/// Without the namespace that is watched.
+fn content(name: &str) -> &str {
+    name.split_once(' ').map_or(name, |(content, _)| content)
+}
+
+/// Where replicated objects of this name lie.
+fn place(name: &str) -> Option<DirPath> {
+    content(name).parse().ok()
 }
 
 impl FromStr for Position {
@@ -79,17 +150,38 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_has_heard_less_lacks_something() {
-        for (here, there, lacks) in [
-            ("{}", "{}", None),
-            (r#"{"policies":7}"#, "{}", None),
-            (r#"{"policies":7}"#, r#"{"policies":7}"#, None),
-            (r#"{"policies":7}"#, r#"{"policies":8}"#, Some(("policies", 7, 8))),
-            (r#"{"policies":9}"#, r#"{"/kubernetes/pods":1,"policies":8}"#, Some(("/kubernetes/pods", 0, 1))),
+    fn only_what_differs_can_be_older() {
+        let pods = "/kubernetes/pods/a";
+        for (here, there, dirs, modules, expected) in [
+            (r#"{"/kubernetes/pods":5}"#, r#"{"/kubernetes/pods":5}"#, vec![pods], false, None),
+            (r#"{"/kubernetes/pods":4}"#, r#"{"/kubernetes/pods":5}"#, vec![], true, None),
+            (r#"{"/kubernetes/pods":4}"#, r#"{"/kubernetes/pods":5}"#, vec!["/ns/m"], false, None),
+            (
+                r#"{"/kubernetes/pods":4}"#,
+                r#"{"/kubernetes/pods":5}"#,
+                vec![pods],
+                false,
+                Some(("/kubernetes/pods", 4, 5)),
+            ),
+            (
+                "{}",
+                r#"{"/kubernetes/pods in a":5}"#,
+                vec![pods],
+                false,
+                Some(("/kubernetes/pods in a", 0, 5)),
+            ),
+            (r#"{"data":4}"#, r#"{"data":5,"/kubernetes/pods":1}"#, vec![], true, None),
+            (r#"{"data":4,"/kubernetes/pods":1}"#, r#"{"data":5}"#, vec![pods], false, None),
+            (r#"{"data":4}"#, r#"{"data":5}"#, vec!["/ns/m"], false, Some(("data", 4, 5))),
+            (r#"{"policies":4}"#, r#"{"policies":5}"#, vec!["/ns/m"], false, None),
+            (r#"{"policies":4}"#, r#"{"policies":5}"#, vec![], true, Some(("policies", 4, 5))),
         ] {
             let (here, there): (Position, Position) = (here.parse().unwrap(), there.parse().unwrap());
-            assert_eq!(here.lacks(&there), lacks);
-            assert_eq!(there.to_string().parse::<Position>().unwrap(), there);
+            let dirs: Vec<DirPath> = dirs.iter().map(|dir| dir.parse().unwrap()).collect();
+            let lag = here.lag(&there, dirs.iter(), modules);
+            let expected = expected.map(|(name, here, there)| Lag { name: name.to_owned(), here, there });
+            assert_eq!(lag, expected, "{here} {there} {dirs:?} {modules}");
+            assert!(!here.clone().after(&there).0.iter().any(|(name, at)| there.of(name) > Some(*at)));
         }
     }
 

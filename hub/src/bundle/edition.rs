@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
-use opa_hub_proto::position::Position;
+use opa_hub_proto::position::{Lag, Position};
 use opa_hub_proto::reconcile::{READS_BYTES_MAX, READS_MAX, Reconcile};
 use opa_hub_proto::revision::{Digest, Hasher, Revision};
 use tokio::sync::{OnceCell, watch};
@@ -17,7 +17,7 @@ use super::feeds::Feeds;
 use super::fields::Fields;
 use super::forecast::{self, Sample};
 use super::kept::Kept;
-use super::log::Log;
+use super::log::{Log, Since};
 use super::project::directory;
 use super::scopes::{self, Scopes};
 use super::snapshot::{self, SegmentCache};
@@ -258,11 +258,6 @@ impl Bundle {
         self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What was not heard here yet of what somebody was told elsewhere: see [`Position::lacks`].
-    pub fn lacks<'a>(&self, other: &'a Position) -> Option<(&'a str, u64, u64)> {
-        self.position.lock().unwrap_or_else(PoisonError::into_inner).lacks(other)
-    }
-
     /// What is refused from now on.
     pub fn set_problems(&self, problems: Vec<Problem>) {
         let mut held = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
@@ -337,6 +332,32 @@ impl Edition {
     /// How it came to be.
     pub(super) fn log(&self) -> &Log {
         &self.log
+    }
+
+    /// What would go back in time at an agent that holds `held` as of `there`, where the source was heard up to `here` before
+    /// this edition was taken. One whose revision is not known here is not known to go back.
+    pub fn lag(&self, held: Revision, here: &Position, there: &Position) -> Option<Lag> {
+        if !here.is_behind(there) {
+            return None;
+        }
+        let is_same = held.data == self.view.revision.data;
+        let since = if is_same { Since::default() } else { self.log.data_since(held.data)? };
+        here.lag(there, since.dirs.keys(), held.modules != self.view.revision.modules)
+    }
+
+    /// The same for the sender of a reconcile request, whose modules are of the digest `modules` where it knows.
+    pub fn lag_of(
+        &self,
+        held: &Reconcile,
+        modules: Option<Digest>,
+        here: &Position,
+        there: &Position,
+    ) -> Option<Lag> {
+        let dirs = &self.view.dirs;
+        let gone = held.dirs.keys().filter(|dir| !dirs.contains_key(*dir));
+        let other = dirs.iter().filter(|(path, dir)| held.dirs.get(*path) != Some(&dir.digest));
+        let differ = gone.chain(other.map(|(path, _)| path));
+        here.lag(there, differ, modules != Some(self.view.revision.modules))
     }
 
     /// What leads an agent from `held` to this edition. Encoded once for all who are at `held` (I4).

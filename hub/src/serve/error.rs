@@ -4,7 +4,7 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
-use opa_hub_proto::position::{self, POSITION_HEADER};
+use opa_hub_proto::position::{self, Lag, POSITION_HEADER};
 
 use crate::bundle::scopes;
 
@@ -35,17 +35,8 @@ pub(super) enum Error {
     #[error("in {POSITION_HEADER}: {0}")]
     InvalidPosition(#[from] position::Invalid),
     /// Who asks would go back in time.
-    #[error(
-        "this hub has heard {name} up to {here}, and you hold what was at {there}: ask again, or another hub"
-    )]
-    Lags {
-        /// Of what.
-        name: String,
-        /// How far it is here.
-        here: u64,
-        /// How far the sender knows it to be.
-        there: u64,
-    },
+    #[error("here {0}, and it is not the same: ask again, or another hub")]
+    Lags(Lag),
     /// A reconcile request that does not parse.
     #[error("not a reconcile request: {0}")]
     InvalidReconcile(String),
@@ -58,7 +49,7 @@ impl IntoResponse for Error {
             Self::NotReady | Self::Scope(scopes::Error::TooMany) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Split(_) => StatusCode::CONFLICT,
             Self::UnknownRevision(_) => StatusCode::GONE,
-            Self::Lags { .. } => StatusCode::PRECONDITION_FAILED,
+            Self::Lags(_) => StatusCode::PRECONDITION_FAILED,
             Self::Scope(_)
             | Self::InvalidRevision(_)
             | Self::InvalidPosition(_)

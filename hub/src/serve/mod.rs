@@ -63,21 +63,6 @@ impl Hub {
         self.0.bundles.get(name).ok_or_else(|| Error::NoSuchBundle(name.to_owned()))
     }
 
-    /// The same, for somebody who was told elsewhere what was at `position`: never less is told here.
-    fn part_from(
-        &self,
-        name: &str,
-        namespace: Option<&str>,
-        position: Option<&str>,
-    ) -> Result<Arc<Bundle>, Error> {
-        let bundle = self.part(name, namespace)?;
-        let Some(position) = position else { return Ok(bundle) };
-        match bundle.lacks(&position.parse()?) {
-            None => Ok(bundle),
-            Some((name, here, there)) => Err(Error::Lags { name: name.to_owned(), here, there }),
-        }
-    }
-
     /// What is served of the bundle to whoever names this namespace.
     fn part(&self, name: &str, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
         Ok(self.bundle(name)?.of(namespace)?)

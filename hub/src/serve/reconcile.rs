@@ -8,6 +8,7 @@ use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use opa_hub_proto::position::POSITION_HEADER;
 use opa_hub_proto::reconcile::Reconcile;
+use opa_hub_proto::revision::Revision;
 use serde::Deserialize;
 
 use super::Hub;
@@ -27,12 +28,20 @@ pub(super) async fn post(
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, Error> {
-    let position = headers.get(POSITION_HEADER).and_then(|value| value.to_str().ok());
-    let bundle = hub.part_from(&name, options.namespace.as_deref(), position)?;
+    let bundle = hub.part(&name, options.namespace.as_deref())?;
+    let here = bundle.position();
     let held: Reconcile =
         serde_json::from_slice(&body).map_err(|error| Error::InvalidReconcile(error.to_string()))?;
     drop(body);
     let edition = bundle.head().borrow().clone().ok_or(Error::NotReady)?;
+    let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    if let Some(there) = header(POSITION_HEADER) {
+        let revision: Option<Revision> = header("last-event-id").and_then(|id| id.parse().ok());
+        let modules = revision.map(|revision| revision.modules);
+        if let Some(lag) = edition.lag_of(&held, modules, &here, &there.parse()?) {
+            return Err(Error::Lags(lag));
+        }
+    }
     bundle.counters.reconciles.fetch_add(1, Ordering::Relaxed);
     let position = [(POSITION_HEADER, edition.position.to_string())];
     Ok((position, respond(edition.reconcile(held).await)).into_response())

@@ -52,12 +52,18 @@ impl Asked {
 
     /// The bundle to follow, and where its reader is.
     pub(super) fn open(&self, hub: &Hub) -> Result<(Arc<Bundle>, Revision), Error> {
-        let bundle = hub.part_from(&self.name, self.namespace.as_deref(), self.position.as_deref())?;
+        let bundle = hub.part(&self.name, self.namespace.as_deref())?;
+        let here = bundle.position();
         let edition = bundle.head().borrow().clone().ok_or(Error::NotReady)?;
         let held = match &self.since {
             None => edition.view.revision,
             Some(text) => text.parse().map_err(|_| Error::InvalidRevision(text.clone()))?,
         };
+        if let Some(there) = &self.position
+            && let Some(lag) = edition.lag(held, &here, &there.parse()?)
+        {
+            return Err(Error::Lags(lag));
+        }
         if matches!(edition.next(held), Next::Unknown) {
             return Err(Error::UnknownRevision(held.to_string()));
         }

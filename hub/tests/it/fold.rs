@@ -8,10 +8,18 @@ use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX, POLICY_EVENT, Po
 use opa_hub_proto::head::{HEAD_FILE, Head};
 use opa_hub_proto::manifest::{DATA_FILE, module_id};
 use opa_hub_proto::path::DirPath;
+use opa_hub_proto::position::Position;
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
 use opa_hub_proto::sse::{Decoder, Message};
 use serde_json::{Value, json};
+
+/// Why an event is not taken.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Refused {
+    NotHeld,
+    Lags,
+}
 
 /// What was read so far.
 #[derive(Clone, Debug, PartialEq, Default)]
@@ -20,6 +28,8 @@ pub(crate) struct Held {
     pub(crate) modules: BTreeMap<String, String>,
     dirs: BTreeMap<DirPath, Digest>,
     reads: Vec<String>,
+    /// As of when.
+    pub(crate) position: Position,
 }
 
 impl Held {
@@ -70,30 +80,51 @@ impl Held {
         }
     }
 
-    /// Applies events, refusing what is not from here (I3), with the patch semantics of RFC 6902.
+    /// Applies events, with the patch semantics of RFC 6902.
     pub(crate) fn events(&mut self, bytes: &[u8]) {
         let mut decoder = Decoder::new(FRAME_BYTES_MAX);
         decoder.push(bytes);
         while let Some(message) = decoder.next().unwrap() {
-            let Message::Event { id, event, data } = message else { continue };
-            match event.as_str() {
-                DELTA_EVENT => self.delta(&serde_json::from_slice(&data).unwrap()),
-                POLICY_EVENT => {
-                    let policy: Policy = serde_json::from_slice(&data).unwrap();
-                    assert_eq!(policy.from, self.revision().modules, "I3");
-                    self.modules.retain(|id, _| !policy.remove.contains(id));
-                    self.modules.extend(policy.put);
-                    self.reads = policy.reads.into_iter().collect();
-                    assert_eq!(policy.to, self.revision().modules);
-                }
-                other => panic!("no event {other}"),
-            }
-            assert_eq!(id, self.revision().to_string(), "the event's id is the revision after it");
+            assert_eq!(self.take(message), Ok(()));
         }
     }
 
+    /// Applies an event; not one that is not from here (I3), nor one that would take it back in time.
+    pub(crate) fn take(&mut self, message: Message) -> Result<(), Refused> {
+        let Message::Event { id, event, data } = message else { return Ok(()) };
+        let said: Revision = id.parse().unwrap();
+        match event.as_str() {
+            DELTA_EVENT => {
+                let delta: Delta = serde_json::from_slice(&data).unwrap();
+                if delta.from != self.revision().data || said.modules != self.revision().modules {
+                    return Err(Refused::NotHeld);
+                }
+                if delta.position.lag(&self.position, delta.dirs.keys(), false).is_some() {
+                    return Err(Refused::Lags);
+                }
+                self.delta(&delta);
+            }
+            POLICY_EVENT => {
+                let policy: Policy = serde_json::from_slice(&data).unwrap();
+                if policy.from != self.revision().modules || said.data != self.revision().data {
+                    return Err(Refused::NotHeld);
+                }
+                if policy.position.lag(&self.position, std::iter::empty(), true).is_some() {
+                    return Err(Refused::Lags);
+                }
+                self.modules.retain(|id, _| !policy.remove.contains(id));
+                self.modules.extend(policy.put);
+                self.reads = policy.reads.into_iter().collect();
+                self.position = policy.position.after(&self.position);
+                assert_eq!(policy.to, self.revision().modules);
+            }
+            other => panic!("no event {other}"),
+        }
+        assert_eq!(said, self.revision(), "the event's id is the revision after it");
+        Ok(())
+    }
+
     fn delta(&mut self, delta: &Delta) {
-        assert_eq!(delta.from, self.revision().data, "I3");
         for dir in &delta.ensure {
             let place = place(&mut self.data, dir.as_str());
             if place.is_null() {
@@ -111,6 +142,7 @@ impl Held {
                 None => _ = self.dirs.remove(dir),
             }
         }
+        self.position = delta.position.clone().after(&self.position);
         assert_eq!(delta.to, self.revision().data);
     }
 
@@ -129,7 +161,7 @@ fn remove(data: &mut Value, dir: &DirPath) {
     place(data, parent).as_object_mut().unwrap().remove(name).unwrap();
 }
 
-fn prune(value: Value) -> Value {
+pub(crate) fn prune(value: Value) -> Value {
     match value {
         Value::Object(map) => {
             let map = map.into_iter().map(|(key, value)| (key, prune(value)));

@@ -20,10 +20,10 @@ use serde_json::{Value, json};
 
 use crate::fold::Held;
 
-const POLICIES: WatchId = WatchId(0);
-const DATA: WatchId = WatchId(1);
-const PODS: WatchId = WatchId(2);
-const NODES: WatchId = WatchId(3);
+pub(crate) const POLICIES: WatchId = WatchId(0);
+pub(crate) const DATA: WatchId = WatchId(1);
+pub(crate) const PODS: WatchId = WatchId(2);
+pub(crate) const NODES: WatchId = WatchId(3);
 
 /// One step of a script: an object of a feed gets a value, or goes (`None`).
 type Step = (u8, u8, u8, Option<u8>);
@@ -36,15 +36,15 @@ fn scripts() -> impl Strategy<Value = Script> {
     proptest::collection::vec(proptest::collection::vec(step, 0..8), 1..12)
 }
 
-struct Writer {
-    store: Arc<Store>,
-    pipeline: Pipeline,
+pub(crate) struct Writer {
+    pub(crate) store: Arc<Store>,
+    pub(crate) pipeline: Pipeline,
     ends: Ends,
-    bundle: Arc<Bundle>,
+    pub(crate) bundle: Arc<Bundle>,
 }
 
 impl Writer {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::scoped(None)
     }
 
@@ -72,14 +72,19 @@ impl Writer {
     }
 
     /// Commits, with a compiler that finds nothing wrong.
-    fn commit(&mut self) {
+    pub(crate) fn commit(&mut self) {
         self.pipeline.commit();
-        while let Ok(candidates) = self.ends.jobs.try_recv() {
-            let nothing_wrong = async |_: &Selection| Ok::<_, Infallible>(Vec::new());
-            let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
-            self.pipeline.hear(Said::Checked { outcome, reads: None });
-            self.pipeline.commit();
-        }
+        while self.check() {}
+    }
+
+    /// Checks policies that wait for it, if there are any.
+    pub(crate) fn check(&mut self) -> bool {
+        let Ok(candidates) = self.ends.jobs.try_recv() else { return false };
+        let nothing_wrong = async |_: &Selection| Ok::<_, Infallible>(Vec::new());
+        let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
+        self.pipeline.hear(Said::Checked { outcome, reads: None });
+        self.pipeline.commit();
+        true
     }
 
     fn listed() -> Self {
@@ -124,7 +129,7 @@ impl Writer {
     }
 }
 
-fn key(feed: u8, namespace: u8, name: u8) -> ObjectKey {
+pub(crate) fn key(feed: u8, namespace: u8, name: u8) -> ObjectKey {
     let namespace = if WatchId(feed.into()) == NODES { String::new() } else { format!("ns{namespace}") };
     ObjectKey {
         namespace: namespace.into(),
@@ -133,7 +138,7 @@ fn key(feed: u8, namespace: u8, name: u8) -> ObjectKey {
 }
 
 /// The object as a source gives it. Value 3 of a ConfigMap is refused.
-fn json(feed: WatchId, name: u8, value: u8) -> Value {
+pub(crate) fn json(feed: WatchId, name: u8, value: u8) -> Value {
     let keys = |text: &dyn Fn(u8) -> String| {
         let keys: BTreeMap<_, _> = (0..=value).map(|key| (format!("k{key}"), text(key))).collect();
         json!({ "data": keys })
@@ -147,7 +152,7 @@ fn json(feed: WatchId, name: u8, value: u8) -> Value {
     }
 }
 
-fn runtime() -> tokio::runtime::Runtime {
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
 }
 
