@@ -109,9 +109,16 @@ impl Position {
         self
     }
 
+    /// What is not watched here at all is not behind, where policies are not: those say what is.
     fn behind<'a>(&self, there: &'a Self) -> impl Iterator<Item = (&'a String, u64, u64)> {
-        let all = there.0.iter().map(|(name, there)| (name, self.of(name).unwrap_or(0), *there));
-        all.filter(|(_, here, there)| here < there)
+        let policies =
+            |(name, there): (&String, &u64)| content(name) == "policies" && self.of(name) < Some(*there);
+        let any = !self.is_empty() && there.0.iter().any(policies);
+        let all = there.0.iter().map(|(name, there)| (name, self.of(name), *there));
+        let known = all.filter(move |(_, here, _)| any || here.is_some());
+        known
+            .map(|(name, here, there)| (name, here.unwrap_or(0), there))
+            .filter(|(_, here, there)| here < there)
     }
 }
 
@@ -163,9 +170,11 @@ mod tests {
                 false,
                 Some(("/kubernetes/pods", 4, 5)),
             ),
+            ("{}", r#"{"/kubernetes/pods in a":5,"policies":5}"#, vec![pods], true, None),
+            (r#"{"policies":5}"#, r#"{"/kubernetes/pods":5,"policies":5}"#, vec![pods], false, None),
             (
-                "{}",
-                r#"{"/kubernetes/pods in a":5}"#,
+                r#"{"policies":4}"#,
+                r#"{"/kubernetes/pods in a":5,"policies":5}"#,
                 vec![pods],
                 false,
                 Some(("/kubernetes/pods in a", 0, 5)),
@@ -181,7 +190,10 @@ mod tests {
             let lag = here.lag(&there, dirs.iter(), modules);
             let expected = expected.map(|(name, here, there)| Lag { name: name.to_owned(), here, there });
             assert_eq!(lag, expected, "{here} {there} {dirs:?} {modules}");
-            assert!(!here.clone().after(&there).0.iter().any(|(name, at)| there.of(name) > Some(*at)));
+            let after = here.clone().after(&there);
+            assert!(
+                after.0.iter().all(|(name, at)| here.of(name) <= Some(*at) && there.of(name) <= Some(*at))
+            );
         }
     }
 
