@@ -176,7 +176,9 @@ impl Cluster {
             line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{'))
                 && labels.iter().all(|label| line.contains(label))
         });
-        Ok(samples.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
+        // Large ones come as `1.2e+06`.
+        let sum: f64 = samples.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
+        Ok(format!("{sum:.0}").parse()?)
     }
 
     /// All pods as they should lie at `data.kubernetes.pods`: by namespace and name, without managedFields.

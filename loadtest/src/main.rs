@@ -1,8 +1,21 @@
 //! The lab from the command line.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "counts and percentiles of a load run are far from either bound"
+)]
+
 mod demo;
-mod fanout;
+mod histogram;
 mod memory;
+mod peer;
+mod picture;
+mod probe;
+mod results;
+mod scenario;
+mod stub;
+mod swarm;
 
 use std::process::ExitCode;
 
@@ -10,11 +23,18 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use opa_hub_loadtest::lab::{ControlPlane, assets};
 
+use self::results::Results;
+use self::scenario::{catchup, churn, failover, fanout, restart, slow, soak, start};
+
 /// The lab of opa-hub: real etcd, kube-apiserver, kubectl and OPA, built once from their Go modules, run as child
 /// processes on loopback, gone when the command ends.
 #[derive(Parser)]
 #[command(version, name = "opa-hub-loadtest")]
 struct Cli {
+    /// Use the cluster of this file, kind included, instead of the lab's: what is measured of its API server then is only what
+    /// it tells of itself
+    #[arg(long, global = true, value_name = "FILE")]
+    kubeconfig: Option<std::path::PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -27,8 +47,27 @@ enum Command {
     Lab,
     /// Measure what many pods cost in OPA, agent and hub, whole and cut down to what policies read
     Memory(memory::Options),
-    /// Measure what one change costs the hub with many agents, beside a thread that only writes to as many sockets
+    /// Many agents: one change at a time, then as many as go, beside a thread that only writes
     Fanout(fanout::Options),
+    /// Pods change on a real API server: what that costs it by who listens, and how long until OPAs decide by it
+    Churn(churn::Options),
+    /// OPAs from cold, joins at once, snapshots after a change
+    Start(start::Options),
+    /// kill -9 of the hub, the agents, the OPAs and the API server
+    Restart(restart::Options),
+    /// kill -9 of a hub with many agents: another replica, and the same one started again
+    Failover(failover::Options),
+    /// Agents that read slowly or not at all, and what that costs the others
+    Slow(slow::Options),
+    /// An agent thousands of changes behind, while its OPA is asked
+    Catchup(catchup::Options),
+    /// Changes at a rate for minutes
+    Soak(soak::Options),
+    /// Write tables and pictures anew from results that were kept; fails when a goal is missed
+    Report {
+        /// Where they were kept
+        dir: std::path::PathBuf,
+    },
     /// What `fanout` compares with
     #[command(hide = true)]
     Raw {
@@ -53,7 +92,12 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> anyhow::Result<()> {
-    match Cli::parse().command {
+    rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
+    let cli = Cli::parse();
+    if let Some(kubeconfig) = &cli.kubeconfig {
+        ControlPlane::use_cluster(kubeconfig);
+    }
+    match cli.command {
         Command::Assets => {
             println!("{}", tokio::task::spawn_blocking(assets::folder).await??.display());
             Ok(())
@@ -61,9 +105,35 @@ async fn run() -> anyhow::Result<()> {
         Command::Lab => lab().await,
         Command::Memory(options) => memory::run(options).await,
         Command::Fanout(options) => fanout::run(options).await,
-        Command::Raw { listen, bytes } => fanout::serve_raw(listen, bytes),
+        Command::Churn(options) => churn::run(options).await,
+        Command::Start(options) => start::run(options).await,
+        Command::Restart(options) => restart::run(options).await,
+        Command::Failover(options) => failover::run(options).await,
+        Command::Slow(options) => slow::run(options).await,
+        Command::Catchup(options) => catchup::run(options).await,
+        Command::Soak(options) => soak::run(options).await,
+        Command::Report { dir } => report(&dir),
+        Command::Raw { listen, bytes } => peer::raw::serve(listen, bytes),
         Command::Demo => demo::run().await,
     }
+}
+
+fn report(dir: &std::path::Path) -> anyhow::Result<()> {
+    let files = std::fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    let mut files: Vec<_> =
+        files.collect::<Result<Vec<_>, _>>()?.into_iter().map(|file| file.path()).collect();
+    files.sort_unstable();
+    let mut missed = 0;
+    for file in files.iter().filter(|file| file.extension().is_some_and(|kind| kind == "json")) {
+        // What `memory` keeps is not of these.
+        if let Ok(results) = Results::read(file) {
+            results.draw(dir)?;
+            println!("{}: {} goals missed", results.scenario, results.missed());
+            missed += results.missed();
+        }
+    }
+    anyhow::ensure!(missed == 0, "{missed} goals are missed");
+    Ok(())
 }
 
 async fn lab() -> anyhow::Result<()> {

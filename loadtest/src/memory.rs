@@ -15,6 +15,7 @@ use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa};
 use opa_hub_loadtest::pods::Nth;
 use serde_json::{Value, json};
 
+pub(crate) use self::world::fill;
 use self::world::{Stage, World};
 
 /// OPA's collector gives memory back while it is idle and while it works: it is measured after this pause and after the

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use anyhow::{Context, bail};
 use k8s_openapi::api::core::v1::Namespace;
@@ -12,7 +13,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 
 use super::etcd::Etcd;
-use super::process::Process;
+use super::process::{Process, Usage};
 use super::valve::Valve;
 use super::{assets, free_port};
 
@@ -32,6 +33,9 @@ pub struct ControlPlane {
     own: Option<Own>,
 }
 
+/// The cluster that was there before.
+static EXISTING: OnceLock<PathBuf> = OnceLock::new();
+
 /// What we started ourselves.
 struct Own {
     apiserver: Option<Process>,
@@ -41,6 +45,11 @@ struct Own {
 }
 
 impl ControlPlane {
+    /// Takes the cluster of this file from now on, wherever a control plane would be started.
+    pub fn use_cluster(kubeconfig: &Path) {
+        _ = EXISTING.set(kubeconfig.to_owned());
+    }
+
     /// Starts a control plane, or takes the cluster that `KUBECONFIG` names when `USE_EXISTING_CLUSTER=true`.
     pub async fn start() -> anyhow::Result<Self> {
         Self::start_with(&[]).await
@@ -52,16 +61,8 @@ impl ControlPlane {
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
         let mut dir = TempDir::with_prefix("opa-hub-lab-")?;
         dir.disable_cleanup(std::env::var_os("OPA_HUB_LAB_KEEP").is_some());
-        if std::env::var("USE_EXISTING_CLUSTER").is_ok_and(|value| value == "true") {
-            let kubeconfig =
-                std::env::var_os("KUBECONFIG").context("USE_EXISTING_CLUSTER=true needs KUBECONFIG")?;
-            return Ok(Self {
-                dir,
-                assets,
-                kubeconfig: kubeconfig.into(),
-                plain_kubeconfig: None,
-                own: None,
-            });
+        if let Some(kubeconfig) = existing()? {
+            return Ok(Self { dir, assets, kubeconfig, plain_kubeconfig: None, own: None });
         }
         let port = free_port()?;
         credentials(dir.path())?;
@@ -91,6 +92,11 @@ impl ControlPlane {
     /// For an administrator, by way of `valve`.
     pub fn kubeconfig_through(&self, valve: &Valve) -> anyhow::Result<PathBuf> {
         kubeconfig(self.dir.path(), valve.port, "admin")
+    }
+
+    /// What the API server has taken so far; none where it is not ours.
+    pub fn usage(&self) -> Option<Usage> {
+        self.own.as_ref()?.apiserver.as_ref()?.usage().ok()
     }
 
     /// Whether [`stop_apiserver`](Self::stop_apiserver) is possible.
@@ -169,6 +175,18 @@ fn credentials(dir: &Path) -> anyhow::Result<()> {
     )?;
     fs::write(dir.join("ca.crt"), ca.pem())?;
     Ok(())
+}
+
+fn existing() -> anyhow::Result<Option<PathBuf>> {
+    if let Some(kubeconfig) = EXISTING.get() {
+        return Ok(Some(kubeconfig.clone()));
+    }
+    if std::env::var("USE_EXISTING_CLUSTER").is_ok_and(|value| value == "true") {
+        let kubeconfig =
+            std::env::var_os("KUBECONFIG").context("USE_EXISTING_CLUSTER=true needs KUBECONFIG")?;
+        return Ok(Some(kubeconfig.into()));
+    }
+    Ok(None)
 }
 
 fn kubeconfig(dir: &Path, port: u16, user: &str) -> anyhow::Result<PathBuf> {

@@ -218,7 +218,7 @@ async fn on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result
 }
 
 /// Brings all pods to life.
-async fn fill(cluster: &Cluster, pods: usize) -> anyhow::Result<()> {
+pub(crate) async fn fill(cluster: &Cluster, pods: usize) -> anyhow::Result<()> {
     for first in (0..pods).step_by(PODS_A_NAMESPACE) {
         cluster.namespace(&Nth(first).namespace()).await?;
     }

@@ -7,7 +7,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 /// What is answered to each reader.
 const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
 /// What asks for a round.
-pub(super) const GO: &[u8] = b"GO";
+pub(crate) const GO: &[u8] = b"GO";
 
 /// Serves for ever: whoever sends [`GO`] has an event of so many bytes written to everybody else, and is told when
 /// that was done.

@@ -1,0 +1,159 @@
+//! Who is measured: the hub with its agents, and what it is compared with, each started and watched alike.
+
+pub(crate) mod raw;
+pub(crate) mod watches;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::future::try_join_all;
+use opa_hub_loadtest::eventually::eventually;
+use opa_hub_loadtest::lab::process::Process;
+use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa};
+use opa_hub_loadtest::pods::Nth;
+use serde_json::json;
+
+use self::watches::Watches;
+use crate::scenario::address;
+use crate::swarm::{Protocol, Schedule, Start, Swarm};
+
+/// Somebody who brings pods to OPAs, or costs the API server what that costs.
+#[derive(Clone)]
+pub(crate) enum Peer {
+    /// Nobody: what changes cost by themselves.
+    Nothing,
+    /// One hub, an agent beside each OPA.
+    Hub,
+    /// OPAs that load the hub's bundle themselves.
+    Bundles,
+    /// Raw watches, and no OPA.
+    Watches,
+    /// kube-mgmt beside each OPA: this program.
+    Sidecars(PathBuf),
+}
+
+/// How many there are of what.
+#[derive(Clone, Copy)]
+pub(crate) struct Scale {
+    pub(crate) pods: usize,
+    pub(crate) opas: usize,
+    /// Agents beside those of the OPAs, or raw watches.
+    pub(crate) agents: usize,
+}
+
+/// Gone when it is dropped.
+pub(crate) struct Running {
+    pub(crate) hub: Option<Hub>,
+    pub(crate) opas: Vec<Opa>,
+    pub(crate) agents: Vec<Agent>,
+    pub(crate) swarm: Option<Swarm>,
+    sidecars: Vec<Process>,
+    _watches: Option<Watches>,
+    /// From nothing to all pods in every OPA, all started at once.
+    pub(crate) cold: Duration,
+}
+
+impl Peer {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Nothing => "nobody",
+            Self::Hub => "opa-hub",
+            Self::Bundles => "bundles",
+            Self::Watches => "watches",
+            Self::Sidecars(_) => "sidecars",
+        }
+    }
+
+    /// Starts it, and waits until every OPA has every pod.
+    pub(crate) async fn start(
+        &self,
+        plane: &ControlPlane,
+        scale: Scale,
+        due: &Schedule,
+    ) -> anyhow::Result<Running> {
+        let dir = plane.dir.path();
+        let kubeconfig = plane.kubeconfig.display().to_string();
+        let flags = ["--kubeconfig", &kubeconfig, "--replicate=v1/pods", "--log-level=error"];
+        let hub = match self {
+            Self::Hub | Self::Bundles => Some(Hub::start(dir, &flags).await?),
+            _ => None,
+        };
+        let url = hub.as_ref().map(|hub| hub.url.clone()).unwrap_or_default();
+        let started = Instant::now();
+        let count = if matches!(self, Self::Nothing | Self::Watches) { 0 } else { scale.opas };
+        let config = matches!(self, Self::Bundles).then(|| {
+            let polling =
+                json!({ "long_polling_timeout_seconds": 10, "min_delay_seconds": 1, "max_delay_seconds": 1 });
+            json!({
+                "services": { "hub": { "url": url } },
+                "bundles": { "main": { "service": "hub", "resource": "bundles/main", "polling": polling } },
+            })
+        });
+        let opas =
+            try_join_all((0..count).map(|_| Opa::start(&plane.assets, dir, config.as_ref(), &[]))).await?;
+        let (mut agents, mut sidecars) = (Vec::new(), Vec::new());
+        for (at, opa) in opas.iter().enumerate() {
+            match self {
+                Self::Hub => {
+                    let agent =
+                        Agent::start(dir, &Agent::address()?, &[&url], &opa.url, Delivery::Rest, &[])?;
+                    agents.push(agent);
+                }
+                Self::Sidecars(program) => {
+                    let mut command = Command::new(program);
+                    command.arg(format!("--opa-url={}/v1", opa.url)).arg("--replicate=v1/pods");
+                    command.arg("--enable-policies=false").env("KUBECONFIG", &plane.kubeconfig);
+                    command.arg(format!("--kubeconfig={kubeconfig}"));
+                    sidecars.push(Process::start(&format!("kube-mgmt-{at}"), dir, &mut command)?);
+                }
+                _ => {}
+            }
+        }
+        try_join_all(opas.iter().map(|opa| has_pods(opa, scale.pods))).await?;
+        try_join_all(agents.iter_mut().map(Agent::wait_ready)).await?;
+        let cold = started.elapsed();
+        let swarm = match &hub {
+            Some(hub) if matches!(self, Self::Hub) && scale.agents > 0 => {
+                let start = Protocol::Hub(Arc::new(Start::of(&hub.url).await?));
+                Some(Swarm::open(start, vec![address(hub)?], due.clone(), scale.agents, &[]).await?)
+            }
+            _ => None,
+        };
+        let watches = match self {
+            Self::Watches => Some(watches::open(&plane.kubeconfig, scale.agents).await?),
+            _ => None,
+        };
+        Ok(Running { hub, opas, agents, swarm, sidecars, _watches: watches, cold })
+    }
+}
+
+impl Running {
+    /// Memory of all that stands beside one OPA, and of that OPA: the median.
+    pub(crate) fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
+        let beside = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
+        let mut beside: Vec<_> =
+            beside.map(|of| of.usage().map(|usage| usage.rss)).collect::<Result<_, _>>()?;
+        let opas = self.opas.iter().filter_map(|opa| opa.process.as_ref());
+        let mut opas: Vec<_> = opas.map(|of| of.usage().map(|usage| usage.rss)).collect::<Result<_, _>>()?;
+        beside.sort_unstable();
+        opas.sort_unstable();
+        let middle = |all: &[u64]| all.get(all.len() / 2).copied();
+        Ok(middle(&opas).map(|opa| (middle(&beside).unwrap_or_default(), opa)))
+    }
+}
+
+/// Waits until `opa` has the first of the pods, the last, and one between.
+async fn has_pods(opa: &Opa, pods: usize) -> anyhow::Result<()> {
+    for nth in [Nth(0), Nth(pods / 2), Nth(pods - 1)] {
+        let path = format!("/kubernetes/pods/{}/{}/metadata/name", nth.namespace(), nth.name());
+        eventually("OPA has every pod", async || match opa.data(&path).await {
+            Ok(found) if found == nth.name() => Ok(()),
+            Ok(found) => Err(format!("{path} is {found}")),
+            Err(error) => Err(error.to_string()),
+        })
+        .await?;
+    }
+    Ok(())
+}

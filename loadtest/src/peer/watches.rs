@@ -1,0 +1,40 @@
+//! Raw watches of all pods, each on a connection of its own: what as many sidecars cost the API server.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+use serde_json::Value;
+use tokio::task::JoinSet;
+
+/// Watches that are open until this is dropped.
+pub(crate) struct Watches {
+    _open: JoinSet<()>,
+}
+
+/// Opens this many.
+pub(crate) async fn open(kubeconfig: &Path, count: usize) -> anyhow::Result<Watches> {
+    // The lab's is JSON, a user's is YAML.
+    let text = std::fs::read_to_string(kubeconfig)?;
+    let config: Value = serde_saphyr::from_str(&text)?;
+    let cluster = &config["clusters"][0]["cluster"];
+    let server = cluster["server"].as_str().context("a server in the kubeconfig")?;
+    let ca = cluster["certificate-authority"].as_str().context("an authority's file in the kubeconfig")?;
+    let token = config["users"][0]["user"]["token"].as_str().context("a token in the kubeconfig")?;
+    opa_hub_loadtest::lab::init();
+    let ca = reqwest::Certificate::from_pem(&std::fs::read(ca)?)?;
+    let client = reqwest::Client::builder().no_proxy().http1_only().add_root_certificate(ca).build()?;
+    let url = format!("{server}/api/v1/pods");
+    let list: Value = {
+        let answer = client.get(format!("{url}?limit=1")).bearer_auth(token).send().await?;
+        serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?
+    };
+    let version = list["metadata"]["resourceVersion"].as_str().context("a version")?;
+    let url =
+        format!("{url}?watch=true&timeoutSeconds=3600&allowWatchBookmarks=true&resourceVersion={version}");
+    let mut open = JoinSet::new();
+    for _ in 0..count {
+        let mut answer = client.get(&url).bearer_auth(token).send().await?.error_for_status()?;
+        open.spawn(async move { while let Ok(Some(_)) = answer.chunk().await {} });
+    }
+    Ok(Watches { _open: open })
+}

@@ -1,0 +1,75 @@
+//! Real OPAs that are asked, again and again, which change they have: from the moment that it was due to the decision.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use opa_hub_loadtest::lab::http;
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::histogram::Histogram;
+
+/// Between two questions, while there is something to wait for.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// Asks OPAs of one pod's label.
+pub(crate) struct Probes {
+    /// The newest change of that pod, and when it was due.
+    wanted: watch::Sender<(u64, Instant)>,
+    asking: JoinSet<()>,
+    pub(crate) delays: Arc<Histogram>,
+    held: Arc<Vec<AtomicU64>>,
+}
+
+impl Probes {
+    /// Of the OPAs at these addresses; `path` is the label's below `/v1/data`.
+    pub(crate) fn start(opas: &[String], path: &str) -> anyhow::Result<Self> {
+        let wanted = watch::Sender::new((0, Instant::now()));
+        let (delays, mut asking) = (Arc::new(Histogram::new()), JoinSet::new());
+        let held: Arc<Vec<AtomicU64>> = Arc::new(opas.iter().map(|_| 0.into()).collect());
+        for (at, opa) in opas.iter().enumerate() {
+            let (url, http) = (format!("{opa}/v1/data{path}"), http()?);
+            let (mut news, delays, held) = (wanted.subscribe(), Arc::clone(&delays), Arc::clone(&held));
+            asking.spawn(async move {
+                let mut due: Vec<(u64, Instant)> = Vec::new();
+                while news.changed().await.is_ok() {
+                    due.push(*news.borrow_and_update());
+                    while !due.is_empty() {
+                        let found = ask(&http, &url).await;
+                        due.retain(|(number, at)| {
+                            let is_open = found.is_none_or(|found| found < *number);
+                            if !is_open {
+                                delays.record(at.elapsed());
+                            }
+                            is_open
+                        });
+                        held[at].store(found.unwrap_or(0), Relaxed);
+                        if news.has_changed().unwrap_or(false) {
+                            due.push(*news.borrow_and_update());
+                        }
+                        tokio::time::sleep(LOOK).await;
+                    }
+                }
+            });
+        }
+        Ok(Self { wanted, asking, delays, held })
+    }
+
+    /// The pod has the change `number` from now on, which was due then.
+    pub(crate) fn expect(&self, number: u64, due: Instant) {
+        self.wanted.send_replace((number, due));
+    }
+
+    /// Whether every OPA has the change `number`.
+    pub(crate) fn have(&self, number: u64) -> bool {
+        self.held.iter().all(|held| held.load(Relaxed) >= number) && !self.asking.is_empty()
+    }
+}
+
+async fn ask(http: &reqwest::Client, url: &str) -> Option<u64> {
+    let answer = http.get(url).send().await.ok()?;
+    let answer: Value = serde_json::from_slice(&answer.bytes().await.ok()?).ok()?;
+    answer["result"].as_str()?.parse().ok()
+}

@@ -1,0 +1,172 @@
+//! `churn`: pods change on a real API server. What that costs it, by who listens, and how long until an OPA decides by it.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use opa_hub_loadtest::cluster::Cluster;
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::ControlPlane;
+use opa_hub_loadtest::pods::Nth;
+
+use super::{Common, at_rate, command, megabytes, seconds, usage};
+use crate::memory;
+use crate::peer::{Peer, Scale};
+use crate::probe::Probes;
+use crate::results::{Goal, Measured, Results};
+use crate::swarm::Schedule;
+
+/// One change in so many is of the pod that OPAs are asked of.
+const PROBED: u64 = 10;
+const SETTLE: Duration = Duration::from_secs(5);
+
+const CPU: &str = "API server CPU a change";
+const WATCHES: &str = "watches of pods";
+const DECISION: &str = "change to decision";
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Pods of 10 KB
+    #[arg(long, default_value_t = 3000)]
+    pods: usize,
+    /// Real OPAs
+    #[arg(long, default_value_t = 10)]
+    opas: usize,
+    /// Agents of the hub beside those, and raw watches
+    #[arg(long, default_value_t = 1000)]
+    agents: usize,
+    /// Changes a second
+    #[arg(long, default_value_t = 30)]
+    rate: usize,
+    /// How long changes come
+    #[arg(long, default_value_t = 30)]
+    seconds: usize,
+    /// Measure OPAs with this kube-mgmt beside each, too
+    #[arg(long, value_name = "PROGRAM")]
+    kube_mgmt: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
+pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
+    let Options { pods, opas, agents, rate, seconds, kube_mgmt, common } = options;
+    let scale = Scale { pods, opas, agents };
+    let mut peers = vec![Peer::Nothing, Peer::Hub, Peer::Watches, Peer::Bundles];
+    match kube_mgmt {
+        Some(program) => peers.push(Peer::Sidecars(program)),
+        None => eprintln!("sidecars are left out: --kube-mgmt says where the program is"),
+    }
+    let mut runs = Vec::new();
+    for run in 0..common.runs {
+        eprintln!("run {} of {}: {pods} pods are made", run + 1, common.runs);
+        let plane = ControlPlane::start().await?;
+        let cluster = Cluster { client: plane.client().await? };
+        memory::fill(&cluster, pods).await?;
+        if !plane.is_own() {
+            eprintln!("watches are left out: raw ones are for the lab's API server");
+            peers.retain(|peer| !matches!(peer, Peer::Watches));
+        }
+        let mut measured = Vec::new();
+        for peer in &peers {
+            measured.push(once(peer, &plane, &cluster, scale, (rate, seconds)).await?);
+        }
+        runs.push(measured);
+    }
+    let settings = [
+        ("pods", pods),
+        ("opas", opas),
+        ("agents", agents),
+        ("rate", rate),
+        ("seconds", seconds),
+        ("runs", common.runs),
+    ];
+    let results = Results {
+        scenario: "churn".into(),
+        what: format!(
+            "{pods} pods, {rate} changes a second; {opas} OPAs, and {agents} agents or watches more"
+        ),
+        command: command("churn", &settings),
+        goals: vec![
+            Goal::at_most("opa-hub", CPU, 1.03).times("nobody"),
+            Goal::at_most("opa-hub", WATCHES, 1.0),
+            Goal::at_most("opa-hub", &format!("{DECISION}, p99"), 30.0),
+        ],
+        runs,
+    };
+    results.finish(common.out.as_deref())
+}
+
+async fn once(
+    peer: &Peer,
+    plane: &ControlPlane,
+    cluster: &Cluster,
+    scale: Scale,
+    (rate, time): (usize, usize),
+) -> anyhow::Result<Measured> {
+    let due = Schedule::default();
+    let idle = watches(cluster).await?;
+    let mut running = peer.start(plane, scale, &due).await?;
+    tokio::time::sleep(SETTLE).await;
+    let mut measured = Measured::new(peer.name());
+    let urls: Vec<_> = running.opas.iter().map(|opa| opa.url.clone()).collect();
+    let hot = Nth(0);
+    let path = format!("/kubernetes/pods/{}/{}/metadata/labels/round", hot.namespace(), hot.name());
+    let probes = Probes::start(&urls, &path)?;
+    let (server, sent) = (plane.usage(), sent(cluster).await?);
+    let hub = running.hub.as_ref().map(usage).transpose()?;
+    let watching = watches(cluster).await?.saturating_sub(idle);
+    let mut probed = 0;
+    let last = at_rate(&due, rate as f64, Duration::from_secs(time as u64), async |number| {
+        let at = Instant::now();
+        let is_probe = number % PROBED == 0;
+        let nth = if is_probe { hot } else { Nth(1 + number as usize % (scale.pods - 1)) };
+        cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &number.to_string())]).await?;
+        if is_probe {
+            probes.expect(number, at);
+            probed = number;
+        }
+        Ok(())
+    })
+    .await?;
+    if let Some(swarm) = &mut running.swarm {
+        swarm.reach(last, 0).await?;
+        measured.add_delays("change to agent", &swarm.take_delays());
+    }
+    eventually("every OPA has the last change", async || equal(&probes.have(probed), &true)).await?;
+    if let (Some(before), Some(after)) = (server, plane.usage()) {
+        measured.add(CPU, "ms", seconds(before, after) / last as f64 * 1000.0);
+        measured.add("API server memory", "MB", megabytes(after.rss));
+    }
+    measured.add(WATCHES, "", watching as f64);
+    measured.add(
+        "API server sent a change",
+        "KB",
+        (self::sent(cluster).await? - sent) as f64 / last as f64 / 1024.0,
+    );
+    if !running.opas.is_empty() {
+        measured.add_delays(DECISION, &probes.delays);
+        measured.add("cold start of the OPAs", "s", running.cold.as_secs_f64());
+    }
+    if let Some((beside, opa)) = running.memory()? {
+        measured.add("memory of an OPA", "MB", megabytes(opa));
+        measured.add("memory beside an OPA", "MB", megabytes(beside));
+    }
+    if let (Some(before), Some(hub)) = (hub, &running.hub) {
+        measured.add("hub CPU a change", "ms", seconds(before, usage(hub)?) / last as f64 * 1000.0);
+        measured.add("hub memory", "MB", megabytes(usage(hub)?.rss));
+    }
+    if let Some(swarm) = &running.swarm {
+        measured.add("streams that ended", "", swarm.counts().ended.load(Relaxed) as f64);
+    }
+    eprintln!("  {}: {last} changes", peer.name());
+    Ok(measured)
+}
+
+async fn watches(cluster: &Cluster) -> anyhow::Result<u64> {
+    cluster.metric("apiserver_longrunning_requests", &[("resource", "pods"), ("verb", "WATCH")]).await
+}
+
+async fn sent(cluster: &Cluster) -> anyhow::Result<u64> {
+    cluster.metric("apiserver_watch_events_sizes_sum", &[("resource", "pods")]).await
+}

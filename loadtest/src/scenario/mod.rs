@@ -1,0 +1,80 @@
+//! What is measured: a scenario a file.
+
+pub(crate) mod catchup;
+pub(crate) mod churn;
+pub(crate) mod failover;
+pub(crate) mod fanout;
+pub(crate) mod restart;
+pub(crate) mod slow;
+pub(crate) mod soak;
+pub(crate) mod start;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::Args;
+use opa_hub_loadtest::lab::Hub;
+use opa_hub_loadtest::lab::process::Usage;
+
+use crate::stub::Stub;
+use crate::swarm::Schedule;
+
+/// What every scenario is told.
+#[derive(Args)]
+pub(crate) struct Common {
+    /// Times that it is run; tables show medians
+    #[arg(long, default_value_t = 1)]
+    pub(crate) runs: usize,
+    /// Write results, table and picture here
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+}
+
+/// The scenario's command, as far as it matters for what comes out.
+pub(crate) fn command(name: &str, options: &[(&str, usize)]) -> String {
+    let options = options.iter().map(|(name, value)| format!(" --{name} {value}"));
+    format!("opa-hub-loadtest {name}{}", options.collect::<String>())
+}
+
+/// A hub that watches `stub`.
+pub(crate) async fn hub_over(stub: &Stub, dir: &std::path::Path) -> anyhow::Result<Hub> {
+    let kubeconfig = stub.kubeconfig.display().to_string();
+    Hub::start(dir, &["--kubeconfig", &kubeconfig, "--replicate=v1/pods", "--log-level=error"]).await
+}
+
+pub(crate) fn address(hub: &Hub) -> anyhow::Result<SocketAddr> {
+    Ok(hub.url.trim_start_matches("http://").parse()?)
+}
+
+pub(crate) fn usage(hub: &Hub) -> anyhow::Result<Usage> {
+    hub.process.as_ref().context("the hub runs")?.usage()
+}
+
+/// Makes changes at this rate for this long, at the times when they are due, whatever that takes. Says the last.
+pub(crate) async fn at_rate(
+    due: &Schedule,
+    rate: f64,
+    time: Duration,
+    mut change: impl AsyncFnMut(u64) -> anyhow::Result<()>,
+) -> anyhow::Result<u64> {
+    let started = Instant::now();
+    let count = (rate * time.as_secs_f64()) as u32;
+    let mut last = 0;
+    for step in 0..count {
+        let at = started + Duration::from_secs_f64(f64::from(step) / rate);
+        tokio::time::sleep_until(at.into()).await;
+        last = due.push(at);
+        change(last).await?;
+    }
+    Ok(last)
+}
+
+pub(crate) fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+pub(crate) fn seconds(from: Usage, to: Usage) -> f64 {
+    to.cpu.saturating_sub(from.cpu).as_secs_f64()
+}

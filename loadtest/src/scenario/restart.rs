@@ -1,0 +1,148 @@
+//! `restart`: each part is killed and started again, with something changed meanwhile. How long until the decision is right.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::Args;
+use opa_hub_loadtest::cluster::Cluster;
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::{Agent, ControlPlane, Opa};
+use opa_hub_loadtest::pods::Nth;
+use serde_json::json;
+
+use super::{Common, command};
+use crate::memory;
+use crate::peer::{Peer, Running, Scale};
+use crate::results::{Goal, Measured, Results};
+use crate::swarm::Schedule;
+
+const ALL: &str = "until every OPA has what changed meanwhile";
+const SNAPSHOTS: &str = "OPAs that were loaded anew";
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Pods of 10 KB
+    #[arg(long, default_value_t = 3000)]
+    pods: usize,
+    /// Real OPAs, each with an agent
+    #[arg(long, default_value_t = 5)]
+    opas: usize,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What is killed and started again.
+#[derive(Clone, Copy)]
+enum Part {
+    Hub,
+    Agents,
+    Opas,
+    ApiServer,
+}
+
+pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
+    let Options { pods, opas, common } = options;
+    let mut runs = Vec::new();
+    for run in 0..common.runs {
+        eprintln!("run {} of {}: {pods} pods are made", run + 1, common.runs);
+        runs.push(once(pods, opas).await?);
+    }
+    let results = Results {
+        scenario: "restart".into(),
+        what: format!("{opas} OPAs with {pods} pods; kill -9 of each part, and its start"),
+        command: command("restart", &[("pods", pods), ("opas", opas), ("runs", common.runs)]),
+        goals: vec![
+            Goal::at_most("the hub", ALL, 5000.0),
+            Goal::at_most("the hub", SNAPSHOTS, 0.0),
+            Goal::at_most("the agents", SNAPSHOTS, 0.0),
+            Goal::at_most("the API server", SNAPSHOTS, 0.0),
+        ],
+        runs,
+    };
+    results.finish(common.out.as_deref())
+}
+
+async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
+    let mut plane = ControlPlane::start().await?;
+    let cluster = Cluster { client: plane.client().await? };
+    memory::fill(&cluster, pods).await?;
+    let mut running = Peer::Hub.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
+    let parts = [
+        ("the hub", Part::Hub),
+        ("the agents", Part::Agents),
+        ("the OPAs", Part::Opas),
+        ("the API server", Part::ApiServer),
+    ];
+    let mut measured = Vec::new();
+    for ((name, part), round) in parts.into_iter().zip(1_u64..) {
+        if matches!(part, Part::ApiServer) && !plane.is_own() {
+            continue;
+        }
+        let before = snapshots(&running).await?;
+        let took = kill(part, round, &mut plane, &cluster, &mut running).await?;
+        let mut of = Measured::new(name);
+        of.add(ALL, "ms", took.as_secs_f64() * 1000.0);
+        for agent in &mut running.agents {
+            agent.wait_ready().await?;
+        }
+        let loaded = snapshots(&running).await?;
+        // Agents that were started again count from nothing.
+        let before = if matches!(part, Part::Agents) { 0 } else { before };
+        of.add(SNAPSHOTS, "", loaded.saturating_sub(before) as f64);
+        eprintln!("  {name}: {:.0} ms", took.as_secs_f64() * 1000.0);
+        measured.push(of);
+    }
+    Ok(measured)
+}
+
+async fn kill(
+    part: Part,
+    round: u64,
+    plane: &mut ControlPlane,
+    cluster: &Cluster,
+    running: &mut Running,
+) -> anyhow::Result<Duration> {
+    let nth = Nth(0);
+    let label = async |round: u64| {
+        cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &round.to_string())]).await
+    };
+    match part {
+        Part::Hub => running.hub.as_mut().context("a hub")?.kill(),
+        Part::Agents => running.agents.iter_mut().for_each(Agent::kill),
+        Part::Opas => running.opas.iter_mut().for_each(|opa| opa.process = None),
+        Part::ApiServer => plane.stop_apiserver(),
+    }
+    let mut started = Instant::now();
+    if !matches!(part, Part::ApiServer) {
+        label(round).await?;
+        started = Instant::now();
+    }
+    match part {
+        Part::Hub => running.hub.as_mut().context("a hub")?.spawn()?,
+        Part::Agents => running.agents.iter_mut().try_for_each(Agent::spawn)?,
+        Part::Opas => {
+            futures::future::try_join_all(running.opas.iter_mut().map(Opa::restart)).await?;
+        }
+        Part::ApiServer => {
+            plane.start_apiserver().await?;
+            label(round).await?;
+            started = Instant::now();
+        }
+    }
+    let path = format!("/kubernetes/pods/{}/{}/metadata/labels/round", nth.namespace(), nth.name());
+    for opa in &running.opas {
+        eventually("OPA has the change", async || {
+            equal(&opa.data(&path).await.map_err(|error| error.to_string())?, &json!(round.to_string()))
+        })
+        .await?;
+    }
+    Ok(started.elapsed())
+}
+
+async fn snapshots(running: &Running) -> anyhow::Result<u64> {
+    let mut all = 0;
+    for agent in &running.agents {
+        all += agent.status().await?["done"]["snapshots"].as_u64().context("a count")?;
+    }
+    Ok(all)
+}

@@ -1,0 +1,121 @@
+//! `start`: many at once from cold. Real OPAs beside a real API server, then a thousand agents that join at a time, and a
+//! snapshot of many pods after one of them changed.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use futures::future::try_join_all;
+use opa_hub_loadtest::cluster::Cluster;
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::{ControlPlane, http};
+
+use super::{Common, command, hub_over, seconds, usage};
+use crate::memory;
+use crate::peer::{Peer, Scale};
+use crate::results::{Goal, Measured, Results};
+use crate::stub::Stub;
+use crate::swarm::Schedule;
+
+/// Changes after each of which the snapshot is asked for.
+const CHANGES: u64 = 20;
+const COLD: &str = "until every OPA has every pod";
+const ENCODES: &str = "snapshots encoded for all that join";
+const SNAPSHOT: &str = "hub CPU of a snapshot after one change";
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Pods of 10 KB on the API server
+    #[arg(long, default_value_t = 3000)]
+    pods: usize,
+    /// Real OPAs
+    #[arg(long, default_value_t = 10)]
+    opas: usize,
+    /// Agents that ask for a snapshot at once
+    #[arg(long, default_value_t = 1000)]
+    joins: usize,
+    /// Pods of 300 bytes in the snapshot that changes
+    #[arg(long, default_value_t = 30_000)]
+    small_pods: usize,
+    /// Measure OPAs with this kube-mgmt beside each, too
+    #[arg(long, value_name = "PROGRAM")]
+    kube_mgmt: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
+pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
+    let Options { pods, opas, joins, small_pods, kube_mgmt, common } = options;
+    let mut peers = vec![Peer::Hub, Peer::Bundles];
+    peers.extend(kube_mgmt.map(Peer::Sidecars));
+    let mut runs = Vec::new();
+    for run in 0..common.runs {
+        eprintln!("run {} of {}: {pods} pods are made", run + 1, common.runs);
+        let plane = ControlPlane::start().await?;
+        let cluster = Cluster { client: plane.client().await? };
+        memory::fill(&cluster, pods).await?;
+        let mut measured = Vec::new();
+        for peer in &peers {
+            let running = peer.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
+            let mut of = Measured::new(peer.name());
+            of.add(COLD, "s", running.cold.as_secs_f64());
+            eprintln!("  {}: {:.1} s", peer.name(), running.cold.as_secs_f64());
+            measured.push(of);
+        }
+        drop(plane);
+        join(&mut measured[0], joins, small_pods).await?;
+        runs.push(measured);
+    }
+    let settings =
+        [("pods", pods), ("opas", opas), ("joins", joins), ("small-pods", small_pods), ("runs", common.runs)];
+    let results = Results {
+        scenario: "start".into(),
+        what: format!("{opas} OPAs with {pods} pods from cold; {joins} joins with {small_pods} small pods"),
+        command: command("start", &settings),
+        goals: vec![
+            Goal::at_most("opa-hub", COLD, 3.0),
+            Goal::at_most("opa-hub", ENCODES, 1.0),
+            Goal::at_most("opa-hub", SNAPSHOT, 20.0),
+        ],
+        runs,
+    };
+    results.finish(common.out.as_deref())
+}
+
+/// Snapshots over a stub.
+async fn join(measured: &mut Measured, joins: usize, pods: usize) -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let stub = Stub::start(dir.path(), pods).await?;
+    let hub = hub_over(&stub, dir.path()).await?;
+    let (http, url) = (http()?, format!("{}/bundles/main/data", hub.url));
+    let get = async || anyhow::Ok(http.get(&url).send().await?.error_for_status()?.bytes().await?.len());
+    let started = Instant::now();
+    let lengths = try_join_all((0..joins).map(|_| get())).await?;
+    measured.add("all that join have their snapshot", "s", started.elapsed().as_secs_f64());
+    measured.add(ENCODES, "", hub.metric("opa_hub_snapshot_encodes_total").await? as f64);
+    measured.add("snapshot", "KB", lengths[0] as f64 / 1024.0);
+    let mut cpu = 0.0;
+    for number in 1..=CHANGES {
+        let editions = hub.metric("opa_hub_view_changes_total").await?;
+        let before = hub.metric("opa_hub_snapshot_encodes_total").await?;
+        stub.change(pods / 2, number);
+        eventually("the hub has the change", async || {
+            let now = hub.metric("opa_hub_view_changes_total").await.map_err(|error| error.to_string())?;
+            equal(&(now > editions), &true)
+        })
+        .await?;
+        let used = usage(&hub)?;
+        // Archives trail the head by a second at most.
+        eventually("a new snapshot", async || {
+            get().await.map_err(|error| error.to_string())?;
+            let now =
+                hub.metric("opa_hub_snapshot_encodes_total").await.map_err(|error| error.to_string())?;
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            equal(&now, &(before + 1))
+        })
+        .await?;
+        cpu += seconds(used, usage(&hub)?);
+    }
+    measured.add(SNAPSHOT, "ms", cpu / CHANGES as f64 * 1000.0);
+    Ok(())
+}
