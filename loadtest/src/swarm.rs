@@ -131,7 +131,7 @@ impl Start {
 }
 
 impl Swarm {
-    /// Opens a stream for each agent, the first of them with these paces, and waits until all are open.
+    /// Opens a stream for each agent at the first of the hubs, some of them with these paces, and waits until all are open.
     pub(crate) async fn open(
         protocol: Protocol,
         hubs: Vec<SocketAddr>,
@@ -226,9 +226,7 @@ impl Agent {
         if let Protocol::Hub(start) = &shared.protocol {
             (revision, dirs, position) = (Some(start.revision), start.dirs.clone(), start.position.clone());
         }
-        // As many at each.
-        let hub = at % shared.hubs.len();
-        let mut agent = Self { shared, at, pace, hub, revision, dirs, position };
+        let mut agent = Self { shared, at, pace, hub: 0, revision, dirs, position };
         let mut pause = RETRY_FIRST;
         loop {
             match agent.session(&mut pause).await {

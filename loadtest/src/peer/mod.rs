@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
+use opa_hub_loadtest::cluster::{Cluster, POLICY};
 use opa_hub_loadtest::eventually::eventually;
 use opa_hub_loadtest::lab::process::Process;
 use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa};
@@ -26,6 +27,10 @@ pub(crate) enum Peer {
     Nothing,
     /// One hub, an agent beside each OPA.
     Hub,
+    /// The same, and many agents more.
+    HubAndMany,
+    /// One hub, which sends what policies read.
+    HubAuto,
     /// OPAs that load the hub's bundle themselves.
     Bundles,
     /// Raw watches, and no OPA.
@@ -43,6 +48,14 @@ pub(crate) struct Scale {
     pub(crate) agents: usize,
 }
 
+/// A policy that reads as much as is measured.
+pub(crate) async fn policy(cluster: &Cluster) -> anyhow::Result<()> {
+    const READS: &str = "package load\n\nround[ns][name] := data.kubernetes.pods[ns][name].metadata.labels.round\n\n\
+                         app[ns][name] := data.kubernetes.pods[ns][name].metadata.labels.app\n";
+    let namespace = Nth(0).namespace();
+    cluster.configmap(&namespace, "load", Some(POLICY), &[("load.rego", READS)]).await
+}
+
 /// Gone when it is dropped.
 pub(crate) struct Running {
     pub(crate) hub: Option<Hub>,
@@ -50,7 +63,7 @@ pub(crate) struct Running {
     pub(crate) agents: Vec<Agent>,
     pub(crate) swarm: Option<Swarm>,
     sidecars: Vec<Process>,
-    _watches: Option<Watches>,
+    watches: Option<Watches>,
     /// From nothing to all pods in every OPA, all started at once.
     pub(crate) cold: Duration,
 }
@@ -60,6 +73,8 @@ impl Peer {
         match self {
             Self::Nothing => "nobody",
             Self::Hub => "opa-hub",
+            Self::HubAndMany => "opa-hub and many agents",
+            Self::HubAuto => "opa-hub, fields auto",
             Self::Bundles => "bundles",
             Self::Watches => "watches",
             Self::Sidecars(_) => "sidecars",
@@ -75,9 +90,12 @@ impl Peer {
     ) -> anyhow::Result<Running> {
         let dir = plane.dir.path();
         let kubeconfig = plane.kubeconfig.display().to_string();
-        let flags = ["--kubeconfig", &kubeconfig, "--replicate=v1/pods", "--log-level=error"];
+        let fields = if matches!(self, Self::HubAuto) { "--fields=auto" } else { "--fields=all" };
+        let flags = ["--kubeconfig", &kubeconfig, "--replicate=v1/pods", "--log-level=error", fields];
         let hub = match self {
-            Self::Hub | Self::Bundles => Some(Hub::start(dir, &flags).await?),
+            Self::Hub | Self::HubAndMany | Self::HubAuto | Self::Bundles => {
+                Some(Hub::start(dir, &flags).await?)
+            }
             _ => None,
         };
         let url = hub.as_ref().map(|hub| hub.url.clone()).unwrap_or_default();
@@ -96,7 +114,7 @@ impl Peer {
         let (mut agents, mut sidecars) = (Vec::new(), Vec::new());
         for (at, opa) in opas.iter().enumerate() {
             match self {
-                Self::Hub => {
+                Self::Hub | Self::HubAndMany | Self::HubAuto => {
                     let agent =
                         Agent::start(dir, &Agent::address()?, &[&url], &opa.url, Delivery::Rest, &[])?;
                     agents.push(agent);
@@ -115,7 +133,7 @@ impl Peer {
         try_join_all(agents.iter_mut().map(Agent::wait_ready)).await?;
         let cold = started.elapsed();
         let swarm = match &hub {
-            Some(hub) if matches!(self, Self::Hub) && scale.agents > 0 => {
+            Some(hub) if matches!(self, Self::HubAndMany) => {
                 let start = Protocol::Hub(Arc::new(Start::of(&hub.url).await?));
                 Some(Swarm::open(start, vec![address(hub)?], due.clone(), scale.agents, &[]).await?)
             }
@@ -125,11 +143,16 @@ impl Peer {
             Self::Watches => Some(watches::open(&plane.kubeconfig, scale.agents).await?),
             _ => None,
         };
-        Ok(Running { hub, opas, agents, swarm, sidecars, _watches: watches, cold })
+        Ok(Running { hub, opas, agents, swarm, sidecars, watches, cold })
     }
 }
 
 impl Running {
+    /// Bytes that raw watches were sent so far.
+    pub(crate) fn received(&self) -> Option<u64> {
+        self.watches.as_ref().map(Watches::received)
+    }
+
     /// Memory of all that stands beside one OPA, and of that OPA: the median.
     pub(crate) fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
         let beside = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
@@ -147,9 +170,9 @@ impl Running {
 /// Waits until `opa` has the first of the pods, the last, and one between.
 async fn has_pods(opa: &Opa, pods: usize) -> anyhow::Result<()> {
     for nth in [Nth(0), Nth(pods / 2), Nth(pods - 1)] {
-        let path = format!("/kubernetes/pods/{}/{}/metadata/name", nth.namespace(), nth.name());
+        let path = format!("/kubernetes/pods/{}/{}/metadata/labels/app", nth.namespace(), nth.name());
         eventually("OPA has every pod", async || match opa.data(&path).await {
-            Ok(found) if found == nth.name() => Ok(()),
+            Ok(found) if found.is_string() => Ok(()),
             Ok(found) => Err(format!("{path} is {found}")),
             Err(error) => Err(error.to_string()),
         })

@@ -1,6 +1,8 @@
 //! Raw watches of all pods, each on a connection of its own: what as many sidecars cost the API server.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use anyhow::Context as _;
 use serde_json::Value;
@@ -9,6 +11,14 @@ use tokio::task::JoinSet;
 /// Watches that are open until this is dropped.
 pub(crate) struct Watches {
     _open: JoinSet<()>,
+    received: Arc<AtomicU64>,
+}
+
+impl Watches {
+    /// Bytes that all of them were sent so far.
+    pub(crate) fn received(&self) -> u64 {
+        self.received.load(Relaxed)
+    }
 }
 
 /// Opens this many.
@@ -31,10 +41,15 @@ pub(crate) async fn open(kubeconfig: &Path, count: usize) -> anyhow::Result<Watc
     let version = list["metadata"]["resourceVersion"].as_str().context("a version")?;
     let url =
         format!("{url}?watch=true&timeoutSeconds=3600&allowWatchBookmarks=true&resourceVersion={version}");
-    let mut open = JoinSet::new();
+    let (mut open, received) = (JoinSet::new(), Arc::new(AtomicU64::new(0)));
     for _ in 0..count {
         let mut answer = client.get(&url).bearer_auth(token).send().await?.error_for_status()?;
-        open.spawn(async move { while let Ok(Some(_)) = answer.chunk().await {} });
+        let received = Arc::clone(&received);
+        open.spawn(async move {
+            while let Ok(Some(chunk)) = answer.chunk().await {
+                received.fetch_add(chunk.len() as u64, Relaxed);
+            }
+        });
     }
-    Ok(Watches { _open: open })
+    Ok(Watches { _open: open, received })
 }

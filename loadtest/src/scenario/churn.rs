@@ -9,10 +9,11 @@ use opa_hub_loadtest::cluster::Cluster;
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::ControlPlane;
 use opa_hub_loadtest::pods::Nth;
+use tokio::task::JoinSet;
 
 use super::{Common, at_rate, command, megabytes, seconds, usage};
 use crate::memory;
-use crate::peer::{Peer, Scale};
+use crate::peer::{self, Peer, Scale};
 use crate::probe::Probes;
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::Schedule;
@@ -24,6 +25,7 @@ const SETTLE: Duration = Duration::from_secs(5);
 const CPU: &str = "API server CPU a change";
 const WATCHES: &str = "watches of pods";
 const DECISION: &str = "change to decision";
+const MANY: &str = "opa-hub and many agents";
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -33,7 +35,7 @@ pub(crate) struct Options {
     /// Real OPAs
     #[arg(long, default_value_t = 10)]
     opas: usize,
-    /// Agents of the hub beside those, and raw watches
+    /// Many agents beside those, and raw watches
     #[arg(long, default_value_t = 1000)]
     agents: usize,
     /// Changes a second
@@ -52,7 +54,8 @@ pub(crate) struct Options {
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { pods, opas, agents, rate, seconds, kube_mgmt, common } = options;
     let scale = Scale { pods, opas, agents };
-    let mut peers = vec![Peer::Nothing, Peer::Hub, Peer::Watches, Peer::Bundles];
+    let mut peers =
+        vec![Peer::Nothing, Peer::HubAuto, Peer::Hub, Peer::HubAndMany, Peer::Watches, Peer::Bundles];
     match kube_mgmt {
         Some(program) => peers.push(Peer::Sidecars(program)),
         None => eprintln!("sidecars are left out: --kube-mgmt says where the program is"),
@@ -63,6 +66,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         let plane = ControlPlane::start().await?;
         let cluster = Cluster { client: plane.client().await? };
         memory::fill(&cluster, pods).await?;
+        peer::policy(&cluster).await?;
         if !plane.is_own() {
             eprintln!("watches are left out: raw ones are for the lab's API server");
             peers.retain(|peer| !matches!(peer, Peer::Watches));
@@ -88,9 +92,10 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         ),
         command: command("churn", &settings),
         goals: vec![
-            Goal::at_most("opa-hub", CPU, 1.03).times("nobody"),
-            Goal::at_most("opa-hub", WATCHES, 1.0),
+            Goal::at_most(MANY, CPU, 1.03).times("nobody"),
+            Goal::at_most(MANY, WATCHES, 1.0),
             Goal::at_most("opa-hub", &format!("{DECISION}, p99"), 30.0),
+            Goal::at_most("opa-hub, fields auto", &format!("{DECISION}, p99"), 30.0),
         ],
         runs,
     };
@@ -113,15 +118,19 @@ async fn once(
     let hot = Nth(0);
     let path = format!("/kubernetes/pods/{}/{}/metadata/labels/round", hot.namespace(), hot.name());
     let probes = Probes::start(&urls, &path)?;
-    let (server, sent) = (plane.usage(), sent(cluster).await?);
+    let (server, received) = (plane.usage(), running.received());
     let hub = running.hub.as_ref().map(usage).transpose()?;
     let watching = watches(cluster).await?.saturating_sub(idle);
-    let mut probed = 0;
+    let (mut probed, mut changing) = (0, JoinSet::new());
     let last = at_rate(&due, rate as f64, Duration::from_secs(time as u64), async |number| {
+        // None waits for the one before: what is late is late for everybody.
         let at = Instant::now();
         let is_probe = number % PROBED == 0;
         let nth = if is_probe { hot } else { Nth(1 + number as usize % (scale.pods - 1)) };
-        cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &number.to_string())]).await?;
+        let cluster = cluster.clone();
+        changing.spawn(async move {
+            cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &number.to_string())]).await
+        });
         if is_probe {
             probes.expect(number, at);
             probed = number;
@@ -129,6 +138,9 @@ async fn once(
         Ok(())
     })
     .await?;
+    while let Some(changed) = changing.join_next().await {
+        changed??;
+    }
     if let Some(swarm) = &mut running.swarm {
         swarm.reach(last, 0).await?;
         measured.add_delays("change to agent", &swarm.take_delays());
@@ -139,11 +151,13 @@ async fn once(
         measured.add("API server memory", "MB", megabytes(after.rss));
     }
     measured.add(WATCHES, "", watching as f64);
-    measured.add(
-        "API server sent a change",
-        "KB",
-        (self::sent(cluster).await? - sent) as f64 / last as f64 / 1024.0,
-    );
+    if let (Some(before), Some(after)) = (received, running.received()) {
+        measured.add(
+            "received by the watches a change",
+            "KB",
+            (after - before) as f64 / last as f64 / 1024.0,
+        );
+    }
     if !running.opas.is_empty() {
         measured.add_delays(DECISION, &probes.delays);
         measured.add("cold start of the OPAs", "s", running.cold.as_secs_f64());
@@ -165,8 +179,4 @@ async fn once(
 
 async fn watches(cluster: &Cluster) -> anyhow::Result<u64> {
     cluster.metric("apiserver_longrunning_requests", &[("resource", "pods"), ("verb", "WATCH")]).await
-}
-
-async fn sent(cluster: &Cluster) -> anyhow::Result<u64> {
-    cluster.metric("apiserver_watch_events_sizes_sum", &[("resource", "pods")]).await
 }

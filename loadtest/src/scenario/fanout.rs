@@ -22,8 +22,6 @@ use crate::swarm::{Protocol, Schedule, Start, Swarm};
 
 /// Between two changes: everybody is idle again.
 const PAUSE: Duration = Duration::from_millis(300);
-/// How long changes come as fast as they go.
-const FLOOD: Duration = Duration::from_secs(10);
 /// Between two of them: many times what a sweep over the agents takes would fit in.
 const FLOOD_PAUSE: Duration = Duration::from_millis(1);
 
@@ -42,22 +40,28 @@ pub(crate) struct Options {
     /// Changes, one after the other
     #[arg(long, default_value_t = 20)]
     rounds: usize,
+    /// How long changes come as fast as they go, then
+    #[arg(long, default_value_t = 10)]
+    flood_seconds: usize,
     #[command(flatten)]
     common: Common,
 }
 
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
-    let Options { agents, rounds, common } = options;
+    let Options { agents, rounds, flood_seconds, common } = options;
+    let flood = Duration::from_secs(flood_seconds as u64);
     let mut runs = Vec::new();
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
         let dir = tempfile::tempdir()?;
-        let (ours, frame) = ours(dir.path(), agents, rounds).await?;
-        runs.push(vec![ours, raw(dir.path(), agents, rounds, frame).await?]);
+        let (ours, frame) = ours(dir.path(), agents, rounds, flood).await?;
+        runs.push(vec![ours, raw(dir.path(), agents, rounds, flood, frame).await?]);
     }
     let results = Results {
         scenario: "fanout".into(),
-        what: format!("{agents} agents, {rounds} changes one by one, then 10 s of as many as go"),
+        what: format!(
+            "{agents} agents, {rounds} changes one by one, then {flood_seconds} s of as many as go"
+        ),
         command: command("fanout", &[("agents", agents), ("rounds", rounds), ("runs", common.runs)]),
         goals: vec![
             Goal::at_most("opa-hub", &format!("{DELAY}, p99"), 1.3).times("raw"),
@@ -73,7 +77,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 /// A hub over an API server of one pod.
-async fn ours(dir: &Path, agents: usize, rounds: usize) -> anyhow::Result<(Measured, usize)> {
+async fn ours(dir: &Path, agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measured, usize)> {
     let stub = Stub::start(dir, 1).await?;
     let hub = hub_over(&stub, dir).await?;
     let before = usage(&hub)?;
@@ -92,13 +96,19 @@ async fn ours(dir: &Path, agents: usize, rounds: usize) -> anyhow::Result<(Measu
     let bytes = one_by_one(&mut measured, &mut swarm, &due, process, before, rounds, change).await?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await? - encodes;
     measured.add(ENCODES, "", encodes as f64 / rounds as f64);
-    flood(&mut measured, &mut swarm, &due, change).await?;
+    flood(&mut measured, &mut swarm, &due, time, change).await?;
     anyhow::ensure!(swarm.counts().ended.load(Relaxed) == 0, "an agent lost its stream");
     Ok((measured, bytes))
 }
 
 /// A thread that writes as many bytes to as many sockets.
-async fn raw(dir: &Path, agents: usize, rounds: usize, bytes: usize) -> anyhow::Result<Measured> {
+async fn raw(
+    dir: &Path,
+    agents: usize,
+    rounds: usize,
+    time: Duration,
+    bytes: usize,
+) -> anyhow::Result<Measured> {
     let address: SocketAddr = format!("127.0.0.1:{}", free_port()?).parse()?;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["raw", "--listen", &address.to_string(), "--bytes", &bytes.to_string()]);
@@ -118,7 +128,7 @@ async fn raw(dir: &Path, agents: usize, rounds: usize, bytes: usize) -> anyhow::
     };
     let mut measured = Measured::new("raw");
     one_by_one(&mut measured, &mut swarm, &due, &process, before, rounds, change).await?;
-    flood(&mut measured, &mut swarm, &due, change).await?;
+    flood(&mut measured, &mut swarm, &due, time, change).await?;
     Ok(measured)
 }
 
@@ -157,12 +167,13 @@ async fn flood(
     measured: &mut Measured,
     swarm: &mut Swarm,
     due: &Schedule,
+    time: Duration,
     mut change: impl AsyncFnMut(u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let frames = || swarm.counts().frames.load(Relaxed);
     let (started, first) = (Instant::now(), frames());
     let mut last = 0;
-    while started.elapsed() < FLOOD {
+    while started.elapsed() < time {
         last = due.push(Instant::now());
         change(last).await?;
         tokio::time::sleep(FLOOD_PAUSE).await;

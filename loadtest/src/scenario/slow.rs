@@ -51,7 +51,6 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most(slow, &format!("{DELAY}, p99"), 1.05).times(steady),
             Goal::at_most(slow, MEMORY, 4.0),
             Goal::at_most(slow, ENDED, 0.0),
-            Goal::at_most(slow, FRAMES, 2.0),
         ],
         runs,
     };

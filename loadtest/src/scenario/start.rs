@@ -12,7 +12,7 @@ use opa_hub_loadtest::lab::{ControlPlane, http};
 
 use super::{Common, command, hub_over, seconds, usage};
 use crate::memory;
-use crate::peer::{Peer, Scale};
+use crate::peer::{self, Peer, Scale};
 use crate::results::{Goal, Measured, Results};
 use crate::stub::Stub;
 use crate::swarm::Schedule;
@@ -46,7 +46,7 @@ pub(crate) struct Options {
 
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { pods, opas, joins, small_pods, kube_mgmt, common } = options;
-    let mut peers = vec![Peer::Hub, Peer::Bundles];
+    let mut peers = vec![Peer::Hub, Peer::HubAuto, Peer::Bundles];
     peers.extend(kube_mgmt.map(Peer::Sidecars));
     let mut runs = Vec::new();
     for run in 0..common.runs {
@@ -54,6 +54,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         let plane = ControlPlane::start().await?;
         let cluster = Cluster { client: plane.client().await? };
         memory::fill(&cluster, pods).await?;
+        peer::policy(&cluster).await?;
         let mut measured = Vec::new();
         for peer in &peers {
             let running = peer.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
@@ -74,6 +75,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         command: command("start", &settings),
         goals: vec![
             Goal::at_most("opa-hub", COLD, 3.0),
+            Goal::at_most("opa-hub, fields auto", COLD, 3.0),
             Goal::at_most("opa-hub", ENCODES, 1.0),
             Goal::at_most("opa-hub", SNAPSHOT, 20.0),
         ],

@@ -22,6 +22,8 @@ mod policies;
 
 mod replicas;
 
+mod scenarios;
+
 mod sources;
 
 mod verdicts;
