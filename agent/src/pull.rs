@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::TryStreamExt;
 use opa_hub_proto::frame::FRAME_BYTES_MAX;
-use opa_hub_proto::position::{POSITION_HEADER, Position};
+use opa_hub_proto::position::{POSITION_BYTES_MAX, POSITION_HEADER, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::Revision;
 use opa_hub_proto::sse::{self, Decoder, Message};
@@ -269,7 +269,9 @@ impl Stream {
 
 /// Says what must not be taken back.
 fn at(request: RequestBuilder, position: &Position) -> RequestBuilder {
-    if position.is_empty() { request } else { request.header(POSITION_HEADER, position.to_string()) }
+    let text = position.to_string();
+    let is_none = position.is_empty() || text.len() > POSITION_BYTES_MAX;
+    if is_none { request } else { request.header(POSITION_HEADER, text) }
 }
 
 fn archive(response: Response) -> Archive {

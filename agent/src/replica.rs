@@ -40,8 +40,8 @@ pub struct Replica {
     status: Status,
     /// OPA refused data: a package that goes may lie where it comes.
     modules_first: bool,
-    /// Since when every hub is behind what OPA holds.
-    lags: Option<Instant>,
+    /// When hubs first and last said that they are behind what OPA holds.
+    lags: Option<(Instant, Instant)>,
     /// When a hub that hears its source is looked for, and how long after that again.
     look: (Instant, Duration),
 }
@@ -152,7 +152,8 @@ impl Replica {
                 }
                 Trouble::Hub(error) => {
                     if let pull::Error::Lags(_) = error {
-                        self.lags.get_or_insert_with(Instant::now);
+                        let now = Instant::now();
+                        self.lags = Some((self.lags.map_or(now, |(first, _)| first), now));
                     }
                     tracing::warn!(hub = %self.hubs.current(), %error, "no stream");
                     self.hubs.fail_over().await;
@@ -184,7 +185,7 @@ impl Replica {
         let mut found = self.applier.opa.marker(&self.applier.bundle).await?;
         if let Some(marker) = &mut found {
             trust.apply(marker);
-            if self.lags.is_some_and(|since| since.elapsed() > LAG_MAX) {
+            if self.lags.is_some_and(|(first, last)| last - first > LAG_MAX) {
                 tracing::warn!(
                     "no hub is as new as what OPA holds: the source went back, and OPA goes with it"
                 );

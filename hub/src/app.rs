@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::bundles::{Bundles, Stages};
 use crate::cli::{Cli, Task};
-use crate::config::{Config, DRAIN, EVENT_QUEUE_MAX, FILES_WANTED, Source};
+use crate::config::{Config, DRAIN, EVENT_QUEUE_MAX, FILES_WANTED, LISTEN_BACKLOG, Source};
 use crate::documents::{Documents, Opinions};
 use crate::policy::check::{Compiler, Dialect};
 use crate::readiness::Readiness;
@@ -66,9 +66,9 @@ async fn run(config: Config) -> anyhow::Result<()> {
         Ok(files) => tracing::debug!(files, "file descriptors"),
         Err(error) => tracing::warn!(%error, "cannot raise the limit of open files"),
     }
-    let listener = listen(config.listen).await?;
+    let listener = listen(config.listen)?;
     let health = match config.health {
-        Some(address) => Some(listen(address).await?),
+        Some(address) => Some(listen(address)?),
         None => None,
     };
     let readiness = Readiness::default();
@@ -207,8 +207,14 @@ fn write_down(
     tokio::spawn(striving.run(leads, readiness.clone(), stop.clone().cancelled_owned()))
 }
 
-async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let bind = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(LISTEN_BACKLOG)
+    };
+    bind().with_context(|| format!("cannot listen on {address}"))
 }
 
 async fn signal() {

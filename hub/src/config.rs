@@ -47,6 +47,9 @@ pub const FOLDER_SETTLE_MAX: Duration = Duration::from_millis(500);
 pub const FOLDER_RESCAN: Duration = Duration::from_secs(5);
 /// File descriptors below which the hub warns: each stream takes one.
 pub const FILES_WANTED: u64 = 16_384;
+/// Connections that wait to be accepted; the kernel's bound is `net.core.somaxconn`. Who finds the queue full tries again
+/// after a second, then two: of 10,000 agents whose hub died at once some took 4.5 s.
+pub const LISTEN_BACKLOG: u32 = 16_384;
 /// Heads of requests that are looked at at a time: a storm of connections waits in the kernel's queue.
 pub const HEADS_MAX: usize = 512;
 /// Bytes of the head of a request for a stream; one that is longer is axum's.

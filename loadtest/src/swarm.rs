@@ -26,8 +26,8 @@ use tokio::task::JoinSet;
 
 use crate::histogram::Histogram;
 
-/// Agents from one loopback address: well below the ports that it has.
-const FROM_ONE_ADDRESS: usize = 4000;
+/// Agents from one loopback address: it has 28,000 ports, and one that was used rests for a minute.
+const FROM_ONE_ADDRESS: usize = 500;
 /// Connections that are opened at a time.
 const OPENING: usize = 256;
 /// Pauses between tries, as real agents make them.
@@ -68,6 +68,8 @@ struct Shared {
     opening: Semaphore,
     is_awake: watch::Sender<bool>,
     counts: Counts,
+    /// What went wrong at somebody's last try.
+    trouble: Mutex<String>,
 }
 
 /// What the agents speak.
@@ -148,6 +150,7 @@ impl Swarm {
             opening: Semaphore::new(OPENING),
             is_awake: watch::Sender::new(false),
             counts: Counts::default(),
+            trouble: Mutex::default(),
         });
         let mut slow = paces.iter().flat_map(|(pace, count)| std::iter::repeat_n(*pace, *count));
         let mut agents = JoinSet::new();
@@ -195,7 +198,10 @@ impl Swarm {
             if let Some(ended) = self.agents.try_join_next() {
                 ended?.context("an agent gave up")?;
             }
-            ensure!(Instant::now() < until, "{what}: not within {} s", PATIENCE.as_secs());
+            if Instant::now() > until {
+                let trouble = self.shared.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+                bail!("{what}: not within {} s, {trouble}", PATIENCE.as_secs());
+            }
             ensure!(!self.shared.counts.is_broken.load(Relaxed), "an agent holds what no hub ever served");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -248,8 +254,12 @@ impl Agent {
     async fn session(&mut self, pause: &mut Duration) -> anyhow::Result<End> {
         let shared = Arc::clone(&self.shared);
         let turn = shared.opening.acquire().await?;
-        let Ok((status, mut tcp, body)) = self.ask("GET", "/stream", b"").await else {
-            return Ok(End::Broken);
+        let (status, mut tcp, body) = match self.ask("GET", "/stream", b"").await {
+            Ok(answer) => answer,
+            Err(error) => {
+                *shared.trouble.lock().unwrap_or_else(PoisonError::into_inner) = format!("{error:#}");
+                return Ok(End::Broken);
+            }
         };
         match status {
             200 => {}

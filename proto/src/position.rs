@@ -16,8 +16,8 @@ use crate::path::DirPath;
 /// The header in which an agent says how far the hub had heard that gave it what it holds, and a hub with what it gives.
 pub const POSITION_HEADER: &str = "opahub-position";
 
-/// Bytes of a position at most: a hundred resources of 40 bytes fit into the head of a request.
-pub const POSITION_BYTES_MAX: usize = 4 << 10;
+/// Bytes of a position at most: 800 feeds of 80 bytes. A longer one is not sent.
+pub const POSITION_BYTES_MAX: usize = 64 << 10;
 
 /// See the module's text. Empty where the source has no versions, as a folder has none.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]

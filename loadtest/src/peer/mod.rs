@@ -153,6 +153,11 @@ impl Running {
         self.watches.as_ref().map(Watches::received)
     }
 
+    /// Raw watches that the API server gave up.
+    pub(crate) fn given_up(&self) -> Option<u64> {
+        self.watches.as_ref().map(Watches::ended)
+    }
+
     /// Memory of all that stands beside one OPA, and of that OPA: the median.
     pub(crate) fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
         let beside = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);

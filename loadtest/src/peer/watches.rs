@@ -12,12 +12,18 @@ use tokio::task::JoinSet;
 pub(crate) struct Watches {
     _open: JoinSet<()>,
     received: Arc<AtomicU64>,
+    ended: Arc<AtomicU64>,
 }
 
 impl Watches {
     /// Bytes that all of them were sent so far.
     pub(crate) fn received(&self) -> u64 {
         self.received.load(Relaxed)
+    }
+
+    /// How many of them the API server has ended: it gives up on who does not keep up.
+    pub(crate) fn ended(&self) -> u64 {
+        self.ended.load(Relaxed)
     }
 }
 
@@ -41,15 +47,17 @@ pub(crate) async fn open(kubeconfig: &Path, count: usize) -> anyhow::Result<Watc
     let version = list["metadata"]["resourceVersion"].as_str().context("a version")?;
     let url =
         format!("{url}?watch=true&timeoutSeconds=3600&allowWatchBookmarks=true&resourceVersion={version}");
-    let (mut open, received) = (JoinSet::new(), Arc::new(AtomicU64::new(0)));
+    let mut open = JoinSet::new();
+    let (received, ended) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
     for _ in 0..count {
         let mut answer = client.get(&url).bearer_auth(token).send().await?.error_for_status()?;
-        let received = Arc::clone(&received);
+        let (received, ended) = (Arc::clone(&received), Arc::clone(&ended));
         open.spawn(async move {
             while let Ok(Some(chunk)) = answer.chunk().await {
                 received.fetch_add(chunk.len() as u64, Relaxed);
             }
+            ended.fetch_add(1, Relaxed);
         });
     }
-    Ok(Watches { _open: open, received })
+    Ok(Watches { _open: open, received, ended })
 }

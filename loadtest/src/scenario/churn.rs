@@ -158,6 +158,9 @@ async fn once(
             (after - before) as f64 / last as f64 / 1024.0,
         );
     }
+    if let Some(given_up) = running.given_up() {
+        measured.add("watches that the API server gave up", "", given_up as f64);
+    }
     if !running.opas.is_empty() {
         measured.add_delays(DECISION, &probes.delays);
         measured.add("cold start of the OPAs", "s", running.cold.as_secs_f64());
