@@ -11,8 +11,7 @@ use opa_hub_loadtest::lab::ControlPlane;
 use opa_hub_loadtest::pods::Nth;
 use tokio::task::JoinSet;
 
-use super::{Common, at_rate, command, megabytes, seconds, usage};
-use crate::memory;
+use super::{Common, at_rate, cluster_of, command, megabytes, seconds, usage};
 use crate::peer::{self, Peer, Scale};
 use crate::probe::Probes;
 use crate::results::{Goal, Measured, Results};
@@ -63,9 +62,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let mut runs = Vec::new();
     for run in 0..common.runs {
         eprintln!("run {} of {}: {pods} pods are made", run + 1, common.runs);
-        let plane = ControlPlane::start().await?;
-        let cluster = Cluster { client: plane.client().await? };
-        memory::fill(&cluster, pods).await?;
+        let (plane, cluster) = cluster_of(pods).await?;
         peer::policy(&cluster).await?;
         if !plane.is_own() {
             eprintln!("watches are left out: raw ones are for the lab's API server");

@@ -15,9 +15,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
-use opa_hub_loadtest::lab::Hub;
+use opa_hub_loadtest::cluster::Cluster;
 use opa_hub_loadtest::lab::process::Usage;
+use opa_hub_loadtest::lab::{ControlPlane, Hub};
 
+use crate::memory;
 use crate::stub::Stub;
 use crate::swarm::Schedule;
 
@@ -36,6 +38,14 @@ pub(crate) struct Common {
 pub(crate) fn command(name: &str, options: &[(&str, usize)]) -> String {
     let options = options.iter().map(|(name, value)| format!(" --{name} {value}"));
     format!("opa-hub-loadtest {name}{}", options.collect::<String>())
+}
+
+/// The lab's API server, or the user's, with this many pods.
+pub(crate) async fn cluster_of(pods: usize) -> anyhow::Result<(ControlPlane, Cluster)> {
+    let plane = ControlPlane::start().await?;
+    let cluster = Cluster { client: plane.client().await? };
+    memory::fill(&cluster, pods).await?;
+    Ok((plane, cluster))
 }
 
 /// A hub that watches `stub`.

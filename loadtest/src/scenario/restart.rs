@@ -10,8 +10,7 @@ use opa_hub_loadtest::lab::{Agent, ControlPlane, Opa};
 use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
 
-use super::{Common, command};
-use crate::memory;
+use super::{Common, cluster_of, command};
 use crate::peer::{Peer, Running, Scale};
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::Schedule;
@@ -63,9 +62,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
-    let mut plane = ControlPlane::start().await?;
-    let cluster = Cluster { client: plane.client().await? };
-    memory::fill(&cluster, pods).await?;
+    let (mut plane, cluster) = cluster_of(pods).await?;
     let mut running = Peer::Hub.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
     let parts = [
         ("the hub", Part::Hub),

@@ -6,12 +6,10 @@ use std::time::Instant;
 
 use clap::Args;
 use futures::future::try_join_all;
-use opa_hub_loadtest::cluster::Cluster;
 use opa_hub_loadtest::eventually::{equal, eventually};
-use opa_hub_loadtest::lab::{ControlPlane, http};
+use opa_hub_loadtest::lab::http;
 
-use super::{Common, command, hub_over, seconds, usage};
-use crate::memory;
+use super::{Common, cluster_of, command, hub_over, seconds, usage};
 use crate::peer::{self, Peer, Scale};
 use crate::results::{Goal, Measured, Results};
 use crate::stub::Stub;
@@ -51,9 +49,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let mut runs = Vec::new();
     for run in 0..common.runs {
         eprintln!("run {} of {}: {pods} pods are made", run + 1, common.runs);
-        let plane = ControlPlane::start().await?;
-        let cluster = Cluster { client: plane.client().await? };
-        memory::fill(&cluster, pods).await?;
+        let (plane, cluster) = cluster_of(pods).await?;
         peer::policy(&cluster).await?;
         let mut measured = Vec::new();
         for peer in &peers {
