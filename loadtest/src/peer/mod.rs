@@ -122,7 +122,7 @@ impl Peer {
                 Self::Sidecars(program) => {
                     let mut command = Command::new(program);
                     command.arg(format!("--opa-url={}/v1", opa.url)).arg("--replicate=v1/pods");
-                    command.arg("--enable-policies=false").env("KUBECONFIG", &plane.kubeconfig);
+                    command.arg("--enable-policies=false");
                     command.arg(format!("--kubeconfig={kubeconfig}"));
                     sidecars.push(Process::start(&format!("kube-mgmt-{at}"), dir, &mut command)?);
                 }
