@@ -131,9 +131,9 @@ impl Applier {
         Ok(())
     }
 
-    /// Applies an archive, which is as of `position`, onto what `held` says that OPA holds, or onto an OPA that never heard of us. The marker
-    /// that results names no revision, until its modules are there. `modules_first`: the archive's modules are put
-    /// before its data, which may take a place that a package leaves.
+    /// Applies an archive, which is as of `position`, onto what `held` says that OPA holds, or onto an OPA that never
+    /// heard of us. The marker that results names no revision, until its modules are there. `modules_first`: the
+    /// archive's modules are put before its data, which may take a place that a package leaves.
     pub async fn archive(
         &self,
         held: Option<&Marker>,

@@ -24,8 +24,8 @@ pub const OPA_READ: Duration = Duration::from_secs(5);
 pub const HUB_ANSWER: Duration = Duration::from_secs(10);
 /// The hub sends something every 5 s: a stream that is silent for this long is dead.
 pub const STREAM_SILENCE: Duration = Duration::from_secs(15);
-/// While no hub is as new as what OPA holds, OPA keeps that for this long. Then the source itself went back, as a cluster
-/// does that is restored from a backup.
+/// While no hub is as new as what OPA holds, OPA keeps that for this long. Then the source itself went back, as a
+/// cluster does that is restored from a backup.
 pub const LAG_MAX: Duration = Duration::from_secs(60);
 /// While the hub that is followed is cut off from its source, another is looked for after a pause of this …
 pub const FRESH_LOOK: Duration = Duration::from_secs(5);

@@ -270,8 +270,8 @@ impl Replica {
         }
     }
 
-    /// A hub that has not heard its source for a while says so. Whoever hears it is better; where there is nobody, what it
-    /// says is the best there is.
+    /// A hub that has not heard its source for a while says so. Whoever hears it is better; where there is nobody, what
+    /// it says is the best there is.
     async fn note_freshness(&mut self, words: &str) -> Result<(), pull::Error> {
         let Some(words) = words.strip_prefix(STALE) else {
             self.status.with(|state| state.stale = None);

@@ -86,8 +86,8 @@ pub type Ended = &'static str;
 
 impl Stages {
     /// Starts the stages of `spec` among `tasks`. The policies that are good already are the `restored` ones, or else
-    /// those that were kept over a restart. If it `gates`, the hub is not ready before the bundle is. What is wrong with
-    /// the bundle of the flags (`is_flags`) is told without its name.
+    /// those that were kept over a restart. If it `gates`, the hub is not ready before the bundle is. What is wrong
+    /// with the bundle of the flags (`is_flags`) is told without its name.
     pub async fn start(
         &self,
         spec: Arc<Spec>,

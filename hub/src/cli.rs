@@ -52,8 +52,8 @@ pub struct Flags {
     /// Read this folder of manifests (YAML or JSON, watched for changes) instead of a cluster
     #[arg(long, value_name = "DIR", env = "OPA_HUB_MANIFESTS", conflicts_with = "kubeconfig")]
     manifests: Option<PathBuf>,
-    /// Serve the bundles of this file too: documents of kind Bundle, read again when it changes. Documents of the source
-    /// are followed without a flag
+    /// Serve the bundles of this file too: documents of kind Bundle, read again when it changes. Documents of the
+    /// source are followed without a flag
     #[arg(long, value_name = "FILE", env = "OPA_HUB_CONFIG")]
     config: Option<PathBuf>,
     /// Reach the API server by this kubeconfig
@@ -133,13 +133,13 @@ pub struct Flags {
     /// Where below data the resources go: data.PATH.resource.namespace.name
     #[arg(long, value_name = "PATH", default_value = "kubernetes", help_heading = "Replication")]
     replicate_path: String,
-    /// What of replicated resources each reader gets: all namespaces, or those of the one that it names (?namespace=, or
-    /// the agent's --namespace) and what belongs to none
+    /// What of replicated resources each reader gets: all namespaces, or those of the one that it names (?namespace=,
+    /// or the agent's --namespace) and what belongs to none
     #[arg(long, value_name = "SCOPE", default_value = "cluster", help_heading = "Replication")]
     replicate_scope: ReplicateScope,
     /// The fields of replicated objects that travel: auto for those that the policies read, paths such as
-    /// metadata.labels,spec.containers[*].image (what a policy reads beyond is undefined), all for everything, and paths
-    /// beside auto for what others read. `opa-hub fields` shows what your policies read
+    /// metadata.labels,spec.containers[*].image (what a policy reads beyond is undefined), all for everything, and
+    /// paths beside auto for what others read. `opa-hub fields` shows what your policies read
     #[arg(
         long,
         value_name = "PATH,…",

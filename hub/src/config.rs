@@ -47,8 +47,8 @@ pub const FOLDER_SETTLE_MAX: Duration = Duration::from_millis(500);
 pub const FOLDER_RESCAN: Duration = Duration::from_secs(5);
 /// File descriptors below which the hub warns: each stream takes one.
 pub const FILES_WANTED: u64 = 16_384;
-/// Connections that wait to be accepted; the kernel's bound is `net.core.somaxconn`. Who finds the queue full tries again
-/// after a second, then two: of 10,000 agents whose hub died at once some took 4.5 s.
+/// Connections that wait to be accepted; the kernel's bound is `net.core.somaxconn`. Who finds the queue full tries
+/// again after a second, then two: of 10,000 agents whose hub died at once some took 4.5 s.
 pub const LISTEN_BACKLOG: u32 = 16_384;
 /// Heads of requests that are looked at at a time: a storm of connections waits in the kernel's queue.
 pub const HEADS_MAX: usize = 512;
@@ -60,8 +60,8 @@ pub const HEAD_MAX: Duration = Duration::from_secs(1);
 pub const HEAD_LOOK: Duration = Duration::from_millis(5);
 /// Before the next connection is accepted when one could not be: there are no file descriptors left, mostly.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Bytes that the kernel takes of a stream whose reader does not read, twice that with its own: without a limit it takes
-/// 4 MB, 12,700 small frames, before anybody notices.
+/// Bytes that the kernel takes of a stream whose reader does not read, twice that with its own: without a limit it
+/// takes 4 MB, 12,700 small frames, before anybody notices.
 pub const SEND_BUFFER: usize = 16 << 10;
 /// Streams that are written to before others have their turn: 3 ms.
 pub const ROUND_SLICE: usize = 256;

@@ -1,6 +1,6 @@
-//! The one writer of a bundle: changes in, editions out. It runs on a thread of its own, takes whatever waits, and publishes once
-//! for all of it, so that a lone change travels at once and a storm is merged. Policies are checked beside it: data
-//! never waits for a compiler.
+//! The one writer of a bundle: changes in, editions out. It runs on a thread of its own, takes whatever waits, and
+//! publishes once for all of it, so that a lone change travels at once and a storm is merged. Policies are checked
+//! beside it: data never waits for a compiler.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -207,8 +207,8 @@ impl Live {
                 if self.objects.get(&object.key).is_some_and(|held| held.json == object.json) {
                     return Vec::new();
                 }
-                // Made by a thread that decodes, where what stays lies scattered among what goes: with 30,000 pods that takes
-                // the hub 40 MB more. This thread makes little that goes.
+                // Made by a thread that decodes, where what stays lies scattered among what goes: with 30,000 pods that
+                // takes the hub 40 MB more. This thread makes little that goes.
                 if object.json.is_unique() {
                     object.json = Bytes::copy_from_slice(&object.json);
                 }

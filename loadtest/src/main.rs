@@ -31,8 +31,8 @@ use self::scenario::{catchup, churn, failover, fanout, restart, slow, soak, star
 #[derive(Parser)]
 #[command(version, name = "opa-hub-loadtest")]
 struct Cli {
-    /// Use the cluster of this file, kind included, instead of the lab's: what is measured of its API server then is only what
-    /// it tells of itself
+    /// Use the cluster of this file, kind included, instead of the lab's: what is measured of its API server then is
+    /// only what it tells of itself
     #[arg(long, global = true, value_name = "FILE")]
     kubeconfig: Option<std::path::PathBuf>,
     #[command(subcommand)]

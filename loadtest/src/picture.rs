@@ -1,4 +1,5 @@
-//! Delays as a picture: percentiles to the right, a logarithmic scale of milliseconds upwards, a line for each who was measured.
+//! Delays as a picture: percentiles to the right, a logarithmic scale of milliseconds upwards, a line for each who was
+//! measured.
 
 use std::fmt::Write as _;
 

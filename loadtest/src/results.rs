@@ -1,5 +1,5 @@
-//! What a scenario measured: figures by who was measured, run by run. Kept as JSON, shown as a Markdown table of medians with
-//! the goals below it, and drawn.
+//! What a scenario measured: figures by who was measured, run by run. Kept as JSON, shown as a Markdown table of
+//! medians with the goals below it, and drawn.
 
 use std::fmt::Write as _;
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! An API server that only lists and watches pods, for runs that measure the hub alone: a real one tops out near 100 changes a
-//! second on two cores.
+//! An API server that only lists and watches pods, for runs that measure the hub alone: a real one tops out near 100
+//! changes a second on two cores.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;

@@ -1,6 +1,6 @@
-//! Thousands of agents in one process, from many loopback addresses, by the protocol of real ones: each holds the digests of
-//! its directories, resumes, reconciles and fails over, and counts a change as delivered when the digest after applying it
-//! is the one that the hub promised.
+//! Thousands of agents in one process, from many loopback addresses, by the protocol of real ones: each holds the
+//! digests of its directories, resumes, reconciles and fails over, and counts a change as delivered when the digest
+//! after applying it is the one that the hub promised.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -133,7 +133,8 @@ impl Start {
 }
 
 impl Swarm {
-    /// Opens a stream for each agent at the first of the hubs, some of them with these paces, and waits until all are open.
+    /// Opens a stream for each agent at the first of the hubs, some of them with these paces, and waits until all are
+    /// open.
     pub(crate) async fn open(
         protocol: Protocol,
         hubs: Vec<SocketAddr>,

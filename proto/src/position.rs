@@ -1,6 +1,6 @@
-//! How far a hub has heard its source: what Kubernetes calls `resourceVersion`, for each thing that it watches. Versions
-//! of one resource can be compared, whichever API server said them (KEP-5504). Equal revisions need no equal positions: time
-//! passes where nothing changes.
+//! How far a hub has heard its source: what Kubernetes calls `resourceVersion`, for each thing that it watches.
+//! Versions of one resource can be compared, whichever API server said them (KEP-5504). Equal revisions need no equal
+//! positions: time passes where nothing changes.
 //!
 //! A quiet watch says seldom how far it is: with nothing to tell, an API server says so once a watch. So a hub that has
 //! heard less of something need not lag. It does where it would change that something at the reader.
@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::path::DirPath;
 
-/// The header in which an agent says how far the hub had heard that gave it what it holds, and a hub with what it gives.
+/// The header in which an agent says how far the hub had heard that gave it what it holds, and a hub with what it
+/// gives.
 pub const POSITION_HEADER: &str = "opahub-position";
 
 /// Bytes of a position at most: 800 feeds of 80 bytes. A longer one is not sent.
@@ -74,8 +75,8 @@ impl Position {
         self.behind(there).next().is_some()
     }
 
-    /// What would go back in time that was heard up to `there`, if these directories, and maybe the modules, changed to what
-    /// they are here.
+    /// What would go back in time that was heard up to `there`, if these directories, and maybe the modules, changed to
+    /// what they are here.
     pub fn lag<'a>(
         &self,
         there: &Self,

@@ -312,7 +312,8 @@ impl Bundle {
         if part.has_data() { self.paced.subscribe() } else { self.head.subscribe() }
     }
 
-    /// Hands editions on to [`archived`](Self::archived): at once after a quiet time, else one in [`SNAPSHOT_INTERVAL`].
+    /// Hands editions on to [`archived`](Self::archived): at once after a quiet time, else one in
+    /// [`SNAPSHOT_INTERVAL`].
     pub async fn pace(&self) {
         let mut head = self.head();
         loop {
@@ -334,8 +335,8 @@ impl Edition {
         &self.log
     }
 
-    /// What would go back in time at an agent that holds `held` as of `there`, where the source was heard up to `here` before
-    /// this edition was taken. One whose revision is not known here is not known to go back.
+    /// What would go back in time at an agent that holds `held` as of `there`, where the source was heard up to `here`
+    /// before this edition was taken. One whose revision is not known here is not known to go back.
     pub fn lag(&self, held: Revision, here: &Position, there: &Position) -> Option<Lag> {
         if !here.is_behind(there) {
             return None;

@@ -20,8 +20,8 @@ const FIELDS_SHOWN: usize = 50;
 
 /// An empty OPA 1.22 …
 const OPA_BYTES: u64 = 40 << 20;
-/// … and what each byte of JSON, times a hundred, and each entry adds to what it keeps resident. `opa-hub-loadtest memory`
-/// shows it beside what a real one takes.
+/// … and what each byte of JSON, times a hundred, and each entry adds to what it keeps resident. `opa-hub-loadtest
+/// memory` shows it beside what a real one takes.
 const OPA_PERCENT_OF_JSON: u64 = 620;
 const OPA_BYTES_AN_ENTRY: u64 = 1000;
 

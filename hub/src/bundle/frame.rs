@@ -13,9 +13,9 @@ use serde_json::value::RawValue;
 use super::log::{Log, Since};
 use super::view::View;
 
-/// The events that lead from `from` to `view`, which is as of `position`: data first, then the modules that may read it. None when the log no
-/// longer reaches back to `from`, when the events are larger than an agent may hold, or when the modules at `from` read
-/// fields that are gone (I10): reconcile then.
+/// The events that lead from `from` to `view`, which is as of `position`: data first, then the modules that may read
+/// it. None when the log no longer reaches back to `from`, when the events are larger than an agent may hold, or when
+/// the modules at `from` read fields that are gone (I10): reconcile then.
 pub fn encode(view: &View, log: &Log, position: &Position, from: Revision) -> Option<Bytes> {
     let mut out = Vec::new();
     let mut held = from;

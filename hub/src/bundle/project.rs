@@ -299,8 +299,8 @@ impl Projection {
         }
     }
 
-    /// The same for an object that did not change, but what is kept of it did. It is no growth that the limit is for: who
-    /// reads more was weighed before.
+    /// The same for an object that did not change, but what is kept of it did. It is no growth that the limit is for:
+    /// who reads more was weighed before.
     pub fn apply_again(&mut self, id: FeedId, object: Object, batch: &mut Batch) {
         let bytes = self.limit.bytes();
         self.limit.is_lax = self.accepted.contains_key(&(id, object.key.clone()));

@@ -166,8 +166,8 @@ fn data() -> Flow {
     Flow { places: BTreeSet::from([Vec::new()]), ..Flow::default() }
 }
 
-/// A function, a local, and in which of the function's blocks it began: other definitions of a rule use the same numbers
-/// for other things. Parameters begin before the first.
+/// A function, a local, and in which of the function's blocks it began: other definitions of a rule use the same
+/// numbers for other things. Parameters begin before the first.
 type Local = (String, u32, usize);
 
 struct Pass<'a> {
@@ -525,8 +525,8 @@ impl Pass<'_> {
     }
 }
 
-/// The names in a path as `json.filter` takes it (OPA v1/topdown/json.go, `parsePath`): a JSON pointer that may lack its
-/// first slash.
+/// The names in a path as `json.filter` takes it (OPA v1/topdown/json.go, `parsePath`): a JSON pointer that may lack
+/// its first slash.
 fn pointer(path: &str) -> Vec<Arc<str>> {
     let names = path.trim_start_matches('/').split('/').filter(|name| !name.is_empty());
     names.map(|name| name.replace("~1", "/").replace("~0", "~").into()).collect()

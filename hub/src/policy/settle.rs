@@ -121,8 +121,8 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         Ok(self.outcome)
     }
 
-    /// Takes changes out of `open` until what is left passes. Says who of them may pass beside what is left, or gave way
-    /// for faults that are not its own for certain.
+    /// Takes changes out of `open` until what is left passes. Says who of them may pass beside what is left, or gave
+    /// way for faults that are not its own for certain.
     async fn narrow(&mut self, open: &mut Keys<'a>) -> Result<Vec<&'a ObjectKey>, E> {
         let mut gave_way: Vec<Keys> = Vec::new();
         let mut is_certain = true;

@@ -143,8 +143,8 @@ fn events(reader: Reader) -> impl Stream<Item = Result<Bytes, Infallible>> {
 }
 
 impl Reader {
-    /// The next bytes; none when the stream must end: the hub stops, another bundle took the name of this one, or the log
-    /// no longer reaches back to a reader that was too slow, which then reconciles.
+    /// The next bytes; none when the stream must end: the hub stops, another bundle took the name of this one, or the
+    /// log no longer reaches back to a reader that was too slow, which then reconciles.
     async fn next(&mut self) -> Option<Bytes> {
         loop {
             let edition = self.head.borrow_and_update().clone()?;

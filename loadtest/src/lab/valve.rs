@@ -1,5 +1,5 @@
-//! A TCP proxy that can be shut: then it holds back what comes, in both directions, and closes nothing, as a network does
-//! that loses every packet.
+//! A TCP proxy that can be shut: then it holds back what comes, in both directions, and closes nothing, as a network
+//! does that loses every packet.
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};

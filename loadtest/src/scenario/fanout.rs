@@ -4,7 +4,6 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -14,11 +13,10 @@ use opa_hub_loadtest::lab::free_port;
 use opa_hub_loadtest::lab::process::{Process, Usage};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::{Common, address, command, hub_over, seconds, usage};
+use super::{Common, Crowd, command, seconds};
 use crate::peer::raw;
 use crate::results::{Goal, Measured, Results};
-use crate::stub::Stub;
-use crate::swarm::{Protocol, Schedule, Start, Swarm};
+use crate::swarm::{Protocol, Schedule, Swarm};
 
 /// Between two changes: everybody is idle again.
 const PAUSE: Duration = Duration::from_millis(300);
@@ -53,8 +51,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let mut runs = Vec::new();
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
+        let (ours, frame) = ours(agents, rounds, flood).await?;
         let dir = tempfile::tempdir()?;
-        let (ours, frame) = ours(dir.path(), agents, rounds, flood).await?;
         runs.push(vec![ours, raw(dir.path(), agents, rounds, flood, frame).await?]);
     }
     let results = Results {
@@ -77,13 +75,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 /// A hub over an API server of one pod.
-async fn ours(dir: &Path, agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measured, usize)> {
-    let stub = Stub::start(dir, 1).await?;
-    let hub = hub_over(&stub, dir).await?;
-    let before = usage(&hub)?;
-    let start = Arc::new(Start::of(&hub.url).await?);
-    let due = Schedule::default();
-    let mut swarm = Swarm::open(Protocol::Hub(start), vec![address(&hub)?], due.clone(), agents, &[]).await?;
+async fn ours(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measured, usize)> {
+    let Crowd { stub, hub, due, swarm, before, .. } = &mut Crowd::start(1, agents, &[]).await?;
     tokio::time::sleep(PAUSE * 10).await;
     eprintln!("  opa-hub: {agents} agents");
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
@@ -93,10 +86,10 @@ async fn ours(dir: &Path, agents: usize, rounds: usize, time: Duration) -> anyho
         Ok(())
     };
     let mut measured = Measured::new("opa-hub");
-    let bytes = one_by_one(&mut measured, &mut swarm, &due, process, before, rounds, change).await?;
+    let bytes = one_by_one(&mut measured, swarm, due, process, *before, rounds, change).await?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await? - encodes;
     measured.add(ENCODES, "", encodes as f64 / rounds as f64);
-    flood(&mut measured, &mut swarm, &due, time, change).await?;
+    flood(&mut measured, swarm, due, time, change).await?;
     anyhow::ensure!(swarm.counts().ended.load(Relaxed) == 0, "an agent lost its stream");
     Ok((measured, bytes))
 }

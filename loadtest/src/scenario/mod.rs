@@ -11,6 +11,7 @@ pub(crate) mod start;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -18,10 +19,11 @@ use clap::Args;
 use opa_hub_loadtest::cluster::Cluster;
 use opa_hub_loadtest::lab::process::Usage;
 use opa_hub_loadtest::lab::{ControlPlane, Hub};
+use tempfile::TempDir;
 
 use crate::memory;
 use crate::stub::Stub;
-use crate::swarm::Schedule;
+use crate::swarm::{Pace, Protocol, Schedule, Start, Swarm};
 
 /// What every scenario is told.
 #[derive(Args)]
@@ -46,6 +48,30 @@ pub(crate) async fn cluster_of(pods: usize) -> anyhow::Result<(ControlPlane, Clu
     let cluster = Cluster { client: plane.client().await? };
     memory::fill(&cluster, pods).await?;
     Ok((plane, cluster))
+}
+
+/// Agents at a hub over an API server that only lists and watches.
+pub(crate) struct Crowd {
+    pub(crate) stub: Stub,
+    pub(crate) hub: Hub,
+    pub(crate) due: Schedule,
+    pub(crate) swarm: Swarm,
+    /// What the hub had taken before they came.
+    pub(crate) before: Usage,
+    _dir: TempDir,
+}
+
+impl Crowd {
+    /// With this many pods and agents, some of them with these paces, and every stream open.
+    pub(crate) async fn start(pods: usize, agents: usize, paces: &[(Pace, usize)]) -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let stub = Stub::start(dir.path(), pods).await?;
+        let hub = hub_over(&stub, dir.path()).await?;
+        let (before, due) = (usage(&hub)?, Schedule::default());
+        let start = Protocol::Hub(Arc::new(Start::of(&hub.url).await?));
+        let swarm = Swarm::open(start, vec![address(&hub)?], due.clone(), agents, paces).await?;
+        Ok(Self { stub, hub, due, swarm, before, _dir: dir })
+    }
 }
 
 /// A hub that watches `stub`.

@@ -1,15 +1,13 @@
 //! `slow`: some agents do not read, some read a few bytes now and then. What that costs the others, and the hub.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use clap::Args;
 
-use super::{Common, address, at_rate, command, hub_over, usage};
+use super::{Common, Crowd, at_rate, command, usage};
 use crate::results::{Goal, Measured, Results};
-use crate::stub::Stub;
-use crate::swarm::{Pace, Protocol, Schedule, Start, Swarm};
+use crate::swarm::Pace;
 
 const PODS: usize = 1000;
 const SETTLE: Duration = Duration::from_secs(3);
@@ -65,17 +63,11 @@ async fn once(
     time: usize,
     memory: u64,
 ) -> anyhow::Result<(Measured, u64)> {
-    let dir = tempfile::tempdir()?;
-    let stub = Stub::start(dir.path(), PODS).await?;
-    let hub = hub_over(&stub, dir.path()).await?;
-    let start = Arc::new(Start::of(&hub.url).await?);
-    let due = Schedule::default();
     let paces = [(Pace::Stalled, each), (Pace::Trickling, each)];
-    let hubs = vec![address(&hub)?];
-    let mut swarm = Swarm::open(Protocol::Hub(start), hubs, due.clone(), agents, &paces).await?;
+    let Crowd { stub, hub, due, swarm, .. } = &mut Crowd::start(PODS, agents, &paces).await?;
     tokio::time::sleep(SETTLE).await;
     swarm.take_delays();
-    let last = at_rate(&due, rate as f64, Duration::from_secs(time as u64), async |number| {
+    let last = at_rate(due, rate as f64, Duration::from_secs(time as u64), async |number| {
         stub.change(number as usize % PODS, number);
         Ok(())
     })
@@ -83,7 +75,7 @@ async fn once(
     swarm.reach(last, 2 * each).await?;
     let mut measured = Measured::new(if each == 0 { "all steady" } else { "1 % stalled, 1 % trickling" });
     measured.add_delays(DELAY, &swarm.take_delays());
-    let rss = usage(&hub)?.rss;
+    let rss = usage(hub)?.rss;
     let counts = swarm.counts();
     eprintln!("  {}: {} changes, {} streams ended", measured.who, last, counts.ended.load(Relaxed));
     if each > 0 {

@@ -1,15 +1,12 @@
 //! `soak`: changes at a rate for minutes. Nobody falls behind, nothing is lost, nothing grows.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use clap::Args;
 
-use super::{Common, address, at_rate, command, hub_over, megabytes, seconds, usage};
+use super::{Common, Crowd, at_rate, command, megabytes, seconds, usage};
 use crate::results::{Goal, Measured, Results};
-use crate::stub::Stub;
-use crate::swarm::{Protocol, Schedule, Start, Swarm};
 
 const PODS: usize = 3000;
 const DELAY: &str = "change at an agent";
@@ -50,13 +47,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measured> {
-    let dir = tempfile::tempdir()?;
-    let stub = Stub::start(dir.path(), PODS).await?;
-    let hub = hub_over(&stub, dir.path()).await?;
-    let start = Arc::new(Start::of(&hub.url).await?);
-    let due = Schedule::default();
-    let mut swarm = Swarm::open(Protocol::Hub(start), vec![address(&hub)?], due.clone(), agents, &[]).await?;
-    let before = usage(&hub)?;
+    let Crowd { stub, hub, due, swarm, .. } = &mut Crowd::start(PODS, agents, &[]).await?;
+    let before = usage(hub)?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
     // In parts, to see whether the last is like the first.
     let parts = [time / 10, time - 2 * (time / 10), time / 10].map(|part| Duration::from_secs(part as u64));
@@ -65,7 +57,7 @@ async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measure
     let all = crate::histogram::Histogram::new();
     let mut p99 = Vec::new();
     for part in parts {
-        last = at_rate(&due, rate as f64, part, async |number| {
+        last = at_rate(due, rate as f64, part, async |number| {
             stub.change(number as usize % PODS, number);
             Ok(())
         })
@@ -76,7 +68,7 @@ async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measure
         all.add(&delays);
     }
     swarm.reach(last, 0).await?;
-    let after = usage(&hub)?;
+    let after = usage(hub)?;
     all.add(&swarm.take_delays());
     let lost = agents - swarm.at(last, 0);
     let counts = swarm.counts();

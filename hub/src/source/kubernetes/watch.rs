@@ -1,7 +1,7 @@
-//! One watch of a resource: a streaming list (KEP-3157) or one by pages, then what changes from there on, renewed before the
-//! source may be gone unnoticed. kube's `watcher` does as much, but tells neither how far it is nor that it was heard:
-//! without the first no replica can be kept from taking an agent back in time, without the second none knows that
-//! it is cut off.
+//! One watch of a resource: a streaming list (KEP-3157) or one by pages, then what changes from there on, renewed
+//! before the source may be gone unnoticed. kube's `watcher` does as much, but tells neither how far it is nor that it
+//! was heard: without the first no replica can be kept from taking an agent back in time, without the second none knows
+//! that it is cut off.
 
 use std::time::Duration;
 
