@@ -113,7 +113,8 @@ impl Applier {
             patch.splice(ops.trim_start_matches('[').trim_end_matches(']').as_bytes(), delta.ops);
             marker.write_delta(&mut patch, &self.bundle, delta, &next);
         } else {
-            let mut half = Marker { revision: None, ..marker.clone() };
+            // Some of what is new may be there after a crash: it must not be taken back.
+            let mut half = Marker { revision: None, position: next.position.clone(), ..marker.clone() };
             half.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
             self.mark(&half).await?;
             for dir in &delta.ensure {
@@ -151,6 +152,7 @@ impl Applier {
         }
         let mut half = held.cloned().unwrap_or_default();
         half.revision = None;
+        half.position = position.after(&half.position);
         for (dir, digest) in &mut half.dirs {
             *digest = digest.filter(|held| data.dirs.get(dir) == Some(held));
         }
@@ -221,7 +223,6 @@ impl Applier {
         let mut marker = Marker {
             revision: None,
             dirs: data.dirs.into_iter().map(|(dir, digest)| (dir, Some(digest))).collect(),
-            position: position.after(&half.position),
             ..half
         };
         // The policies that this data is for come next, or a crash before them.

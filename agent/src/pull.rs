@@ -47,9 +47,9 @@ pub enum Error {
     /// It has not heard its source for a while, and another hub has.
     #[error("the hub is cut off, and another is not: {0}")]
     Stale(String),
-    /// It stops.
+    /// It stops, and says which of its replicas are ready.
     #[error("the hub stops")]
-    Stops,
+    Stops(Vec<Url>),
     /// The stream does not follow its format.
     #[error("the stream cannot be read: {0}")]
     Stream(#[from] sse::Error),
@@ -68,6 +68,8 @@ pub enum Error {
 pub struct Hubs {
     client: Client,
     urls: Vec<Url>,
+    /// A replica of one of them, asked instead until it fails.
+    replica: Option<Url>,
     bundle: String,
     namespace: Option<String>,
     current: usize,
@@ -109,12 +111,12 @@ impl Hubs {
             .build()
             .map_err(Error::Client)?;
         let current = fastrand::usize(..urls.len());
-        Ok(Self { client, urls, bundle, namespace, current, pause: RETRY_FIRST })
+        Ok(Self { client, urls, replica: None, bundle, namespace, current, pause: RETRY_FIRST })
     }
 
     /// The hub that is asked.
     pub fn current(&self) -> &Url {
-        &self.urls[self.current]
+        self.replica.as_ref().unwrap_or(&self.urls[self.current])
     }
 
     /// All went well: the next failure pauses briefly again.
@@ -123,8 +125,18 @@ impl Hubs {
     }
 
     /// Moves on to the next hub.
-    pub fn move_on(&mut self) {
-        self.current = (self.current + 1) % self.urls.len();
+    fn move_on(&mut self) {
+        if self.replica.take().is_none() {
+            self.current = (self.current + 1) % self.urls.len();
+        }
+    }
+
+    /// Moves on to any of `replicas`, where there are some, so that agents spread over them.
+    pub fn move_to(&mut self, mut replicas: Vec<Url>) {
+        self.move_on();
+        if !replicas.is_empty() {
+            self.replica = Some(replicas.swap_remove(fastrand::usize(..replicas.len())));
+        }
     }
 
     /// Moves to a hub that hears its source, if there is one. Behind one address there may be several.
@@ -135,7 +147,7 @@ impl Hubs {
             url.query_pairs_mut().append_pair("bundle", &self.bundle);
             let answer = self.client.get(url).timeout(FRESH_ANSWER).send().await;
             if answer.is_ok_and(|answer| answer.status().is_success()) {
-                self.current = at;
+                (self.current, self.replica) = (at, None);
                 return true;
             }
         }

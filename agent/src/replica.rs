@@ -19,12 +19,14 @@ use opa_hub_proto::frame::{DELTA_EVENT, Delta, POLICY_EVENT, Policy};
 use opa_hub_proto::position::{Lag, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, modules_digest};
-use opa_hub_proto::sse::{GO, Message, STALE};
+use opa_hub_proto::sse::{Message, Word};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::apply::{self, Applier, Modules};
 use crate::archive;
-use crate::config::{Delivery, FRESH_LOOK, FRESH_LOOK_MAX, LAG_MAX, OPA_POLL, RETRY_FIRST, RETRY_MAX};
+use crate::config::{
+    Delivery, FRESH_LOOK, FRESH_LOOK_MAX, LAG_FORGET, LAG_MAX, OPA_POLL, RETRY_FIRST, RETRY_MAX,
+};
 use crate::local::Local;
 use crate::marker::Marker;
 use crate::pull::{self, Archive, Hubs, PolicyBundle, Stream};
@@ -146,14 +148,16 @@ impl Replica {
                 Trouble::Hub(error @ pull::Error::Stale(_)) => {
                     tracing::warn!(to = %self.hubs.current(), %error, "moving");
                 }
-                Trouble::Hub(error @ pull::Error::Stops) => {
-                    tracing::info!(hub = %self.hubs.current(), %error, "moving on");
-                    self.hubs.move_on();
+                Trouble::Hub(pull::Error::Stops(ready)) => {
+                    let hub = self.hubs.current().to_string();
+                    self.hubs.move_to(ready);
+                    tracing::info!(hub, to = %self.hubs.current(), "the hub stops");
                 }
                 Trouble::Hub(error) => {
                     if let pull::Error::Lags(_) = error {
                         let now = Instant::now();
-                        self.lags = Some((self.lags.map_or(now, |(first, _)| first), now));
+                        let held = self.lags.filter(|(_, last)| now - *last < LAG_FORGET);
+                        self.lags = Some((held.map_or(now, |(first, _)| first), now));
                     }
                     tracing::warn!(hub = %self.hubs.current(), %error, "no stream");
                     self.hubs.fail_over().await;
@@ -217,11 +221,16 @@ impl Replica {
         }
         // A hub that does not know what it gave us a moment ago: after a pause, another.
         let stream = stream.ok_or(pull::Error::Closed)?;
-        self.hubs.settle();
-        (self.modules_first, self.lags) = (false, None);
+        self.modules_first = false;
         tracing::info!(hub = %self.hubs.current(), revision = %held.revision(), "following");
         self.status.with(|state| (state.unconnected, state.failure) = (None, None));
         self.follow(stream, held).await
+    }
+
+    /// What the hub says was taken. Opening a stream proves nothing: its first frame may be older than what OPA holds.
+    fn accepted(&mut self) {
+        self.hubs.settle();
+        self.lags = None;
     }
 
     async fn follow(
@@ -240,20 +249,23 @@ impl Replica {
                             let said = id.parse().ok();
                             self.status.with(|state| state.said = said);
                             self.apply(&mut held, &event, &data, said).await?;
+                            self.accepted();
                             stream.heard_now();
                             // Data and policies of one change come together: half of it is not in step.
                             if stream.is_drained() {
                                 self.note(&held);
                             }
                         }
-                        Message::Comment(words) if words.starts_with(GO) => {
-                            return Err(pull::Error::Stops.into());
-                        }
-                        // This was all, so far, and these policies are not what OPA is offered.
-                        Message::Comment(_) if !self.is_offered(held.modules) => {
-                            return Err(pull::Error::Moved.into());
-                        }
                         Message::Comment(words) => {
+                            if let Word::Go(urls) = Word::of(&words) {
+                                let ready = urls.into_iter().filter_map(|url| url.parse().ok()).collect();
+                                return Err(pull::Error::Stops(ready).into());
+                            }
+                            // This was all, so far, and these policies are not what OPA is offered.
+                            if !self.is_offered(held.modules) {
+                                return Err(pull::Error::Moved.into());
+                            }
+                            self.accepted();
                             self.note(&held);
                             self.note_freshness(&words).await?;
                             stream.heard_now();
@@ -273,12 +285,12 @@ impl Replica {
     /// A hub that has not heard its source for a while says so. Whoever hears it is better; where there is nobody, what
     /// it says is the best there is.
     async fn note_freshness(&mut self, words: &str) -> Result<(), pull::Error> {
-        let Some(words) = words.strip_prefix(STALE) else {
+        let Word::Stale(words) = Word::of(words) else {
             self.status.with(|state| state.stale = None);
             self.look = (Instant::now(), FRESH_LOOK);
             return Ok(());
         };
-        let words = words.trim().to_owned();
+        let words = words.to_owned();
         let now = Instant::now();
         self.status.with(|state| {
             let since = state.stale.take().map_or(now, |(since, _)| since);

@@ -109,7 +109,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     });
     tasks.spawn(async move { Err(documents.run().await) });
     let address = listener.local_addr()?;
-    let hub = serve::Hub::new(bundles, checked_by, readiness, stop.clone());
+    let hub = serve::Hub::new(bundles, checked_by, readiness, config.replicas.clone(), stop.clone());
     if let Some(listener) = health {
         let served = serve::run_health(listener, hub.clone());
         tasks.spawn(async move { served.await.map(|()| "the health endpoint").map_err(Into::into) });

@@ -65,6 +65,10 @@ pub struct Flags {
     /// Serve /health, /livez and /readyz here too
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT")]
     health_endpoint: Option<SocketAddr>,
+    /// The replicas of this hub, this one among them or not, as agents reach them. When it stops it tells its agents
+    /// which of them are ready. A name with many addresses, such as that of a headless Service, stands for all of them
+    #[arg(long, value_name = "HOST:PORT,…", env = "OPA_HUB_REPLICAS", value_delimiter = ',', value_parser = host_port)]
+    replicas: Vec<String>,
     /// The bundle's name, as in /bundles/NAME
     #[arg(long, value_name = "NAME", env = "OPA_HUB_BUNDLE", default_value = "main")]
     bundle: String,
@@ -328,6 +332,7 @@ impl Flags {
             source,
             listen: self.listen,
             health: self.health_endpoint,
+            replicas: self.replicas.clone(),
             bundle: self.bundle.clone(),
             flags: asks.then_some(spec),
             documents: self.config.clone(),
@@ -447,6 +452,15 @@ fn level(name: &str) -> Result<tracing::Level, String> {
 
 fn bytes(text: &str) -> Result<usize, String> {
     spec::bytes(text).ok_or_else(|| "write a number of bytes, e.g. 67108864 or 64Mi".to_owned())
+}
+
+fn host_port(text: &str) -> Result<String, String> {
+    let port =
+        text.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse::<u16>());
+    match port {
+        Some(Ok(_)) => Ok(text.to_owned()),
+        _ => Err("write a name or an address and a port, e.g. opa-hub-replicas:8080".to_owned()),
+    }
 }
 
 fn check(flag: &'static str, value: &str, valid: impl Fn(&str) -> bool) -> Result<(), Error> {

@@ -52,10 +52,10 @@ pub const FILES_WANTED: u64 = 16_384;
 pub const LISTEN_BACKLOG: u32 = 16_384;
 /// Heads of requests that are looked at at a time: a storm of connections waits in the kernel's queue.
 pub const HEADS_MAX: usize = 512;
-/// Bytes of the head of a request for a stream; one that is longer is axum's.
-pub const HEAD_BYTES_MAX: usize = 4096;
-/// A connection that has not said this long what it wants is axum's …
-pub const HEAD_MAX: Duration = Duration::from_secs(1);
+/// Bytes of the head of a request for a stream, with a position of 200 feeds; one that is longer is axum's.
+pub const HEAD_BYTES_MAX: usize = 16 << 10;
+/// A connection that has not said this long what it wants is axum's, so that silent ones hold nobody up for long …
+pub const HEAD_MAX: Duration = Duration::from_millis(200);
 /// … and a head that comes in pieces is looked at this often.
 pub const HEAD_LOOK: Duration = Duration::from_millis(5);
 /// Before the next connection is accepted when one could not be: there are no file descriptors left, mostly.
@@ -69,8 +69,15 @@ pub const ROUND_SLICE: usize = 256;
 pub const KEEPALIVE: Duration = Duration::from_secs(30);
 /// … this often …
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// … and given up after so many probes.
-pub const KEEPALIVE_TRIES: u32 = 3;
+/// … and a reader whose machine says nothing to that, or to what it was sent, is given up after this. Shorter would
+/// take streams from readers that only do not read: the kernel counts a full window too (tcp(7), `TCP_USER_TIMEOUT`).
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(300);
+/// A hub that stops asks the other replicas whether they are ready: one of them answers in this time …
+pub const FAREWELL_ANSWER: Duration = Duration::from_millis(500);
+/// … and all of them, with a look into the DNS, in this …
+pub const FAREWELL_MAX: Duration = Duration::from_secs(1);
+/// … and so many are asked, and named to readers.
+pub const FAREWELL_REPLICAS_MAX: usize = 16;
 /// A hub that stops ends its streams in at most so many rounds …
 pub const DRAIN_ROUNDS: usize = 20;
 /// … of this length.
@@ -151,6 +158,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where health is served besides.
     pub health: Option<SocketAddr>,
+    /// Other hubs like this one, as `HOST:PORT`: where readers go when it stops.
+    pub replicas: Vec<String>,
     /// The bundle of the flags' name, which the hub's Lease has too.
     pub bundle: String,
     /// The bundle that flags ask for; none: documents say which there are.

@@ -128,6 +128,8 @@ pub enum Event {
     InitDone,
     /// It cannot be had now: who can do without need not wait.
     Unavailable,
+    /// It answered, and said no: it is there.
+    Refused,
     /// Nothing is new.
     Quiet,
 }

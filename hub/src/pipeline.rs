@@ -190,11 +190,11 @@ pub struct Pipeline {
     view: View,
     log: Log,
     /// How far each feed is in what was taken.
-    heard: BTreeMap<FeedId, Version>,
+    heard: Heard,
     /// How far those of policies are in the check under way …
-    checking: BTreeMap<FeedId, Version>,
+    checking: Heard,
     /// … and in what came of the last.
-    checked: BTreeMap<FeedId, Version>,
+    checked: Heard,
     bundle: Arc<Bundle>,
     readiness: Readiness,
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
@@ -205,6 +205,15 @@ pub struct Pipeline {
     /// What is to be kept once agents are past the policies that read more, and when that is.
     narrower: Option<(Kept, Instant)>,
     stage: Stage,
+}
+
+/// How far feeds are.
+#[derive(Default)]
+struct Heard {
+    /// All is taken that happened before …
+    all: BTreeMap<FeedId, Version>,
+    /// … and nothing that happened after this.
+    newest: BTreeMap<FeedId, Version>,
 }
 
 /// How far the first edition is.
@@ -253,9 +262,9 @@ impl Pipeline {
             feeds: spec.feeds.clone(),
             batch: Batch::default(),
             log: Log::default(),
-            heard: BTreeMap::new(),
-            checking: BTreeMap::new(),
-            checked: BTreeMap::new(),
+            heard: Heard::default(),
+            checking: Heard::default(),
+            checked: Heard::default(),
             bundle,
             readiness,
             jobs,
@@ -349,34 +358,41 @@ impl Pipeline {
         for (id, object) in self.source.objects_of(&feeds) {
             self.projection.apply_again(id, object, &mut self.batch);
         }
+        self.heard.newest = self.source.newest();
     }
 
-    /// Takes what changed into the batch. Says how far each feed is with that, where nothing is left to take.
-    fn take(&mut self) -> Option<BTreeMap<FeedId, Version>> {
-        let Taken { changes, position } = self.source.take(COMMIT_EVENTS_MAX);
+    /// Takes what changed into the batch.
+    fn take(&mut self) {
+        let Taken { changes, all, newest } = self.source.take(COMMIT_EVENTS_MAX);
+        self.heard.newest = newest;
+        if let Some(all) = all {
+            self.heard.all = all;
+        }
         for change in changes {
             let (Change::Put(id, _) | Change::Remove(id, _)) = &change;
             if !self.projection.is_closed(*id) {
                 self.projection.apply(change, &mut self.batch);
             }
         }
-        position
     }
 
     /// How far policies are in what was taken.
-    fn policies_heard(&self) -> BTreeMap<FeedId, Version> {
-        let heard = self.heard.iter().map(|(id, version)| (*id, *version));
-        heard.filter(|(id, _)| self.is_policies(*id)).collect()
+    fn policies_heard(&self) -> Heard {
+        let of = |heard: &BTreeMap<FeedId, Version>| {
+            let heard = heard.iter().map(|(id, version)| (*id, *version));
+            heard.filter(|(id, _)| self.is_policies(*id)).collect()
+        };
+        Heard { all: of(&self.heard.all), newest: of(&self.heard.newest) }
     }
 
     fn is_policies(&self, id: FeedId) -> bool {
         self.feeds[id.0].content == Content::Policies
     }
 
-    fn position(&self) -> Position {
+    fn position(&self, of: impl Fn(&Heard) -> &BTreeMap<FeedId, Version>) -> Position {
         let mut position = Position::default();
-        let others = self.heard.iter().filter(|(id, _)| !self.is_policies(**id));
-        for (id, Version(version)) in others.chain(&self.checked) {
+        let others = of(&self.heard).iter().filter(|(id, _)| !self.is_policies(**id));
+        for (id, Version(version)) in others.chain(of(&self.checked)) {
             position.heard(self.feeds[id.0].position_name(), *version);
         }
         position
@@ -420,12 +436,9 @@ impl Pipeline {
             self.project_all();
             self.stage = Stage::Checking;
         }
-        let versions = self.take();
+        self.take();
         if !self.opening.is_empty() && self.source.is_settled() {
             self.opening.clear();
-        }
-        if let Some(versions) = versions {
-            self.heard = versions;
         }
         if let Some(candidates) = self.projection.job() {
             self.checking = self.policies_heard();
@@ -447,8 +460,10 @@ impl Pipeline {
         let is_first = self.stage == Stage::Checking;
         self.stage = Stage::Live;
         let before = self.view.revision;
+        // Before the edition it may be too new, after it too old: an agent waits a moment then, and never goes back.
+        self.bundle.hear_newest(self.position(|heard| &heard.newest));
         match self.view.apply(std::mem::take(&mut self.batch)) {
-            None if !is_first => return self.bundle.set_position(&self.position()),
+            None if !is_first => return self.bundle.hear_all(self.position(|heard| &heard.all)),
             None => {}
             Some((view, changed)) => {
                 tracing::debug!(bundle = self.bundle.name, revision = %view.revision, keys = changed.len(), "new view");
@@ -470,9 +485,8 @@ impl Pipeline {
                 "ready"
             );
         }
-        let position = self.position();
-        self.bundle.publish(self.view.clone(), self.log.clone(), position.clone());
-        self.bundle.set_position(&position);
+        self.bundle.publish(self.view.clone(), self.log.clone());
+        self.bundle.hear_all(self.position(|heard| &heard.all));
     }
 
     fn count(&self, changed: &Changed) {

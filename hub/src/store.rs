@@ -3,7 +3,7 @@
 //! and looks here what they are: however slow it is, nothing queues up behind it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -43,6 +43,8 @@ pub struct Counters {
     /// Objects that exist.
     pub objects: AtomicU64,
     heard: Mutex<Option<Instant>>,
+    /// What was heard last is that it says no.
+    is_refused: AtomicBool,
 }
 
 /// What changed for a subscriber.
@@ -50,7 +52,9 @@ pub struct Taken {
     /// Each object as it is now.
     pub changes: Vec<Change>,
     /// How far each feed is with that, where its source can tell; none: there is more to take.
-    pub position: Option<BTreeMap<FeedId, Version>>,
+    pub all: Option<BTreeMap<FeedId, Version>>,
+    /// How new the newest of it may be.
+    pub newest: BTreeMap<FeedId, Version>,
 }
 
 /// One watch.
@@ -59,6 +63,8 @@ struct Live {
     objects: HashMap<ObjectKey, Object>,
     /// Names that the list under way has given so far.
     listing: Option<HashSet<ObjectKey>>,
+    /// What the list under way changed so far: taken at its end, since half of it is as of no version.
+    staged: HashMap<ObjectKey, Object>,
     listed: bool,
     /// It was listed, or cannot be had.
     settled: bool,
@@ -105,8 +111,8 @@ impl Store {
         }
     }
 
-    /// Takes one event. Objects that a list no longer names are removed at its end, not before: readers keep what they
-    /// had (I5). What nobody wants any more is passed over.
+    /// Takes one event. What a list changed is told at its end, not before: readers keep what they had (I5). What nobody
+    /// wants any more is passed over.
     pub fn apply(&self, (id, event, version): Told) {
         let mut state = self.state();
         let State { watches, inboxes, .. } = &mut *state;
@@ -157,12 +163,23 @@ impl Store {
     }
 }
 
+impl State {
+    /// Of the feeds of a subscriber. Where the source has versions at all, nothing was heard of a feed that has none.
+    fn versions(&self, reader: usize) -> BTreeMap<FeedId, Version> {
+        let live = |watch| self.watches.get(watch).and_then(|live| live.version);
+        let nothing = self.watches.values().find_map(|live| live.version).map(|_| Version(0));
+        let feeds = self.inboxes.get(&reader).into_iter().flat_map(|inbox| &inbox.feeds);
+        feeds.filter_map(|(id, (watch, _))| Some((*id, live(watch).or(nothing)?))).collect()
+    }
+}
+
 impl Live {
     fn new(feed: Feed) -> Self {
         Self {
             feed,
             objects: HashMap::new(),
             listing: None,
+            staged: HashMap::new(),
             listed: false,
             settled: false,
             version: None,
@@ -174,6 +191,10 @@ impl Live {
     /// Whether it is further now. A list is not, before its end.
     fn hear(&mut self, event: &Event, version: Option<Version>) -> bool {
         if matches!(event, Event::Init | Event::Unavailable) {
+            return false;
+        }
+        self.counters.is_refused.store(*event == Event::Refused, Ordering::Relaxed);
+        if *event == Event::Refused {
             return false;
         }
         *self.counters.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
@@ -195,16 +216,17 @@ impl Live {
                 self.settled = true;
                 Vec::new()
             }
-            Event::Quiet => Vec::new(),
+            Event::Quiet | Event::Refused => Vec::new(),
             Event::Init => {
-                self.listing = Some(HashSet::new());
+                (self.listing, self.staged) = (Some(HashSet::new()), HashMap::new());
                 Vec::new()
             }
             Event::Apply(mut object) => {
-                if let Some(listing) = &mut self.listing {
-                    listing.insert(object.key.clone());
-                }
-                if self.objects.get(&object.key).is_some_and(|held| held.json == object.json) {
+                let key = object.key.clone();
+                let held = self.staged.get(&key).or_else(|| self.objects.get(&key));
+                let is_same = held.is_some_and(|held| held.json == object.json);
+                let listing = self.listing.as_mut().map(|listing| listing.insert(key.clone()));
+                if is_same {
                     return Vec::new();
                 }
                 // Made by a thread that decodes, where what stays lies scattered among what goes: with 30,000 pods that
@@ -212,24 +234,35 @@ impl Live {
                 if object.json.is_unique() {
                     object.json = Bytes::copy_from_slice(&object.json);
                 }
-                let key = object.key.clone();
+                if listing.is_some() {
+                    self.staged.insert(key, object);
+                    return Vec::new();
+                }
                 self.objects.insert(key.clone(), object);
                 vec![key]
             }
             Event::Delete(key) => {
                 if let Some(listing) = &mut self.listing {
                     listing.remove(&key);
+                    self.staged.remove(&key);
+                    return Vec::new();
                 }
                 self.objects.remove(&key).map(|_| key).into_iter().collect()
             }
             Event::InitDone => {
                 (self.listed, self.settled) = (true, true);
                 let Some(listed) = self.listing.take() else { return Vec::new() };
-                let mut gone: Vec<_> =
-                    self.objects.keys().filter(|key| !listed.contains(*key)).cloned().collect();
-                gone.sort_unstable();
+                let staged = std::mem::take(&mut self.staged);
+                let gone = self.objects.keys().filter(|key| !listed.contains(*key));
+                let mut changed: Vec<_> = staged.keys().chain(gone).cloned().collect();
+                changed.sort_unstable();
                 self.objects.retain(|key, _| listed.contains(key));
-                gone
+                if self.objects.is_empty() {
+                    self.objects = staged;
+                } else {
+                    self.objects.extend(staged);
+                }
+                changed
             }
         }
     }
@@ -240,6 +273,11 @@ impl Counters {
     pub fn stale(&self) -> Option<Duration> {
         let heard = *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         heard.map(|heard| heard.elapsed()).filter(|silent| *silent > STALE_AFTER)
+    }
+
+    /// Whether that is because the source says no. So it does to every replica.
+    pub fn is_refused(&self) -> bool {
+        self.is_refused.load(Ordering::Relaxed)
     }
 }
 
@@ -309,15 +347,13 @@ impl Subscription {
     /// What changed since the last call, so many at most.
     pub fn take(&self, max: usize) -> Taken {
         let mut state = self.store.state();
+        let newest = state.versions(self.id);
         let State { watches, inboxes, .. } = &mut *state;
         let mut changes = Vec::new();
-        let Some(inbox) = inboxes.get_mut(&self.id) else { return Taken { changes, position: None } };
+        let Some(inbox) = inboxes.get_mut(&self.id) else { return Taken { changes, all: None, newest } };
         while changes.len() < max {
             let Some(changed) = inbox.changed.pop_front() else {
-                let live = |watch| watches.get(watch).and_then(|live| live.version);
-                let position =
-                    inbox.feeds.iter().filter_map(|(id, (watch, _))| Some((*id, live(watch)?))).collect();
-                return Taken { changes, position: Some(position) };
+                return Taken { changes, all: Some(newest.clone()), newest };
             };
             inbox.waiting.remove(&changed);
             let (feed, key) = changed;
@@ -328,7 +364,12 @@ impl Subscription {
             });
         }
         inbox.news.notify_one();
-        Taken { changes, position: None }
+        Taken { changes, all: None, newest }
+    }
+
+    /// How new the newest objects of each feed may be.
+    pub fn newest(&self) -> BTreeMap<FeedId, Version> {
+        self.store.state().versions(self.id)
     }
 
     /// Whether every feed was listed once.
@@ -452,7 +493,10 @@ mod tests {
     #[test]
     fn silence_and_relists() {
         check("[ a=1 b=1 ] a=1 a=2 -b -b", "a=1 b=1 a=2 -b", "a=2 -b");
-        check("[ a=1 b=1 c=1 ] [ b=1 c=2 ]", "a=1 b=1 c=1 c=2 -a", "-a b=1 c=2");
+        check("[ a=1 b=1 c=1 ] [ b=1 c=2 ]", "a=1 b=1 c=1 -a c=2", "-a b=1 c=2");
+        check("[ a=1 ] [ a=2 b=1", "a=1", "a=1");
+        check("[ a=1 b=1 ] [ a=2 a=1 ]", "a=1 b=1 a=1 -b", "a=1 -b");
+        check("[ a=1 b=1 ] [ a=1 b=2 -b ]", "a=1 b=1 -b", "a=1 -b");
         check("[ a=1 ] [ [ a=1 ]", "a=1", "a=1");
         check("[ a=1 ] [ ]", "a=1 -a", "-a");
         check("[ a=1 ] [ a=1 -a ]", "a=1 -a", "-a");

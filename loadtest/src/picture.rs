@@ -3,19 +3,19 @@
 
 use std::fmt::Write as _;
 
-use crate::results::{CURVE, Measured};
+use crate::results::CURVE;
 
-const WIDTH: f64 = 720.0;
+const WIDTH: f64 = 860.0;
 const HEIGHT: f64 = 340.0;
 const LEFT: f64 = 64.0;
-const RIGHT: f64 = 150.0;
+const RIGHT: f64 = 260.0;
 const TOP: f64 = 48.0;
 const BOTTOM: f64 = 40.0;
 const COLOURS: [&str; 6] = ["#1f7a5c", "#9aa7b4", "#b4552d", "#3465a4", "#8a5fa8", "#a08030"];
 
 /// An SVG that reads on light and on dark ground.
-pub(crate) fn curves(title: &str, all: &[Measured]) -> String {
-    let values = || all.iter().flat_map(|of| of.curve.iter().copied());
+pub(crate) fn curves(title: &str, lines: &[(String, &[f64])]) -> String {
+    let values = || lines.iter().flat_map(|(_, curve)| curve.iter().copied());
     let low = 10_f64.powf(values().fold(f64::MAX, f64::min).max(0.01).log10().floor());
     let high = 10_f64.powf(values().fold(0.1, f64::max).log10().ceil());
     let y = |ms: f64| {
@@ -55,21 +55,21 @@ pub(crate) fn curves(title: &str, all: &[Measured]) -> String {
             HEIGHT - BOTTOM + 18.0
         );
     }
-    for (of, colour) in all.iter().zip(COLOURS.iter().cycle()) {
+    for ((name, curve), colour) in lines.iter().zip(COLOURS.iter().cycle()) {
         let points: Vec<_> =
-            CURVE.iter().zip(&of.curve).map(|(at, ms)| format!("{:.1},{:.1}", x(*at), y(*ms))).collect();
+            CURVE.iter().zip(*curve).map(|(at, ms)| format!("{:.1},{:.1}", x(*at), y(*ms))).collect();
         _ = writeln!(
             svg,
             "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>",
             points.join(" ")
         );
-        if let Some(last) = of.curve.last() {
+        if let Some(last) = curve.last() {
             _ = writeln!(
                 svg,
                 "<text x=\"{:.1}\" y=\"{:.1}\" fill=\"{colour}\">{}</text>",
                 WIDTH - RIGHT + 8.0,
                 y(*last) + 4.0,
-                escaped(&of.who)
+                escaped(name)
             );
         }
     }

@@ -1,14 +1,19 @@
 //! What a scenario measured: figures by who was measured, run by run. Kept as JSON, shown as a Markdown table of
 //! medians with the goals below it, and drawn.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Context as _;
+use opa_hub_loadtest::lab::assets;
 use serde::{Deserialize, Serialize};
 
 use crate::histogram::Histogram;
 use crate::picture;
+
+/// The table of all goals that [`report`] writes.
+const SUMMARY: &str = "README.md";
 
 /// All runs of a scenario.
 #[derive(Serialize, Deserialize)]
@@ -20,6 +25,8 @@ pub(crate) struct Results {
     pub(crate) what: String,
     /// What does it again.
     pub(crate) command: String,
+    /// The machine, and what ran on it.
+    pub(crate) machine: String,
     pub(crate) goals: Vec<Goal>,
     pub(crate) runs: Vec<Vec<Measured>>,
 }
@@ -30,9 +37,9 @@ pub(crate) struct Results {
 pub(crate) struct Measured {
     pub(crate) who: String,
     pub(crate) figures: Vec<Figure>,
-    /// Delays in milliseconds at the percents of [`CURVE`].
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(crate) curve: Vec<f64>,
+    /// Delays in milliseconds at the percents of [`CURVE`], by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) curves: BTreeMap<String, Vec<f64>>,
 }
 
 #[derive(Serialize, Deserialize, Clone)]
@@ -42,7 +49,7 @@ pub(crate) struct Figure {
     pub(crate) value: f64,
 }
 
-/// A bound on a figure, or on its ratio to that of somebody else.
+/// A bound on a figure, or on its ratio to that of somebody else in the same run.
 #[derive(Serialize, Deserialize, Clone)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Goal {
@@ -53,6 +60,21 @@ pub(crate) struct Goal {
     pub(crate) relative_to: Option<String>,
 }
 
+/// What came of a goal.
+struct Judgement {
+    /// The median of the runs, and between which values they lie.
+    found: String,
+    bound: String,
+    verdict: Verdict,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Verdict {
+    Met,
+    Missed,
+    NotMeasured,
+}
+
 /// Where curves are sampled.
 pub(crate) const CURVE: [f64; 12] = [1.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.99, 100.0];
 
@@ -61,17 +83,23 @@ impl Measured {
         Self { who: who.to_owned(), ..Self::default() }
     }
 
+    /// What came of nothing (a share of no deliveries, say) is not measured.
     pub(crate) fn add(&mut self, name: &str, unit: &str, value: f64) {
-        self.figures.push(Figure { name: name.to_owned(), unit: unit.to_owned(), value });
+        if value.is_finite() {
+            self.figures.push(Figure { name: name.to_owned(), unit: unit.to_owned(), value });
+        }
     }
 
-    /// Adds the percentiles of `delays` under this name.
+    /// Adds the percentiles of `delays` under this name, if there are any.
     pub(crate) fn add_delays(&mut self, name: &str, delays: &Histogram) {
+        if delays.count() == 0 {
+            return;
+        }
         let ms = |percent| delays.percentile(percent) * 1000.0;
         for (label, percent) in [("p50", 50.0), ("p99", 99.0), ("max", 100.0)] {
             self.add(&format!("{name}, {label}"), "ms", ms(percent));
         }
-        self.curve = CURVE.map(ms).to_vec();
+        self.curves.insert(name.to_owned(), CURVE.map(ms).to_vec());
     }
 
     fn value(&self, name: &str) -> Option<f64> {
@@ -89,52 +117,91 @@ impl Goal {
     pub(crate) fn times(self, other: &str) -> Self {
         Self { relative_to: Some(other.to_owned()), ..self }
     }
+
+    /// What `run` has to say to it.
+    fn of(&self, run: &[Measured]) -> Option<f64> {
+        let value = |who: &str| run.iter().find(|of| of.who == who)?.value(&self.figure);
+        let own = value(&self.who)?;
+        match &self.relative_to {
+            None => Some(own),
+            Some(other) => value(other).map(|other| own / other).filter(|ratio| ratio.is_finite()),
+        }
+    }
+
+    fn judge(&self, runs: &[Vec<Measured>]) -> Judgement {
+        let figures = runs.iter().flatten().flat_map(|of| &of.figures);
+        let unit = match &self.relative_to {
+            Some(_) => "×",
+            None => figures.into_iter().find(|f| f.name == self.figure).map_or("", |f| f.unit.as_str()),
+        };
+        let bound = match &self.relative_to {
+            Some(other) => format!("{} × {other}", self.at_most),
+            None => shown(self.at_most, unit),
+        };
+        let found: Vec<_> = runs.iter().filter_map(|run| self.of(run)).collect();
+        let Some(middle) = median(found.clone()) else {
+            return Judgement { found: String::new(), bound, verdict: Verdict::NotMeasured };
+        };
+        let verdict = if middle <= self.at_most { Verdict::Met } else { Verdict::Missed };
+        let (low, high) =
+            found.iter().fold((f64::MAX, f64::MIN), |(low, high), f| (low.min(*f), high.max(*f)));
+        let spread =
+            if found.len() > 1 { format!(" ({} to {})", digits(low), digits(high)) } else { String::new() };
+        Judgement { found: shown(middle, unit) + &spread, bound, verdict }
+    }
 }
 
-impl Goal {
-    fn judge(&self, medians: &[Measured]) -> String {
-        let value = |who: &str| medians.iter().find(|of| of.who == who).and_then(|of| of.value(&self.figure));
-        let unit = medians.iter().flat_map(|of| &of.figures).find(|figure| figure.name == self.figure);
-        let unit = unit.map_or("", |figure| figure.unit.as_str());
-        let (found, bound) = match &self.relative_to {
-            None => (value(&self.who), shown(self.at_most, unit)),
-            Some(other) => {
-                let ratio = value(&self.who).zip(value(other)).map(|(one, other)| one / other);
-                (ratio, format!("{} × {other}", self.at_most))
-            }
-        };
-        let Some(found) = found else { return format!("{} of {}: not measured", self.figure, self.who) };
-        let shown = if self.relative_to.is_some() { format!("{found:.2} ×") } else { shown(found, unit) };
-        let verdict = if found <= self.at_most { "met" } else { "**missed**" };
-        format!("{} of {} at most {bound}: {shown}, {verdict}", self.figure, self.who)
+impl std::fmt::Display for Verdict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Met => "met",
+            Self::Missed => "**missed**",
+            Self::NotMeasured => "not measured",
+        })
     }
 }
 
 impl Results {
+    /// Nothing yet.
+    pub(crate) fn new(scenario: &str, what: String, command: String, goals: Vec<Goal>) -> Self {
+        let (scenario, machine) = (scenario.to_owned(), machine());
+        Self { scenario, what, command, machine, goals, runs: Vec::new() }
+    }
+
     /// Reads what was kept.
-    pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
+    fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read(path)?;
         serde_json::from_slice(&text).with_context(|| format!("{} holds no results", path.display()))
     }
 
-    /// Prints the table, and keeps all of it in `out`.
-    pub(crate) fn finish(&self, out: Option<&Path>) -> anyhow::Result<()> {
-        println!("{}", self.table());
+    /// Takes a run, and keeps all so far in `out`: what comes later may fail.
+    pub(crate) fn push(&mut self, run: Vec<Measured>, out: Option<&Path>) -> anyhow::Result<()> {
+        self.runs.push(run);
         let Some(out) = out else { return Ok(()) };
         std::fs::create_dir_all(out)?;
         let json = serde_json::to_string_pretty(self)? + "\n";
         std::fs::write(out.join(format!("{}.json", self.scenario)), json)?;
-        self.draw(out)?;
-        println!("written to {}", out.display());
-        Ok(())
+        self.draw(out)
+    }
+
+    /// Prints the table.
+    pub(crate) fn finish(&self, out: Option<&Path>) {
+        println!("{}", self.table());
+        if let Some(out) = out {
+            println!("written to {}", out.display());
+        }
     }
 
     /// Writes the table and the picture into `out`.
-    pub(crate) fn draw(&self, out: &Path) -> anyhow::Result<()> {
+    fn draw(&self, out: &Path) -> anyhow::Result<()> {
         std::fs::write(out.join(format!("{}.md", self.scenario)), self.table())?;
-        let curves: Vec<_> = self.medians().into_iter().filter(|of| !of.curve.is_empty()).collect();
-        if !curves.is_empty() {
-            std::fs::write(out.join(format!("{}.svg", self.scenario)), picture::curves(&self.what, &curves))?;
+        let medians = self.medians();
+        let lines: Vec<_> = medians
+            .iter()
+            .flat_map(|of| of.curves.iter().map(|(name, curve)| (format!("{}: {name}", of.who), &curve[..])))
+            .collect();
+        if !lines.is_empty() {
+            std::fs::write(out.join(format!("{}.svg", self.scenario)), picture::curves(&self.what, &lines))?;
         }
         Ok(())
     }
@@ -145,16 +212,19 @@ impl Results {
         let of = |who: &Measured| {
             let runs: Vec<_> =
                 self.runs.iter().filter_map(|run| run.iter().find(|of| of.who == who.who)).collect();
-            let figure = |figure: &Figure| {
-                let values = runs.iter().filter_map(|run| run.value(&figure.name)).collect();
-                Figure { value: median(values), ..figure.clone() }
+            let over = |value: &dyn Fn(&Measured) -> Option<f64>| {
+                median(runs.iter().filter_map(|of| value(of)).collect()).unwrap_or_default()
             };
-            let curve =
-                |at: usize| median(runs.iter().filter_map(|run| run.curve.get(at).copied()).collect());
+            let figure =
+                |figure: &Figure| Figure { value: over(&|of| of.value(&figure.name)), ..figure.clone() };
+            let curve = |name: &String| {
+                let at = |at| over(&|of| of.curves.get(name)?.get(at).copied());
+                (name.clone(), (0..CURVE.len()).map(at).collect())
+            };
             Measured {
                 who: who.who.clone(),
                 figures: who.figures.iter().map(figure).collect(),
-                curve: (0..who.curve.len()).map(curve).collect(),
+                curves: who.curves.keys().map(curve).collect(),
             }
         };
         first.iter().map(of).collect()
@@ -187,33 +257,81 @@ impl Results {
             }
         }
         text += "\n";
-        for goal in &self.goals {
-            _ = write!(text, "\n- {}", goal.judge(&medians));
+        if !self.goals.is_empty() {
+            text += "\n| goal | at most | found | |\n|---|--:|--:|---|\n";
         }
-        text + if self.goals.is_empty() { "" } else { "\n" }
-    }
-
-    /// The goals that are missed.
-    pub(crate) fn missed(&self) -> usize {
-        let medians = self.medians();
-        self.goals.iter().filter(|goal| !goal.judge(&medians).ends_with(", met")).count()
+        for goal in &self.goals {
+            let Judgement { found, bound, verdict } = goal.judge(&self.runs);
+            _ = writeln!(text, "| {} of {} | {bound} | {found} | {verdict} |", goal.figure, goal.who);
+        }
+        text + "\n" + &self.machine + "\n"
     }
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// Writes tables and pictures anew from what is kept in `dir`, and one table of all goals, which is printed. Says how
+/// many are missed.
+pub(crate) fn report(dir: &Path) -> anyhow::Result<usize> {
+    let files = std::fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    let mut files: Vec<_> = files.map(|file| file.map(|file| file.path())).collect::<Result<_, _>>()?;
+    files.sort_unstable();
+    files.retain(|file| file.extension().is_some_and(|kind| kind == "json"));
+    // What `memory` keeps is of another kind.
+    files.retain(|file| !file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("memory-")));
+    let mut text = "| goal | at most | found | | command |\n|---|--:|--:|---|---|\n".to_owned();
+    let mut missed = 0;
+    for file in files {
+        let results = Results::read(&file)?;
+        results.draw(dir)?;
+        for goal in &results.goals {
+            let Judgement { found, bound, verdict } = goal.judge(&results.runs);
+            let (scenario, command) = (&results.scenario, &results.command);
+            _ = writeln!(
+                text,
+                "| {} of {} | {bound} | {found} | {verdict} | [`{command}`]({scenario}.md) |",
+                goal.figure, goal.who
+            );
+            missed += usize::from(verdict != Verdict::Met);
+        }
+    }
+    std::fs::write(dir.join(SUMMARY), &text)?;
+    println!("{text}");
+    Ok(missed)
+}
+
+/// What figures depend on.
+fn machine() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let memory = read("/proc/meminfo");
+    let memory = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse().ok());
+    let gigabytes = memory.unwrap_or(0_u64) >> 20;
+    let build = if cfg!(debug_assertions) { "**debug build**, " } else { "" };
+    let kernel = read("/proc/sys/kernel/osrelease");
+    format!("{build}{cores} cores, {gigabytes} GiB, Linux {}; {}", kernel.trim(), assets::versions())
+}
+
+/// The middle value, or halfway between the two that are.
+fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
+    let upper = *values.get(values.len() / 2)?;
+    let lower = values[(values.len() - 1) / 2];
+    Some(f64::midpoint(lower, upper))
 }
 
 fn shown(value: f64, unit: &str) -> String {
-    let number = if value.abs() >= 100.0 || value.fract().abs() < f64::EPSILON {
+    format!("{} {unit}", digits(value)).trim_end().to_owned()
+}
+
+fn digits(value: f64) -> String {
+    if value.abs() >= 100.0 || value.fract().abs() < f64::EPSILON {
         format!("{value:.0}")
     } else if value.abs() >= 10.0 {
         format!("{value:.1}")
     } else {
         format!("{value:.2}")
-    };
-    if unit.is_empty() { number } else { format!("{number} {unit}") }
+    }
 }
 
 #[cfg(test)]
@@ -225,27 +343,27 @@ mod tests {
         let measured = |who: &str, value| {
             let mut measured = Measured::new(who);
             measured.add("p99", "ms", value);
+            measured.add("share of nothing", "", f64::NAN);
             measured
         };
-        let results = Results {
-            scenario: "x".into(),
-            what: "Ten agents".into(),
-            command: "opa-hub-loadtest x".into(),
-            goals: vec![Goal::at_most("ours", "p99", 1.3).times("raw"), Goal::at_most("ours", "p99", 100.0)],
-            runs: [100.0, 140.0, 900.0]
-                .map(|ours| vec![measured("ours", ours), measured("raw", 100.0)])
-                .into(),
-        };
+        let goals = vec![
+            Goal::at_most("ours", "p99", 1.3).times("raw"),
+            Goal::at_most("ours", "p99", 150.0),
+            Goal::at_most("ours", "share of nothing", 1.0),
+        ];
+        let mut results = Results::new("x", "Ten agents".into(), "opa-hub-loadtest x".into(), goals);
+        // The ratio is one within a run: 1.4, not 150 by 100.
+        for (ours, raw) in [(100.0, 100.0), (140.0, 100.0), (150.0, 80.0), (900.0, 1000.0)] {
+            results.runs.push(vec![measured("ours", ours), measured("raw", raw)]);
+        }
         let table = results.table();
-        assert!(
-            table.contains(
-                "medians of 3 runs\n\n| | ours | raw |\n|---|--:|--:|\n| p99 | 140 ms | 100 ms |\n"
-            )
-        );
-        assert!(
-            table.contains("1.40 ×, **missed**") && table.contains("at most 100 ms: 140 ms, **missed**"),
-            "{table}"
-        );
-        assert_eq!(results.missed(), 2);
+        for expected in [
+            "medians of 4 runs\n\n| | ours | raw |\n|---|--:|--:|\n| p99 | 145 ms | 100 ms |\n",
+            "| p99 of ours | 1.3 × raw | 1.20 × (0.90 to 1.88) | met |",
+            "| p99 of ours | 150 ms | 145 ms (100 to 900) | met |",
+            "| share of nothing of ours | 1 |  | not measured |",
+        ] {
+            assert!(table.contains(expected), "{expected} is not in\n{table}");
+        }
     }
 }

@@ -18,7 +18,7 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::position::{POSITION_HEADER, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, data_digest};
-use opa_hub_proto::sse::{Decoder, GO, Message};
+use opa_hub_proto::sse::{Decoder, Message, Word};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -286,7 +286,9 @@ impl Agent {
         loop {
             while let Some(message) = decoder.next()? {
                 match message {
-                    Message::Comment(words) if words.starts_with(GO) => return Ok(End::Told),
+                    Message::Comment(words) if matches!(Word::of(&words), Word::Go(_)) => {
+                        return Ok(End::Told);
+                    }
                     Message::Comment(_) => {}
                     Message::Event { id, event, data } => self.take(&id, &event, &data)?,
                 }

@@ -1,9 +1,42 @@
 //! Reads `text/event-stream` (WHATWG HTML §9.2) from chunks of any size, holding one event at most.
 
-/// A comment that begins like this: the hub has not heard its source for so long. Its head may be old.
-pub const STALE: &str = "stale";
-/// A comment that begins like this: the hub stops, and another one should be asked at once.
-pub const GO: &str = "go";
+use std::fmt;
+
+/// The first words of comments, see [`Word`].
+const STALE: &str = "stale";
+const GO: &str = "go";
+
+/// What a comment of the hub says beside that the hub is there.
+#[derive(Debug, PartialEq, Eq, Clone)]
+pub enum Word<'a> {
+    /// Nothing, or what only people read.
+    Here,
+    /// It has not heard its source for a while, in words: its head may be old.
+    Stale(&'a str),
+    /// It stops: another one is to be asked at once, one of these (base URLs) where it knows any.
+    Go(Vec<&'a str>),
+}
+
+impl<'a> Word<'a> {
+    /// Of a comment.
+    pub fn of(comment: &'a str) -> Self {
+        match comment.split_once(' ').unwrap_or((comment, "")) {
+            (STALE, words) => Self::Stale(words),
+            (GO, urls) => Self::Go(urls.split_whitespace().collect()),
+            _ => Self::Here,
+        }
+    }
+}
+
+impl fmt::Display for Word<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Here => Ok(()),
+            Self::Stale(words) => write!(f, "{STALE} {words}"),
+            Self::Go(urls) => [&[GO], &urls[..]].concat().join(" ").fmt(f),
+        }
+    }
+}
 
 /// One event, or a comment line, which the hub sends as its heartbeat.
 #[derive(Debug, PartialEq, Eq)]
@@ -176,6 +209,22 @@ mod tests {
             b": hello\n\nid: 1\nevent: delta\ndata: {}\n\ndata:a\r\ndata: b\r\n\r\nretry: 5\nnonsense\n\n:\n";
         let expected = vec![comment("hello"), event("1", "delta", "{}"), event("1", "", "a\nb"), comment("")];
         assert_eq!(read(&[stream], 100), Ok(expected));
+    }
+
+    #[test]
+    fn words_are_read_as_they_are_written() {
+        for (word, written) in [
+            (Word::Here, ""),
+            (Word::Stale("for 31 s"), "stale for 31 s"),
+            (Word::Go(vec![]), "go"),
+            (
+                Word::Go(vec!["http://10.0.0.1:8080", "http://10.0.0.2:8080"]),
+                "go http://10.0.0.1:8080 http://10.0.0.2:8080",
+            ),
+        ] {
+            assert_eq!((word.to_string().as_str(), Word::of(written)), (written, word));
+        }
+        assert_eq!(Word::of("gopher"), Word::Here);
     }
 
     #[test]

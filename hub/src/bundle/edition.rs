@@ -33,6 +33,9 @@ use crate::policy::verdict::Verdicts;
 const FRAMES_MAX: usize = 256;
 /// … and the bytes that they may take together.
 const FRAMES_BYTES_MAX: usize = 64 << 20;
+/// Changed keys whose frame is encoded where it is asked for: about 0.1 ms with values of 1 KB. More is work for a
+/// thread beside those that write.
+const NEAR_KEYS_MAX: usize = 64;
 
 /// Which part of a view an archive holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,8 +56,7 @@ pub struct Bundle {
     pub name: String,
     head: watch::Sender<Option<Arc<Edition>>>,
     paced: watch::Sender<Option<Arc<Edition>>>,
-    /// How far the source was heard, also where that changed nothing.
-    position: Arc<Mutex<Position>>,
+    heard: Arc<Mutex<Heard>>,
     problems: Mutex<Arc<[Problem]>>,
     /// What of replicated objects travels, and because of whom.
     reading: Arc<Mutex<Arc<Reading>>>,
@@ -68,6 +70,17 @@ pub struct Bundle {
     pub counters: Arc<Counters>,
     /// How it looks from single namespaces; none: everybody gets all of it.
     pub scopes: Option<Scopes>,
+}
+
+/// How far the source was heard, also where that changed nothing.
+#[derive(Default)]
+struct Heard {
+    /// The head holds all that happened before …
+    all: Position,
+    /// … and nothing that happened after this …
+    newest: Position,
+    /// … which was said so often.
+    times: u64,
 }
 
 /// What of replicated objects travels, and what policies read, where one follows from the other.
@@ -111,16 +124,23 @@ pub struct Edition {
     pub view: View,
     /// When it was published.
     pub published: SystemTime,
-    /// How far the source had been heard by then.
-    pub position: Position,
+    heard: Arc<Mutex<Heard>>,
     bundle: String,
     log: Log,
-    frames: Mutex<HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>>,
+    frames: Mutex<Frames>,
     archives: [Arc<OnceCell<Archive>>; 3],
     reconciled: Mutex<HashMap<Digest, Arc<OnceCell<Archive>>>>,
     segments: Arc<SegmentCache>,
     objects: Arc<OnceLock<Objects>>,
     counters: Arc<Counters>,
+}
+
+/// Frames to an edition, by where they lead from.
+#[derive(Default)]
+struct Frames {
+    by_from: HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>,
+    /// How often the source had been heard when they were encoded: they say how far.
+    times: u64,
 }
 
 /// What a stream at some revision is told.
@@ -179,7 +199,7 @@ impl Bundle {
             name,
             head: watch::Sender::new(None),
             paced: watch::Sender::new(None),
-            position: Arc::default(),
+            heard: Arc::default(),
             problems: Mutex::default(),
             reading: Arc::default(),
             feeds: Feeds::default(),
@@ -194,9 +214,9 @@ impl Bundle {
     /// A part of it that has nothing to serve yet.
     pub(super) fn part(&self) -> Self {
         let (objects, counters) = (Arc::clone(&self.objects), Arc::clone(&self.counters));
-        let (reading, position) = (Arc::clone(&self.reading), Arc::clone(&self.position));
+        let (reading, heard) = (Arc::clone(&self.reading), Arc::clone(&self.heard));
         let feeds = self.feeds.clone();
-        Self { position, reading, feeds, objects, counters, ..Self::new(self.name.clone(), None) }
+        Self { heard, reading, feeds, objects, counters, ..Self::new(self.name.clone(), None) }
     }
 
     /// What whoever asks from `namespace` gets.
@@ -220,7 +240,7 @@ impl Bundle {
     }
 
     /// Makes `view` the newest edition.
-    pub fn publish(&self, view: View, log: Log, position: Position) {
+    pub fn publish(&self, view: View, log: Log) {
         self.counters.view_changes.fetch_add(1, Ordering::Relaxed);
         let before = self.head.borrow().clone();
         // A part that did not change keeps its archive.
@@ -231,7 +251,7 @@ impl Bundle {
         let edition = Edition {
             view,
             published: SystemTime::now(),
-            position,
+            heard: Arc::clone(&self.heard),
             bundle: self.name.clone(),
             log,
             frames: Mutex::default(),
@@ -248,14 +268,22 @@ impl Bundle {
         }
     }
 
-    /// Its editions are as of this position from now on.
-    pub fn set_position(&self, position: &Position) {
-        position.clone_into(&mut self.position.lock().unwrap_or_else(PoisonError::into_inner));
+    /// Its head, and the next edition, hold nothing that happened after this.
+    pub fn hear_newest(&self, newest: Position) {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        if heard.newest != newest {
+            (heard.newest, heard.times) = (newest, heard.times + 1);
+        }
     }
 
-    /// How far the source was heard.
+    /// Its head holds all that happened before this.
+    pub fn hear_all(&self, all: Position) {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).all = all;
+    }
+
+    /// How far the source was heard: its head holds all that happened before.
     pub fn position(&self) -> Position {
-        self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).all.clone()
     }
 
     /// What is refused from now on.
@@ -335,6 +363,11 @@ impl Edition {
         &self.log
     }
 
+    /// It holds nothing that happened after this.
+    pub fn newest(&self) -> Position {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).newest.clone()
+    }
+
     /// What would go back in time at an agent that holds `held` as of `there`, where the source was heard up to `here`
     /// before this edition was taken. One whose revision is not known here is not known to go back.
     pub fn lag(&self, held: Revision, here: &Position, there: &Position) -> Option<Lag> {
@@ -361,23 +394,44 @@ impl Edition {
         here.lag(there, differ, modules != Some(self.view.revision.modules))
     }
 
+    /// Whether what leads from `held` to this edition is at hand, or little to encode.
+    pub fn is_near(&self, held: Revision) -> bool {
+        held == self.view.revision || self.log.data_keys_since(held.data) <= NEAR_KEYS_MAX || {
+            let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+            frames.by_from.get(&held).is_some_and(|frame| frame.get().is_some())
+        }
+    }
+
+    /// [`next`](Self::next), beside the threads that write unless it [is near](Self::is_near).
+    pub async fn next_beside(self: &Arc<Self>, held: Revision) -> Next {
+        if self.is_near(held) {
+            return self.next(held);
+        }
+        let edition = Arc::clone(self);
+        tokio::task::spawn_blocking(move || edition.next(held)).await.expect("encoding does not panic")
+    }
+
     /// What leads an agent from `held` to this edition. Encoded once for all who are at `held` (I4).
     pub fn next(&self, held: Revision) -> Next {
         if held == self.view.revision {
             return Next::UpToDate;
         }
+        let times = self.heard.lock().unwrap_or_else(PoisonError::into_inner).times;
         let cell = {
             let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
             let bytes = |frame: &Arc<OnceLock<Option<Bytes>>>| frame.get()?.as_ref().map(Bytes::len);
-            if frames.len() >= FRAMES_MAX
-                || frames.values().filter_map(bytes).sum::<usize>() > FRAMES_BYTES_MAX
+            let Frames { by_from, times: encoded } = &mut *frames;
+            if *encoded != times
+                || by_from.len() >= FRAMES_MAX
+                || by_from.values().filter_map(bytes).sum::<usize>() > FRAMES_BYTES_MAX
             {
-                frames.clear();
+                by_from.clear();
             }
-            Arc::clone(frames.entry(held).or_default())
+            *encoded = times;
+            Arc::clone(by_from.entry(held).or_default())
         };
         let frame = cell.get_or_init(|| {
-            let frame = frame::encode(&self.view, &self.log, &self.position, held);
+            let frame = frame::encode(&self.view, &self.log, &self.newest(), held);
             self.counters.frame_encodes.fetch_add(u64::from(frame.is_some()), Ordering::Relaxed);
             frame
         });

@@ -12,6 +12,7 @@ use crate::store;
 pub struct Feeds(Arc<Mutex<Vec<Option<Arc<Feed>>>>>);
 
 /// A feed whose source was not heard for too long.
+#[derive(Debug)]
 pub struct Stale {
     /// Its name.
     pub feed: String,
@@ -41,12 +42,21 @@ impl Feeds {
         self.with(|feeds| feeds.iter().flatten().cloned().collect())
     }
 
-    /// The feed whose source was silent for longest, where that is too long to trust what it said.
+    /// The feed whose source said nothing new for longest, where that is too long to trust what it said.
     pub fn stale(&self) -> Option<Stale> {
+        self.longest(|_| true)
+    }
+
+    /// The same, of those whose source says nothing at all. What refuses one replica something refuses it to all.
+    pub fn silent(&self) -> Option<Stale> {
+        self.longest(|feed| !feed.watch.is_refused())
+    }
+
+    fn longest(&self, of: impl Fn(&Feed) -> bool) -> Option<Stale> {
         let feeds = self.list();
-        let stale = feeds
-            .iter()
-            .filter_map(|feed| Some(Stale { silent: feed.watch.stale()?, feed: feed.name.clone() }));
+        let feeds = feeds.iter().filter(|feed| of(feed));
+        let stale =
+            feeds.filter_map(|feed| Some(Stale { silent: feed.watch.stale()?, feed: feed.name.clone() }));
         stale.max_by_key(|stale| stale.silent)
     }
 

@@ -69,6 +69,13 @@ impl Log {
         Some(since)
     }
 
+    /// How many keys changed since the content was `data`, each counted as often as it did; 0 when that is not
+    /// remembered.
+    pub fn data_keys_since(&self, data: Digest) -> usize {
+        let from = self.commits.iter().rposition(|commit| commit.before.data == data);
+        from.map_or(0, |from| self.commits.range(from..).map(|commit| commit.changed.len()).sum())
+    }
+
     /// The ids of the modules that changed since they were `modules`; none when that is not remembered.
     pub fn modules_since(&self, modules: Digest) -> Option<Vec<&str>> {
         let from = self.commits.iter().rposition(|commit| commit.before.modules == modules)?;

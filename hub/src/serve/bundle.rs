@@ -78,7 +78,7 @@ pub(super) async fn get(
         bundle.counters.snapshots[part as usize].fetch_add(1, Ordering::Relaxed);
         edition.archive(part).await
     };
-    let headers = [(ETAG.as_str(), tag), (POSITION_HEADER, edition.position.to_string())];
+    let headers = [(ETAG.as_str(), tag), (POSITION_HEADER, edition.newest().to_string())];
     Ok((headers, respond(archive)).into_response())
 }
 

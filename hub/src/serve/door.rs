@@ -104,7 +104,7 @@ async fn look(tcp: TcpStream, hub: &Hub, fanout: &Arc<Fanout>) -> Option<TcpStre
     // A frame is small and must not wait for the acknowledgement of the one before.
     _ = tcp.set_nodelay(true);
     let until = Instant::now() + HEAD_MAX;
-    let mut bytes = [0; HEAD_BYTES_MAX];
+    let mut bytes = vec![0; HEAD_BYTES_MAX];
     loop {
         let peeked = tokio::time::timeout_at(until, tcp.peek(&mut bytes)).await;
         let Ok(Ok(length)) = peeked else { return Some(tcp) };
@@ -115,7 +115,7 @@ async fn look(tcp: TcpStream, hub: &Hub, fanout: &Arc<Fanout>) -> Option<TcpStre
             }
             Head::Partial | Head::Other => return Some(tcp),
             Head::Stream(asked, length) => {
-                let Ok((bundle, held)) = asked.open(hub) else { return Some(tcp) };
+                let Ok((bundle, held)) = asked.open(hub).await else { return Some(tcp) };
                 if matches!(tcp.try_read(&mut bytes[..length]), Ok(read) if read == length) {
                     fanout.join(&bundle, tcp, held);
                 }

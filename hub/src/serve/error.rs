@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 
 use opa_hub_proto::position::{self, Lag, POSITION_HEADER};
 
+use crate::bundle::feeds::{Feeds, Stale};
 use crate::bundle::scopes;
 
 /// Every way in which a request fails.
@@ -37,16 +38,36 @@ pub(super) enum Error {
     /// Who asks would go back in time.
     #[error("here {0}, and it is not the same: ask again, or another hub")]
     Lags(Lag),
+    /// The same, and nothing new is heard here either.
+    #[error("here {lag}, and {stale}: ask another hub")]
+    Stale {
+        /// What would go back.
+        lag: Lag,
+        /// Since when nothing was heard.
+        stale: Stale,
+    },
     /// A reconcile request that does not parse.
     #[error("not a reconcile request: {0}")]
     InvalidReconcile(String),
+}
+
+impl Error {
+    /// A hub that is cut off is no witness of a source that went back.
+    pub(super) fn lags(lag: Lag, feeds: &Feeds) -> Self {
+        match feeds.stale() {
+            Some(stale) => Self::Stale { lag, stale },
+            None => Self::Lags(lag),
+        }
+    }
 }
 
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let status = match self {
             Self::NoSuchBundle(_) => StatusCode::NOT_FOUND,
-            Self::NotReady | Self::Scope(scopes::Error::TooMany) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NotReady | Self::Stale { .. } | Self::Scope(scopes::Error::TooMany) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Split(_) => StatusCode::CONFLICT,
             Self::UnknownRevision(_) => StatusCode::GONE,
             Self::Lags(_) => StatusCode::PRECONDITION_FAILED,

@@ -1,11 +1,11 @@
 //! The fan-out: many streams of one bundle, written by a few tasks. Each goes over its streams when there is a new
 //! edition, at once after a quiet time; what changes meanwhile is merged into the next round, so the pause between two
 //! rounds is what a round costs. A stream is a socket, a revision, and what of a frame did not fit into the socket: a
-//! reader that stalls holds up nobody, and gets one merged frame when it reads again.
+//! reader that stalls holds up nobody, and gets one merged frame when it reads again. That frame is encoded beside the
+//! rounds.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::ErrorKind;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,16 +15,16 @@ use slab::Slab;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
-use tokio::task::AbortHandle;
-use tokio_util::sync::CancellationToken;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::task::TaskTracker;
 
-use super::stream::{FAREWELL, Open, greeting, heartbeat};
+use super::Hub;
+use super::stream::{Open, greeting, heartbeat};
 use crate::bundle::feeds::Feeds;
 use crate::bundle::{Bundle, Edition, Next};
 use crate::config::{
-    DRAIN_ROUND, DRAIN_ROUNDS, HEARTBEAT, KEEPALIVE, KEEPALIVE_INTERVAL, KEEPALIVE_TRIES, ROUND_SLICE,
-    SEND_BUFFER,
+    DRAIN_ROUND, DRAIN_ROUNDS, HEARTBEAT, KEEPALIVE, KEEPALIVE_INTERVAL, ROUND_SLICE, SEND_BUFFER,
+    WRITE_TIMEOUT,
 };
 
 /// Heartbeats are spread over so many parts of their interval, or they would hold up frames.
@@ -40,9 +40,8 @@ pub(super) struct Fanout {
     writers: Mutex<HashMap<(u64, usize), mpsc::UnboundedSender<Stream>>>,
     /// Parts into which the streams of a bundle are divided: one for each thread.
     parts: usize,
-    next: AtomicUsize,
     tasks: TaskTracker,
-    stop: CancellationToken,
+    hub: Hub,
 }
 
 struct Stream {
@@ -52,46 +51,58 @@ struct Stream {
     rest: Bytes,
     /// It was told once that it holds all there is.
     is_greeted: bool,
-    /// The socket is full; this waits until it is not.
-    waits: Option<Waiting>,
+    waits: Waits,
     _open: Open,
 }
 
-struct Waiting(AbortHandle);
+/// What keeps a stream from being written to.
+enum Waits {
+    /// Nothing.
+    No,
+    /// The socket is full; this task waits until it is not.
+    Socket(#[expect(dead_code, reason = "ends with this")] Aborted),
+    /// Its frame is being encoded.
+    Frame,
+}
 
-impl Drop for Waiting {
+struct Aborted(AbortHandle);
+
+impl Drop for Aborted {
     fn drop(&mut self) {
         self.0.abort();
     }
 }
 
+/// From where a frame leads, and to where.
+type Encoded = (Revision, Revision, Next);
+
 /// The reader is gone, or must reconcile.
 struct Over;
 
 impl Fanout {
-    /// Of no streams yet, until `stop`.
-    pub(super) fn new(stop: CancellationToken) -> Arc<Self> {
+    /// Of no streams yet, until `hub` stops.
+    pub(super) fn new(hub: Hub) -> Arc<Self> {
         let parts = std::thread::available_parallelism().map_or(1, usize::from);
-        let (next, tasks) = (AtomicUsize::new(0), TaskTracker::new());
-        Arc::new(Self { writers: Mutex::default(), parts, next, tasks, stop })
+        Arc::new(Self { writers: Mutex::default(), parts, tasks: TaskTracker::new(), hub })
     }
 
     /// Writes `bundle` to `tcp` from now on. Its reader, whose request was read, is at `held`.
     pub(super) fn join(self: &Arc<Self>, bundle: &Arc<Bundle>, tcp: TcpStream, held: Revision) {
         let socket = SockRef::from(&tcp);
-        // Both fail on a socket that is gone only.
+        // They fail on a socket that is gone only.
         _ = socket.set_send_buffer_size(SEND_BUFFER);
         let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE_INTERVAL);
-        _ = socket.set_tcp_keepalive(&keepalive.with_retries(KEEPALIVE_TRIES));
+        _ = socket.set_tcp_keepalive(&keepalive);
+        _ = socket.set_tcp_user_timeout(Some(WRITE_TIMEOUT));
         let mut stream = Stream {
             tcp: Arc::new(tcp),
             held,
             rest: Bytes::from_static(RESPONSE.as_bytes()),
             is_greeted: false,
-            waits: None,
+            waits: Waits::No,
             _open: Open::new(Arc::clone(&bundle.counters)),
         };
-        let key = (bundle.id, self.next.fetch_add(1, Ordering::Relaxed) % self.parts);
+        let key = (bundle.id, fastrand::usize(..self.parts));
         let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(writer) = writers.get(&key) {
             match writer.send(stream) {
@@ -135,6 +146,12 @@ struct Rounds {
     streams: Slab<Stream>,
     /// Streams whose sockets take more again.
     ready: (mpsc::UnboundedSender<usize>, mpsc::UnboundedReceiver<usize>),
+    /// Streams that are far behind, by what they hold; who came first is first.
+    behind: VecDeque<(Revision, Vec<usize>)>,
+    /// Not the first but the largest group was served last.
+    large_was_last: bool,
+    /// What one of those revisions lacks is encoded, at most: the others wait.
+    encoding: JoinSet<Encoded>,
     /// Where the next round begins, so that nobody is last each time.
     first: usize,
     beat: usize,
@@ -147,15 +164,29 @@ impl Rounds {
         let (head, feeds) = (bundle.head(), bundle.feeds.clone());
         let bundle = bundle.name.clone();
         let (streams, ready) = (Slab::new(), mpsc::unbounded_channel());
-        Self { bundle, feeds, head, joins, streams, ready, first: 0, beat: 0, frame: None }
+        Self {
+            bundle,
+            feeds,
+            head,
+            joins,
+            streams,
+            ready,
+            behind: VecDeque::new(),
+            large_was_last: false,
+            encoding: JoinSet::new(),
+            first: 0,
+            beat: 0,
+            frame: None,
+        }
     }
 
     async fn run(mut self, fanout: &Fanout, key: (u64, usize)) {
         let mut beats = tokio::time::interval(HEARTBEAT / u32::try_from(BEATS).expect("a few"));
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let stop = &fanout.hub.0.stop;
         loop {
             tokio::select! {
-                () = fanout.stop.cancelled() => break,
+                () = stop.cancelled() => break,
                 changed = self.head.changed() => match changed {
                     Ok(()) => self.round().await,
                     // Another bundle took the name of this one: whoever comes back is given that.
@@ -163,6 +194,9 @@ impl Rounds {
                 },
                 Some(at) = self.ready.1.recv() => self.resume(at),
                 Some(stream) = self.joins.recv() => self.begin(stream),
+                Some(encoded) = self.encoding.join_next() => {
+                    self.lead_on(encoded.expect("encoding does not panic")).await;
+                }
                 _ = beats.tick() => {
                     self.heartbeat();
                     if self.streams.is_empty() && fanout.leave(key, &self.joins) {
@@ -172,7 +206,9 @@ impl Rounds {
             }
         }
         fanout.writers.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
-        self.drain().await;
+        if stop.is_cancelled() {
+            self.drain(&fanout.hub).await;
+        }
     }
 
     fn begin(&mut self, stream: Stream) {
@@ -186,14 +222,14 @@ impl Rounds {
         let slots = self.streams.capacity();
         for step in 0..slots {
             let at = (self.first + step) % slots;
-            if self.streams.get(at).is_some_and(|stream| stream.waits.is_none()) {
+            if self.streams.get(at).is_some_and(|stream| matches!(stream.waits, Waits::No)) {
                 self.write(at);
             }
             if step % ROUND_SLICE == ROUND_SLICE - 1 {
                 tokio::task::yield_now().await;
             }
         }
-        self.first = self.first.wrapping_add(1);
+        self.first = self.first.wrapping_add(ROUND_SLICE);
         for _ in 0..ROUND_SLICE {
             let Ok(stream) = self.joins.try_recv() else { break };
             self.begin(stream);
@@ -212,6 +248,45 @@ impl Rounds {
         }
     }
 
+    /// Encodes what one group of those lacks who are far behind, beside the rounds: by turns the first, and the largest,
+    /// which may be all others.
+    fn encode(&mut self) {
+        let Some(edition) = self.head.borrow().clone() else { return };
+        if !self.encoding.is_empty() || self.behind.is_empty() {
+            return;
+        }
+        self.large_was_last = !self.large_was_last;
+        let largest = || (0..self.behind.len()).max_by_key(|at| self.behind[*at].1.len());
+        let next = if self.large_was_last { largest().unwrap_or(0) } else { 0 };
+        let from = self.behind[next].0;
+        self.encoding.spawn_blocking(move || (from, edition.view.revision, edition.next(from)));
+    }
+
+    /// Gives a frame to those who waited for it.
+    async fn lead_on(&mut self, (from, to, next): Encoded) {
+        let group = self.behind.iter().position(|(held, _)| *held == from);
+        let waiting = group.and_then(|at| self.behind.remove(at)).map(|(_, waiting)| waiting);
+        for (step, at) in waiting.into_iter().flatten().enumerate() {
+            // Another one may have its place by now.
+            let waits = |stream: &&mut Stream| stream.held == from && matches!(stream.waits, Waits::Frame);
+            let Some(stream) = self.streams.get_mut(at).filter(waits) else { continue };
+            stream.waits = Waits::No;
+            match &next {
+                Next::Frames(bytes) => (stream.rest, stream.held) = (bytes.clone(), to),
+                Next::UpToDate => {}
+                Next::Unknown => {
+                    self.streams.remove(at);
+                    continue;
+                }
+            }
+            self.write(at);
+            if step % ROUND_SLICE == ROUND_SLICE - 1 {
+                tokio::task::yield_now().await;
+            }
+        }
+        self.encode();
+    }
+
     fn advance(&mut self, at: usize, edition: &Edition) -> Result<(), Over> {
         let Some(stream) = self.streams.get_mut(at) else { return Ok(()) };
         loop {
@@ -228,11 +303,14 @@ impl Rounds {
                             _ = tcp.writable().await;
                             _ = ready.send(at);
                         });
-                        stream.waits = Some(Waiting(waiting.abort_handle()));
+                        stream.waits = Waits::Socket(Aborted(waiting.abort_handle()));
                         return Ok(());
                     }
                     Err(_) => return Err(Over),
                 }
+            }
+            if let Waits::Frame = stream.waits {
+                return Ok(());
             }
             let to = edition.view.revision;
             stream.rest = match &self.frame {
@@ -242,6 +320,15 @@ impl Rounds {
                     greeting(&self.bundle, &self.feeds, to)
                 }
                 Some((from, head, bytes)) if (*from, *head) == (stream.held, to) => bytes.clone(),
+                _ if !edition.is_near(stream.held) => {
+                    stream.waits = Waits::Frame;
+                    match self.behind.iter_mut().find(|(held, _)| *held == stream.held) {
+                        Some((_, waiting)) => waiting.push(at),
+                        None => self.behind.push_back((stream.held, vec![at])),
+                    }
+                    self.encode();
+                    return Ok(());
+                }
                 _ => match edition.next(stream.held) {
                     Next::Frames(bytes) => {
                         self.frame = Some((stream.held, to, bytes.clone()));
@@ -257,8 +344,10 @@ impl Rounds {
 
     /// The socket of a stream takes more.
     fn resume(&mut self, at: usize) {
-        if let Some(stream) = self.streams.get_mut(at) {
-            stream.waits = None;
+        if let Some(stream) = self.streams.get_mut(at)
+            && let Waits::Socket(_) = stream.waits
+        {
+            stream.waits = Waits::No;
             self.write(at);
         }
     }
@@ -278,7 +367,7 @@ impl Rounds {
                     continue;
                 }
             }
-            if stream.waits.is_none() && stream.rest.is_empty() {
+            if !matches!(stream.waits, Waits::Socket(_)) && stream.rest.is_empty() {
                 stream.rest = bytes.clone();
                 self.write(at);
             }
@@ -287,16 +376,23 @@ impl Rounds {
         self.frame = None;
     }
 
-    /// Tells readers to go, a few at a time, so that their readers come to another hub spread over a while.
-    async fn drain(mut self) {
+    /// Tells readers to go, a few at a time, so that their readers come to another hub spread over a while; those of
+    /// many small bundles too.
+    async fn drain(mut self, hub: &Hub) {
+        let words = hub.farewell().await;
+        while let Ok(stream) = self.joins.try_recv() {
+            self.streams.insert(stream);
+        }
         let mut left: Vec<_> = self.streams.drain().collect();
         fastrand::shuffle(&mut left);
         let slice = left.len().div_ceil(DRAIN_ROUNDS).max(ROUND_SLICE);
+        let spare = DRAIN_ROUNDS.saturating_sub(left.len().div_ceil(slice));
+        tokio::time::sleep(DRAIN_ROUND.mul_f64(spare as f64 * fastrand::f64())).await;
         while !left.is_empty() {
             for stream in left.drain(left.len().saturating_sub(slice)..) {
                 // Between two frames only; who has half of one will see that it ends.
                 if stream.rest.is_empty() {
-                    _ = stream.tcp.try_write(&FAREWELL);
+                    _ = stream.tcp.try_write(&words);
                 }
             }
             tokio::time::sleep(if left.is_empty() { Duration::ZERO } else { DRAIN_ROUND }).await;

@@ -36,13 +36,23 @@ pub(super) async fn ready(State(hub): State<Hub>, Query(options): Query<Options>
         .iter()
         .filter_map(|bundle| Some((bundle.name.clone(), bundle.feeds.stale()?.to_string())))
         .collect();
-    let serves = |bundle: &Arc<Bundle>| bundle.head().borrow().is_some() && !stale.contains_key(&bundle.name);
-    let ready = pending.is_empty() && (has_none && options.bundle.is_none() || bundles.iter().any(serves));
+    // Whether another replica does better is asked for a bundle. One that is ready at all is in the Service, where all
+    // of them would be missed that are refused the same.
+    let has_gone_silent = |bundle: &Arc<Bundle>| match &options.bundle {
+        Some(_) => stale.contains_key(&bundle.name),
+        None => bundle.feeds.silent().is_some(),
+    };
+    let serves = |bundle: &Arc<Bundle>| bundle.head().borrow().is_some() && !has_gone_silent(bundle);
+    let stopping = hub.0.stop.is_cancelled();
+    let ready = !stopping
+        && pending.is_empty()
+        && (has_none && options.bundle.is_none() || bundles.iter().any(serves));
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (
         status,
         Json(json!({
             "ready": ready,
+            "stopping": stopping,
             "pending": pending,
             "stale": stale,
             "problems": hub.0.readiness.problems(),

@@ -6,6 +6,7 @@ mod dashboard;
 mod door;
 mod error;
 mod fanout;
+mod farewell;
 mod health;
 mod metrics;
 mod reconcile;
@@ -17,8 +18,10 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
 use axum::serve::ListenerExt as _;
+use bytes::Bytes;
 use opa_hub_proto::reconcile::RECONCILE_BYTES_MAX;
 use tokio::net::TcpListener;
+use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 
 use crate::bundle::{Bundle, Part};
@@ -38,25 +41,36 @@ struct Shared {
     /// What checks the policies.
     checked_by: String,
     readiness: Readiness,
+    /// Other hubs like this one, as `HOST:PORT`, and what readers are told of them in the end.
+    replicas: Vec<String>,
+    farewell: OnceCell<Bytes>,
     stop: CancellationToken,
     deltas: bundle::DeltaClients,
 }
 
 impl Hub {
-    /// A hub that serves `bundles`, whose policies are `checked_by`, until `stop`.
+    /// A hub that serves `bundles`, whose policies are `checked_by`, until `stop`; then its readers go to `replicas`.
     pub fn new(
         bundles: Arc<Bundles>,
         checked_by: String,
         readiness: Readiness,
+        replicas: Vec<String>,
         stop: CancellationToken,
     ) -> Self {
         Self(Arc::new(Shared {
             bundles,
             checked_by,
             readiness,
+            replicas,
+            farewell: OnceCell::new(),
             stop,
             deltas: bundle::DeltaClients::default(),
         }))
+    }
+
+    /// The last words to readers, once the hub stops.
+    async fn farewell(&self) -> Bytes {
+        self.0.farewell.get_or_init(|| farewell::farewell(&self.0.replicas)).await.clone()
     }
 
     fn bundle(&self, name: &str) -> Result<Arc<Bundle>, Error> {
@@ -115,7 +129,7 @@ pub async fn run_health(listener: TcpListener, hub: Hub) -> std::io::Result<()> 
 /// Serves until the hub stops, then gives requests in flight a moment to end.
 pub async fn run(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
     let stop = hub.0.stop.clone();
-    let fanout = Fanout::new(stop.clone());
+    let fanout = Fanout::new(hub.clone());
     // Says who is at the other end, as axum's own listener does.
     let door = Door::open(listener, hub.clone(), Arc::clone(&fanout))?.tap_io(|_| {});
     let service = router(hub).into_make_service_with_connect_info::<std::net::SocketAddr>();

@@ -39,10 +39,10 @@ pub(super) async fn post(
         let revision: Option<Revision> = header("last-event-id").and_then(|id| id.parse().ok());
         let modules = revision.map(|revision| revision.modules);
         if let Some(lag) = edition.lag_of(&held, modules, &here, &there.parse()?) {
-            return Err(Error::Lags(lag));
+            return Err(Error::lags(lag, &bundle.feeds));
         }
     }
     bundle.counters.reconciles.fetch_add(1, Ordering::Relaxed);
-    let position = [(POSITION_HEADER, edition.position.to_string())];
+    let position = [(POSITION_HEADER, edition.newest().to_string())];
     Ok((position, respond(edition.reconcile(held).await)).into_response())
 }

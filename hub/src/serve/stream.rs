@@ -15,10 +15,10 @@ use bytes::Bytes;
 use futures::{Stream, stream};
 use opa_hub_proto::position::POSITION_HEADER;
 use opa_hub_proto::revision::Revision;
-use opa_hub_proto::sse::STALE;
+use opa_hub_proto::sse::Word;
 use serde::Deserialize;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio::time::{Instant, Interval};
 
 use super::Hub;
 use super::error::Error;
@@ -51,7 +51,7 @@ impl Asked {
     }
 
     /// The bundle to follow, and where its reader is.
-    pub(super) fn open(&self, hub: &Hub) -> Result<(Arc<Bundle>, Revision), Error> {
+    pub(super) async fn open(&self, hub: &Hub) -> Result<(Arc<Bundle>, Revision), Error> {
         let bundle = hub.part(&self.name, self.namespace.as_deref())?;
         let here = bundle.position();
         let edition = bundle.head().borrow().clone().ok_or(Error::NotReady)?;
@@ -62,9 +62,9 @@ impl Asked {
         if let Some(there) = &self.position
             && let Some(lag) = edition.lag(held, &here, &there.parse()?)
         {
-            return Err(Error::Lags(lag));
+            return Err(Error::lags(lag, &bundle.feeds));
         }
-        if matches!(edition.next(held), Next::Unknown) {
+        if matches!(edition.next_beside(held).await, Next::Unknown) {
             return Err(Error::UnknownRevision(held.to_string()));
         }
         Ok((bundle, held))
@@ -79,7 +79,10 @@ impl std::fmt::Display for Asked {
 
 /// Tells a reader that it holds all there is, or all that was heard lately, and opens the stream through proxies.
 pub(super) fn greeting(bundle: &str, feeds: &Feeds, held: Revision) -> Bytes {
-    let word = feeds.stale().map_or_else(|| bundle.to_owned(), |stale| format!("{STALE} {stale}"));
+    let word = match feeds.stale() {
+        Some(stale) => Word::Stale(&stale.to_string()).to_string(),
+        None => format!("bundle {bundle}"),
+    };
     format!(": {word}\nid: {held}\n\n").into()
 }
 
@@ -90,11 +93,9 @@ pub(super) fn text(value: &[u8]) -> String {
 
 /// The hub is there, and nothing is new; or what it last heard is old.
 pub(super) fn heartbeat(feeds: &Feeds) -> Bytes {
-    feeds.stale().map_or(Bytes::from_static(b":\n\n"), |stale| format!(": {STALE} {stale}\n\n").into())
+    let word = |stale: String| format!(": {}\n\n", Word::Stale(&stale)).into();
+    feeds.stale().map_or(Bytes::from_static(b":\n\n"), |stale| word(stale.to_string()))
 }
-
-/// The last words of a hub that stops.
-pub(super) const FAREWELL: Bytes = Bytes::from_static(b": go\n\n");
 
 /// Streams that the front door does not hand to the fan-out: whose request is not the first of its connection.
 pub(super) async fn get(
@@ -105,7 +106,7 @@ pub(super) async fn get(
 ) -> Result<Response, Error> {
     let header = |name: &str| headers.get(name).map(|value| text(value.as_bytes()));
     let asked = Asked::new(&name, options, header);
-    let (bundle, held) = asked.open(&hub).inspect_err(|error| {
+    let (bundle, held) = asked.open(&hub).await.inspect_err(|error| {
         if let (Error::UnknownRevision(_), Some(bundle)) = (error, hub.0.bundles.get(&name)) {
             bundle.counters.unknown_revisions.fetch_add(1, Ordering::Relaxed);
         }
@@ -113,25 +114,20 @@ pub(super) async fn get(
     let headers = [(CONTENT_TYPE, "text/event-stream"), (CACHE_CONTROL, "no-store")];
     let open = Open::new(Arc::clone(&bundle.counters));
     let feeds = bundle.feeds.clone();
-    let reader = Reader {
-        name,
-        feeds,
-        stop: hub.0.stop.clone(),
-        head: bundle.head(),
-        held,
-        greeted: false,
-        _open: open,
-    };
+    let (head, beats) = (bundle.head(), tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT));
+    let reader = Reader { name, feeds, hub, head, held, beats, greeted: false, ended: false, _open: open };
     Ok((headers, Body::from_stream(events(reader))).into_response())
 }
 
 struct Reader {
     name: String,
     feeds: Feeds,
-    stop: CancellationToken,
+    hub: Hub,
     head: watch::Receiver<Option<Arc<Edition>>>,
     held: Revision,
+    beats: Interval,
     greeted: bool,
+    ended: bool,
     _open: Open,
 }
 
@@ -146,9 +142,9 @@ impl Reader {
     /// The next bytes; none when the stream must end: the hub stops, another bundle took the name of this one, or the
     /// log no longer reaches back to a reader that was too slow, which then reconciles.
     async fn next(&mut self) -> Option<Bytes> {
-        loop {
+        while !self.ended {
             let edition = self.head.borrow_and_update().clone()?;
-            match edition.next(self.held) {
+            match edition.next_beside(self.held).await {
                 Next::Frames(bytes) => {
                     self.held = edition.view.revision;
                     return Some(bytes);
@@ -160,16 +156,16 @@ impl Reader {
                 }
                 Next::UpToDate => {}
             }
-            let changed = tokio::select! {
-                changed = tokio::time::timeout(HEARTBEAT, self.head.changed()) => changed,
-                () = self.stop.cancelled() => return None,
-            };
-            match changed {
-                Ok(Ok(())) => {}
-                Ok(Err(_closed)) => return None,
-                Err(_quiet) => return Some(heartbeat(&self.feeds)),
+            tokio::select! {
+                changed = self.head.changed() => changed.ok()?,
+                _ = self.beats.tick() => return Some(heartbeat(&self.feeds)),
+                () = self.hub.0.stop.cancelled() => {
+                    self.ended = true;
+                    return Some(self.hub.farewell().await);
+                }
             }
         }
+        None
     }
 }
 

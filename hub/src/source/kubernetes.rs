@@ -6,7 +6,7 @@ mod watch;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::authorization::v1::{
     ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
@@ -84,6 +84,18 @@ pub enum Error {
     Watch(watch::Error),
 }
 
+impl Error {
+    /// Whether the API server said so.
+    fn is_answer(&self) -> bool {
+        match self {
+            Self::Forbidden { .. } | Self::WrongScope { .. } => true,
+            Self::Watch(error) => error.code().is_some(),
+            Self::Discover { source, .. } => status_code(source).is_some(),
+            _ => false,
+        }
+    }
+}
+
 /// A client for the cluster that `kubeconfig`, the environment or the pod says.
 pub async fn client(kubeconfig: Option<&Path>) -> Result<Client, Error> {
     let config = match kubeconfig {
@@ -136,7 +148,7 @@ async fn keep_watching(client: Client, id: WatchId, feed: Feed, out: Sender, rea
                 };
                 let watch = Watch::new(api, feed.label_selector(), feed.field_selector(), list);
                 let following = Following { resource, id, feed: &feed, out: &out, readiness: &readiness };
-                match following.run(watch, list, &mut retry).await {
+                match following.run(watch, &mut retry).await {
                     End::StoreGone => return,
                     End::NoStreamingList => {
                         tracing::info!(feed = name, "no streaming list here, listing by pages");
@@ -153,18 +165,32 @@ async fn keep_watching(client: Client, id: WatchId, feed: Feed, out: Sender, rea
         if out.send((id, Event::Unavailable, None)).await.is_err() {
             return;
         }
-        // The API server was heard: there is nothing of it.
-        if matches!(error, Error::NotServed(_)) && out.send((id, Event::Quiet, None)).await.is_err() {
+        let heard = match &error {
+            // There is nothing of it.
+            Error::NotServed(_) => Some(Event::Quiet),
+            error => error.is_answer().then_some(Event::Refused),
+        };
+        if let Some(heard) = heard
+            && out.send((id, heard, None)).await.is_err()
+        {
             return;
         }
         if !(is_optional(&feed.content) && matches!(error, Error::NotServed(_))) {
             tracing::warn!(feed = name, %error, "not watching");
             readiness.failing(&name, &error.to_string());
         }
-        tokio::time::sleep(retry).await;
-        retry = (retry * 2).min(RETRY_MAX);
+        pause(&mut retry).await;
     }
 }
+
+/// Replicas that failed together do not come back together.
+async fn pause(retry: &mut Duration) {
+    tokio::time::sleep(retry.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+    *retry = (*retry * 2).min(RETRY_MAX);
+}
+
+/// Streaming lists that break off in a row before lists come by pages.
+const CUTS_MAX: usize = 2;
 
 enum End {
     StoreGone,
@@ -183,8 +209,11 @@ struct Following<'a> {
 
 impl Following<'_> {
     /// Forwards what `watch` says; a failure that it goes on from is waited out here.
-    async fn run(&self, mut watch: Watch, list: List, retry: &mut Duration) -> End {
+    async fn run(&self, mut watch: Watch, retry: &mut Duration) -> End {
         let name = self.feed.to_string();
+        // What failed before is told until something is heard, and pauses are as long until all went well for a while.
+        let (mut is_failing, mut failed) = (true, Instant::now());
+        let mut cuts = 0;
         loop {
             match watch.next().await {
                 // A list by pages begins before the server was asked: that is no success yet.
@@ -194,19 +223,32 @@ impl Following<'_> {
                     }
                 }
                 Ok(said) => {
-                    *retry = RETRY;
-                    self.readiness.problem(&name, None);
+                    if std::mem::take(&mut is_failing) {
+                        self.readiness.problem(&name, None);
+                    }
+                    if failed.elapsed() > RETRY_MAX {
+                        *retry = RETRY;
+                    }
+                    if let Said::End(_) = said {
+                        cuts = 0;
+                    }
                     let (event, version) = self.translate(said);
                     if self.out.send((self.id, event, version)).await.is_err() {
                         return End::StoreGone;
                     }
                 }
-                Err(watch::Error::Cut) => return End::NoStreamingList,
+                Err(watch::Error::NoStreamingList(_)) => return End::NoStreamingList,
                 Err(error) => {
+                    (is_failing, failed) = (true, Instant::now());
+                    // A server may go away in the middle of a list; one that does not know the question never ends it.
+                    cuts += usize::from(matches!(error, watch::Error::Cut));
                     match error.code() {
-                        Some(400 | 422) if list == List::Streaming => return End::NoStreamingList,
+                        _ if cuts >= CUTS_MAX => return End::NoStreamingList,
                         // The resource or the right to it is gone: look again from the start.
                         Some(403 | 404) => return End::Failed(error),
+                        Some(_) if self.out.send((self.id, Event::Refused, None)).await.is_err() => {
+                            return End::StoreGone;
+                        }
                         _ => {}
                     }
                     self.wait_out(&name, error, retry).await;
@@ -218,17 +260,15 @@ impl Following<'_> {
     async fn wait_out(&self, name: &str, error: watch::Error, retry: &mut Duration) {
         tracing::warn!(feed = name, %error, "watch interrupted");
         self.readiness.failing(name, &Error::Watch(error).to_string());
-        tokio::time::sleep(*retry).await;
-        *retry = (*retry * 2).min(RETRY_MAX);
+        pause(retry).await;
     }
 
     fn translate(&self, said: Said) -> (Event, Option<Version>) {
         match said {
             Said::Begin => (Event::Init, None),
-            Said::Listed(raw) => (self.put(&raw), None),
             Said::End(version) => (Event::InitDone, watch::version(&version)),
             Said::Quiet(version) => (Event::Quiet, watch::version(&version)),
-            Said::Put(raw) => (self.put(&raw), raw.version()),
+            Said::Listed(raw) | Said::Put(raw) => (self.put(&raw), raw.version()),
             Said::Gone(raw) => {
                 let version = raw.version();
                 let key = ObjectKey {

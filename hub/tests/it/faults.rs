@@ -102,17 +102,21 @@ impl Hub {
     /// With empty memory.
     fn start(source: &Source) -> Self {
         let mut hub = Self { writer: Writer::new(), told: 0, streams: Vec::new() };
-        hub.list(source);
+        hub.list(source, || false);
         hub.writer.commit();
         hub
     }
 
-    fn list(&mut self, source: &Source) {
+    /// Says all that there is. What is said of a list that is not complete is published, whenever it `commits`.
+    fn list(&mut self, source: &Source, mut commits: impl FnMut() -> bool) {
         for watch in WATCHES {
             self.writer.store.apply((watch, Event::Init, None));
             for (key, value) in source.at(watch, source.version().0) {
                 let object = Object { key, json: value.to_string().into() };
                 self.writer.store.apply((watch, Event::Apply(object), None));
+                if commits() {
+                    self.writer.pipeline.commit();
+                }
             }
             self.writer.store.apply((watch, Event::InitDone, Some(source.version())));
         }
@@ -231,7 +235,7 @@ impl Agent {
     }
 
     fn arrive(&mut self, head: &Edition) {
-        self.held.position = head.position.clone().after(&self.held.position);
+        self.held.position = head.newest().after(&self.held.position);
         self.is_whole = true;
     }
 
@@ -330,7 +334,7 @@ async fn run(seed: u64, steps: usize) -> Seen {
             }
             982..988 => {
                 seen.lists += 1;
-                hubs[hub].list(&source);
+                hubs[hub].list(&source, || rng.u8(..8) == 0);
                 hubs[hub].writer.pipeline.commit();
             }
             // Its connections stay as they are: nobody told the agents.

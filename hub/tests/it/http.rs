@@ -44,7 +44,8 @@ impl Served {
         let bundle = Arc::new(Bundle::new("main".into(), None));
         let bundles = Arc::new(Bundles::default());
         bundles.serve(bundle.clone());
-        let hub = Hub::new(bundles, String::new(), Readiness::default(), CancellationToken::new());
+        let hub =
+            Hub::new(bundles, String::new(), Readiness::default(), Vec::new(), CancellationToken::new());
         Self { dir: tempfile::tempdir().unwrap(), bundle, router: router(hub) }
     }
 
@@ -188,7 +189,7 @@ async fn a_stream_goes_on_from_what_is_held() {
     let mut stream = answer.into_body().into_data_stream();
     held.events(&stream.next().await.unwrap().unwrap());
     assert_eq!(held.data["ns"]["a"]["x"]["v"], 1);
-    let greeting = format!(": main\nid: {}\n\n", held.revision());
+    let greeting = format!(": bundle main\nid: {}\n\n", held.revision());
     assert_eq!(stream.next().await.unwrap().unwrap(), greeting, "a greeting once all is told");
     served.write("b", "y", "{\"v\": 2}");
     held.events(&stream.next().await.unwrap().unwrap());

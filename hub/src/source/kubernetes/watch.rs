@@ -3,7 +3,7 @@
 //! was heard: without the first no replica can be kept from taking an agent back in time, without the second none knows
 //! that it is cut off.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
@@ -18,6 +18,8 @@ use crate::model::Version;
 const LISTED: &str = "k8s.io/initial-events-end";
 /// What a watch may be late to end that the server ends.
 const LATE: Duration = Duration::from_secs(5);
+/// A watch that brings nothing and ends sooner is one that failed.
+const SHORT: Duration = Duration::from_secs(1);
 /// The status of an answer that says that what was asked for is no longer known.
 const GONE: u16 = 410;
 
@@ -33,9 +35,15 @@ pub enum Error {
     /// No answer at all.
     #[error("no answer within {} s", SOURCE_ANSWER.as_secs())]
     Silent,
-    /// A streaming list that did not end in its time.
+    /// A streaming list is refused as such.
+    #[error("no streaming list: {0}")]
+    NoStreamingList(kube::Error),
+    /// A streaming list that ended, or fell silent, before it was complete.
     #[error("the list broke off")]
     Cut,
+    /// A watch that ended as soon as it began, as those do of a server that goes away.
+    #[error("the watch ended at once")]
+    Short,
     /// An object or a list without one.
     #[error("the API server gives no resourceVersion")]
     NoVersion,
@@ -58,11 +66,11 @@ pub(super) enum List {
     Paged,
 }
 
-/// What is said. Each but the first two with how far the watch is then.
+/// What is said. Each but the first two with how far the watch is then, but for what goes during a list.
 pub(super) enum Said {
     /// A list begins.
     Begin,
-    /// An object is on the list.
+    /// An object is on the list. Its version is not how far the watch is.
     Listed(Raw),
     /// The list is complete.
     End(String),
@@ -87,6 +95,8 @@ pub(super) struct Watch {
     asked: Asked,
     list: List,
     state: State,
+    /// When the watch was opened that has brought nothing yet.
+    opened: Option<Instant>,
 }
 
 struct Asked {
@@ -98,7 +108,7 @@ struct Asked {
 impl Watch {
     /// Of the objects that these selectors mean.
     pub(super) fn new(api: Api<Raw>, labels: String, fields: String, list: List) -> Self {
-        Self { asked: Asked { api, labels, fields }, list, state: State::Start }
+        Self { asked: Asked { api, labels, fields }, list, state: State::Start, opened: None }
     }
 
     /// What comes next. Not to be dropped half-way.
@@ -108,7 +118,13 @@ impl Watch {
             let (state, said) = match state {
                 State::Start if self.list == List::Streaming => {
                     // No version: as new as can be had, so that a hub that restarts does not go back in time.
-                    (State::Streaming(self.asked.watch(LIST_SECONDS, true, "").await?), Some(Said::Begin))
+                    let events = match self.asked.watch(LIST_SECONDS, true, "").await {
+                        Err(Error::Api(kube::Error::Api(status))) if matches!(status.code, 400 | 422) => {
+                            return Err(Error::NoStreamingList(kube::Error::Api(status)));
+                        }
+                        events => events?,
+                    };
+                    (State::Streaming(events), Some(Said::Begin))
                 }
                 State::Start => {
                     let items = Vec::new().into_iter();
@@ -132,6 +148,7 @@ impl Watch {
                         }
                         events => events?,
                     };
+                    self.opened = Some(Instant::now());
                     (State::Following(events, version.clone()), Some(Said::Quiet(version)))
                 }
                 State::Following(events, version) => self.follow(events, version).await?,
@@ -148,8 +165,13 @@ impl Watch {
         self.state = State::Listed(version.clone());
         let again = State::Listed(version);
         let patience = Duration::from_secs(WATCH_SECONDS.into()) + LATE;
-        let Ok(Some(event)) = tokio::time::timeout(patience, events.next()).await else {
-            return Ok((again, None));
+        let event = tokio::time::timeout(patience, events.next()).await;
+        let opened = self.opened.take();
+        let Ok(Some(event)) = event else {
+            return match opened {
+                Some(opened) if opened.elapsed() < SHORT => Err(Error::Short),
+                _ => Ok((again, None)),
+            };
         };
         Ok(match event? {
             WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
@@ -203,7 +225,7 @@ impl Asked {
 }
 
 async fn streamed(mut events: Events) -> Result<(State, Option<Said>), Error> {
-    let event = tokio::time::timeout(SOURCE_ANSWER, events.next()).await.map_err(|_| Error::Silent)?;
+    let event = tokio::time::timeout(SOURCE_ANSWER, events.next()).await.map_err(|_| Error::Cut)?;
     Ok(match event.ok_or(Error::Cut)?? {
         WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
             (State::Streaming(events), Some(Said::Listed(raw)))
@@ -213,8 +235,9 @@ async fn streamed(mut events: Events) -> Result<(State, Option<Said>), Error> {
             // The watch that follows is renewed more often.
             (State::Listed(version.clone()), Some(Said::End(version)))
         }
-        // A list names what is there.
-        WatchEvent::Bookmark(_) | WatchEvent::Deleted(_) => (State::Streaming(events), None),
+        // What happens meanwhile comes too, where the end of the list is late.
+        WatchEvent::Deleted(raw) => (State::Streaming(events), Some(Said::Gone(raw))),
+        WatchEvent::Bookmark(_) => (State::Streaming(events), None),
         WatchEvent::Error(status) => return Err(Error::Status(status)),
     })
 }
