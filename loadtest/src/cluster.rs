@@ -1,11 +1,14 @@
 //! Objects on the API server: ConfigMaps, pods, namespaces.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
-use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::{Value, json};
+
+use crate::pods;
 
 /// The label that marks policies.
 pub const POLICY: (&str, &str) = ("openpolicyagent.org/policy", "rego");
@@ -14,6 +17,15 @@ pub const DATA: (&str, &str) = ("openpolicyagent.org/data", "opa");
 
 /// The annotation that holds a verdict.
 const STATUS: &str = "openpolicyagent.org/kube-mgmt-status";
+/// The label of namespaces of guests: their prefix.
+const GUESTS: &str = "opahub.dev/load";
+
+/// A new namespace gets its default account within this time.
+const ACCOUNT_COMES: Duration = Duration::from_secs(10);
+
+fn is_forbidden(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(kube::Error::Api(status)) if status.code == 403)
+}
 
 /// Writes objects.
 #[derive(Clone)]
@@ -69,14 +81,39 @@ impl Cluster {
 
     /// Makes a namespace, unless it is there.
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
+        let labels = pods::guests().map(|prefix| BTreeMap::from([(GUESTS.to_owned(), prefix)]));
         let namespace = Namespace {
-            metadata: ObjectMeta { name: Some(name.into()), ..Default::default() },
+            metadata: ObjectMeta { name: Some(name.into()), labels, ..Default::default() },
             ..Default::default()
         };
         match Api::all(self.client.clone()).create(&PostParams::default(), &namespace).await {
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
             other => Ok(other.map(drop)?),
         }
+    }
+
+    /// Posts a pod to a namespace that may be new: what pods need there comes a moment later.
+    pub async fn guest(&self, namespace: &str, pod: &Value) -> anyhow::Result<()> {
+        let until = Instant::now() + ACCOUNT_COMES;
+        loop {
+            match self.create(&format!("/api/v1/namespaces/{namespace}/pods"), pod).await {
+                Err(error) if Instant::now() < until && is_forbidden(&error) => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                posted => return posted,
+            }
+        }
+    }
+
+    /// Removes the namespaces of the guests of this prefix, and all that is in them.
+    pub async fn remove_guests(&self, prefix: &str) -> anyhow::Result<()> {
+        let namespaces: Api<Namespace> = Api::all(self.client.clone());
+        let theirs = ListParams::default().labels(&format!("{GUESTS}={prefix}"));
+        for namespace in namespaces.list(&theirs).await? {
+            let name = namespace.metadata.name.unwrap_or_default();
+            namespaces.delete(&name, &DeleteParams::default()).await?;
+        }
+        Ok(())
     }
 
     /// Makes or replaces a ConfigMap.
@@ -167,10 +204,11 @@ impl Cluster {
         Ok(events.map(|e| [text(e, "type"), text(e, "reason"), text(e, "note")].join(" ")).collect())
     }
 
-    /// The sum of the API server's own metric over the samples with these labels.
+    /// The sum of the API server's own metric over the samples with these labels; 0 where it has none of them.
     pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<u64> {
         let request = http::Request::get("/metrics").body(Vec::new())?;
         let text = self.client.request_text(request).await?;
+        anyhow::ensure!(text.contains(&format!("# TYPE {name} ")), "the API server has no metric {name}");
         let labels: Vec<_> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
         let samples = text.lines().filter(|line| {
             line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{'))

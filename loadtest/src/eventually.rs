@@ -13,14 +13,23 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Tries until it succeeds, and says how long that took; fails with the last failure when [`PATIENCE`] ends.
 pub async fn eventually<T, E: Display>(
     what: impl Display,
+    attempt: impl AsyncFnMut() -> Result<T, E>,
+) -> anyhow::Result<(T, Duration)> {
+    within(PATIENCE, what, attempt).await
+}
+
+/// The same with a patience of its own.
+pub async fn within<T, E: Display>(
+    patience: Duration,
+    what: impl Display,
     mut attempt: impl AsyncFnMut() -> Result<T, E>,
 ) -> anyhow::Result<(T, Duration)> {
     let started = Instant::now();
     loop {
         match attempt().await {
             Ok(value) => return Ok((value, started.elapsed())),
-            Err(error) if started.elapsed() > PATIENCE => {
-                bail!("{what}: not within {} s: {error}", PATIENCE.as_secs())
+            Err(error) if started.elapsed() > patience => {
+                bail!("{what}: not within {} s: {error}", patience.as_secs())
             }
             Err(_) => tokio::time::sleep(LOOK).await,
         }

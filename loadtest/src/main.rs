@@ -30,8 +30,8 @@ use self::scenario::{catchup, churn, failover, fanout, restart, slow, soak, star
 #[derive(Parser)]
 #[command(version, name = "opa-hub-loadtest")]
 struct Cli {
-    /// Use the cluster of this file, kind included, instead of the lab's: what is measured of its API server then is
-    /// only what it tells of itself
+    /// Use the cluster of this file, kind included, instead of the lab's. Pods are made in namespaces of their own, where
+    /// nothing schedules them, and are removed in the end. What is measured of its API server is what it tells of itself
     #[arg(long, global = true, value_name = "FILE")]
     kubeconfig: Option<std::path::PathBuf>,
     #[command(subcommand)]
@@ -62,7 +62,7 @@ enum Command {
     Catchup(catchup::Options),
     /// Changes at a rate for minutes
     Soak(soak::Options),
-    /// Write tables and pictures anew from results that were kept; fails when a goal is missed
+    /// Write tables and pictures anew from results that were kept, and one table of all goals; fails when one is missed
     Report {
         /// Where they were kept
         dir: std::path::PathBuf,
@@ -85,18 +85,41 @@ async fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("opa-hub-loadtest: {error:#}");
-            ExitCode::FAILURE
+            // Not by return: what builds the lab's components on a thread of its own would be waited for.
+            std::process::exit(1)
         }
     }
 }
 
 async fn run() -> anyhow::Result<()> {
     rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
-    let cli = Cli::parse();
-    if let Some(kubeconfig) = &cli.kubeconfig {
+    let Cli { kubeconfig, command } = Cli::parse();
+    if let Command::Raw { listen, bytes } = command {
+        return peer::raw::serve(listen, bytes);
+    }
+    if let Some(kubeconfig) = &kubeconfig {
+        let uses_it = matches!(
+            command,
+            Command::Churn(_) | Command::Start(_) | Command::Restart(_) | Command::Failover(_)
+        );
+        anyhow::ensure!(
+            uses_it,
+            "--kubeconfig is for churn, start, restart and failover: the others make their own"
+        );
         ControlPlane::use_cluster(kubeconfig);
     }
-    match cli.command {
+    let is_lab = matches!(command, Command::Lab);
+    let ended = tokio::select! {
+        ended = perform(command) => ended,
+        stopped = signal() => stopped.and_then(|()| if is_lab { Ok(()) } else { Err(anyhow::anyhow!("stopped")) }),
+    };
+    // Whatever came of it, nothing stays behind.
+    ControlPlane::renew_guests().await?;
+    ended
+}
+
+async fn perform(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Assets => {
             println!("{}", tokio::task::spawn_blocking(assets::folder).await??.display());
             Ok(())
@@ -112,8 +135,16 @@ async fn run() -> anyhow::Result<()> {
         Command::Catchup(options) => catchup::run(options).await,
         Command::Soak(options) => soak::run(options).await,
         Command::Report { dir } => report(&dir),
-        Command::Raw { listen, bytes } => peer::raw::serve(listen, bytes),
+        Command::Raw { .. } => unreachable!("it runs by itself"),
         Command::Demo => demo::run().await,
+    }
+}
+
+async fn signal() -> anyhow::Result<()> {
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        ended = tokio::signal::ctrl_c() => ended.context("cannot wait for Ctrl-C"),
     }
 }
 
@@ -127,9 +158,5 @@ async fn lab() -> anyhow::Result<()> {
     let plane = ControlPlane::start().await?;
     println!("KUBECONFIG={}", plane.kubeconfig.display());
     eprintln!("kubectl is {}; Ctrl-C ends the lab", plane.assets.join("kubectl").display());
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        ended = tokio::signal::ctrl_c() => ended.context("cannot wait for Ctrl-C"),
-    }
+    std::future::pending().await
 }

@@ -2,6 +2,7 @@
 //! volumes, conditions and the bookkeeping of three writers. A number makes a pod; the same number, the same pod.
 
 use std::fmt::Write as _;
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
@@ -11,6 +12,20 @@ pub const PODS_A_NAMESPACE: usize = 300;
 
 const APPS: [&str; 8] = ["orders", "catalog", "cart", "payment", "search", "mail", "report", "gateway"];
 
+/// What the names of namespaces begin with in a cluster where pods are guests.
+static GUESTS: Mutex<Option<String>> = Mutex::new(None);
+
+/// From now on pods are made for a cluster that other people use, in namespaces that begin with `prefix`: nothing there
+/// schedules, runs, owns or collects them.
+pub fn be_guests(prefix: String) {
+    *GUESTS.lock().unwrap_or_else(PoisonError::into_inner) = Some(prefix);
+}
+
+/// That prefix, where pods are guests.
+pub fn guests() -> Option<String> {
+    GUESTS.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
 /// Which pod: a number from 0.
 #[derive(Clone, Copy, Debug)]
 pub struct Nth(pub usize);
@@ -18,7 +33,8 @@ pub struct Nth(pub usize);
 impl Nth {
     /// Its namespace, shared by [`PODS_A_NAMESPACE`] pods.
     pub fn namespace(self) -> String {
-        format!("team-{:03}", self.0 / PODS_A_NAMESPACE)
+        let prefix = guests().unwrap_or_else(|| "team".to_owned());
+        format!("{prefix}-{:03}", self.0 / PODS_A_NAMESPACE)
     }
 
     /// Its name.
@@ -42,7 +58,7 @@ impl Nth {
     /// What a controller posts.
     pub fn posted(self) -> Value {
         let (app, hash) = (self.app(), self.hash());
-        json!({
+        let mut pod = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
                 "name": self.name(), "generateName": format!("{app}-{hash}-"), "namespace": self.namespace(),
@@ -82,7 +98,15 @@ impl Nth {
                     ] } },
                 ],
             },
-        })
+        });
+        if guests().is_some() {
+            // Their owner is nowhere, and neither is their account.
+            pod["metadata"].as_object_mut().and_then(|metadata| metadata.remove("ownerReferences"));
+            pod["spec"]["serviceAccountName"] = json!("default");
+            pod["spec"]["automountServiceAccountToken"] = json!(false);
+            pod["spec"]["schedulingGates"] = json!([{ "name": "opahub.dev/load" }]);
+        }
+        pod
     }
 
     fn container(self, name: &str, port: u16) -> Value {

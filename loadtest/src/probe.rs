@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use opa_hub_loadtest::lab::http;
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::JoinSet;
 
 use crate::histogram::Histogram;
@@ -16,8 +16,8 @@ const LOOK: Duration = Duration::from_millis(1);
 
 /// Asks OPAs of one pod's label.
 pub(crate) struct Probes {
-    /// The newest change of that pod, and when it was due.
-    wanted: watch::Sender<(u64, Instant)>,
+    /// Each is told the changes of that pod, and when they were due.
+    wanted: Vec<UnboundedSender<(u64, Instant)>>,
     _asking: JoinSet<()>,
     pub(crate) delays: Arc<Histogram>,
     held: Arc<Vec<AtomicU64>>,
@@ -26,17 +26,21 @@ pub(crate) struct Probes {
 impl Probes {
     /// Of the OPAs at these addresses; `path` is the label's below `/v1/data`.
     pub(crate) fn start(opas: &[String], path: &str) -> anyhow::Result<Self> {
-        let wanted = watch::Sender::new((0, Instant::now()));
+        let mut wanted = Vec::new();
         let (delays, mut asking) = (Arc::new(Histogram::new()), JoinSet::new());
         let held: Arc<Vec<AtomicU64>> = Arc::new(opas.iter().map(|_| 0.into()).collect());
         for (at, opa) in opas.iter().enumerate() {
             let (url, http) = (format!("{opa}/v1/data{path}"), http()?);
-            let (mut news, delays, held) = (wanted.subscribe(), Arc::clone(&delays), Arc::clone(&held));
+            let (out, mut news) = unbounded_channel();
+            wanted.push(out);
+            let (delays, held) = (Arc::clone(&delays), Arc::clone(&held));
             asking.spawn(async move {
-                let mut due: Vec<(u64, Instant)> = Vec::new();
-                while news.changed().await.is_ok() {
-                    due.push(*news.borrow_and_update());
+                while let Some(first) = news.recv().await {
+                    let mut due: Vec<(u64, Instant)> = vec![first];
                     while !due.is_empty() {
+                        while let Ok(next) = news.try_recv() {
+                            due.push(next);
+                        }
                         let found = ask(&http, &url).await;
                         due.retain(|(number, at)| {
                             let is_open = found.is_none_or(|found| found < *number);
@@ -46,9 +50,6 @@ impl Probes {
                             is_open
                         });
                         held[at].store(found.unwrap_or(0), Relaxed);
-                        if news.has_changed().unwrap_or(false) {
-                            due.push(*news.borrow_and_update());
-                        }
                         tokio::time::sleep(LOOK).await;
                     }
                 }
@@ -59,7 +60,7 @@ impl Probes {
 
     /// The pod has the change `number` from now on, which was due then.
     pub(crate) fn expect(&self, number: u64, due: Instant) {
-        self.wanted.send_replace((number, due));
+        self.wanted.iter().for_each(|wanted| _ = wanted.send((number, due)));
     }
 
     /// Whether every OPA has the change `number`.

@@ -1,7 +1,7 @@
 //! An API server that only lists and watches pods, for runs that measure the hub alone: a real one tops out near 100
 //! changes a second on two cores.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,8 +38,20 @@ struct Shared {
 #[derive(Default)]
 struct World {
     pods: BTreeMap<usize, Value>,
-    /// The event of version `n` is at `n - 1`.
-    events: Vec<Bytes>,
+    /// The newest.
+    events: VecDeque<Bytes>,
+    /// How many there were before them.
+    gone: usize,
+}
+
+/// Events that are kept for watches: half a minute of the fastest runs.
+const EVENTS_MAX: usize = 50_000;
+
+impl World {
+    /// Of the newest event.
+    fn version(&self) -> usize {
+        self.gone + self.events.len()
+    }
 }
 
 impl Stub {
@@ -67,6 +79,17 @@ impl Stub {
         Ok(Self { kubeconfig, pods: served, server })
     }
 
+    /// All pods, by namespace and name, as they should lie at `data.kubernetes.pods`.
+    pub(crate) fn pods(&self) -> Value {
+        let world = self.pods.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = json!({});
+        for pod in world.pods.values() {
+            let of = |field: &str| pod["metadata"][field].as_str().unwrap_or_default().to_owned();
+            all[of("namespace")][of("name")] = pod.clone();
+        }
+        all
+    }
+
     /// Gives `pod` the number of the change that this is.
     pub(crate) fn change(&self, pod: usize, number: u64) {
         self.pods.put(pod, number);
@@ -82,7 +105,7 @@ impl Drop for Stub {
 impl Pods {
     fn put(&self, pod: usize, number: u64) {
         let mut world = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let version = (world.events.len() + 1).to_string();
+        let version = (world.version() + 1).to_string();
         let object = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
@@ -93,21 +116,26 @@ impl Pods {
         });
         let kind = if world.pods.contains_key(&pod) { "MODIFIED" } else { "ADDED" };
         // In the order that API servers write.
-        world.events.push(format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n").into());
+        world.events.push_back(format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n").into());
         world.pods.insert(pod, object);
-        self.0.events.send_replace(world.events.len());
+        if world.events.len() > EVENTS_MAX {
+            world.events.pop_front();
+            world.gone += 1;
+        }
+        self.0.events.send_replace(world.version());
     }
 
     fn list(&self) -> Value {
         let world = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
         let items: Vec<_> = world.pods.values().cloned().collect();
-        list("PodList", &items, world.events.len())
+        list("PodList", &items, world.version())
     }
 
-    /// The events behind the first `from`, in one piece, and how many there are then.
-    fn after(&self, from: usize) -> (Bytes, usize) {
+    /// The events behind the first `from`, in one piece, and how many there are then; none when they are not all kept.
+    fn after(&self, from: usize) -> Option<(Bytes, usize)> {
         let world = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        (world.events[from.min(world.events.len())..].concat().into(), world.events.len())
+        let news: Vec<_> = world.events.iter().skip(from.checked_sub(world.gone)?).cloned().collect();
+        Some((news.concat().into(), world.version()))
     }
 }
 
@@ -127,10 +155,13 @@ async fn pods_of(State(pods): State<Pods>, Query(asked): Query<BTreeMap<String, 
         return Json(pods.list()).into_response();
     }
     let from = asked.get("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or_default();
+    if pods.after(from).is_none() {
+        return (StatusCode::GONE, Json(refusal(410, "Expired", "too old"))).into_response();
+    }
     let news = pods.0.events.subscribe();
     let events = stream::unfold((pods, news, from), |(pods, mut news, from)| async move {
         news.wait_for(|count| *count > from).await.ok()?;
-        let (bytes, count) = pods.after(from);
+        let (bytes, count) = pods.after(from)?;
         Some((Ok::<_, Infallible>(bytes), (pods, news, count)))
     });
     watched(Body::from_stream(events))
@@ -148,11 +179,13 @@ async fn none(Query(asked): Query<BTreeMap<String, String>>) -> Response {
 
 /// As an API server says it.
 async fn unknown() -> Response {
-    let status = json!({
-        "kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404,
-        "message": "only pods are served here",
-    });
-    (StatusCode::NOT_FOUND, Json(status)).into_response()
+    (StatusCode::NOT_FOUND, Json(refusal(404, "NotFound", "only pods are served here"))).into_response()
+}
+
+fn refusal(code: u16, reason: &str, message: &str) -> Value {
+    json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code, "message": message,
+    })
 }
 
 fn watched(body: Body) -> Response {

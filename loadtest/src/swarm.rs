@@ -1,12 +1,13 @@
 //! Thousands of agents in one process, from many loopback addresses, by the protocol of real ones: each holds the
 //! digests of its directories, resumes, reconciles and fails over, and counts a change as delivered when the digest
-//! after applying it is the one that the hub promised.
+//! over those that a frame leaves is the one that the hub promised, as real agents do. Some are witnesses: they hold
+//! what OPA would, so that it can be compared with what the source has.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Read as _;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,11 +15,13 @@ use anyhow::{Context as _, bail, ensure};
 use flate2::read::GzDecoder;
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX};
 use opa_hub_proto::head::{HEAD_FILE, Head};
+use opa_hub_proto::manifest::DATA_FILE;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::position::{POSITION_HEADER, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, data_digest};
 use opa_hub_proto::sse::{Decoder, Message, Word};
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -39,6 +42,8 @@ const SILENCE: Duration = Duration::from_secs(15);
 const TRICKLE: (usize, Duration) = (64, Duration::from_millis(100));
 /// What stalled and trickling agents have room for.
 const LITTLE: u32 = 4096;
+/// Witnesses of a swarm.
+const WITNESSES: usize = 20;
 
 /// How an agent reads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -58,13 +63,15 @@ pub(crate) struct Swarm {
 }
 
 struct Shared {
-    protocol: Protocol,
+    start: Arc<Start>,
     hubs: Vec<SocketAddr>,
     /// When the change of each number was due.
     due: Schedule,
     /// The last change that each agent has.
     held: Vec<AtomicU64>,
     delays: Mutex<Arc<Histogram>>,
+    /// What those hold who are witnesses.
+    contents: BTreeMap<usize, Mutex<Value>>,
     opening: Semaphore,
     is_awake: watch::Sender<bool>,
     counts: Counts,
@@ -72,20 +79,14 @@ struct Shared {
     trouble: Mutex<String>,
 }
 
-/// What the agents speak.
-pub(crate) enum Protocol {
-    /// That of a hub, from what was served at the start.
-    Hub(Arc<Start>),
-    /// A thread that writes events whose ids are numbers.
-    Raw,
-}
-
-/// Where agents start.
-#[derive(Clone)]
+/// What agents hold at the start.
 pub(crate) struct Start {
-    revision: Revision,
-    dirs: BTreeMap<DirPath, Digest>,
-    position: Position,
+    pub(crate) revision: Revision,
+    pub(crate) dirs: BTreeMap<DirPath, Digest>,
+    pub(crate) position: Position,
+    /// What policies read of it, in the hub's words.
+    pub(crate) reads: Option<String>,
+    pub(crate) content: Value,
 }
 
 /// When changes are due, which are numbered from 1. What is late at the source counts as the server's delay.
@@ -97,11 +98,12 @@ pub(crate) struct Schedule(Arc<Mutex<Vec<Instant>>>);
 pub(crate) struct Counts {
     pub(crate) open: AtomicUsize,
     pub(crate) frames: AtomicU64,
+    /// Those of agents that stalled.
+    pub(crate) frames_of_stalled: AtomicU64,
     pub(crate) bytes: AtomicU64,
     pub(crate) reconciles: AtomicU64,
     pub(crate) ended: AtomicU64,
     pub(crate) refused: AtomicU64,
-    is_broken: AtomicBool,
 }
 
 impl Schedule {
@@ -110,6 +112,11 @@ impl Schedule {
         let mut due = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         due.push(at);
         due.len() as u64
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> u64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
 
     fn since(&self, from: u64, to: u64, now: Instant, delays: &Histogram) {
@@ -126,9 +133,10 @@ impl Start {
         let answer = http.get(format!("{hub}/bundles/main/data")).send().await?.error_for_status()?;
         let position = answer.headers().get(POSITION_HEADER).and_then(|position| position.to_str().ok());
         let position = position.and_then(|position| position.parse().ok()).unwrap_or_default();
-        let (dirs, modules) = head(&answer.bytes().await?)?;
+        let mut content = json!({});
+        let (dirs, modules, reads) = take_archive(&answer.bytes().await?, &mut content)?;
         let revision = Revision { data: digest(&dirs), modules: modules.context("a digest of the modules")? };
-        Ok(Self { revision, dirs, position })
+        Ok(Self { revision, dirs, position, reads, content })
     }
 }
 
@@ -136,14 +144,16 @@ impl Swarm {
     /// Opens a stream for each agent at the first of the hubs, some of them with these paces, and waits until all are
     /// open.
     pub(crate) async fn open(
-        protocol: Protocol,
+        start: Arc<Start>,
         hubs: Vec<SocketAddr>,
         due: Schedule,
         count: usize,
         paces: &[(Pace, usize)],
     ) -> anyhow::Result<Self> {
+        let witnesses = (0..count).step_by((count / WITNESSES).max(1));
         let shared = Arc::new(Shared {
-            protocol,
+            contents: witnesses.map(|at| (at, Mutex::new(start.content.clone()))).collect(),
+            start,
             hubs,
             due,
             held: (0..count).map(|_| AtomicU64::new(0)).collect(),
@@ -161,6 +171,8 @@ impl Swarm {
         }
         let mut swarm = Self { shared, agents };
         swarm.until("every stream is open", |shared| shared.counts.open.load(Relaxed) == count).await?;
+        // Whoever comes back later comes as fast as real ones do.
+        swarm.shared.opening.add_permits(count);
         Ok(swarm)
     }
 
@@ -175,6 +187,15 @@ impl Swarm {
         std::mem::replace(&mut delays, Arc::new(Histogram::new()))
     }
 
+    /// How many witnesses hold other pods than these, by namespace and name.
+    pub(crate) fn astray(&self, pods: &Value) -> usize {
+        let holds = |content: &Mutex<Value>| {
+            let content = content.lock().unwrap_or_else(PoisonError::into_inner);
+            content["kubernetes"]["pods"] == *pods
+        };
+        self.shared.contents.values().filter(|content| !holds(content)).count()
+    }
+
     /// How many of the agents from `first` on have the change `number`.
     pub(crate) fn at(&self, number: u64, first: usize) -> usize {
         self.shared.held.iter().skip(first).filter(|held| held.load(Relaxed) >= number).count()
@@ -187,23 +208,28 @@ impl Swarm {
         self.until(&what, has).await
     }
 
-    /// Stalled agents read on.
+    /// Stalled and trickling agents read on as others do.
     pub(crate) fn wake(&self) {
         self.shared.is_awake.send_replace(true);
+    }
+
+    /// Fails when an agent met what none must meet.
+    pub(crate) fn check(&mut self) -> anyhow::Result<()> {
+        match self.agents.try_join_next() {
+            Some(ended) => ended?.context("an agent gave up"),
+            None => Ok(()),
+        }
     }
 
     async fn until(&mut self, what: &str, is: impl Fn(&Shared) -> bool) -> anyhow::Result<()> {
         const PATIENCE: Duration = Duration::from_secs(120);
         let until = Instant::now() + PATIENCE;
         while !is(&self.shared) {
-            if let Some(ended) = self.agents.try_join_next() {
-                ended?.context("an agent gave up")?;
-            }
+            self.check()?;
             if Instant::now() > until {
                 let trouble = self.shared.trouble.lock().unwrap_or_else(PoisonError::into_inner);
                 bail!("{what}: not within {} s, {trouble}", PATIENCE.as_secs());
             }
-            ensure!(!self.shared.counts.is_broken.load(Relaxed), "an agent holds what no hub ever served");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         Ok(())
@@ -215,7 +241,7 @@ struct Agent {
     at: usize,
     pace: Pace,
     hub: usize,
-    revision: Option<Revision>,
+    revision: Revision,
     dirs: BTreeMap<DirPath, Digest>,
     position: Position,
 }
@@ -225,27 +251,24 @@ enum End {
     /// The hub said so.
     Told,
     Broken,
+    /// It was not one yet: what was lacking is there now.
+    Reconciled,
 }
 
 impl Agent {
     async fn run(shared: Arc<Shared>, at: usize, pace: Pace) -> anyhow::Result<()> {
-        let (mut revision, mut dirs, mut position) = Default::default();
-        if let Protocol::Hub(start) = &shared.protocol {
-            (revision, dirs, position) = (Some(start.revision), start.dirs.clone(), start.position.clone());
-        }
+        let start = Arc::clone(&shared.start);
+        let (revision, dirs, position) = (start.revision, start.dirs.clone(), start.position.clone());
         let mut agent = Self { shared, at, pace, hub: 0, revision, dirs, position };
         let mut pause = RETRY_FIRST;
         loop {
-            match agent.session(&mut pause).await {
-                Ok(End::Told) => agent.hub = (agent.hub + 1) % agent.shared.hubs.len(),
-                Ok(End::Broken) => {
+            match agent.session(&mut pause).await? {
+                End::Reconciled => {}
+                End::Told => agent.hub = (agent.hub + 1) % agent.shared.hubs.len(),
+                End::Broken => {
                     agent.hub = (agent.hub + 1) % agent.shared.hubs.len();
                     tokio::time::sleep(pause.mul_f64(fastrand::f64())).await;
                     pause = (pause * 2).min(RETRY_MAX);
-                }
-                Err(error) => {
-                    agent.shared.counts.is_broken.store(true, Relaxed);
-                    return Err(error);
                 }
             }
         }
@@ -293,14 +316,15 @@ impl Agent {
                     Message::Event { id, event, data } => self.take(&id, &event, &data)?,
                 }
             }
-            let (most, rest) = match self.pace {
-                Pace::Trickling => (TRICKLE.0, TRICKLE.1),
-                _ => (bytes.len(), Duration::ZERO),
-            };
-            if self.pace == Pace::Stalled {
-                self.shared.is_awake.subscribe().wait_for(|is_awake| *is_awake).await?;
+            let mut most = bytes.len();
+            match self.pace {
+                Pace::Stalled => _ = self.shared.is_awake.subscribe().wait_for(|is_awake| *is_awake).await?,
+                Pace::Trickling if !*self.shared.is_awake.borrow() => {
+                    most = TRICKLE.0;
+                    tokio::time::sleep(TRICKLE.1).await;
+                }
+                _ => {}
             }
-            tokio::time::sleep(rest).await;
             let read = tokio::time::timeout(SILENCE, tcp.read(&mut bytes[..most])).await;
             let Ok(Ok(length @ 1..)) = read else { return Ok(End::Broken) };
             self.shared.counts.bytes.fetch_add(length as u64, Relaxed);
@@ -312,10 +336,10 @@ impl Agent {
     fn take(&mut self, id: &str, event: &str, data: &[u8]) -> anyhow::Result<()> {
         let now = Instant::now();
         self.shared.counts.frames.fetch_add(1, Relaxed);
-        let Some(held) = &mut self.revision else {
-            self.arrive(id.parse().context("a number")?, now);
-            return Ok(());
-        };
+        if self.pace == Pace::Stalled {
+            self.shared.counts.frames_of_stalled.fetch_add(1, Relaxed);
+        }
+        let held = &mut self.revision;
         let said: Revision = id.parse()?;
         if event == DELTA_EVENT {
             let delta: Delta = serde_json::from_slice(data)?;
@@ -327,6 +351,12 @@ impl Agent {
                 }
             }
             ensure!(digest(&self.dirs) == delta.to, "after a frame {} is not held", delta.to);
+            if let Some(content) = self.shared.contents.get(&self.at) {
+                let mut content = content.lock().unwrap_or_else(PoisonError::into_inner);
+                delta.ensure.iter().for_each(|dir| _ = place(&mut content, dir));
+                let patch: json_patch::Patch = serde_json::from_str(delta.patch.get())?;
+                json_patch::patch(&mut content, &patch).context("a patch that does not fit")?;
+            }
             self.position = delta.position.after(&self.position);
             *held = said;
             if let Some(number) = number(delta.patch.get()) {
@@ -348,7 +378,8 @@ impl Agent {
 
     /// Takes what is lacking, and opens the stream next.
     async fn reconcile(&mut self) -> anyhow::Result<End> {
-        let request = Reconcile { dirs: self.dirs.clone(), modules: None, reads: Vec::new() };
+        let reads = self.shared.start.reads.iter().cloned().collect();
+        let request = Reconcile { dirs: self.dirs.clone(), modules: None, reads };
         let Ok((200, mut tcp, mut body)) =
             self.ask("POST", "/reconcile", &serde_json::to_vec(&request)?).await
         else {
@@ -358,15 +389,19 @@ impl Agent {
             return Ok(End::Broken);
         }
         self.shared.counts.reconciles.fetch_add(1, Relaxed);
-        let (dirs, modules) = head(&body)?;
-        self.revision = Some(Revision { data: digest(&dirs), modules: modules.context("a digest")? });
+        let (dirs, modules, _) = match self.shared.contents.get(&self.at) {
+            Some(content) => {
+                let mut content = content.lock().unwrap_or_else(PoisonError::into_inner);
+                take_archive(&body, &mut content)?
+            }
+            None => take_archive(&body, &mut Value::Null)?,
+        };
+        self.revision = Revision { data: digest(&dirs), modules: modules.context("a digest")? };
         self.dirs = dirs;
         if let Some(number) = newest(&body)? {
             self.arrive(number, Instant::now());
         }
-        // At the same hub again.
-        self.hub = (self.hub + self.shared.hubs.len() - 1) % self.shared.hubs.len();
-        Ok(End::Told)
+        Ok(End::Reconciled)
     }
 
     /// The status, and what is behind the head of the answer.
@@ -379,9 +414,7 @@ impl Agent {
         socket.bind((Ipv4Addr::new(127, 0, 0, host), 0).into())?;
         let mut tcp = socket.connect(self.shared.hubs[self.hub]).await?;
         let mut request = format!("{method} /bundles/main{what} HTTP/1.1\r\nhost: hub\r\n");
-        if let Some(revision) = self.revision {
-            _ = write!(request, "last-event-id: {revision}\r\n");
-        }
+        _ = write!(request, "last-event-id: {}\r\n", self.revision);
         if !self.position.is_empty() {
             _ = write!(request, "{POSITION_HEADER}: {}\r\n", self.position);
         }
@@ -406,6 +439,15 @@ impl Agent {
     }
 }
 
+/// The value of a directory, made a map where it is not there.
+fn place<'a>(content: &'a mut Value, dir: &DirPath) -> &'a mut Value {
+    let at = dir.relative().split('/').fold(content, |at, segment| &mut at[segment]);
+    if at.is_null() {
+        *at = json!({});
+    }
+    at
+}
+
 fn digest(dirs: &BTreeMap<DirPath, Digest>) -> Digest {
     data_digest(dirs.iter().map(|(dir, digest)| (dir, *digest)))
 }
@@ -416,18 +458,42 @@ fn number(text: &str) -> Option<u64> {
     numbers.filter_map(|rest| rest.split('"').next()?.parse().ok()).max()
 }
 
-type Digests = (BTreeMap<DirPath, Digest>, Option<Digest>);
+/// Of directories, of the modules, and what those read.
+type Digests = (BTreeMap<DirPath, Digest>, Option<Digest>, Option<String>);
 
-/// What the head of an archive says is held once the rest was applied.
-fn head(archive: &[u8]) -> anyhow::Result<Digests> {
+/// Takes an archive into `content`, unless that is null, and says what is held then.
+fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Result<Digests> {
     let mut tar = tar::Archive::new(GzDecoder::new(archive));
-    let mut first = tar.entries()?.next().context("an empty archive")??;
+    let mut entries = tar.entries()?;
+    let mut first = entries.next().context("an empty archive")??;
     ensure!(first.path()?.to_str() == Some(HEAD_FILE), "an archive without a head");
     let mut text = Vec::new();
     first.read_to_end(&mut text)?;
     let head: Head = serde_json::from_slice(&text)?;
     let Some(data) = head.data else { bail!("an archive without data") };
-    Ok((data.dirs, head.modules_digest))
+    if content.is_null() {
+        return Ok((data.dirs, head.modules_digest, head.reads));
+    }
+    // What the archive does not name is gone; what it names and does not hold stayed.
+    let mut next = json!({});
+    data.ensure.iter().for_each(|dir| _ = place(&mut next, dir));
+    for dir in data.dirs.keys() {
+        if let Some(held) = content.pointer(dir.as_str()) {
+            *place(&mut next, dir) = held.clone();
+        }
+    }
+    for entry in entries {
+        let mut entry = entry?;
+        let path = entry.path()?.to_str().unwrap_or_default().to_owned();
+        if let Some(dir) = path.strip_suffix(DATA_FILE) {
+            let mut text = Vec::new();
+            entry.read_to_end(&mut text)?;
+            *place(&mut next, &format!("/{}", dir.trim_matches('/')).parse()?) =
+                serde_json::from_slice(&text)?;
+        }
+    }
+    *content = next;
+    Ok((data.dirs, head.modules_digest, head.reads))
 }
 
 /// The newest change that an archive shows.

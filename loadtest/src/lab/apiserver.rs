@@ -16,6 +16,8 @@ use super::etcd::Etcd;
 use super::process::{Process, Usage};
 use super::valve::Valve;
 use super::{assets, free_port};
+use crate::cluster::Cluster;
+use crate::pods;
 
 /// A user with no rights but those that a test grants.
 pub const PLAIN_USER: &str = "plain";
@@ -45,9 +47,21 @@ struct Own {
 }
 
 impl ControlPlane {
-    /// Takes the cluster of this file from now on, wherever a control plane would be started.
+    /// Takes the cluster of this file from now on, wherever a control plane would be started. Pods are guests there.
     pub fn use_cluster(kubeconfig: &Path) {
         _ = EXISTING.set(kubeconfig.to_owned());
+    }
+
+    /// Takes what was made there away again, and chooses names that nobody has.
+    pub async fn renew_guests() -> anyhow::Result<()> {
+        let Some(kubeconfig) = EXISTING.get() else { return Ok(()) };
+        super::init();
+        if let Some(prefix) = pods::guests() {
+            Cluster { client: client(kubeconfig).await? }.remove_guests(&prefix).await?;
+        }
+        let name = std::iter::repeat_with(fastrand::alphanumeric).take(6).collect::<String>();
+        pods::be_guests(format!("opa-hub-load-{}", name.to_lowercase()));
+        Ok(())
     }
 
     /// Starts a control plane, or takes the cluster that `KUBECONFIG` names when `USE_EXISTING_CLUSTER=true`.
@@ -78,9 +92,7 @@ impl ControlPlane {
 
     /// A client with an administrator's rights.
     pub async fn client(&self) -> anyhow::Result<Client> {
-        let file = Kubeconfig::read_from(&self.kubeconfig)?;
-        let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
-        Ok(Client::try_from(config)?)
+        client(&self.kubeconfig).await
     }
 
     /// A way to the API server that can be shut.
@@ -147,6 +159,12 @@ impl ControlPlane {
         self.own.as_mut().context("it is ours")?.apiserver = Some(process);
         Ok(())
     }
+}
+
+async fn client(kubeconfig: &Path) -> anyhow::Result<Client> {
+    let file = Kubeconfig::read_from(kubeconfig)?;
+    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
+    Ok(Client::try_from(config)?)
 }
 
 async fn http_get(client: &Client, path: &str) -> Result<String, String> {

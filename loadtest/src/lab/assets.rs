@@ -55,6 +55,15 @@ pub fn folder() -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
+/// What the components are, in words.
+pub fn versions() -> String {
+    let name = |(name, package): &(&str, &str)| match given(name) {
+        Some(path) => format!("{name} of {}", path.display()),
+        None => format!("{name} {}", version(package).unwrap_or("of no version")),
+    };
+    COMPONENTS.iter().filter(|(name, _)| *name != "kubectl").map(name).collect::<Vec<_>>().join(", ")
+}
+
 /// A component that the environment already has.
 fn given(name: &str) -> Option<PathBuf> {
     let is_file = |path: &PathBuf| path.is_file();

@@ -59,6 +59,12 @@ impl Process {
         value.with_context(tail)
     }
 
+    /// How it ended, and what it said last; none while it runs.
+    pub fn has_ended(&mut self) -> Option<anyhow::Error> {
+        let status = self.child.try_wait().ok()??;
+        Some(anyhow::anyhow!("{} ended with {status}:\n{}", self.name, self.tail()))
+    }
+
     /// Kills it as `kill -9` does, and waits until it is gone.
     pub fn kill(&mut self) {
         // Both fail only when it is gone already.
@@ -93,22 +99,7 @@ impl Process {
 
     /// What it has taken of the machine so far.
     pub fn usage(&self) -> anyhow::Result<Usage> {
-        let file = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", self.child.id()));
-        let status = file("status")?;
-        let kilobytes = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name));
-            line.and_then(|line| line.trim_end_matches("kB").trim().parse::<u64>().ok())
-        };
-        let stat = file("stat")?;
-        // Behind the program's name, which may hold anything (proc_pid_stat(5): utime and stime are fields 14 and 15).
-        let fields: Vec<_> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
-        let ticks: u64 =
-            fields.get(11..13).context("no CPU times")?.iter().flat_map(|f| f.parse::<u64>()).sum();
-        Ok(Usage {
-            rss: kilobytes("VmRSS:").context("no VmRSS")? << 10,
-            peak: kilobytes("VmHWM:").context("no VmHWM")? << 10,
-            cpu: Duration::from_millis(ticks * 10),
-        })
+        Usage::of(&self.child.id().to_string())
     }
 
     /// All that it logged.
@@ -120,6 +111,28 @@ impl Process {
         let log = self.log();
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(TAIL)..].join("\n")
+    }
+}
+
+impl Usage {
+    /// Of the process of this number, or of the one that asks, `self`.
+    pub fn of(process: &str) -> anyhow::Result<Self> {
+        let file = |name: &str| fs::read_to_string(format!("/proc/{process}/{name}"));
+        let status = file("status")?;
+        let kilobytes = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|line| line.trim_end_matches("kB").trim().parse::<u64>().ok())
+        };
+        let stat = file("stat")?;
+        // Behind the program's name, which may hold anything (proc_pid_stat(5): utime and stime are fields 14 and 15).
+        let fields: Vec<_> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
+        let ticks: u64 =
+            fields.get(11..13).context("no CPU times")?.iter().flat_map(|f| f.parse::<u64>()).sum();
+        Ok(Self {
+            rss: kilobytes("VmRSS:").context("no VmRSS")? << 10,
+            peak: kilobytes("VmHWM:").context("no VmHWM")? << 10,
+            cpu: Duration::from_millis(ticks * 10),
+        })
     }
 }
 

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use futures::{StreamExt as _, TryStreamExt as _};
 use opa_hub_loadtest::cluster::{Cluster, POLICY};
 use opa_hub_loadtest::lab::{ControlPlane, assets};
-use opa_hub_loadtest::pods::{Nth, PODS_A_NAMESPACE};
+use opa_hub_loadtest::pods::{self, Nth, PODS_A_NAMESPACE};
 use serde_json::{Value, json};
 
 use super::SourceKind;
@@ -203,8 +203,10 @@ async fn on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result
     match stage {
         Stage::Posted => {
             cluster.namespace(&namespace).await?;
-            cluster.create(&format!("/api/v1/namespaces/{namespace}/pods"), &nth.posted()).await
+            cluster.guest(&namespace, &nth.posted()).await
         }
+        // Guests stay where they are.
+        Stage::Bound if pods::guests().is_some() => Ok(()),
         Stage::Bound => {
             let binding =
                 json!({ "metadata": { "name": name }, "target": { "kind": "Node", "name": nth.node() } });

@@ -10,15 +10,15 @@ use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
 use opa_hub_loadtest::cluster::{Cluster, POLICY};
-use opa_hub_loadtest::eventually::eventually;
+use opa_hub_loadtest::eventually::{PATIENCE, within};
 use opa_hub_loadtest::lab::process::Process;
 use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa};
 use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
 
 use self::watches::Watches;
-use crate::scenario::address;
-use crate::swarm::{Protocol, Schedule, Start, Swarm};
+use crate::scenario::{address, hub_flags};
+use crate::swarm::{Schedule, Start, Swarm};
 
 /// Somebody who brings pods to OPAs, or costs the API server what that costs.
 #[derive(Clone)]
@@ -31,6 +31,8 @@ pub(crate) enum Peer {
     HubAndMany,
     /// One hub, which sends what policies read.
     HubAuto,
+    /// The same, and many agents more.
+    HubAutoAndMany,
     /// OPAs that load the hub's bundle themselves.
     Bundles,
     /// Raw watches, and no OPA.
@@ -56,6 +58,14 @@ pub(crate) async fn policy(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.configmap(&namespace, "load", Some(POLICY), &[("load.rego", READS)]).await
 }
 
+/// The peer that is measured with this program; without one it is left out, with a word.
+pub(crate) fn sidecars(kube_mgmt: Option<PathBuf>) -> Option<Peer> {
+    if kube_mgmt.is_none() {
+        eprintln!("sidecars are left out: --kube-mgmt says where the program is");
+    }
+    kube_mgmt.map(Peer::Sidecars)
+}
+
 /// Gone when it is dropped.
 pub(crate) struct Running {
     pub(crate) hub: Option<Hub>,
@@ -75,10 +85,15 @@ impl Peer {
             Self::Hub => "opa-hub",
             Self::HubAndMany => "opa-hub and many agents",
             Self::HubAuto => "opa-hub, fields auto",
+            Self::HubAutoAndMany => "opa-hub, fields auto, and many agents",
             Self::Bundles => "bundles",
             Self::Watches => "watches",
             Self::Sidecars(_) => "sidecars",
         }
+    }
+
+    fn has_agents(&self) -> bool {
+        matches!(self, Self::Hub | Self::HubAndMany | Self::HubAuto | Self::HubAutoAndMany)
     }
 
     /// Starts it, and waits until every OPA has every pod.
@@ -90,12 +105,13 @@ impl Peer {
     ) -> anyhow::Result<Running> {
         let dir = plane.dir.path();
         let kubeconfig = plane.kubeconfig.display().to_string();
-        let fields = if matches!(self, Self::HubAuto) { "--fields=auto" } else { "--fields=all" };
-        let flags = ["--kubeconfig", &kubeconfig, "--replicate=v1/pods", "--log-level=error", fields];
+        let mut flags = hub_flags(plane);
+        let is_auto = matches!(self, Self::HubAuto | Self::HubAutoAndMany);
+        flags.push(if is_auto { "--fields=auto" } else { "--fields=all" }.into());
+        let flags: Vec<_> = flags.iter().map(String::as_str).collect();
         let hub = match self {
-            Self::Hub | Self::HubAndMany | Self::HubAuto | Self::Bundles => {
-                Some(Hub::start(dir, &flags).await?)
-            }
+            Self::Bundles => Some(Hub::start(dir, &flags).await?),
+            peer if peer.has_agents() => Some(Hub::start(dir, &flags).await?),
             _ => None,
         };
         let url = hub.as_ref().map(|hub| hub.url.clone()).unwrap_or_default();
@@ -114,7 +130,7 @@ impl Peer {
         let (mut agents, mut sidecars) = (Vec::new(), Vec::new());
         for (at, opa) in opas.iter().enumerate() {
             match self {
-                Self::Hub | Self::HubAndMany | Self::HubAuto => {
+                peer if peer.has_agents() => {
                     let agent =
                         Agent::start(dir, &Agent::address()?, &[&url], &opa.url, Delivery::Rest, &[])?;
                     agents.push(agent);
@@ -122,6 +138,7 @@ impl Peer {
                 Self::Sidecars(program) => {
                     let mut command = Command::new(program);
                     command.arg(format!("--opa-url={}/v1", opa.url)).arg("--replicate=v1/pods");
+                    // Only pods are measured, and nobody's ConfigMaps are written to.
                     command.arg("--enable-policies=false");
                     command.arg(format!("--kubeconfig={kubeconfig}"));
                     sidecars.push(Process::start(&format!("kube-mgmt-{at}"), dir, &mut command)?);
@@ -129,12 +146,17 @@ impl Peer {
                 _ => {}
             }
         }
-        try_join_all(opas.iter().map(|opa| has_pods(opa, scale.pods))).await?;
+        let patience = if sidecars.is_empty() { PATIENCE } else { PATIENCE_WITH_SIDECARS };
+        let all = try_join_all(opas.iter().map(|opa| has_pods(opa, scale.pods, patience)));
+        tokio::select! {
+            all = all => drop(all?),
+            ended = ends(&mut sidecars) => return Err(ended),
+        }
         try_join_all(agents.iter_mut().map(Agent::wait_ready)).await?;
         let cold = started.elapsed();
         let swarm = match &hub {
-            Some(hub) if matches!(self, Self::HubAndMany) => {
-                let start = Protocol::Hub(Arc::new(Start::of(&hub.url).await?));
+            Some(hub) if matches!(self, Self::HubAndMany | Self::HubAutoAndMany) => {
+                let start = Arc::new(Start::of(&hub.url).await?);
                 Some(Swarm::open(start, vec![address(hub)?], due.clone(), scale.agents, &[]).await?)
             }
             _ => None,
@@ -158,6 +180,20 @@ impl Running {
         self.watches.as_ref().map(Watches::ended)
     }
 
+    /// Seconds of CPU that each kind of process took so far.
+    pub(crate) fn cpu(&self) -> anyhow::Result<Vec<(&'static str, f64)>> {
+        let hub = self.hub.iter().filter_map(|hub| hub.process.as_ref());
+        let agents = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
+        let opas = self.opas.iter().filter_map(|opa| opa.process.as_ref());
+        let kinds: [(_, Vec<_>); 3] =
+            [("the hub", hub.collect()), ("the agents", agents.collect()), ("the OPAs", opas.collect())];
+        let sum = |processes: Vec<&Process>| -> anyhow::Result<f64> {
+            let each = processes.into_iter().map(|process| Ok(process.usage()?.cpu.as_secs_f64()));
+            each.sum()
+        };
+        kinds.into_iter().map(|(name, processes)| Ok((name, sum(processes)?))).collect()
+    }
+
     /// Memory of all that stands beside one OPA, and of that OPA: the median.
     pub(crate) fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
         let beside = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
@@ -172,11 +208,26 @@ impl Running {
     }
 }
 
+/// kube-mgmt takes more than a minute to load ten OPAs with 3,000 pods.
+const PATIENCE_WITH_SIDECARS: Duration = Duration::from_secs(600);
+
+/// Waits until one of them ends, and says how.
+async fn ends(processes: &mut [Process]) -> anyhow::Error {
+    loop {
+        for process in &mut *processes {
+            if let Some(how) = process.has_ended() {
+                return how;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
 /// Waits until `opa` has the first of the pods, the last, and one between.
-async fn has_pods(opa: &Opa, pods: usize) -> anyhow::Result<()> {
+async fn has_pods(opa: &Opa, pods: usize, patience: Duration) -> anyhow::Result<()> {
     for nth in [Nth(0), Nth(pods / 2), Nth(pods - 1)] {
         let path = format!("/kubernetes/pods/{}/{}/metadata/labels/app", nth.namespace(), nth.name());
-        eventually("OPA has every pod", async || match opa.data(&path).await {
+        within(patience, "OPA has every pod", async || match opa.data(&path).await {
             Ok(found) if found.is_string() => Ok(()),
             Ok(found) => Err(format!("{path} is {found}")),
             Err(error) => Err(error.to_string()),

@@ -1,48 +1,221 @@
-//! The socket limit: one thread that writes the same bytes to every connection, and does nothing else. What a hub takes
-//! beyond it is the hub's own.
+//! The socket limit: as many threads as cores that write the same bytes to every connection, and do nothing else. What a
+//! hub takes beyond it is the hub's own. Their readers cannot tell them from a hub: the frames are whole, and so is the
+//! work that they make.
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
+use opa_hub_proto::frame::{DELTA_EVENT, Delta, write_event};
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::position::Position;
+use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
+use serde_json::json;
+use serde_json::value::RawValue;
+use socket2::SockRef;
+
+use crate::swarm::Start;
+
+/// What a driver says first; readers say `GET`.
+const HELLO: &[u8] = b"DRIVE\n";
 /// What is answered to each reader.
 const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
-/// What asks for a round.
-pub(crate) const GO: &[u8] = b"GO";
+/// What the hub sets for its streams.
+const SEND_BUFFER: usize = 16 << 10;
 
-/// Serves for ever: whoever sends [`GO`] has an event of so many bytes written to everybody else, and is told when
-/// that was done.
-pub(crate) fn serve(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(address)?;
-    let mut readers: Vec<TcpStream> = Vec::new();
-    let mut round = 0_u64;
-    loop {
-        let (mut tcp, _) = listener.accept()?;
-        let mut request = [0; 1024];
-        let length = tcp.read(&mut request)?;
-        if length == 0 {
-            continue;
-        }
-        if !request[..length].starts_with(GO) {
-            tcp.set_nodelay(true)?;
-            tcp.write_all(RESPONSE)?;
-            tcp.set_nonblocking(true)?;
-            readers.push(tcp);
-            continue;
-        }
-        round += 1;
-        let frame = frame(round, bytes);
-        for reader in &mut readers {
-            match reader.write(&frame) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                written => anyhow::ensure!(written? == frame.len(), "a reader does not keep up"),
-            }
-        }
-        tcp.write_all(GO)?;
+/// What those are asked for who write.
+enum Task {
+    Join(TcpStream),
+    /// One event for everybody, with this number.
+    Round(u64, Sender<u64>),
+    /// One event after the other from this number on, for so long. The last is said.
+    Flood(u64, Duration, Sender<u64>),
+}
+
+struct Reader {
+    tcp: TcpStream,
+    /// The last event that it was sent.
+    at: u64,
+    /// What of that did not fit into the socket.
+    rest: Vec<u8>,
+}
+
+/// Drives a process that [serves](serve).
+pub(crate) struct Driver(BufReader<TcpStream>);
+
+impl Driver {
+    pub(crate) fn new(address: SocketAddr) -> anyhow::Result<Self> {
+        let mut tcp = TcpStream::connect(address)?;
+        tcp.write_all(HELLO)?;
+        Ok(Self(BufReader::new(tcp)))
+    }
+
+    /// One event for everybody. Blocks until it was written.
+    pub(crate) fn round(&mut self) -> anyhow::Result<u64> {
+        self.command("ROUND 0")
+    }
+
+    /// As many as go in so many milliseconds. Blocks; the number of the last is said.
+    pub(crate) fn flood(&mut self, time: Duration) -> anyhow::Result<u64> {
+        self.command(&format!("FLOOD {}", time.as_millis()))
+    }
+
+    fn command(&mut self, command: &str) -> anyhow::Result<u64> {
+        self.0.get_mut().write_all(format!("{command}\n").as_bytes())?;
+        let mut answer = String::new();
+        self.0.read_line(&mut answer)?;
+        answer.trim().parse().context("an answer")
     }
 }
 
-fn frame(round: u64, bytes: usize) -> Vec<u8> {
-    let around = format!("event: delta\nid: {round}\ndata: \n\n");
-    let filler = "x".repeat(bytes.saturating_sub(around.len()));
-    format!("event: delta\nid: {round}\ndata: {filler}\n\n").into_bytes()
+/// What its readers hold at the start.
+pub(crate) fn start() -> anyhow::Result<Start> {
+    let (dir, digest) = (dir()?, Digest::of(b"0"));
+    let content = json!({ "kubernetes": { "pods": { "team-000": {} } } });
+    let (dirs, position) = (BTreeMap::from([(dir, digest)]), Position::default());
+    Ok(Start { revision: revision(0)?, dirs, position, reads: None, content })
+}
+
+/// Serves for ever. Events have so many bytes.
+pub(crate) fn serve(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(address)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut writers = Vec::new();
+    for _ in 0..cores {
+        let (out, tasks) = channel();
+        writers.push(out);
+        std::thread::spawn(move || write(&tasks, bytes).expect("readers keep up, and do not go"));
+    }
+    for (at, accepted) in listener.incoming().enumerate() {
+        let mut tcp = accepted?;
+        let mut first = [0; 1];
+        if tcp.peek(&mut first)? == 0 {
+            continue;
+        }
+        if &first != b"G" {
+            let writers = writers.clone();
+            std::thread::spawn(move || drive(tcp, &writers));
+            continue;
+        }
+        _ = tcp.read(&mut [0; 1024])?;
+        tcp.set_nodelay(true)?;
+        SockRef::from(&tcp).set_send_buffer_size(SEND_BUFFER)?;
+        tcp.write_all(RESPONSE)?;
+        tcp.set_nonblocking(true)?;
+        writers[at % cores].send(Task::Join(tcp))?;
+    }
+    Ok(())
+}
+
+fn drive(tcp: TcpStream, writers: &[Sender<Task>]) -> anyhow::Result<()> {
+    let mut out = tcp.try_clone()?;
+    let mut last = 0;
+    for line in BufReader::new(tcp).lines() {
+        let line = line?;
+        let Some((what, number)) = line.split_once(' ') else { continue };
+        let time = Duration::from_millis(number.parse()?);
+        let all = |task: &dyn Fn(Sender<u64>) -> Task| -> anyhow::Result<u64> {
+            let (done, dones) = channel();
+            writers.iter().try_for_each(|writer| writer.send(task(done.clone())))?;
+            drop(done);
+            dones.iter().max().context("somebody writes")
+        };
+        if what == "FLOOD" {
+            last = all(&|done| Task::Flood(last + 1, time, done))?;
+        } else {
+            last += 1;
+        }
+        // After a flood, too: all end at one number.
+        last = all(&|done| Task::Round(last, done))?;
+        out.write_all(format!("{last}\n").as_bytes())?;
+    }
+    Ok(())
+}
+
+fn write(tasks: &Receiver<Task>, bytes: usize) -> anyhow::Result<()> {
+    let mut readers: Vec<Reader> = Vec::new();
+    for task in tasks {
+        match task {
+            Task::Join(tcp) => readers.push(Reader { tcp, at: 0, rest: Vec::new() }),
+            Task::Round(number, done) => {
+                while !round(&mut readers, number, bytes)? {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                _ = done.send(number);
+            }
+            Task::Flood(mut number, time, done) => {
+                let until = Instant::now() + time;
+                while Instant::now() < until {
+                    round(&mut readers, number, bytes)?;
+                    number += 1;
+                }
+                _ = done.send(number);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes to everybody whose socket takes it, and says whether all have it.
+fn round(readers: &mut [Reader], number: u64, bytes: usize) -> anyhow::Result<bool> {
+    let mut newest = (0, Vec::new());
+    let mut all = true;
+    for reader in readers {
+        if reader.rest.is_empty() && reader.at < number {
+            if newest.1.is_empty() || newest.0 != reader.at {
+                newest = (reader.at, frame(reader.at, number, bytes)?);
+            }
+            let written = push(&mut reader.tcp, &newest.1)?;
+            if written > 0 {
+                (reader.at, reader.rest) = (number, newest.1[written..].to_vec());
+            }
+        } else if !reader.rest.is_empty() {
+            let written = push(&mut reader.tcp, &reader.rest)?;
+            reader.rest.drain(..written);
+        }
+        all &= reader.rest.is_empty() && reader.at == number;
+    }
+    Ok(all)
+}
+
+fn push(tcp: &mut TcpStream, bytes: &[u8]) -> std::io::Result<usize> {
+    match tcp.write(bytes) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),
+        written => written,
+    }
+}
+
+fn dir() -> anyhow::Result<DirPath> {
+    Ok("/kubernetes/pods/team-000".parse()?)
+}
+
+fn revision(number: u64) -> anyhow::Result<Revision> {
+    let data = data_digest([(&dir()?, Digest::of(number.to_string().as_bytes()))]);
+    Ok(Revision { modules: modules_digest([]), data })
+}
+
+/// The event that leads from one number to another.
+fn frame(from: u64, to: u64, bytes: usize) -> anyhow::Result<Vec<u8>> {
+    let of = |filler: usize| -> anyhow::Result<Vec<u8>> {
+        let value =
+            json!({ "metadata": { "labels": { "round": to.to_string() } }, "filler": "x".repeat(filler) });
+        let patch = json!([{ "op": "add", "path": "/kubernetes/pods/team-000/web-00000", "value": value }]);
+        let delta = Delta {
+            from: revision(from)?.data,
+            to: revision(to)?.data,
+            position: Position::default(),
+            ensure: Vec::new(),
+            dirs: BTreeMap::from([(dir()?, Some(Digest::of(to.to_string().as_bytes())))]),
+            narrows: false,
+            ops: 1,
+            patch: &RawValue::from_string(patch.to_string())?,
+        };
+        let mut out = Vec::new();
+        write_event(&mut out, revision(to)?, DELTA_EVENT, &serde_json::to_vec(&delta)?);
+        Ok(out)
+    };
+    of(bytes.saturating_sub(of(0)?.len()))
 }

@@ -1,47 +1,50 @@
-//! `churn`: pods change on a real API server. What that costs it, by who listens, and how long until an OPA decides by it.
+//! `churn`: pods come, change and go on a real API server. What that costs it, by who listens, and how long until an OPA
+//! decides by it.
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
 use opa_hub_loadtest::cluster::Cluster;
 use opa_hub_loadtest::eventually::{equal, eventually};
-use opa_hub_loadtest::lab::ControlPlane;
+use opa_hub_loadtest::lab::{ControlPlane, Hub};
 use opa_hub_loadtest::pods::Nth;
 use tokio::task::JoinSet;
 
-use super::{Common, at_rate, cluster_of, command, megabytes, seconds, usage};
+use super::{Common, at_least, at_rate, cluster_of, command, megabytes, seconds, usage};
 use crate::peer::{self, Peer, Scale};
 use crate::probe::Probes;
 use crate::results::{Goal, Measured, Results};
-use crate::swarm::Schedule;
+use crate::swarm::{Schedule, Start, Swarm};
 
-/// One change in so many is of the pod that OPAs are asked of.
-const PROBED: u64 = 10;
+/// Of so many changes one is of the pod that OPAs are asked of, one makes a pod, and one removes it.
+const CYCLE: u64 = 10;
 const SETTLE: Duration = Duration::from_secs(5);
 
 const CPU: &str = "API server CPU a change";
-const WATCHES: &str = "watches of pods";
+const WATCHES: &str = "watches on the API server";
 const DECISION: &str = "change to decision";
+const ASTRAY: &str = "witnesses that hold something else in the end";
 const MANY: &str = "opa-hub and many agents";
+const AUTO_AND_MANY: &str = "opa-hub, fields auto, and many agents";
 
 #[derive(Args)]
 pub(crate) struct Options {
     /// Pods of 10 KB
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 3000, value_parser = at_least::<2>)]
     pods: usize,
     /// Real OPAs
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = at_least::<1>)]
     opas: usize,
     /// Many agents beside those, and raw watches
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1000, value_parser = at_least::<1>)]
     agents: usize,
     /// Changes a second
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, default_value_t = 30, value_parser = at_least::<1>)]
     rate: usize,
     /// How long changes come
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, default_value_t = 30, value_parser = at_least::<1>)]
     seconds: usize,
     /// Measure OPAs with this kube-mgmt beside each, too
     #[arg(long, value_name = "PROGRAM")]
@@ -53,29 +56,16 @@ pub(crate) struct Options {
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { pods, opas, agents, rate, seconds, kube_mgmt, common } = options;
     let scale = Scale { pods, opas, agents };
-    let mut peers =
-        vec![Peer::Nothing, Peer::HubAuto, Peer::Hub, Peer::HubAndMany, Peer::Watches, Peer::Bundles];
-    match kube_mgmt {
-        Some(program) => peers.push(Peer::Sidecars(program)),
-        None => eprintln!("sidecars are left out: --kube-mgmt says where the program is"),
-    }
-    let mut runs = Vec::new();
-    for run in 0..common.runs {
-        eprintln!("run {} of {}: {pods} pods are made", run + 1, common.runs);
-        let (plane, cluster) = cluster_of(pods).await?;
-        peer::policy(&cluster).await?;
-        if !plane.is_own() {
-            eprintln!("watches are left out: raw ones are for the lab's API server");
-            peers.retain(|peer| !matches!(peer, Peer::Watches));
-        }
-        let mut measured = Vec::new();
-        for peer in &peers {
-            measured.push(once(peer, &plane, &cluster, scale, (rate, seconds)).await?);
-        }
-        runs.push(measured);
-        // Who comes later meets an API server that has more behind it.
-        peers.rotate_left(1);
-    }
+    let mut peers = vec![
+        Peer::Nothing,
+        Peer::HubAutoAndMany,
+        Peer::HubAndMany,
+        Peer::HubAuto,
+        Peer::Hub,
+        Peer::Watches,
+        Peer::Bundles,
+    ];
+    peers.extend(peer::sidecars(kube_mgmt));
     let settings = [
         ("pods", pods),
         ("opas", opas),
@@ -84,21 +74,41 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         ("seconds", seconds),
         ("runs", common.runs),
     ];
-    let results = Results {
-        scenario: "churn".into(),
-        what: format!(
-            "{pods} pods, {rate} changes a second; {opas} OPAs, and {agents} agents or watches more"
+    let mut results = Results::new(
+        "churn",
+        format!(
+            "{pods} pods of 10 KB, {rate} changes a second; {opas} OPAs, and {agents} agents or watches more"
         ),
-        command: command("churn", &settings),
-        goals: vec![
+        command("churn", &settings),
+        vec![
+            Goal::at_most(AUTO_AND_MANY, CPU, 1.03).times("nobody"),
             Goal::at_most(MANY, CPU, 1.03).times("nobody"),
-            Goal::at_most(MANY, WATCHES, 1.0),
+            Goal::at_most(MANY, WATCHES, 3.0),
             Goal::at_most("opa-hub", &format!("{DECISION}, p99"), 30.0),
             Goal::at_most("opa-hub, fields auto", &format!("{DECISION}, p99"), 30.0),
+            Goal::at_most(MANY, ASTRAY, 0.0),
         ],
-        runs,
-    };
-    results.finish(common.out.as_deref())
+    );
+    let mut order = peers.clone();
+    for run in 0..common.runs {
+        eprintln!("run {} of {}", run + 1, common.runs);
+        let (plane, cluster) = cluster_of(pods).await?;
+        peer::policy(&cluster).await?;
+        if !plane.is_own() {
+            eprintln!("watches are left out: raw ones are for the lab's API server");
+            order.retain(|peer| !matches!(peer, Peer::Watches));
+        }
+        let mut measured = Vec::new();
+        for peer in &order {
+            measured.push(once(peer, &plane, &cluster, scale, (rate, seconds)).await?);
+        }
+        measured.sort_by_key(|of| peers.iter().position(|peer| peer.name() == of.who));
+        results.push(measured, common.out.as_deref())?;
+        // Who comes later meets an API server that has more behind it.
+        order.rotate_left(2);
+    }
+    results.finish(common.out.as_deref());
+    Ok(())
 }
 
 async fn once(
@@ -109,7 +119,7 @@ async fn once(
     (rate, time): (usize, usize),
 ) -> anyhow::Result<Measured> {
     let due = Schedule::default();
-    let idle = watches(cluster).await?;
+    let idle = idle(cluster).await?;
     let mut running = peer.start(plane, scale, &due).await?;
     tokio::time::sleep(SETTLE).await;
     let mut measured = Measured::new(peer.name());
@@ -117,20 +127,15 @@ async fn once(
     let hot = Nth(0);
     let path = format!("/kubernetes/pods/{}/{}/metadata/labels/round", hot.namespace(), hot.name());
     let probes = Probes::start(&urls, &path)?;
-    let (server, received) = (plane.usage(), running.received());
-    let hub = running.hub.as_ref().map(usage).transpose()?;
     let watching = watches(cluster).await?.saturating_sub(idle);
+    let hub = running.hub.as_ref().map(usage).transpose()?;
+    let received = running.received();
+    let server = plane.usage();
     let (mut probed, mut changing) = (0, JoinSet::new());
-    let last = at_rate(&due, rate as f64, Duration::from_secs(time as u64), async |number| {
+    let last = at_rate(&due, rate as f64, Duration::from_secs(time as u64), async |number, at| {
         // None waits for the one before: what is late is late for everybody.
-        let at = Instant::now();
-        let is_probe = number % PROBED == 0;
-        let nth = if is_probe { hot } else { Nth(1 + number as usize % (scale.pods - 1)) };
-        let cluster = cluster.clone();
-        changing.spawn(async move {
-            cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &number.to_string())]).await
-        });
-        if is_probe {
+        changing.spawn(change(cluster.clone(), scale.pods, number));
+        if number % CYCLE == 0 {
             probes.expect(number, at);
             probed = number;
         }
@@ -140,22 +145,23 @@ async fn once(
     while let Some(changed) = changing.join_next().await {
         changed??;
     }
+    let served = plane.usage();
     if let Some(swarm) = &mut running.swarm {
-        swarm.reach(last, 0).await?;
+        swarm.reach(last - last % CYCLE, 0).await?;
+        measured.add(ASTRAY, "", astray(swarm, cluster, peer, running.hub.as_ref()).await? as f64);
         measured.add_delays("change to agent", &swarm.take_delays());
     }
-    eventually("every OPA has the last change", async || equal(&probes.have(probed), &true)).await?;
-    if let (Some(before), Some(after)) = (server, plane.usage()) {
+    if probed > 0 {
+        eventually("every OPA has the last change", async || equal(&probes.have(probed), &true)).await?;
+    }
+    if let (Some(before), Some(after)) = (server, served) {
         measured.add(CPU, "ms", seconds(before, after) / last as f64 * 1000.0);
         measured.add("API server memory", "MB", megabytes(after.rss));
     }
     measured.add(WATCHES, "", watching as f64);
     if let (Some(before), Some(after)) = (received, running.received()) {
-        measured.add(
-            "received by the watches a change",
-            "KB",
-            (after - before) as f64 / last as f64 / 1024.0,
-        );
+        let kilobytes = (after - before) as f64 / last as f64 / 1024.0;
+        measured.add("received by the watches a change", "KB", kilobytes);
     }
     if let Some(given_up) = running.given_up() {
         measured.add("watches that the API server gave up", "", given_up as f64);
@@ -171,14 +177,69 @@ async fn once(
     if let (Some(before), Some(hub)) = (hub, &running.hub) {
         measured.add("hub CPU a change", "ms", seconds(before, usage(hub)?) / last as f64 * 1000.0);
         measured.add("hub memory", "MB", megabytes(usage(hub)?.rss));
+        measured.add("frames encoded", "", hub.metric("opa_hub_frame_encodes_total").await? as f64);
+        measured.add("snapshots encoded", "", hub.metric("opa_hub_snapshot_encodes_total").await? as f64);
     }
     if let Some(swarm) = &running.swarm {
-        measured.add("streams that ended", "", swarm.counts().ended.load(Relaxed) as f64);
+        let counts = swarm.counts();
+        measured.add("streams that ended", "", counts.ended.load(Relaxed) as f64);
+        let deliveries = last as f64 * scale.agents as f64;
+        measured.add("bytes an agent and change", "B", counts.bytes.load(Relaxed) as f64 / deliveries);
     }
     eprintln!("  {}: {last} changes", peer.name());
     Ok(measured)
 }
 
+/// Witnesses that do not hold what the source has, once what is under way has come: whole pods as the API server serves
+/// them, or what the hub sends of them.
+async fn astray(swarm: &Swarm, cluster: &Cluster, peer: &Peer, hub: Option<&Hub>) -> anyhow::Result<usize> {
+    let expected = match hub {
+        Some(hub) if matches!(peer, Peer::HubAutoAndMany) => {
+            tokio::time::sleep(SETTLE).await;
+            Start::of(&hub.url).await?.content["kubernetes"]["pods"].take()
+        }
+        _ => cluster.pods(&[]).await?,
+    };
+    for _ in 0..SETTLE.as_millis() / 50 {
+        if swarm.astray(&expected) == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(swarm.astray(&expected))
+}
+
+/// One change of ten makes a pod and the next but four removes it; one is of the first pod, and one each of seven others.
+async fn change(cluster: Cluster, pods: usize, number: u64) -> anyhow::Result<()> {
+    let extra = Nth(pods + (number / CYCLE) as usize);
+    match number % CYCLE {
+        3 => {
+            let mut pod = extra.posted();
+            pod["metadata"]["labels"]["round"] = number.to_string().into();
+            cluster.namespace(&extra.namespace()).await?;
+            cluster.guest(&extra.namespace(), &pod).await
+        }
+        8 => cluster.delete_pod(&extra.namespace(), &extra.name()).await,
+        of_ten => {
+            let nth = if of_ten == 0 { Nth(0) } else { Nth(1 + number as usize % (pods - 1)) };
+            cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &number.to_string())]).await
+        }
+    }
+}
+
 async fn watches(cluster: &Cluster) -> anyhow::Result<u64> {
-    cluster.metric("apiserver_longrunning_requests", &[("resource", "pods"), ("verb", "WATCH")]).await
+    cluster.metric("apiserver_longrunning_requests", &[("verb", "WATCH")]).await
+}
+
+/// Watches that are open when those of whoever was measured before have ended.
+async fn idle(cluster: &Cluster) -> anyhow::Result<u64> {
+    let mut last = watches(cluster).await?;
+    loop {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let now = watches(cluster).await?;
+        if now >= last {
+            return Ok(now);
+        }
+        last = now;
+    }
 }

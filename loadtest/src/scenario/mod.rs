@@ -10,7 +10,7 @@ pub(crate) mod soak;
 pub(crate) mod start;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,35 +19,62 @@ use clap::Args;
 use opa_hub_loadtest::cluster::Cluster;
 use opa_hub_loadtest::lab::process::Usage;
 use opa_hub_loadtest::lab::{ControlPlane, Hub};
+use opa_hub_loadtest::pods::{self, Nth};
 use tempfile::TempDir;
 
 use crate::memory;
 use crate::stub::Stub;
-use crate::swarm::{Pace, Protocol, Schedule, Start, Swarm};
+use crate::swarm::{Pace, Schedule, Start, Swarm};
 
 /// What every scenario is told.
 #[derive(Args)]
 pub(crate) struct Common {
     /// Times that it is run; tables show medians
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = at_least::<1>)]
     pub(crate) runs: usize,
     /// Write results, table and picture here
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
 }
 
+/// A number that is not smaller.
+pub(crate) fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|number| *number >= LEAST)
+        .ok_or_else(|| format!("write a number from {LEAST} on"))
+}
+
 /// The scenario's command, as far as it matters for what comes out.
 pub(crate) fn command(name: &str, options: &[(&str, usize)]) -> String {
     let options = options.iter().map(|(name, value)| format!(" --{name} {value}"));
-    format!("opa-hub-loadtest {name}{}", options.collect::<String>())
+    let guests = if pods::guests().is_some() { " --kubeconfig FILE" } else { "" };
+    format!("opa-hub-loadtest {name}{}{guests}", options.collect::<String>())
 }
 
 /// The lab's API server, or the user's, with this many pods.
 pub(crate) async fn cluster_of(pods: usize) -> anyhow::Result<(ControlPlane, Cluster)> {
+    ControlPlane::renew_guests().await?;
     let plane = ControlPlane::start().await?;
     let cluster = Cluster { client: plane.client().await? };
+    eprintln!("  making {pods} pods in namespaces {} and so on", Nth(0).namespace());
     memory::fill(&cluster, pods).await?;
     Ok((plane, cluster))
+}
+
+/// The flags of a hub that replicates pods, and leaves alone what else is in the cluster.
+pub(crate) fn hub_flags(plane: &ControlPlane) -> Vec<String> {
+    let own = Nth(0).namespace();
+    let state = plane.dir.path().display();
+    vec![
+        format!("--kubeconfig={}", plane.kubeconfig.display()),
+        "--replicate=v1/pods".into(),
+        "--log-level=error".into(),
+        format!("--namespaces={own}"),
+        format!("--namespace={own}"),
+        "--write-verdicts=false".into(),
+        format!("--state-dir={state}"),
+    ]
 }
 
 /// Agents at a hub over an API server that only lists and watches.
@@ -68,14 +95,14 @@ impl Crowd {
         let stub = Stub::start(dir.path(), pods).await?;
         let hub = hub_over(&stub, dir.path()).await?;
         let (before, due) = (usage(&hub)?, Schedule::default());
-        let start = Protocol::Hub(Arc::new(Start::of(&hub.url).await?));
+        let start = Arc::new(Start::of(&hub.url).await?);
         let swarm = Swarm::open(start, vec![address(&hub)?], due.clone(), agents, paces).await?;
         Ok(Self { stub, hub, due, swarm, before, _dir: dir })
     }
 }
 
 /// A hub that watches `stub`.
-pub(crate) async fn hub_over(stub: &Stub, dir: &std::path::Path) -> anyhow::Result<Hub> {
+pub(crate) async fn hub_over(stub: &Stub, dir: &Path) -> anyhow::Result<Hub> {
     let kubeconfig = stub.kubeconfig.display().to_string();
     Hub::start(dir, &["--kubeconfig", &kubeconfig, "--replicate=v1/pods", "--log-level=error"]).await
 }
@@ -88,21 +115,22 @@ pub(crate) fn usage(hub: &Hub) -> anyhow::Result<Usage> {
     hub.process.as_ref().context("the hub runs")?.usage()
 }
 
-/// Makes changes at this rate for this long, at the times when they are due, whatever that takes. Says the last.
+/// Makes changes at this rate for this long, each told its number and when it is due, whatever the one before takes. Says
+/// the last.
 pub(crate) async fn at_rate(
     due: &Schedule,
     rate: f64,
     time: Duration,
-    mut change: impl AsyncFnMut(u64) -> anyhow::Result<()>,
+    mut change: impl AsyncFnMut(u64, Instant) -> anyhow::Result<()>,
 ) -> anyhow::Result<u64> {
     let started = Instant::now();
     let count = (rate * time.as_secs_f64()) as u32;
-    let mut last = 0;
+    let mut last = due.len();
     for step in 0..count {
         let at = started + Duration::from_secs_f64(f64::from(step) / rate);
         tokio::time::sleep_until(at.into()).await;
         last = due.push(at);
-        change(last).await?;
+        change(last, at).await?;
     }
     Ok(last)
 }

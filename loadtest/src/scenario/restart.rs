@@ -10,21 +10,21 @@ use opa_hub_loadtest::lab::{Agent, ControlPlane, Opa};
 use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
 
-use super::{Common, cluster_of, command};
+use super::{Common, at_least, cluster_of, command};
 use crate::peer::{Peer, Running, Scale};
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::Schedule;
 
-const ALL: &str = "until every OPA has what changed meanwhile";
+const ALL: &str = "from the kill until every OPA has what changed meanwhile";
 const SNAPSHOTS: &str = "OPAs that were loaded anew";
 
 #[derive(Args)]
 pub(crate) struct Options {
     /// Pods of 10 KB
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 3000, value_parser = at_least::<1>)]
     pods: usize,
     /// Real OPAs, each with an agent
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = at_least::<1>)]
     opas: usize,
     #[command(flatten)]
     common: Common,
@@ -41,24 +41,23 @@ enum Part {
 
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { pods, opas, common } = options;
-    let mut runs = Vec::new();
-    for run in 0..common.runs {
-        eprintln!("run {} of {}: {pods} pods are made", run + 1, common.runs);
-        runs.push(once(pods, opas).await?);
-    }
-    let results = Results {
-        scenario: "restart".into(),
-        what: format!("{opas} OPAs with {pods} pods; kill -9 of each part, and its start"),
-        command: command("restart", &[("pods", pods), ("opas", opas), ("runs", common.runs)]),
-        goals: vec![
+    let mut results = Results::new(
+        "restart",
+        format!("{opas} OPAs with {pods} pods of 10 KB; kill -9 of each part, and its start"),
+        command("restart", &[("pods", pods), ("opas", opas), ("runs", common.runs)]),
+        vec![
             Goal::at_most("the hub", ALL, 5000.0),
             Goal::at_most("the hub", SNAPSHOTS, 0.0),
             Goal::at_most("the agents", SNAPSHOTS, 0.0),
             Goal::at_most("the API server", SNAPSHOTS, 0.0),
         ],
-        runs,
-    };
-    results.finish(common.out.as_deref())
+    );
+    for run in 0..common.runs {
+        eprintln!("run {} of {}", run + 1, common.runs);
+        results.push(once(pods, opas).await?, common.out.as_deref())?;
+    }
+    results.finish(common.out.as_deref());
+    Ok(())
 }
 
 async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
@@ -103,16 +102,15 @@ async fn kill(
     let label = async |round: u64| {
         cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &round.to_string())]).await
     };
+    let started = Instant::now();
     match part {
         Part::Hub => running.hub.as_mut().context("a hub")?.kill(),
         Part::Agents => running.agents.iter_mut().for_each(Agent::kill),
         Part::Opas => running.opas.iter_mut().for_each(|opa| opa.process = None),
         Part::ApiServer => plane.stop_apiserver(),
     }
-    let mut started = Instant::now();
     if !matches!(part, Part::ApiServer) {
         label(round).await?;
-        started = Instant::now();
     }
     match part {
         Part::Hub => running.hub.as_mut().context("a hub")?.spawn()?,
@@ -123,7 +121,6 @@ async fn kill(
         Part::ApiServer => {
             plane.start_apiserver().await?;
             label(round).await?;
-            started = Instant::now();
         }
     }
     let path = format!("/kubernetes/pods/{}/{}/metadata/labels/round", nth.namespace(), nth.name());

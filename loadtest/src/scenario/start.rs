@@ -9,7 +9,7 @@ use futures::future::try_join_all;
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::http;
 
-use super::{Common, cluster_of, command, hub_over, seconds, usage};
+use super::{Common, at_least, cluster_of, command, hub_over, seconds, usage};
 use crate::peer::{self, Peer, Scale};
 use crate::results::{Goal, Measured, Results};
 use crate::stub::Stub;
@@ -19,21 +19,21 @@ use crate::swarm::Schedule;
 const CHANGES: u64 = 20;
 const COLD: &str = "until every OPA has every pod";
 const ENCODES: &str = "snapshots encoded for all that join";
-const SNAPSHOT: &str = "hub CPU of a snapshot after one change";
+const SNAPSHOT: &str = "hub CPU of one change and a snapshot of it";
 
 #[derive(Args)]
 pub(crate) struct Options {
     /// Pods of 10 KB on the API server
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 3000, value_parser = at_least::<1>)]
     pods: usize,
     /// Real OPAs
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = at_least::<1>)]
     opas: usize,
     /// Agents that ask for a snapshot at once
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1000, value_parser = at_least::<1>)]
     joins: usize,
     /// Pods of 300 bytes in the snapshot that changes
-    #[arg(long, default_value_t = 30_000)]
+    #[arg(long, default_value_t = 30_000, value_parser = at_least::<1>)]
     small_pods: usize,
     /// Measure OPAs with this kube-mgmt beside each, too
     #[arg(long, value_name = "PROGRAM")]
@@ -45,10 +45,25 @@ pub(crate) struct Options {
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { pods, opas, joins, small_pods, kube_mgmt, common } = options;
     let mut peers = vec![Peer::Hub, Peer::HubAuto, Peer::Bundles];
-    peers.extend(kube_mgmt.map(Peer::Sidecars));
-    let mut runs = Vec::new();
+    peers.extend(peer::sidecars(kube_mgmt));
+    let settings =
+        [("pods", pods), ("opas", opas), ("joins", joins), ("small-pods", small_pods), ("runs", common.runs)];
+    let mut results = Results::new(
+        "start",
+        format!(
+            "{opas} OPAs with {pods} pods of 10 KB from cold; {joins} joins with {small_pods} pods of 300 bytes"
+        ),
+        command("start", &settings),
+        vec![
+            Goal::at_most("opa-hub", COLD, 3.0),
+            Goal::at_most("opa-hub", COLD, 1.0).times("bundles"),
+            Goal::at_most("opa-hub, fields auto", COLD, 3.0),
+            Goal::at_most("opa-hub", ENCODES, 1.0),
+            Goal::at_most("opa-hub", SNAPSHOT, 20.0),
+        ],
+    );
     for run in 0..common.runs {
-        eprintln!("run {} of {}: {pods} pods are made", run + 1, common.runs);
+        eprintln!("run {} of {}", run + 1, common.runs);
         let (plane, cluster) = cluster_of(pods).await?;
         peer::policy(&cluster).await?;
         let mut measured = Vec::new();
@@ -56,28 +71,18 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             let running = peer.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
             let mut of = Measured::new(peer.name());
             of.add(COLD, "s", running.cold.as_secs_f64());
+            for (name, cpu) in running.cpu()? {
+                of.add(&format!("CPU of {name} by then"), "s", cpu);
+            }
             eprintln!("  {}: {:.1} s", peer.name(), running.cold.as_secs_f64());
             measured.push(of);
         }
         drop(plane);
         join(&mut measured[0], joins, small_pods).await?;
-        runs.push(measured);
+        results.push(measured, common.out.as_deref())?;
     }
-    let settings =
-        [("pods", pods), ("opas", opas), ("joins", joins), ("small-pods", small_pods), ("runs", common.runs)];
-    let results = Results {
-        scenario: "start".into(),
-        what: format!("{opas} OPAs with {pods} pods from cold; {joins} joins with {small_pods} small pods"),
-        command: command("start", &settings),
-        goals: vec![
-            Goal::at_most("opa-hub", COLD, 3.0),
-            Goal::at_most("opa-hub, fields auto", COLD, 3.0),
-            Goal::at_most("opa-hub", ENCODES, 1.0),
-            Goal::at_most("opa-hub", SNAPSHOT, 20.0),
-        ],
-        runs,
-    };
-    results.finish(common.out.as_deref())
+    results.finish(common.out.as_deref());
+    Ok(())
 }
 
 /// Snapshots over a stub.
@@ -96,13 +101,13 @@ async fn join(measured: &mut Measured, joins: usize, pods: usize) -> anyhow::Res
     for number in 1..=CHANGES {
         let editions = hub.metric("opa_hub_view_changes_total").await?;
         let before = hub.metric("opa_hub_snapshot_encodes_total").await?;
+        let used = usage(&hub)?;
         stub.change(pods / 2, number);
         eventually("the hub has the change", async || {
             let now = hub.metric("opa_hub_view_changes_total").await.map_err(|error| error.to_string())?;
             equal(&(now > editions), &true)
         })
         .await?;
-        let used = usage(&hub)?;
         // Archives trail the head by a second at most.
         eventually("a new snapshot", async || {
             get().await.map_err(|error| error.to_string())?;
