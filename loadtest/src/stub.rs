@@ -105,15 +105,7 @@ impl Drop for Stub {
 impl Pods {
     fn put(&self, pod: usize, number: u64) {
         let mut world = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let version = (world.version() + 1).to_string();
-        let object = json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {
-                "name": format!("web-{pod:05}"), "namespace": format!("team-{:03}", pod / 100), "resourceVersion": version,
-                "labels": { "app": "web", "round": number.to_string() },
-            },
-            "status": { "phase": "Running", "podIP": format!("10.0.{}.{}", pod / 256, pod % 256) },
-        });
+        let object = object(pod, number, world.version() as u64 + 1);
         let kind = if world.pods.contains_key(&pod) { "MODIFIED" } else { "ADDED" };
         // In the order that API servers write.
         world.events.push_back(format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n").into());
@@ -137,6 +129,18 @@ impl Pods {
         let news: Vec<_> = world.events.iter().skip(from.checked_sub(world.gone)?).cloned().collect();
         Some((news.concat().into(), world.version()))
     }
+}
+
+/// A pod of 300 bytes that shows the `number` of its last change.
+pub(crate) fn object(pod: usize, number: u64, version: u64) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "name": format!("web-{pod:05}"), "namespace": format!("team-{:03}", pod / 100),
+            "resourceVersion": version.to_string(), "labels": { "app": "web", "round": number.to_string() },
+        },
+        "status": { "phase": "Running", "podIP": format!("10.0.{}.{}", pod / 256, pod % 256) },
+    })
 }
 
 async fn resources() -> Json<Value> {

@@ -31,8 +31,12 @@ impl Hub {
 
     /// Starts a hub with these arguments.
     pub fn start_unready(dir: &Path, args: &[&str]) -> anyhow::Result<Self> {
-        let listen = format!("127.0.0.1:{}", free_port()?);
-        let mut all = vec!["--listen".to_owned(), listen.clone()];
+        Self::start_at(dir, &format!("127.0.0.1:{}", free_port()?), args)
+    }
+
+    /// The same, listening at this address.
+    pub fn start_at(dir: &Path, listen: &str, args: &[&str]) -> anyhow::Result<Self> {
+        let mut all = vec!["--listen".to_owned(), listen.to_owned()];
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
         let http = super::http()?;
         let mut hub =

@@ -6,9 +6,8 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::Context as _;
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, write_event};
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::position::Position;
@@ -17,10 +16,13 @@ use serde_json::json;
 use serde_json::value::RawValue;
 use socket2::SockRef;
 
+use crate::stub;
 use crate::swarm::Start;
 
 /// What a driver says first; readers say `GET`.
 const HELLO: &[u8] = b"DRIVE\n";
+/// … and then, for each event.
+const GO: &[u8] = b"GO\n";
 /// What is answered to each reader.
 const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
 /// What the hub sets for its streams.
@@ -30,9 +32,7 @@ const SEND_BUFFER: usize = 16 << 10;
 enum Task {
     Join(TcpStream),
     /// One event for everybody, with this number.
-    Round(u64, Sender<u64>),
-    /// One event after the other from this number on, for so long. The last is said.
-    Flood(u64, Duration, Sender<u64>),
+    Round(u64),
 }
 
 struct Reader {
@@ -44,30 +44,19 @@ struct Reader {
 }
 
 /// Drives a process that [serves](serve).
-pub(crate) struct Driver(BufReader<TcpStream>);
+pub(crate) struct Driver(TcpStream);
 
 impl Driver {
     pub(crate) fn new(address: SocketAddr) -> anyhow::Result<Self> {
         let mut tcp = TcpStream::connect(address)?;
+        tcp.set_nodelay(true)?;
         tcp.write_all(HELLO)?;
-        Ok(Self(BufReader::new(tcp)))
+        Ok(Self(tcp))
     }
 
-    /// One event for everybody. Blocks until it was written.
-    pub(crate) fn round(&mut self) -> anyhow::Result<u64> {
-        self.command("ROUND 0")
-    }
-
-    /// As many as go in so many milliseconds. Blocks; the number of the last is said.
-    pub(crate) fn flood(&mut self, time: Duration) -> anyhow::Result<u64> {
-        self.command(&format!("FLOOD {}", time.as_millis()))
-    }
-
-    fn command(&mut self, command: &str) -> anyhow::Result<u64> {
-        self.0.get_mut().write_all(format!("{command}\n").as_bytes())?;
-        let mut answer = String::new();
-        self.0.read_line(&mut answer)?;
-        answer.trim().parse().context("an answer")
+    /// The next event for everybody, once the one before was written.
+    pub(crate) fn go(&mut self) -> anyhow::Result<()> {
+        Ok(self.0.write_all(GO)?)
     }
 }
 
@@ -111,26 +100,12 @@ pub(crate) fn serve(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
 }
 
 fn drive(tcp: TcpStream, writers: &[Sender<Task>]) -> anyhow::Result<()> {
-    let mut out = tcp.try_clone()?;
-    let mut last = 0;
-    for line in BufReader::new(tcp).lines() {
-        let line = line?;
-        let Some((what, number)) = line.split_once(' ') else { continue };
-        let time = Duration::from_millis(number.parse()?);
-        let all = |task: &dyn Fn(Sender<u64>) -> Task| -> anyhow::Result<u64> {
-            let (done, dones) = channel();
-            writers.iter().try_for_each(|writer| writer.send(task(done.clone())))?;
-            drop(done);
-            dones.iter().max().context("somebody writes")
-        };
-        if what == "FLOOD" {
-            last = all(&|done| Task::Flood(last + 1, time, done))?;
-        } else {
-            last += 1;
+    // What came first is no event.
+    for (number, line) in (0..).zip(BufReader::new(tcp).lines()) {
+        line?;
+        if number > 0 {
+            writers.iter().try_for_each(|writer| writer.send(Task::Round(number)))?;
         }
-        // After a flood, too: all end at one number.
-        last = all(&|done| Task::Round(last, done))?;
-        out.write_all(format!("{last}\n").as_bytes())?;
     }
     Ok(())
 }
@@ -140,19 +115,10 @@ fn write(tasks: &Receiver<Task>, bytes: usize) -> anyhow::Result<()> {
     for task in tasks {
         match task {
             Task::Join(tcp) => readers.push(Reader { tcp, at: 0, rest: Vec::new() }),
-            Task::Round(number, done) => {
+            Task::Round(number) => {
                 while !round(&mut readers, number, bytes)? {
                     std::thread::sleep(Duration::from_millis(1));
                 }
-                _ = done.send(number);
-            }
-            Task::Flood(mut number, time, done) => {
-                let until = Instant::now() + time;
-                while Instant::now() < until {
-                    round(&mut readers, number, bytes)?;
-                    number += 1;
-                }
-                _ = done.send(number);
             }
         }
     }
@@ -200,13 +166,13 @@ fn revision(number: u64) -> anyhow::Result<Revision> {
 /// The event that leads from one number to another.
 fn frame(from: u64, to: u64, bytes: usize) -> anyhow::Result<Vec<u8>> {
     let of = |filler: usize| -> anyhow::Result<Vec<u8>> {
-        let value =
-            json!({ "metadata": { "labels": { "round": to.to_string() } }, "filler": "x".repeat(filler) });
+        let mut value = stub::object(0, to, to);
+        value["status"]["filler"] = "x".repeat(filler).into();
         let patch = json!([{ "op": "add", "path": "/kubernetes/pods/team-000/web-00000", "value": value }]);
         let delta = Delta {
             from: revision(from)?.data,
             to: revision(to)?.data,
-            position: Position::default(),
+            position: format!(r#"{{"/kubernetes/pods":{to},"data":1,"policies":1}}"#).parse()?,
             ensure: Vec::new(),
             dirs: BTreeMap::from([(dir()?, Some(Digest::of(to.to_string().as_bytes())))]),
             narrows: false,

@@ -20,13 +20,14 @@ use crate::swarm::{Schedule, Swarm};
 
 /// Between two changes: everybody is idle again.
 const PAUSE: Duration = Duration::from_millis(300);
-/// Between two of a flood: many times what a round over the agents takes would fit in.
-const FLOOD_PAUSE: Duration = Duration::from_millis(1);
+/// Changes that are under way at a time while they come as fast as they go: the next is due when all have the last but
+/// one, so that nobody waits for news and nobody falls behind.
+const UNDER_WAY: u64 = 2;
 
 const DELAY: &str = "change at an agent";
 const CPU: &str = "server CPU a delivery";
 const MEMORY: &str = "resident memory an idle agent";
-const SLOWNESS: &str = "time of a delivery while flooded";
+const SLOWNESS: &str = "time of a delivery, sustained";
 const ENCODES: &str = "frames encoded a change";
 const ASTRAY: &str = "witnesses that hold something else in the end";
 
@@ -38,22 +39,26 @@ pub(crate) struct Options {
     /// Changes, one after the other
     #[arg(long, default_value_t = 20, value_parser = at_least::<1>)]
     rounds: usize,
-    /// How long changes come as fast as they go, then
+    /// How long changes come as fast as all agents get them, then
     #[arg(long, default_value_t = 10, value_parser = at_least::<1>)]
-    flood_seconds: usize,
+    sustained_seconds: usize,
     #[command(flatten)]
     common: Common,
 }
 
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
-    let Options { agents, rounds, flood_seconds, common } = options;
-    let flood = Duration::from_secs(flood_seconds as u64);
-    let settings =
-        [("agents", agents), ("rounds", rounds), ("flood-seconds", flood_seconds), ("runs", common.runs)];
+    let Options { agents, rounds, sustained_seconds, common } = options;
+    let time = Duration::from_secs(sustained_seconds as u64);
+    let settings = [
+        ("agents", agents),
+        ("rounds", rounds),
+        ("sustained-seconds", sustained_seconds),
+        ("runs", common.runs),
+    ];
     let mut results = Results::new(
         "fanout",
         format!(
-            "{agents} agents of a hub with one pod, {rounds} changes one by one, then {flood_seconds} s of as many as go"
+            "{agents} agents of a hub with one pod, {rounds} changes one by one, then {sustained_seconds} s of as many as go"
         ),
         command("fanout", &settings),
         vec![
@@ -68,9 +73,9 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     );
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        let (ours, frame) = ours(agents, rounds, flood).await?;
+        let (ours, frame) = ours(agents, rounds, time).await?;
         let dir = tempfile::tempdir()?;
-        let raw = raw(dir.path(), agents, rounds, flood, frame).await?;
+        let raw = raw(dir.path(), agents, rounds, time, frame).await?;
         results.push(vec![ours, raw], common.out.as_deref())?;
     }
     results.finish(common.out.as_deref());
@@ -92,17 +97,7 @@ async fn ours(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(M
     let bytes = one_by_one(&mut measured, swarm, due, process, *before, rounds, change).await?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await? - encodes;
     measured.add(ENCODES, "", encodes as f64 / rounds as f64);
-    let mut last = due.len();
-    let changes = async {
-        let until = Instant::now() + time;
-        while Instant::now() < until {
-            last += 1;
-            stub.change(0, last);
-            tokio::time::sleep(FLOOD_PAUSE).await;
-        }
-        Ok(last)
-    };
-    flood(&mut measured, swarm, process, changes).await?;
+    sustained(&mut measured, swarm, process, due.len(), time, change).await?;
     measured.add(ASTRAY, "", swarm.astray(&stub.pods()) as f64);
     anyhow::ensure!(swarm.counts().ended.load(Relaxed) == 0, "an agent lost its stream");
     Ok((measured, bytes))
@@ -120,23 +115,17 @@ async fn raw(
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["raw", "--listen", &address.to_string(), "--bytes", &bytes.to_string()]);
     let mut process = Process::start("raw", dir, &mut command)?;
-    let driver = process.until("raw listens", async || raw::Driver::new(address)).await?;
-    let driver = Arc::new(std::sync::Mutex::new(driver));
+    let mut driver = process.until("raw listens", async || raw::Driver::new(address)).await?;
     let before = process.usage()?;
     let (due, start) = (Schedule::default(), Arc::new(raw::start()?));
     let mut swarm = Swarm::open(start, vec![address], due.clone(), agents, &[]).await?;
     tokio::time::sleep(PAUSE * 10).await;
     eprintln!("  raw: {agents} readers");
-    let drive = |command: fn(&mut raw::Driver, Duration) -> anyhow::Result<u64>| {
-        let driver = Arc::clone(&driver);
-        let blocking = move || command(&mut driver.lock().expect("nobody panics with it"), time);
-        async { tokio::task::spawn_blocking(blocking).await? }
-    };
     // The number is counted over there.
-    let change = async |_| drive(|driver, _| driver.round()).await.map(drop);
+    let mut change = async |_| driver.go();
     let mut measured = Measured::new("raw");
-    one_by_one(&mut measured, &mut swarm, &due, &process, before, rounds, change).await?;
-    flood(&mut measured, &mut swarm, &process, drive(raw::Driver::flood)).await?;
+    one_by_one(&mut measured, &mut swarm, &due, &process, before, rounds, &mut change).await?;
+    sustained(&mut measured, &mut swarm, &process, due.len(), time, change).await?;
     Ok(measured)
 }
 
@@ -171,26 +160,31 @@ async fn one_by_one(
     Ok(bytes.round() as usize)
 }
 
-/// `changes` ends with the number of the last. No delay is counted meanwhile: that is work of the readers.
-async fn flood(
+/// Changes as fast as they go, from the one behind `last` on. No delay is counted meanwhile: that is work of the readers.
+async fn sustained(
     measured: &mut Measured,
     swarm: &mut Swarm,
     process: &Process,
-    changes: impl Future<Output = anyhow::Result<u64>>,
+    mut last: u64,
+    time: Duration,
+    mut change: impl AsyncFnMut(u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let (started, first) = (Instant::now(), swarm.counts().frames.load(Relaxed));
+    let (first_frame, first) = (swarm.counts().frames.load(Relaxed), last);
     let (server, readers) = (process.usage()?, Usage::of("self")?);
-    let last = changes.await?;
+    let started = Instant::now();
+    while started.elapsed() < time {
+        last += 1;
+        change(last).await?;
+        swarm.reach(last.saturating_sub(UNDER_WAY - 1), 0).await?;
+    }
     swarm.reach(last, 0).await?;
-    let (delivered, took) = (swarm.counts().frames.load(Relaxed) - first, started.elapsed().as_secs_f64());
-    let share = |from, to| seconds(from, to) / delivered as f64 * 1e6;
-    measured.add("delivered while flooded", "a second", delivered as f64 / took);
-    measured.add(SLOWNESS, "µs", took / delivered as f64 * 1e6);
-    measured.add("server CPU a delivery while flooded", "µs", share(server, process.usage()?));
-    measured.add(
-        "readers' and source's CPU a delivery while flooded",
-        "µs",
-        share(readers, Usage::of("self")?),
-    );
+    let took = started.elapsed().as_secs_f64();
+    let delivered = (swarm.counts().frames.load(Relaxed) - first_frame) as f64;
+    let share = |from, to| seconds(from, to) / delivered * 1e6;
+    measured.add("deliveries, sustained", "a second", delivered / took);
+    measured.add(SLOWNESS, "µs", took / delivered * 1e6);
+    measured.add("changes at all agents, sustained", "a second", (last - first) as f64 / took);
+    measured.add("server CPU a delivery, sustained", "µs", share(server, process.usage()?));
+    measured.add("readers' and source's CPU a delivery, sustained", "µs", share(readers, Usage::of("self")?));
     Ok(())
 }

@@ -6,8 +6,10 @@ use anyhow::Context as _;
 use opa_hub_loadtest::cluster::{Cluster, DATA};
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::valve::Valve;
-use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa};
+use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa, assets, free_port};
 use serde_json::{Value, json};
+
+use crate::world::write_manifest;
 
 struct Replicas {
     _plane: ControlPlane,
@@ -142,6 +144,62 @@ async fn agents_go_to_another_replica_and_back_by_frames() -> anyhow::Result<()>
     .await?;
     world.agent.wait_ready().await?;
     assert_eq!(world.done().await?, (1, before + 1));
+    Ok(())
+}
+
+/// An agent that knows one hub only is told of another one, and comes back when that is gone.
+#[tokio::test]
+async fn a_hub_that_stops_says_where_to_go() -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let write = |value: u64| {
+        let manifest = json!({
+            "apiVersion": "v1", "kind": "ConfigMap",
+            "metadata": { "name": "m", "namespace": "opa", "labels": { "openpolicyagent.org/data": "opa" } },
+            "data": { "k": value.to_string() },
+        });
+        write_manifest(manifests.path(), "m.json", &manifest)
+    };
+    write(1)?;
+    let folder = manifests.path().display().to_string();
+    // One of them is not there, and neither is ready that stops.
+    let replicas = [free_port()?, free_port()?, free_port()?].map(|port| format!("127.0.0.1:{port}"));
+    let replicas_flag = format!("--replicas={}", replicas.join(","));
+    let hub = async |listen: &str| {
+        let mut hub = Hub::start_at(work.path(), listen, &["--manifests", &folder, &replicas_flag])?;
+        hub.wait_ready().await.map(|()| hub)
+    };
+    let mut hubs = [hub(&replicas[0]).await?, hub(&replicas[1]).await?];
+    let opa = Opa::start(&assets, work.path(), None, &[]).await?;
+    let url = hubs[0].url.clone();
+    let mut agent = Agent::start(
+        work.path(),
+        &Agent::address()?,
+        &[&url],
+        &opa.url,
+        Delivery::Rest,
+        &["--grace-seconds", "1"],
+    )?;
+    agent.wait_ready().await?;
+    let holds = async |value: u64| {
+        eventually(format!("{value} reaches OPA"), async || {
+            equal(&opa.data("/opa/m/k").await.map_err(|error| error.to_string())?, &json!(value))
+        })
+        .await
+    };
+    let process = hubs[0].process.as_mut().context("it runs")?;
+    process.terminate()?;
+    process.ended().await?;
+    hubs[0].kill();
+    write(2)?;
+    holds(2).await?;
+    assert_eq!(hubs[1].metric("opa_hub_agents").await?, 1);
+    hubs[1].kill();
+    hubs[0].spawn()?;
+    write(3)?;
+    holds(3).await?;
+    agent.wait_ready().await?;
+    assert_eq!(agent.status().await?["done"]["snapshots"], json!(1));
     Ok(())
 }
 

@@ -55,7 +55,7 @@ impl Kept {
 /// I4, and bytes: one encode a change, and of what a change says little more than the pod.
 #[tokio::test]
 async fn fanout() -> anyhow::Result<()> {
-    let kept = Kept::of(&["fanout", "--agents", "100", "--rounds", "3", "--flood-seconds", "1"]).await?;
+    let kept = Kept::of(&["fanout", "--agents", "100", "--rounds", "3", "--sustained-seconds", "1"]).await?;
     kept.check("opa-hub", "frames encoded a change", 1.0)?;
     kept.check("opa-hub", "witnesses that hold something else in the end", 0.0)?;
     let bytes = kept.figure("opa-hub", "bytes an agent and change")?;
