@@ -56,7 +56,6 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         command("start", &settings),
         vec![
             Goal::at_most("opa-hub", COLD, 3.0),
-            Goal::at_most("opa-hub", COLD, 1.0).times("bundles"),
             Goal::at_most("opa-hub, fields auto", COLD, 3.0),
             Goal::at_most("opa-hub", ENCODES, 1.0),
             Goal::at_most("opa-hub", SNAPSHOT, 20.0),

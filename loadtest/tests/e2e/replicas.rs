@@ -156,7 +156,7 @@ async fn a_hub_that_stops_says_where_to_go() -> anyhow::Result<()> {
         let manifest = json!({
             "apiVersion": "v1", "kind": "ConfigMap",
             "metadata": { "name": "m", "namespace": "opa", "labels": { "openpolicyagent.org/data": "opa" } },
-            "data": { "k": value.to_string() },
+            "data": { "k": json!({ "value": value }).to_string() },
         });
         write_manifest(manifests.path(), "m.json", &manifest)
     };
@@ -183,7 +183,7 @@ async fn a_hub_that_stops_says_where_to_go() -> anyhow::Result<()> {
     agent.wait_ready().await?;
     let holds = async |value: u64| {
         eventually(format!("{value} reaches OPA"), async || {
-            equal(&opa.data("/opa/m/k").await.map_err(|error| error.to_string())?, &json!(value))
+            equal(&opa.data("/opa/m/k/value").await.map_err(|error| error.to_string())?, &json!(value))
         })
         .await
     };
