@@ -1,0 +1,248 @@
+//! One agent: a stream that is read at its pace, resumed, reconciled and failed over as a real agent does it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX};
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::position::{POSITION_HEADER, Position};
+use opa_hub_proto::reconcile::Reconcile;
+use opa_hub_proto::revision::{Digest, Revision};
+use opa_hub_proto::sse::{Decoder, Message, Word};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
+
+use super::content::{digest, newest, number, place, take_archive};
+use super::{Pace, Shared};
+
+/// Agents from one loopback address: it has 28,000 ports, and one that was used rests for a minute.
+const FROM_ONE_ADDRESS: usize = 500;
+/// Pauses between tries, as real agents make them.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// A hub that says nothing for this long is gone.
+const SILENCE: Duration = Duration::from_secs(15);
+/// What a trickling agent reads, and how often.
+const TRICKLE: (usize, Duration) = (64, Duration::from_millis(100));
+/// What stalled and trickling agents have room for.
+const LITTLE: u32 = 4096;
+
+pub(super) struct Agent {
+    shared: Arc<Shared>,
+    at: usize,
+    pace: Pace,
+    hub: usize,
+    revision: Revision,
+    dirs: BTreeMap<DirPath, Digest>,
+    position: Position,
+}
+
+/// Why a stream ended.
+enum End {
+    /// The hub said so.
+    Told,
+    Broken,
+    /// It was not one yet: what was lacking is there now.
+    Reconciled,
+}
+
+/// What a hub answered.
+struct Answer {
+    status: u16,
+    /// Of an archive.
+    position: Position,
+    tcp: TcpStream,
+    /// What of the body came with the head.
+    body: Vec<u8>,
+}
+
+impl Agent {
+    pub(super) async fn run(shared: Arc<Shared>, at: usize, pace: Pace) -> anyhow::Result<()> {
+        let start = Arc::clone(&shared.start);
+        let (revision, dirs, position) = (start.revision, start.dirs.clone(), start.position.clone());
+        let mut agent = Self { shared, at, pace, hub: 0, revision, dirs, position };
+        let mut pause = RETRY_FIRST;
+        loop {
+            match agent.session(&mut pause).await? {
+                End::Reconciled => {}
+                End::Told => agent.hub = (agent.hub + 1) % agent.shared.hubs.len(),
+                End::Broken => {
+                    agent.hub = (agent.hub + 1) % agent.shared.hubs.len();
+                    tokio::time::sleep(pause.mul_f64(fastrand::f64())).await;
+                    pause = (pause * 2).min(RETRY_MAX);
+                }
+            }
+        }
+    }
+
+    /// Until the stream ends. An error is one that no agent must meet.
+    async fn session(&mut self, pause: &mut Duration) -> anyhow::Result<End> {
+        let shared = Arc::clone(&self.shared);
+        let turn = shared.opening.acquire().await?;
+        let Answer { status, mut tcp, body, .. } = match self.ask("GET", "/stream", b"").await {
+            Ok(answer) => answer,
+            Err(error) => {
+                *shared.trouble.lock().unwrap_or_else(PoisonError::into_inner) = format!("{error:#}");
+                return Ok(End::Broken);
+            }
+        };
+        match status {
+            200 => {}
+            410 => return self.reconcile().await,
+            _ => {
+                shared.counts.refused.fetch_add(1, Relaxed);
+                return Ok(End::Broken);
+            }
+        }
+        drop(turn);
+        *pause = RETRY_FIRST;
+        shared.counts.open.fetch_add(1, Relaxed);
+        let end = self.follow(&mut tcp, &body).await;
+        shared.counts.open.fetch_sub(1, Relaxed);
+        shared.counts.ended.fetch_add(1, Relaxed);
+        end
+    }
+
+    async fn follow(&mut self, tcp: &mut TcpStream, first: &[u8]) -> anyhow::Result<End> {
+        let mut decoder = Decoder::new(FRAME_BYTES_MAX);
+        decoder.push(first);
+        let mut bytes = [0; 4096];
+        loop {
+            while let Some(message) = decoder.next()? {
+                match message {
+                    Message::Comment(words) if matches!(Word::of(&words), Word::Go(_)) => {
+                        return Ok(End::Told);
+                    }
+                    Message::Comment(_) => {}
+                    Message::Event { id, event, data } => self.take(&id, &event, &data)?,
+                }
+            }
+            let mut most = bytes.len();
+            match self.pace {
+                Pace::Stalled => _ = self.shared.is_awake.subscribe().wait_for(|is_awake| *is_awake).await?,
+                Pace::Trickling if !*self.shared.is_awake.borrow() => {
+                    most = TRICKLE.0;
+                    tokio::time::sleep(TRICKLE.1).await;
+                }
+                _ => {}
+            }
+            let read = tokio::time::timeout(SILENCE, tcp.read(&mut bytes[..most])).await;
+            let Ok(Ok(length @ 1..)) = read else { return Ok(End::Broken) };
+            self.shared.counts.bytes.fetch_add(length as u64, Relaxed);
+            decoder.push(&bytes[..length]);
+        }
+    }
+
+    /// A frame must lead on from what is held, to what it promises.
+    fn take(&mut self, id: &str, event: &str, data: &[u8]) -> anyhow::Result<()> {
+        let now = Instant::now();
+        self.shared.counts.frames.fetch_add(1, Relaxed);
+        if self.pace == Pace::Stalled {
+            self.shared.counts.frames_of_stalled.fetch_add(1, Relaxed);
+        }
+        let held = &mut self.revision;
+        let said: Revision = id.parse()?;
+        if event == DELTA_EVENT {
+            let delta: Delta = serde_json::from_slice(data)?;
+            ensure!(delta.from == held.data, "a frame from {}, while {} is held", delta.from, held.data);
+            for (dir, digest) in delta.dirs {
+                match digest {
+                    Some(digest) => _ = self.dirs.insert(dir, digest),
+                    None => _ = self.dirs.remove(&dir),
+                }
+            }
+            ensure!(digest(&self.dirs) == delta.to, "after a frame {} is not held", delta.to);
+            if let Some(content) = self.shared.contents.get(&self.at) {
+                let mut content = content.lock().unwrap_or_else(PoisonError::into_inner);
+                delta.ensure.iter().for_each(|dir| _ = place(&mut content, dir));
+                let patch: json_patch::Patch = serde_json::from_str(delta.patch.get())?;
+                json_patch::patch(&mut content, &patch).context("a patch that does not fit")?;
+            }
+            self.position = delta.position.after(&self.position);
+            *held = said;
+            if let Some(number) = number(delta.patch.get()) {
+                self.arrive(number, now);
+            }
+        } else {
+            *held = said;
+        }
+        Ok(())
+    }
+
+    fn arrive(&self, number: u64, now: Instant) {
+        let before = self.shared.held[self.at].fetch_max(number, Relaxed);
+        if before < number && self.pace == Pace::Steady {
+            let delays = self.shared.delays.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            self.shared.due.since(before, number, now, &delays);
+        }
+    }
+
+    /// Takes what is lacking, and opens the stream next.
+    async fn reconcile(&mut self) -> anyhow::Result<End> {
+        let reads = self.shared.start.reads.iter().cloned().collect();
+        let request = Reconcile { dirs: self.dirs.clone(), modules: None, reads };
+        let answer = self.ask("POST", "/reconcile", &serde_json::to_vec(&request)?).await;
+        let Ok(Answer { status: 200, position, mut tcp, mut body }) = answer else {
+            return Ok(End::Broken);
+        };
+        if tcp.read_to_end(&mut body).await.is_err() {
+            return Ok(End::Broken);
+        }
+        self.shared.counts.reconciles.fetch_add(1, Relaxed);
+        let (dirs, modules, _) = match self.shared.contents.get(&self.at) {
+            Some(content) => {
+                let mut content = content.lock().unwrap_or_else(PoisonError::into_inner);
+                take_archive(&body, &mut content)?
+            }
+            None => take_archive(&body, &mut Value::Null)?,
+        };
+        self.revision = Revision { data: digest(&dirs), modules: modules.context("a digest")? };
+        self.dirs = dirs;
+        self.position = position.after(&self.position);
+        if let Some(number) = newest(&body)? {
+            self.arrive(number, Instant::now());
+        }
+        Ok(End::Reconciled)
+    }
+
+    async fn ask(&self, method: &str, what: &str, body: &[u8]) -> anyhow::Result<Answer> {
+        let host = u8::try_from(2 + self.at / FROM_ONE_ADDRESS).unwrap_or(u8::MAX);
+        let socket = TcpSocket::new_v4()?;
+        if self.pace != Pace::Steady {
+            socket.set_recv_buffer_size(LITTLE)?;
+        }
+        socket.bind((Ipv4Addr::new(127, 0, 0, host), 0).into())?;
+        let mut tcp = socket.connect(self.shared.hubs[self.hub]).await?;
+        let mut request = format!("{method} /bundles/main{what} HTTP/1.1\r\nhost: hub\r\n");
+        _ = write!(request, "last-event-id: {}\r\n", self.revision);
+        if !self.position.is_empty() {
+            _ = write!(request, "{POSITION_HEADER}: {}\r\n", self.position);
+        }
+        if method == "POST" {
+            _ = write!(request, "content-length: {}\r\nconnection: close\r\n", body.len());
+        }
+        let request = [(request + "\r\n").as_bytes(), body].concat();
+        tcp.write_all(&request).await?;
+        let mut answer = Vec::new();
+        let end = loop {
+            let mut bytes = [0; 1024];
+            let length = tokio::time::timeout(SILENCE, tcp.read(&mut bytes)).await??;
+            ensure!(length > 0, "the connection ended");
+            answer.extend_from_slice(&bytes[..length]);
+            if let Some(end) = answer.windows(4).position(|four| four == b"\r\n\r\n") {
+                break end + 4;
+            }
+        };
+        let text = std::str::from_utf8(&answer[..end])?;
+        let status = text.split(' ').nth(1).context("a status")?.parse()?;
+        let position = text.lines().find_map(|line| line.strip_prefix(POSITION_HEADER)?.strip_prefix(": "));
+        let position = position.map(str::parse).transpose()?.unwrap_or_default();
+        Ok(Answer { status, position, tcp, body: answer.split_off(end) })
+    }
+}

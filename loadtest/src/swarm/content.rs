@@ -1,0 +1,76 @@
+//! What agents hold: archives, the values that witnesses keep, and the numbers of changes in them.
+
+use std::collections::BTreeMap;
+use std::io::Read as _;
+
+use anyhow::{Context as _, bail, ensure};
+use flate2::read::GzDecoder;
+use opa_hub_proto::head::{HEAD_FILE, Head};
+use opa_hub_proto::manifest::DATA_FILE;
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::revision::{Digest, data_digest};
+use serde_json::{Value, json};
+
+/// The value of a directory, made a map where it is not there.
+pub(super) fn place<'a>(content: &'a mut Value, dir: &DirPath) -> &'a mut Value {
+    let at = dir.relative().split('/').fold(content, |at, segment| &mut at[segment]);
+    if at.is_null() {
+        *at = json!({});
+    }
+    at
+}
+
+pub(super) fn digest(dirs: &BTreeMap<DirPath, Digest>) -> Digest {
+    data_digest(dirs.iter().map(|(dir, digest)| (dir, *digest)))
+}
+
+/// The newest change that `text` shows: objects carry the number of theirs in a label.
+pub(super) fn number(text: &str) -> Option<u64> {
+    let numbers = text.split("\"round\":\"").skip(1);
+    numbers.filter_map(|rest| rest.split('"').next()?.parse().ok()).max()
+}
+
+/// Of directories, of the modules, and what those read.
+pub(super) type Digests = (BTreeMap<DirPath, Digest>, Option<Digest>, Option<String>);
+
+/// Takes an archive into `content`, unless that is null, and says what is held then.
+pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Result<Digests> {
+    let mut tar = tar::Archive::new(GzDecoder::new(archive));
+    let mut entries = tar.entries()?;
+    let mut first = entries.next().context("an empty archive")??;
+    ensure!(first.path()?.to_str() == Some(HEAD_FILE), "an archive without a head");
+    let mut text = Vec::new();
+    first.read_to_end(&mut text)?;
+    let head: Head = serde_json::from_slice(&text)?;
+    let Some(data) = head.data else { bail!("an archive without data") };
+    if content.is_null() {
+        return Ok((data.dirs, head.modules_digest, head.reads));
+    }
+    // What the archive does not name is gone; what it names and does not hold stayed.
+    let mut next = json!({});
+    data.ensure.iter().for_each(|dir| _ = place(&mut next, dir));
+    for dir in data.dirs.keys() {
+        if let Some(held) = content.pointer(dir.as_str()) {
+            *place(&mut next, dir) = held.clone();
+        }
+    }
+    for entry in entries {
+        let mut entry = entry?;
+        let path = entry.path()?.to_str().unwrap_or_default().to_owned();
+        if let Some(dir) = path.strip_suffix(DATA_FILE) {
+            let mut text = Vec::new();
+            entry.read_to_end(&mut text)?;
+            *place(&mut next, &format!("/{}", dir.trim_matches('/')).parse()?) =
+                serde_json::from_slice(&text)?;
+        }
+    }
+    *content = next;
+    Ok((data.dirs, head.modules_digest, head.reads))
+}
+
+/// The newest change that an archive shows.
+pub(super) fn newest(archive: &[u8]) -> anyhow::Result<Option<u64>> {
+    let mut text = String::new();
+    GzDecoder::new(archive).read_to_string(&mut text)?;
+    Ok(number(&text))
+}
