@@ -102,7 +102,7 @@ impl Applier {
                 None => _ = dirs.remove(dir),
             }
         }
-        let position = delta.position.clone().after(&marker.position);
+        let position = delta.after(&marker.position);
         let next = Marker { revision: Some(to), dirs, position, ..marker.clone() };
         if next.data_digest() != delta.to {
             return Err(Error::Diverged { to: delta.to, held: next.data_digest() });
@@ -247,6 +247,9 @@ impl Applier {
         marker.may_read(reads);
         let held = serde_json::to_vec(&marker.reads).expect("texts");
         intent.add(&place, "reads", &held);
+        if !marker.position.is_empty() {
+            intent.add(&place, "position", marker.position.to_string().as_bytes());
+        }
         let place = place.join("modules").expect("a segment");
         for id in changes.keys() {
             self.make_room(&mut intent, 0).await?;

@@ -27,8 +27,6 @@ pub const STREAM_SILENCE: Duration = Duration::from_secs(15);
 /// While no hub is as new as what OPA holds, OPA keeps that for this long. Then the source itself went back, as a
 /// cluster does that is restored from a backup.
 pub const LAG_MAX: Duration = Duration::from_secs(60);
-/// … of which every hub that answers says so, this often at least.
-pub const LAG_FORGET: Duration = Duration::from_secs(20);
 /// While the hub that is followed is cut off from its source, another is looked for after a pause of this …
 pub const FRESH_LOOK: Duration = Duration::from_secs(5);
 /// … doubled up to this …

@@ -131,8 +131,15 @@ impl Hubs {
         }
     }
 
+    /// How long it takes at most until the hub that is asked is asked again, whatever the others do.
+    pub fn turn(&self) -> Duration {
+        (OPEN + HUB_ANSWER + RETRY_MAX) * u32::try_from(self.urls.len() + 1).unwrap_or(u32::MAX)
+    }
+
     /// Moves on to any of `replicas`, where there are some, so that agents spread over them.
     pub fn move_to(&mut self, mut replicas: Vec<Url>) {
+        // Who was given TLS stays with it.
+        replicas.retain(|replica| replica.scheme() == self.current().scheme());
         self.move_on();
         if !replicas.is_empty() {
             self.replica = Some(replicas.swap_remove(fastrand::usize(..replicas.len())));

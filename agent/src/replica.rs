@@ -24,9 +24,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::apply::{self, Applier, Modules};
 use crate::archive;
-use crate::config::{
-    Delivery, FRESH_LOOK, FRESH_LOOK_MAX, LAG_FORGET, LAG_MAX, OPA_POLL, RETRY_FIRST, RETRY_MAX,
-};
+use crate::config::{Delivery, FRESH_LOOK, FRESH_LOOK_MAX, LAG_MAX, OPA_POLL, RETRY_FIRST, RETRY_MAX};
 use crate::local::Local;
 use crate::marker::Marker;
 use crate::pull::{self, Archive, Hubs, PolicyBundle, Stream};
@@ -156,7 +154,7 @@ impl Replica {
                 Trouble::Hub(error) => {
                     if let pull::Error::Lags(_) = error {
                         let now = Instant::now();
-                        let held = self.lags.filter(|(_, last)| now - *last < LAG_FORGET);
+                        let held = self.lags.filter(|(_, last)| now - *last < self.hubs.turn());
                         self.lags = Some((held.map_or(now, |(first, _)| first), now));
                     }
                     tracing::warn!(hub = %self.hubs.current(), %error, "no stream");
@@ -227,7 +225,8 @@ impl Replica {
         self.follow(stream, held).await
     }
 
-    /// What the hub says was taken. Opening a stream proves nothing: its first frame may be older than what OPA holds.
+    /// What the hub says was taken, or that there is no more. Opening a stream proves nothing: its first frame may be older
+    /// than what OPA holds.
     fn accepted(&mut self) {
         self.hubs.settle();
         self.lags = None;
@@ -260,6 +259,10 @@ impl Replica {
                             if let Word::Go(urls) = Word::of(&words) {
                                 let ready = urls.into_iter().filter_map(|url| url.parse().ok()).collect();
                                 return Err(pull::Error::Stops(ready).into());
+                            }
+                            if Word::of(&words) == Word::Wait {
+                                stream.heard_now();
+                                continue;
                             }
                             // This was all, so far, and these policies are not what OPA is offered.
                             if !self.is_offered(held.modules) {
@@ -333,7 +336,7 @@ impl Replica {
                     return Err(apply::Error::NotHeld { from: policy.from, held: held.modules }.into());
                 }
                 not_back(policy.position.lag(&held.marker.position, std::iter::empty(), true))?;
-                held.marker.position = policy.position.after(&held.marker.position);
+                held.marker.position = policy.after(&held.marker.position);
                 match self.delivery {
                     Delivery::Rest => {
                         held.modules = policy.to;

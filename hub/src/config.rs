@@ -65,16 +65,11 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub const SEND_BUFFER: usize = 16 << 10;
 /// Streams that are written to before others have their turn: 3 ms.
 pub const ROUND_SLICE: usize = 256;
-/// A connection that was quiet this long is probed …
-pub const KEEPALIVE: Duration = Duration::from_secs(30);
-/// … this often …
-pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// … and a reader whose machine says nothing to that, or to what it was sent, is given up after this. Shorter would
-/// take streams from readers that only do not read: the kernel counts a full window too (tcp(7), `TCP_USER_TIMEOUT`).
+/// A reader whose machine does not acknowledge what it was sent is given up after this. Shorter would take streams from
+/// readers that only do not read: the kernel counts a full window too (tcp(7), `TCP_USER_TIMEOUT`).
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(300);
-/// A hub that stops asks the other replicas whether they are ready: one of them answers in this time …
-pub const FAREWELL_ANSWER: Duration = Duration::from_millis(500);
-/// … and all of them, with a look into the DNS, in this …
+/// A hub that stops asks the other replicas whether they are ready: who has not said so in this time, with a look into the
+/// DNS, is not named …
 pub const FAREWELL_MAX: Duration = Duration::from_secs(1);
 /// … and so many are asked, and named to readers.
 pub const FAREWELL_REPLICAS_MAX: usize = 16;

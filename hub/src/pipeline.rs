@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use opa_hub_proto::path::DirPath;
-use opa_hub_proto::position::Position;
+use opa_hub_proto::position::{Bounds, Position};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
@@ -242,7 +242,7 @@ impl Pipeline {
         let source = store.subscribe();
         for (id, feed) in spec.feeds.iter().enumerate() {
             let watch = source.open(FeedId(id), feed);
-            bundle.feeds.open(FeedId(id), feed.to_string(), watch);
+            bundle.feeds.open(FeedId(id), feed, watch);
         }
         let (jobs, checker) = mpsc::unbounded_channel();
         let good = watch::Sender::new(None);
@@ -361,13 +361,19 @@ impl Pipeline {
         self.heard.newest = self.source.newest();
     }
 
-    /// Takes what changed into the batch.
-    fn take(&mut self) {
-        let Taken { changes, all, newest } = self.source.take(COMMIT_EVENTS_MAX);
-        self.heard.newest = newest;
+    /// Takes so much at most of what changed into the batch.
+    fn take(&mut self, max: usize) {
+        let Taken { changes, all, newest } = self.source.take(max);
         if let Some(all) = all {
             self.heard.all = all;
+        } else {
+            // Of a feed that came meanwhile nothing is all there.
+            self.heard.all.retain(|id, _| newest.contains_key(id));
+            for id in newest.keys() {
+                self.heard.all.entry(*id).or_insert(Version(0));
+            }
         }
+        self.heard.newest = newest;
         for change in changes {
             let (Change::Put(id, _) | Change::Remove(id, _)) = &change;
             if !self.projection.is_closed(*id) {
@@ -409,7 +415,7 @@ impl Pipeline {
         let refused = self.projection.open(id, feed.clone()).err();
         match &refused {
             Some(error) => tracing::warn!(feed = name, %error, "not replicated"),
-            None => self.bundle.feeds.open(id, name.clone(), self.source.open(id, feed)),
+            None => self.bundle.feeds.open(id, feed, self.source.open(id, feed)),
         }
         self.readiness.problem(&format!("replicated {name}"), refused.map(|error| error.to_string()));
     }
@@ -429,6 +435,11 @@ impl Pipeline {
 
     /// Publishes what the batch changed, once every source has listed and every policy was checked (I5, I6).
     pub fn commit(&mut self) {
+        self.commit_some(COMMIT_EVENTS_MAX);
+    }
+
+    /// The same of so many changes at most.
+    pub fn commit_some(&mut self, max: usize) {
         if self.stage == Stage::Listing {
             if !self.source.is_listed() || !self.restored {
                 return;
@@ -436,7 +447,7 @@ impl Pipeline {
             self.project_all();
             self.stage = Stage::Checking;
         }
-        self.take();
+        self.take(max);
         if !self.opening.is_empty() && self.source.is_settled() {
             self.opening.clear();
         }
@@ -460,10 +471,8 @@ impl Pipeline {
         let is_first = self.stage == Stage::Checking;
         self.stage = Stage::Live;
         let before = self.view.revision;
-        // Before the edition it may be too new, after it too old: an agent waits a moment then, and never goes back.
-        self.bundle.hear_newest(self.position(|heard| &heard.newest));
         match self.view.apply(std::mem::take(&mut self.batch)) {
-            None if !is_first => return self.bundle.hear_all(self.position(|heard| &heard.all)),
+            None if !is_first => return self.bundle.set_position(self.position(|heard| &heard.all)),
             None => {}
             Some((view, changed)) => {
                 tracing::debug!(bundle = self.bundle.name, revision = %view.revision, keys = changed.len(), "new view");
@@ -485,8 +494,10 @@ impl Pipeline {
                 "ready"
             );
         }
-        self.bundle.publish(self.view.clone(), self.log.clone());
-        self.bundle.hear_all(self.position(|heard| &heard.all));
+        let all = self.position(|heard| &heard.all);
+        let bounds = Bounds { all: all.clone(), newest: self.position(|heard| &heard.newest) };
+        self.bundle.publish(self.view.clone(), self.log.clone(), bounds);
+        self.bundle.set_position(all);
     }
 
     fn count(&self, changed: &Changed) {

@@ -3,7 +3,7 @@
 //! and looks here what they are: however slow it is, nothing queues up behind it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -43,8 +43,8 @@ pub struct Counters {
     /// Objects that exist.
     pub objects: AtomicU64,
     heard: Mutex<Option<Instant>>,
-    /// What was heard last is that it says no.
-    is_refused: AtomicBool,
+    /// When it said no, if nothing else was heard since.
+    refused: Mutex<Option<Instant>>,
 }
 
 /// What changed for a subscriber.
@@ -164,12 +164,16 @@ impl Store {
 }
 
 impl State {
-    /// Of the feeds of a subscriber. Where the source has versions at all, nothing was heard of a feed that has none.
+    /// Of the feeds of a subscriber. Where the source has versions at all, nothing was heard yet of a feed that has none,
+    /// unless it cannot be had.
     fn versions(&self, reader: usize) -> BTreeMap<FeedId, Version> {
-        let live = |watch| self.watches.get(watch).and_then(|live| live.version);
         let nothing = self.watches.values().find_map(|live| live.version).map(|_| Version(0));
+        let live = |watch| {
+            let live: &Live = self.watches.get(watch)?;
+            live.version.or_else(|| nothing.filter(|_| !live.settled))
+        };
         let feeds = self.inboxes.get(&reader).into_iter().flat_map(|inbox| &inbox.feeds);
-        feeds.filter_map(|(id, (watch, _))| Some((*id, live(watch).or(nothing)?))).collect()
+        feeds.filter_map(|(id, (watch, _))| Some((*id, live(watch)?))).collect()
     }
 }
 
@@ -193,8 +197,9 @@ impl Live {
         if matches!(event, Event::Init | Event::Unavailable) {
             return false;
         }
-        self.counters.is_refused.store(*event == Event::Refused, Ordering::Relaxed);
-        if *event == Event::Refused {
+        let is_refused = *event == Event::Refused;
+        *self.counters.refused.lock().unwrap_or_else(PoisonError::into_inner) = is_refused.then(Instant::now);
+        if is_refused {
             return false;
         }
         *self.counters.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
@@ -214,6 +219,8 @@ impl Live {
         match event {
             Event::Unavailable => {
                 self.settled = true;
+                // The next list begins anew.
+                (self.listing, self.staged) = (None, HashMap::new());
                 Vec::new()
             }
             Event::Quiet | Event::Refused => Vec::new(),
@@ -275,9 +282,10 @@ impl Counters {
         heard.map(|heard| heard.elapsed()).filter(|silent| *silent > STALE_AFTER)
     }
 
-    /// Whether that is because the source says no. So it does to every replica.
+    /// Whether that is because the source says no, again and again. So it does to every replica.
     pub fn is_refused(&self) -> bool {
-        self.is_refused.load(Ordering::Relaxed)
+        let refused = *self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.is_some_and(|refused| refused.elapsed() < STALE_AFTER)
     }
 }
 
@@ -500,6 +508,32 @@ mod tests {
         check("[ a=1 ] [ [ a=1 ]", "a=1", "a=1");
         check("[ a=1 ] [ ]", "a=1 -a", "-a");
         check("[ a=1 ] [ a=1 -a ]", "a=1 -a", "-a");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_says_no_is_not_silent() {
+        let store = Arc::new(Store::new(Readiness::default()));
+        let one = store.subscribe();
+        let counters = one.open(FeedId(0), &feed());
+        let step = STALE_AFTER / 2;
+        for (event, is_stale, is_refused) in [
+            (Event::InitDone, false, false),
+            (Event::Refused, false, true),
+            (Event::Refused, true, true),
+            // Its last word is old, too.
+            (Event::Unavailable, true, true),
+            (Event::Unavailable, true, false),
+            (Event::Quiet, false, false),
+        ] {
+            tokio::time::advance(step).await;
+            store.apply((WatchId(0), event.clone(), None));
+            tokio::time::advance(Duration::from_secs(1)).await;
+            assert_eq!(
+                (counters.stale().is_some(), counters.is_refused()),
+                (is_stale, is_refused),
+                "{event:?}"
+            );
+        }
     }
 
     #[test]

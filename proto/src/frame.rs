@@ -20,9 +20,12 @@ pub struct Delta<'a> {
     pub from: Digest,
     /// Data digest that it holds afterwards.
     pub to: Digest,
-    /// How far the hub had heard its source by then.
+    /// What it leads to holds all that happened before this …
     #[serde(default, skip_serializing_if = "Position::is_empty")]
     pub position: Position,
+    /// … and nothing that happened after this, if that is not the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub newest: Option<Position>,
     /// New directories outside the replicated resources: to be made, with their parents, before the patch.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ensure: Vec<DirPath>,
@@ -45,9 +48,12 @@ pub struct Policy {
     pub from: Digest,
     /// Modules digest that it holds afterwards.
     pub to: Digest,
-    /// How far the hub had heard its source by then.
+    /// What it leads to holds all that happened before this …
     #[serde(default, skip_serializing_if = "Position::is_empty")]
     pub position: Position,
+    /// … and nothing that happened after this, if that is not the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub newest: Option<Position>,
     /// Texts to put, by module id.
     pub put: BTreeMap<String, String>,
     /// Ids to remove.
@@ -55,6 +61,22 @@ pub struct Policy {
     /// What of replicated objects the modules read then, in the hub's words; none: objects come whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reads: Option<String>,
+}
+
+impl Delta<'_> {
+    /// As of when an agent is that held what was as of `before` and takes this.
+    #[must_use]
+    pub fn after(&self, before: &Position) -> Position {
+        self.newest.as_ref().unwrap_or(&self.position).clone().after(before)
+    }
+}
+
+impl Policy {
+    /// The same.
+    #[must_use]
+    pub fn after(&self, before: &Position) -> Position {
+        self.newest.as_ref().unwrap_or(&self.position).clone().after(before)
+    }
 }
 
 /// The name of the event that carries a [`Delta`].
@@ -90,7 +112,7 @@ mod tests {
             let digest = Digest::of(b"x");
             let patch = RawValue::from_string(r#"[{"op":"remove","path":"/a/b/c"}]"#.into()).unwrap();
             let delta = Delta {
-                from: digest, to: digest, position: Position::default(), ensure: vec!["/a".parse().unwrap()],
+                from: digest, to: digest, position: Position::default(), newest: None, ensure: vec!["/a".parse().unwrap()],
                 dirs: BTreeMap::from([("/a/b".parse().unwrap(), Some(digest))]), narrows: false, ops: 1, patch: &patch,
             };
             let mut bytes = serde_json::to_vec(&delta).unwrap();

@@ -53,6 +53,15 @@ pub enum Invalid {
     Json(#[from] serde_json::Error),
 }
 
+/// Between what content lies.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Bounds {
+    /// It holds all that happened before this …
+    pub all: Position,
+    /// … and nothing that happened after this.
+    pub newest: Position,
+}
+
 impl Position {
     /// Nothing was heard.
     pub fn is_empty(&self) -> bool {

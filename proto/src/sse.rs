@@ -5,12 +5,15 @@ use std::fmt;
 /// The first words of comments, see [`Word`].
 const STALE: &str = "stale";
 const GO: &str = "go";
+const WAIT: &str = "wait";
 
 /// What a comment of the hub says beside that the hub is there.
 #[derive(Debug, PartialEq, Eq, Clone)]
 pub enum Word<'a> {
     /// Nothing, or what only people read.
     Here,
+    /// There is more, which is not ready yet.
+    Wait,
     /// It has not heard its source for a while, in words: its head may be old.
     Stale(&'a str),
     /// It stops: another one is to be asked at once, one of these (base URLs) where it knows any.
@@ -21,6 +24,7 @@ impl<'a> Word<'a> {
     /// Of a comment.
     pub fn of(comment: &'a str) -> Self {
         match comment.split_once(' ').unwrap_or((comment, "")) {
+            (WAIT, _) => Self::Wait,
             (STALE, words) => Self::Stale(words),
             (GO, urls) => Self::Go(urls.split_whitespace().collect()),
             _ => Self::Here,
@@ -32,6 +36,7 @@ impl fmt::Display for Word<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Here => Ok(()),
+            Self::Wait => f.write_str(WAIT),
             Self::Stale(words) => write!(f, "{STALE} {words}"),
             Self::Go(urls) => [&[GO], &urls[..]].concat().join(" ").fmt(f),
         }
@@ -215,6 +220,7 @@ mod tests {
     fn words_are_read_as_they_are_written() {
         for (word, written) in [
             (Word::Here, ""),
+            (Word::Wait, "wait"),
             (Word::Stale("for 31 s"), "stale for 31 s"),
             (Word::Go(vec![]), "go"),
             (

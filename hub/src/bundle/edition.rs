@@ -2,15 +2,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
-use opa_hub_proto::position::{Lag, Position};
+use opa_hub_proto::position::{Bounds, Lag, Position};
 use opa_hub_proto::reconcile::{READS_BYTES_MAX, READS_MAX, Reconcile};
 use opa_hub_proto::revision::{Digest, Hasher, Revision};
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::{OnceCell, Semaphore, watch};
 
 use super::archive::Archive;
 use super::feeds::Feeds;
@@ -36,6 +36,8 @@ const FRAMES_BYTES_MAX: usize = 64 << 20;
 /// Changed keys whose frame is encoded where it is asked for: about 0.1 ms with values of 1 KB. More is work for a
 /// thread beside those that write.
 const NEAR_KEYS_MAX: usize = 64;
+/// Frames of more keys that are encoded at a time for streams that open: a core stays for those who write.
+const FAR_ENCODES_MAX: usize = 1;
 
 /// Which part of a view an archive holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,7 +58,8 @@ pub struct Bundle {
     pub name: String,
     head: watch::Sender<Option<Arc<Edition>>>,
     paced: watch::Sender<Option<Arc<Edition>>>,
-    heard: Arc<Mutex<Heard>>,
+    /// How far the source was heard, also where that changed nothing: the head holds all that happened before.
+    position: Arc<Mutex<Position>>,
     problems: Mutex<Arc<[Problem]>>,
     /// What of replicated objects travels, and because of whom.
     reading: Arc<Mutex<Arc<Reading>>>,
@@ -70,17 +73,6 @@ pub struct Bundle {
     pub counters: Arc<Counters>,
     /// How it looks from single namespaces; none: everybody gets all of it.
     pub scopes: Option<Scopes>,
-}
-
-/// How far the source was heard, also where that changed nothing.
-#[derive(Default)]
-struct Heard {
-    /// The head holds all that happened before …
-    all: Position,
-    /// … and nothing that happened after this …
-    newest: Position,
-    /// … which was said so often.
-    times: u64,
 }
 
 /// What of replicated objects travels, and what policies read, where one follows from the other.
@@ -124,7 +116,7 @@ pub struct Edition {
     pub view: View,
     /// When it was published.
     pub published: SystemTime,
-    heard: Arc<Mutex<Heard>>,
+    bounds: Mutex<Bounds>,
     bundle: String,
     log: Log,
     frames: Mutex<Frames>,
@@ -136,12 +128,7 @@ pub struct Edition {
 }
 
 /// Frames to an edition, by where they lead from.
-#[derive(Default)]
-struct Frames {
-    by_from: HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>,
-    /// How often the source had been heard when they were encoded: they say how far.
-    times: u64,
-}
+type Frames = HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>;
 
 /// What a stream at some revision is told.
 pub enum Next {
@@ -199,7 +186,7 @@ impl Bundle {
             name,
             head: watch::Sender::new(None),
             paced: watch::Sender::new(None),
-            heard: Arc::default(),
+            position: Arc::default(),
             problems: Mutex::default(),
             reading: Arc::default(),
             feeds: Feeds::default(),
@@ -214,9 +201,9 @@ impl Bundle {
     /// A part of it that has nothing to serve yet.
     pub(super) fn part(&self) -> Self {
         let (objects, counters) = (Arc::clone(&self.objects), Arc::clone(&self.counters));
-        let (reading, heard) = (Arc::clone(&self.reading), Arc::clone(&self.heard));
+        let (reading, position) = (Arc::clone(&self.reading), Arc::clone(&self.position));
         let feeds = self.feeds.clone();
-        Self { heard, reading, feeds, objects, counters, ..Self::new(self.name.clone(), None) }
+        Self { position, reading, feeds, objects, counters, ..Self::new(self.name.clone(), None) }
     }
 
     /// What whoever asks from `namespace` gets.
@@ -239,8 +226,8 @@ impl Bundle {
         self.objects.get().map(|objects| objects()).unwrap_or_default()
     }
 
-    /// Makes `view` the newest edition.
-    pub fn publish(&self, view: View, log: Log) {
+    /// Makes `view`, which lies within `bounds`, the newest edition.
+    pub fn publish(&self, view: View, log: Log, bounds: Bounds) {
         self.counters.view_changes.fetch_add(1, Ordering::Relaxed);
         let before = self.head.borrow().clone();
         // A part that did not change keeps its archive.
@@ -251,7 +238,7 @@ impl Bundle {
         let edition = Edition {
             view,
             published: SystemTime::now(),
-            heard: Arc::clone(&self.heard),
+            bounds: Mutex::new(bounds),
             bundle: self.name.clone(),
             log,
             frames: Mutex::default(),
@@ -268,22 +255,14 @@ impl Bundle {
         }
     }
 
-    /// Its head, and the next edition, hold nothing that happened after this.
-    pub fn hear_newest(&self, newest: Position) {
-        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        if heard.newest != newest {
-            (heard.newest, heard.times) = (newest, heard.times + 1);
-        }
-    }
-
     /// Its head holds all that happened before this.
-    pub fn hear_all(&self, all: Position) {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner).all = all;
+    pub fn set_position(&self, position: Position) {
+        *self.position.lock().unwrap_or_else(PoisonError::into_inner) = position;
     }
 
-    /// How far the source was heard: its head holds all that happened before.
+    /// How far the source was heard: its head, whichever is that from now on, holds all that happened before.
     pub fn position(&self) -> Position {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner).all.clone()
+        self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What is refused from now on.
@@ -365,7 +344,22 @@ impl Edition {
 
     /// It holds nothing that happened after this.
     pub fn newest(&self) -> Position {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner).newest.clone()
+        self.bounds().newest.clone()
+    }
+
+    pub(super) fn bounds(&self) -> MutexGuard<'_, Bounds> {
+        self.bounds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It is still the head, and its bundle [is at](Bundle::position) `here`. Frames are told as of then, if they have to
+    /// be for somebody who is as of `there`: those that were encoded before may be too old for that.
+    pub fn is_as_of(&self, here: &Position, there: &Position) {
+        let mut bounds = self.bounds();
+        if bounds.all.is_behind(there) && bounds.all.is_behind(here) {
+            let newest = here.clone().after(&bounds.newest);
+            *bounds = Bounds { all: here.clone(), newest };
+            self.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
     }
 
     /// What would go back in time at an agent that holds `held` as of `there`, where the source was heard up to `here`
@@ -398,12 +392,18 @@ impl Edition {
     pub fn is_near(&self, held: Revision) -> bool {
         held == self.view.revision || self.log.data_keys_since(held.data) <= NEAR_KEYS_MAX || {
             let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
-            frames.by_from.get(&held).is_some_and(|frame| frame.get().is_some())
+            frames.get(&held).is_some_and(|frame| frame.get().is_some())
         }
     }
 
-    /// [`next`](Self::next), beside the threads that write unless it [is near](Self::is_near).
+    /// [`next`](Self::next), beside the threads that write and for a few at a time, unless it [is near](Self::is_near).
     pub async fn next_beside(self: &Arc<Self>, held: Revision) -> Next {
+        static TURNS: Semaphore = Semaphore::const_new(FAR_ENCODES_MAX);
+        if self.is_near(held) {
+            return self.next(held);
+        }
+        let _turn = TURNS.acquire().await.expect("it is never closed");
+        // Another one may have had it encoded meanwhile.
         if self.is_near(held) {
             return self.next(held);
         }
@@ -416,22 +416,19 @@ impl Edition {
         if held == self.view.revision {
             return Next::UpToDate;
         }
-        let times = self.heard.lock().unwrap_or_else(PoisonError::into_inner).times;
         let cell = {
             let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
             let bytes = |frame: &Arc<OnceLock<Option<Bytes>>>| frame.get()?.as_ref().map(Bytes::len);
-            let Frames { by_from, times: encoded } = &mut *frames;
-            if *encoded != times
-                || by_from.len() >= FRAMES_MAX
-                || by_from.values().filter_map(bytes).sum::<usize>() > FRAMES_BYTES_MAX
+            if frames.len() >= FRAMES_MAX
+                || frames.values().filter_map(bytes).sum::<usize>() > FRAMES_BYTES_MAX
             {
-                by_from.clear();
+                frames.clear();
             }
-            *encoded = times;
-            Arc::clone(by_from.entry(held).or_default())
+            Arc::clone(frames.entry(held).or_default())
         };
         let frame = cell.get_or_init(|| {
-            let frame = frame::encode(&self.view, &self.log, &self.newest(), held);
+            let bounds = self.bounds().clone();
+            let frame = frame::encode(&self.view, &self.log, &bounds, held);
             self.counters.frame_encodes.fetch_add(u64::from(frame.is_some()), Ordering::Relaxed);
             frame
         });

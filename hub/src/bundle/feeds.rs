@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::model::FeedId;
+use crate::model::{self, FeedId};
 use crate::store;
 
 /// By feed; none: it ended. Cloning shares them.
@@ -30,6 +30,8 @@ impl std::fmt::Display for Stale {
 pub struct Feed {
     /// Its name.
     pub name: String,
+    /// What it is called in positions.
+    pub position_name: String,
     /// What its watch said, which may serve others too.
     pub watch: Arc<store::Counters>,
     /// Objects and keys of which something changed for OPAs.
@@ -45,6 +47,11 @@ impl Feeds {
     /// The feed whose source said nothing new for longest, where that is too long to trust what it said.
     pub fn stale(&self) -> Option<Stale> {
         self.longest(|_| true)
+    }
+
+    /// The same of what positions call `name`.
+    pub fn stale_of(&self, name: &str) -> Option<Stale> {
+        self.longest(|feed| feed.position_name == name)
     }
 
     /// The same, of those whose source says nothing at all. What refuses one replica something refuses it to all.
@@ -66,12 +73,13 @@ impl Feeds {
     }
 
     /// The feed `id` begins.
-    pub fn open(&self, id: FeedId, name: String, watch: Arc<store::Counters>) {
+    pub fn open(&self, id: FeedId, feed: &model::Feed, watch: Arc<store::Counters>) {
         self.with(|feeds| {
             if feeds.len() <= id.0 {
                 feeds.resize(id.0 + 1, None);
             }
-            feeds[id.0] = Some(Arc::new(Feed { name, watch, changes: AtomicU64::new(0) }));
+            let (name, position_name) = (feed.to_string(), feed.position_name());
+            feeds[id.0] = Some(Arc::new(Feed { name, position_name, watch, changes: AtomicU64::new(0) }));
         });
     }
 

@@ -6,17 +6,17 @@ use bytes::Bytes;
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX, POLICY_EVENT, Policy, write_event};
 use opa_hub_proto::patch::PatchWriter;
 use opa_hub_proto::path::DirPath;
-use opa_hub_proto::position::Position;
+use opa_hub_proto::position::{Bounds, Position};
 use opa_hub_proto::revision::{Digest, Revision};
 use serde_json::value::RawValue;
 
 use super::log::{Log, Since};
 use super::view::View;
 
-/// The events that lead from `from` to `view`, which is as of `position`: data first, then the modules that may read
+/// The events that lead from `from` to `view`, which lies within `bounds`: data first, then the modules that may read
 /// it. None when the log no longer reaches back to `from`, when the events are larger than an agent may hold, or when
 /// the modules at `from` read fields that are gone (I10): reconcile then.
-pub fn encode(view: &View, log: &Log, position: &Position, from: Revision) -> Option<Bytes> {
+pub fn encode(view: &View, log: &Log, bounds: &Bounds, from: Revision) -> Option<Bytes> {
     let mut out = Vec::new();
     let mut held = from;
     if held.data != view.revision.data {
@@ -24,19 +24,19 @@ pub fn encode(view: &View, log: &Log, position: &Position, from: Revision) -> Op
         if since.narrows && held.modules != view.revision.modules {
             return None;
         }
-        let json = delta(view, &since, position, held.data)?;
+        let json = delta(view, &since, bounds, held.data)?;
         held.data = view.revision.data;
         write_event(&mut out, held, DELTA_EVENT, &json);
     }
     if held.modules != view.revision.modules {
-        let json = policy(view, &log.modules_since(held.modules)?, position, held.modules);
+        let json = policy(view, &log.modules_since(held.modules)?, bounds, held.modules);
         held.modules = view.revision.modules;
         write_event(&mut out, held, POLICY_EVENT, &json);
     }
     (out.len() <= FRAME_BYTES_MAX).then(|| out.into())
 }
 
-fn delta(view: &View, since: &Since, position: &Position, from: Digest) -> Option<Vec<u8>> {
+fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Vec<u8>> {
     let mut patch = PatchWriter::default();
     let mut ensure = Vec::new();
     let mut digests = BTreeMap::new();
@@ -79,9 +79,13 @@ fn delta(view: &View, since: &Since, position: &Position, from: Digest) -> Optio
     let patch = String::from_utf8(patch.into_array()).expect("JSON values are UTF-8");
     let patch = RawValue::from_string(patch).expect("operations are written as JSON");
     let (to, narrows) = (view.revision.data, since.narrows);
-    let position = position.clone();
-    let delta = Delta { from, to, position, ensure, dirs: digests, narrows, ops, patch: &patch };
+    let (position, newest) = told(bounds);
+    let delta = Delta { from, to, position, newest, ensure, dirs: digests, narrows, ops, patch: &patch };
     Some(serde_json::to_vec(&delta).expect("a frame has text keys only"))
+}
+
+fn told(Bounds { all, newest }: &Bounds) -> (Position, Option<Position>) {
+    (all.clone(), (newest != all).then(|| newest.clone()))
 }
 
 /// The map of a replicated resource that `dir` lies in.
@@ -89,11 +93,11 @@ pub(super) fn enclosing<'a>(view: &'a View, dir: &DirPath) -> Option<&'a DirPath
     view.ensure.iter().find(|prefix| dir.is_within(prefix))
 }
 
-fn policy(view: &View, ids: &[&str], position: &Position, from: Digest) -> Vec<u8> {
+fn policy(view: &View, ids: &[&str], bounds: &Bounds, from: Digest) -> Vec<u8> {
     let reads = view.reads.as_deref().map(str::to_owned);
     let (put, remove) = (BTreeMap::new(), Vec::new());
-    let position = position.clone();
-    let mut policy = Policy { from, to: view.revision.modules, position, put, remove, reads };
+    let (position, newest) = told(bounds);
+    let mut policy = Policy { from, to: view.revision.modules, position, newest, put, remove, reads };
     for id in ids {
         match view.modules.get(*id) {
             Some(module) => _ = policy.put.insert((*id).to_owned(), module.text.clone()),

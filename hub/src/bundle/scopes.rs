@@ -70,7 +70,7 @@ impl Scopes {
         let bundle = Arc::new(whole.part());
         if let Some(edition) = whole.head().borrow().as_ref() {
             let view = self.view(&edition.view, namespace);
-            bundle.publish(view, Log::default());
+            bundle.publish(view, Log::default(), edition.bounds().clone());
         }
         let asked = Arc::new(AtomicBool::new(true));
         let scope = Scope { bundle: Arc::clone(&bundle), asked };
@@ -104,7 +104,7 @@ impl Scopes {
                 log = held.log().clone();
                 log.push(held.view.revision, changed, commit.narrows);
             }
-            scope.bundle.publish(next, log);
+            scope.bundle.publish(next, log, edition.bounds().clone());
         }
     }
 

@@ -8,7 +8,7 @@ use axum::extract::Query;
 use axum::http::Uri;
 use axum::serve::Listener;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
 
 use super::Hub;
@@ -91,16 +91,21 @@ async fn accept(
         };
         let (hub, fanout, out) = (hub.clone(), Arc::clone(&fanout), out.clone());
         tokio::spawn(async move {
-            if let Some(tcp) = look(tcp, &hub, &fanout).await {
+            if let Some(tcp) = look(tcp, looking, &hub, &fanout).await {
                 _ = out.send((tcp, peer)).await;
             }
-            drop(looking);
         });
     }
 }
 
 /// Hands a stream to the fan-out, and gives back everything else.
-async fn look(tcp: TcpStream, hub: &Hub, fanout: &Arc<Fanout>) -> Option<TcpStream> {
+/// Another head is looked at once this one was read.
+async fn look(
+    tcp: TcpStream,
+    turn: OwnedSemaphorePermit,
+    hub: &Hub,
+    fanout: &Arc<Fanout>,
+) -> Option<TcpStream> {
     // A frame is small and must not wait for the acknowledgement of the one before.
     _ = tcp.set_nodelay(true);
     let until = Instant::now() + HEAD_MAX;
@@ -115,6 +120,7 @@ async fn look(tcp: TcpStream, hub: &Hub, fanout: &Arc<Fanout>) -> Option<TcpStre
             }
             Head::Partial | Head::Other => return Some(tcp),
             Head::Stream(asked, length) => {
+                drop(turn);
                 let Ok((bundle, held)) = asked.open(hub).await else { return Some(tcp) };
                 if matches!(tcp.try_read(&mut bytes[..length]), Ok(read) if read == length) {
                     fanout.join(&bundle, tcp, held);

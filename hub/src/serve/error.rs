@@ -54,7 +54,7 @@ pub(super) enum Error {
 impl Error {
     /// A hub that is cut off is no witness of a source that went back.
     pub(super) fn lags(lag: Lag, feeds: &Feeds) -> Self {
-        match feeds.stale() {
+        match feeds.stale_of(&lag.name) {
             Some(stale) => Self::Stale { lag, stale },
             None => Self::Lags(lag),
         }

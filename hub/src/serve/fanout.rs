@@ -12,20 +12,17 @@ use std::time::Duration;
 use bytes::{Buf as _, Bytes};
 use opa_hub_proto::revision::Revision;
 use slab::Slab;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::task::TaskTracker;
 
 use super::Hub;
-use super::stream::{Open, greeting, heartbeat};
+use super::stream::{Open, WAIT, greeting, heartbeat};
 use crate::bundle::feeds::Feeds;
 use crate::bundle::{Bundle, Edition, Next};
-use crate::config::{
-    DRAIN_ROUND, DRAIN_ROUNDS, HEARTBEAT, KEEPALIVE, KEEPALIVE_INTERVAL, ROUND_SLICE, SEND_BUFFER,
-    WRITE_TIMEOUT,
-};
+use crate::config::{DRAIN_ROUND, DRAIN_ROUNDS, HEARTBEAT, ROUND_SLICE, SEND_BUFFER, WRITE_TIMEOUT};
 
 /// Heartbeats are spread over so many parts of their interval, or they would hold up frames.
 const BEATS: usize = 16;
@@ -89,10 +86,8 @@ impl Fanout {
     /// Writes `bundle` to `tcp` from now on. Its reader, whose request was read, is at `held`.
     pub(super) fn join(self: &Arc<Self>, bundle: &Arc<Bundle>, tcp: TcpStream, held: Revision) {
         let socket = SockRef::from(&tcp);
-        // They fail on a socket that is gone only.
+        // Both fail on a socket that is gone only. Heartbeats keep it from being idle: there is nothing to probe.
         _ = socket.set_send_buffer_size(SEND_BUFFER);
-        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE_INTERVAL);
-        _ = socket.set_tcp_keepalive(&keepalive);
         _ = socket.set_tcp_user_timeout(Some(WRITE_TIMEOUT));
         let mut stream = Stream {
             tcp: Arc::new(tcp),
@@ -206,9 +201,9 @@ impl Rounds {
             }
         }
         fanout.writers.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
-        if stop.is_cancelled() {
-            self.drain(&fanout.hub).await;
-        }
+        // Where another bundle took the name of this one, its readers come back to that: there is no other hub to go to.
+        let words = if stop.is_cancelled() { fanout.hub.farewell().await } else { Bytes::new() };
+        self.drain(&words).await;
     }
 
     fn begin(&mut self, stream: Stream) {
@@ -367,8 +362,9 @@ impl Rounds {
                     continue;
                 }
             }
-            if !matches!(stream.waits, Waits::Socket(_)) && stream.rest.is_empty() {
-                stream.rest = bytes.clone();
+            if stream.rest.is_empty() {
+                // No other word says that this was all.
+                stream.rest = if let Waits::Frame = stream.waits { WAIT } else { bytes.clone() };
                 self.write(at);
             }
         }
@@ -376,10 +372,9 @@ impl Rounds {
         self.frame = None;
     }
 
-    /// Tells readers to go, a few at a time, so that their readers come to another hub spread over a while; those of
-    /// many small bundles too.
-    async fn drain(mut self, hub: &Hub) {
-        let words = hub.farewell().await;
+    /// Ends streams with these words, a few at a time, so that their readers come back, or to another hub, spread over a
+    /// while; those of many small bundles too.
+    async fn drain(mut self, words: &[u8]) {
         while let Ok(stream) = self.joins.try_recv() {
             self.streams.insert(stream);
         }
@@ -392,7 +387,7 @@ impl Rounds {
             for stream in left.drain(left.len().saturating_sub(slice)..) {
                 // Between two frames only; who has half of one will see that it ends.
                 if stream.rest.is_empty() {
-                    _ = stream.tcp.try_write(&words);
+                    _ = stream.tcp.try_write(words);
                 }
             }
             tokio::time::sleep(if left.is_empty() { Duration::ZERO } else { DRAIN_ROUND }).await;

@@ -59,10 +59,12 @@ impl Asked {
             None => edition.view.revision,
             Some(text) => text.parse().map_err(|_| Error::InvalidRevision(text.clone()))?,
         };
-        if let Some(there) = &self.position
-            && let Some(lag) = edition.lag(held, &here, &there.parse()?)
-        {
-            return Err(Error::lags(lag, &bundle.feeds));
+        if let Some(there) = &self.position {
+            let there = there.parse()?;
+            if let Some(lag) = edition.lag(held, &here, &there) {
+                return Err(Error::lags(lag, &bundle.feeds));
+            }
+            edition.is_as_of(&here, &there);
         }
         if matches!(edition.next_beside(held).await, Next::Unknown) {
             return Err(Error::UnknownRevision(held.to_string()));
@@ -90,6 +92,9 @@ pub(super) fn greeting(bundle: &str, feeds: &Feeds, held: Revision) -> Bytes {
 pub(super) fn text(value: &[u8]) -> String {
     String::from_utf8_lossy(value).into_owned()
 }
+
+/// What leads on from where a reader is takes a moment.
+pub(super) const WAIT: Bytes = Bytes::from_static(b": wait\n\n");
 
 /// The hub is there, and nothing is new; or what it last heard is old.
 pub(super) fn heartbeat(feeds: &Feeds) -> Bytes {

@@ -85,12 +85,12 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the API server said so.
-    fn is_answer(&self) -> bool {
+    /// Whether the API server says no, as it would to any replica.
+    fn is_refusal(&self) -> bool {
         match self {
             Self::Forbidden { .. } | Self::WrongScope { .. } => true,
-            Self::Watch(error) => error.code().is_some(),
-            Self::Discover { source, .. } => status_code(source).is_some(),
+            Self::Watch(error) => error.code() == Some(404),
+            Self::Discover { source, .. } => status_code(source) == Some(403),
             _ => false,
         }
     }
@@ -168,7 +168,7 @@ async fn keep_watching(client: Client, id: WatchId, feed: Feed, out: Sender, rea
         let heard = match &error {
             // There is nothing of it.
             Error::NotServed(_) => Some(Event::Quiet),
-            error => error.is_answer().then_some(Event::Refused),
+            error => error.is_refusal().then_some(Event::Refused),
         };
         if let Some(heard) = heard
             && out.send((id, heard, None)).await.is_err()
@@ -246,9 +246,6 @@ impl Following<'_> {
                         _ if cuts >= CUTS_MAX => return End::NoStreamingList,
                         // The resource or the right to it is gone: look again from the start.
                         Some(403 | 404) => return End::Failed(error),
-                        Some(_) if self.out.send((self.id, Event::Refused, None)).await.is_err() => {
-                            return End::StoreGone;
-                        }
                         _ => {}
                     }
                     self.wait_out(&name, error, retry).await;

@@ -11,6 +11,7 @@ use fastrand::Rng;
 use opa_hub::bundle::{Edition, Next, Part};
 use opa_hub::model::{Event, Object, ObjectKey, Version, WatchId};
 use opa_hub_proto::frame::FRAME_BYTES_MAX;
+use opa_hub_proto::position::Position;
 use opa_hub_proto::revision::Revision;
 use opa_hub_proto::sse::{Decoder, Message};
 use serde_json::{Value, json};
@@ -123,8 +124,8 @@ impl Hub {
         self.told = source.history.len();
     }
 
-    /// Some of what it was not told yet.
-    fn hear(&mut self, source: &Source, count: usize) {
+    /// Some of what it was not told yet, of which so much at most is published.
+    fn hear(&mut self, source: &Source, count: usize, most: usize) {
         for (watch, key, value) in source.history.iter().skip(self.told).take(count) {
             self.told += 1;
             let event = match value.clone() {
@@ -133,7 +134,7 @@ impl Hub {
             };
             self.writer.store.apply((*watch, event, Some(Version(self.told as u64))));
         }
-        self.writer.pipeline.commit();
+        self.writer.pipeline.commit_some(most);
     }
 
     fn head(&self) -> Option<Arc<Edition>> {
@@ -209,19 +210,23 @@ impl Agent {
         if self.held.position.is_empty() {
             seen.snapshots += 1;
             self.held.archive(&head.archive(Part::Whole).await.pieces.concat());
-            self.arrive(&head);
-        } else if head.lag(self.held.revision(), &here, &there).is_some() {
-            seen.lags += 1;
-            return;
-        } else if matches!(head.next(self.held.revision()), Next::Unknown) {
-            let (held, modules) = (self.held.reconcile(), self.held.revision().modules);
-            if head.lag_of(&held, Some(modules), &here, &there).is_some() {
+            self.arrive(&head, &here);
+        } else {
+            if head.lag(self.held.revision(), &here, &there).is_some() {
                 seen.lags += 1;
                 return;
             }
-            seen.reconciles += 1;
-            self.held.archive(&head.reconcile(held).await.pieces.concat());
-            self.arrive(&head);
+            head.is_as_of(&here, &there);
+            if let Next::Unknown = head.next(self.held.revision()) {
+                let (held, modules) = (self.held.reconcile(), self.held.revision().modules);
+                if head.lag_of(&held, Some(modules), &here, &there).is_some() {
+                    seen.lags += 1;
+                    return;
+                }
+                seen.reconciles += 1;
+                self.held.archive(&head.reconcile(held).await.pieces.concat());
+                self.arrive(&head, &here);
+            }
         }
         let wire = Wire::default();
         *wire.lock().unwrap() = Some(UnderWay::default());
@@ -234,7 +239,8 @@ impl Agent {
         }
     }
 
-    fn arrive(&mut self, head: &Edition) {
+    fn arrive(&mut self, head: &Edition, here: &Position) {
+        self.held.is_exact = head.newest() == *here;
         self.held.position = head.newest().after(&self.held.position);
         self.is_whole = true;
     }
@@ -274,7 +280,7 @@ impl Agent {
 
     /// All that the source had at the agent's position, and at any before, and nothing else.
     fn check(&mut self, source: &Source) {
-        if self.held.position.is_empty() || !self.is_whole {
+        if self.held.position.is_empty() || !self.is_whole || !self.held.is_exact {
             return;
         }
         let mut of = |watch: WatchId, name: &'static str| {
@@ -317,7 +323,8 @@ async fn run(seed: u64, steps: usize) -> Seen {
             0..300 => source.change(&mut rng),
             300..500 => {
                 let count = rng.usize(..8);
-                hubs[hub].hear(&source, count);
+                let most = if rng.bool() { rng.usize(1..4) } else { usize::MAX };
+                hubs[hub].hear(&source, count, most);
             }
             500..580 => _ = hubs[hub].writer.check(),
             580..730 => hubs[hub].write(&mut rng),
@@ -350,7 +357,7 @@ async fn run(seed: u64, steps: usize) -> Seen {
     }
     // Whatever failed stops failing.
     for hub in &mut hubs {
-        hub.hear(&source, usize::MAX);
+        hub.hear(&source, usize::MAX, usize::MAX);
         hub.writer.commit();
     }
     for agent in &mut agents {
@@ -360,7 +367,7 @@ async fn run(seed: u64, steps: usize) -> Seen {
         agent.read(usize::MAX, &mut seen);
         let head = hubs[0].head().unwrap();
         assert_eq!(agent.held.revision(), head.view.revision, "I2");
-        agent.arrive(&head);
+        agent.arrive(&head, &hubs[0].writer.bundle.position());
         agent.check(&source);
     }
     for hub in &hubs {

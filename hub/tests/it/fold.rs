@@ -30,6 +30,8 @@ pub(crate) struct Held {
     reads: Vec<String>,
     /// As of when.
     pub(crate) position: Position,
+    /// Whether it is all of what was then, not some of what came after.
+    pub(crate) is_exact: bool,
 }
 
 impl Held {
@@ -112,10 +114,11 @@ impl Held {
                 if policy.position.lag(&self.position, std::iter::empty(), true).is_some() {
                     return Err(Refused::Lags);
                 }
+                self.position = policy.after(&self.position);
+                self.is_exact = policy.newest.is_none();
                 self.modules.retain(|id, _| !policy.remove.contains(id));
                 self.modules.extend(policy.put);
                 self.reads = policy.reads.into_iter().collect();
-                self.position = policy.position.after(&self.position);
                 assert_eq!(policy.to, self.revision().modules);
             }
             other => panic!("no event {other}"),
@@ -142,7 +145,8 @@ impl Held {
                 None => _ = self.dirs.remove(dir),
             }
         }
-        self.position = delta.position.clone().after(&self.position);
+        self.position = delta.after(&self.position);
+        self.is_exact = delta.newest.is_none();
         assert_eq!(delta.to, self.revision().data);
     }
 

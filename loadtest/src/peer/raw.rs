@@ -172,6 +172,7 @@ fn frame(from: u64, to: u64, bytes: usize) -> anyhow::Result<Vec<u8>> {
         let delta = Delta {
             from: revision(from)?.data,
             to: revision(to)?.data,
+            newest: None,
             position: format!(r#"{{"/kubernetes/pods":{to},"data":1,"policies":1}}"#).parse()?,
             ensure: Vec::new(),
             dirs: BTreeMap::from([(dir()?, Some(Digest::of(to.to_string().as_bytes())))]),

@@ -149,9 +149,9 @@ impl Agent {
         let held = &mut self.revision;
         let said: Revision = id.parse()?;
         if event == DELTA_EVENT {
-            let delta: Delta = serde_json::from_slice(data)?;
+            let mut delta: Delta = serde_json::from_slice(data)?;
             ensure!(delta.from == held.data, "a frame from {}, while {} is held", delta.from, held.data);
-            for (dir, digest) in delta.dirs {
+            for (dir, digest) in std::mem::take(&mut delta.dirs) {
                 match digest {
                     Some(digest) => _ = self.dirs.insert(dir, digest),
                     None => _ = self.dirs.remove(&dir),
@@ -164,7 +164,7 @@ impl Agent {
                 let patch: json_patch::Patch = serde_json::from_str(delta.patch.get())?;
                 json_patch::patch(&mut content, &patch).context("a patch that does not fit")?;
             }
-            self.position = delta.position.after(&self.position);
+            self.position = delta.after(&self.position);
             *held = said;
             if let Some(number) = number(delta.patch.get()) {
                 self.arrive(number, now);
