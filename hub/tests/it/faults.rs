@@ -240,7 +240,7 @@ impl Agent {
     }
 
     fn arrive(&mut self, head: &Edition, here: &Position) {
-        self.held.is_exact = head.newest() == *here;
+        self.held.proven = here.clone().after(&self.held.proven);
         self.held.position = head.newest().after(&self.held.position);
         self.is_whole = true;
     }
@@ -280,12 +280,13 @@ impl Agent {
 
     /// All that the source had at the agent's position, and at any before, and nothing else.
     fn check(&mut self, source: &Source) {
-        if self.held.position.is_empty() || !self.is_whole || !self.held.is_exact {
+        let Held { position, proven, .. } = &self.held;
+        if position.is_empty() || !self.is_whole || proven.is_behind(position) {
             return;
         }
         let mut of = |watch: WatchId, name: &'static str| {
             let latest = self.latest.entry(name).or_default();
-            *latest = (*latest).max(self.held.position.of(name).unwrap_or(0));
+            *latest = (*latest).max(self.held.proven.of(name).unwrap_or(0));
             source.at(watch, *latest)
         };
         let mut data = json!({});

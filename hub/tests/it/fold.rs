@@ -30,8 +30,8 @@ pub(crate) struct Held {
     reads: Vec<String>,
     /// As of when.
     pub(crate) position: Position,
-    /// Whether it is all of what was then, not some of what came after.
-    pub(crate) is_exact: bool,
+    /// It holds all that happened before this, and is as of then where this is `position`.
+    pub(crate) proven: Position,
 }
 
 impl Held {
@@ -115,7 +115,7 @@ impl Held {
                     return Err(Refused::Lags);
                 }
                 self.position = policy.after(&self.position);
-                self.is_exact = policy.newest.is_none();
+                self.proven = policy.position.clone().after(&self.proven);
                 self.modules.retain(|id, _| !policy.remove.contains(id));
                 self.modules.extend(policy.put);
                 self.reads = policy.reads.into_iter().collect();
@@ -146,7 +146,7 @@ impl Held {
             }
         }
         self.position = delta.after(&self.position);
-        self.is_exact = delta.newest.is_none();
+        self.proven = delta.position.clone().after(&self.proven);
         assert_eq!(delta.to, self.revision().data);
     }
 
