@@ -126,11 +126,12 @@ async fn run(config: Config) -> anyhow::Result<()> {
         },
     };
     tracing::info!("stopping");
+    let until = tokio::time::Instant::now() + DRAIN;
     stop.cancel();
     server.await?.context("cannot serve")?;
     if let Some(lease) = lease {
-        // Whoever waits for the Lease takes it when it runs out, at worst.
-        _ = tokio::time::timeout(DRAIN, lease).await;
+        // It began to be given back with the stop. Whoever waits for it takes it when it runs out, at worst.
+        _ = tokio::time::timeout_at(until, lease).await;
     }
     ended
 }

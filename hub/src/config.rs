@@ -63,6 +63,12 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes that the kernel takes of a stream whose reader does not read, twice that with its own: without a limit it
 /// takes 4 MB, 12,700 small frames, before anybody notices.
 pub const SEND_BUFFER: usize = 16 << 10;
+/// Bytes of frames of one bundle that are kept or under way: beyond, who is far behind waits for those who read theirs …
+pub const FRAMES_LIVE_MAX: usize = 128 << 20;
+/// … and whoever has not read on for this long …
+pub const LARGE_STALL_MAX: Duration = Duration::from_secs(15);
+/// … of more than this, which is not the kernel's, goes and comes back.
+pub const LARGE_REST: usize = 256 << 10;
 /// Streams that are written to before others have their turn: 3 ms.
 pub const ROUND_SLICE: usize = 256;
 /// A reader whose machine does not acknowledge what it was sent is given up after this. Shorter would take streams from

@@ -142,8 +142,10 @@ async fn perform(command: Command) -> anyhow::Result<()> {
 
 async fn signal() -> anyhow::Result<()> {
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
     tokio::select! {
         _ = terminate.recv() => Ok(()),
+        _ = hangup.recv() => Ok(()),
         ended = tokio::signal::ctrl_c() => ended.context("cannot wait for Ctrl-C"),
     }
 }

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 pub(crate) use self::world::fill;
 use self::world::{Stage, World};
+use crate::scenario::at_least;
 
 /// OPA's collector gives memory back while it is idle and while it works: it is measured after this pause and after the
 /// label changes.
@@ -28,13 +29,13 @@ const ROLLED_OUT: usize = 20;
 #[derive(Args)]
 pub(crate) struct Options {
     /// Pods, 10 KB each as the API server serves them
-    #[arg(long, default_value_t = 30_000)]
+    #[arg(long, default_value_t = 30_000, value_parser = at_least::<2>)]
     pods: usize,
     /// Where the pods are
     #[arg(long, value_enum, default_value = "folder")]
     source: SourceKind,
     /// Label changes that are timed
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = 50, value_parser = at_least::<1>)]
     changes: usize,
     /// Write memory-SOURCE.json, .md and .svg here
     #[arg(long, value_name = "DIR")]

@@ -277,6 +277,7 @@ pub(crate) fn report(dir: &Path) -> anyhow::Result<usize> {
     files.retain(|file| file.extension().is_some_and(|kind| kind == "json"));
     // What `memory` keeps is of another kind.
     files.retain(|file| !file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("memory-")));
+    anyhow::ensure!(!files.is_empty(), "{} holds no results", dir.display());
     let mut text = "| goal | at most | found | | command |\n|---|--:|--:|---|---|\n".to_owned();
     let mut missed = 0;
     for file in files {
@@ -325,6 +326,8 @@ fn shown(value: f64, unit: &str) -> String {
 }
 
 fn digits(value: f64) -> String {
+    // No minus before nothing.
+    let value = value + 0.0;
     if value.abs() >= 100.0 || value.fract().abs() < f64::EPSILON {
         format!("{value:.0}")
     } else if value.abs() >= 10.0 {

@@ -1,7 +1,7 @@
 //! What readers see: the view and the log at one moment, with everything that was encoded from them, once.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -24,7 +24,7 @@ use super::snapshot::{self, SegmentCache};
 use super::spec::Scoped;
 use super::view::{Batch, View};
 use super::{delta, frame};
-use crate::config::{RECONCILE_CACHE_MAX, SNAPSHOT_INTERVAL};
+use crate::config::{FRAMES_LIVE_MAX, RECONCILE_CACHE_MAX, SNAPSHOT_INTERVAL};
 use crate::model::{Object, Problem};
 use crate::policy::analyze::Reads;
 use crate::policy::verdict::Verdicts;
@@ -94,6 +94,8 @@ pub struct Counters {
     pub view_changes: AtomicU64,
     /// Frames encoded.
     pub frame_encodes: AtomicU64,
+    /// Bytes of frames that are kept or under way.
+    pub frame_bytes: Arc<AtomicUsize>,
     /// Archives encoded.
     pub snapshot_encodes: AtomicU64,
     /// Reconcile answers encoded.
@@ -129,6 +131,31 @@ pub struct Edition {
 
 /// Frames to an edition, by where they lead from.
 type Frames = HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>;
+
+/// The bytes of a frame, counted for as long as anybody holds them.
+struct Counted {
+    frame: Vec<u8>,
+    live: Arc<AtomicUsize>,
+}
+
+impl Counted {
+    fn bytes(frame: Vec<u8>, live: &Arc<AtomicUsize>) -> Bytes {
+        live.fetch_add(frame.len(), Ordering::Relaxed);
+        Bytes::from_owner(Self { frame, live: Arc::clone(live) })
+    }
+}
+
+impl AsRef<[u8]> for Counted {
+    fn as_ref(&self) -> &[u8] {
+        &self.frame
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.live.fetch_sub(self.frame.len(), Ordering::Relaxed);
+    }
+}
 
 /// What a stream at some revision is told.
 pub enum Next {
@@ -396,6 +423,11 @@ impl Edition {
         }
     }
 
+    /// Frames take all the memory that they may: none of those far away is encoded.
+    pub fn is_full(&self) -> bool {
+        self.counters.frame_bytes.load(Ordering::Relaxed) > FRAMES_LIVE_MAX
+    }
+
     /// [`next`](Self::next), beside the threads that write and for a few at a time, unless it [is near](Self::is_near).
     pub async fn next_beside(self: &Arc<Self>, held: Revision) -> Next {
         static TURNS: Semaphore = Semaphore::const_new(FAR_ENCODES_MAX);
@@ -430,7 +462,7 @@ impl Edition {
             let bounds = self.bounds().clone();
             let frame = frame::encode(&self.view, &self.log, &bounds, held);
             self.counters.frame_encodes.fetch_add(u64::from(frame.is_some()), Ordering::Relaxed);
-            frame
+            frame.map(|frame| Counted::bytes(frame, &self.counters.frame_bytes))
         });
         frame.clone().map_or(Next::Unknown, Next::Frames)
     }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX, POLICY_EVENT, Policy, write_event};
 use opa_hub_proto::patch::PatchWriter;
 use opa_hub_proto::path::DirPath;
@@ -16,7 +15,7 @@ use super::view::View;
 /// The events that lead from `from` to `view`, which lies within `bounds`: data first, then the modules that may read
 /// it. None when the log no longer reaches back to `from`, when the events are larger than an agent may hold, or when
 /// the modules at `from` read fields that are gone (I10): reconcile then.
-pub fn encode(view: &View, log: &Log, bounds: &Bounds, from: Revision) -> Option<Bytes> {
+pub fn encode(view: &View, log: &Log, bounds: &Bounds, from: Revision) -> Option<Vec<u8>> {
     let mut out = Vec::new();
     let mut held = from;
     if held.data != view.revision.data {
@@ -33,7 +32,7 @@ pub fn encode(view: &View, log: &Log, bounds: &Bounds, from: Revision) -> Option
         held.modules = view.revision.modules;
         write_event(&mut out, held, POLICY_EVENT, &json);
     }
-    (out.len() <= FRAME_BYTES_MAX).then(|| out.into())
+    (out.len() <= FRAME_BYTES_MAX).then_some(out)
 }
 
 fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Vec<u8>> {

@@ -46,6 +46,9 @@ pub(super) enum Error {
         /// Since when nothing was heard.
         stale: Stale,
     },
+    /// Many are far behind and read slowly.
+    #[error("frames for readers far behind take all their memory: ask again in a moment, or another hub")]
+    Full,
     /// A reconcile request that does not parse.
     #[error("not a reconcile request: {0}")]
     InvalidReconcile(String),
@@ -65,7 +68,7 @@ impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let status = match self {
             Self::NoSuchBundle(_) => StatusCode::NOT_FOUND,
-            Self::NotReady | Self::Stale { .. } | Self::Scope(scopes::Error::TooMany) => {
+            Self::NotReady | Self::Stale { .. } | Self::Full | Self::Scope(scopes::Error::TooMany) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::Split(_) => StatusCode::CONFLICT,

@@ -7,7 +7,6 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use opa_hub_proto::revision::Revision;
@@ -16,13 +15,17 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use super::Hub;
 use super::stream::{Open, WAIT, greeting, heartbeat};
 use crate::bundle::feeds::Feeds;
 use crate::bundle::{Bundle, Edition, Next};
-use crate::config::{DRAIN_ROUND, DRAIN_ROUNDS, HEARTBEAT, ROUND_SLICE, SEND_BUFFER, WRITE_TIMEOUT};
+use crate::config::{
+    DRAIN_ROUND, DRAIN_ROUNDS, HEARTBEAT, LARGE_REST, LARGE_STALL_MAX, ROUND_SLICE, SEND_BUFFER,
+    WRITE_TIMEOUT,
+};
 
 /// Heartbeats are spread over so many parts of their interval, or they would hold up frames.
 const BEATS: usize = 16;
@@ -56,8 +59,8 @@ struct Stream {
 enum Waits {
     /// Nothing.
     No,
-    /// The socket is full; this task waits until it is not.
-    Socket(#[expect(dead_code, reason = "ends with this")] Aborted),
+    /// The socket is full since then; a task waits until it is not.
+    Socket(Instant, #[expect(dead_code, reason = "ends with this")] Aborted),
     /// Its frame is being encoded.
     Frame,
 }
@@ -247,7 +250,7 @@ impl Rounds {
     /// which may be all others.
     fn encode(&mut self) {
         let Some(edition) = self.head.borrow().clone() else { return };
-        if !self.encoding.is_empty() || self.behind.is_empty() {
+        if !self.encoding.is_empty() || self.behind.is_empty() || edition.is_full() {
             return;
         }
         self.large_was_last = !self.large_was_last;
@@ -285,24 +288,15 @@ impl Rounds {
     fn advance(&mut self, at: usize, edition: &Edition) -> Result<(), Over> {
         let Some(stream) = self.streams.get_mut(at) else { return Ok(()) };
         loop {
-            while !stream.rest.is_empty() {
-                match stream.tcp.try_write(&stream.rest) {
-                    Ok(0) => return Err(Over),
-                    Ok(written) => {
-                        stream.rest.advance(written);
-                    }
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                        let (tcp, ready) = (Arc::clone(&stream.tcp), self.ready.0.clone());
-                        let waiting = tokio::spawn(async move {
-                            // An error shows at the next write.
-                            _ = tcp.writable().await;
-                            _ = ready.send(at);
-                        });
-                        stream.waits = Waits::Socket(Aborted(waiting.abort_handle()));
-                        return Ok(());
-                    }
-                    Err(_) => return Err(Over),
-                }
+            if !stream.flush()? {
+                let (tcp, ready) = (Arc::clone(&stream.tcp), self.ready.0.clone());
+                let waiting = tokio::spawn(async move {
+                    // An error shows at the next write.
+                    _ = tcp.writable().await;
+                    _ = ready.send(at);
+                });
+                stream.waits = Waits::Socket(Instant::now(), Aborted(waiting.abort_handle()));
+                return Ok(());
             }
             if let Waits::Frame = stream.waits {
                 return Ok(());
@@ -340,7 +334,7 @@ impl Rounds {
     /// The socket of a stream takes more.
     fn resume(&mut self, at: usize) {
         if let Some(stream) = self.streams.get_mut(at)
-            && let Waits::Socket(_) = stream.waits
+            && let Waits::Socket(..) = stream.waits
         {
             stream.waits = Waits::No;
             self.write(at);
@@ -351,6 +345,7 @@ impl Rounds {
     fn heartbeat(&mut self) {
         self.beat = (self.beat + 1) % BEATS;
         let bytes = heartbeat(&self.feeds);
+        let is_full = self.head.borrow().as_ref().is_some_and(|edition| edition.is_full());
         for at in (self.beat..self.streams.capacity()).step_by(BEATS) {
             let Some(stream) = self.streams.get_mut(at) else { continue };
             let mut nothing = [0; 64];
@@ -362,6 +357,10 @@ impl Rounds {
                     continue;
                 }
             }
+            if is_full && stream.holds_much() {
+                self.streams.remove(at);
+                continue;
+            }
             if stream.rest.is_empty() {
                 // No other word says that this was all.
                 stream.rest = if let Waits::Frame = stream.waits { WAIT } else { bytes.clone() };
@@ -370,6 +369,8 @@ impl Rounds {
         }
         // Kept for a storm of joins at one revision, not for ever.
         self.frame = None;
+        // There may be room for the next of those far behind.
+        self.encode();
     }
 
     /// Ends streams with these words, a few at a time, so that their readers come back, or to another hub, spread over a
@@ -380,17 +381,49 @@ impl Rounds {
         }
         let mut left: Vec<_> = self.streams.drain().collect();
         fastrand::shuffle(&mut left);
+        let until = Instant::now() + DRAIN_ROUND * u32::try_from(DRAIN_ROUNDS).expect("a few");
         let slice = left.len().div_ceil(DRAIN_ROUNDS).max(ROUND_SLICE);
         let spare = DRAIN_ROUNDS.saturating_sub(left.len().div_ceil(slice));
         tokio::time::sleep(DRAIN_ROUND.mul_f64(spare as f64 * fastrand::f64())).await;
-        while !left.is_empty() {
-            for stream in left.drain(left.len().saturating_sub(slice)..) {
-                // Between two frames only; who has half of one will see that it ends.
-                if stream.rest.is_empty() {
-                    _ = stream.tcp.try_write(words);
-                }
+        // Who has half of a frame gets the rest of it first, if it reads.
+        let mut ending = Vec::new();
+        while !left.is_empty() || !ending.is_empty() && Instant::now() < until {
+            ending.extend(left.drain(left.len().saturating_sub(slice)..));
+            ending.retain_mut(|stream: &mut Stream| !stream.end(words));
+            if !left.is_empty() || !ending.is_empty() {
+                tokio::time::sleep(DRAIN_ROUND).await;
             }
-            tokio::time::sleep(if left.is_empty() { Duration::ZERO } else { DRAIN_ROUND }).await;
         }
+    }
+}
+
+impl Stream {
+    /// Writes as much of what is under way as the socket takes. Whether that is all.
+    fn flush(&mut self) -> Result<bool, Over> {
+        while !self.rest.is_empty() {
+            match self.tcp.try_write(&self.rest) {
+                Ok(0) => return Err(Over),
+                Ok(written) => self.rest.advance(written),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(_) => return Err(Over),
+            }
+        }
+        Ok(true)
+    }
+
+    /// It has not read on for long, of a frame that is large.
+    fn holds_much(&self) -> bool {
+        let is_stalled = matches!(&self.waits, Waits::Socket(since, _) if since.elapsed() > LARGE_STALL_MAX);
+        is_stalled && self.rest.len() > LARGE_REST
+    }
+
+    /// Writes the last words, behind what is under way. Whether it ended.
+    fn end(&mut self, words: &[u8]) -> bool {
+        match self.flush() {
+            Ok(false) => return false,
+            Ok(true) => _ = self.tcp.try_write(words),
+            Err(Over) => {}
+        }
+        true
     }
 }

@@ -74,7 +74,11 @@ impl Hub {
     }
 
     fn bundle(&self, name: &str) -> Result<Arc<Bundle>, Error> {
-        self.0.bundles.get(name).ok_or_else(|| Error::NoSuchBundle(name.to_owned()))
+        self.0.bundles.get(name).ok_or_else(|| {
+            // While the hub starts it may be to come.
+            let starts = self.0.bundles.list().is_empty();
+            if starts { Error::NotReady } else { Error::NoSuchBundle(name.to_owned()) }
+        })
     }
 
     /// What is served of the bundle to whoever names this namespace.

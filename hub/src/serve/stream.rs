@@ -66,6 +66,9 @@ impl Asked {
             }
             edition.is_as_of(&here, &there);
         }
+        if edition.is_full() && !edition.is_near(held) {
+            return Err(Error::Full);
+        }
         if matches!(edition.next_beside(held).await, Next::Unknown) {
             return Err(Error::UnknownRevision(held.to_string()));
         }

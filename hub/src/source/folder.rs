@@ -171,6 +171,9 @@ struct File {
 /// Changes whenever the file's content may have.
 type Stamp = (Option<SystemTime>, u64, u64);
 
+/// That of no file.
+const UNREAD: Stamp = (None, 0, 0);
+
 impl Folder {
     fn new(dir: PathBuf) -> Self {
         Self {
@@ -202,7 +205,7 @@ impl Folder {
         self.unreadable = unreadable;
         for (path, stamp) in found {
             let file = self.files.entry(path.clone()).or_insert(File {
-                stamp: (None, 0, 0),
+                stamp: UNREAD,
                 manifests: Vec::new(),
                 problem: None,
                 refused: Vec::new(),
@@ -211,7 +214,13 @@ impl Folder {
                 file.stamp = stamp;
                 match read(&path) {
                     Ok(manifests) => (file.manifests, file.problem) = (manifests, None),
-                    Err(problem) => file.problem = Some(problem),
+                    Err(problem) => {
+                        file.problem = Some(problem);
+                        // Rights, or a lack of file descriptors, change without the stamp.
+                        if std::fs::File::open(&path).is_err() {
+                            file.stamp = UNREAD;
+                        }
+                    }
                 }
             }
         }

@@ -54,7 +54,8 @@ impl Hub {
     pub fn spawn(&mut self) -> anyhow::Result<()> {
         self.process = None;
         let mut command = Command::new(program("opa-hub")?);
-        command.env("OPA_BIN", assets::folder()?.join("opa")).args(&self.args);
+        // What one that is killed leaves behind goes with the lab.
+        command.env("OPA_BIN", assets::folder()?.join("opa")).env("TMPDIR", &self.dir).args(&self.args);
         self.process = Some(Process::start("opa-hub", &self.dir, &mut command)?);
         Ok(())
     }

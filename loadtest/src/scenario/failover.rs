@@ -109,10 +109,10 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
 
         let number = due.push(Instant::now());
         hubs[dies].kill();
+        change(number).await?;
         if dies == stays {
             hubs[dies].spawn()?;
         }
-        change(number).await?;
         swarm.reach(number, 0).await?;
         let delays = swarm.take_delays();
         let mut of = Measured::new(who);

@@ -37,12 +37,13 @@ pub(crate) struct Common {
     pub(crate) out: Option<PathBuf>,
 }
 
-/// A number that is not smaller.
+/// More of anything is a slip: a machine has fewer ports, and an API server fewer pods.
+const MOST: usize = 1_000_000;
+
+/// A number that is not smaller, and not a slip.
 pub(crate) fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
-    text.parse()
-        .ok()
-        .filter(|number| *number >= LEAST)
-        .ok_or_else(|| format!("write a number from {LEAST} on"))
+    let number = text.parse().ok().filter(|number| (LEAST..=MOST).contains(number));
+    number.ok_or_else(|| format!("write a number from {LEAST} to {MOST}"))
 }
 
 /// The scenario's command, as far as it matters for what comes out.

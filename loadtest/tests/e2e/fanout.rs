@@ -29,6 +29,7 @@ struct Reader {
     tcp: TcpStream,
     decoder: Decoder,
     in_head: bool,
+    last_word: String,
 }
 
 impl Reader {
@@ -41,7 +42,7 @@ impl Reader {
             tcp.write_all(piece.as_bytes()).await?;
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        Ok(Self { tcp, decoder: Decoder::new(64 << 20), in_head: true })
+        Ok(Self { tcp, decoder: Decoder::new(64 << 20), in_head: true, last_word: String::new() })
     }
 
     /// The id of the next event; none at the end.
@@ -53,7 +54,10 @@ impl Reader {
             {
                 match message {
                     Message::Event { id, .. } => return Ok(Some(id)),
-                    Message::Comment(_) => continue,
+                    Message::Comment(word) => {
+                        self.last_word = word;
+                        continue;
+                    }
                 }
             }
             let read = tokio::time::timeout(Duration::from_secs(20), self.tcp.read(&mut bytes));
@@ -125,11 +129,20 @@ async fn who_does_not_read_costs_nobody_and_loses_nothing() -> anyhow::Result<()
     })
     .await?;
     // A hub that is told to stop ends its streams, and then itself.
-    let process = hub.process.as_mut().context("the hub runs")?;
     let started = Instant::now();
+    // Half of a frame is under way to one that reads: it gets the other half, then the word to go.
+    put(manifests.path(), ROUNDS + 1)?;
+    eventually("the frame is under way", async || {
+        let now = revision(&hub).await.map_err(|error| error.to_string())?;
+        equal(&(now != held), &true)
+    })
+    .await?;
+    let held = revision(&hub).await?;
+    let process = hub.process.as_mut().context("the hub runs")?;
     process.terminate()?;
-    assert_eq!(healthy.next().await?, None);
-    process.ended().await?;
+    assert_eq!(healthy.next().await?, Some(held));
+    assert_eq!((healthy.next().await?, healthy.last_word.as_str()), (None, "go"));
+    hub.process.as_mut().context("the hub runs")?.ended().await?;
     assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
     Ok(())
 }
