@@ -3,11 +3,11 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use opa_hub_loadtest::cluster::Cluster;
-use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::eventually::{PATIENCE, equal, eventually};
 use opa_hub_loadtest::lab::{ControlPlane, Hub};
 use opa_hub_loadtest::pods::Nth;
 use tokio::task::JoinSet;
@@ -219,10 +219,21 @@ async fn change(cluster: Cluster, pods: usize, number: u64) -> anyhow::Result<()
             cluster.namespace(&extra.namespace()).await?;
             cluster.guest(&extra.namespace(), &pod).await
         }
-        8 => cluster.delete_pod(&extra.namespace(), &extra.name()).await,
+        8 => remove(&cluster, extra).await,
         of_ten => {
             let nth = if of_ten == 0 { Nth(0) } else { Nth(1 + number as usize % (pods - 1)) };
             cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &number.to_string())]).await
+        }
+    }
+}
+
+/// It may be a busy API server's that is to make it yet.
+async fn remove(cluster: &Cluster, nth: Nth) -> anyhow::Result<()> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match cluster.delete_pod(&nth.namespace(), &nth.name()).await {
+            Err(_) if Instant::now() < until => tokio::time::sleep(Duration::from_millis(50)).await,
+            removed => return removed,
         }
     }
 }
