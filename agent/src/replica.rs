@@ -256,13 +256,16 @@ impl Replica {
                             }
                         }
                         Message::Comment(words) => {
-                            if let Word::Go(urls) = Word::of(&words) {
-                                let ready = urls.into_iter().filter_map(|url| url.parse().ok()).collect();
-                                return Err(pull::Error::Stops(ready).into());
-                            }
-                            if Word::of(&words) == Word::Wait {
-                                stream.heard_now();
-                                continue;
+                            match Word::of(&words) {
+                                Word::Go(urls) => {
+                                    let ready = urls.into_iter().filter_map(|url| url.parse().ok()).collect();
+                                    return Err(pull::Error::Stops(ready).into());
+                                }
+                                Word::Wait => {
+                                    stream.heard_now();
+                                    continue;
+                                }
+                                Word::Here | Word::Stale(_) => {}
                             }
                             // This was all, so far, and these policies are not what OPA is offered.
                             if !self.is_offered(held.modules) {

@@ -380,7 +380,7 @@ impl Edition {
 
     /// It is still the head, and its bundle [is at](Bundle::position) `here`. Frames are told as of then, if they have to
     /// be for somebody who is as of `there`: those that were encoded before may be too old for that.
-    pub fn is_as_of(&self, here: &Position, there: &Position) {
+    pub fn tell_as_of(&self, here: &Position, there: &Position) {
         let mut bounds = self.bounds();
         if bounds.all.is_behind(there) && bounds.all.is_behind(here) {
             let newest = here.clone().after(&bounds.newest);

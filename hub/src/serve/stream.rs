@@ -64,7 +64,7 @@ impl Asked {
             if let Some(lag) = edition.lag(held, &here, &there) {
                 return Err(Error::lags(lag, &bundle.feeds));
             }
-            edition.is_as_of(&here, &there);
+            edition.tell_as_of(&here, &there);
         }
         if edition.is_full() && !edition.is_near(held) {
             return Err(Error::Full);

@@ -216,7 +216,7 @@ impl Agent {
                 seen.lags += 1;
                 return;
             }
-            head.is_as_of(&here, &there);
+            head.tell_as_of(&here, &there);
             if let Next::Unknown = head.next(self.held.revision()) {
                 let (held, modules) = (self.held.reconcile(), self.held.revision().modules);
                 if head.lag_of(&held, Some(modules), &here, &there).is_some() {

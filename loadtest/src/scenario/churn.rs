@@ -12,7 +12,7 @@ use opa_hub_loadtest::lab::{ControlPlane, Hub};
 use opa_hub_loadtest::pods::Nth;
 use tokio::task::JoinSet;
 
-use super::{Common, at_least, at_rate, cluster_of, command, megabytes, seconds, usage};
+use super::{ASTRAY, Common, at_least, at_rate, cluster_of, command, megabytes, seconds, usage};
 use crate::peer::{self, Peer, Scale};
 use crate::probe::Probes;
 use crate::results::{Goal, Measured, Results};
@@ -25,7 +25,6 @@ const SETTLE: Duration = Duration::from_secs(5);
 const CPU: &str = "API server CPU a change";
 const WATCHES: &str = "watches on the API server";
 const DECISION: &str = "change to decision";
-const ASTRAY: &str = "witnesses that hold something else in the end";
 const MANY: &str = "opa-hub and many agents";
 const AUTO_AND_MANY: &str = "opa-hub, fields auto, and many agents";
 

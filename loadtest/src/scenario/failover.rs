@@ -12,7 +12,7 @@ use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa};
 use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
 
-use super::{Common, address, at_least, cluster_of, command, hub_flags};
+use super::{ASTRAY, Common, address, at_least, cluster_of, command, hub_flags};
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Schedule, Start, Swarm};
 
@@ -20,7 +20,6 @@ const SETTLE: Duration = Duration::from_secs(3);
 const ALL: &str = "from the kill until every agent has a change made right after it";
 const RECONCILES: &str = "agents that had to reconcile";
 const LOADED: &str = "real agents that loaded their OPA anew";
-const ASTRAY: &str = "witnesses that hold something else in the end";
 const OTHER: &str = "another replica";
 const SAME: &str = "the same hub, restarted";
 /// What travels of a pod, a fifth of its 10 KB.

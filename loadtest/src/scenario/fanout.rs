@@ -13,7 +13,7 @@ use clap::Args;
 use opa_hub_loadtest::lab::free_port;
 use opa_hub_loadtest::lab::process::{Process, Usage};
 
-use super::{Common, Crowd, at_least, command, seconds};
+use super::{ASTRAY, Common, Crowd, at_least, command, seconds};
 use crate::peer::raw;
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Schedule, Swarm};
@@ -29,7 +29,6 @@ const CPU: &str = "server CPU a delivery";
 const MEMORY: &str = "resident memory an idle agent";
 const SLOWNESS: &str = "time of a delivery, sustained";
 const ENCODES: &str = "frames encoded a change";
-const ASTRAY: &str = "witnesses that hold something else in the end";
 
 #[derive(Args)]
 pub(crate) struct Options {

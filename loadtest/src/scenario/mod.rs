@@ -37,6 +37,9 @@ pub(crate) struct Common {
     pub(crate) out: Option<PathBuf>,
 }
 
+/// The figure of what was lost or wrong, see [`Swarm::astray`].
+pub(crate) const ASTRAY: &str = "witnesses that hold something else in the end";
+
 /// More of anything is a slip: a machine has fewer ports, and an API server fewer pods.
 const MOST: usize = 1_000_000;
 

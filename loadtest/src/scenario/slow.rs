@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Common, Crowd, at_least, at_rate, command, usage};
+use super::{ASTRAY, Common, Crowd, at_least, at_rate, command, usage};
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::Pace;
 
@@ -15,7 +15,6 @@ const DELAY: &str = "change at the steady agents";
 const GROWTH: &str = "hub memory that changes took";
 const MEMORY: &str = "more hub memory a slow agent";
 const ENDED: &str = "streams that ended";
-const ASTRAY: &str = "witnesses that hold something else in the end";
 const SLOW: &str = "1 % stalled, 1 % trickling";
 const STEADY: &str = "all steady";
 

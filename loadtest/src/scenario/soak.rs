@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Common, Crowd, at_least, at_rate, command, megabytes, seconds, usage};
+use super::{ASTRAY, Common, Crowd, at_least, at_rate, command, megabytes, seconds, usage};
 use crate::histogram::Histogram;
 use crate::results::{Goal, Measured, Results};
 
@@ -14,7 +14,6 @@ const PODS: usize = 3000;
 const GRACE: Duration = Duration::from_secs(1);
 const DELAY: &str = "change at an agent";
 const BEHIND: &str = "agents without the last change after 1 s";
-const ASTRAY: &str = "witnesses that hold something else in the end";
 const SLOPE: &str = "p99 of the last tenth beside the first";
 
 #[derive(Args)]
