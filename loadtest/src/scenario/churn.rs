@@ -2,6 +2,7 @@
 //! decides by it.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use opa_hub_loadtest::cluster::Cluster;
 use opa_hub_loadtest::eventually::{PATIENCE, equal, eventually};
 use opa_hub_loadtest::lab::{ControlPlane, Hub};
 use opa_hub_loadtest::pods::Nth;
+use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
 use super::{ASTRAY, Common, at_least, at_rate, cluster_of, command, megabytes, seconds, usage};
@@ -124,7 +126,7 @@ async fn once(
     let due = Schedule::default();
     let idle = idle(cluster).await?;
     // Or an OPA that is late would show the number of whoever was measured before.
-    cluster.label_pod(&Nth(0).namespace(), &Nth(0).name(), &[("round", "0")]).await?;
+    label(cluster, Nth(0), 0).await?;
     let mut running = peer.start(plane, scale, &due).await?;
     tokio::time::sleep(SETTLE).await;
     let mut measured = Measured::new(peer.name());
@@ -136,10 +138,10 @@ async fn once(
     let hub = running.hub.as_ref().map(usage).transpose()?;
     let received = running.received();
     let server = plane.usage();
-    let (mut probed, mut changing) = (0, JoinSet::new());
+    let (mut probed, mut changing, turn) = (0, JoinSet::new(), Arc::default());
     let last = at_rate(&due, rate as f64, Duration::from_secs(time as u64), async |number, at| {
         // None waits for the one before: what is late is late for everybody.
-        changing.spawn(change(cluster.clone(), scale.pods, number));
+        changing.spawn(change(cluster.clone(), scale.pods, number, Arc::clone(&turn)));
         if number % CYCLE == 0 {
             probes.expect(number, at);
             probed = number;
@@ -215,7 +217,7 @@ async fn astray(swarm: &Swarm, cluster: &Cluster, peer: &Peer, hub: Option<&Hub>
 }
 
 /// One change of ten makes a pod and the next but four removes it; one is of the first pod, and one each of seven others.
-async fn change(cluster: Cluster, pods: usize, number: u64) -> anyhow::Result<()> {
+async fn change(cluster: Cluster, pods: usize, number: u64, turn: Arc<Mutex<()>>) -> anyhow::Result<()> {
     let extra = Nth(pods + (number / CYCLE) as usize);
     match number % CYCLE {
         3 => {
@@ -225,11 +227,17 @@ async fn change(cluster: Cluster, pods: usize, number: u64) -> anyhow::Result<()
             cluster.guest(&extra.namespace(), &pod).await
         }
         8 => remove(&cluster, extra).await,
-        of_ten => {
-            let nth = if of_ten == 0 { Nth(0) } else { Nth(1 + number as usize % (pods - 1)) };
-            cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &number.to_string())]).await
+        0 => {
+            // On a busy API server one would pass another, and the last number would never be seen.
+            let _turn = turn.lock().await;
+            label(&cluster, Nth(0), number).await
         }
+        _ => label(&cluster, Nth(1 + number as usize % (pods - 1)), number).await,
     }
+}
+
+async fn label(cluster: &Cluster, nth: Nth, number: u64) -> anyhow::Result<()> {
+    cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &number.to_string())]).await
 }
 
 /// It may be a busy API server's that is to make it yet.

@@ -7,7 +7,7 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
-use crate::world::write_manifest;
+use crate::world::{has_done, write_manifest};
 
 fn document(name: &str, spec: &Value) -> Value {
     json!({ "apiVersion": "opahub.dev/v1alpha1", "kind": "Bundle", "metadata": { "name": name }, "spec": spec })
@@ -112,9 +112,8 @@ async fn bundles_of_a_folder_and_a_file_go_by_themselves() -> anyhow::Result<()>
     write_manifest(work.path(), "bundles.json", &blue("a"))?;
     holds(&blue_opa, "/kubernetes/pods", &json!({ "a": { "p": { "spec": { "nodeName": "n" } } } })).await?;
     assert_eq!(blue_opa.data("/other/x").await?, json!(1), "its last good policy stays");
-    let (of_red, of_blue) = (red_agent.status().await?, blue_agent.status().await?);
-    assert_eq!(of_red["done"], json!({ "frames": 2, "reconciles": 0, "snapshots": 1 }));
-    assert_eq!(of_blue["done"], json!({ "frames": 0, "reconciles": 1, "snapshots": 1 }));
+    has_done(&red_agent, json!({ "frames": 2, "reconciles": 0, "snapshots": 1 })).await?;
+    has_done(&blue_agent, json!({ "frames": 0, "reconciles": 1, "snapshots": 1 })).await?;
     put("bundle-red.json", &document("red", &json!({ "policies": of_team("red") })))?;
     eventually("the pods are gone", async || {
         equal(&red.data("/kubernetes/pods/a").await.map_err(|error| error.to_string())?, &Value::Null)

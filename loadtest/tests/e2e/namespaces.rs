@@ -4,7 +4,7 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
-use crate::world::write_manifest;
+use crate::world::{has_done, write_manifest};
 
 #[tokio::test]
 async fn an_agent_holds_nothing_of_another_namespace() -> anyhow::Result<()> {
@@ -54,9 +54,9 @@ async fn an_agent_holds_nothing_of_another_namespace() -> anyhow::Result<()> {
     put("Pod", "a", "p", 1)?;
     hold([1, 0]).await?;
     // A change of one namespace is silence to the others: they are at the revision that they had.
-    let applied =
-        async |at: usize| agents[at].2.status().await.map(|status| status["done"]["frames"].clone());
-    assert_eq!((applied(0).await?, applied(1).await?, applied(2).await?), (json!(1), json!(0), json!(0)));
+    for ((_, _, agent), frames) in agents.iter().zip([1, 0, 0]) {
+        has_done(agent, json!({ "frames": frames, "reconciles": 0, "snapshots": 1 })).await?;
+    }
     hub.kill();
     put("Pod", "b", "p", 2)?;
     hub.spawn()?;

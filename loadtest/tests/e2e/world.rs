@@ -110,6 +110,16 @@ pub(crate) fn direct_config(hub: &str, resource: &str) -> Value {
     })
 }
 
+/// Waits until an agent counts so many of each as done: it does once OPA has them.
+pub(crate) async fn has_done(agent: &Agent, expected: Value) -> anyhow::Result<()> {
+    eventually("the agent has counted", async || {
+        let status = agent.status().await.map_err(|error| error.to_string())?;
+        equal(&status["done"], &expected)
+    })
+    .await
+    .map(drop)
+}
+
 /// Writes a manifest as an editor does, so that nobody reads half of it.
 pub(crate) fn write_manifest(dir: &Path, file: &str, content: &Value) -> anyhow::Result<()> {
     std::fs::write(dir.join(".draft"), content.to_string())?;
