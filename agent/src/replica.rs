@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, POLICY_EVENT, Policy};
-use opa_hub_proto::position::{Lag, Position};
+use opa_hub_proto::position::{Judge, Lag, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, modules_digest};
 use opa_hub_proto::sse::{Message, Word};
@@ -228,6 +228,7 @@ impl Replica {
     /// What the hub says was taken, or that there is no more. Opening a stream proves nothing: its first frame may be older
     /// than what OPA holds.
     fn accepted(&mut self) {
+        self.status.with(|state| state.behind = None);
         self.hubs.settle();
         self.lags = None;
     }
@@ -237,6 +238,7 @@ impl Replica {
         mut stream: Stream,
         mut held: Held,
     ) -> Result<std::convert::Infallible, Trouble> {
+        let mut judge = Judge::new(held.marker.position.clone());
         let mut poll = tokio::time::interval(OPA_POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -247,7 +249,7 @@ impl Replica {
                             // What is said is not held until OPA took it.
                             let said = id.parse().ok();
                             self.status.with(|state| state.said = said);
-                            self.apply(&mut held, &event, &data, said).await?;
+                            self.apply(&mut held, &mut judge, &event, &data, said).await?;
                             self.accepted();
                             stream.heard_now();
                             // Data and policies of one change come together: half of it is not in step.
@@ -262,6 +264,7 @@ impl Replica {
                                     return Err(pull::Error::Stops(ready).into());
                                 }
                                 Word::Wait => {
+                                    self.status.with(|state| _ = state.behind.get_or_insert_with(Instant::now));
                                     stream.heard_now();
                                     continue;
                                 }
@@ -314,6 +317,7 @@ impl Replica {
     async fn apply(
         &mut self,
         held: &mut Held,
+        judge: &mut Judge,
         event: &str,
         data: &[u8],
         said: Option<Revision>,
@@ -326,7 +330,7 @@ impl Replica {
             DELTA_EVENT => {
                 half(said.map(|said| said.modules), held.modules)?;
                 let delta: Delta = serde_json::from_slice(data).map_err(apply::Error::from)?;
-                not_back(delta.position.lag(&held.marker.position, delta.dirs.keys(), false))?;
+                judge.pass(&delta.position, delta.dirs.keys(), false).map_err(|lag| lags(&lag))?;
                 if delta.narrows && self.delivery == Delivery::Bundle {
                     self.local.activated(held.modules).await.ok_or(Trouble::NotActivated)?;
                 }
@@ -338,7 +342,7 @@ impl Replica {
                 if policy.from != held.modules {
                     return Err(apply::Error::NotHeld { from: policy.from, held: held.modules }.into());
                 }
-                not_back(policy.position.lag(&held.marker.position, std::iter::empty(), true))?;
+                judge.pass(&policy.position, std::iter::empty(), true).map_err(|lag| lags(&lag))?;
                 held.marker.position = policy.after(&held.marker.position);
                 match self.delivery {
                     Delivery::Rest => {
@@ -500,8 +504,8 @@ impl Replica {
 }
 
 /// A hub that had what OPA holds may still be behind the one that it came from: it has been there before.
-fn not_back(lag: Option<Lag>) -> Result<(), pull::Error> {
-    lag.map_or(Ok(()), |lag| Err(pull::Error::Lags(lag.to_string())))
+fn lags(lag: &Lag) -> pull::Error {
+    pull::Error::Lags(lag.to_string())
 }
 
 /// Answers to reconcile that may be needed at a start: one that holds what older policies read too, and one without.

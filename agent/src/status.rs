@@ -26,6 +26,8 @@ pub struct State {
     pub activated: Option<Digest>,
     /// Since when there is no stream; none while there is one.
     pub unconnected: Option<Instant>,
+    /// Since when the hub says that there is more than it has given.
+    pub behind: Option<Instant>,
     /// Since when the hub has not heard its source, in its words.
     pub stale: Option<(Instant, String)>,
     /// Modules that OPA refuses, with its words.
@@ -73,6 +75,7 @@ impl Status {
             held: None,
             activated: None,
             unconnected: Some(Instant::now()),
+            behind: None,
             stale: None,
             refused: BTreeMap::new(),
             failure: None,
@@ -112,6 +115,10 @@ impl State {
         let silent = self.unconnected.map(|since| since.elapsed());
         if let Some(silent) = silent.filter(|silent| *silent > self.grace) {
             because.push(format!("no stream from the hub for {} s", silent.as_secs()));
+        }
+        let behind = self.behind.map(|since| since.elapsed());
+        if let Some(behind) = behind.filter(|behind| *behind > self.grace) {
+            because.push(format!("the hub has more to say, for {} s", behind.as_secs()));
         }
         let stale = self.stale.as_ref().filter(|(since, _)| since.elapsed() > self.grace);
         because.extend(stale.map(|(_, words)| format!("what the hub says may be old: {words}")));

@@ -63,7 +63,8 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes that the kernel takes of a stream whose reader does not read, twice that with its own: without a limit it
 /// takes 4 MB, 12,700 small frames, before anybody notices.
 pub const SEND_BUFFER: usize = 16 << 10;
-/// Bytes of frames of one bundle that are kept or under way: beyond, who is far behind waits for those who read theirs …
+/// Bytes of frames of one bundle that are kept or under way: beyond, none of many keys is encoded. Who is far behind waits
+/// for those who read theirs …
 pub const FRAMES_LIVE_MAX: usize = 128 << 20;
 /// … and whoever has not read on for this long …
 pub const LARGE_STALL_MAX: Duration = Duration::from_secs(15);
@@ -83,6 +84,10 @@ pub const FAREWELL_REPLICAS_MAX: usize = 16;
 pub const DRAIN_ROUNDS: usize = 20;
 /// … of this length.
 pub const DRAIN_ROUND: Duration = Duration::from_millis(100);
+/// So often in a round those who have half of a frame are written to: 36 KB each time …
+pub const DRAIN_LOOKS: usize = 10;
+/// … and the hub waits so long at most for them to take the rest.
+pub const DRAIN_HALVES: Duration = Duration::from_secs(3);
 /// Requests in flight get this long to end at shutdown.
 pub const DRAIN: Duration = Duration::from_secs(5);
 /// Between tries to find a resource that the API server does not serve yet, and after a watch that failed: doubled …

@@ -68,6 +68,8 @@ struct Live {
     listed: bool,
     /// It was listed, or cannot be had.
     settled: bool,
+    /// The last word was that there is none of it, or none for us.
+    denied: bool,
     /// How far it is.
     version: Option<Version>,
     counters: Arc<Counters>,
@@ -165,12 +167,12 @@ impl Store {
 
 impl State {
     /// Of the feeds of a subscriber. Where the source has versions at all, nothing was heard yet of a feed that has none,
-    /// unless it cannot be had.
+    /// unless there is none of it.
     fn versions(&self, reader: usize) -> BTreeMap<FeedId, Version> {
         let nothing = self.watches.values().find_map(|live| live.version).map(|_| Version(0));
         let live = |watch| {
             let live: &Live = self.watches.get(watch)?;
-            live.version.or_else(|| nothing.filter(|_| !live.settled))
+            live.version.or_else(|| nothing.filter(|_| !live.denied))
         };
         let feeds = self.inboxes.get(&reader).into_iter().flat_map(|inbox| &inbox.feeds);
         feeds.filter_map(|(id, (watch, _))| Some((*id, live(watch)?))).collect()
@@ -186,6 +188,7 @@ impl Live {
             staged: HashMap::new(),
             listed: false,
             settled: false,
+            denied: false,
             version: None,
             counters: Arc::default(),
             readers: Vec::new(),
@@ -198,6 +201,7 @@ impl Live {
             return false;
         }
         let is_refused = *event == Event::Refused;
+        self.denied = is_refused || *event == Event::Quiet && !self.listed;
         *self.counters.refused.lock().unwrap_or_else(PoisonError::into_inner) = is_refused.then(Instant::now);
         if is_refused {
             return false;
@@ -533,6 +537,26 @@ mod tests {
                 (is_stale, is_refused),
                 "{event:?}"
             );
+        }
+    }
+
+    #[test]
+    fn what_fails_is_not_taken_for_what_is_not_there() {
+        let store = Arc::new(Store::new(Readiness::default()));
+        let one = store.subscribe();
+        one.open(FeedId(0), &feed());
+        one.open(FeedId(1), &Feed { scope: Scope::Namespace("x".into()), ..feed() });
+        store.apply((WatchId(0), Event::InitDone, Some(Version(5))));
+        for (event, version, expected) in [
+            (Event::Unavailable, None, Some(Version(0))),
+            (Event::Refused, None, None),
+            (Event::Unavailable, None, None),
+            (Event::Init, None, None),
+            (Event::InitDone, Some(Version(7)), Some(Version(7))),
+            (Event::Unavailable, None, Some(Version(7))),
+        ] {
+            store.apply((WatchId(1), event.clone(), version));
+            assert_eq!(one.newest().get(&FeedId(1)).copied(), expected, "{event:?}");
         }
     }
 

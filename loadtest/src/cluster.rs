@@ -23,8 +23,9 @@ const GUESTS: &str = "opahub.dev/load";
 /// A new namespace gets its default account within this time.
 const ACCOUNT_COMES: Duration = Duration::from_secs(10);
 
-fn is_forbidden(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(kube::Error::Api(status)) if status.code == 403)
+/// Whether it is an answer of the API server with this status.
+pub fn has_code(error: &anyhow::Error, code: u16) -> bool {
+    matches!(error.downcast_ref(), Some(kube::Error::Api(status)) if status.code == code)
 }
 
 /// Writes objects.
@@ -97,7 +98,7 @@ impl Cluster {
         let until = Instant::now() + ACCOUNT_COMES;
         loop {
             match self.create(&format!("/api/v1/namespaces/{namespace}/pods"), pod).await {
-                Err(error) if Instant::now() < until && is_forbidden(&error) => {
+                Err(error) if Instant::now() < until && has_code(&error, 403) => {
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
                 posted => return posted,

@@ -208,7 +208,6 @@ impl Results {
 
     /// Of each figure of each who was measured, over the runs.
     fn medians(&self) -> Vec<Measured> {
-        let Some(first) = self.runs.first() else { return Vec::new() };
         let of = |who: &Measured| {
             let runs: Vec<_> =
                 self.runs.iter().filter_map(|run| run.iter().find(|of| of.who == who.who)).collect();
@@ -227,7 +226,9 @@ impl Results {
                 curves: who.curves.keys().map(curve).collect(),
             }
         };
-        first.iter().map(of).collect()
+        // A peer may have failed in one run and not in another.
+        let most = self.runs.iter().max_by_key(|run| run.len());
+        most.into_iter().flatten().map(of).collect()
     }
 
     fn table(&self) -> String {

@@ -74,8 +74,12 @@ pub(crate) struct Start {
 }
 
 /// When changes are due, which are numbered from 1. What is late at the source counts as the server's delay.
-#[derive(Clone, Default)]
-pub(crate) struct Schedule(Arc<Mutex<Vec<Instant>>>);
+#[derive(Clone)]
+pub(crate) struct Schedule {
+    due: Arc<Mutex<Vec<Instant>>>,
+    /// Of each so many one is looked for: where one change may pass another, of those none does.
+    every: u64,
+}
 
 /// What the agents did.
 #[derive(Default)]
@@ -90,23 +94,37 @@ pub(crate) struct Counts {
     pub(crate) refused: AtomicU64,
 }
 
+impl Default for Schedule {
+    fn default() -> Self {
+        Self::of_each(1)
+    }
+}
+
 impl Schedule {
+    /// One of each so many is looked for.
+    pub(crate) fn of_each(every: u64) -> Self {
+        Self { due: Arc::default(), every }
+    }
+
     /// The next change is due then. Says its number.
     pub(crate) fn push(&self, at: Instant) -> u64 {
-        let mut due = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
         due.push(at);
         due.len() as u64
     }
 
     /// How many there are.
     pub(crate) fn len(&self) -> u64 {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
+        self.due.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
 
     fn since(&self, from: u64, to: u64, now: Instant, delays: &Histogram) {
-        let due = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = |number: u64| usize::try_from(number).unwrap_or(usize::MAX).min(due.len());
-        due[index(from)..index(to)].iter().for_each(|due| delays.record(now.saturating_duration_since(*due)));
+        let due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        for (number, due) in (1..=to).zip(&*due).skip(usize::try_from(from).unwrap_or(usize::MAX)) {
+            if number.is_multiple_of(self.every) {
+                delays.record(now.saturating_duration_since(*due));
+            }
+        }
     }
 }
 

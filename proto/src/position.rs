@@ -53,6 +53,12 @@ pub enum Invalid {
     Json(#[from] serde_json::Error),
 }
 
+/// What the frames of one stream are judged by: none may be older than what was held when it was opened, or than what
+/// those before it hold all of. The newest that those may hold does not count: parts of one change are as of before it, up
+/// to the last.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Judge(Position);
+
 /// Between what content lies.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Bounds {
@@ -142,6 +148,27 @@ fn place(name: &str) -> Option<DirPath> {
     content(name).parse().ok()
 }
 
+impl Judge {
+    /// Of a stream that is opened as of `held`.
+    pub fn new(held: Position) -> Self {
+        Self(held)
+    }
+
+    /// Whether what is as of `position` and changes these directories, and maybe the modules, may be taken.
+    pub fn pass<'a>(
+        &mut self,
+        position: &Position,
+        dirs: impl Iterator<Item = &'a DirPath>,
+        modules: bool,
+    ) -> Result<(), Lag> {
+        if let Some(lag) = position.lag(&self.0, dirs, modules) {
+            return Err(lag);
+        }
+        self.0 = position.clone().after(&self.0);
+        Ok(())
+    }
+}
+
 impl FromStr for Position {
     type Err = Invalid;
 
@@ -204,6 +231,24 @@ mod tests {
             assert!(
                 after.0.iter().all(|(name, at)| here.of(name) <= Some(*at) && there.of(name) <= Some(*at))
             );
+        }
+    }
+
+    #[test]
+    fn a_stream_is_judged_by_what_is_proven() {
+        let mut judge = Judge::new(r#"{"/kubernetes/pods":5,"data":3}"#.parse().unwrap());
+        let pods: DirPath = "/kubernetes/pods/a".parse().unwrap();
+        for (here, dirs, expected) in [
+            (r#"{"/kubernetes/pods":4,"data":3}"#, vec![&pods], Some((4, 5))),
+            // Two parts of one change.
+            (r#"{"/kubernetes/pods":5,"data":3}"#, vec![&pods], None),
+            (r#"{"/kubernetes/pods":5,"data":3}"#, vec![&pods], None),
+            (r#"{"/kubernetes/pods":4,"data":4}"#, vec![], None),
+            (r#"{"/kubernetes/pods":9,"data":4}"#, vec![&pods], None),
+            (r#"{"/kubernetes/pods":8,"data":4}"#, vec![&pods], Some((8, 9))),
+        ] {
+            let found = judge.pass(&here.parse().unwrap(), dirs.into_iter(), false);
+            assert_eq!(found.err().map(|lag| (lag.here, lag.there)), expected, "{here}");
         }
     }
 

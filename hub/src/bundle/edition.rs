@@ -292,6 +292,17 @@ impl Bundle {
         self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Gives up the frames that are kept in case that somebody asks for them again. Else those of a namespace stay until
+    /// something changes in it.
+    pub fn forget_frames(&self) {
+        if let Some(edition) = &*self.head.borrow() {
+            edition.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+        if let Some(scopes) = &self.scopes {
+            scopes.forget_frames();
+        }
+    }
+
     /// What is refused from now on.
     pub fn set_problems(&self, problems: Vec<Problem>) {
         let mut held = self.problems.lock().unwrap_or_else(PoisonError::into_inner);

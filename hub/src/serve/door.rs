@@ -7,6 +7,7 @@ use std::sync::Arc;
 use axum::extract::Query;
 use axum::http::Uri;
 use axum::serve::Listener;
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
@@ -14,7 +15,7 @@ use tokio::time::Instant;
 use super::Hub;
 use super::fanout::Fanout;
 use super::stream::{Asked, Options, text};
-use crate::config::{ACCEPT_PAUSE, HEAD_BYTES_MAX, HEAD_LOOK, HEAD_MAX, HEADS_MAX};
+use crate::config::{ACCEPT_PAUSE, HEAD_BYTES_MAX, HEAD_LOOK, HEAD_MAX, HEADS_MAX, WRITE_TIMEOUT};
 
 /// Headers of a request for a stream: more than any agent, browser or proxy sends.
 const HEADERS_MAX: usize = 64;
@@ -106,8 +107,10 @@ async fn look(
     hub: &Hub,
     fanout: &Arc<Fanout>,
 ) -> Option<TcpStream> {
-    // A frame is small and must not wait for the acknowledgement of the one before.
+    // Both fail on a socket that is gone only. A frame is small and must not wait for the acknowledgement of the one
+    // before; heartbeats keep streams from being idle, so there is nothing to probe.
     _ = tcp.set_nodelay(true);
+    _ = SockRef::from(&tcp).set_tcp_user_timeout(Some(WRITE_TIMEOUT));
     let until = Instant::now() + HEAD_MAX;
     let mut bytes = vec![0; HEAD_BYTES_MAX];
     loop {

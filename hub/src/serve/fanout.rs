@@ -4,7 +4,7 @@
 //! reader that stalls holds up nobody, and gets one merged frame when it reads again. That frame is encoded beside the
 //! rounds.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -23,8 +23,8 @@ use super::stream::{Open, WAIT, greeting, heartbeat};
 use crate::bundle::feeds::Feeds;
 use crate::bundle::{Bundle, Edition, Next};
 use crate::config::{
-    DRAIN_ROUND, DRAIN_ROUNDS, HEARTBEAT, LARGE_REST, LARGE_STALL_MAX, ROUND_SLICE, SEND_BUFFER,
-    WRITE_TIMEOUT,
+    DRAIN_HALVES, DRAIN_LOOKS, DRAIN_ROUND, DRAIN_ROUNDS, HEARTBEAT, LARGE_REST, LARGE_STALL_MAX,
+    ROUND_SLICE, SEND_BUFFER,
 };
 
 /// Heartbeats are spread over so many parts of their interval, or they would hold up frames.
@@ -88,10 +88,8 @@ impl Fanout {
 
     /// Writes `bundle` to `tcp` from now on. Its reader, whose request was read, is at `held`.
     pub(super) fn join(self: &Arc<Self>, bundle: &Arc<Bundle>, tcp: TcpStream, held: Revision) {
-        let socket = SockRef::from(&tcp);
-        // Both fail on a socket that is gone only. Heartbeats keep it from being idle: there is nothing to probe.
-        _ = socket.set_send_buffer_size(SEND_BUFFER);
-        _ = socket.set_tcp_user_timeout(Some(WRITE_TIMEOUT));
+        // It fails on a socket that is gone only.
+        _ = SockRef::from(&tcp).set_send_buffer_size(SEND_BUFFER);
         let mut stream = Stream {
             tcp: Arc::new(tcp),
             held,
@@ -145,7 +143,7 @@ struct Rounds {
     /// Streams whose sockets take more again.
     ready: (mpsc::UnboundedSender<usize>, mpsc::UnboundedReceiver<usize>),
     /// Streams that are far behind, by what they hold; who came first is first.
-    behind: VecDeque<(Revision, Vec<usize>)>,
+    behind: VecDeque<(Revision, BTreeSet<usize>)>,
     /// Not the first but the largest group was served last.
     large_was_last: bool,
     /// What one of those revisions lacks is encoded, at most: the others wait.
@@ -196,7 +194,7 @@ impl Rounds {
                     self.lead_on(encoded.expect("encoding does not panic")).await;
                 }
                 _ = beats.tick() => {
-                    self.heartbeat();
+                    self.heartbeat(&fanout.hub);
                     if self.streams.is_empty() && fanout.leave(key, &self.joins) {
                         return;
                     }
@@ -250,14 +248,22 @@ impl Rounds {
     /// which may be all others.
     fn encode(&mut self) {
         let Some(edition) = self.head.borrow().clone() else { return };
-        if !self.encoding.is_empty() || self.behind.is_empty() || edition.is_full() {
+        if !self.encoding.is_empty() || edition.is_full() {
             return;
         }
         self.large_was_last = !self.large_was_last;
-        let largest = || (0..self.behind.len()).max_by_key(|at| self.behind[*at].1.len());
-        let next = if self.large_was_last { largest().unwrap_or(0) } else { 0 };
-        let from = self.behind[next].0;
-        self.encoding.spawn_blocking(move || (from, edition.view.revision, edition.next(from)));
+        while !self.behind.is_empty() {
+            let largest = || (0..self.behind.len()).max_by_key(|at| self.behind[*at].1.len());
+            let next = if self.large_was_last { largest().unwrap_or(0) } else { 0 };
+            let (from, waiting) = &self.behind[next];
+            if waiting.iter().any(|at| self.streams.get(*at).is_some_and(|stream| stream.waits_at(*from))) {
+                let from = *from;
+                self.encoding.spawn_blocking(move || (from, edition.view.revision, edition.next(from)));
+                return;
+            }
+            // All of them have gone.
+            self.behind.remove(next);
+        }
     }
 
     /// Gives a frame to those who waited for it.
@@ -266,8 +272,9 @@ impl Rounds {
         let waiting = group.and_then(|at| self.behind.remove(at)).map(|(_, waiting)| waiting);
         for (step, at) in waiting.into_iter().flatten().enumerate() {
             // Another one may have its place by now.
-            let waits = |stream: &&mut Stream| stream.held == from && matches!(stream.waits, Waits::Frame);
-            let Some(stream) = self.streams.get_mut(at).filter(waits) else { continue };
+            let Some(stream) = self.streams.get_mut(at).filter(|stream| stream.waits_at(from)) else {
+                continue;
+            };
             stream.waits = Waits::No;
             match &next {
                 Next::Frames(bytes) => (stream.rest, stream.held) = (bytes.clone(), to),
@@ -308,12 +315,15 @@ impl Rounds {
                     stream.is_greeted = true;
                     greeting(&self.bundle, &self.feeds, to)
                 }
-                Some((from, head, bytes)) if (*from, *head) == (stream.held, to) => bytes.clone(),
+                // Who comes anew may have been promised a younger one.
+                Some((from, head, bytes)) if stream.is_greeted && (*from, *head) == (stream.held, to) => {
+                    bytes.clone()
+                }
                 _ if !edition.is_near(stream.held) => {
                     stream.waits = Waits::Frame;
                     match self.behind.iter_mut().find(|(held, _)| *held == stream.held) {
-                        Some((_, waiting)) => waiting.push(at),
-                        None => self.behind.push_back((stream.held, vec![at])),
+                        Some((_, waiting)) => _ = waiting.insert(at),
+                        None => self.behind.push_back((stream.held, BTreeSet::from([at]))),
                     }
                     self.encode();
                     return Ok(());
@@ -342,10 +352,13 @@ impl Rounds {
     }
 
     /// Tells readers that the hub is there, and whether it hears its source, and finds those who are not there.
-    fn heartbeat(&mut self) {
+    fn heartbeat(&mut self, hub: &Hub) {
         self.beat = (self.beat + 1) % BEATS;
         let bytes = heartbeat(&self.feeds);
         let is_full = self.head.borrow().as_ref().is_some_and(|edition| edition.is_full());
+        if is_full && let Some(bundle) = hub.0.bundles.get(&self.bundle) {
+            bundle.forget_frames();
+        }
         for at in (self.beat..self.streams.capacity()).step_by(BEATS) {
             let Some(stream) = self.streams.get_mut(at) else { continue };
             let mut nothing = [0; 64];
@@ -379,20 +392,23 @@ impl Rounds {
         while let Ok(stream) = self.joins.try_recv() {
             self.streams.insert(stream);
         }
-        let mut left: Vec<_> = self.streams.drain().collect();
+        let mut left: Vec<Stream> = self.streams.drain().collect();
         fastrand::shuffle(&mut left);
-        let until = Instant::now() + DRAIN_ROUND * u32::try_from(DRAIN_ROUNDS).expect("a few");
         let slice = left.len().div_ceil(DRAIN_ROUNDS).max(ROUND_SLICE);
         let spare = DRAIN_ROUNDS.saturating_sub(left.len().div_ceil(slice));
-        tokio::time::sleep(DRAIN_ROUND.mul_f64(spare as f64 * fastrand::f64())).await;
-        // Who has half of a frame gets the rest of it first, if it reads.
-        let mut ending = Vec::new();
-        while !left.is_empty() || !ending.is_empty() && Instant::now() < until {
-            ending.extend(left.drain(left.len().saturating_sub(slice)..));
-            ending.retain_mut(|stream: &mut Stream| !stream.end(words));
-            if !left.is_empty() || !ending.is_empty() {
-                tokio::time::sleep(DRAIN_ROUND).await;
+        let first = fastrand::usize(..=spare * DRAIN_LOOKS);
+        let (until, mut ending) = (Instant::now() + DRAIN_HALVES, Vec::new());
+        for look in 0.. {
+            if look >= first && (look - first) % DRAIN_LOOKS == 0 {
+                ending.extend(left.drain(left.len().saturating_sub(slice)..));
             }
+            // Who has half of a frame gets the rest of it first, if it reads.
+            left.retain_mut(|stream| stream.flush().is_ok());
+            ending.retain_mut(|stream: &mut Stream| !stream.end(words));
+            if left.is_empty() && (ending.is_empty() || Instant::now() > until) {
+                return;
+            }
+            tokio::time::sleep(DRAIN_ROUND / u32::try_from(DRAIN_LOOKS).expect("a few")).await;
         }
     }
 }
@@ -409,6 +425,11 @@ impl Stream {
             }
         }
         Ok(true)
+    }
+
+    /// What leads on from `held` is being encoded.
+    fn waits_at(&self, held: Revision) -> bool {
+        self.held == held && matches!(self.waits, Waits::Frame)
     }
 
     /// It has not read on for long, of a frame that is large.

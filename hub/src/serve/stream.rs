@@ -67,7 +67,10 @@ impl Asked {
             edition.tell_as_of(&here, &there);
         }
         if edition.is_full() && !edition.is_near(held) {
-            return Err(Error::Full);
+            hub.bundle(&self.name)?.forget_frames();
+            if edition.is_full() {
+                return Err(Error::Full);
+            }
         }
         if matches!(edition.next_beside(held).await, Next::Unknown) {
             return Err(Error::UnknownRevision(held.to_string()));
@@ -152,13 +155,15 @@ impl Reader {
     async fn next(&mut self) -> Option<Bytes> {
         while !self.ended {
             let edition = self.head.borrow_and_update().clone()?;
-            match edition.next_beside(self.held).await {
+            let waits = edition.is_full() && !edition.is_near(self.held);
+            let next = if waits { Next::UpToDate } else { edition.next_beside(self.held).await };
+            match next {
                 Next::Frames(bytes) => {
                     self.held = edition.view.revision;
                     return Some(bytes);
                 }
                 Next::Unknown => return None,
-                Next::UpToDate if !self.greeted => {
+                Next::UpToDate if !self.greeted && !waits => {
                     self.greeted = true;
                     return Some(greeting(&self.name, &self.feeds, self.held));
                 }
@@ -166,7 +171,7 @@ impl Reader {
             }
             tokio::select! {
                 changed = self.head.changed() => changed.ok()?,
-                _ = self.beats.tick() => return Some(heartbeat(&self.feeds)),
+                _ = self.beats.tick() => return Some(if waits { WAIT } else { heartbeat(&self.feeds) }),
                 () = self.hub.0.stop.cancelled() => {
                     self.ended = true;
                     return Some(self.hub.farewell().await);

@@ -11,7 +11,7 @@ use fastrand::Rng;
 use opa_hub::bundle::{Edition, Next, Part};
 use opa_hub::model::{Event, Object, ObjectKey, Version, WatchId};
 use opa_hub_proto::frame::FRAME_BYTES_MAX;
-use opa_hub_proto::position::Position;
+use opa_hub_proto::position::{Judge, Position};
 use opa_hub_proto::revision::Revision;
 use opa_hub_proto::sse::{Decoder, Message};
 use serde_json::{Value, json};
@@ -173,6 +173,8 @@ struct Agent {
     /// It has all of the change that it was told last.
     is_whole: bool,
     following: Option<(Wire, Decoder)>,
+    /// As of when it opened that.
+    opened: Position,
     /// Connections that it gave up without the hub's knowing.
     given_up: VecDeque<Wire>,
 }
@@ -198,6 +200,7 @@ impl Agent {
             latest: BTreeMap::new(),
             is_whole: true,
             following: None,
+            opened: Position::default(),
             given_up: VecDeque::new(),
         }
     }
@@ -228,6 +231,8 @@ impl Agent {
                 self.arrive(&head, &here);
             }
         }
+        self.opened = self.held.position.clone();
+        self.held.judge = Judge::new(self.opened.clone());
         let wire = Wire::default();
         *wire.lock().unwrap() = Some(UnderWay::default());
         hub.streams.push(Stream { held: self.held.revision(), wire: Arc::clone(&wire) });
@@ -270,7 +275,12 @@ impl Agent {
                     seen.frames += 1;
                 }
                 Err(Refused::NotHeld) => panic!("I3"),
-                Err(Refused::Lags) => {
+                Err(Refused::Lags(lag)) => {
+                    let before = self.opened.of(&lag.name);
+                    assert!(
+                        before >= Some(lag.there),
+                        "{lag}: by what the same hub said, {before:?} before that"
+                    );
                     seen.lags += 1;
                     return self.cut();
                 }

@@ -8,7 +8,7 @@ use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX, POLICY_EVENT, Po
 use opa_hub_proto::head::{HEAD_FILE, Head};
 use opa_hub_proto::manifest::{DATA_FILE, module_id};
 use opa_hub_proto::path::DirPath;
-use opa_hub_proto::position::Position;
+use opa_hub_proto::position::{Judge, Lag, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
 use opa_hub_proto::sse::{Decoder, Message};
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 #[derive(Debug, PartialEq)]
 pub(crate) enum Refused {
     NotHeld,
-    Lags,
+    Lags(Lag),
 }
 
 /// What was read so far.
@@ -32,6 +32,8 @@ pub(crate) struct Held {
     pub(crate) position: Position,
     /// It holds all that happened before this, and is as of then where this is `position`.
     pub(crate) proven: Position,
+    /// Of the stream that is read.
+    pub(crate) judge: Judge,
 }
 
 impl Held {
@@ -101,9 +103,7 @@ impl Held {
                 if delta.from != self.revision().data || said.modules != self.revision().modules {
                     return Err(Refused::NotHeld);
                 }
-                if delta.position.lag(&self.position, delta.dirs.keys(), false).is_some() {
-                    return Err(Refused::Lags);
-                }
+                self.judge.pass(&delta.position, delta.dirs.keys(), false).map_err(Refused::Lags)?;
                 self.delta(&delta);
             }
             POLICY_EVENT => {
@@ -111,9 +111,7 @@ impl Held {
                 if policy.from != self.revision().modules || said.data != self.revision().data {
                     return Err(Refused::NotHeld);
                 }
-                if policy.position.lag(&self.position, std::iter::empty(), true).is_some() {
-                    return Err(Refused::Lags);
-                }
+                self.judge.pass(&policy.position, std::iter::empty(), true).map_err(Refused::Lags)?;
                 self.position = policy.after(&self.position);
                 self.proven = policy.position.clone().after(&self.proven);
                 self.modules.retain(|id, _| !policy.remove.contains(id));

@@ -92,6 +92,11 @@ impl Peer {
         }
     }
 
+    /// Whether what is measured is this project, or nothing at all.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.has_agents() || matches!(self, Self::Nothing)
+    }
+
     fn has_agents(&self) -> bool {
         matches!(self, Self::Hub | Self::HubAndMany | Self::HubAuto | Self::HubAutoAndMany)
     }

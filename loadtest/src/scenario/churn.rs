@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use opa_hub_loadtest::cluster::Cluster;
+use opa_hub_loadtest::cluster::{Cluster, has_code};
 use opa_hub_loadtest::eventually::{PATIENCE, equal, eventually};
 use opa_hub_loadtest::lab::{ControlPlane, Hub};
 use opa_hub_loadtest::pods::Nth;
@@ -103,8 +103,9 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         for peer in &order {
             match once(peer, &plane, &cluster, scale, (rate, seconds)).await {
                 Ok(of) => measured.push(of),
-                // What others can do is worth knowing all the same; its goals are not measured then.
-                Err(error) => eprintln!("  {} failed: {error:#}", peer.name()),
+                // What a peer can do is worth knowing all the same.
+                Err(error) if !peer.is_ours() => eprintln!("  {} failed: {error:#}", peer.name()),
+                Err(error) => return Err(error),
             }
         }
         measured.sort_by_key(|of| peers.iter().position(|peer| peer.name() == of.who));
@@ -123,7 +124,7 @@ async fn once(
     scale: Scale,
     (rate, time): (usize, usize),
 ) -> anyhow::Result<Measured> {
-    let due = Schedule::default();
+    let due = Schedule::of_each(CYCLE);
     let idle = idle(cluster).await?;
     // Or an OPA that is late would show the number of whoever was measured before.
     label(cluster, Nth(0), 0).await?;
@@ -155,6 +156,14 @@ async fn once(
     let served = plane.usage();
     if let Some(swarm) = &mut running.swarm {
         swarm.reach(last - last % CYCLE, 0).await?;
+    }
+    if let (Some(before), Some(hub)) = (hub, &running.hub) {
+        measured.add("hub CPU a change", "ms", seconds(before, usage(hub)?) / last as f64 * 1000.0);
+        measured.add("hub memory", "MB", megabytes(usage(hub)?.rss));
+        measured.add("frames encoded", "", hub.metric("opa_hub_frame_encodes_total").await? as f64);
+        measured.add("snapshots encoded", "", hub.metric("opa_hub_snapshot_encodes_total").await? as f64);
+    }
+    if let Some(swarm) = &mut running.swarm {
         measured.add(ASTRAY, "", astray(swarm, cluster, peer, running.hub.as_ref()).await? as f64);
         measured.add_delays("change to agent", &swarm.take_delays());
     }
@@ -180,12 +189,6 @@ async fn once(
     if let Some((beside, opa)) = running.memory()? {
         measured.add("memory of an OPA", "MB", megabytes(opa));
         measured.add("memory beside an OPA", "MB", megabytes(beside));
-    }
-    if let (Some(before), Some(hub)) = (hub, &running.hub) {
-        measured.add("hub CPU a change", "ms", seconds(before, usage(hub)?) / last as f64 * 1000.0);
-        measured.add("hub memory", "MB", megabytes(usage(hub)?.rss));
-        measured.add("frames encoded", "", hub.metric("opa_hub_frame_encodes_total").await? as f64);
-        measured.add("snapshots encoded", "", hub.metric("opa_hub_snapshot_encodes_total").await? as f64);
     }
     if let Some(swarm) = &running.swarm {
         let counts = swarm.counts();
@@ -224,7 +227,11 @@ async fn change(cluster: Cluster, pods: usize, number: u64, turn: Arc<Mutex<()>>
             let mut pod = extra.posted();
             pod["metadata"]["labels"]["round"] = number.to_string().into();
             cluster.namespace(&extra.namespace()).await?;
-            cluster.guest(&extra.namespace(), &pod).await
+            match cluster.guest(&extra.namespace(), &pod).await {
+                // Of a peer that failed before it was removed.
+                Err(error) if has_code(&error, 409) => Ok(()),
+                made => made,
+            }
         }
         8 => remove(&cluster, extra).await,
         0 => {
@@ -245,7 +252,9 @@ async fn remove(cluster: &Cluster, nth: Nth) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
         match cluster.delete_pod(&nth.namespace(), &nth.name()).await {
-            Err(_) if Instant::now() < until => tokio::time::sleep(Duration::from_millis(50)).await,
+            Err(error) if has_code(&error, 404) && Instant::now() < until => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
             removed => return removed,
         }
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX};
 use opa_hub_proto::path::DirPath;
-use opa_hub_proto::position::{POSITION_HEADER, Position};
+use opa_hub_proto::position::{Judge, POSITION_HEADER, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision};
 use opa_hub_proto::sse::{Decoder, Message, Word};
@@ -112,6 +112,7 @@ impl Agent {
     async fn follow(&mut self, tcp: &mut TcpStream, first: &[u8]) -> anyhow::Result<End> {
         let mut decoder = Decoder::new(FRAME_BYTES_MAX);
         decoder.push(first);
+        let mut judge = Judge::new(self.position.clone());
         let mut bytes = [0; 4096];
         loop {
             while let Some(message) = decoder.next()? {
@@ -120,7 +121,11 @@ impl Agent {
                         return Ok(End::Told);
                     }
                     Message::Comment(_) => {}
-                    Message::Event { id, event, data } => self.take(&id, &event, &data)?,
+                    Message::Event { id, event, data } => {
+                        if !self.take(&mut judge, &id, &event, &data)? {
+                            return Ok(End::Broken);
+                        }
+                    }
                 }
             }
             let mut most = bytes.len();
@@ -139,8 +144,8 @@ impl Agent {
         }
     }
 
-    /// A frame must lead on from what is held, to what it promises.
-    fn take(&mut self, id: &str, event: &str, data: &[u8]) -> anyhow::Result<()> {
+    /// A frame must lead on from what is held, to what it promises. Not taken: one that is older.
+    fn take(&mut self, judge: &mut Judge, id: &str, event: &str, data: &[u8]) -> anyhow::Result<bool> {
         let now = Instant::now();
         self.shared.counts.frames.fetch_add(1, Relaxed);
         if self.pace == Pace::Stalled {
@@ -151,6 +156,9 @@ impl Agent {
         if event == DELTA_EVENT {
             let mut delta: Delta = serde_json::from_slice(data)?;
             ensure!(delta.from == held.data, "a frame from {}, while {} is held", delta.from, held.data);
+            if judge.pass(&delta.position, delta.dirs.keys(), false).is_err() {
+                return Ok(false);
+            }
             for (dir, digest) in std::mem::take(&mut delta.dirs) {
                 match digest {
                     Some(digest) => _ = self.dirs.insert(dir, digest),
@@ -166,13 +174,13 @@ impl Agent {
             }
             self.position = delta.after(&self.position);
             *held = said;
-            if let Some(number) = number(delta.patch.get()) {
+            if let Some(number) = number(delta.patch.get(), self.shared.due.every) {
                 self.arrive(number, now);
             }
         } else {
             *held = said;
         }
-        Ok(())
+        Ok(true)
     }
 
     fn arrive(&self, number: u64, now: Instant) {
@@ -205,7 +213,7 @@ impl Agent {
         self.revision = Revision { data: digest(&dirs), modules: modules.context("a digest")? };
         self.dirs = dirs;
         self.position = position.after(&self.position);
-        if let Some(number) = newest(&body)? {
+        if let Some(number) = newest(&body, self.shared.due.every)? {
             self.arrive(number, Instant::now());
         }
         Ok(End::Reconciled)

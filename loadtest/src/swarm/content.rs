@@ -24,10 +24,11 @@ pub(super) fn digest(dirs: &BTreeMap<DirPath, Digest>) -> Digest {
     data_digest(dirs.iter().map(|(dir, digest)| (dir, *digest)))
 }
 
-/// The newest change that `text` shows: objects carry the number of theirs in a label.
-pub(super) fn number(text: &str) -> Option<u64> {
+/// The newest change that `text` shows, of each so many: objects carry the number of theirs in a label.
+pub(super) fn number(text: &str, every: u64) -> Option<u64> {
     let numbers = text.split("\"round\":\"").skip(1);
-    numbers.filter_map(|rest| rest.split('"').next()?.parse().ok()).max()
+    let numbers = numbers.filter_map(|rest| rest.split('"').next()?.parse().ok());
+    numbers.filter(|number: &u64| number.is_multiple_of(every)).max()
 }
 
 /// Of directories, of the modules, and what those read.
@@ -69,8 +70,8 @@ pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Resul
 }
 
 /// The newest change that an archive shows.
-pub(super) fn newest(archive: &[u8]) -> anyhow::Result<Option<u64>> {
+pub(super) fn newest(archive: &[u8], every: u64) -> anyhow::Result<Option<u64>> {
     let mut text = String::new();
     GzDecoder::new(archive).read_to_string(&mut text)?;
-    Ok(number(&text))
+    Ok(number(&text, every))
 }
