@@ -123,7 +123,8 @@ impl Store {
         if event == Event::InitDone {
             self.readiness.ready(&live.feed.to_string());
         }
-        let advances = live.hear(&event, version);
+        let denied = live.denied;
+        let advances = live.hear(&event, version) || live.denied != denied;
         let changed = live.take(event);
         live.counters.objects.store(live.objects.len() as u64, Ordering::Relaxed);
         for (reader, feed) in &live.readers {
@@ -167,7 +168,7 @@ impl Store {
 
 impl State {
     /// Of the feeds of a subscriber. Where the source has versions at all, nothing was heard yet of a feed that has none,
-    /// unless there is none of it.
+    /// unless there is none of it, or none for us.
     fn versions(&self, reader: usize) -> BTreeMap<FeedId, Version> {
         let nothing = self.watches.values().find_map(|live| live.version).map(|_| Version(0));
         let live = |watch| {
@@ -180,7 +181,9 @@ impl State {
 }
 
 impl Live {
+    /// Silence counts from here.
     fn new(feed: Feed) -> Self {
+        let counters = Counters { heard: Mutex::new(Some(Instant::now())), ..Counters::default() };
         Self {
             feed,
             objects: HashMap::new(),
@@ -190,7 +193,7 @@ impl Live {
             settled: false,
             denied: false,
             version: None,
-            counters: Arc::default(),
+            counters: Arc::new(counters),
             readers: Vec::new(),
         }
     }
@@ -203,10 +206,14 @@ impl Live {
         let is_refused = *event == Event::Refused;
         self.denied = is_refused || *event == Event::Quiet && !self.listed;
         *self.counters.refused.lock().unwrap_or_else(PoisonError::into_inner) = is_refused.then(Instant::now);
+        let mut heard = self.counters.heard.lock().unwrap_or_else(PoisonError::into_inner);
         if is_refused {
+            // What was never given grows no older.
+            *heard = heard.filter(|_| self.listed);
             return false;
         }
-        *self.counters.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        *heard = Some(Instant::now());
+        drop(heard);
         let lists = self.listing.is_some() && *event != Event::InitDone;
         let advances = !lists && version.is_some() && version != self.version;
         if advances {
@@ -538,6 +545,18 @@ mod tests {
                 "{event:?}"
             );
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_never_came_is_silent_unless_it_is_refused() {
+        let store = Arc::new(Store::new(Readiness::default()));
+        let one = store.subscribe();
+        let counters = one.open(FeedId(0), &feed());
+        tokio::time::advance(STALE_AFTER * 2).await;
+        store.apply((WatchId(0), Event::Unavailable, None));
+        assert!(counters.stale().is_some());
+        store.apply((WatchId(0), Event::Refused, None));
+        assert!(counters.stale().is_none());
     }
 
     #[test]

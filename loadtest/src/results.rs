@@ -226,9 +226,14 @@ impl Results {
                 curves: who.curves.keys().map(curve).collect(),
             }
         };
-        // A peer may have failed in one run and not in another.
-        let most = self.runs.iter().max_by_key(|run| run.len());
-        most.into_iter().flatten().map(of).collect()
+        let mut all: Vec<&Measured> = Vec::new();
+        for who in self.runs.iter().flatten() {
+            // A peer may have failed in one run and not in another.
+            if !all.iter().any(|of| of.who == who.who) {
+                all.push(who);
+            }
+        }
+        all.into_iter().map(of).collect()
     }
 
     fn table(&self) -> String {

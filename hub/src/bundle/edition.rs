@@ -292,17 +292,6 @@ impl Bundle {
         self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Gives up the frames that are kept in case that somebody asks for them again. Else those of a namespace stay until
-    /// something changes in it.
-    pub fn forget_frames(&self) {
-        if let Some(edition) = &*self.head.borrow() {
-            edition.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        }
-        if let Some(scopes) = &self.scopes {
-            scopes.forget_frames();
-        }
-    }
-
     /// What is refused from now on.
     pub fn set_problems(&self, problems: Vec<Problem>) {
         let mut held = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
@@ -437,6 +426,12 @@ impl Edition {
     /// Frames take all the memory that they may: none of those far away is encoded.
     pub fn is_full(&self) -> bool {
         self.counters.frame_bytes.load(Ordering::Relaxed) > FRAMES_LIVE_MAX
+    }
+
+    /// Gives up the frames that are kept in case that somebody asks for them again. Else those of a namespace stay until
+    /// something changes in it.
+    pub fn forget_frames(&self) {
+        self.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// [`next`](Self::next), beside the threads that write and for a few at a time, unless it [is near](Self::is_near).

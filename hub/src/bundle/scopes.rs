@@ -108,11 +108,6 @@ impl Scopes {
         }
     }
 
-    /// Of every namespace.
-    pub(super) fn forget_frames(&self) {
-        self.live().values().for_each(|scope| scope.bundle.forget_frames());
-    }
-
     fn view(&self, whole: &View, namespace: &str) -> View {
         whole.only(|dir| self.has(namespace, dir))
     }

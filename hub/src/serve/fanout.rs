@@ -194,7 +194,7 @@ impl Rounds {
                     self.lead_on(encoded.expect("encoding does not panic")).await;
                 }
                 _ = beats.tick() => {
-                    self.heartbeat(&fanout.hub);
+                    self.heartbeat();
                     if self.streams.is_empty() && fanout.leave(key, &self.joins) {
                         return;
                     }
@@ -352,12 +352,12 @@ impl Rounds {
     }
 
     /// Tells readers that the hub is there, and whether it hears its source, and finds those who are not there.
-    fn heartbeat(&mut self, hub: &Hub) {
+    fn heartbeat(&mut self) {
         self.beat = (self.beat + 1) % BEATS;
         let bytes = heartbeat(&self.feeds);
-        let is_full = self.head.borrow().as_ref().is_some_and(|edition| edition.is_full());
-        if is_full && let Some(bundle) = hub.0.bundles.get(&self.bundle) {
-            bundle.forget_frames();
+        let full = self.head.borrow().clone().filter(|edition| edition.is_full());
+        if let Some(edition) = &full {
+            edition.forget_frames();
         }
         for at in (self.beat..self.streams.capacity()).step_by(BEATS) {
             let Some(stream) = self.streams.get_mut(at) else { continue };
@@ -370,7 +370,7 @@ impl Rounds {
                     continue;
                 }
             }
-            if is_full && stream.holds_much() {
+            if full.is_some() && stream.holds_much() {
                 self.streams.remove(at);
                 continue;
             }
@@ -400,11 +400,15 @@ impl Rounds {
         let (until, mut ending) = (Instant::now() + DRAIN_HALVES, Vec::new());
         for look in 0.. {
             if look >= first && (look - first) % DRAIN_LOOKS == 0 {
-                ending.extend(left.drain(left.len().saturating_sub(slice)..));
+                let told = left.drain(left.len().saturating_sub(slice)..).map(|mut stream| {
+                    // Who has half of a frame gets the rest of it first, if it reads.
+                    stream.rest = [&stream.rest[..], words].concat().into();
+                    stream
+                });
+                ending.extend(told);
             }
-            // Who has half of a frame gets the rest of it first, if it reads.
             left.retain_mut(|stream| stream.flush().is_ok());
-            ending.retain_mut(|stream: &mut Stream| !stream.end(words));
+            ending.retain_mut(|stream| matches!(stream.flush(), Ok(false)));
             if left.is_empty() && (ending.is_empty() || Instant::now() > until) {
                 return;
             }
@@ -436,15 +440,5 @@ impl Stream {
     fn holds_much(&self) -> bool {
         let is_stalled = matches!(&self.waits, Waits::Socket(since, _) if since.elapsed() > LARGE_STALL_MAX);
         is_stalled && self.rest.len() > LARGE_REST
-    }
-
-    /// Writes the last words, behind what is under way. Whether it ended.
-    fn end(&mut self, words: &[u8]) -> bool {
-        match self.flush() {
-            Ok(false) => return false,
-            Ok(true) => _ = self.tcp.try_write(words),
-            Err(Over) => {}
-        }
-        true
     }
 }

@@ -67,7 +67,7 @@ impl Asked {
             edition.tell_as_of(&here, &there);
         }
         if edition.is_full() && !edition.is_near(held) {
-            hub.bundle(&self.name)?.forget_frames();
+            edition.forget_frames();
             if edition.is_full() {
                 return Err(Error::Full);
             }
@@ -171,7 +171,12 @@ impl Reader {
             }
             tokio::select! {
                 changed = self.head.changed() => changed.ok()?,
-                _ = self.beats.tick() => return Some(if waits { WAIT } else { heartbeat(&self.feeds) }),
+                _ = self.beats.tick() => {
+                    if edition.is_full() {
+                        edition.forget_frames();
+                    }
+                    return Some(if waits { WAIT } else { heartbeat(&self.feeds) });
+                }
                 () = self.hub.0.stop.cancelled() => {
                     self.ended = true;
                     return Some(self.hub.farewell().await);

@@ -2,7 +2,6 @@
 //! decides by it.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,7 @@ use opa_hub_loadtest::cluster::{Cluster, has_code};
 use opa_hub_loadtest::eventually::{PATIENCE, equal, eventually};
 use opa_hub_loadtest::lab::{ControlPlane, Hub};
 use opa_hub_loadtest::pods::Nth;
-use tokio::sync::Mutex;
+use tokio::sync::mpsc::unbounded_channel;
 use tokio::task::JoinSet;
 
 use super::{ASTRAY, Common, at_least, at_rate, cluster_of, command, megabytes, seconds, usage};
@@ -139,17 +138,29 @@ async fn once(
     let hub = running.hub.as_ref().map(usage).transpose()?;
     let received = running.received();
     let server = plane.usage();
-    let (mut probed, mut changing, turn) = (0, JoinSet::new(), Arc::default());
+    let (mut probed, mut changing) = (0, JoinSet::new());
+    // On a busy API server one change of that pod would pass another, and the last number would never be seen.
+    let (hot, mut numbers) = unbounded_channel();
+    let of_hot = cluster.clone();
+    changing.spawn(async move {
+        while let Some(number) = numbers.recv().await {
+            label(&of_hot, Nth(0), number).await?;
+        }
+        Ok(())
+    });
     let last = at_rate(&due, rate as f64, Duration::from_secs(time as u64), async |number, at| {
-        // None waits for the one before: what is late is late for everybody.
-        changing.spawn(change(cluster.clone(), scale.pods, number, Arc::clone(&turn)));
         if number % CYCLE == 0 {
+            hot.send(number)?;
             probes.expect(number, at);
             probed = number;
+        } else {
+            // None waits for the one before: what is late is late for everybody.
+            changing.spawn(change(cluster.clone(), scale.pods, number));
         }
         Ok(())
     })
     .await?;
+    drop(hot);
     while let Some(changed) = changing.join_next().await {
         changed??;
     }
@@ -219,8 +230,9 @@ async fn astray(swarm: &Swarm, cluster: &Cluster, peer: &Peer, hub: Option<&Hub>
     Ok(swarm.astray(&expected))
 }
 
-/// One change of ten makes a pod and the next but four removes it; one is of the first pod, and one each of seven others.
-async fn change(cluster: Cluster, pods: usize, number: u64, turn: Arc<Mutex<()>>) -> anyhow::Result<()> {
+/// One change of ten makes a pod and the next but four removes it; one is of the first pod, elsewhere, and one each of seven
+/// others.
+async fn change(cluster: Cluster, pods: usize, number: u64) -> anyhow::Result<()> {
     let extra = Nth(pods + (number / CYCLE) as usize);
     match number % CYCLE {
         3 => {
@@ -234,11 +246,6 @@ async fn change(cluster: Cluster, pods: usize, number: u64, turn: Arc<Mutex<()>>
             }
         }
         8 => remove(&cluster, extra).await,
-        0 => {
-            // On a busy API server one would pass another, and the last number would never be seen.
-            let _turn = turn.lock().await;
-            label(&cluster, Nth(0), number).await
-        }
         _ => label(&cluster, Nth(1 + number as usize % (pods - 1)), number).await,
     }
 }
@@ -252,7 +259,7 @@ async fn remove(cluster: &Cluster, nth: Nth) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
         match cluster.delete_pod(&nth.namespace(), &nth.name()).await {
-            Err(error) if has_code(&error, 404) && Instant::now() < until => {
+            Err(_) if Instant::now() < until => {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             removed => return removed,

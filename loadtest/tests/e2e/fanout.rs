@@ -139,7 +139,9 @@ async fn who_does_not_read_costs_nobody_and_loses_nothing() -> anyhow::Result<()
     put(manifests.path(), ROUNDS + 1)?;
     let mut begun = 0;
     while begun < POD_BYTES / 20 {
-        begun += healthy.read().await?;
+        let length = healthy.read().await?;
+        ensure!(length > 0, "the stream ended");
+        begun += length;
     }
     let held = revision(&hub).await?;
     let process = hub.process.as_mut().context("the hub runs")?;
