@@ -45,6 +45,22 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether OPA says no to what it was given, and would again; else to who gave it, or to everybody for a while.
+    pub fn is_verdict(&self) -> bool {
+        let is_final = |status| matches!(status, StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE);
+        matches!(self, Self::Refused { status, .. } if is_final(*status))
+    }
+
+    /// OPA's own, where it said some.
+    pub fn words(self) -> String {
+        match self {
+            Self::Refused { message, .. } => message,
+            other => other.to_string(),
+        }
+    }
+}
+
 /// The client.
 #[derive(Clone)]
 pub struct Opa {

@@ -40,6 +40,7 @@ pub struct Replica {
     status: Status,
     /// OPA refused data: a package that goes may lie where it comes.
     modules_first: bool,
+    trust: Trust,
     /// When hubs first and last said that they are behind what OPA holds.
     lags: Option<(Instant, Instant)>,
     /// When a hub that hears its source is looked for, and how long after that again.
@@ -69,11 +70,10 @@ impl From<opa::Error> for Trouble {
     }
 }
 
-/// How much of OPA's marker is believed in the next session.
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
+/// How much of OPA's marker is believed, until OPA was repaired by what is.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Trust {
     /// All of it.
-    #[default]
     Whole,
     /// Its digests, not the revision: what came from the hub did not fit to it.
     Digests,
@@ -119,6 +119,7 @@ impl Replica {
             local,
             status,
             modules_first: false,
+            trust: Trust::Whole,
             lags: None,
             look: (Instant::now(), FRESH_LOOK),
         })
@@ -127,9 +128,8 @@ impl Replica {
     /// Keeps OPA in step, for ever.
     pub async fn run(mut self) {
         let mut opa_pause = RETRY_FIRST;
-        let mut trust = Trust::Whole;
         loop {
-            let Err(trouble) = self.session(std::mem::take(&mut trust)).await;
+            let Err(trouble) = self.session().await;
             self.status.with(|state| {
                 state.unconnected.get_or_insert_with(Instant::now);
                 state.failure = Some(trouble.to_string());
@@ -170,8 +170,10 @@ impl Replica {
                 Trouble::Apply(error) => {
                     tracing::warn!(%error, "repairing");
                     self.status.with(|state| state.held = None);
-                    self.modules_first = matches!(error, apply::Error::Opa(opa::Error::Refused { .. }));
-                    trust = match error {
+                    // Modules in the place of data must come before it, data in the place of modules behind them.
+                    let is_verdict = matches!(&error, apply::Error::Opa(error) if error.is_verdict());
+                    self.modules_first = is_verdict && !self.modules_first;
+                    self.trust = match error {
                         apply::Error::Opa(opa::Error::Missing(_)) => Trust::Names,
                         _ => Trust::Digests,
                     };
@@ -183,10 +185,10 @@ impl Replica {
     }
 
     /// From asking OPA what it holds to whatever ends that.
-    async fn session(&mut self, trust: Trust) -> Result<std::convert::Infallible, Trouble> {
+    async fn session(&mut self) -> Result<std::convert::Infallible, Trouble> {
         let mut found = self.applier.opa.marker(&self.applier.bundle).await?;
         if let Some(marker) = &mut found {
-            trust.apply(marker);
+            self.trust.apply(marker);
             if self.lags.is_some_and(|(first, last)| last - first > LAG_MAX) {
                 tracing::warn!(
                     "no hub is as new as what OPA holds: the source went back, and OPA goes with it"
@@ -206,10 +208,15 @@ impl Replica {
         let mut held = match found {
             None => self.load().await?,
             Some(marker) => match self.resumable(&marker).await? {
-                Some(modules) => Held { marker, modules, refused: BTreeMap::new() },
+                Some(modules) => {
+                    // It has these; what leads on may be refused again.
+                    self.status.with(|state| state.refused.clear());
+                    Held { marker, modules, refused: BTreeMap::new() }
+                }
                 None => self.reconcile(marker).await?,
             },
         };
+        self.trust = Trust::Whole;
         let mut stream = self.hubs.stream(held.revision(), &held.marker.position).await?;
         for _ in 0..RECONCILES_MAX {
             if stream.is_none() {

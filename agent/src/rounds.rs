@@ -32,7 +32,7 @@ pub async fn turn(opa: &Opa, changes: &Changes) -> Result<Turned, Error> {
         let Some(old) = opa.module(id).await? else { continue };
         match opa.delete_module(id).await {
             Ok(()) => _ = aside.insert(id.clone(), old),
-            Err(Error::Refused { .. }) => continue,
+            Err(error) if error.is_verdict() => continue,
             Err(error) => return Err(error),
         }
         tracing::warn!(module = id, "no order lets the new modules in: taken out for a moment");
@@ -64,8 +64,8 @@ async fn round_and_round(
                 };
                 match result {
                     Ok(()) => _ = open.remove(id),
-                    Err(Error::Refused { message, .. }) => _ = refused.insert(id.clone(), message),
-                    Err(error) => return Err(error),
+                    Err(error) if !error.is_verdict() => return Err(error),
+                    Err(error) => _ = refused.insert(id.clone(), error.words()),
                 }
             }
         }

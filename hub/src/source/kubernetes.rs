@@ -21,10 +21,11 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use self::watch::{List, Said, Watch};
 use super::{Sender, trim};
-use crate::config::{RETRY, RETRY_MAX};
+use crate::config::{RETRY, RETRY_MAX, SOURCE_ANSWER};
 use crate::model::{Event, Feed, ObjectKey, Resource, Scope, Version, WatchId};
 use crate::readiness::Readiness;
 use crate::store::{Wanted, is_optional};
@@ -138,7 +139,8 @@ async fn keep_watching(client: Client, id: WatchId, feed: Feed, out: Sender, rea
     let mut list = List::Streaming;
     let mut retry = RETRY;
     while !out.is_closed() {
-        let error = match discover(&client, &feed).await {
+        let found = timeout(SOURCE_ANSWER, discover(&client, &feed)).await;
+        let error = match found.unwrap_or(Err(Error::Watch(watch::Error::Silent))) {
             Err(error) => error,
             Ok((resource, scope)) => {
                 let feed = Feed { scope, ..feed.clone() };
@@ -156,7 +158,8 @@ async fn keep_watching(client: Client, id: WatchId, feed: Feed, out: Sender, rea
                         continue;
                     }
                     End::Failed(error) if error.code() == Some(403) => {
-                        forbidden(&client, &feed, &error).await
+                        let named = timeout(SOURCE_ANSWER, forbidden(&client, &feed, &error)).await;
+                        named.unwrap_or(Error::Watch(error))
                     }
                     End::Failed(error) => Error::Watch(error),
                 }
@@ -266,26 +269,25 @@ impl Following<'_> {
             Said::End(version) => (Event::InitDone, watch::version(&version)),
             Said::Quiet(version) => (Event::Quiet, watch::version(&version)),
             Said::Listed(raw) | Said::Put(raw) => (self.put(&raw), raw.version()),
-            Said::Gone(raw) => {
-                let version = raw.version();
-                let key = ObjectKey {
-                    namespace: raw.metadata.namespace.unwrap_or_default().into(),
-                    name: raw.metadata.name.unwrap_or_default().into(),
-                };
-                (Event::Delete(key), version)
-            }
+            Said::Gone(raw) => (Event::Delete(key(&raw)), raw.version()),
         }
     }
 
+    /// What cannot be served is not there, or a replica that lists it would differ.
     fn put(&self, raw: &Raw) -> Event {
         match trim::object(raw.json.get(), &self.resource.api_version, &self.resource.kind) {
             Ok(object) => Event::Apply(object),
             Err(error) => {
-                tracing::warn!(feed = %self.feed, %error, "skipped an object");
-                Event::Quiet
+                tracing::warn!(feed = %self.feed, %error, "left out an object");
+                Event::Delete(key(raw))
             }
         }
     }
+}
+
+fn key(raw: &Raw) -> ObjectKey {
+    let text = |text: &Option<String>| text.as_deref().unwrap_or_default().into();
+    ObjectKey { namespace: text(&raw.metadata.namespace), name: text(&raw.metadata.name) }
 }
 
 /// Finds the resource's kind, which the items of a paged list do not carry, and where its objects are.

@@ -123,6 +123,19 @@ impl ControlPlane {
         }
     }
 
+    /// Kills etcd too, does this with its data's folder, and starts both again.
+    pub async fn while_stopped(
+        &mut self,
+        act: impl FnOnce(&Path) -> std::io::Result<()>,
+    ) -> anyhow::Result<()> {
+        self.stop_apiserver();
+        let own = self.own.as_mut().context("this cluster was there before; it is not ours to stop")?;
+        own.etcd.stop();
+        act(&self.dir.path().join("etcd"))?;
+        own.etcd = Etcd::start(&self.assets, self.dir.path())?;
+        self.start_apiserver().await
+    }
+
     /// Starts the API server and waits until it serves.
     pub async fn start_apiserver(&mut self) -> anyhow::Result<()> {
         let Some(own) = &mut self.own else {

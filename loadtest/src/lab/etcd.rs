@@ -8,7 +8,7 @@ use super::process::Process;
 
 /// A running etcd.
 pub struct Etcd {
-    _process: Process,
+    process: Option<Process>,
     /// Where the API server finds it.
     pub url: String,
 }
@@ -29,6 +29,11 @@ impl Etcd {
             "--log-level",
             "error",
         ]);
-        Ok(Self { _process: Process::start("etcd", dir, &mut command)?, url })
+        Ok(Self { process: Some(Process::start("etcd", dir, &mut command)?), url })
+    }
+
+    /// Kills it; its data stays.
+    pub fn stop(&mut self) {
+        self.process = None;
     }
 }

@@ -99,7 +99,8 @@ impl Process {
 
     /// What it has taken of the machine so far.
     pub fn usage(&self) -> anyhow::Result<Usage> {
-        Usage::of(&self.child.id().to_string())
+        // Of one that has ended there is none.
+        Usage::of(&self.child.id().to_string()).with_context(|| format!("{}:\n{}", self.name, self.tail()))
     }
 
     /// All that it logged.

@@ -1,6 +1,9 @@
 //! What the hub does with an API server that does not give it what it asks for.
 
-use opa_hub_loadtest::cluster::Cluster;
+use std::path::Path;
+use std::process::Command;
+
+use opa_hub_loadtest::cluster::{Cluster, DATA};
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::apiserver::PLAIN_USER;
 use opa_hub_loadtest::lab::process::Process;
@@ -93,4 +96,44 @@ async fn no_streaming_list_means_pages() -> anyhow::Result<()> {
     let other = Hub::start(plane.dir.path(), &flags).await?;
     assert_eq!(other.json("/v1/bundles/main").await?["revision"], watched["revision"]);
     Ok(())
+}
+
+/// A watch from where the source was would be accepted, and silent until it is there again.
+#[tokio::test]
+async fn a_source_that_is_restored_is_listed_again() -> anyhow::Result<()> {
+    let mut plane = ControlPlane::start().await?;
+    if !plane.is_own() {
+        return Ok(());
+    }
+    let cluster = Cluster { client: plane.client().await? };
+    let write = async |value: u64| {
+        cluster.configmap("default", "m", Some(DATA), &[("k", &json!({ "value": value }).to_string())]).await
+    };
+    write(0).await?;
+    let hub =
+        Hub::start(plane.dir.path(), &["--kubeconfig", &plane.kubeconfig.display().to_string()]).await?;
+    let revision =
+        async || -> anyhow::Result<Value> { Ok(hub.json("/v1/bundles/main").await?["revision"].clone()) };
+    let before = revision().await?;
+    let copy = |from: &Path, to: &Path| Command::new("cp").arg("-r").args([from, to]).status().map(drop);
+    let kept = plane.dir.path().join("etcd-before");
+    plane.while_stopped(|data| copy(data, &kept)).await?;
+    for value in 1..=200 {
+        write(value).await?;
+    }
+    let is = async |expected: bool| {
+        eventually("the hub has heard", async || {
+            let now = revision().await.map_err(|error| error.to_string())?;
+            equal(&(now == before), &expected)
+        })
+        .await
+    };
+    is(false).await?;
+    plane
+        .while_stopped(|data| {
+            std::fs::remove_dir_all(data)?;
+            copy(&kept, data)
+        })
+        .await?;
+    is(true).await.map(drop)
 }

@@ -174,8 +174,11 @@ async fn hub_restarted(world: &mut World) -> anyhow::Result<()> {
         assert_eq!(count(&sample), Some(0), "no snapshot is served after a restart\n{text}");
     }
     assert_eq!(world.hub.metric("opa_hub_reconciles_total").await?, 1);
-    assert_eq!(world.hub.metric("opa_hub_agents").await?, 1);
-    Ok(())
+    eventually("what was reconciled is followed", async || {
+        equal(&world.hub.metric("opa_hub_agents").await.map_err(|error| error.to_string())?, &1)
+    })
+    .await
+    .map(drop)
 }
 
 async fn apiserver_restarted(world: &mut World) -> anyhow::Result<()> {

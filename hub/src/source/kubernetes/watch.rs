@@ -20,6 +20,8 @@ const LISTED: &str = "k8s.io/initial-events-end";
 const LATE: Duration = Duration::from_secs(5);
 /// A watch that brings nothing and ends sooner is one that failed.
 const SHORT: Duration = Duration::from_secs(1);
+/// So many in a row, and the server may no longer know the version: one without a watch cache does not say so.
+const SHORTS_MAX: usize = 3;
 /// The status of an answer that says that what was asked for is no longer known.
 const GONE: u16 = 410;
 
@@ -44,6 +46,14 @@ pub enum Error {
     /// A watch that ended as soon as it began, as those do of a server that goes away.
     #[error("the watch ended at once")]
     Short,
+    /// The server has less than it had: it was restored.
+    #[error("the API server is at {newest} and was at {held}: all is listed again")]
+    WentBack {
+        /// Where the watch is.
+        held: String,
+        /// Where the server is.
+        newest: String,
+    },
     /// An object or a list without one.
     #[error("the API server gives no resourceVersion")]
     NoVersion,
@@ -97,6 +107,10 @@ pub(super) struct Watch {
     state: State,
     /// When the watch was opened that has brought nothing yet.
     opened: Option<Instant>,
+    /// Watches that ended as soon as they began, in a row.
+    shorts: usize,
+    /// The server may have been away, and have come back as it was before: a watch from where it was would wait in silence.
+    is_in_doubt: bool,
 }
 
 struct Asked {
@@ -108,7 +122,14 @@ struct Asked {
 impl Watch {
     /// Of the objects that these selectors mean.
     pub(super) fn new(api: Api<Raw>, labels: String, fields: String, list: List) -> Self {
-        Self { asked: Asked { api, labels, fields }, list, state: State::Start, opened: None }
+        Self {
+            asked: Asked { api, labels, fields },
+            list,
+            state: State::Start,
+            opened: None,
+            shorts: 0,
+            is_in_doubt: false,
+        }
     }
 
     /// What comes next. Not to be dropped half-way.
@@ -141,6 +162,13 @@ impl Watch {
                 State::Listed(version) => {
                     // A failure here goes on from the same version.
                     self.state = State::Listed(version.clone());
+                    if std::mem::replace(&mut self.is_in_doubt, true) {
+                        let newest = self.asked.newest().await?;
+                        if self::version(&newest) < self::version(&version) {
+                            (self.state, self.is_in_doubt) = (State::Start, false);
+                            return Err(Error::WentBack { held: version, newest });
+                        }
+                    }
                     let events = match self.asked.watch(WATCH_SECONDS, false, &version).await {
                         Err(error) if error.code() == Some(GONE) => {
                             self.state = State::Start;
@@ -148,6 +176,7 @@ impl Watch {
                         }
                         events => events?,
                     };
+                    self.is_in_doubt = false;
                     self.opened = Some(Instant::now());
                     (State::Following(events, version.clone()), Some(Said::Quiet(version)))
                 }
@@ -167,13 +196,25 @@ impl Watch {
         let patience = Duration::from_secs(WATCH_SECONDS.into()) + LATE;
         let event = tokio::time::timeout(patience, events.next()).await;
         let opened = self.opened.take();
+        self.is_in_doubt = matches!(event, Err(_) | Ok(Some(Err(_))));
         let Ok(Some(event)) = event else {
-            return match opened {
-                Some(opened) if opened.elapsed() < SHORT => Err(Error::Short),
-                _ => Ok((again, None)),
-            };
+            if opened.is_some_and(|opened| opened.elapsed() < SHORT) {
+                (self.is_in_doubt, self.shorts) = (true, self.shorts + 1);
+                if self.shorts == SHORTS_MAX {
+                    (self.state, self.shorts) = (State::Start, 0);
+                }
+                return Err(Error::Short);
+            }
+            self.shorts = 0;
+            return Ok((again, None));
         };
-        Ok(match event? {
+        self.shorts = 0;
+        let event = event.map_err(Error::from).inspect_err(|error| {
+            if error.code() == Some(GONE) {
+                self.state = State::Start;
+            }
+        })?;
+        Ok(match event {
             WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
                 let version = raw.metadata.resource_version.clone().ok_or(Error::NoVersion)?;
                 (State::Following(events, version), Some(Said::Put(raw)))
@@ -205,6 +246,14 @@ impl Asked {
         };
         let events = tokio::time::timeout(SOURCE_ANSWER, self.api.watch(&params, version));
         Ok(events.await.map_err(|_| Error::Silent)??.boxed())
+    }
+
+    /// How far the server is now.
+    async fn newest(&self) -> Result<String, Error> {
+        let params = ListParams::default().limit(1).labels(&self.labels).fields(&self.fields);
+        let list = tokio::time::timeout(SOURCE_ANSWER, self.api.list(&params));
+        let list = list.await.map_err(|_| Error::Silent)??;
+        list.metadata.resource_version.ok_or(Error::NoVersion)
     }
 
     async fn page(&self, next: Option<String>) -> Result<State, Error> {
