@@ -18,7 +18,12 @@ pub mod cut;
 
 pub mod valve;
 
+use std::collections::BTreeSet;
 use std::net::TcpListener;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::Context as _;
 
 pub use self::agent::{Agent, Delivery};
 pub use self::apiserver::ControlPlane;
@@ -37,7 +42,16 @@ pub fn http() -> anyhow::Result<reqwest::Client> {
     Ok(reqwest::Client::builder().no_proxy().build()?)
 }
 
-/// A loopback port that nobody listens on.
+/// A loopback port that nobody listens on, and that nobody was given before: between this and whoever listens there, the
+/// kernel would give it again. It is none of those that connections come from.
 pub fn free_port() -> anyhow::Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    const PORTS: Range<u16> = 10_000..32_000;
+    const TRIES: usize = 10_000;
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut ports = std::iter::repeat_with(|| fastrand::u16(PORTS)).take(TRIES);
+    let free = |port: &u16| !given.contains(port) && TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let port = ports.find(free).context("no port is free")?;
+    given.insert(port);
+    Ok(port)
 }
