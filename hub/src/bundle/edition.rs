@@ -282,8 +282,12 @@ impl Bundle {
         }
     }
 
-    /// Its head holds all that happened before this.
+    /// Its head holds all that happened before this, and is as of then: what came and went meanwhile is not to come again.
     pub fn set_position(&self, position: Position) {
+        if let Some(head) = &*self.head.borrow() {
+            let mut bounds = head.bounds();
+            bounds.newest = position.clone().after(&bounds.newest);
+        }
         *self.position.lock().unwrap_or_else(PoisonError::into_inner) = position;
     }
 

@@ -43,6 +43,6 @@ pub(super) async fn post(
         }
     }
     bundle.counters.reconciles.fetch_add(1, Ordering::Relaxed);
-    let position = [(POSITION_HEADER, edition.newest().to_string())];
+    let position = [(POSITION_HEADER, here.after(&edition.newest()).to_string())];
     Ok((position, respond(edition.reconcile(held).await)).into_response())
 }
