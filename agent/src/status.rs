@@ -112,15 +112,14 @@ impl State {
         if self.delivery == Delivery::Bundle && self.activated != self.said.map(|said| said.modules) {
             because.push("OPA has not activated the policy bundle that the hub last said".to_owned());
         }
-        let silent = self.unconnected.map(|since| since.elapsed());
-        if let Some(silent) = silent.filter(|silent| *silent > self.grace) {
+        let too_long = |since: Option<Instant>| Some(since?.elapsed()).filter(|time| *time > self.grace);
+        if let Some(silent) = too_long(self.unconnected) {
             because.push(format!("no stream from the hub for {} s", silent.as_secs()));
         }
-        let behind = self.behind.map(|since| since.elapsed());
-        if let Some(behind) = behind.filter(|behind| *behind > self.grace) {
+        if let Some(behind) = too_long(self.behind) {
             because.push(format!("the hub has more to say, for {} s", behind.as_secs()));
         }
-        let stale = self.stale.as_ref().filter(|(since, _)| since.elapsed() > self.grace);
+        let stale = self.stale.as_ref().filter(|(since, _)| too_long(Some(*since)).is_some());
         because.extend(stale.map(|(_, words)| format!("what the hub says may be old: {words}")));
         because.extend(self.refused.iter().map(|(id, message)| format!("OPA refuses {id}: {message}")));
         if !because.is_empty() {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use kube::Api;
-use kube::api::{ListParams, WatchEvent, WatchParams};
+use kube::api::{ListParams, ObjectList, WatchEvent, WatchParams};
 
 use super::Raw;
 use crate::config::{LIST_PAGE, LIST_SECONDS, SOURCE_ANSWER, WATCH_SECONDS};
@@ -169,13 +169,8 @@ impl Watch {
                             return Err(Error::WentBack { held: version, newest });
                         }
                     }
-                    let events = match self.asked.watch(WATCH_SECONDS, false, &version).await {
-                        Err(error) if error.code() == Some(GONE) => {
-                            self.state = State::Start;
-                            return Err(error);
-                        }
-                        events => events?,
-                    };
+                    let events = self.asked.watch(WATCH_SECONDS, false, &version).await;
+                    let events = events.map_err(|error| self.broken_by(error))?;
                     self.is_in_doubt = false;
                     self.opened = Some(Instant::now());
                     (State::Following(events, version.clone()), Some(Said::Quiet(version)))
@@ -209,12 +204,7 @@ impl Watch {
             return Ok((again, None));
         };
         self.shorts = 0;
-        let event = event.map_err(Error::from).inspect_err(|error| {
-            if error.code() == Some(GONE) {
-                self.state = State::Start;
-            }
-        })?;
-        Ok(match event {
+        Ok(match event.map_err(|error| self.broken_by(error.into()))? {
             WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
                 let version = raw.metadata.resource_version.clone().ok_or(Error::NoVersion)?;
                 (State::Following(events, version), Some(Said::Put(raw)))
@@ -227,13 +217,16 @@ impl Watch {
                 let version = mark.metadata.resource_version;
                 (State::Following(events, version.clone()), Some(Said::Quiet(version)))
             }
-            WatchEvent::Error(status) => {
-                if status.code == GONE {
-                    self.state = State::Start;
-                }
-                return Err(Error::Status(status));
-            }
+            WatchEvent::Error(status) => return Err(self.broken_by(Error::Status(status))),
         })
+    }
+
+    /// Where the server no longer knows the version, all is listed again.
+    fn broken_by(&mut self, error: Error) -> Error {
+        if error.code() == Some(GONE) {
+            self.state = State::Start;
+        }
+        error
     }
 }
 
@@ -250,20 +243,21 @@ impl Asked {
 
     /// How far the server is now.
     async fn newest(&self) -> Result<String, Error> {
-        let params = ListParams::default().limit(1).labels(&self.labels).fields(&self.fields);
-        let list = tokio::time::timeout(SOURCE_ANSWER, self.api.list(&params));
-        let list = list.await.map_err(|_| Error::Silent)??;
-        list.metadata.resource_version.ok_or(Error::NoVersion)
+        self.list(1, None).await?.metadata.resource_version.ok_or(Error::NoVersion)
     }
 
-    async fn page(&self, next: Option<String>) -> Result<State, Error> {
+    async fn list(&self, limit: u32, next: Option<String>) -> Result<ObjectList<Raw>, Error> {
         let params = ListParams {
-            limit: Some(LIST_PAGE),
+            limit: Some(limit),
             continue_token: next,
             ..ListParams::default().labels(&self.labels).fields(&self.fields)
         };
-        let page = tokio::time::timeout(SOURCE_ANSWER, self.api.list(&params));
-        let page = page.await.map_err(|_| Error::Silent)??;
+        let list = tokio::time::timeout(SOURCE_ANSWER, self.api.list(&params));
+        Ok(list.await.map_err(|_| Error::Silent)??)
+    }
+
+    async fn page(&self, next: Option<String>) -> Result<State, Error> {
+        let page = self.list(LIST_PAGE, next).await?;
         let version = page.metadata.resource_version.filter(|version| !version.is_empty());
         let next = page.metadata.continue_.filter(|next| !next.is_empty());
         if version.is_none() && next.is_none() {
