@@ -12,8 +12,8 @@ use crate::bundle::spec::Spec;
 use crate::bundle::view::Batch;
 use crate::config::{Config, Source};
 use crate::model::{Change, Content, FeedId, Object, Scope};
-use crate::policy::analyze;
 use crate::policy::check::Compiler;
+use crate::policy::reads::{self, Found};
 use crate::policy::settle::settle;
 use crate::source::folder::{self, Contents};
 
@@ -78,9 +78,10 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
     if good.is_empty() {
         bail!("no policies in {}: {}", dir.display(), problems.join("; "));
     }
-    let plan = compiler.plan(&modules, &spec.fields.entrypoints).await?;
-    let plan = plan.context("fields are found by a real OPA only: give --opa-bin")?;
-    let reads = analyze::reads(&plan);
+    let found = reads::reads(&compiler, &modules, &spec.fields.entrypoints).await?;
+    let Found { reads, opaque } = found.context("fields are found by a real OPA only: give --opa-bin")?;
+    problems
+        .extend(opaque.into_iter().map(|(decision, reason)| format!("fields of data{decision}: {reason}")));
 
     let mut text = String::new();
     for (id, feed) in (0..).map(FeedId).zip(&spec.feeds) {

@@ -20,9 +20,10 @@ use crate::bundle::view::{Batch, Changed, View};
 use crate::bundle::{Bundle, Reading};
 use crate::config::{CHECK_RETRY, COMMIT_EVENTS_MAX, NARROW_AFTER};
 use crate::model::{Change, Content, Feed, FeedId, Scope, Version};
-use crate::policy::analyze::{self, Reads};
+use crate::policy::analyze::Reads;
 use crate::policy::candidates::LastGood;
 use crate::policy::check::{self, Compiler, Modules};
+use crate::policy::reads;
 use crate::policy::settle::{Candidates, Outcome, Selection, settle};
 use crate::policy::verdict::Fault;
 use crate::readiness::Readiness;
@@ -110,7 +111,7 @@ pub async fn check(
         let reads = if fields.follows.is_nothing() {
             None
         } else {
-            Some(read_by(&compiler, &modules, &fields.entrypoints, &readiness).await)
+            Some(read_by(&compiler, &mut outcome, &fields.entrypoints, &readiness).await)
         };
         if said.send(Said::Checked { outcome, reads }).await.is_err() {
             return;
@@ -152,23 +153,22 @@ impl<'a> Limits<'a> {
         if modules.is_empty() {
             return Ok(self.scales.weigh(&Reads::default()));
         }
-        let plan = self.compiler.plan(&modules, self.entrypoints).await?;
-        Ok(self.scales.weigh(&plan.map_or_else(Reads::everything, |plan| analyze::reads(&plan))))
+        let found = reads::reads(self.compiler, &modules, self.entrypoints).await?;
+        Ok(self.scales.weigh(&found.map_or_else(Reads::everything, |found| found.reads)))
     }
 }
 
-/// What of the data `modules` read: all of it where that cannot be told, which is said.
+/// The data that the accepted modules read: all of it where OPA cannot be asked, which is a problem of the bundle. A
+/// ConfigMap with a decision that cannot be analysed is warned.
 async fn read_by(
     compiler: &Compiler,
-    modules: &Modules<'_>,
+    outcome: &mut Outcome,
     entrypoints: &[DirPath],
     readiness: &Readiness,
 ) -> Reads {
-    if modules.is_empty() {
-        return Reads::default();
-    }
-    let plan = compiler.plan(modules, entrypoints).await;
-    let problem = match &plan {
+    let modules = outcome.accepted.values().flat_map(|texts| &texts.modules).collect();
+    let found = reads::reads(compiler, &modules, entrypoints).await;
+    let problem = match &found {
         Ok(Some(_)) => None,
         Ok(None) => Some("it needs a real OPA: give --opa-bin; until then whole objects travel".to_owned()),
         Err(error) => Some(format!("whole objects travel: {error}")),
@@ -177,7 +177,18 @@ async fn read_by(
         tracing::warn!("{FIELDS}: {problem}");
     }
     readiness.problem(FIELDS, problem);
-    plan.ok().flatten().map_or_else(Reads::everything, |plan| analyze::reads(&plan))
+    let Ok(Some(found)) = found else { return Reads::everything() };
+    for (decision, reason) in &found.opaque {
+        for (key, texts) in &outcome.accepted {
+            if texts.modules.values().any(|module| decision.is_within(&module.root)) {
+                let message = format!(
+                    "the fields that data{decision} reads cannot be found, so objects that it names travel whole: {reason}"
+                );
+                outcome.warnings.entry(key.clone()).or_default().push(Fault::new("fields_unknown", message));
+            }
+        }
+    }
+    found.reads
 }
 
 /// The writer.

@@ -137,15 +137,12 @@ pub fn readers(
     place: &DirPath,
     scope: IsClusterScoped,
 ) -> BTreeMap<Vec<Step>, BTreeSet<Site>> {
-    let object = place.relative().split('/').count() + if scope == Some(true) { 1 } else { 2 };
+    let depth = if scope == Some(true) { 1 } else { 2 };
     let mut readers: BTreeMap<Vec<Step>, BTreeSet<Site>> = BTreeMap::new();
-    for (read, extent, sites) in reads.about(place) {
-        let steps = match read.get(object..) {
-            Some(steps) if !steps.is_empty() || extent == Extent::Whole => steps,
-            None if extent == Extent::Whole => &[],
-            _ => continue,
-        };
-        readers.entry(steps.to_vec()).or_default().extend(sites.iter().cloned());
+    for (path, extent, sites) in reads.of_objects(place, depth) {
+        if !path.is_empty() || extent == Extent::Whole {
+            readers.entry(path).or_default().extend(sites.iter().cloned());
+        }
     }
     readers
 }

@@ -7,7 +7,7 @@ use opa_hub_proto::path::DirPath;
 use serde::{Deserialize, Serialize};
 
 use super::fields::Fields;
-use crate::policy::analyze::{Extent, Reads};
+use crate::policy::analyze::Reads;
 
 /// See the module's text.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -93,16 +93,11 @@ impl Kept {
     }
 }
 
-/// What is read of objects that lie `depth` names below `place`.
+/// Fields that are read of objects that lie `depth` names below `place`.
 fn read_of(reads: &Reads, place: &DirPath, depth: usize) -> Fields {
-    let object = place.relative().split('/').count() + depth;
     let mut fields = Fields::default();
-    for (read, extent, _) in reads.about(place) {
-        if read.len() >= object {
-            fields.insert(&read[object..], extent);
-        } else if extent == Extent::Whole {
-            return Fields::all();
-        }
+    for (path, extent, _) in reads.of_objects(place, depth) {
+        fields.insert(&path, extent);
     }
     fields
 }

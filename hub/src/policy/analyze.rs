@@ -3,6 +3,10 @@
 //! Each local stands for the places below `data` that its value may come from. A step into a place is a read of what
 //! lies there; whoever takes a value whole (compares, returns, prints it, hands it to a builtin) reads all below it.
 //! Nothing is guessed: what the pass does not know reads everything that it is given.
+//!
+//! OPA compares whole values in three more places. A set compares its members, so whatever enters a set is read whole.
+//! A complete rule and an object compare the values that they get twice: two objects of Kubernetes differ if and only
+//! if their identities do, other values are read whole.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -12,12 +16,22 @@ use opa_hub_proto::path::DirPath;
 
 use super::plan::{Block, Function, Operand, Plan, Site, Stmt};
 
-/// Steps of one place. Rego forbids recursion, so that paths end; this bounds what a plan that lies may cost.
+/// Steps of one place. Rego forbids recursion, so that paths end; this bounds the cost of a malformed plan.
 const STEPS_MAX: usize = 32;
-/// Places that are told apart: beyond, policies read everything. A hundred real ones read a few hundred.
+/// Maximum number of places that policies read. A hundred real policies read a few hundred.
 const PLACES_MAX: usize = 20_000;
+/// Maximum number of places that one value may come from. Names chosen from lists multiply: six names at each of twelve
+/// levels are 6¹² places.
+const FLOW_PLACES_MAX: usize = 4096;
+/// Maximum number of steps of all places of all values: about 50 MB.
+const STORED_STEPS_MAX: usize = 1_000_000;
+/// Maximum number of places and statements that are looked at: under 2 s in a release build.
+const WORK_MAX: usize = 4_000_000;
 /// Containers in containers whose elements are followed.
 const NESTING_MAX: usize = 8;
+/// Fields in which any two objects of Kubernetes differ, wherever they lie.
+const IDENTITY: [&[&str]; 4] =
+    [&["apiVersion"], &["kind"], &["metadata", "name"], &["metadata", "namespace"]];
 
 /// One step down.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -36,6 +50,8 @@ pub type Place = Vec<Step>;
 pub enum Extent {
     /// Whether there is something, and the value itself where it is no container.
     Shallow,
+    /// Enough to tell two objects of one resource apart.
+    Identity,
     /// All that lies below it.
     Whole,
 }
@@ -47,7 +63,55 @@ const SITES_MAX: usize = 8;
 #[derive(Default, Debug)]
 pub struct Reads(BTreeMap<Place, (Extent, BTreeSet<Site>)>);
 
+/// The analysis takes more time or memory than it may.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("field analysis failed: the policies choose among too many fields; read fields by constant names")]
+pub struct TooComplex;
+
 impl Reads {
+    /// These places, each read as far as its extent says, at `sites`.
+    pub fn of(places: impl IntoIterator<Item = (Place, Extent)>, sites: &[Site]) -> Self {
+        let mut reads = Self::default();
+        for (place, extent) in places {
+            reads.add(&place, extent, None);
+            for site in sites {
+                reads.add(&place, extent, Some(site));
+            }
+        }
+        reads
+    }
+
+    /// Adds what `other` reads.
+    pub fn join(&mut self, other: Self) {
+        for (place, (extent, sites)) in other.0 {
+            self.add(&place, extent, None);
+            for site in &sites {
+                self.add(&place, extent, Some(site));
+            }
+        }
+    }
+
+    /// Paths that are read within objects that lie `depth` names below `place`, none of them of the extent `Identity`.
+    /// An empty path that is read whole means whole objects.
+    pub fn of_objects(&self, place: &DirPath, depth: usize) -> Vec<(Vec<Step>, Extent, &BTreeSet<Site>)> {
+        let resource = place.relative().split('/').count();
+        let is_name = |step: &Step| matches!(step, Step::Name(_));
+        let mut paths = Vec::new();
+        for (read, extent, sites) in self.about(place) {
+            match (read.get(resource + depth..), extent) {
+                (Some([]), Extent::Identity) if read[..resource].iter().all(is_name) => {
+                    let path = |names: &[&str]| names.iter().map(|name| Step::Name((*name).into())).collect();
+                    paths.extend(IDENTITY.map(|names| (path(names), Extent::Shallow, sites)));
+                }
+                (Some(steps), Extent::Shallow) => paths.push((steps.to_vec(), Extent::Shallow, sites)),
+                (Some(steps), _) => paths.push((steps.to_vec(), Extent::Whole, sites)),
+                (None, Extent::Shallow) => {}
+                (None, _) => paths.push((Vec::new(), Extent::Whole, sites)),
+            }
+        }
+        paths
+    }
+
     /// Every place that is read, in their order, with who reads it so.
     pub fn iter(&self) -> impl Iterator<Item = (&Place, Extent, &BTreeSet<Site>)> {
         self.0.iter().map(|(place, (extent, sites))| (place, *extent, sites))
@@ -86,11 +150,13 @@ impl Reads {
     }
 }
 
-/// What a value may be.
+/// What a value may be. The default is no value at all.
 #[derive(Clone, Default, PartialEq, Eq)]
 struct Flow {
     /// Places that it may come from.
     places: BTreeSet<Place>,
+    /// Whether it may also be a value that does not lie below `data`.
+    mixed: bool,
     /// What its elements may be, when it was built of others.
     elements: Option<Box<Flow>>,
     /// The texts that it is for certain one of; none: anything.
@@ -98,6 +164,25 @@ struct Flow {
 }
 
 impl Flow {
+    /// A value that does not lie below `data`.
+    fn other() -> Self {
+        Self { mixed: true, ..Self::default() }
+    }
+
+    /// Whether all places can be objects of one resource: they differ in their last step only.
+    fn is_of_one_resource(&self) -> bool {
+        let Some((first, len)) = self.places.first().map(|place| (place, place.len())) else { return false };
+        let is_alike = |place: &Place| place.len() == len && place[..len - 1] == first[..len - 1];
+        let is_name = |step: &Step| matches!(step, Step::Name(_));
+        len >= 3 && first[..len - 2].iter().all(is_name) && self.places.iter().all(is_alike)
+    }
+
+    /// Steps of all its places.
+    fn steps(&self) -> usize {
+        let below = self.elements.as_ref().map_or(0, |elements| elements.steps());
+        self.places.iter().map(Vec::len).sum::<usize>() + below
+    }
+
     fn is_empty(&self) -> bool {
         self.places.is_empty() && self.elements.as_ref().is_none_or(|elements| elements.is_empty())
     }
@@ -107,7 +192,8 @@ impl Flow {
     fn join(&mut self, other: &Self, depth: usize, lost: &mut BTreeSet<Place>) -> bool {
         let before = self.places.len();
         self.places.extend(other.places.iter().cloned());
-        let mut news = self.places.len() > before;
+        let mut news = self.places.len() > before || other.mixed && !self.mixed;
+        self.mixed |= other.mixed;
         if let Some(elements) = &other.elements {
             if depth < NESTING_MAX {
                 news |= self.elements.is_none();
@@ -128,7 +214,7 @@ impl Flow {
 }
 
 /// The places that the plan's entrypoints can read.
-pub fn reads(plan: &Plan) -> Reads {
+pub fn reads(plan: &Plan) -> Result<Reads, TooComplex> {
     let mut pass = Pass {
         plan,
         functions: plan.functions(),
@@ -138,6 +224,11 @@ pub fn reads(plan: &Plan) -> Reads {
         returns: HashMap::new(),
         returned: BTreeMap::new(),
         reads: Reads::default(),
+        once: HashMap::new(),
+        scans: 0,
+        work: 0,
+        stored: 0,
+        is_over: false,
         news: false,
     };
     loop {
@@ -152,12 +243,11 @@ pub fn reads(plan: &Plan) -> Reads {
         for function in functions {
             pass.body(&function.name, &function.blocks);
         }
-        if pass.reads.0.len() > PLACES_MAX {
-            pass.whole(&data(), None);
-            return pass.reads;
+        if pass.is_over() {
+            return Err(TooComplex);
         }
         if !pass.news {
-            return pass.reads;
+            return Ok(pass.reads);
         }
     }
 }
@@ -182,11 +272,29 @@ struct Pass<'a> {
     /// The rule that first returned what may come from a place.
     returned: BTreeMap<Place, Site>,
     reads: Reads,
+    /// The statement that assigns a local once or inserts into an object once, until a second one is found.
+    once: HashMap<Local, Option<*const Stmt>>,
+    /// Loops around the statement under way.
+    scans: usize,
+    /// Places and statements looked at so far.
+    work: usize,
+    /// Steps of all places in `flows`, counted when they came.
+    stored: usize,
+    /// A value may come from too many places.
+    is_over: bool,
     /// Something was learnt in this round.
     news: bool,
 }
 
 impl Pass<'_> {
+    /// Whether a bound is reached. Nothing that was found counts then.
+    fn is_over(&self) -> bool {
+        self.is_over
+            || self.work > WORK_MAX
+            || self.stored > STORED_STEPS_MAX
+            || self.reads.0.len() > PLACES_MAX
+    }
+
     /// Runs the blocks of a function. A local whose first mention in a block is that it is assigned begins anew there.
     fn body(&mut self, scope: &str, blocks: &[Block]) {
         self.begun.clear();
@@ -194,7 +302,7 @@ impl Pass<'_> {
             let (mut mentioned, mut begun) = (BTreeSet::new(), BTreeSet::new());
             self.mentions(block, &mut mentioned, &mut begun);
             self.begun.extend(begun.into_iter().map(|local| (local, at + 1)));
-            self.blocks(scope, std::iter::once(block));
+            self.blocks(scope, std::slice::from_ref(block));
         }
     }
 
@@ -206,8 +314,8 @@ impl Pass<'_> {
                     begun.insert(target);
                 }
             }
-            for block in stmt.blocks() {
-                self.mentions(&block, mentioned, begun);
+            for block in &stmt.blocks {
+                self.mentions(block, mentioned, begun);
             }
         }
     }
@@ -216,10 +324,14 @@ impl Pass<'_> {
         (scope.to_owned(), local, self.begun.get(&local).copied().unwrap_or_default())
     }
 
-    fn blocks<'b>(&mut self, scope: &str, blocks: impl Iterator<Item = &'b Block>) {
+    fn blocks(&mut self, scope: &str, blocks: &[Block]) {
         for block in blocks {
             let before = self.lists.clone();
             for stmt in &block.stmts {
+                self.work += 1 + before.len();
+                if self.is_over() {
+                    return;
+                }
                 self.build(stmt);
                 self.stmt(scope, stmt);
             }
@@ -260,13 +372,13 @@ impl Pass<'_> {
         let plan = self.plan;
         let site = plan.site(stmt);
         let operand = |name: &str| plan.operand(stmt, name);
-        let flow = |pass: &Self, name: &str| pass.flow(scope, plan.operand(stmt, name));
+        let flow = |pass: &mut Self, name: &str| pass.flow(scope, plan.operand(stmt, name));
         match stmt.kind.as_str() {
             "NopStmt" | "BreakStmt" | "ResetLocalStmt" | "IsArrayStmt" | "IsObjectStmt" | "IsSetStmt"
             | "IsDefinedStmt" | "IsUndefinedStmt" => {}
             "MakeNullStmt" | "MakeNumberIntStmt" | "MakeNumberRefStmt" | "AssignIntStmt"
             | "MakeArrayStmt" | "MakeObjectStmt" | "MakeSetStmt" => {
-                self.assign(scope, stmt, "target", &Flow::default());
+                self.assign(scope, stmt, "target", &Flow::other());
             }
             "AssignVarStmt" | "AssignVarOnceStmt" => {
                 let mut source = flow(self, "source");
@@ -274,6 +386,10 @@ impl Pass<'_> {
                     source.texts = Some(BTreeSet::from([text.into()]));
                 }
                 self.assign(scope, stmt, "target", &source);
+                if stmt.kind == "AssignVarOnceStmt" && self.may_repeat(scope, stmt, "target") {
+                    let all = flow(self, "target");
+                    self.compare(&all, site.as_ref());
+                }
             }
             "DotStmt" => {
                 let (source, key) = (flow(self, "source"), flow(self, "key"));
@@ -282,39 +398,45 @@ impl Pass<'_> {
                 self.assign(scope, stmt, "target", &target);
             }
             "ScanStmt" => {
-                let value = self.dot(&flow(self, "source"), &[Step::Any], site.as_ref());
-                self.assign(scope, stmt, "key", &Flow::default());
+                let source = flow(self, "source");
+                let value = self.dot(&source, &[Step::Any], site.as_ref());
+                // Of a set this is the member, which was read whole when it came.
+                self.assign(scope, stmt, "key", &Flow::other());
                 self.assign(scope, stmt, "value", &value);
-                self.blocks(scope, stmt.blocks().iter());
+                self.scans += 1;
+                self.blocks(scope, &stmt.blocks);
+                self.scans -= 1;
             }
             "LenStmt" => {
-                self.dot(&flow(self, "source"), &[Step::Any], site.as_ref());
-                self.assign(scope, stmt, "target", &Flow::default());
+                let source = flow(self, "source");
+                self.dot(&source, &[Step::Any], site.as_ref());
+                self.assign(scope, stmt, "target", &Flow::other());
             }
-            "EqualStmt" | "NotEqualStmt" => {
-                let (a, b) = (operand("a"), operand("b"));
-                let is_scalar = |side| matches!(side, Some(Operand::Text(_) | Operand::Bool(_)));
-                // Against a scalar a container is unequal, whatever it holds.
-                if !is_scalar(a) && !is_scalar(b) {
-                    self.whole(&flow(self, "a"), site.as_ref());
-                    self.whole(&flow(self, "b"), site.as_ref());
-                }
-            }
+            "EqualStmt" | "NotEqualStmt" => self.equal(scope, stmt, site.as_ref()),
             "ArrayAppendStmt" => self.put(scope, stmt, "array"),
-            "SetAddStmt" => self.put(scope, stmt, "set"),
+            "SetAddStmt" => {
+                let value = flow(self, "value");
+                self.whole(&value, site.as_ref());
+                self.put(scope, stmt, "set");
+            }
             "ObjectInsertStmt" | "ObjectInsertOnceStmt" => {
-                self.whole(&flow(self, "key"), site.as_ref());
+                let key = flow(self, "key");
+                self.whole(&key, site.as_ref());
                 self.put(scope, stmt, "object");
+                if stmt.kind == "ObjectInsertOnceStmt" && self.may_repeat(scope, stmt, "object") {
+                    let all = flow(self, "object");
+                    all.elements.iter().for_each(|elements| self.compare(elements, site.as_ref()));
+                }
             }
             "ObjectMergeStmt" => {
                 let mut merged = flow(self, "a");
                 let mut lost = BTreeSet::new();
                 merged.join(&flow(self, "b"), 0, &mut lost);
                 self.lose(lost);
-                merged.texts = None;
+                (merged.texts, merged.mixed) = (None, true);
                 self.assign(scope, stmt, "target", &merged);
             }
-            "BlockStmt" | "NotStmt" => self.blocks(scope, stmt.blocks().iter()),
+            "BlockStmt" | "NotStmt" => self.blocks(scope, &stmt.blocks),
             "WithStmt" => {
                 let value = flow(self, "value");
                 if stmt.has_path() {
@@ -323,26 +445,43 @@ impl Pass<'_> {
                 } else {
                     self.assign(scope, stmt, "local", &value);
                 }
-                self.blocks(scope, stmt.blocks().iter());
+                self.blocks(scope, &stmt.blocks);
             }
             "CallStmt" => self.call(scope, stmt, site.as_ref()),
-            "ReturnLocalStmt" => {
-                let source = flow(self, "source");
-                let returned = self.returns.entry(scope.to_owned()).or_default();
-                let mut lost = BTreeSet::new();
-                self.news |= returned.join(&source, 0, &mut lost);
-                self.lose(lost);
-                if let Some(site) = site {
-                    for place in source.places {
-                        self.returned.entry(place).or_insert_with(|| site.clone());
-                    }
-                }
+            "ReturnLocalStmt" => self.returned(scope, stmt, site),
+            "ResultSetAddStmt" => {
+                let value = flow(self, "value");
+                self.whole(&value, site.as_ref());
             }
-            "ResultSetAddStmt" => self.whole(&flow(self, "value"), site.as_ref()),
             // A call that only an input decides, and whatever OPA adds one day.
             _ => {
                 self.whole(&data(), site.as_ref());
-                self.blocks(scope, stmt.blocks().iter());
+                self.blocks(scope, &stmt.blocks);
+            }
+        }
+    }
+
+    fn equal(&mut self, scope: &str, stmt: &Stmt, site: Option<&Site>) {
+        let sides = ["a", "b"].map(|side| self.plan.operand(stmt, side));
+        let is_scalar = |side: &Option<Operand>| matches!(side, Some(Operand::Text(_) | Operand::Bool(_)));
+        // Against a scalar a container is unequal, whatever is in it.
+        if !sides.iter().any(is_scalar) {
+            for side in sides {
+                let value = self.flow(scope, side);
+                self.whole(&value, site);
+            }
+        }
+    }
+
+    fn returned(&mut self, scope: &str, stmt: &Stmt, site: Option<Site>) {
+        let source = self.flow(scope, self.plan.operand(stmt, "source"));
+        let returned = self.returns.entry(scope.to_owned()).or_default();
+        let mut lost = BTreeSet::new();
+        self.news |= returned.join(&source, 0, &mut lost);
+        self.lose(lost);
+        if let Some(site) = site {
+            for place in source.places {
+                self.returned.entry(place).or_insert_with(|| site.clone());
             }
         }
     }
@@ -379,7 +518,7 @@ impl Pass<'_> {
                 } else {
                     self.whole(object, site);
                     self.whole(default, site);
-                    Flow::default()
+                    Flow::other()
                 }
             }
             ("json.filter" | "object.filter", [object, kept]) => {
@@ -400,17 +539,17 @@ impl Pass<'_> {
                         }
                     }
                 }
-                Flow::default()
+                Flow::other()
             }
             ("count" | "object.keys", [source]) => {
                 self.dot(source, &[Step::Any], site);
-                Flow::default()
+                Flow::other()
             }
             _ => {
                 for arg in &args {
                     self.whole(arg, site);
                 }
-                Flow::default()
+                Flow::other()
             }
         };
         self.assign(scope, stmt, "result", &result);
@@ -437,7 +576,13 @@ impl Pass<'_> {
 
     /// What lies one of these steps below, of which it is read at least that it is there.
     fn dot(&mut self, source: &Flow, steps: &[Step], site: Option<&Site>) -> Flow {
-        let mut target = Flow::default();
+        let mut target = Flow { mixed: source.mixed, ..Flow::default() };
+        let places = source.places.len() * steps.len();
+        self.work += places;
+        if places > FLOW_PLACES_MAX {
+            self.is_over = true;
+            return target;
+        }
         for place in &source.places {
             for step in steps {
                 let mut below = place.clone();
@@ -458,7 +603,29 @@ impl Pass<'_> {
         target
     }
 
+    /// Whether the statement may run twice for one local: in a loop, or beside another one.
+    fn may_repeat(&mut self, scope: &str, stmt: &Stmt, name: &str) -> bool {
+        let Some(local) = stmt.local(name) else { return true };
+        let this = std::ptr::from_ref(stmt);
+        let first = self.once.entry(self.local(scope, local)).or_insert(Some(this));
+        if *first != Some(this) {
+            *first = None;
+        }
+        self.scans > 0 || first.is_none()
+    }
+
+    /// Reads what it takes to tell whether two values are equal.
+    fn compare(&mut self, flow: &Flow, site: Option<&Site>) {
+        if flow.mixed || flow.elements.is_some() || !flow.is_of_one_resource() {
+            return self.whole(flow, site);
+        }
+        for place in &flow.places {
+            self.news |= self.reads.add(place, Extent::Identity, site);
+        }
+    }
+
     fn whole(&mut self, flow: &Flow, site: Option<&Site>) {
+        self.work += flow.places.len();
         for place in &flow.places {
             // What OPA itself takes in the end has no place in a module; the rule that returned it has.
             let site = site.or_else(|| self.returned.get(place));
@@ -469,13 +636,14 @@ impl Pass<'_> {
         }
     }
 
-    fn flow(&self, scope: &str, operand: Option<Operand>) -> Flow {
-        match operand {
-            Some(Operand::Local(local)) => {
-                self.flows.get(&self.local(scope, local)).cloned().unwrap_or_default()
-            }
-            _ => Flow::default(),
-        }
+    fn flow(&mut self, scope: &str, operand: Option<Operand>) -> Flow {
+        let local = match operand {
+            Some(Operand::Local(local)) => self.flows.get(&self.local(scope, local)).cloned(),
+            _ => None,
+        };
+        let flow = local.unwrap_or_else(Flow::other);
+        self.work += flow.places.len();
+        flow
     }
 
     fn assign(&mut self, scope: &str, stmt: &Stmt, name: &str, flow: &Flow) {
@@ -493,10 +661,15 @@ impl Pass<'_> {
             Entry::Vacant(place) => {
                 place.insert(flow.clone());
                 self.news = true;
+                self.stored += flow.steps();
             }
             Entry::Occupied(mut held) => {
                 let held = held.get_mut();
-                self.news |= held.join(flow, 0, &mut lost);
+                if held.join(flow, 0, &mut lost) {
+                    self.news = true;
+                    self.stored += flow.steps();
+                    self.is_over |= held.places.len() > FLOW_PLACES_MAX;
+                }
                 // It is one of these texts for certain only if it is so wherever it comes from.
                 let before = held.texts.take();
                 if let (Some(one), Some(other)) = (&before, &flow.texts) {
@@ -511,13 +684,13 @@ impl Pass<'_> {
     /// Puts a value into a container.
     fn put(&mut self, scope: &str, stmt: &Stmt, container: &str) {
         let (mut elements, mut lost) = (Flow::default(), BTreeSet::new());
-        elements.join(&self.flow(scope, self.plan.operand(stmt, "value")), 1, &mut lost);
+        let value = self.flow(scope, self.plan.operand(stmt, "value"));
+        elements.join(&value, 1, &mut lost);
         match stmt.local(container) {
-            Some(_) if elements.is_empty() => {}
             Some(local) => {
-                let built = Flow { elements: Some(Box::new(elements)), ..Flow::default() };
-                let held = self.flows.entry(self.local(scope, local)).or_default();
-                self.news |= held.join(&built, 0, &mut lost);
+                let built = Flow { elements: Some(Box::new(elements)), mixed: true, ..Flow::default() };
+                let local = self.local(scope, local);
+                self.set(local, &built);
             }
             None => self.whole(&elements, None),
         }
@@ -526,8 +699,8 @@ impl Pass<'_> {
 }
 
 /// The names in a path as `json.filter` takes it (OPA v1/topdown/json.go, `parsePath`): a JSON pointer that may lack
-/// its first slash.
+/// its first slash or have several. Names between two slashes are empty; no path at all names the whole value.
 fn pointer(path: &str) -> Vec<Arc<str>> {
-    let names = path.trim_start_matches('/').split('/').filter(|name| !name.is_empty());
-    names.map(|name| name.replace("~1", "/").replace("~0", "~").into()).collect()
+    let names = (!path.is_empty()).then(|| path.trim_start_matches('/').split('/'));
+    names.into_iter().flatten().map(|name| name.replace("~1", "/").replace("~0", "~").into()).collect()
 }

@@ -41,6 +41,9 @@ pub enum Error {
     /// It hangs.
     #[error("OPA did not answer within {} s", CHECK_MAX.as_secs())]
     TooLong,
+    /// The plan would take too much memory.
+    #[error("OPA's plan has {0} bytes, more than the {PLAN_BYTES_MAX} that are analysed")]
+    PlanTooLarge(u64),
     /// It ended in some other way than with a list of errors.
     #[error("OPA ended with {status}: {output}")]
     Failed {
@@ -147,11 +150,23 @@ impl Compiler {
         }
     }
 
-    /// The plan of `entrypoints`, without any of everything that the modules decide; none: nobody here can make one.
-    pub async fn plan(&self, modules: &Modules<'_>, entrypoints: &[DirPath]) -> Result<Option<Plan>, Error> {
+    /// The plan of these decisions, packages or rules; `None` without a real OPA.
+    pub async fn plan(&self, modules: &Modules<'_>, decisions: &[&DirPath]) -> Result<Option<Plan>, Error> {
         match self {
             Self::Syntax(_) => Ok(None),
-            Self::Opa(opa) => opa.plan(modules, entrypoints).await.map(Some),
+            Self::Opa(opa) => opa.plan(modules, decisions).await.map(Some),
+        }
+    }
+
+    /// Paths below `data` that these decisions depend on, as far as their names are constant; `None` without a real OPA.
+    pub async fn dependencies(
+        &self,
+        modules: &Modules<'_>,
+        decisions: &[&DirPath],
+    ) -> Result<Option<Vec<Vec<String>>>, Error> {
+        match self {
+            Self::Syntax(_) => Ok(None),
+            Self::Opa(opa) => opa.dependencies(modules, &query(decisions)).await.map(Some),
         }
     }
 
@@ -165,13 +180,32 @@ impl Compiler {
         match self {
             Self::Syntax(_) => Ok(None),
             Self::Opa(_) if modules.is_empty() => Ok(Some(BTreeSet::new())),
-            Self::Opa(opa) => opa.reads(modules, root).await.map(Some),
+            Self::Opa(opa) => {
+                let found = opa.dependencies(modules, "data").await?.into_iter().filter_map(|names| {
+                    // A path that ends above the root may lead anywhere in it.
+                    let shared = names.len().min(root.len());
+                    (names[..shared] == root[..shared])
+                        .then(|| names.into_iter().nth(root.len()).unwrap_or_else(|| "*".to_owned()))
+                });
+                Ok(Some(found.collect()))
+            }
         }
     }
 }
 
-/// The package of the rule that makes every package an entrypoint: one without rules would be refused as such.
+/// The package of the rule that makes every package an entrypoint: OPA refuses one without rules as an entrypoint.
 const ENTRY: &str = "opahub_entry";
+/// Maximum size of a plan, in bytes of JSON; parsed it takes six times as much. A hundred policies have half a megabyte.
+const PLAN_BYTES_MAX: u64 = 8 << 20;
+
+/// These paths below `data` as one term of Rego.
+fn query(decisions: &[&DirPath]) -> String {
+    let term = |decision: &&DirPath| format!("data[\"{}\"]", decision.relative().replace('/', "\"][\""));
+    match decisions {
+        [decision] => term(decision),
+        _ => format!("[{}]", decisions.iter().map(term).collect::<Vec<_>>().join(", ")),
+    }
+}
 
 /// Modules by id.
 pub type Modules<'a> = BTreeMap<&'a String, &'a Arc<Module>>;
@@ -213,6 +247,8 @@ struct Dependencies {
 
 #[derive(Deserialize)]
 struct Term {
+    #[serde(rename = "type")]
+    kind: String,
     value: serde_json::Value,
 }
 
@@ -280,49 +316,47 @@ impl Opa {
             .collect())
     }
 
-    async fn reads(&self, modules: &Modules<'_>, root: &[&str]) -> Result<BTreeSet<String>, Error> {
+    async fn dependencies(&self, modules: &Modules<'_>, query: &str) -> Result<Vec<Vec<String>>, Error> {
         let folder = Folder::write(modules)?;
         // This command has no flag for the dialect; a bundle says it by itself.
         let manifest = json!({ "roots": [""], "rego_version": self.dialect.version() });
         std::fs::write(folder.dir.path().join(MANIFEST_FILE), manifest.to_string()).map_err(Error::Write)?;
-        let said = self.run(&folder, &["deps", "--format=json", "--bundle=."], &["data"]).await?;
+        let said = self.run(&folder, &["deps", "--format=json", "--bundle=."], &[query]).await?;
         let found: Dependencies = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
-        let found = found.base.iter().filter_map(|terms| {
-            let mut names = terms.iter().map(|term| term.value.as_str().unwrap_or("*"));
-            if names.next() != Some("data") {
-                return None;
-            }
-            for expected in root {
-                match names.next() {
-                    Some(name) if name == *expected => {}
-                    Some("*") | None => return Some("*".to_owned()),
-                    Some(_) => return None,
-                }
-            }
-            Some(names.next().unwrap_or("*").to_owned())
-        });
-        Ok(found.collect())
+        let names = |terms: Vec<Term>| {
+            let mut terms = terms.into_iter();
+            terms.next().filter(|term| term.value == "data")?;
+            let constant =
+                |term: Term| Some(term.value.as_str().filter(|_| term.kind == "string")?.to_owned());
+            Some(terms.map_while(constant).collect())
+        };
+        Ok(found.base.into_iter().filter_map(names).collect())
     }
 
-    async fn plan(&self, modules: &Modules<'_>, entrypoints: &[DirPath]) -> Result<Plan, Error> {
+    async fn plan(&self, modules: &Modules<'_>, decisions: &[&DirPath]) -> Result<Plan, Error> {
         let folder = Folder::write(modules)?;
-        let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
-        let decisions: BTreeSet<_> = packages.chain(entrypoints).collect();
-        let rules = decisions.into_iter().enumerate().map(|(at, package)| {
-            format!("p{at} := data[\"{}\"]\n", package.relative().replace('/', "\"][\""))
-        });
-        let entry: Vec<_> = std::iter::once(format!("package {ENTRY}\n")).chain(rules).collect();
+        let mut package = ENTRY.to_owned();
+        while modules.values().any(|module| module.root.relative().split('/').next() == Some(&package)) {
+            package.push('_');
+        }
+        let rules =
+            decisions.iter().enumerate().map(|(at, decision)| format!("p{at} := {}\n", query(&[decision])));
+        let entry: Vec<_> = std::iter::once(format!("package {package}\n")).chain(rules).collect();
         std::fs::write(folder.dir.path().join("entry.rego"), entry.join("\n")).map_err(Error::Write)?;
-        let command = ["build", "--target=plan", "--entrypoint", ENTRY, "--output=.plan.tar.gz"];
+        let command = ["build", "--target=plan", "--entrypoint", &package, "--output=.plan.tar.gz"];
         let said = self.run(&folder, &command, &["."]).await?;
         if !said.status.success() {
-            return Err(failed(&said));
+            let text = folder.rename(&String::from_utf8_lossy(&said.stderr));
+            return Err(failed(&Output { stderr: text.into_bytes(), ..said }));
         }
         let file = std::fs::File::open(folder.dir.path().join(".plan.tar.gz")).map_err(Error::Write)?;
         let mut bundle = tar::Archive::new(flate2::read::GzDecoder::new(file));
         for entry in bundle.entries().map_err(Error::Write)? {
             let entry = entry.map_err(Error::Write)?;
             if entry.path().is_ok_and(|path| path.ends_with("plan.json")) {
+                if entry.size() > PLAN_BYTES_MAX {
+                    return Err(Error::PlanTooLarge(entry.size()));
+                }
                 let mut plan: Plan = serde_json::from_reader(std::io::BufReader::new(entry))
                     .map_err(|error| Error::Failed { status: "a plan".into(), output: error.to_string() })?;
                 plan.rename_files(|file| folder.id(file).map(str::to_owned));

@@ -14,3 +14,5 @@ pub mod candidates;
 pub mod plan;
 
 pub mod analyze;
+
+pub mod reads;

@@ -43,6 +43,13 @@ impl Module {
     pub fn package(&self) -> String {
         self.root.relative().replace('/', ".")
     }
+
+    /// Row of the package's declaration, from 1.
+    pub fn package_row(&self) -> u64 {
+        let is_package = |line: &str| line.trim_start_matches('\u{feff}').trim_start().starts_with("package");
+        let above = self.text.lines().take_while(|line| !is_package(line)).count();
+        above as u64 + 1
+    }
 }
 
 /// The names after the word `package`, as OPA's scanner takes them (OPA v1/ast/parser.go, `parsePackage`): only

@@ -65,12 +65,31 @@ pub struct Block {
 
 /// One statement, its members as the plan has them.
 #[derive(Deserialize)]
+#[serde(try_from = "TaggedStmt")]
 pub struct Stmt {
-    /// Which of the kinds, e.g. `DotStmt`.
-    #[serde(rename = "type")]
+    /// The kind of statement, e.g. `DotStmt`.
     pub kind: String,
-    #[serde(rename = "stmt")]
+    /// The blocks inside, under either of their names.
+    pub blocks: Vec<Block>,
     members: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+struct TaggedStmt {
+    #[serde(rename = "type")]
+    kind: String,
+    stmt: Map<String, Value>,
+}
+
+impl TryFrom<TaggedStmt> for Stmt {
+    type Error = serde_json::Error;
+
+    fn try_from(TaggedStmt { kind, stmt: mut members }: TaggedStmt) -> Result<Self, Self::Error> {
+        let one = members.remove("block").map(Block::deserialize);
+        let many = members.remove("blocks").map(Option::<Vec<Block>>::deserialize).transpose()?.flatten();
+        let blocks = one.into_iter().chain(many.into_iter().flatten().map(Ok)).collect::<Result<_, _>>()?;
+        Ok(Self { kind, blocks, members })
+    }
 }
 
 /// What a statement names.
@@ -198,12 +217,5 @@ impl Stmt {
     /// The text at `name`.
     pub fn text(&self, name: &str) -> Option<&str> {
         self.members.get(name)?.as_str()
-    }
-
-    /// The blocks inside, under whichever name.
-    pub fn blocks(&self) -> Vec<Block> {
-        let one = self.members.get("block").into_iter();
-        let many = self.members.get("blocks").and_then(Value::as_array).into_iter().flatten();
-        one.chain(many).filter_map(|block| Block::deserialize(block).ok()).collect()
     }
 }
