@@ -143,7 +143,7 @@ impl Applier {
         pieces: &mut mpsc::Receiver<Result<Piece, archive::Error>>,
     ) -> Result<(Marker, Modules), Error> {
         let Some(Piece::Head(head)) = pieces.recv().await.transpose()? else { return Err(Error::NoHead) };
-        let Head { data, modules, modules_digest: digest, reads } = head;
+        let Head { data, modules, modules_digest: digest, reads, rego_version } = head;
         let mut found = Modules { put: BTreeMap::new(), all: modules, digest, reads };
         let data = data.ok_or(Error::NoHead)?;
         if held.is_none() {
@@ -223,6 +223,8 @@ impl Applier {
         let mut marker = Marker {
             revision: None,
             dirs: data.dirs.into_iter().map(|(dir, digest)| (dir, Some(digest))).collect(),
+            ensure: data.ensure,
+            rego_version,
             ..half
         };
         // The policies that this data is for come next, or a crash before them.
@@ -306,12 +308,17 @@ impl Applier {
         Ok(())
     }
 
-    /// Directories that OPA has and the head has not. An OPA without a marker is asked for what lies below the
+    /// Directories and maps that OPA has and the head has not, inner ones first. An OPA without a marker is asked for what lies below the
     /// replicated resources: somebody may have filled it before us.
     async fn gone(&self, held: Option<&Marker>, data: &DataHead) -> Result<Vec<DirPath>, Error> {
         let is_gone = |dir: &DirPath| !data.dirs.contains_key(dir);
         if let Some(held) = held {
-            return Ok(held.dirs.keys().filter(|dir| is_gone(dir)).cloned().collect());
+            let is_empty = |map: &&DirPath| {
+                let dirs = data.dirs.keys().chain(&data.ensure);
+                !held.dirs.contains_key(*map) && !dirs.into_iter().any(|dir| dir.is_within(map))
+            };
+            let dirs = held.dirs.keys().filter(|dir| is_gone(dir));
+            return Ok(dirs.chain(held.ensure.iter().filter(is_empty)).cloned().collect());
         }
         let mut gone = Vec::new();
         for prefix in data.ensure.iter().filter(|prefix| is_gone(prefix)) {

@@ -23,6 +23,12 @@ pub struct Marker {
     /// policies as a bundle.
     #[serde(default)]
     pub modules: BTreeMap<String, Option<Digest>>,
+    /// Maps that exist even while they are empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ensure: Vec<DirPath>,
+    /// The version of Rego that is part of the modules' digest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rego_version: Option<u8>,
     /// How far the hub had heard that gave this.
     #[serde(default, skip_serializing_if = "Position::is_empty")]
     pub position: Position,
@@ -45,9 +51,9 @@ impl Marker {
         self.dirs.iter().filter_map(|(path, digest)| Some((path, (*digest)?)))
     }
 
-    /// The digest of these directories.
+    /// The digest of these directories and maps.
     pub fn data_digest(&self) -> Digest {
-        data_digest(self.dirs())
+        data_digest(self.dirs(), &self.ensure)
     }
 
     /// The modules that are surely there.
@@ -57,7 +63,7 @@ impl Marker {
 
     /// The digest of these modules.
     pub fn modules_digest(&self) -> Digest {
-        modules_digest(self.modules())
+        modules_digest(self.modules(), self.rego_version)
     }
 
     /// From now on modules may decide that read this.

@@ -411,7 +411,7 @@ impl Replica {
         let Archive { chunks, position } = archive;
         let mut pieces = archive::read(chunks);
         let (marker, found) = self.applier.archive(marker, self.modules_first, position, &mut pieces).await?;
-        let mut held = Held { marker, modules: modules_digest([]), refused: BTreeMap::new() };
+        let mut held = Held { marker, modules: modules_digest([], None), refused: BTreeMap::new() };
         match self.delivery {
             Delivery::Rest => self.take_modules(&mut held, found).await?,
             Delivery::Bundle => {
@@ -424,7 +424,8 @@ impl Replica {
 
     async fn take_modules(&mut self, held: &mut Held, found: Modules) -> Result<(), Trouble> {
         let all = found.all.as_ref().ok_or(apply::Error::NoHead)?;
-        held.modules = modules_digest(all.iter().map(|(id, digest)| (id.as_str(), *digest)));
+        held.modules =
+            modules_digest(all.iter().map(|(id, digest)| (id.as_str(), *digest)), held.marker.rego_version);
         let changes = found.changes(Some(&held.marker));
         self.change_modules(held, changes, found.reads).await
     }

@@ -10,10 +10,32 @@ use crate::bundle::spec::Spec;
 pub const EVENT_QUEUE_MAX: usize = 1024;
 /// Events that one commit takes at most, so that a storm still publishes about every 50 ms.
 pub const COMMIT_EVENTS_MAX: usize = 4096;
-/// Commits that the log remembers: at one commit every 10 ms, 40 s in which an agent may be away and resume by frame.
-pub const LOG_COMMITS_MAX: usize = 4096;
-/// Keys that the log remembers over all its commits: 64 Ki × about 150 bytes = 10 MB.
-pub const LOG_KEYS_MAX: usize = 1 << 16;
+
+/// Bounds of one bundle. Tests lower them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Bounds {
+    /// Maximum number of commits in the log: at one commit every 10 ms, 40 s in which an agent may be away and resume by
+    /// frame.
+    pub log_commits_max: usize,
+    /// Maximum number of keys in the log over all its commits: 64 Ki × about 150 bytes = 10 MB.
+    pub log_keys_max: usize,
+    /// Maximum number of events in one commit.
+    pub commit_events_max: usize,
+    /// Maximum number of directories of one view: their digests travel in every archive's head (8 MiB).
+    pub directories_max: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            log_commits_max: 4096,
+            log_keys_max: 1 << 16,
+            commit_events_max: COMMIT_EVENTS_MAX,
+            directories_max: 20_000,
+        }
+    }
+}
+
 /// A comment this often keeps a stream alive through proxies, and tells an agent that the hub is there.
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
 /// The longest long poll that is granted; OPA's default is 30 s at most.
@@ -29,8 +51,6 @@ pub const SEGMENT_BYTES_MAX: usize = 1 << 20;
 pub const DELTA_CLIENTS_MAX: usize = 4096;
 /// Answers to reconcile requests that are kept for agents that hold the same content.
 pub const RECONCILE_CACHE_MAX: usize = 16;
-/// Directories of one view: their digests travel in every archive's head (8 MiB).
-pub const DIRECTORIES_MAX: usize = 20_000;
 /// Bytes of one manifest file.
 pub const MANIFEST_BYTES_MAX: u64 = 512 << 20;
 /// Levels of a JSON value. Go's decoder, and so OPA, refuses 10,000, and with it the whole bundle.

@@ -66,6 +66,7 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
     for (id, object) in objects.iter().filter(|(id, _)| spec.feeds[id.0].content == Content::Policies) {
         projection.apply(Change::Put(*id, object.clone()), &mut batch);
     }
+    projection.retry_refused(&mut batch);
     while let Some(candidates) = projection.job() {
         let outcome = settle(&candidates, async |selection| compiler.check(selection).await).await?;
         projection.take_outcome(outcome, &mut batch);

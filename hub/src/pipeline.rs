@@ -18,7 +18,7 @@ use crate::bundle::project::Projection;
 use crate::bundle::spec::Spec;
 use crate::bundle::view::{Batch, Changed, View};
 use crate::bundle::{Bundle, Reading};
-use crate::config::{CHECK_RETRY, COMMIT_EVENTS_MAX, NARROW_AFTER};
+use crate::config::{self, CHECK_RETRY, NARROW_AFTER};
 use crate::model::{Change, Content, Feed, FeedId, Scope, Version};
 use crate::policy::analyze::Reads;
 use crate::policy::candidates::LastGood;
@@ -45,6 +45,8 @@ pub enum Said {
         outcome: Outcome,
         /// What that reads; none: fields do not follow from it.
         reads: Option<Reads>,
+        /// Places of the resources that it reads and the spec does not name; `None` if that is not known, or not asked.
+        resources: Option<BTreeSet<DirPath>>,
     },
     /// Resources that policies are about to read.
     Opened {
@@ -53,8 +55,6 @@ pub enum Said {
         /// Dropped once they were listed, or cannot be had.
         settled: oneshot::Sender<()>,
     },
-    /// Places that no policy reads any more.
-    Closed(BTreeSet<DirPath>),
 }
 
 /// Checks policies until the writer is gone. When the compiler itself fails, nobody is blamed, what was good stays,
@@ -113,11 +113,9 @@ pub async fn check(
         } else {
             Some(read_by(&compiler, &mut outcome, &fields.entrypoints, &readiness).await)
         };
-        if said.send(Said::Checked { outcome, reads }).await.is_err() {
+        let resources = auto.as_mut().zip(resources).map(|(auto, resources)| auto.narrow(&resources));
+        if said.send(Said::Checked { outcome, reads, resources }).await.is_err() {
             return;
-        }
-        if let (Some(auto), Some(resources)) = (&mut auto, &resources) {
-            auto.narrow(resources, &said).await;
         }
     }
 }
@@ -213,9 +211,20 @@ pub struct Pipeline {
     restored: bool,
     /// Who waits for feeds that were opened lately.
     opening: Vec<oneshot::Sender<()>>,
-    /// What is to be kept once agents are past the policies that read more, and when that is.
-    narrower: Option<(Kept, Instant)>,
+    /// Resources that came because policies read them.
+    auto: BTreeSet<DirPath>,
+    /// Data that goes once agents are past the policies that read it.
+    narrower: Option<Narrower>,
+    bounds: config::Bounds,
     stage: Stage,
+}
+
+/// What remains of replicated objects once older policies no longer decide.
+struct Narrower {
+    kept: Kept,
+    /// Resources that go.
+    closing: BTreeSet<DirPath>,
+    at: Instant,
 }
 
 /// How far feeds are.
@@ -262,17 +271,20 @@ impl Pipeline {
         let kept = spec.fields.given.clone();
         let reads = (!spec.fields.follows.is_nothing()).then(Reads::default);
         // Given fields are known to agents too, in case that they follow the policies after a restart.
-        view.reads = (reads.is_some() || !kept.is_all()).then(|| kept.to_text().into());
+        let is_auto = spec.auto.is_some();
+        view.reads = (reads.is_some() || !kept.is_all() || is_auto).then(|| kept.to_text().into());
         bundle.set_reading(Reading { kept: kept.clone(), reads });
         bundle.set_objects(Box::new(source.replicated()));
         let writer = Self {
             view,
             source,
             projection: Projection::new(spec, kept),
+            auto: BTreeSet::new(),
             narrower: None,
+            bounds: spec.bounds,
             feeds: spec.feeds.clone(),
             batch: Batch::default(),
-            log: Log::default(),
+            log: Log::new(spec.bounds),
             heard: Heard::default(),
             checking: Heard::default(),
             checked: Heard::default(),
@@ -303,7 +315,7 @@ impl Pipeline {
                         Some(said) => self.hear(said),
                         None => return,
                     },
-                    () = due(self.narrower.as_ref().map(|(_, at)| *at)) => self.narrow(),
+                    () = due(self.narrower.as_ref().map(|narrower| narrower.at)) => self.narrow(),
                 }
                 self.commit();
             }
@@ -317,10 +329,10 @@ impl Pipeline {
                 self.projection.restore(good);
                 self.restored = true;
             }
-            Said::Checked { outcome, reads } => {
+            Said::Checked { outcome, reads, resources } => {
                 // Before the policies that read it, and in one commit with them: frames tell data first.
-                if let Some(reads) = reads {
-                    self.widen(reads);
+                if reads.is_some() || resources.is_some() {
+                    self.widen(reads, resources.as_ref());
                 }
                 self.projection.take_outcome(outcome, &mut self.batch);
                 self.checked = std::mem::take(&mut self.checking);
@@ -337,36 +349,63 @@ impl Pipeline {
                 }
                 self.opening.push(settled);
             }
-            Said::Closed(places) => self.close(&places),
         }
     }
 
     /// Keeps what is read from now on, beside what was read until now.
-    fn widen(&mut self, reads: Reads) {
-        let target = self.projection.kept_for(&reads);
-        self.view.reads = Some(target.to_text().into());
-        self.projection.read_by(&reads, &target);
-        self.bundle.set_reading(Reading { kept: target.clone(), reads: Some(reads) });
-        if self.stage != Stage::Live {
-            return self.keep(target);
+    fn widen(&mut self, reads: Option<Reads>, resources: Option<&BTreeSet<DirPath>>) {
+        let closing: BTreeSet<_> = match resources {
+            Some(resources) => self.auto.difference(resources).cloned().collect(),
+            None => self.narrower.take().map(|narrower| narrower.closing).unwrap_or_default(),
+        };
+        let mut target = match &reads {
+            Some(reads) => self.projection.kept_for(reads),
+            None => self.projection.kept().clone(),
+        };
+        // The text tells agents which resources there are for these policies.
+        for place in self.auto.difference(&closing) {
+            target.name(place);
         }
+        for place in &closing {
+            target.forget(place);
+        }
+        self.view.reads = Some(target.to_text().into());
+        if let Some(reads) = &reads {
+            self.projection.read_by(reads, &target);
+        }
+        self.bundle.set_reading(Reading { kept: target.clone(), reads });
         let mut both = self.projection.kept().clone();
         both.join(&target);
-        self.narrower = (both != target).then(|| (target, Instant::now() + NARROW_AFTER));
+        let at = Instant::now() + NARROW_AFTER;
+        self.narrower =
+            (both != target || !closing.is_empty()).then_some(Narrower { kept: target, closing, at });
         self.keep(both);
+        if self.stage != Stage::Live {
+            self.give_up();
+        }
     }
 
-    /// Gives up what is no longer read. It goes in a commit of its own.
+    /// Gives up what is no longer read, in a commit of its own.
     pub fn narrow(&mut self) {
-        if let Some((target, _)) = self.narrower.take() {
-            self.keep(target);
+        if self.give_up() {
             self.publish(true);
         }
     }
 
+    fn give_up(&mut self) -> bool {
+        let Some(Narrower { kept, closing, .. }) = self.narrower.take() else { return false };
+        self.close(&closing);
+        self.keep(kept);
+        true
+    }
+
     fn keep(&mut self, kept: Kept) {
         let feeds = self.projection.keep(kept);
-        for (id, object) in self.source.objects_of(&feeds) {
+        let objects = self.source.objects_of(&feeds);
+        // What is gone and was not taken yet has no object to be cut anew.
+        let live = objects.iter().map(|(id, object)| (*id, object.key.clone())).collect();
+        self.projection.remove_others(&feeds, &live, &mut self.batch);
+        for (id, object) in objects {
             self.projection.apply_again(id, object, &mut self.batch);
         }
         self.heard.newest = self.source.newest();
@@ -416,6 +455,14 @@ impl Pipeline {
     }
 
     fn open(&mut self, feed: &Feed) {
+        if let Some(narrower) = &mut self.narrower
+            && let Some(place) = feed.place()
+        {
+            narrower.closing.remove(place);
+        }
+        if feed.place().is_some_and(|place| self.auto.contains(place)) {
+            return;
+        }
         let name = feed.to_string();
         let held = self.feeds.iter().position(|held| held.content == feed.content);
         let id = FeedId(held.unwrap_or(self.feeds.len()));
@@ -428,6 +475,7 @@ impl Pipeline {
             Some(error) => tracing::warn!(feed = name, %error, "not replicated"),
             None => self.bundle.feeds.open(id, feed, self.source.open(id, feed)),
         }
+        self.auto.extend(feed.place().cloned());
         self.readiness.problem(&format!("replicated {name}"), refused.map(|error| error.to_string()));
     }
 
@@ -435,18 +483,17 @@ impl Pipeline {
         let named = |feed: &Feed| feed.place().is_some_and(|place| places.contains(place));
         let ids: Vec<_> = (0..self.feeds.len()).filter(|id| named(&self.feeds[*id])).map(FeedId).collect();
         for id in ids {
-            for change in self.source.close(id) {
-                self.projection.apply(change, &mut self.batch);
-            }
+            self.source.close(id);
             self.projection.close(id, &mut self.batch);
             self.bundle.feeds.close(id);
             self.readiness.problem(&format!("replicated {}", self.feeds[id.0]), None);
         }
+        self.auto.retain(|place| !places.contains(place));
     }
 
     /// Publishes what the batch changed, once every source has listed and every policy was checked (I5, I6).
     pub fn commit(&mut self) {
-        self.commit_some(COMMIT_EVENTS_MAX);
+        self.commit_some(self.bounds.commit_events_max);
     }
 
     /// The same of so many changes at most.
@@ -459,6 +506,7 @@ impl Pipeline {
             self.stage = Stage::Checking;
         }
         self.take(max);
+        self.projection.retry_refused(&mut self.batch);
         if !self.opening.is_empty() && self.source.is_settled() {
             self.opening.clear();
         }

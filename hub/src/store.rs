@@ -344,18 +344,14 @@ impl Subscription {
         }
     }
 
-    /// Gives up a feed. What is returned is gone with it.
-    pub fn close(&self, id: FeedId) -> Vec<Change> {
+    /// Gives up a feed, and all changes of it that were not taken.
+    pub fn close(&self, id: FeedId) {
         let mut state = self.store.state();
-        let Some(inbox) = state.inboxes.get_mut(&self.id) else { return Vec::new() };
-        let Some((watch, _)) = inbox.feeds.remove(&id) else { return Vec::new() };
+        let Some(inbox) = state.inboxes.get_mut(&self.id) else { return };
+        let Some((watch, _)) = inbox.feeds.remove(&id) else { return };
         inbox.changed.retain(|(feed, _)| *feed != id);
         inbox.waiting.retain(|(feed, _)| *feed != id);
-        let mut gone: Vec<_> =
-            state.watches.get(&watch).into_iter().flat_map(|live| live.objects.keys().cloned()).collect();
-        gone.sort_unstable();
         self.store.leave(&mut state, self.id, id, watch);
-        gone.into_iter().map(|key| Change::Remove(id, key)).collect()
     }
 
     /// Waits until something may be new.
@@ -593,7 +589,7 @@ mod tests {
         other.open(FeedId(1), &Feed { scope: Scope::Namespace("x".into()), ..feed() });
         assert_eq!(watches(), [0, 1]);
         assert!(!other.is_listed() && one.is_listed());
-        assert_eq!(one.close(FeedId(7)).len(), 1);
+        one.close(FeedId(7));
         assert_eq!(watches(), [0, 1]);
         drop(other);
         assert!(watches().is_empty());

@@ -13,15 +13,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use opa_hub_proto::path::DirPath;
+use opa_hub_proto::head::DataHead;
 use opa_hub_proto::position::{POSITION_HEADER, Position};
-use opa_hub_proto::revision::{Digest, Revision};
+use opa_hub_proto::revision::Revision;
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use self::agent::Agent;
-use self::content::{digest, take_archive};
+use self::content::{Digests, digest, take_archive};
 use crate::histogram::Histogram;
 
 /// Connections that are opened at a time.
@@ -66,7 +66,7 @@ struct Shared {
 /// What agents hold at the start.
 pub(crate) struct Start {
     pub(crate) revision: Revision,
-    pub(crate) dirs: BTreeMap<DirPath, Digest>,
+    pub(crate) data: DataHead,
     pub(crate) position: Position,
     /// What policies read of it, in the hub's words.
     pub(crate) reads: Option<String>,
@@ -136,9 +136,9 @@ impl Start {
         let position = answer.headers().get(POSITION_HEADER).and_then(|position| position.to_str().ok());
         let position = position.and_then(|position| position.parse().ok()).unwrap_or_default();
         let mut content = json!({});
-        let (dirs, modules, reads) = take_archive(&answer.bytes().await?, &mut content)?;
-        let revision = Revision { data: digest(&dirs), modules: modules.context("a digest of the modules")? };
-        Ok(Self { revision, dirs, position, reads, content })
+        let Digests { data, modules, reads } = take_archive(&answer.bytes().await?, &mut content)?;
+        let revision = Revision { data: digest(&data), modules: modules.context("a digest of the modules")? };
+        Ok(Self { revision, data, position, reads, content })
     }
 }
 

@@ -35,6 +35,9 @@ pub struct Head {
     /// What of replicated objects these modules read, in the hub's words; none: objects come whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reads: Option<String>,
+    /// The version of Rego that the modules are in, if the hub was given one: it is part of their digest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rego_version: Option<u8>,
 }
 
 /// The data part of a [`Head`].

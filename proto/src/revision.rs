@@ -70,21 +70,37 @@ impl Digest {
     }
 }
 
-/// The digest of a view's data: every directory with its digest, in the order of their paths.
-pub fn data_digest<'a>(dirs: impl IntoIterator<Item = (&'a DirPath, Digest)>) -> Digest {
-    digest_of_named(dirs.into_iter().map(|(path, digest)| (path.as_str(), digest)))
+/// The digest of a view's data: every directory with its digest, in the order of their paths, and the maps that exist
+/// even while they are empty.
+pub fn data_digest<'a>(dirs: impl IntoIterator<Item = (&'a DirPath, Digest)>, ensure: &[DirPath]) -> Digest {
+    let dirs = dirs.into_iter().map(|(path, digest)| (path.as_str(), digest));
+    digest_of_named(dirs, ensure.iter().map(DirPath::as_str))
 }
 
-/// The digest of a view's modules: every module id with the digest of its text, in the order of the ids.
-pub fn modules_digest<'a>(modules: impl IntoIterator<Item = (&'a str, Digest)>) -> Digest {
-    digest_of_named(modules)
+/// The digest of a view's modules: every module id with the digest of its text, in the order of the ids, and the version
+/// of Rego that they are in, if it is given.
+pub fn modules_digest<'a>(
+    modules: impl IntoIterator<Item = (&'a str, Digest)>,
+    rego_version: Option<u8>,
+) -> Digest {
+    digest_of_named(modules, rego_version.map(|version| [version]))
 }
 
-fn digest_of_named<'a>(named: impl IntoIterator<Item = (&'a str, Digest)>) -> Digest {
+fn digest_of_named<'a>(
+    named: impl IntoIterator<Item = (&'a str, Digest)>,
+    settings: impl IntoIterator<Item = impl AsRef<[u8]>>,
+) -> Digest {
     let mut hasher = Hasher::default();
     for (name, digest) in named {
         hasher.part(name.as_bytes());
         hasher.part(digest.as_bytes());
+    }
+    for (at, setting) in settings.into_iter().enumerate() {
+        if at == 0 {
+            // No name is empty: settings cannot be taken for one.
+            hasher.part(&[]);
+        }
+        hasher.part(setting.as_ref());
     }
     hasher.finish()
 }
@@ -167,6 +183,25 @@ mod tests {
             assert!(bad.parse::<Revision>().is_err(), "{bad}");
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn settings_are_part_of_the_digest() {
+        let paths = ["/a", "/b"].map(|path| path.parse::<DirPath>().unwrap());
+        let digest = Digest::of(b"x");
+        let data = |dirs: &[DirPath], ensure: &[DirPath]| {
+            data_digest(dirs.iter().map(|path| (path, digest)), ensure)
+        };
+        let all = [
+            data(&[], &[]),
+            data(&paths, &[]),
+            data(&[], &paths),
+            data(&[], &paths[..1]),
+            data(&paths, &paths),
+        ];
+        let modules = [None, Some(0), Some(1)].map(|version| modules_digest([("m", digest)], version));
+        let distinct: std::collections::BTreeSet<_> = all.iter().chain(&modules).collect();
+        assert_eq!(distinct.len(), all.len() + modules.len());
     }
 
     #[test]

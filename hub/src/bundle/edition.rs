@@ -1,6 +1,6 @@
 //! What readers see: the view and the log at one moment, with everything that was encoded from them, once.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
@@ -22,7 +22,7 @@ use super::project::directory;
 use super::scopes::{self, Scopes};
 use super::snapshot::{self, SegmentCache};
 use super::spec::Scoped;
-use super::view::{Batch, View};
+use super::view::{Batch, Directory, View};
 use super::{delta, frame};
 use crate::config::{FRAMES_LIVE_MAX, RECONCILE_CACHE_MAX, SNAPSHOT_INTERVAL};
 use crate::model::{Object, Problem};
@@ -238,6 +238,11 @@ impl Bundle {
         self.scopes.as_ref().map_or_else(|| Ok(Arc::clone(self)), |scopes| scopes.of(self, namespace))
     }
 
+    /// The same for a reader that takes one answer.
+    pub fn once(self: &Arc<Self>, namespace: Option<&str>) -> Result<Arc<Self>, scopes::Error> {
+        self.scopes.as_ref().map_or_else(|| Ok(Arc::clone(self)), |scopes| scopes.once(self, namespace))
+    }
+
     /// Whether anybody waits for a newer edition, besides [`pace`](Self::pace).
     pub(super) fn is_read(&self) -> bool {
         self.head.receiver_count() > 1 || self.paced.receiver_count() > 0
@@ -352,16 +357,19 @@ impl Bundle {
 
     /// Hands editions on to [`archived`](Self::archived): at once after a quiet time, else one in
     /// [`SNAPSHOT_INTERVAL`].
-    pub async fn pace(&self) {
-        let mut head = self.head();
-        loop {
-            let edition = head.borrow_and_update().clone();
-            if edition.is_some() {
-                self.paced.send_replace(edition);
-                tokio::time::sleep(SNAPSHOT_INTERVAL).await;
-            }
-            if head.changed().await.is_err() {
-                std::future::pending::<()>().await;
+    pub fn pace(self: &Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
+        // At once: it counts among the readers.
+        let (bundle, mut head) = (Arc::clone(self), self.head());
+        async move {
+            loop {
+                let edition = head.borrow_and_update().clone();
+                if edition.is_some() {
+                    bundle.paced.send_replace(edition);
+                    tokio::time::sleep(SNAPSHOT_INTERVAL).await;
+                }
+                if head.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
             }
         }
     }
@@ -522,18 +530,29 @@ impl Edition {
             // Its policies were told to expect whole objects, or in words that are not ours.
             _ => both.join_alike(&Fields::all()),
         }
-        if own.includes(&both) {
-            return None;
-        }
+        // Resources that its older policies may read and that are gone here: it keeps what it has of them.
+        let named: BTreeSet<_> = own.places().collect();
+        let gone = |dir: &DirPath| both.places().any(|place| !named.contains(place) && dir.is_within(place));
+        let stay = held.dirs.iter().filter(|(dir, _)| !self.view.dirs.contains_key(*dir) && gone(dir));
+        let stay: Vec<_> =
+            stay.map(|(dir, digest)| (dir.clone(), Arc::new(Directory::elsewhere(*digest)))).collect();
         let mut batch = Batch::default();
-        for (place, object) in self.objects.get()?() {
-            let (Some(dir), name) = (directory(&place, &object.key), &object.key.name) else { continue };
-            if self.view.dirs.get(&dir).is_some_and(|dir| dir.get(name).is_some()) {
-                let json = both.of(&place).cut_object(&object.json).ok()?;
-                batch.entry(&dir, name.clone(), Some(json));
+        if !own.includes(&both) {
+            for (place, object) in self.objects.get()?() {
+                let (Some(dir), name) = (directory(&place, &object.key), &object.key.name) else { continue };
+                if self.view.dirs.get(&dir).is_some_and(|dir| dir.get(name).is_some()) {
+                    let json = both.of(&place).cut_object(&object.json).ok()?;
+                    batch.entry(&dir, name.clone(), Some(json));
+                }
             }
         }
-        self.view.apply(batch).map(|(view, _)| view)
+        let wider = self.view.apply(batch).map(|(view, _)| view);
+        if stay.is_empty() {
+            return wider;
+        }
+        let view = wider.as_ref().unwrap_or(&self.view);
+        let dirs = view.dirs.iter().map(|(path, dir)| (path.clone(), Arc::clone(dir)));
+        Some(view.with_dirs(dirs.chain(stay).collect()))
     }
 
     /// OPA's own delta from `from`, where OPA can take one.

@@ -83,9 +83,9 @@ impl Feeds {
         });
     }
 
-    /// It ends.
+    /// Ends the feed `id`, if it was open.
     pub fn close(&self, id: FeedId) {
-        self.with(|feeds| feeds[id.0] = None);
+        self.with(|feeds| feeds.get_mut(id.0).map(Option::take));
     }
 
     fn with<T>(&self, f: impl FnOnce(&mut Vec<Option<Arc<Feed>>>) -> T) -> T {

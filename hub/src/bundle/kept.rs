@@ -60,6 +60,23 @@ impl Kept {
         self.places.get(place).unwrap_or(&self.others)
     }
 
+    /// Names the resource at `place`, of which the same is kept as of those that are not named.
+    pub fn name(&mut self, place: &DirPath) {
+        if !self.places.contains_key(place) {
+            self.places.insert(place.clone(), self.others.clone());
+        }
+    }
+
+    /// Names the resource at `place` no longer.
+    pub fn forget(&mut self, place: &DirPath) {
+        self.places.remove(place);
+    }
+
+    /// The resources that are named.
+    pub fn places(&self) -> impl Iterator<Item = &DirPath> {
+        self.places.keys()
+    }
+
     /// Keeps what `other` keeps too.
     pub fn join(&mut self, other: &Self) {
         for place in other.places.keys().filter(|place| !self.places.contains_key(*place)).collect::<Vec<_>>()

@@ -56,6 +56,11 @@ impl Limit {
         self.of_feeds.get(&feed).copied().unwrap_or_default()
     }
 
+    /// Whether the data may grow by so many bytes.
+    pub fn has_room(&self, grows: usize) -> bool {
+        self.max.is_none_or(|max| self.bytes + grows <= max)
+    }
+
     /// An object of `feed` has `new` bytes from now on in place of `old`, unless that is more than there may be.
     pub fn change(&mut self, feed: FeedId, old: usize, new: usize) -> Result<(), Over> {
         let bytes = self.bytes - old + new;

@@ -11,13 +11,14 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Revision};
 
 use super::view::Changed;
-use crate::config::{LOG_COMMITS_MAX, LOG_KEYS_MAX};
+use crate::config::Bounds;
 
 /// See the module's text. Cloning copies pointers.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Log {
     commits: VecDeque<Arc<Commit>>,
     keys: usize,
+    bounds: Bounds,
 }
 
 /// One step from a revision to the next.
@@ -39,19 +40,30 @@ pub struct Since {
 }
 
 impl Log {
+    /// A log of nothing yet.
+    pub fn new(bounds: Bounds) -> Self {
+        Self { commits: VecDeque::new(), keys: 0, bounds }
+    }
+
+    /// A log with the same bounds that remembers nothing.
+    #[must_use]
+    pub fn emptied(&self) -> Self {
+        Self::new(self.bounds)
+    }
+
     /// Remembers that `changed` led from the revision `before` to the next, and whether it `narrows` what objects hold.
     pub fn push(&mut self, before: Revision, changed: Changed, narrows: bool) {
         self.keys += changed.len();
         self.commits.push_back(Arc::new(Commit { before, changed, narrows }));
-        while self.commits.len() > LOG_COMMITS_MAX || self.keys > LOG_KEYS_MAX {
+        while self.commits.len() > self.bounds.log_commits_max || self.keys > self.bounds.log_keys_max {
             let Some(oldest) = self.commits.pop_front() else { break };
             self.keys -= oldest.changed.len();
         }
     }
 
-    /// The step that led here.
-    pub fn last(&self) -> Option<&Commit> {
-        self.commits.back().map(AsRef::as_ref)
+    /// The commit that led from `before` to the head; `None` if that is not remembered.
+    pub fn last_from(&self, before: Revision) -> Option<&Commit> {
+        self.commits.back().map(AsRef::as_ref).filter(|commit| commit.before == before)
     }
 
     /// The data that changed since the content was `data`; none when that is not remembered.

@@ -2,7 +2,8 @@
 //! ConfigMap of policies its modules. A ConfigMap is accepted whole or not at all; refused, its last good content
 //! stays. The layout is kube-mgmt's.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::Bound;
 use std::sync::{Arc, LazyLock};
 
 use opa_hub_proto::head::MODULES_BYTES_MAX;
@@ -17,7 +18,7 @@ use super::kept::{IsClusterScoped, Kept};
 use super::limit::{Limit, Over, entry_bytes};
 use super::spec::{Selection, Spec};
 use super::view::Batch;
-use crate::config::{DIRECTORIES_MAX, PROBLEMS_MAX};
+use crate::config::PROBLEMS_MAX;
 use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem, Scope};
 use crate::policy::analyze::Reads;
 use crate::policy::candidates::{LastGood, Opinion, Policies};
@@ -38,8 +39,11 @@ pub struct Projection {
     /// What of an object is in the view.
     accepted: HashMap<ObjectId, Accepted>,
     limit: Limit,
-    /// What is refused because of the limit.
-    left_out: BTreeSet<ObjectId>,
+    /// Objects refused because of the limit, with the bytes by which each would make the data grow.
+    left_out: BTreeMap<ObjectId, usize>,
+    /// Whether what was refused may be accepted now.
+    retry: bool,
+    directories_max: usize,
     /// Entries by directory, with the ConfigMap that the directory belongs to.
     dirs: BTreeMap<DirPath, Place>,
     policies: Policies,
@@ -55,7 +59,7 @@ pub struct Projection {
 /// Bytes of a policy's line that a warning quotes.
 const LINE_BYTES_MAX: usize = 120;
 
-type ObjectId = (FeedId, ObjectKey);
+pub(crate) type ObjectId = (FeedId, ObjectKey);
 
 #[derive(Default)]
 struct Accepted {
@@ -95,7 +99,9 @@ impl Projection {
             kept,
             accepted: HashMap::new(),
             limit: Limit::new(spec.max_bytes),
-            left_out: BTreeSet::new(),
+            left_out: BTreeMap::new(),
+            retry: false,
+            directories_max: spec.bounds.directories_max,
             dirs: BTreeMap::new(),
             policies: Policies::default(),
             costly: Vec::new(),
@@ -108,11 +114,9 @@ impl Projection {
     /// Takes a feed that the hub was not started with; refuses it when somebody else owns its place.
     pub fn open(&mut self, id: FeedId, feed: Feed) -> Result<(), Error> {
         if let Content::Resource(prefix) = &feed.content {
-            let configmaps = self.dirs.iter().filter(|(_, place)| place.is_configmap);
-            let configmaps = configmaps.map(|(dir, _)| (dir, format!("ConfigMap {}", dir.relative())));
-            let roots =
-                self.policies.roots().map(|(root, module)| (root, format!("package {}", module.package())));
-            let free = check_disjoint(prefix, configmaps.chain(roots).chain(reserved([&OPAHUB, &SYSTEM])));
+            let free = check_disjoint(prefix, reserved([&OPAHUB, &SYSTEM]));
+            let free =
+                free.and_then(|()| self.check_configmaps(prefix)).and_then(|()| self.check_packages(prefix));
             if let Err(error) = free {
                 self.closed.insert(id);
                 self.set_feed(id, feed);
@@ -133,10 +137,22 @@ impl Projection {
         }
     }
 
-    /// The feed ended: its place is free.
+    /// The feed ended: what it gave is removed, and its place is free.
     pub fn close(&mut self, id: FeedId, batch: &mut Batch) {
+        let known = self.accepted.keys().chain(self.refused.keys()).filter(|(feed, _)| *feed == id);
+        for (feed, key) in known.cloned().collect::<BTreeSet<_>>() {
+            self.take(Change::Remove(feed, key), batch);
+        }
         self.closed.insert(id);
-        self.retry(batch);
+        self.retry = true;
+    }
+
+    /// Removes the objects of these feeds that are in the view and not among `live`.
+    pub fn remove_others(&mut self, feeds: &BTreeSet<FeedId>, live: &HashSet<ObjectId>, batch: &mut Batch) {
+        let known = self.accepted.keys().filter(|id| feeds.contains(&id.0) && !live.contains(*id));
+        for (feed, key) in known.cloned().collect::<Vec<_>>() {
+            self.apply(Change::Remove(feed, key), batch);
+        }
     }
 
     /// Whether nothing of the feed is taken.
@@ -199,7 +215,8 @@ impl Projection {
 
     /// The policies to be checked now, if any are.
     pub fn job(&mut self) -> Option<Arc<Candidates>> {
-        self.policies.job()
+        let (feeds, closed, dirs) = (&self.feeds, &self.closed, &self.dirs);
+        self.policies.job(|root| check_root(feeds, closed, dirs, root).is_ok())
     }
 
     /// Whether all policies were checked.
@@ -221,7 +238,7 @@ impl Projection {
         }
         batch.modules.extend(changes);
         self.news.extend(news);
-        self.retry(batch);
+        self.retry = true;
     }
 
     /// What is refused now, the first [`PROBLEMS_MAX`] of it, in a stable order.
@@ -285,51 +302,43 @@ impl Projection {
         })
     }
 
-    /// Adds to `batch` what `change` does to the view. What was refused for want of a place is tried again when one
-    /// may have become free.
+    /// Adds to `batch` what `change` does to the view.
     pub fn apply(&mut self, change: Change, batch: &mut Batch) {
         let (Change::Put(feed, _) | Change::Remove(feed, _)) = &change;
         let (is_policy, places) = (self.content(*feed) == &Content::Policies, self.dirs.len());
-        let bytes = self.limit.bytes();
         self.take(change, batch);
-        if is_policy || self.dirs.len() < places {
-            self.retry(batch);
-        } else if self.limit.bytes() < bytes {
-            self.retry_left_out(batch);
+        if self.dirs.len() < places {
+            self.policies.reconsider();
+        }
+        self.retry |= is_policy || self.dirs.len() < places;
+    }
+
+    /// Accepts what was refused and has a place now. Called once for all changes of a commit.
+    pub fn retry_refused(&mut self, batch: &mut Batch) {
+        if std::mem::take(&mut self.retry) {
+            let refused = self.refused.iter().filter(|(id, _)| !self.left_out.contains_key(*id));
+            let again = refused.filter_map(|((feed, _), refused)| Some((*feed, refused.retry.clone()?)));
+            for (feed, object) in again.collect::<Vec<_>>() {
+                self.take(Change::Put(feed, object), batch);
+            }
+        }
+        // In the order of their names. What is too large for the room that is left keeps none of the others out.
+        let fit: Vec<_> = self.left_out.iter().filter(|(_, grows)| self.limit.has_room(**grows)).collect();
+        let fit: Vec<_> = fit.into_iter().map(|(id, grows)| (id.clone(), *grows)).collect();
+        for (id, grows) in fit {
+            let object = self.refused.get(&id).and_then(|refused| refused.retry.clone());
+            if let Some(object) = object.filter(|_| self.limit.has_room(grows)) {
+                self.take(Change::Put(id.0, object), batch);
+            }
         }
     }
 
     /// The same for an object that did not change, but what is kept of it did. It is no growth that the limit is for:
     /// who reads more was weighed before.
     pub fn apply_again(&mut self, id: FeedId, object: Object, batch: &mut Batch) {
-        let bytes = self.limit.bytes();
         self.limit.is_lax = self.accepted.contains_key(&(id, object.key.clone()));
         self.take(Change::Put(id, object), batch);
         self.limit.is_lax = false;
-        if self.limit.bytes() < bytes {
-            self.retry_left_out(batch);
-        }
-    }
-
-    fn retry(&mut self, batch: &mut Batch) {
-        let refused = self.refused.iter().filter(|(id, _)| !self.left_out.contains(*id));
-        let again = refused.filter_map(|((feed, _), refused)| Some((*feed, refused.retry.clone()?)));
-        for (feed, object) in again.collect::<Vec<_>>() {
-            self.take(Change::Put(feed, object), batch);
-        }
-        self.retry_left_out(batch);
-    }
-
-    /// In the order of their names, up to the first that still does not fit.
-    fn retry_left_out(&mut self, batch: &mut Batch) {
-        while let Some(id) = self.left_out.first().cloned() {
-            let object = self.refused.get(&id).and_then(|refused| refused.retry.clone());
-            let Some(object) = object else { return };
-            self.take(Change::Put(id.0, object), batch);
-            if self.left_out.contains(&id) {
-                return;
-            }
-        }
     }
 
     fn take(&mut self, change: Change, batch: &mut Batch) {
@@ -350,8 +359,8 @@ impl Projection {
                 let fault = Fault::new(error.code(), error.to_string());
                 // Where one is left out, thousands may be.
                 let is_first = !matches!(error, Error::OverLimit { .. }) || self.left_out.is_empty();
-                if matches!(error, Error::OverLimit { .. }) {
-                    self.left_out.insert(id.clone());
+                if let Error::OverLimit { grows, .. } = error {
+                    self.left_out.insert(id.clone(), grows);
                 }
                 if is_first && self.refused.get(&id).is_none_or(|refused| refused.fault != fault) {
                     tracing::warn!(subject = self.subject(&id), error = fault.message, "refused");
@@ -505,7 +514,7 @@ impl Projection {
             let is_test = has_tests && name.ends_with("_test.rego");
             let module = Module::read(&text).map_err(|source| Error::Module { key: name.clone(), source })?;
             if !is_test {
-                self.check_root(&module.root)?;
+                check_root(&self.feeds, &self.closed, &self.dirs, &module.root)?;
             }
             let of = if is_test { &mut texts.tests } else { &mut texts.modules };
             of.insert(format!("{key}/{name}"), Arc::new(module));
@@ -524,27 +533,27 @@ impl Projection {
 
     /// Whether data of a ConfigMap may lie at `dir`.
     fn check_place(&self, dir: &DirPath) -> Result<(), Error> {
-        let roots =
-            self.policies.roots().map(|(root, module)| (root, format!("package {}", module.package())));
-        check_disjoint(dir, self.replicated().chain(reserved([&OPAHUB, &SYSTEM])).chain(roots))
+        check_disjoint(dir, self.replicated().chain(reserved([&OPAHUB, &SYSTEM])))?;
+        self.check_packages(dir)
     }
 
-    /// Whether a package may own `root`: nothing that data lies in, above or below. `package system` is OPA's own
-    /// entry point, and is let pass beside the marker: as modules, not as a bundle.
-    fn check_root(&self, root: &DirPath) -> Result<(), Error> {
-        let configmaps = self.dirs.iter().filter(|(_, place)| place.is_configmap);
-        let configmaps = configmaps.map(|(dir, _)| (dir, format!("ConfigMap {}", dir.relative())));
-        let reserved = reserved([&OPAHUB, &MARKERS]).filter(|_| root.as_str() != "/system");
-        check_disjoint(root, self.replicated().chain(reserved).chain(configmaps))
+    fn check_packages(&self, dir: &DirPath) -> Result<(), Error> {
+        let owner = related(self.policies.roots(), dir).next().map(|(root, _)| root);
+        owner.map_or(Ok(()), |root| Err(taken(dir, format!("package {}", root.relative().replace('/', ".")))))
+    }
+
+    fn check_configmaps(&self, place: &DirPath) -> Result<(), Error> {
+        check_configmaps(&self.dirs, place)
     }
 
     fn replicated(&self) -> impl Iterator<Item = (&DirPath, String)> {
-        self.places().map(|(id, place, _)| (place, format!("replicated {}", self.feeds[id.0].resource)))
+        replicated(&self.feeds, &self.closed)
     }
 
     /// An object of `feed` has `new` bytes in place of `old`.
     fn resize(&mut self, feed: FeedId, old: usize, new: usize) -> Result<(), Error> {
         self.limit.change(feed, old, new).map_err(|Over { max, heaviest, bytes }| Error::OverLimit {
+            grows: new.saturating_sub(old),
             max,
             heaviest: self.feeds[heaviest.0].to_string(),
             megabytes: bytes >> 20,
@@ -552,8 +561,8 @@ impl Projection {
     }
 
     fn enter(&mut self, dir: &DirPath, is_configmap: bool) -> Result<(), Error> {
-        if self.dirs.len() >= DIRECTORIES_MAX && !self.dirs.contains_key(dir) {
-            return Err(Error::TooManyDirectories);
+        if self.dirs.len() >= self.directories_max && !self.dirs.contains_key(dir) {
+            return Err(Error::TooManyDirectories(self.directories_max));
         }
         self.dirs.entry(dir.clone()).or_insert(Place { entries: 0, is_configmap }).entries += 1;
         Ok(())
@@ -607,13 +616,58 @@ fn reserved<'a, const N: usize>(
     places.into_iter().map(|place| (&**place, "opa-hub or OPA itself".to_owned()))
 }
 
+/// Whether a package may own `root`: nothing that data lies in, above or below. `package system` is OPA's own entry point,
+/// and is let pass beside the marker: as modules, not as a bundle.
+fn check_root(
+    feeds: &[Feed],
+    closed: &BTreeSet<FeedId>,
+    dirs: &BTreeMap<DirPath, Place>,
+    root: &DirPath,
+) -> Result<(), Error> {
+    let reserved = reserved([&OPAHUB, &MARKERS]).filter(|_| root.as_str() != "/system");
+    check_disjoint(root, replicated(feeds, closed).chain(reserved))?;
+    check_configmaps(dirs, root)
+}
+
+fn check_configmaps(dirs: &BTreeMap<DirPath, Place>, place: &DirPath) -> Result<(), Error> {
+    match related(dirs, place).find(|(_, owner)| owner.is_configmap) {
+        None => Ok(()),
+        Some((dir, _)) => Err(taken(place, format!("ConfigMap {}", dir.relative()))),
+    }
+}
+
+fn replicated<'a>(
+    feeds: &'a [Feed],
+    closed: &BTreeSet<FeedId>,
+) -> impl Iterator<Item = (&'a DirPath, String)> {
+    let open = feeds.iter().enumerate().filter(|(id, _)| !closed.contains(&FeedId(*id)));
+    open.filter_map(|(_, feed)| Some((feed.place()?, format!("replicated {}", feed.resource))))
+}
+
+/// What lies at `place`, above it or below it.
+fn related<'a, T>(
+    map: &'a BTreeMap<DirPath, T>,
+    place: &DirPath,
+) -> impl Iterator<Item = (&'a DirPath, &'a T)> {
+    let place = place.as_str().to_owned();
+    let ends: Vec<_> = place.match_indices('/').map(|(at, _)| at).skip(1).chain([place.len()]).collect();
+    let above: Vec<_> = ends.into_iter().filter_map(|end| map.get_key_value(&place[..end])).collect();
+    let from = format!("{place}/");
+    let below = map.range::<str, _>((Bound::Excluded(from.as_str()), Bound::Unbounded));
+    above.into_iter().chain(below.take_while(move |(path, _)| path.as_str().starts_with(&from)))
+}
+
+fn taken(place: &DirPath, owner: String) -> Error {
+    Error::Taken { place: place.clone(), owner }
+}
+
 fn check_disjoint<'a>(
     place: &DirPath,
     mut owners: impl Iterator<Item = (&'a DirPath, String)>,
 ) -> Result<(), Error> {
     match owners.find(|(other, _)| place.is_within(other) || other.is_within(place)) {
         None => Ok(()),
-        Some((_, owner)) => Err(Error::Taken { place: place.clone(), owner }),
+        Some((_, owner)) => Err(taken(place, owner)),
     }
 }
 
@@ -663,10 +717,12 @@ mod tests {
         let good = projection.last_good();
         let before: Vec<_> = good.values().flat_map(|texts| texts.modules.clone()).collect();
         projection.apply(change, &mut batch);
+        projection.retry_refused(&mut batch);
         while let Some(candidates) = projection.job() {
             let nothing_wrong = async |_: &Selection| Ok::<_, Infallible>(Vec::new());
             let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
             projection.take_outcome(outcome, &mut batch);
+            projection.retry_refused(&mut batch);
         }
         // What is accepted already comes with every check.
         let is_new = |id: &String, module: &Arc<Module>| !before.contains(&(id.clone(), module.clone()));
@@ -727,6 +783,23 @@ mod tests {
         check(p, 1, "a/p", None, &[], &[]);
         check(p, 1, "a/n", None, &["-/a/n/x"], &[]);
         assert_eq!(p.limit.bytes(), 14);
+    }
+
+    #[test]
+    fn what_fits_is_let_in_beside_what_does_not() {
+        let feeds = vec![feed(Content::Policies), feed(Content::Data)];
+        let spec = Spec { max_bytes: Some(40), ..Spec::of_feeds("main", feeds) };
+        let p = &mut Projection::new(&spec, Kept::alike(Fields::all()));
+        let value = |length: usize| format!("{{\"a\":\"{}\"}}", "x".repeat(length - 8));
+        check(p, 1, "a/first", Some(&[("x", &value(10))]), &["+/a/first/x"], &[]);
+        check(p, 1, "a/second", Some(&[("x", &value(20))]), &["+/a/second/x"], &[]);
+        check(p, 1, "a/big", Some(&[("x", &value(55))]), &[], &["a/big"]);
+        check(p, 1, "a/small", Some(&[("x", &value(8))]), &[], &["a/big", "a/small"]);
+        check(p, 1, "a/second", None, &["-/a/second/x", "+/a/small/x"], &["a/big"]);
+        check(p, 1, "a/other", Some(&[("x", &value(20))]), &[], &["a/big", "a/other"]);
+        // It was left out, and what it becomes fits.
+        check(p, 1, "a/big", Some(&[("x", "{}")]), &["+/a/big/x"], &["a/other"]);
+        check(p, 1, "a/big", None, &["-/a/big/x"], &["a/other"]);
     }
 
     #[test]

@@ -105,6 +105,7 @@ fn head(view: &View, part: Part) -> Vec<u8> {
         }),
         modules_digest: Some(view.revision.modules),
         reads: view.reads.as_deref().map(str::to_owned),
+        rego_version: view.rego_version,
     };
     serde_json::to_vec(&head).expect("a head has text keys only")
 }

@@ -96,7 +96,8 @@ impl View {
     pub fn empty(ensure: Arc<[DirPath]>, rego_version: Option<u8>) -> Self {
         let dirs = Arc::default();
         let modules = Arc::default();
-        Self { revision: revision(&dirs, &modules), dirs, modules, ensure, rego_version, reads: None }
+        let revision = revision(&dirs, &ensure, &modules, rego_version);
+        Self { revision, dirs, modules, ensure, rego_version, reads: None }
     }
 
     /// The next view, and what it changes; none when nothing does.
@@ -145,16 +146,15 @@ impl View {
         if changed.dirs.is_empty() && changed.modules.is_empty() {
             return None;
         }
-        let next = Self { revision: revision(&dirs, &modules), dirs, modules, ..self.clone() };
+        let revision = revision(&dirs, &self.ensure, &modules, self.rego_version);
+        let next = Self { revision, dirs, modules, ..self.clone() };
         Some((next, changed))
     }
 
-    /// The same with these directories only.
+    /// The same view with these directories.
     #[must_use]
-    pub fn only(&self, keep: impl Fn(&DirPath) -> bool) -> Self {
-        let dirs = self.dirs.iter().filter(|(path, _)| keep(path));
-        let dirs: BTreeMap<_, _> = dirs.map(|(path, dir)| (path.clone(), Arc::clone(dir))).collect();
-        let data = data_digest(dirs.iter().map(|(path, dir)| (path, dir.digest)));
+    pub fn with_dirs(&self, dirs: BTreeMap<DirPath, Arc<Directory>>) -> Self {
+        let data = data_digest(dirs.iter().map(|(path, dir)| (path, dir.digest)), &self.ensure);
         Self { revision: Revision { data, ..self.revision }, dirs: Arc::new(dirs), ..self.clone() }
     }
 
@@ -169,10 +169,16 @@ impl View {
     }
 }
 
-fn revision(dirs: &BTreeMap<DirPath, Arc<Directory>>, modules: &BTreeMap<String, Arc<Module>>) -> Revision {
+fn revision(
+    dirs: &BTreeMap<DirPath, Arc<Directory>>,
+    ensure: &[DirPath],
+    modules: &BTreeMap<String, Arc<Module>>,
+    rego_version: Option<u8>,
+) -> Revision {
+    let modules = modules.iter().map(|(id, module)| (id.as_str(), module.digest));
     Revision {
-        modules: modules_digest(modules.iter().map(|(id, module)| (id.as_str(), module.digest))),
-        data: data_digest(dirs.iter().map(|(path, dir)| (path, dir.digest))),
+        modules: modules_digest(modules, rego_version),
+        data: data_digest(dirs.iter().map(|(path, dir)| (path, dir.digest)), ensure),
     }
 }
 
@@ -203,6 +209,11 @@ impl Directory {
             hasher.part(chunk.digest.as_bytes());
         }
         Self { digest: hasher.finish(), chunks }
+    }
+
+    /// A directory whose entries only a client has.
+    pub(super) fn elsewhere(digest: Digest) -> Self {
+        Self { digest, chunks: Vec::new() }
     }
 
     /// The entry of this key.

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use opa_hub_proto::head::MODULES_BYTES_MAX;
 use opa_hub_proto::path::DirPath;
 
 use super::modules::Module;
@@ -18,6 +19,12 @@ pub struct Policies {
     /// Something changed that no check has seen.
     dirty: bool,
     checking: Option<Arc<Candidates>>,
+    /// The packages that are served or may be soon: how many modules own each. Rejected modules own nothing.
+    roots: BTreeMap<DirPath, usize>,
+    /// Rejected texts took no part in the last check: there was no place or no room for them.
+    left_out: bool,
+    /// Bytes of their modules, of each ConfigMap the larger of what it holds and what is good.
+    bytes: usize,
 }
 
 #[derive(Default)]
@@ -71,57 +78,90 @@ impl Policies {
     /// Takes what was accepted before a restart. It is checked with all the rest before anything is served.
     pub fn restore(&mut self, good: LastGood) {
         for (key, texts) in good {
-            self.units.entry(key).or_default().good = Some(texts);
+            self.change(&key, |unit| unit.good = Some(texts));
             self.dirty = true;
         }
+    }
+
+    /// Changes a unit, and with it what all of them own.
+    fn change<T>(&mut self, key: &ObjectKey, change: impl FnOnce(&mut Unit) -> T) -> T {
+        let unit = self.units.entry(key.clone()).or_default();
+        let before = unit.demand();
+        let changed = change(unit);
+        let after = unit.demand();
+        if before != after {
+            self.bytes = self.bytes - bytes(&before) + bytes(&after);
+            own(&mut self.roots, &after);
+            disown(&mut self.roots, &before);
+        }
+        changed
     }
 
     /// The ConfigMap holds these texts.
     pub fn put(&mut self, key: &ObjectKey, texts: Texts) {
-        let unit = self.units.entry(key.clone()).or_default();
-        if matches!(&unit.wanted, Wanted::Texts(held) if **held == texts) {
-            return;
-        }
-        // The one allocation is kept when a ConfigMap goes back to what was good.
-        let texts = unit.good.clone().filter(|good| **good == texts).unwrap_or_else(|| Arc::new(texts));
-        unit.wanted = Wanted::Texts(texts);
-        self.dirty = true;
+        let is_new = self.change(key, |unit| {
+            if matches!(&unit.wanted, Wanted::Texts(held) if **held == texts) {
+                return false;
+            }
+            // The one allocation is kept when a ConfigMap goes back to what was good.
+            let texts = unit.good.clone().filter(|good| **good == texts).unwrap_or_else(|| Arc::new(texts));
+            unit.wanted = Wanted::Texts(texts);
+            true
+        });
+        self.dirty |= is_new;
     }
 
     /// The ConfigMap holds something that cannot be checked: it keeps its last good texts.
     pub fn put_unusable(&mut self, key: &ObjectKey) {
-        let unit = self.units.entry(key.clone()).or_default();
-        self.dirty |= !matches!(unit.wanted, Wanted::Unusable);
-        unit.wanted = Wanted::Unusable;
+        let before = self.change(key, |unit| std::mem::replace(&mut unit.wanted, Wanted::Unusable));
+        self.dirty |= !matches!(before, Wanted::Unusable);
     }
 
     /// The ConfigMap is gone.
     pub fn remove(&mut self, key: &ObjectKey) {
-        if let Some(unit) = self.units.get_mut(key) {
-            unit.wanted = Wanted::Gone;
+        if self.units.contains_key(key) {
+            self.change(key, |unit| unit.wanted = Wanted::Gone);
             self.dirty = true;
         }
     }
 
-    /// What is to be checked now, if anything is.
-    pub fn job(&mut self) -> Option<Arc<Candidates>> {
+    /// What is to be checked now, if anything is. Texts that were rejected before take part only where the places of
+    /// their packages `may_own` data's, and while there is room for them.
+    pub fn job(&mut self, may_own: impl Fn(&DirPath) -> bool) -> Option<Arc<Candidates>> {
         if !self.dirty || self.checking.is_some() {
             return None;
         }
-        self.dirty = false;
-        let candidates = self.units.iter().map(|(key, unit)| {
-            let wanted = match &unit.wanted {
+        (self.dirty, self.left_out) = (false, false);
+        let mut room = MODULES_BYTES_MAX.saturating_sub(self.bytes);
+        let mut candidates = Candidates::new();
+        for (key, unit) in &self.units {
+            let mut wanted = match &unit.wanted {
                 Wanted::Gone => None,
                 Wanted::Unusable => unit.good.clone(),
                 Wanted::Texts(texts) => Some(texts.clone()),
             };
-            let refused = unit.told.as_ref().filter(|told| told.of == wanted && !told.faults.is_empty());
-            let refused = refused.map(|told| if told.untried { Refused::Untried } else { Refused::Tried });
-            (key.clone(), Candidate { good: unit.good.clone(), wanted, refused })
-        });
-        let candidates = Arc::new(candidates.collect());
+            let refused = unit.refusal();
+            if let (Some(_), Some(texts)) = (refused, wanted.as_ref().filter(|_| wanted != unit.good)) {
+                let more = texts.bytes().saturating_sub(unit.good.as_ref().map_or(0, |good| good.bytes()));
+                if more <= room && texts.modules.values().all(|module| may_own(&module.root)) {
+                    room -= more;
+                    own(&mut self.roots, &[Some(texts.clone()), None]);
+                } else {
+                    self.left_out = true;
+                    wanted.clone_from(&unit.good);
+                }
+            }
+            let refused = refused.filter(|_| wanted != unit.good);
+            candidates.insert(key.clone(), Candidate { good: unit.good.clone(), wanted, refused });
+        }
+        let candidates = Arc::new(candidates);
         self.checking = Some(Arc::clone(&candidates));
         Some(candidates)
+    }
+
+    /// Places became free: rejected texts that took no part in the last check may take part in the next.
+    pub fn reconsider(&mut self) {
+        self.dirty |= self.left_out;
     }
 
     /// Whether all that is known was checked.
@@ -134,11 +174,19 @@ impl Policies {
     pub fn take(&mut self, outcome: Outcome) -> (ModuleChanges, BTreeSet<ObjectKey>) {
         let (mut changes, mut news) = (ModuleChanges::new(), BTreeSet::new());
         let Some(candidates) = self.checking.take() else { return (changes, news) };
+        let bytes = self.bytes;
         let Outcome { mut accepted, mut faults, mut warnings, untried, .. } = outcome;
         self.dirty |= !untried.is_empty();
+        for candidate in candidates.values().filter(|candidate| candidate.refused.is_some()) {
+            disown(&mut self.roots, &[candidate.wanted.clone(), None]);
+        }
         for (key, candidate) in &*candidates {
-            let unit = self.units.get_mut(key).expect("what is checked is kept");
             let good = accepted.remove(key);
+            let unit = &self.units[key];
+            // A rejected text that took no part stays rejected.
+            if candidate.wanted == candidate.good && unit.is_left_out(candidate) && good == unit.good {
+                continue;
+            }
             // What had no chance this time keeps what was said of it.
             let before =
                 unit.told.as_ref().filter(|told| told.of == candidate.wanted && good != candidate.wanted);
@@ -152,13 +200,15 @@ impl Policies {
             if unit.told.as_ref() != Some(&told) {
                 news.insert(key.clone());
             }
-            unit.told = Some(told);
             let gone = unit.good.iter().flat_map(|old| old.modules.keys());
             changes.extend(gone.map(|id| (id.clone(), None)));
             // All of them: what was restored is not served yet.
             let new = good.iter().flat_map(|new| &new.modules);
             changes.extend(new.map(|(id, module)| (id.clone(), Some(Arc::clone(module)))));
-            unit.good = good;
+            self.change(key, |unit| (unit.told, unit.good) = (Some(told), good));
+        }
+        if self.bytes < bytes {
+            self.reconsider();
         }
         self.units.retain(|_, unit| unit.good.is_some() || !matches!(unit.wanted, Wanted::Gone));
         (changes, news)
@@ -193,24 +243,59 @@ impl Policies {
         good.collect()
     }
 
-    /// The packages that are served or may be soon, with what each owns.
-    pub fn roots(&self) -> impl Iterator<Item = (&DirPath, &Module)> {
-        let checking = self.checking.iter().flat_map(|candidates| candidates.values());
-        let checking = checking.filter_map(|candidate| candidate.wanted.as_ref());
-        let texts = self.units.values().flat_map(|unit| unit.wanted.texts().into_iter().chain(&unit.good));
-        let modules = texts.chain(checking).flat_map(|texts| texts.modules.values());
-        modules.map(|module| (&module.root, &**module))
+    /// The packages that are served or may be soon, by what each owns.
+    pub fn roots(&self) -> &BTreeMap<DirPath, usize> {
+        &self.roots
     }
 
-    /// Bytes of all texts but those of `key`, of each ConfigMap the larger of what it holds and what is good.
+    /// Bytes of all texts that are served or may be soon, but those of `key`.
     pub fn bytes_beside(&self, key: &ObjectKey) -> usize {
-        let units = self.units.iter().filter(|(other, _)| *other != key);
-        units
-            .map(|(_, unit)| {
-                let held = unit.wanted.texts().into_iter().chain(&unit.good);
-                held.map(|texts| texts.bytes()).max().unwrap_or(0)
-            })
-            .sum()
+        self.bytes - self.units.get(key).map_or(0, |unit| bytes(&unit.demand()))
+    }
+}
+
+/// Texts of a unit that need room: what is good, and what may be accepted.
+type Demand = [Option<Arc<Texts>>; 2];
+
+fn bytes(demand: &Demand) -> usize {
+    demand.iter().flatten().map(|texts| texts.bytes()).max().unwrap_or(0)
+}
+
+fn roots_of(demand: &Demand) -> impl Iterator<Item = &DirPath> {
+    demand.iter().flatten().flat_map(|texts| texts.modules.values()).map(|module| &module.root)
+}
+
+fn own(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
+    for root in roots_of(demand) {
+        *roots.entry(root.clone()).or_default() += 1;
+    }
+}
+
+fn disown(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
+    for root in roots_of(demand) {
+        let count = roots.get_mut(root).expect("what is owned is counted");
+        *count -= 1;
+        if *count == 0 {
+            roots.remove(root);
+        }
+    }
+}
+
+impl Unit {
+    fn demand(&self) -> Demand {
+        let wanted = self.wanted.texts().filter(|_| self.refusal().is_none());
+        [self.good.clone(), wanted.cloned()]
+    }
+
+    /// How what it holds now was rejected, if it was.
+    fn refusal(&self) -> Option<Refused> {
+        let told = self.told.as_ref().filter(|told| told.of.as_ref() == self.wanted.texts())?;
+        (!told.faults.is_empty()).then_some(if told.untried { Refused::Untried } else { Refused::Tried })
+    }
+
+    /// Whether what it held when `candidate` was made was rejected before and took no part in the check.
+    fn is_left_out(&self, candidate: &Candidate) -> bool {
+        self.refusal().is_some() && self.wanted.texts() != candidate.wanted.as_ref()
     }
 }
 
@@ -234,6 +319,10 @@ impl Texts {
 mod tests {
     use super::*;
 
+    fn anywhere(_: &DirPath) -> bool {
+        true
+    }
+
     fn key(name: &str) -> ObjectKey {
         ObjectKey { namespace: "ns".into(), name: name.into() }
     }
@@ -251,25 +340,25 @@ mod tests {
     #[test]
     fn what_changes_during_a_check_waits_for_the_next() {
         let mut policies = Policies::default();
-        assert!(policies.is_settled() && policies.job().is_none());
+        assert!(policies.is_settled() && policies.job(anywhere).is_none());
         policies.put(&key("a"), texts("1"));
-        let first = policies.job().unwrap();
+        let first = policies.job(anywhere).unwrap();
         policies.put(&key("a"), texts("2"));
-        assert!(policies.job().is_none(), "one at a time");
+        assert!(policies.job(anywhere).is_none(), "one at a time");
         let (changes, _) = policies.take(accept_all(&first));
         assert_eq!(changes["ns/a/m"].as_ref().unwrap().text, "package a\n1");
         assert!(matches!(policies.opinion(&key("a")), Some(Opinion::Waiting)), "nothing was said of 2");
-        let second = policies.job().unwrap();
+        let second = policies.job(anywhere).unwrap();
         policies.take(accept_all(&second));
         assert!(matches!(policies.opinion(&key("a")), Some(Opinion::Told { faults: [], .. })));
         policies.put(&key("a"), texts("2"));
         assert!(policies.is_settled(), "the same again is silence");
         policies.put_unusable(&key("a"));
-        let third = policies.job().unwrap();
+        let third = policies.job(anywhere).unwrap();
         let (changes, _) = policies.take(accept_all(&third));
         assert_eq!(changes["ns/a/m"].as_ref().unwrap().text, "package a\n2", "the last good stays");
         policies.remove(&key("a"));
-        let fourth = policies.job().unwrap();
+        let fourth = policies.job(anywhere).unwrap();
         assert_eq!(policies.take(accept_all(&fourth)).0, ModuleChanges::from([("ns/a/m".into(), None)]));
         assert!(policies.opinion(&key("a")).is_none());
     }
@@ -279,12 +368,60 @@ mod tests {
         let mut policies = Policies::default();
         policies.restore(LastGood::from([(key("a"), Arc::new(texts("1")))]));
         policies.put(&key("a"), texts("2"));
-        let job = policies.job().unwrap();
+        let job = policies.job(anywhere).unwrap();
         assert_eq!(job[&key("a")].good.as_deref(), Some(&texts("1")));
         let good = job[&key("a")].good.clone().unwrap();
         let outcome = Outcome { accepted: BTreeMap::from([(key("a"), good)]), ..Outcome::default() };
         let (changes, _) = policies.take(outcome);
         // It was not served yet, so it must come as a change.
         assert_eq!(changes.len(), 1, "{changes:?}");
+    }
+
+    fn module(package: &str, bytes: usize) -> Texts {
+        let text = format!("package {package}\n# {}", "x".repeat(bytes));
+        let module = Arc::new(Module::read(&text).unwrap());
+        Texts { modules: BTreeMap::from([(format!("ns/{package}/m"), module)]), ..Texts::default() }
+    }
+
+    fn reject(candidates: &Candidates, name: &str) -> Outcome {
+        let accepted = candidates.iter().filter_map(|(key, unit)| {
+            let texts = if *key.name == *name { &unit.good } else { &unit.wanted };
+            Some((key.clone(), texts.clone()?))
+        });
+        let faults = BTreeMap::from([(key(name), vec![Fault::new("x", "x")])]);
+        Outcome { accepted: accepted.collect(), faults, ..Outcome::default() }
+    }
+
+    #[test]
+    fn rejected_modules_own_nothing_and_need_no_room() {
+        let root: DirPath = "/shop".parse().unwrap();
+        let mut policies = Policies::default();
+        policies.put(&key("a"), module("shop", MODULES_BYTES_MAX / 2 + 1));
+        assert!(policies.roots().contains_key(&root));
+        let job = policies.job(anywhere).unwrap();
+        assert!(policies.roots().contains_key(&root), "it is being checked");
+        policies.take(reject(&job, "a"));
+        assert!(policies.roots().is_empty() && policies.bytes_beside(&key("b")) == 0);
+        // The place is taken, and there is no room for both: it takes part in no check and stays rejected.
+        for (may_own, bytes) in [(false, 1), (true, MODULES_BYTES_MAX / 2 + 1)] {
+            policies.put(&key("b"), module("other", bytes));
+            let job = policies.job(|_| may_own).unwrap();
+            assert_eq!(job[&key("a")], Candidate::default());
+            policies.take(accept_all(&job));
+            assert_eq!(policies.refused().map(|(key, _)| &*key.name).collect::<Vec<_>>(), ["a"]);
+            assert_eq!(policies.roots().keys().map(DirPath::as_str).collect::<Vec<_>>(), ["/other"]);
+        }
+        policies.put(&key("b"), module("other", 1));
+        let job = policies.job(anywhere).unwrap();
+        assert_eq!(job[&key("a")], Candidate::default(), "the larger one is still served");
+        policies.take(accept_all(&job));
+        let job = policies.job(anywhere).unwrap();
+        assert!(job[&key("a")].wanted.is_some() && policies.roots().len() == 2);
+        policies.take(accept_all(&job));
+        assert_eq!(policies.roots().len(), 2);
+        policies.remove(&key("a"));
+        let job = policies.job(anywhere).unwrap();
+        policies.take(accept_all(&job));
+        assert_eq!(policies.roots().keys().map(DirPath::as_str).collect::<Vec<_>>(), ["/other"]);
     }
 }

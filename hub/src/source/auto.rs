@@ -91,17 +91,13 @@ impl Auto {
         }
     }
 
-    /// Gives up whatever is not among these.
-    pub async fn narrow(&mut self, reads: &BTreeSet<String>, say: &mpsc::Sender<Said>) {
-        let gone: Vec<_> = self.held.difference(reads).cloned().collect();
-        if gone.is_empty() {
-            return;
+    /// Gives up whatever is not among these. Returns the places of those that stay.
+    pub fn narrow(&mut self, reads: &BTreeSet<String>) -> BTreeSet<DirPath> {
+        for name in self.held.difference(reads) {
+            tracing::info!(resource = name, "resource is no longer read, dropping it");
         }
-        for name in &gone {
-            tracing::info!(resource = name, "no policy reads it any more: dropping it");
-            self.held.remove(name);
-        }
-        _ = say.send(Said::Closed(gone.iter().map(|name| self.place(name)).collect())).await;
+        self.held.clone_from(reads);
+        self.held.iter().map(|name| self.place(name)).collect()
     }
 
     fn place(&self, name: &str) -> DirPath {

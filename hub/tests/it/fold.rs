@@ -27,6 +27,8 @@ pub(crate) struct Held {
     pub(crate) data: Value,
     pub(crate) modules: BTreeMap<String, String>,
     dirs: BTreeMap<DirPath, Digest>,
+    ensure: Vec<DirPath>,
+    rego_version: Option<u8>,
     reads: Vec<String>,
     /// As of when.
     pub(crate) position: Position,
@@ -44,8 +46,8 @@ impl Held {
     pub(crate) fn revision(&self) -> Revision {
         let modules = self.modules.iter().map(|(id, text)| (id.as_str(), Digest::of(text.as_bytes())));
         Revision {
-            modules: modules_digest(modules),
-            data: data_digest(self.dirs.iter().map(|(path, digest)| (path, *digest))),
+            modules: modules_digest(modules, self.rego_version),
+            data: data_digest(self.dirs.iter().map(|(path, digest)| (path, *digest)), &self.ensure),
         }
     }
 
@@ -76,11 +78,12 @@ impl Held {
             for gone in self.dirs.keys().filter(|dir| !data.dirs.contains_key(*dir)) {
                 remove(&mut self.data, gone);
             }
-            self.dirs = data.dirs;
+            (self.dirs, self.ensure) = (data.dirs, data.ensure);
         }
         if let Some(modules) = head.modules {
             self.modules.retain(|id, _| modules.contains_key(id));
             self.reads = head.reads.into_iter().collect();
+            self.rego_version = head.rego_version;
         }
     }
 

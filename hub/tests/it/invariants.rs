@@ -39,7 +39,7 @@ fn scripts() -> impl Strategy<Value = Script> {
 pub(crate) struct Writer {
     pub(crate) store: Arc<Store>,
     pub(crate) pipeline: Pipeline,
-    ends: Ends,
+    pub(crate) ends: Ends,
     pub(crate) bundle: Arc<Bundle>,
 }
 
@@ -49,25 +49,16 @@ impl Writer {
     }
 
     fn scoped(root: Option<&str>) -> Self {
-        let feed = |plural, content, scope| Feed {
-            resource: Resource { plural: String::from(plural), ..Resource::configmaps() },
-            scope,
-            labels: Vec::new(),
-            content,
-        };
-        let namespaced = || Scope::Namespaces { ignored: Vec::new() };
-        let feeds = vec![
-            feed("policies", Content::Policies, namespaced()),
-            feed("data", Content::Data, namespaced()),
-            feed("pods", Content::Resource("/kubernetes/pods".parse().unwrap()), namespaced()),
-            feed("nodes", Content::Resource("/kubernetes/nodes".parse().unwrap()), Scope::Cluster),
-        ];
-        let mut spec = Spec::of_feeds("main", feeds);
+        let mut spec = Spec::of_feeds("main", feeds());
         spec.scoped = root.map(|root| Scoped { root: root.parse().unwrap(), whole: BTreeSet::new() });
+        Self::of(&spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
+    }
+
+    /// Of a bundle over a store that others may share, with what was good of it before.
+    pub(crate) fn of(spec: &Spec, store: Arc<Store>, good: LastGood) -> Self {
         let bundle = Arc::new(Bundle::new(spec.name.clone(), spec.scoped.clone()));
-        let store = Arc::new(Store::new(Readiness::default()));
-        let (mut pipeline, ends) = Pipeline::new(&spec, bundle.clone(), &store, Readiness::default());
-        pipeline.hear(Said::Restored(LastGood::new()));
+        let (mut pipeline, ends) = Pipeline::new(spec, bundle.clone(), &store, Readiness::default());
+        pipeline.hear(Said::Restored(good));
         Self { store, pipeline, ends, bundle }
     }
 
@@ -82,7 +73,7 @@ impl Writer {
         let Ok(candidates) = self.ends.jobs.try_recv() else { return false };
         let nothing_wrong = async |_: &Selection| Ok::<_, Infallible>(Vec::new());
         let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
-        self.pipeline.hear(Said::Checked { outcome, reads: None });
+        self.pipeline.hear(Said::Checked { outcome, reads: None, resources: None });
         self.pipeline.commit();
         true
     }
@@ -91,7 +82,7 @@ impl Writer {
         Self::new().list()
     }
 
-    fn list(self) -> Self {
+    pub(crate) fn list(self) -> Self {
         let mut writer = self;
         for feed in [POLICIES, DATA, PODS, NODES] {
             writer.store.apply((feed, Event::Init, None));
@@ -119,14 +110,31 @@ impl Writer {
         }
     }
 
-    fn head_of(&self, namespace: &str) -> Arc<Edition> {
+    pub(crate) fn head_of(&self, namespace: &str) -> Arc<Edition> {
         let bundle = self.bundle.of(Some(namespace)).unwrap();
         bundle.head().borrow().clone().expect("published")
     }
 
-    fn head(&self) -> Arc<Edition> {
+    pub(crate) fn head(&self) -> Arc<Edition> {
         self.bundle.head().borrow().clone().expect("published")
     }
+}
+
+/// Policies, data, and two replicated resources.
+pub(crate) fn feeds() -> Vec<Feed> {
+    let feed = |plural, content, scope| Feed {
+        resource: Resource { plural: String::from(plural), ..Resource::configmaps() },
+        scope,
+        labels: Vec::new(),
+        content,
+    };
+    let namespaced = || Scope::Namespaces { ignored: Vec::new() };
+    vec![
+        feed("policies", Content::Policies, namespaced()),
+        feed("data", Content::Data, namespaced()),
+        feed("pods", Content::Resource("/kubernetes/pods".parse().unwrap()), namespaced()),
+        feed("nodes", Content::Resource("/kubernetes/nodes".parse().unwrap()), Scope::Cluster),
+    ]
 }
 
 pub(crate) fn key(feed: u8, namespace: u8, name: u8) -> ObjectKey {
@@ -156,7 +164,7 @@ pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
 }
 
-async fn snapshot(edition: &Arc<Edition>) -> Held {
+pub(crate) async fn snapshot(edition: &Arc<Edition>) -> Held {
     let mut held = Held::empty();
     held.archive(&edition.archive(Part::Whole).await.pieces.concat());
     held

@@ -8,3 +8,4 @@ mod fold;
 mod http;
 mod invariants;
 mod program;
+mod writer;

@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, write_event};
+use opa_hub_proto::head::DataHead;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::position::Position;
 use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
@@ -64,8 +65,8 @@ impl Driver {
 pub(crate) fn start() -> anyhow::Result<Start> {
     let (dir, digest) = (dir()?, Digest::of(b"0"));
     let content = json!({ "kubernetes": { "pods": { "team-000": {} } } });
-    let (dirs, position) = (BTreeMap::from([(dir, digest)]), Position::default());
-    Ok(Start { revision: revision(0)?, dirs, position, reads: None, content })
+    let data = DataHead { dirs: BTreeMap::from([(dir, digest)]), ensure: Vec::new() };
+    Ok(Start { revision: revision(0)?, data, position: Position::default(), reads: None, content })
 }
 
 /// Serves for ever. Events have so many bytes.
@@ -159,8 +160,8 @@ fn dir() -> anyhow::Result<DirPath> {
 }
 
 fn revision(number: u64) -> anyhow::Result<Revision> {
-    let data = data_digest([(&dir()?, Digest::of(number.to_string().as_bytes()))]);
-    Ok(Revision { modules: modules_digest([]), data })
+    let data = data_digest([(&dir()?, Digest::of(number.to_string().as_bytes()))], &[]);
+    Ok(Revision { modules: modules_digest([], None), data })
 }
 
 /// The event that leads from one number to another.

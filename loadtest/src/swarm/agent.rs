@@ -1,6 +1,5 @@
 //! One agent: a stream that is read at its pace, resumed, reconciled and failed over as a real agent does it.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 use std::sync::atomic::Ordering::Relaxed;
@@ -9,16 +8,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX};
-use opa_hub_proto::path::DirPath;
+use opa_hub_proto::head::DataHead;
 use opa_hub_proto::position::{Judge, POSITION_HEADER, Position};
 use opa_hub_proto::reconcile::Reconcile;
-use opa_hub_proto::revision::{Digest, Revision};
+use opa_hub_proto::revision::Revision;
 use opa_hub_proto::sse::{Decoder, Message, Word};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::content::{digest, newest, number, place, take_archive};
+use super::content::{Digests, digest, newest, number, place, take_archive};
 use super::{Pace, Shared};
 
 /// Agents from one loopback address: it has 28,000 ports, and one that was used rests for a minute.
@@ -39,7 +38,7 @@ pub(super) struct Agent {
     pace: Pace,
     hub: usize,
     revision: Revision,
-    dirs: BTreeMap<DirPath, Digest>,
+    data: DataHead,
     position: Position,
 }
 
@@ -65,8 +64,8 @@ struct Answer {
 impl Agent {
     pub(super) async fn run(shared: Arc<Shared>, at: usize, pace: Pace) -> anyhow::Result<()> {
         let start = Arc::clone(&shared.start);
-        let (revision, dirs, position) = (start.revision, start.dirs.clone(), start.position.clone());
-        let mut agent = Self { shared, at, pace, hub: 0, revision, dirs, position };
+        let (revision, data, position) = (start.revision, start.data.clone(), start.position.clone());
+        let mut agent = Self { shared, at, pace, hub: 0, revision, data, position };
         let mut pause = RETRY_FIRST;
         loop {
             match agent.session(&mut pause).await? {
@@ -161,11 +160,11 @@ impl Agent {
             }
             for (dir, digest) in std::mem::take(&mut delta.dirs) {
                 match digest {
-                    Some(digest) => _ = self.dirs.insert(dir, digest),
-                    None => _ = self.dirs.remove(&dir),
+                    Some(digest) => _ = self.data.dirs.insert(dir, digest),
+                    None => _ = self.data.dirs.remove(&dir),
                 }
             }
-            ensure!(digest(&self.dirs) == delta.to, "after a frame {} is not held", delta.to);
+            ensure!(digest(&self.data) == delta.to, "after a frame {} is not held", delta.to);
             if let Some(content) = self.shared.contents.get(&self.at) {
                 let mut content = content.lock().unwrap_or_else(PoisonError::into_inner);
                 delta.ensure.iter().for_each(|dir| _ = place(&mut content, dir));
@@ -194,7 +193,7 @@ impl Agent {
     /// Takes what is lacking, and opens the stream next.
     async fn reconcile(&mut self) -> anyhow::Result<End> {
         let reads = self.shared.start.reads.iter().cloned().collect();
-        let request = Reconcile { dirs: self.dirs.clone(), modules: None, reads };
+        let request = Reconcile { dirs: self.data.dirs.clone(), modules: None, reads };
         let answer = self.ask("POST", "/reconcile", &serde_json::to_vec(&request)?).await;
         let Ok(Answer { status: 200, position, mut tcp, mut body }) = answer else {
             return Ok(End::Broken);
@@ -203,15 +202,15 @@ impl Agent {
             return Ok(End::Broken);
         }
         self.shared.counts.reconciles.fetch_add(1, Relaxed);
-        let (dirs, modules, _) = match self.shared.contents.get(&self.at) {
+        let Digests { data, modules, .. } = match self.shared.contents.get(&self.at) {
             Some(content) => {
                 let mut content = content.lock().unwrap_or_else(PoisonError::into_inner);
                 take_archive(&body, &mut content)?
             }
             None => take_archive(&body, &mut Value::Null)?,
         };
-        self.revision = Revision { data: digest(&dirs), modules: modules.context("a digest")? };
-        self.dirs = dirs;
+        self.revision = Revision { data: digest(&data), modules: modules.context("a digest")? };
+        self.data = data;
         self.position = position.after(&self.position);
         if let Some(number) = newest(&body, self.shared.due.every)? {
             self.arrive(number, Instant::now());

@@ -1,11 +1,10 @@
 //! What agents hold: archives, the values that witnesses keep, and the numbers of changes in them.
 
-use std::collections::BTreeMap;
 use std::io::Read as _;
 
 use anyhow::{Context as _, bail, ensure};
 use flate2::read::GzDecoder;
-use opa_hub_proto::head::{HEAD_FILE, Head};
+use opa_hub_proto::head::{DataHead, HEAD_FILE, Head};
 use opa_hub_proto::manifest::DATA_FILE;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, data_digest};
@@ -20,8 +19,8 @@ pub(super) fn place<'a>(content: &'a mut Value, dir: &DirPath) -> &'a mut Value 
     at
 }
 
-pub(super) fn digest(dirs: &BTreeMap<DirPath, Digest>) -> Digest {
-    data_digest(dirs.iter().map(|(dir, digest)| (dir, *digest)))
+pub(super) fn digest(data: &DataHead) -> Digest {
+    data_digest(data.dirs.iter().map(|(dir, digest)| (dir, *digest)), &data.ensure)
 }
 
 /// The newest change that `text` shows, of each so many: objects carry the number of theirs in a label.
@@ -31,8 +30,12 @@ pub(super) fn number(text: &str, every: u64) -> Option<u64> {
     numbers.filter(|number: &u64| number.is_multiple_of(every)).max()
 }
 
-/// Of directories, of the modules, and what those read.
-pub(super) type Digests = (BTreeMap<DirPath, Digest>, Option<Digest>, Option<String>);
+/// What an archive says that is held once it is applied.
+pub(super) struct Digests {
+    pub(super) data: DataHead,
+    pub(super) modules: Option<Digest>,
+    pub(super) reads: Option<String>,
+}
 
 /// Takes an archive into `content`, unless that is null, and says what is held then.
 pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Result<Digests> {
@@ -45,7 +48,7 @@ pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Resul
     let head: Head = serde_json::from_slice(&text)?;
     let Some(data) = head.data else { bail!("an archive without data") };
     if content.is_null() {
-        return Ok((data.dirs, head.modules_digest, head.reads));
+        return Ok(Digests { data, modules: head.modules_digest, reads: head.reads });
     }
     // What the archive does not name is gone; what it names and does not hold stayed.
     let mut next = json!({});
@@ -66,7 +69,7 @@ pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Resul
         }
     }
     *content = next;
-    Ok((data.dirs, head.modules_digest, head.reads))
+    Ok(Digests { data, modules: head.modules_digest, reads: head.reads })
 }
 
 /// The newest change that an archive shows.

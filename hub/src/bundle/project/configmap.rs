@@ -8,7 +8,7 @@ use opa_hub_proto::path::DirPath;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::config::{DIRECTORIES_MAX, JSON_DEPTH_MAX};
+use crate::config::JSON_DEPTH_MAX;
 use crate::policy::modules;
 use crate::source::trim;
 
@@ -72,6 +72,8 @@ pub enum Error {
          {megabytes} MB of it; select fewer objects or fields, or raise the limit"
     )]
     OverLimit {
+        /// Bytes by which the data would grow.
+        grows: usize,
         /// The limit.
         max: usize,
         /// Who has most of it.
@@ -80,8 +82,8 @@ pub enum Error {
         megabytes: usize,
     },
     /// More places than the head of an archive may list.
-    #[error("the bundle already has {DIRECTORIES_MAX} directories")]
-    TooManyDirectories,
+    #[error("the bundle already has {0} directories")]
+    TooManyDirectories(usize),
 }
 
 impl Error {
@@ -92,7 +94,7 @@ impl Error {
             Self::NotJson { .. } | Self::NotAnObject(_) | Self::TooDeep(_) => "invalid_data",
             Self::Module { .. } => "rego_parse_error",
             Self::Taken { .. } => "path_conflict",
-            Self::TooLarge { .. } | Self::TooManyDirectories => "too_large",
+            Self::TooLarge { .. } | Self::TooManyDirectories(_) => "too_large",
             Self::OverLimit { .. } => "over_limit",
         }
     }
@@ -101,7 +103,7 @@ impl Error {
     pub(super) fn may_pass(&self) -> bool {
         matches!(
             self,
-            Self::Taken { .. } | Self::TooManyDirectories | Self::TooLarge { .. } | Self::OverLimit { .. }
+            Self::Taken { .. } | Self::TooManyDirectories(_) | Self::TooLarge { .. } | Self::OverLimit { .. }
         )
     }
 }

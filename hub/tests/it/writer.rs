@@ -1,0 +1,385 @@
+//! The writer of a bundle beside its readers: streams end with their bundle, commits of any size arrive, resources that
+//! policies ask for go after those policies, and the revision covers all that an archive says.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use opa_hub::bundle::kept::Kept;
+use opa_hub::bundle::spec::{AutoReplication, Follows, Scoped, Spec};
+use opa_hub::bundle::{Edition, Next, Part};
+use opa_hub::config::{Bounds, SCOPE_IDLE, SCOPES_MAX};
+use opa_hub::model::{Content, Event, Feed, Object, ObjectKey, Resource, Scope, WatchId};
+use opa_hub::pipeline::Said;
+use opa_hub::policy::analyze::{Extent, Reads, Step};
+use opa_hub::policy::candidates::LastGood;
+use opa_hub::policy::check::Dialect;
+use opa_hub::policy::settle::{Outcome, Selection, settle};
+use opa_hub::readiness::Readiness;
+use opa_hub::store::Store;
+use opa_hub_proto::path::DirPath;
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+
+use crate::fold::Held;
+use crate::invariants::{DATA, NODES, PODS, POLICIES, Writer, feeds, key, runtime, snapshot};
+
+const WATCHES: [WatchId; 4] = [POLICIES, DATA, PODS, NODES];
+
+fn writer(spec: &Spec) -> Writer {
+    Writer::of(spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
+}
+
+fn listed(spec: &Spec) -> Writer {
+    writer(spec).list()
+}
+
+fn scoped() -> Spec {
+    let scoped = Some(Scoped { root: "/kubernetes".parse().unwrap(), whole: BTreeSet::new() });
+    Spec { scoped, ..Spec::of_feeds("main", feeds()) }
+}
+
+/// Policies and data, and whatever resources policies read.
+fn auto() -> Spec {
+    let auto = Some(AutoReplication { path: "/kubernetes".parse().unwrap(), ignored: Vec::new() });
+    Spec { auto, ..Spec::of_feeds("main", feeds().into_iter().take(2).collect()) }
+}
+
+impl Writer {
+    fn put(&self, watch: WatchId, key: &ObjectKey, json: &Value) {
+        let object = Object { key: key.clone(), json: json.to_string().into() };
+        self.store.apply((watch, Event::Apply(object), None));
+    }
+
+    fn data(&self, name: u8, values: impl IntoIterator<Item = (String, u32)>) {
+        let data: serde_json::Map<_, _> =
+            values.into_iter().map(|(key, value)| (key, json!({ "x": value }).to_string().into())).collect();
+        self.put(DATA, &key(1, 0, name), &json!({ "data": data }));
+    }
+
+    fn policy(&self, name: u8, text: &str) {
+        self.put(POLICIES, &key(0, 0, name), &json!({ "data": { "p.rego": text } }));
+    }
+
+    /// Finishes the check under way, which accepts everything.
+    fn accept(&mut self, reads: Option<Reads>, resources: Option<&[&str]>) {
+        let candidates = self.ends.jobs.try_recv().unwrap();
+        let nothing_wrong = async |_: &Selection| Ok::<_, std::convert::Infallible>(Vec::new());
+        let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
+        self.tell(outcome, reads, resources);
+    }
+
+    fn tell(&mut self, outcome: Outcome, reads: Option<Reads>, resources: Option<&[&str]>) {
+        let resources = resources.map(|paths| paths.iter().map(|path| path.parse().unwrap()).collect());
+        self.pipeline.hear(Said::Checked { outcome, reads, resources });
+        self.pipeline.commit();
+    }
+
+    /// Asks for pods, as policies that read them do.
+    fn open_pods(&mut self) -> oneshot::Receiver<()> {
+        let feed = Feed {
+            resource: Resource::named("pods"),
+            scope: Scope::Namespaces { ignored: Vec::new() },
+            labels: Vec::new(),
+            content: Content::Resource("/kubernetes/pods".parse().unwrap()),
+        };
+        let (settled, until) = oneshot::channel();
+        self.pipeline.hear(Said::Opened { feeds: vec![feed], settled });
+        self.pipeline.commit();
+        until
+    }
+
+    fn pods(&self) -> usize {
+        let head = self.head();
+        let pods = head.view.dirs.iter().filter(|(dir, _)| dir.as_str().starts_with("/kubernetes/pods"));
+        pods.map(|(_, dir)| dir.len()).sum()
+    }
+}
+
+/// Brings `held` to the head, by frames or, where there are none, by digests. Whether it took frames.
+async fn catch_up(held: &mut Held, head: &Arc<Edition>) -> bool {
+    match head.next(held.revision()) {
+        Next::UpToDate => true,
+        Next::Frames(bytes) => {
+            held.events(&bytes);
+            true
+        }
+        Next::Unknown => {
+            let archive = head.reconcile(held.reconcile()).await;
+            held.archive(&archive.pieces.concat());
+            false
+        }
+    }
+}
+
+/// Streams of a namespace end when their bundle is replaced or goes: its successor has the next word.
+#[test]
+fn streams_of_a_namespace_end_with_their_bundle() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+    runtime.unwrap().block_on(async {
+        let writer = listed(&scoped());
+        let mut head = writer.bundle.of(Some("ns0")).unwrap().head();
+        tokio::time::sleep(SCOPE_IDLE * 3).await;
+        head.mark_unchanged();
+        assert!(head.has_changed().is_ok(), "it is read");
+        drop(writer);
+        let changed = tokio::time::timeout(SCOPE_IDLE * 3, head.changed()).await;
+        assert!(changed.expect("the stream ends").is_err());
+    });
+}
+
+/// I1: a commit larger than the log reaches every namespace, and no later frame leads on from before it.
+#[test]
+fn i1_a_commit_larger_than_the_log_reaches_every_namespace() {
+    runtime().block_on(async {
+        let bounds = Bounds { log_keys_max: 4, ..Bounds::default() };
+        let mut writer = listed(&Spec { bounds, ..scoped() });
+        writer.data(0, (0..10).map(|at| (format!("k{at}"), 0)));
+        writer.commit();
+        let mut readers = Vec::new();
+        for namespace in ["ns0", "ns1"] {
+            readers.push((namespace, snapshot(&writer.head_of(namespace)).await));
+        }
+        let before = readers.clone();
+        writer.data(0, (0..10).map(|at| (format!("k{at}"), 1)));
+        writer.commit();
+        for (namespace, held) in &mut readers {
+            assert_ne!(writer.head_of(namespace).view.revision, held.revision(), "{namespace}");
+            assert!(!catch_up(held, &writer.head_of(namespace)).await);
+        }
+        writer.data(0, (0..10).map(|at| (format!("k{at}"), 1 + u32::from(at == 3))));
+        writer.commit();
+        for (namespace, mut held) in readers.into_iter().chain(before) {
+            let head = writer.head_of(namespace);
+            catch_up(&mut held, &head).await;
+            assert_eq!(held.content(), snapshot(&head).await.content(), "{namespace}");
+            assert_eq!(held.revision(), head.view.revision);
+        }
+    });
+}
+
+/// I10: a resource that no policy reads any more goes after the policies that did, for readers that were away too.
+#[test]
+fn i10_a_resource_goes_after_the_policies_that_read_it() {
+    runtime().block_on(async {
+        let mut writer = listed(&auto());
+        writer.policy(0, "package a\nx := data.kubernetes.pods");
+        writer.pipeline.commit();
+        let until = writer.open_pods();
+        let pods = *writer.store.wanted().borrow().keys().last().unwrap();
+        writer.store.apply((pods, Event::Init, None));
+        for name in 0..3 {
+            writer.put(pods, &key(2, 0, name), &json!({ "kind": "Pod" }));
+        }
+        writer.store.apply((pods, Event::InitDone, None));
+        writer.pipeline.commit();
+        assert!(until.await.is_err(), "the check goes on once they are listed");
+        writer.accept(None, Some(&["/kubernetes/pods"]));
+        assert_eq!(writer.pods(), 3);
+        let away = snapshot(&writer.head()).await;
+
+        writer.policy(0, "package a\nx := 1");
+        writer.pipeline.commit();
+        writer.accept(None, Some(&[]));
+        assert_eq!(writer.pods(), 3, "older policies still decide");
+        let mut followed = away.clone();
+        assert!(catch_up(&mut followed, &writer.head()).await);
+        // One is gone, and the writer has not looked yet.
+        writer.store.apply((pods, Event::Delete(key(2, 0, 0)), None));
+        writer.pipeline.narrow();
+        assert_eq!(writer.pods(), 0);
+        assert!(!writer.store.wanted().borrow().contains_key(&pods));
+        assert!(catch_up(&mut followed, &writer.head()).await);
+        assert_eq!(followed.content(), snapshot(&writer.head()).await.content());
+
+        let mut away = away;
+        assert!(!catch_up(&mut away, &writer.head()).await, "no frame takes data and then changes policies");
+        assert!(
+            away.data.pointer("/kubernetes/pods/ns0").is_some(),
+            "its policies were replaced behind its data"
+        );
+        assert_ne!(away.revision(), writer.head().view.revision);
+        catch_up(&mut away, &writer.head()).await;
+        assert_eq!(away.content(), snapshot(&writer.head()).await.content());
+        assert_eq!(away.revision(), writer.head().view.revision);
+
+        // It is asked for again, and no longer, before it went.
+        writer.policy(0, "package a\nx := data.kubernetes.pods");
+        writer.pipeline.commit();
+        _ = writer.open_pods();
+        writer.accept(None, Some(&["/kubernetes/pods"]));
+        writer.policy(0, "package a\nx := 2");
+        writer.pipeline.commit();
+        writer.accept(None, Some(&[]));
+        writer.policy(0, "package a\nx := data.kubernetes.pods.a");
+        writer.pipeline.commit();
+        let until = writer.open_pods();
+        let watches = writer.store.wanted().borrow().len();
+        writer.pipeline.narrow();
+        assert_eq!(writer.store.wanted().borrow().len(), watches, "it stays");
+        let pods = *writer.store.wanted().borrow().keys().last().unwrap();
+        writer.store.apply((pods, Event::InitDone, None));
+        writer.pipeline.commit();
+        assert!(until.await.is_err());
+    });
+}
+
+/// A resource whose place is taken is not replicated. That its policies go hurts nothing.
+#[test]
+fn a_resource_without_a_place_comes_and_goes() {
+    let mut writer = listed(&auto());
+    let taken = ObjectKey { namespace: "kubernetes".into(), name: "pods".into() };
+    writer.put(DATA, &taken, &json!({ "data": { "x": "{}" } }));
+    writer.policy(0, "package a\nx := data.kubernetes.pods");
+    writer.pipeline.commit();
+    _ = writer.open_pods();
+    writer.accept(None, Some(&["/kubernetes/pods"]));
+    assert_eq!(writer.bundle.feeds.list().len(), 2);
+    writer.policy(0, "package a\nx := 1");
+    writer.pipeline.commit();
+    writer.accept(None, Some(&[]));
+    writer.pipeline.narrow();
+    writer.data(0, [("k".to_owned(), 1)]);
+    writer.commit();
+    assert_eq!(writer.head().view.dirs.len(), 2);
+}
+
+/// I10: an object that is gone from the source and still in the view does not stay there with fewer fields than policies
+/// read.
+#[test]
+fn i10_no_object_keeps_fewer_fields_than_policies_read() {
+    let mut spec = Spec::of_feeds("main", feeds());
+    let place: DirPath = "/kubernetes/pods".parse().unwrap();
+    spec.fields.given = Kept::default();
+    spec.fields.follows = Follows { places: BTreeSet::from([place]), others: false };
+    let mut writer = writer(&spec);
+    for watch in WATCHES {
+        writer.store.apply((watch, Event::Init, None));
+        if watch == PODS {
+            for name in 0..2 {
+                writer.put(PODS, &key(2, 0, name), &json!({ "kind": "Pod", "spec": { "a": 1, "b": 2 } }));
+            }
+        }
+        writer.store.apply((watch, Event::InitDone, None));
+    }
+    let reads = |field: &str| {
+        let steps = ["kubernetes", "pods"].map(|name| Step::Name(name.into())).into_iter();
+        let steps =
+            steps.chain([Step::Any, Step::Any]).chain(["spec", field].map(|name| Step::Name(name.into())));
+        Some(Reads::of([(steps.collect(), Extent::Shallow)], &[]))
+    };
+    writer.policy(0, "package a");
+    writer.pipeline.commit();
+    writer.accept(reads("a"), None);
+    assert_eq!(writer.pods(), 2);
+    writer.policy(0, "package a\nx := 1");
+    writer.pipeline.commit();
+    writer.store.apply((PODS, Event::Delete(key(2, 0, 0)), None));
+    let candidates = writer.ends.jobs.try_recv().unwrap();
+    let nothing_wrong = async |_: &Selection| Ok::<_, std::convert::Infallible>(Vec::new());
+    let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
+    writer.pipeline.hear(Said::Checked { outcome, reads: reads("b"), resources: None });
+    writer.pipeline.commit_some(0);
+    let mut json = Vec::new();
+    writer.head().view.dirs.values().for_each(|dir| dir.write_json(&mut json));
+    assert_eq!(String::from_utf8(json).unwrap(), r#"{"o1~/%":{"spec":{"a":1,"b":2}}}"#);
+}
+
+/// I2: the revision covers all that an archive says: also which maps there are, and which Rego the modules are in.
+#[test]
+fn i2_settings_are_part_of_the_revision() {
+    runtime().block_on(async {
+        let base = Spec::of_feeds("main", feeds());
+        let without_nodes = Spec::of_feeds("main", feeds().into_iter().take(3).collect());
+        let v1 = Spec { dialect: Dialect::V1, ..base.clone() };
+        let revisions = |spec: &Spec| {
+            let mut writer = listed(spec);
+            writer.policy(0, "package a");
+            writer.commit();
+            let head = writer.head();
+            [Part::Whole, Part::Policy, Part::Data].map(|part| part.revision(&head.view))
+        };
+        let [whole, policy, data] = revisions(&base);
+        let [other_whole, other_policy, other_data] = revisions(&without_nodes);
+        assert!(whole != other_whole && policy == other_policy && data != other_data);
+        let [other_whole, other_policy, other_data] = revisions(&v1);
+        assert!(whole != other_whole && policy != other_policy && data == other_data);
+    });
+}
+
+/// Refused ConfigMaps cost a commit as many looks as there are of them, not as many as its changes are times theirs.
+#[test]
+fn refused_configmaps_cost_linear_time() {
+    const COUNT: u32 = 2000;
+    let started = Instant::now();
+    let mut writer = writer(&Spec::of_feeds("main", feeds()));
+    let name =
+        |kind: &str, at: u32| ObjectKey { namespace: "shop".into(), name: format!("{kind}{at}").into() };
+    for watch in WATCHES {
+        writer.store.apply((watch, Event::Init, None));
+        for at in 0..COUNT {
+            match watch {
+                POLICIES => writer.put(
+                    watch,
+                    &name("p", at),
+                    &json!({ "data": { "p": format!("package shop.p{at}") } }),
+                ),
+                // The last of all policies owns their places.
+                DATA => writer.put(watch, &name("d", at), &json!({ "data": { "x": "{}" } })),
+                _ => {}
+            }
+        }
+        writer.store.apply((watch, Event::InitDone, None));
+    }
+    writer.commit();
+    for at in 0..COUNT {
+        writer.put(
+            POLICIES,
+            &name("p", at),
+            &json!({ "data": { "p": format!("package shop\nx{at} := 1") } }),
+        );
+    }
+    writer.commit();
+    for at in 0..COUNT {
+        writer.put(POLICIES, &name("p", at), &json!({ "data": { "p": format!("package other.p{at}") } }));
+        writer.put(DATA, &name("e", at), &json!({ "data": { "x": "{}" } }));
+    }
+    writer.commit();
+    writer.commit();
+    assert_eq!(writer.head().view.modules.len(), COUNT as usize);
+    // In a debug build; what grows with the square of both takes minutes.
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+}
+
+/// Names that clients invent make no view that lasts, and keep no namespace out.
+#[test]
+fn invented_namespaces_cost_no_view() {
+    runtime().block_on(async {
+        let mut writer = listed(&scoped());
+        writer.put(PODS, &key(2, 0, 0), &json!({ "kind": "Pod" }));
+        writer.commit();
+        for at in 0..SCOPES_MAX * 2 {
+            writer.bundle.once(Some(&format!("invented{at}"))).unwrap();
+        }
+        let scopes = writer.bundle.scopes.as_ref().unwrap();
+        assert!(scopes.namespaces().is_empty());
+        let empty = writer.bundle.once(Some("invented")).unwrap().head().borrow().clone().unwrap();
+        assert!(empty.view.dirs.is_empty());
+        let own = writer.bundle.once(Some("ns0")).unwrap().head().borrow().clone().unwrap();
+        assert_eq!(own.view.dirs.len(), 1);
+        let read = writer.bundle.of(Some("read")).unwrap().head();
+        for at in 0..SCOPES_MAX * 2 {
+            writer.bundle.of(Some(&format!("invented{at}"))).unwrap();
+        }
+        let namespaces = scopes.namespaces();
+        assert!(["ns0", "read"].iter().all(|name| namespaces.iter().any(|other| other == name)));
+        // What is shared by all reaches those too that have nothing of their own.
+        writer.data(0, [("k".to_owned(), 1)]);
+        writer.commit();
+        assert_eq!(read.borrow().as_ref().unwrap().view.dirs.len(), 1);
+        assert_eq!(
+            writer.bundle.once(Some("new")).unwrap().head().borrow().as_ref().unwrap().view.dirs.len(),
+            1
+        );
+    });
+}
