@@ -13,6 +13,7 @@ use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{ObjectMeta, Patch, PatchParams};
 use kube::{Api, Client};
+use opa_hub_proto::revision::Digest;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
@@ -29,6 +30,11 @@ use crate::readiness::Readiness;
 const SUBJECT: &str = "last good policies";
 /// The file, and the key of the ConfigMap.
 const FILE: &str = "last-good.json.gz";
+/// Maximum length of an object's name, in bytes. The API server rejects longer ones.
+const OBJECT_NAME_MAX: usize = 253;
+/// Characters of a bundle's name before a digest in an object's name: enough to recognise the bundle, and within
+/// [`OBJECT_NAME_MAX`] with the prefix and the digest.
+const READABLE_CHARS_MAX: usize = 200;
 
 /// Why the last good policies could not be read or kept.
 #[derive(Debug, thiserror::Error)]
@@ -206,9 +212,36 @@ impl Object {
     }
 }
 
-/// Names of objects have small letters and no underscores.
+/// The name of a bundle's object: `opa-hub-<bundle>` where that is a valid name, else one with a digest of the bundle's
+/// name at its end.
+///
+/// Every name is a valid DNS subdomain, and no two bundles share one:
+/// - a name of the second kind ends in `-<digest>`, and a name of the first kind never does, so the kinds are disjoint;
+/// - two names of the first kind differ where the bundles' names differ;
+/// - two names of the second kind differ in their digests, which are equal for equal bundle names only.
 pub fn object_name(bundle: &str) -> String {
-    format!("opa-hub-{}", bundle.to_ascii_lowercase().replace('_', "-").trim_matches(['.', '-']))
+    let plain = format!("opa-hub-{bundle}");
+    let ends_in_digest = plain.rsplit_once('-').is_some_and(|(_, end)| end.parse::<Digest>().is_ok());
+    if is_object_name(&plain) && !ends_in_digest {
+        return plain;
+    }
+    let readable = bundle.to_ascii_lowercase().replace(|c: char| !is_alphanumeric(c), "-");
+    let readable: String = readable.chars().take(READABLE_CHARS_MAX).collect();
+    format!("opa-hub-{readable}-{}", Digest::of(bundle.as_bytes()))
+}
+
+/// Whether `name` is a DNS subdomain as Kubernetes defines it (apimachinery pkg/util/validation, `IsDNS1123Subdomain`).
+fn is_object_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        label.starts_with(is_alphanumeric)
+            && label.ends_with(is_alphanumeric)
+            && label.chars().all(|c| c == '-' || is_alphanumeric(c))
+    };
+    name.len() <= OBJECT_NAME_MAX && name.split('.').all(is_label)
+}
+
+fn is_alphanumeric(c: char) -> bool {
+    matches!(c, 'a'..='z' | '0'..='9')
 }
 
 /// So that a crash leaves the old content or the new one.
@@ -281,6 +314,8 @@ fn decode(bytes: &[u8]) -> Result<LastGood, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn good() -> LastGood {
@@ -296,7 +331,6 @@ mod tests {
     fn what_is_kept_is_found() {
         assert_eq!(decode(&encode(&good())).unwrap(), good());
         assert_eq!(encode(&good()), encode(&good()), "equal content is not written again");
-        assert_eq!(object_name("My_bundle"), "opa-hub-my-bundle");
     }
 
     #[test]
@@ -316,5 +350,39 @@ mod tests {
         place().save(b"two").await.unwrap();
         assert_eq!(place().load().await.unwrap().as_deref(), Some(&b"two"[..]));
         assert_eq!(std::fs::read_dir(dir.path().join("new")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn object_names_are_valid_and_unique() {
+        let long = "x".repeat(OBJECT_NAME_MAX - "opa-hub-".len());
+        let too_long = format!("{long}x");
+        let like_another = object_name("team_a").replacen("opa-hub-", "", 1);
+        let digest = Digest::of(b"team_a").to_string();
+        let plain = ["main", "team-a", "a.b", "a--b", "-a", "0", &long];
+        let odd = [
+            "team_a",
+            "Team-A",
+            "a..b",
+            "a.-b",
+            "a.",
+            "a-",
+            "...",
+            "_",
+            "A",
+            &too_long,
+            &like_another,
+            &digest,
+        ];
+        for bundle in plain {
+            assert_eq!(object_name(bundle), format!("opa-hub-{bundle}"));
+        }
+        let names: BTreeSet<_> = plain.into_iter().chain(odd).map(object_name).collect();
+        assert_eq!(names.len(), plain.len() + odd.len(), "{names:#?}");
+        for name in &names {
+            let is_valid = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.');
+            assert!(name.len() <= 253 && name.chars().all(is_valid) && !name.contains(".."), "{name}");
+            assert!(!name.contains(".-") && !name.contains("-.") && !name.ends_with(['-', '.']), "{name}");
+        }
+        assert!(object_name("My_bundle").starts_with("opa-hub-my-bundle-"));
     }
 }
