@@ -156,10 +156,22 @@ pub const SCOPE_IDLE: Duration = Duration::from_secs(60);
 pub const AUTO_FEEDS_MAX: usize = 100;
 /// How long a policy waits for the resources that it is the first to read.
 pub const AUTO_LIST_MAX: Duration = Duration::from_secs(30);
-/// A replica that writes for all must renew its right in this time …
+/// Other replicas may acquire a Lease that was not renewed for this long. client-go's default lease duration.
 pub const LEASE: Duration = Duration::from_secs(15);
-/// … and does so this often.
-pub const LEASE_RENEW: Duration = Duration::from_secs(5);
+/// A leader that has not renewed its Lease for this long stops writing. client-go's default renew deadline. The rest of
+/// [`LEASE`] is a margin for bytes that are already on their way.
+pub const RENEW_DEADLINE: Duration = Duration::from_secs(10);
+/// Interval between two attempts to acquire or renew the Lease. client-go's default retry period.
+pub const LEASE_RENEW: Duration = Duration::from_secs(2);
+/// Maximum duration of one such attempt. Half the renew deadline, as in client-go: one lost packet does not end
+/// leadership.
+pub const LEASE_TIMEOUT: Duration = Duration::from_secs(5);
+const _: () = assert!(2 * LEASE_RENEW.as_secs() + LEASE_TIMEOUT.as_secs() < RENEW_DEADLINE.as_secs());
+const _: () = assert!(RENEW_DEADLINE.as_secs() + LEASE_TIMEOUT.as_secs() <= LEASE.as_secs());
+/// Maximum duration of one request that reads or writes verdicts, statuses, Events or last good policies, with the
+/// retries that kube's client makes inside. Longer than a busy API server takes, and short enough that a lost packet
+/// delays a start little.
+pub const WRITEBACK_TIMEOUT: Duration = Duration::from_secs(10);
 /// The same verdict is written to the same ConfigMap again, where somebody removed it, no sooner than after this.
 pub const VERDICT_AGAIN: Duration = Duration::from_secs(60);
 /// What is wrong with a bundle is looked at this often, for its document's status …

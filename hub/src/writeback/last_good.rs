@@ -17,8 +17,10 @@ use opa_hub_proto::revision::Digest;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
-use super::{WRITER, is_forbidden, words};
-use crate::config::{LAST_GOOD_BYTES_MAX, LAST_GOOD_OBJECT_MAX, LAST_GOOD_SETTLE, RETRY, RETRY_MAX};
+use super::{RequestError, WRITER, while_leading, within};
+use crate::config::{
+    LAST_GOOD_BYTES_MAX, LAST_GOOD_OBJECT_MAX, LAST_GOOD_SETTLE, RETRY, RETRY_MAX, WRITEBACK_TIMEOUT,
+};
 use crate::model::ObjectKey;
 use crate::pipeline::Said;
 use crate::policy::candidates::LastGood;
@@ -50,9 +52,9 @@ pub enum Error {
     /// The content.
     #[error("they are damaged: {0}")]
     Damaged(String),
-    /// The API server.
-    #[error("the API server: {}", words(.0))]
-    Cluster(kube::Error),
+    /// The request to the API server.
+    #[error("request to the API server failed: {0}; it is retried")]
+    Cluster(RequestError),
     /// RBAC.
     #[error(
         "forbidden: grant the hub the verbs get, create, patch on configmaps in namespace {0}, or give --state-dir"
@@ -110,8 +112,8 @@ impl Place {
         kept
     }
 
-    /// Keeps what is accepted, for ever, where it is not what is `kept` already. In a cluster only while this replica
-    /// `leads`.
+    /// Writes the accepted policies whenever they differ from what was `kept`, until the bundle ends. In a cluster this
+    /// replica writes only while it `leads`.
     pub async fn keep(
         self,
         mut kept: Option<Vec<u8>>,
@@ -121,20 +123,25 @@ impl Place {
     ) {
         let mut retry = RETRY;
         loop {
-            let may_write = !matches!(self, Self::Cluster(_)) || *leads.borrow_and_update();
             let now = good.borrow_and_update().as_ref().map(encode);
-            if let Some(now) = now.filter(|now| may_write && kept.as_ref() != Some(now)) {
-                match self.save(&now).await {
-                    Ok(()) => {
+            if let Some(now) = now.filter(|now| kept.as_ref() != Some(now)) {
+                match self.save(&now, &leads).await {
+                    Some(Ok(())) => {
                         readiness.problem(SUBJECT, None);
                         (kept, retry) = (Some(now), RETRY);
                     }
-                    Err(error) => {
+                    Some(Err(error)) => {
                         complain(&readiness, &error);
                         tokio::time::sleep(retry).await;
                         retry = (retry * 2).min(RETRY_MAX);
                         continue;
                     }
+                    // The leader reports what it cannot write.
+                    None if retry > RETRY => {
+                        readiness.problem(SUBJECT, None);
+                        retry = RETRY;
+                    }
+                    None => {}
                 }
             }
             tokio::select! {
@@ -177,18 +184,20 @@ impl Place {
         }
     }
 
-    async fn save(&self, bytes: &[u8]) -> Result<(), Error> {
+    /// Writes `bytes`. `None` if this replica does not lead, or ceased to while it wrote.
+    async fn save(&self, bytes: &[u8], leads: &watch::Receiver<bool>) -> Option<Result<(), Error>> {
         match self {
-            Self::Nowhere => Ok(()),
-            Self::File(path) => replace_file(path, bytes).map_err(|source| file_error(path, source)),
-            Self::Cluster(object) => object.save(bytes).await,
+            Self::Nowhere => Some(Ok(())),
+            Self::File(path) => Some(replace_file(path, bytes).map_err(|source| file_error(path, source))),
+            Self::Cluster(object) => while_leading(leads, object.save(bytes)).await,
         }
     }
 }
 
 impl Object {
     async fn load(&self) -> Result<Option<Vec<u8>>, Error> {
-        let found = self.configmaps.get_opt(&self.name).await.map_err(|error| self.error(error))?;
+        let found = within(WRITEBACK_TIMEOUT, self.configmaps.get_opt(&self.name)).await;
+        let found = found.map_err(|error| self.error(error))?;
         let file = found.and_then(|found| found.binary_data?.remove(FILE));
         Ok(file.map(|ByteString(bytes)| bytes))
     }
@@ -203,12 +212,13 @@ impl Object {
         let content = BTreeMap::from([(FILE.to_owned(), ByteString(bytes.to_owned()))]);
         let object = ConfigMap { metadata, binary_data: Some(content), ..ConfigMap::default() };
         let params = PatchParams::apply(WRITER).force();
-        let patched = self.configmaps.patch(&self.name, &params, &Patch::Apply(&object)).await;
+        let patch = Patch::Apply(&object);
+        let patched = within(WRITEBACK_TIMEOUT, self.configmaps.patch(&self.name, &params, &patch)).await;
         patched.map(drop).map_err(|error| self.error(error))
     }
 
-    fn error(&self, error: kube::Error) -> Error {
-        if is_forbidden(&error) { Error::Forbidden(self.namespace.clone()) } else { Error::Cluster(error) }
+    fn error(&self, error: RequestError) -> Error {
+        if error.is_forbidden() { Error::Forbidden(self.namespace.clone()) } else { Error::Cluster(error) }
     }
 }
 
@@ -317,6 +327,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::writeback::fake_api::{NAMESPACE, check_ends_with_leadership, check_reports_and_retries};
 
     fn good() -> LastGood {
         let module = |text: &str| Arc::new(Module::read(text).unwrap());
@@ -345,9 +356,10 @@ mod tests {
     async fn a_file_outlives_its_writer() {
         let dir = tempfile::tempdir().unwrap();
         let place = || Place::folder(&dir.path().join("new"), "main");
+        let (_, follower) = watch::channel(false);
         assert_eq!(place().load().await.unwrap(), None);
-        place().save(b"one").await.unwrap();
-        place().save(b"two").await.unwrap();
+        place().save(b"one", &follower).await.unwrap().unwrap();
+        place().save(b"two", &follower).await.unwrap().unwrap();
         assert_eq!(place().load().await.unwrap().as_deref(), Some(&b"two"[..]));
         assert_eq!(std::fs::read_dir(dir.path().join("new")).unwrap().count(), 1);
     }
@@ -384,5 +396,31 @@ mod tests {
             assert!(!name.contains(".-") && !name.contains("-.") && !name.ends_with(['-', '.']), "{name}");
         }
         assert!(object_name("My_bundle").starts_with("opa-hub-my-bundle-"));
+    }
+
+    fn write(client: Client, leads: watch::Receiver<bool>, readiness: Readiness) {
+        let (publish, good) = watch::channel(Some(good()));
+        tokio::spawn(async move { publish.closed().await });
+        tokio::spawn(Place::cluster(client, NAMESPACE, "main").keep(None, good, leads, readiness));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_written_after_the_lease_expired() {
+        check_ends_with_leadership("/configmaps", write).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_write_is_reported_and_retried() {
+        check_reports_and_retries("/configmaps", write).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_read_at_the_start_is_reported_and_retried() {
+        let read = |client: Client, _: watch::Receiver<bool>, readiness: Readiness| {
+            let (say, _) = mpsc::channel(1);
+            let place = Place::cluster(client, NAMESPACE, "main");
+            tokio::spawn(async move { place.restore(say, &readiness).await });
+        };
+        check_reports_and_retries("/configmaps", read).await;
     }
 }

@@ -11,8 +11,8 @@ use kube::{Api, Client};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::{is_forbidden, words};
-use crate::config::{LEASE, LEASE_RENEW};
+use super::{RequestError, within};
+use crate::config::{LEASE, LEASE_RENEW, LEASE_TIMEOUT, RENEW_DEADLINE};
 use crate::readiness::Readiness;
 
 /// What [`Readiness`] calls it.
@@ -33,39 +33,40 @@ impl Striving {
         Self { leases: Api::namespaced(client, namespace), name, identity, seen: None }
     }
 
-    /// Takes the Lease when it is free and renews it while it is ours; `leads` says whether it is. Once `stop` is
-    /// ready the Lease is given back, so that another replica need not wait for it to run out.
+    /// Acquires the Lease when it is free and renews it while held. Publishes on `leads` whether this replica is the
+    /// leader. On `stop` the Lease is released, so that another replica need not wait until it expires.
     pub async fn run(
         mut self,
         leads: watch::Sender<bool>,
         readiness: Readiness,
         stop: impl Future<Output = ()>,
     ) {
-        let strive = async {
-            let mut held_until = Instant::now();
-            loop {
-                let asked = Instant::now();
-                match self.strive().await {
-                    Ok(held) => {
-                        held_until = if held { asked + LEASE } else { asked };
-                        readiness.problem(SUBJECT, None);
-                    }
-                    Err(error) => self.complain(&error, &readiness),
-                }
-                // A margin for whoever is in the middle of a write when it runs out.
-                let leading = Instant::now() + LEASE_RENEW < held_until;
-                leads.send_if_modified(|led| std::mem::replace(led, leading) != leading);
-                tokio::time::sleep(LEASE_RENEW).await;
-            }
-        };
+        let deadline = watch::Sender::new(Instant::now());
         tokio::select! {
-            never = strive => never,
+            () = self.elect(&deadline, &readiness) => {}
+            () = lead_until(deadline.subscribe(), &leads) => {}
             () = stop => {}
         }
-        if leads.send_replace(false)
-            && let Err(error) = self.give_back().await
+        if publish(&leads, false)
+            && let Err(error) = within(LEASE_TIMEOUT, self.give_back()).await
         {
-            tracing::debug!(%error, "the Lease was not given back");
+            tracing::debug!(%error, "release of the Lease failed");
+        }
+    }
+
+    /// Tries to acquire or renew the Lease until it is dropped, and moves the renew `deadline`.
+    async fn elect(&mut self, deadline: &watch::Sender<Instant>, readiness: &Readiness) {
+        loop {
+            // Other replicas see a renewal after this moment: their clock for it starts later.
+            let start = Instant::now();
+            match within(LEASE_TIMEOUT, self.strive()).await {
+                Ok(held) => {
+                    deadline.send_replace(if held { start + RENEW_DEADLINE } else { start });
+                    readiness.problem(SUBJECT, None);
+                }
+                Err(error) => self.complain(&error, readiness),
+            }
+            tokio::time::sleep(LEASE_RENEW).await;
         }
     }
 
@@ -93,7 +94,6 @@ impl Striving {
             if !holder.is_empty() && since.elapsed() < lasts {
                 return Ok(false);
             }
-            tracing::info!(lease = self.name, "writing for all replicas from now on");
             lease.spec = Some(self.spec(transitions + 1));
         }
         settled(self.leases.replace(&self.name, &PostParams::default(), &lease).await)
@@ -122,15 +122,15 @@ impl Striving {
         }
     }
 
-    fn complain(&self, error: &kube::Error, readiness: &Readiness) {
-        let because = if is_forbidden(error) {
+    fn complain(&self, error: &RequestError, readiness: &Readiness) {
+        let because = if error.is_forbidden() {
             format!(
                 "forbidden: grant the hub the verbs get, create, update on leases.coordination.k8s.io {}; until then \
                  it writes no verdicts",
                 self.name
             )
         } else {
-            format!("cannot renew the Lease {}: {}", self.name, words(error))
+            format!("cannot renew the Lease {}: {error}", self.name)
         };
         if readiness.is_news(SUBJECT, &because) {
             tracing::warn!("{because}");
@@ -139,10 +139,92 @@ impl Striving {
     }
 }
 
+/// Publishes leadership until the renew `deadline`. A timer beside the requests: none of them can prolong leadership.
+async fn lead_until(mut deadline: watch::Receiver<Instant>, leads: &watch::Sender<bool>) {
+    loop {
+        let until = *deadline.borrow_and_update();
+        let leader = Instant::now() < until;
+        publish(leads, leader);
+        tokio::select! {
+            _ = deadline.changed() => {}
+            () = tokio::time::sleep_until(until), if leader => {}
+        }
+    }
+}
+
+/// Publishes whether this replica is the `leader`. Returns whether that is a change.
+fn publish(leads: &watch::Sender<bool>, leader: bool) -> bool {
+    let is_change = leads.send_if_modified(|led| std::mem::replace(led, leader) != leader);
+    if is_change {
+        tracing::info!(leader, "leadership changed");
+    }
+    is_change
+}
+
 /// Whether a write went through; somebody else's came first when not.
 fn settled(result: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
     match result {
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
         other => other.map(|_| true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::writeback::fake_api::{Cluster, LEASES, Link, NAMESPACE, Outage, TICK, eventually};
+
+    #[tokio::test(start_paused = true)]
+    async fn leadership_ends_at_the_renew_deadline() {
+        for outage in Outage::ALL {
+            let link = Link::default();
+            let leads = link.elect("a");
+            eventually("it leads", || *leads.borrow()).await;
+            link.fail(LEASES, outage);
+            eventually("it no longer leads", || !*leads.borrow()).await;
+            let age = link.renewed().unwrap().elapsed();
+            assert!(age >= RENEW_DEADLINE && age <= RENEW_DEADLINE + 2 * TICK, "{outage:?}: {age:?}");
+            link.heal();
+            eventually("it leads again", || *leads.borrow()).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_lost_renewal_does_not_end_leadership() {
+        let link = Link::default();
+        let mut leads = link.elect("a");
+        eventually("it leads", || *leads.borrow()).await;
+        leads.mark_unchanged();
+        let renewed = link.renewed();
+        link.fail(LEASES, Outage::Hang);
+        eventually("a renewal hangs", || link.calls().iter().any(|call| call.ended.is_none())).await;
+        link.heal();
+        eventually("the Lease is renewed", || link.renewed() > renewed).await;
+        assert!(!leads.has_changed().unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn release_lets_another_replica_lead_and_has_a_time_limit() {
+        for outage in [None, Some(Outage::Hang), Some(Outage::Throttle)] {
+            let cluster = Cluster::default();
+            let link = Link::to(&cluster);
+            let (leads, leading) = watch::channel(false);
+            let stop = CancellationToken::new();
+            let elector = Striving::new(link.client(), NAMESPACE, "opa-hub-main".into(), "a".into());
+            let run = tokio::spawn(elector.run(leads, Readiness::default(), stop.clone().cancelled_owned()));
+            eventually("it leads", || *leading.borrow()).await;
+            if let Some(outage) = outage {
+                link.fail(LEASES, outage);
+            }
+            let stopped = Instant::now();
+            stop.cancel();
+            eventually("it ends", || run.is_finished()).await;
+            assert!(!*leading.borrow() && stopped.elapsed() <= LEASE_TIMEOUT + 2 * TICK, "{outage:?}");
+            let next = Link::to(&cluster).elect("b");
+            eventually("another replica leads", || *next.borrow()).await;
+            assert_eq!(outage.is_none(), stopped.elapsed() < LEASE, "{outage:?}");
+        }
     }
 }

@@ -9,9 +9,13 @@ pub mod statuses;
 
 pub mod last_good;
 
-use std::time::SystemTime;
+#[cfg(test)]
+mod fake_api;
+
+use std::time::{Duration, SystemTime};
 
 use kube::Client;
+use tokio::sync::watch;
 
 /// The hub's own namespace: the one `given`, else that of its pod or its kubeconfig.
 pub fn namespace(given: Option<&str>, client: &Client) -> String {
@@ -28,6 +32,24 @@ pub fn identity() -> String {
 /// The name under which the hub writes.
 const WRITER: &str = "opa-hub";
 
+/// Why a request to the API server failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// The request exceeded this time limit and was dropped.
+    #[error("no answer within {} s", .0.as_secs())]
+    Timeout(Duration),
+    /// The connection failed, or the API server refused the request.
+    #[error("{}", words(.0))]
+    Failed(kube::Error),
+}
+
+impl RequestError {
+    /// Whether RBAC denies the request.
+    fn is_forbidden(&self) -> bool {
+        matches!(self, Self::Failed(kube::Error::Api(status)) if status.code == 403)
+    }
+}
+
 /// The API server's words, without all the rest of its answer.
 fn words(error: &kube::Error) -> String {
     match error {
@@ -36,7 +58,29 @@ fn words(error: &kube::Error) -> String {
     }
 }
 
-/// Whether the API server said that the hub may not.
-fn is_forbidden(error: &kube::Error) -> bool {
-    matches!(error, kube::Error::Api(status) if status.code == 403)
+/// Sends `request` with a time `limit`. kube's client has none: it waits without end for an answer, and retries 429, 503
+/// and 504 inside one call for minutes. The limit covers those retries, which end with the dropped call.
+async fn within<T>(
+    limit: Duration,
+    request: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, RequestError> {
+    match tokio::time::timeout(limit, request).await {
+        Ok(answer) => answer.map_err(RequestError::Failed),
+        Err(_) => Err(RequestError::Timeout(limit)),
+    }
+}
+
+/// Runs `writes` while this replica `leads`, and drops them, with the request under way, when its leadership ends. `None`
+/// if they did not complete.
+async fn while_leading<T>(leads: &watch::Receiver<bool>, writes: impl Future<Output = T>) -> Option<T> {
+    let mut leads = leads.clone();
+    if !*leads.borrow_and_update() {
+        return None;
+    }
+    tokio::select! {
+        biased;
+        // Any change ends the writes, also if this replica has become the leader again since.
+        _ = leads.changed() => None,
+        done = writes => Some(done),
+    }
 }

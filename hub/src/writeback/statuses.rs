@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::watch;
 
-use super::{WRITER, is_forbidden, words};
+use super::{RequestError, WRITER, while_leading, within};
 use crate::bundle::spec::API_VERSION;
 use crate::bundles::Bundles;
-use crate::config::{STATUS_LOOK, STATUS_PROBLEMS_MAX};
+use crate::config::{STATUS_LOOK, STATUS_PROBLEMS_MAX, WRITEBACK_TIMEOUT};
 use crate::documents::{Opinion, Opinions};
 use crate::readiness::Readiness;
 
@@ -76,12 +76,16 @@ pub async fn run(
     let documents: Api<DynamicObject> = Api::all_with(client, &resource);
     loop {
         let now = opinions.borrow_and_update().clone();
-        if *leads.borrow_and_update() {
+        let write_due = async {
             for (name, opinion) in now {
                 if let Some(conditions) = due(&name, &opinion, &bundles) {
                     write(&documents, &name, &conditions, &readiness).await;
                 }
             }
+        };
+        if while_leading(&leads, write_due).await.is_none() {
+            // The leader reports what it cannot write.
+            readiness.problem(SUBJECT, None);
         }
         tokio::select! {
             Ok(()) = opinions.changed() => {}
@@ -145,16 +149,42 @@ fn due(name: &str, Opinion { object, error }: &Opinion, bundles: &Bundles) -> Op
 async fn write(documents: &Api<DynamicObject>, name: &str, conditions: &[Condition], readiness: &Readiness) {
     let patch = json!({ "status": { "conditions": conditions } });
     let params = PatchParams { field_manager: Some(WRITER.into()), ..PatchParams::default() };
-    let because = match documents.patch_status(name, &params, &Patch::Merge(patch)).await {
+    let patch = Patch::Merge(patch);
+    let because = match within(WRITEBACK_TIMEOUT, documents.patch_status(name, &params, &patch)).await {
         Ok(_) => None,
-        Err(kube::Error::Api(status)) if status.code == 404 => None,
-        Err(error) if is_forbidden(&error) => {
+        Err(RequestError::Failed(kube::Error::Api(status))) if status.code == 404 => None,
+        Err(error) if error.is_forbidden() => {
             Some("forbidden: grant the hub the verb patch on bundles.opahub.dev/status".to_owned())
         }
-        Err(error) => Some(format!("cannot write the status of Bundle {name}: {}", words(&error))),
+        Err(error) => Some(format!("cannot write the status of Bundle {name}: {error}")),
     };
     if let Some(because) = because.as_ref().filter(|because| readiness.is_news(SUBJECT, because)) {
         tracing::warn!("{because}");
     }
     readiness.problem(SUBJECT, because);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Object, ObjectKey};
+    use crate::writeback::fake_api::{check_ends_with_leadership, check_reports_and_retries};
+
+    fn write(client: Client, leads: watch::Receiver<bool>, readiness: Readiness) {
+        let key = ObjectKey { namespace: "".into(), name: "main".into() };
+        let json = r#"{"metadata":{"name":"main","generation":1}}"#.into();
+        let opinion = Opinion { object: Object { key, json }, error: None };
+        let (_, opinions) = watch::channel(Opinions::from([("main".to_owned(), opinion)]));
+        tokio::spawn(run(client, Arc::default(), opinions, leads, readiness));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_status_is_written_after_the_lease_expired() {
+        check_ends_with_leadership("/bundles", write).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_status_that_cannot_be_written_is_reported_and_retried() {
+        check_reports_and_retries("/bundles", write).await;
+    }
 }

@@ -13,15 +13,17 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::{WRITER, is_forbidden, words};
+use super::{RequestError, WRITER, while_leading, within};
 use crate::bundles::Bundles;
-use crate::config::{VERDICT_AGAIN, VERDICT_LOOK};
+use crate::config::{VERDICT_AGAIN, VERDICT_LOOK, WRITEBACK_TIMEOUT};
 use crate::model::ObjectKey;
 use crate::policy::verdict::{NO_RETRIES, RETRIES, STATUS, Told, Verdict};
 use crate::readiness::Readiness;
 
 /// What [`Readiness`] calls it.
 const SUBJECT: &str = "verdicts";
+/// The subject of failed Events.
+const EVENTS: &str = "events";
 /// Bytes of an Event's note: the API server refuses more than 1 KiB.
 const NOTE_BYTES_MAX: usize = 1000;
 
@@ -46,16 +48,22 @@ impl Writer {
     /// Writes while this replica `leads`, for ever.
     pub async fn run(mut self, mut leads: watch::Receiver<bool>) {
         loop {
-            if *leads.borrow_and_update() {
-                for (key, told, status) in self.due() {
-                    self.write(key, &told, status).await;
-                }
+            if while_leading(&leads, self.write_due()).await.is_none() {
+                // The leader reports what it cannot write.
+                self.readiness.problem(SUBJECT, None);
+                self.readiness.problem(EVENTS, None);
             }
             tokio::select! {
                 () = self.bundles.verdicts.notified() => {}
                 Ok(()) = leads.changed() => {}
                 () = tokio::time::sleep(VERDICT_LOOK) => {}
             }
+        }
+    }
+
+    async fn write_due(&mut self) {
+        for (key, told, status) in self.due() {
+            self.write(key, &told, status).await;
         }
     }
 
@@ -99,21 +107,21 @@ impl Writer {
         let configmaps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &key.namespace);
         let params = PatchParams { field_manager: Some(WRITER.into()), ..PatchParams::default() };
         self.bundles.verdict_writes.fetch_add(1, Ordering::Relaxed);
-        let result = configmaps.patch_metadata(&key.name, &params, &Patch::Merge(patch)).await;
-        match result {
+        let patch = Patch::Merge(patch);
+        match within(WRITEBACK_TIMEOUT, configmaps.patch_metadata(&key.name, &params, &patch)).await {
             Ok(metadata) => {
                 self.readiness.problem(SUBJECT, None);
                 self.tell(&key, told, metadata.metadata.uid).await;
             }
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => return,
+            Err(RequestError::Failed(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => return,
             Err(error) => {
-                let because = if is_forbidden(&error) {
+                let because = if error.is_forbidden() {
                     format!(
                         "forbidden: grant the hub the verb patch on configmaps in namespace {}",
                         key.namespace
                     )
                 } else {
-                    format!("cannot write the verdict of ConfigMap {key}: {}", words(&error))
+                    format!("cannot write the verdict of ConfigMap {key}: {error}")
                 };
                 self.complain(SUBJECT, because);
             }
@@ -145,11 +153,11 @@ impl Writer {
             uid,
             ..ObjectReference::default()
         };
-        match self.recorder.publish(&event, &about).await {
-            Ok(()) => self.readiness.problem("events", None),
+        match within(WRITEBACK_TIMEOUT, self.recorder.publish(&event, &about)).await {
+            Ok(()) => self.readiness.problem(EVENTS, None),
             Err(error) => {
                 let because = "grant the hub the verbs create and patch on events.events.k8s.io";
-                self.complain("events", format!("cannot write an Event: {} ({because})", words(&error)));
+                self.complain(EVENTS, format!("cannot write an Event: {error} ({because})"));
             }
         }
     }
@@ -180,4 +188,39 @@ fn merged(mut told: Vec<(String, Told)>) -> Option<Told> {
             .extend(verdict.warnings.iter().map(|warning| format!("bundle {bundle}: {warning}")));
     }
     Some(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::Bundle;
+    use crate::policy::verdict::{Fault, Observed, Verdicts};
+    use crate::writeback::fake_api::{check_ends_with_leadership, check_reports_and_retries};
+
+    fn write(client: Client, leads: watch::Receiver<bool>, readiness: Readiness) {
+        let verdict =
+            Verdict { faults: vec![Fault::new("rego_parse_error", "unexpected")], ..Verdict::default() };
+        let observed = Observed { version: Some("1".into()), ..Observed::default() };
+        let key = ObjectKey { namespace: "opa".into(), name: "shop".into() };
+        let bundles = Arc::new(Bundles::default());
+        let mut bundle = Bundle::new("main".into(), None);
+        bundle.verdicts = Verdicts::telling(Arc::clone(&bundles.verdicts));
+        bundle.verdicts.take(vec![(key, Some(Told { observed, verdict }))]);
+        bundles.serve(Arc::new(bundle));
+        tokio::spawn(Writer::new(client, "a".into(), bundles, readiness).run(leads));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_verdict_or_event_is_written_after_the_lease_expired() {
+        for resource in ["/configmaps", "/events"] {
+            check_ends_with_leadership(resource, write).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_verdict_or_event_that_cannot_be_written_is_reported_and_retried() {
+        for resource in ["/configmaps", "/events"] {
+            check_reports_and_retries(resource, write).await;
+        }
+    }
 }
