@@ -146,7 +146,8 @@ impl Place {
             }
             tokio::select! {
                 changed = good.changed() => if changed.is_err() { return },
-                Ok(()) = leads.changed() => {}
+                // Another replica may have written since, or somebody deleted the ConfigMap.
+                Ok(()) = leads.changed() => kept = None,
             }
             tokio::time::sleep(LAST_GOOD_SETTLE).await;
         }
@@ -327,7 +328,9 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::writeback::fake_api::{NAMESPACE, check_ends_with_leadership, check_reports_and_retries};
+    use crate::writeback::fake_api::{
+        Cluster, Link, NAMESPACE, check_ends_with_leadership, check_reports_and_retries, eventually,
+    };
 
     fn good() -> LastGood {
         let module = |text: &str| Arc::new(Module::read(text).unwrap());
@@ -422,5 +425,24 @@ mod tests {
             tokio::spawn(async move { place.restore(say, &readiness).await });
         };
         check_reports_and_retries("/configmaps", read).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_leader_writes_again_what_another_one_may_have_replaced() {
+        let cluster = Cluster::default();
+        let link = Link::to(&cluster);
+        let (_good, accepted) = watch::channel(Some(good()));
+        let (leads, leading) = watch::channel(false);
+        let place = Place::cluster(link.client(), NAMESPACE, "main");
+        tokio::spawn(place.keep(Some(encode(&good())), accepted, leading, Readiness::default()));
+        for term in 1..=3 {
+            cluster.delete("/configmaps");
+            leads.send_replace(true);
+            let writes = || link.calls().iter().filter(|call| call.is_write()).count();
+            eventually("it is written", || writes() == term).await;
+            leads.send_replace(false);
+        }
+        let kept = Place::cluster(link.client(), NAMESPACE, "main").load().await.unwrap();
+        assert_eq!(kept, Some(encode(&good())));
     }
 }
