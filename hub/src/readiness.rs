@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::model::Problem;
+use crate::model::{Problem, WatchId};
 
 /// Shared by the sources, which write, and `/readyz` and `/v1/bundles`, which read.
 #[derive(Clone, Default)]
@@ -11,31 +11,41 @@ pub struct Readiness {
     state: Arc<Mutex<State>>,
     /// Before every name.
     of: Arc<str>,
+    /// Which of the watches that share a name is meant.
+    watch: Option<WatchId>,
 }
+
+type Name = (String, Option<WatchId>);
 
 #[derive(Default)]
 struct State {
-    pending: BTreeMap<String, String>,
-    problems: BTreeMap<String, String>,
+    pending: BTreeMap<Name, String>,
+    problems: BTreeMap<Name, String>,
 }
 
 impl Readiness {
     /// The same, for somebody whose names begin with `prefix`.
     #[must_use]
     pub fn of(&self, prefix: &str) -> Self {
-        Self { state: Arc::clone(&self.state), of: format!("{}{prefix}", self.of).into() }
+        Self { of: format!("{}{prefix}", self.of).into(), ..self.clone() }
+    }
+
+    /// The readiness of one watch: watches that are displayed by the same name are ready, and fail, separately.
+    #[must_use]
+    pub fn for_watch(&self, watch: WatchId) -> Self {
+        Self { watch: Some(watch), ..self.clone() }
     }
 
     /// Whatever begins like this is not waited for, and nothing is wrong with it.
     pub fn forget(&self) {
         self.with(|state| {
-            state.pending.retain(|name, _| !name.starts_with(&*self.of));
-            state.problems.retain(|subject, _| !subject.starts_with(&*self.of));
+            state.pending.retain(|(name, _), _| !name.starts_with(&*self.of));
+            state.problems.retain(|(subject, _), _| !subject.starts_with(&*self.of));
         });
     }
 
-    fn name(&self, name: &str) -> String {
-        format!("{}{name}", self.of)
+    fn name(&self, name: &str) -> Name {
+        (format!("{}{name}", self.of), self.watch)
     }
 
     /// `name` is not ready, because.
@@ -69,9 +79,20 @@ impl Readiness {
         });
     }
 
-    /// What is not ready, and why.
+    /// What is not ready, and why; where several watches of one name are not, all their reasons.
     pub fn pendings(&self) -> BTreeMap<String, String> {
-        self.with(|state| state.pending.clone())
+        let mut pendings = BTreeMap::<String, String>::new();
+        self.with(|state| {
+            for ((name, _), because) in &state.pending {
+                let reasons = pendings.entry(name.clone()).or_default();
+                if !reasons.contains(because.as_str()) {
+                    let separator = if reasons.is_empty() { "" } else { "; " };
+                    reasons.push_str(separator);
+                    reasons.push_str(because);
+                }
+            }
+        });
+        pendings
     }
 
     /// What the sources could not read.
@@ -79,7 +100,7 @@ impl Readiness {
         self.with(|state| {
             let problems = state.problems.iter();
             problems
-                .map(|(subject, message)| Problem { subject: subject.clone(), message: message.clone() })
+                .map(|((subject, _), message)| Problem { subject: subject.clone(), message: message.clone() })
                 .collect()
         })
     }

@@ -121,7 +121,7 @@ impl Store {
         let Some(live) = watches.get_mut(&id) else { return };
         let is_end = matches!(event, Event::InitDone | Event::Unavailable);
         if event == Event::InitDone {
-            self.readiness.ready(&live.feed.to_string());
+            self.readiness.for_watch(id).ready(&live.feed.to_string());
         }
         let denied = live.denied;
         let advances = live.hear(&event, version) || live.denied != denied;
@@ -160,8 +160,9 @@ impl Store {
             let name = live.feed.to_string();
             state.watches.remove(&id);
             self.wanted.send_modify(|wanted| _ = wanted.remove(&id));
-            self.readiness.ready(&name);
-            self.readiness.problem(&name, None);
+            let readiness = self.readiness.for_watch(id);
+            readiness.ready(&name);
+            readiness.problem(&name, None);
         }
     }
 }
@@ -339,8 +340,9 @@ impl Subscription {
     pub fn gate(&self) {
         let state = self.store.state();
         let feeds = state.inboxes.get(&self.id).into_iter().flat_map(|inbox| inbox.feeds.values());
-        for live in feeds.filter_map(|(watch, _)| state.watches.get(watch)).filter(|live| !live.listed) {
-            self.store.readiness.pending(&live.feed.to_string(), "not listed yet");
+        let watches = feeds.filter_map(|(id, _)| Some((*id, state.watches.get(id)?)));
+        for (id, live) in watches.filter(|(_, live)| !live.listed) {
+            self.store.readiness.for_watch(id).pending(&live.feed.to_string(), "not listed yet");
         }
     }
 
@@ -563,6 +565,35 @@ mod tests {
         one.open(FeedId(1), &Feed { scope: Scope::Namespace("x".into()), ..feed() });
         store.apply((WatchId(0), Event::InitDone, Some(Version(5))));
         for (event, version, expected) in [
+    #[test]
+    fn watches_of_one_name_become_ready_and_fail_one_by_one() {
+        let readiness = Readiness::default();
+        let store = Arc::new(Store::new(readiness.clone()));
+        let one = store.subscribe();
+        let other = Feed { scope: Scope::Namespaces { ignored: Vec::new() }, ..feed() };
+        let name = feed().to_string();
+        assert_eq!(other.to_string(), name);
+        one.open(FeedId(0), &feed());
+        one.open(FeedId(1), &other);
+        one.gate();
+        let of_other = readiness.for_watch(WatchId(1));
+        of_other.failing(&name, "forbidden");
+        let pending = || readiness.pendings().into_values().collect::<Vec<_>>();
+        assert_eq!(pending(), ["not listed yet; forbidden"]);
+        store.apply((WatchId(0), Event::InitDone, None));
+        assert_eq!(pending(), ["forbidden"]);
+        one.close(FeedId(0));
+        assert_eq!(pending(), ["forbidden"]);
+        store.apply((WatchId(1), Event::InitDone, None));
+        assert!(pending().is_empty());
+        one.open(FeedId(2), &feed());
+        of_other.failing(&name, "the watch failed");
+        one.close(FeedId(2));
+        assert_eq!(readiness.problems().len(), 1);
+        one.close(FeedId(1));
+        assert!(readiness.problems().is_empty());
+    }
+
             (Event::Unavailable, None, Some(Version(0))),
             (Event::Refused, None, None),
             (Event::Unavailable, None, None),

@@ -117,12 +117,12 @@ pub async fn run(client: Client, mut wanted: Wanted, out: Sender, readiness: Rea
         let now = wanted.borrow_and_update().clone();
         for (_, (feed, watching)) in running.extract_if(.., |id, _| !now.contains_key(id)) {
             watching.abort();
-            readiness.problem(&feed.to_string(), None);
+            readiness.for_watch(id).problem(&feed.to_string(), None);
         }
         for (id, feed) in now {
             running.entry(id).or_insert_with(|| {
-                let watching =
-                    keep_watching(client.clone(), id, feed.clone(), out.clone(), readiness.clone());
+                let readiness = readiness.for_watch(id);
+                let watching = keep_watching(client.clone(), id, feed.clone(), out.clone(), readiness);
                 (feed, tokio::spawn(watching))
             });
         }
@@ -149,7 +149,7 @@ async fn keep_watching(client: Client, id: WatchId, feed: Feed, out: Sender, rea
                     _ => Api::all_with(client.clone(), &resource),
                 };
                 let watch = Watch::new(api, feed.label_selector(), feed.field_selector(), list);
-                let following = Following { resource, id, feed: &feed, out: &out, readiness: &readiness };
+                let following = Following { resource, id, name: &name, out: &out, readiness: &readiness };
                 match following.run(watch, &mut retry).await {
                     End::StoreGone => return,
                     End::NoStreamingList => {
@@ -205,7 +205,8 @@ enum End {
 struct Following<'a> {
     resource: ApiResource,
     id: WatchId,
-    feed: &'a Feed,
+    /// The name that problems of the watch are reported under.
+    name: &'a str,
     out: &'a Sender,
     readiness: &'a Readiness,
 }
@@ -213,7 +214,6 @@ struct Following<'a> {
 impl Following<'_> {
     /// Forwards what `watch` says; a failure that it goes on from is waited out here.
     async fn run(&self, mut watch: Watch, retry: &mut Duration) -> End {
-        let name = self.feed.to_string();
         // What failed before is told until something is heard, and pauses are as long until all went well for a while.
         let (mut is_failing, mut failed) = (true, Instant::now());
         let mut cuts = 0;
@@ -227,7 +227,7 @@ impl Following<'_> {
                 }
                 Ok(said) => {
                     if std::mem::take(&mut is_failing) {
-                        self.readiness.problem(&name, None);
+                        self.readiness.problem(self.name, None);
                     }
                     if failed.elapsed() > RETRY_MAX {
                         *retry = RETRY;
@@ -251,15 +251,15 @@ impl Following<'_> {
                         Some(403 | 404) => return End::Failed(error),
                         _ => {}
                     }
-                    self.wait_out(&name, error, retry).await;
+                    self.wait_out(error, retry).await;
                 }
             }
         }
     }
 
-    async fn wait_out(&self, name: &str, error: watch::Error, retry: &mut Duration) {
-        tracing::warn!(feed = name, %error, "watch interrupted");
-        self.readiness.failing(name, &Error::Watch(error).to_string());
+    async fn wait_out(&self, error: watch::Error, retry: &mut Duration) {
+        tracing::warn!(feed = self.name, %error, "watch interrupted");
+        self.readiness.failing(self.name, &Error::Watch(error).to_string());
         pause(retry).await;
     }
 
@@ -278,7 +278,7 @@ impl Following<'_> {
         match trim::object(raw.json.get(), &self.resource.api_version, &self.resource.kind) {
             Ok(object) => Event::Apply(object),
             Err(error) => {
-                tracing::warn!(feed = %self.feed, %error, "left out an object");
+                tracing::warn!(feed = self.name, %error, "left out an object");
                 Event::Delete(key(raw))
             }
         }
