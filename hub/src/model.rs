@@ -128,7 +128,8 @@ pub enum Event {
     InitDone,
     /// It cannot be had now: who can do without need not wait.
     Unavailable,
-    /// It answered, and said no: it is there.
+    /// The source answered that there is none of it, or none for the hub: the source is there, what it sent before
+    /// grows stale.
     Refused,
     /// Nothing is new.
     Quiet,

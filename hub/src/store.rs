@@ -65,6 +65,8 @@ struct Live {
     listing: Option<HashSet<ObjectKey>>,
     /// What the list under way changed so far: taken at its end, since half of it is as of no version.
     staged: HashMap<ObjectKey, Object>,
+    /// The list under way repeats one that broke off.
+    repeats_list: bool,
     listed: bool,
     /// It was listed, or cannot be had.
     settled: bool,
@@ -190,6 +192,7 @@ impl Live {
             objects: HashMap::new(),
             listing: None,
             staged: HashMap::new(),
+            repeats_list: false,
             listed: false,
             settled: false,
             denied: false,
@@ -205,7 +208,7 @@ impl Live {
             return false;
         }
         let is_refused = *event == Event::Refused;
-        self.denied = is_refused || *event == Event::Quiet && !self.listed;
+        self.denied = is_refused;
         *self.counters.refused.lock().unwrap_or_else(PoisonError::into_inner) = is_refused.then(Instant::now);
         let mut heard = self.counters.heard.lock().unwrap_or_else(PoisonError::into_inner);
         if is_refused {
@@ -213,9 +216,13 @@ impl Live {
             *heard = heard.filter(|_| self.listed);
             return false;
         }
+        let lists = self.listing.is_some() && *event != Event::InitDone;
+        if lists && self.repeats_list {
+            // A list that breaks off again and again changes nothing.
+            return false;
+        }
         *heard = Some(Instant::now());
         drop(heard);
-        let lists = self.listing.is_some() && *event != Event::InitDone;
         let advances = !lists && version.is_some() && version != self.version;
         if advances {
             self.version = version;
@@ -237,6 +244,7 @@ impl Live {
             }
             Event::Quiet | Event::Refused => Vec::new(),
             Event::Init => {
+                self.repeats_list = self.listing.is_some();
                 (self.listing, self.staged) = (Some(HashSet::new()), HashMap::new());
                 Vec::new()
             }
@@ -557,14 +565,26 @@ mod tests {
         assert!(counters.stale().is_none());
     }
 
-    #[test]
-    fn what_fails_is_not_taken_for_what_is_not_there() {
+    #[tokio::test(start_paused = true)]
+    async fn a_list_that_breaks_off_again_and_again_grows_stale() {
         let store = Arc::new(Store::new(Readiness::default()));
         let one = store.subscribe();
-        one.open(FeedId(0), &feed());
-        one.open(FeedId(1), &Feed { scope: Scope::Namespace("x".into()), ..feed() });
-        store.apply((WatchId(0), Event::InitDone, Some(Version(5))));
-        for (event, version, expected) in [
+        let counters = one.open(FeedId(0), &feed());
+        let step = STALE_AFTER / 3 * 2;
+        for (script, is_stale) in [
+            ("[ a=1 ]", false),
+            ("[ a=1", false),
+            ("[ a=1 b=1", false),
+            ("[ a=1", true),
+            ("a=1", true),
+            ("]", false),
+        ] {
+            tokio::time::advance(step).await;
+            say(&store, WatchId(0), script);
+            assert_eq!(counters.stale().is_some(), is_stale, "{script}");
+        }
+    }
+
     #[test]
     fn watches_of_one_name_become_ready_and_fail_one_by_one() {
         let readiness = Readiness::default();
@@ -594,6 +614,14 @@ mod tests {
         assert!(readiness.problems().is_empty());
     }
 
+    #[test]
+    fn what_fails_is_not_taken_for_what_is_not_there() {
+        let store = Arc::new(Store::new(Readiness::default()));
+        let one = store.subscribe();
+        one.open(FeedId(0), &feed());
+        one.open(FeedId(1), &Feed { scope: Scope::Namespace("x".into()), ..feed() });
+        store.apply((WatchId(0), Event::InitDone, Some(Version(5))));
+        for (event, version, expected) in [
             (Event::Unavailable, None, Some(Version(0))),
             (Event::Refused, None, None),
             (Event::Unavailable, None, None),

@@ -6,7 +6,7 @@ mod watch;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use k8s_openapi::api::authorization::v1::{
     ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
@@ -21,7 +21,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use self::watch::{List, Said, Watch};
 use super::{Sender, trim};
@@ -89,7 +89,7 @@ impl Error {
     /// Whether the API server says no, as it would to any replica.
     fn is_refusal(&self) -> bool {
         match self {
-            Self::Forbidden { .. } | Self::WrongScope { .. } => true,
+            Self::NotServed(_) | Self::Forbidden { .. } | Self::WrongScope { .. } => true,
             Self::Watch(error) => error.code() == Some(404),
             Self::Discover { source, .. } => status_code(source) == Some(403),
             _ => false,
@@ -115,7 +115,7 @@ pub async fn run(client: Client, mut wanted: Wanted, out: Sender, readiness: Rea
     let mut running: BTreeMap<WatchId, (Feed, JoinHandle<()>)> = BTreeMap::new();
     loop {
         let now = wanted.borrow_and_update().clone();
-        for (_, (feed, watching)) in running.extract_if(.., |id, _| !now.contains_key(id)) {
+        for (id, (feed, watching)) in running.extract_if(.., |id, _| !now.contains_key(id)) {
             watching.abort();
             readiness.for_watch(id).problem(&feed.to_string(), None);
         }
@@ -168,14 +168,7 @@ async fn keep_watching(client: Client, id: WatchId, feed: Feed, out: Sender, rea
         if out.send((id, Event::Unavailable, None)).await.is_err() {
             return;
         }
-        let heard = match &error {
-            // There is nothing of it.
-            Error::NotServed(_) => Some(Event::Quiet),
-            error => error.is_refusal().then_some(Event::Refused),
-        };
-        if let Some(heard) = heard
-            && out.send((id, heard, None)).await.is_err()
-        {
+        if error.is_refusal() && out.send((id, Event::Refused, None)).await.is_err() {
             return;
         }
         if !(is_optional(&feed.content) && matches!(error, Error::NotServed(_))) {
@@ -214,7 +207,8 @@ struct Following<'a> {
 impl Following<'_> {
     /// Forwards what `watch` says; a failure that it goes on from is waited out here.
     async fn run(&self, mut watch: Watch, retry: &mut Duration) -> End {
-        // What failed before is told until something is heard, and pauses are as long until all went well for a while.
+        // What failed before is reported until the server serves the watch or has completed a list, and pauses stay as
+        // long until all went well for a while.
         let (mut is_failing, mut failed) = (true, Instant::now());
         let mut cuts = 0;
         loop {
@@ -226,7 +220,7 @@ impl Following<'_> {
                     }
                 }
                 Ok(said) => {
-                    if std::mem::take(&mut is_failing) {
+                    if !matches!(said, Said::Listed(_)) && std::mem::take(&mut is_failing) {
                         self.readiness.problem(self.name, None);
                     }
                     if failed.elapsed() > RETRY_MAX {
@@ -456,3 +450,6 @@ impl kube::Resource for Raw {
         &mut self.metadata
     }
 }
+
+#[cfg(test)]
+mod tests;

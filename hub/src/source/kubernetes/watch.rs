@@ -1,27 +1,42 @@
 //! One watch of a resource: a streaming list (KEP-3157) or one by pages, then what changes from there on, renewed
 //! before the source may be gone unnoticed. kube's `watcher` does as much, but tells neither how far it is nor that it
 //! was heard: without the first no replica can be kept from taking an agent back in time, without the second none knows
-//! that it is cut off.
+//! that it is cut off. An event, a bookmark and the orderly end of a watch prove that the server serves the watch; an
+//! accepted watch request proves nothing.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use kube::Api;
 use kube::api::{ListParams, ObjectList, WatchEvent, WatchParams};
+use tokio::time::Instant;
 
 use super::Raw;
-use crate::config::{LIST_PAGE, LIST_SECONDS, SOURCE_ANSWER, WATCH_SECONDS};
+use crate::config::{LIST_PAGE, LIST_SECONDS, SOURCE_ANSWER, STALE_AFTER, WATCH_SECONDS};
 use crate::model::Version;
 
 /// The annotation of the bookmark that ends a streaming list.
 const LISTED: &str = "k8s.io/initial-events-end";
 /// What a watch may be late to end that the server ends.
 const LATE: Duration = Duration::from_secs(5);
+// Without events or bookmarks, a watch proves once in WATCH_SECONDS that the source is there. The rest of STALE_AFTER is
+// for the requests in between.
+const _: () = assert!(STALE_AFTER.as_secs() > WATCH_SECONDS as u64 + LATE.as_secs());
+/// Length of the first watch after a failure, in seconds: more than [`SHORT`], so that its end is an orderly one. With
+/// [`WATCH_SECONDS`], every quiet watch of a server that was away for 10 s would become stale.
+const RECOVERY_SECONDS: u32 = 3;
 /// A watch that brings nothing and ends sooner is one that failed.
 const SHORT: Duration = Duration::from_secs(1);
 /// So many in a row, and the server may no longer know the version: one without a watch cache does not say so.
 const SHORTS_MAX: usize = 3;
+/// Errors within watches without an event or a bookmark in between, before all is listed again. An object that the server cannot
+/// convert, or whose event does not decode, fails at every watch from before it.
+const WATCH_ERRORS_MAX: usize = 3;
+/// Watches in a row that end at the version where they began, before the server is asked for its newest version. A
+/// server that lost its etcd still serves watches, from a cache that no longer changes; a list of one object a minute
+/// detects that.
+const QUIET_WATCHES_MAX: usize = 3;
 /// The status of an answer that says that what was asked for is no longer known.
 const GONE: u16 = 410;
 
@@ -109,6 +124,10 @@ pub(super) struct Watch {
     opened: Option<Instant>,
     /// Watches that ended as soon as they began, in a row.
     shorts: usize,
+    /// Errors within watches since the last event or bookmark.
+    errors: usize,
+    /// Watches that ended at the version where they began, in a row.
+    quiet_watches: usize,
     /// The server may have been away, and have come back as it was before: a watch from where it was would wait in silence.
     is_in_doubt: bool,
 }
@@ -128,6 +147,8 @@ impl Watch {
             state: State::Start,
             opened: None,
             shorts: 0,
+            errors: 0,
+            quiet_watches: 0,
             is_in_doubt: false,
         }
     }
@@ -162,18 +183,21 @@ impl Watch {
                 State::Listed(version) => {
                     // A failure here goes on from the same version.
                     self.state = State::Listed(version.clone());
-                    if std::mem::replace(&mut self.is_in_doubt, true) {
+                    let is_in_doubt = std::mem::replace(&mut self.is_in_doubt, true);
+                    if is_in_doubt || self.quiet_watches >= QUIET_WATCHES_MAX {
                         let newest = self.asked.newest().await?;
+                        self.quiet_watches = 0;
                         if self::version(&newest) < self::version(&version) {
                             (self.state, self.is_in_doubt) = (State::Start, false);
                             return Err(Error::WentBack { held: version, newest });
                         }
                     }
-                    let events = self.asked.watch(WATCH_SECONDS, false, &version).await;
+                    let seconds = if is_in_doubt { RECOVERY_SECONDS } else { WATCH_SECONDS };
+                    let events = self.asked.watch(seconds, false, &version).await;
                     let events = events.map_err(|error| self.broken_by(error))?;
                     self.is_in_doubt = false;
                     self.opened = Some(Instant::now());
-                    (State::Following(events, version.clone()), Some(Said::Quiet(version)))
+                    (State::Following(events, version), None)
                 }
                 State::Following(events, version) => self.follow(events, version).await?,
             };
@@ -187,7 +211,6 @@ impl Watch {
     async fn follow(&mut self, mut events: Events, version: String) -> Result<(State, Option<Said>), Error> {
         // Whatever breaks, the watch goes on from here, unless the server no longer knows the version.
         self.state = State::Listed(version.clone());
-        let again = State::Listed(version);
         let patience = Duration::from_secs(WATCH_SECONDS.into()) + LATE;
         let event = tokio::time::timeout(patience, events.next()).await;
         let opened = self.opened.take();
@@ -201,30 +224,31 @@ impl Watch {
                 return Err(Error::Short);
             }
             self.shorts = 0;
-            return Ok((again, None));
+            self.quiet_watches += 1;
+            // A connection that went silent proves nothing.
+            let said = (!self.is_in_doubt).then(|| Said::Quiet(version.clone()));
+            return Ok((State::Listed(version), said));
         };
         self.shorts = 0;
-        Ok(match event.map_err(|error| self.broken_by(error.into()))? {
-            WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
-                let version = raw.metadata.resource_version.clone().ok_or(Error::NoVersion)?;
-                (State::Following(events, version), Some(Said::Put(raw)))
+        let (said, reached) = match event.map_err(Error::from).and_then(said) {
+            Ok(said) => said,
+            Err(error) => {
+                // A broken connection has nothing to do with the version.
+                self.errors += usize::from(!matches!(error, Error::Api(kube::Error::ReadEvents(_))));
+                return Err(self.broken_by(error));
             }
-            WatchEvent::Deleted(raw) => {
-                let version = raw.metadata.resource_version.clone().ok_or(Error::NoVersion)?;
-                (State::Following(events, version), Some(Said::Gone(raw)))
-            }
-            WatchEvent::Bookmark(mark) => {
-                let version = mark.metadata.resource_version;
-                (State::Following(events, version.clone()), Some(Said::Quiet(version)))
-            }
-            WatchEvent::Error(status) => return Err(self.broken_by(Error::Status(status))),
-        })
+        };
+        self.errors = 0;
+        if reached != version {
+            self.quiet_watches = 0;
+        }
+        Ok((State::Following(events, reached), Some(said)))
     }
 
-    /// Where the server no longer knows the version, all is listed again.
+    /// Where the server no longer knows the version, or fails at it again and again, all is listed again.
     fn broken_by(&mut self, error: Error) -> Error {
-        if error.code() == Some(GONE) {
-            self.state = State::Start;
+        if error.code() == Some(GONE) || self.errors >= WATCH_ERRORS_MAX {
+            (self.state, self.errors) = (State::Start, 0);
         }
         error
     }
@@ -241,23 +265,23 @@ impl Asked {
         Ok(events.await.map_err(|_| Error::Silent)??.boxed())
     }
 
-    /// How far the server is now.
+    /// How far the server is now. Without the selectors: with them, a server may read all objects to find one.
     async fn newest(&self) -> Result<String, Error> {
-        self.list(1, None).await?.metadata.resource_version.ok_or(Error::NoVersion)
+        self.list(&ListParams::default().limit(1)).await?.metadata.resource_version.ok_or(Error::NoVersion)
     }
 
-    async fn list(&self, limit: u32, next: Option<String>) -> Result<ObjectList<Raw>, Error> {
-        let params = ListParams {
-            limit: Some(limit),
-            continue_token: next,
-            ..ListParams::default().labels(&self.labels).fields(&self.fields)
-        };
-        let list = tokio::time::timeout(SOURCE_ANSWER, self.api.list(&params));
+    async fn list(&self, params: &ListParams) -> Result<ObjectList<Raw>, Error> {
+        let list = tokio::time::timeout(SOURCE_ANSWER, self.api.list(params));
         Ok(list.await.map_err(|_| Error::Silent)??)
     }
 
     async fn page(&self, next: Option<String>) -> Result<State, Error> {
-        let page = self.list(LIST_PAGE, next).await?;
+        let params = ListParams {
+            limit: Some(LIST_PAGE),
+            continue_token: next,
+            ..ListParams::default().labels(&self.labels).fields(&self.fields)
+        };
+        let page = self.list(&params).await?;
         let version = page.metadata.resource_version.filter(|version| !version.is_empty());
         let next = page.metadata.continue_.filter(|next| !next.is_empty());
         if version.is_none() && next.is_none() {
@@ -281,6 +305,26 @@ async fn streamed(mut events: Events) -> Result<(State, Option<Said>), Error> {
         // What happens meanwhile comes too, where the end of the list is late.
         WatchEvent::Deleted(raw) => (State::Streaming(events), Some(Said::Gone(raw))),
         WatchEvent::Bookmark(_) => (State::Streaming(events), None),
+        WatchEvent::Error(status) => return Err(Error::Status(status)),
+    })
+}
+
+/// What an event of a watch says, and how far the watch is then.
+fn said(event: WatchEvent<Raw>) -> Result<(Said, String), Error> {
+    let version_of = |raw: &Raw| raw.metadata.resource_version.clone().ok_or(Error::NoVersion);
+    Ok(match event {
+        WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
+            let version = version_of(&raw)?;
+            (Said::Put(raw), version)
+        }
+        WatchEvent::Deleted(raw) => {
+            let version = version_of(&raw)?;
+            (Said::Gone(raw), version)
+        }
+        WatchEvent::Bookmark(mark) => {
+            let version = mark.metadata.resource_version;
+            (Said::Quiet(version.clone()), version)
+        }
         WatchEvent::Error(status) => return Err(Error::Status(status)),
     })
 }

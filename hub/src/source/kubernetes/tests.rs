@@ -1,0 +1,357 @@
+//! Watches of an API server that answers by a script, in paused time.
+
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+
+use axum::body::{Body, Bytes};
+use axum::http::{Request, Response, Uri};
+use futures::{StreamExt as _, stream};
+use tokio::sync::mpsc;
+use tokio::time::sleep;
+
+use super::*;
+use crate::config::{EVENT_QUEUE_MAX, STALE_AFTER};
+use crate::model::{Content, FeedId};
+use crate::store::{Counters, Store, Subscription};
+
+/// Interval between looks at a condition, in paused time.
+const LOOK: Duration = Duration::from_millis(100);
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A request of the hub.
+#[derive(Clone, PartialEq, Debug)]
+enum Call {
+    Discovery,
+    StreamingList,
+    Page { limit: u64, from: Option<String> },
+    Newest,
+    Watch { seconds: u64 },
+}
+
+impl Call {
+    fn of(uri: &Uri) -> Self {
+        let pairs = uri.query().unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
+        let query: BTreeMap<_, _> = pairs.collect();
+        let number = |name: &str| -> u64 {
+            query.get(name).and_then(|number| number.parse().ok()).unwrap_or_default()
+        };
+        if uri.path() == "/api/v1" {
+            Self::Discovery
+        } else if query.contains_key("sendInitialEvents") {
+            Self::StreamingList
+        } else if query.contains_key("watch") {
+            Self::Watch { seconds: number("timeoutSeconds") }
+        } else if number("limit") == 1 {
+            Self::Newest
+        } else {
+            Self::Page { limit: number("limit"), from: query.get("continue").map(|from| (*from).to_owned()) }
+        }
+    }
+
+    fn is_page(&self) -> bool {
+        matches!(self, Self::Page { .. })
+    }
+}
+
+enum Answer {
+    Json(u16, String),
+    /// Lines, at once, and the end of the response after this many seconds.
+    Watch(Vec<String>, u64),
+    /// A connection that breaks after this many seconds.
+    Broken(u64),
+    Never,
+}
+
+impl Answer {
+    async fn response(self) -> Response<Body> {
+        let (status, body) = match self {
+            Self::Json(status, text) => (status, Body::from(text)),
+            Self::Watch(lines, seconds) => {
+                let lines = lines.into_iter().map(|line| Ok::<_, Infallible>(Bytes::from(line + "\n")));
+                let end = stream::once(sleep(Duration::from_secs(seconds)));
+                let end = end.filter_map(|()| std::future::ready(None));
+                (200, Body::from_stream(stream::iter(lines).chain(end)))
+            }
+            Self::Broken(seconds) => {
+                let end = stream::once(sleep(Duration::from_secs(seconds)));
+                (200, Body::from_stream(end.map(|()| Err::<Bytes, _>(std::io::Error::other("broken")))))
+            }
+            Self::Never => std::future::pending().await,
+        };
+        Response::builder().status(status).body(body).unwrap()
+    }
+}
+
+fn refusal(code: u16) -> Answer {
+    let status =
+        r#""kind":"Status","apiVersion":"v1","status":"Failure","reason":"Scripted","message":"refused""#;
+    Answer::Json(code, format!(r#"{{{status},"code":{code}}}"#))
+}
+
+fn resources(names: &[&str]) -> Answer {
+    let resource = |name: &&str| {
+        format!(
+            r#"{{"name":"{name}","singularName":"","namespaced":true,"kind":"ConfigMap","verbs":["list"]}}"#
+        )
+    };
+    let all: Vec<_> = names.iter().map(resource).collect();
+    Answer::Json(200, format!(r#"{{"groupVersion":"v1","resources":[{}]}}"#, all.join(",")))
+}
+
+fn page(version: u64, next: &str) -> Answer {
+    let item = format!(r#"{{"metadata":{{"name":"a","resourceVersion":"{version}"}}}}"#);
+    let metadata = format!(r#"{{"resourceVersion":"{version}","continue":"{next}"}}"#);
+    let kind = r#""kind":"ConfigMapList","apiVersion":"v1""#;
+    Answer::Json(200, format!(r#"{{{kind},"metadata":{metadata},"items":[{item}]}}"#))
+}
+
+fn bookmark(version: u64) -> String {
+    let object =
+        format!(r#"{{"kind":"ConfigMap","apiVersion":"v1","metadata":{{"resourceVersion":"{version}"}}}}"#);
+    format!(r#"{{"type":"BOOKMARK","object":{object}}}"#)
+}
+
+/// The answers of a server without streaming lists at `version`, where nothing changes.
+fn quiet(call: &Call, version: u64) -> Answer {
+    match call {
+        Call::Discovery => resources(&["configmaps"]),
+        Call::StreamingList => refusal(422),
+        Call::Newest | Call::Page { .. } => page(version, ""),
+        Call::Watch { seconds } => Answer::Watch(Vec::new(), *seconds),
+    }
+}
+
+type Script = Box<dyn FnMut(&Call) -> Answer + Send>;
+
+/// A store that follows the server.
+struct World {
+    script: Arc<Mutex<Script>>,
+    calls: Arc<Mutex<Vec<Call>>>,
+    readiness: Readiness,
+    subscription: Subscription,
+    counters: Arc<Counters>,
+}
+
+impl World {
+    /// Every answer begins after `latency`.
+    fn start(latency: Duration, script: impl FnMut(&Call) -> Answer + Send + 'static) -> Self {
+        let script: Arc<Mutex<Script>> = Arc::new(Mutex::new(Box::new(script)));
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let (scripted, called) = (Arc::clone(&script), Arc::clone(&calls));
+        let service = tower::service_fn(move |request: Request<kube::client::Body>| {
+            let call = Call::of(request.uri());
+            let answer = (*scripted.lock().unwrap())(&call);
+            called.lock().unwrap().push(call);
+            async move {
+                sleep(latency).await;
+                Ok::<_, Infallible>(answer.response().await)
+            }
+        });
+        let client = Client::new(service, "default");
+        let readiness = Readiness::default();
+        let store = Arc::new(Store::new(readiness.clone()));
+        let subscription = store.subscribe();
+        let feed = Feed {
+            resource: Resource::configmaps(),
+            scope: Scope::Namespaces { ignored: Vec::new() },
+            labels: Vec::new(),
+            content: Content::Data,
+        };
+        let counters = subscription.open(FeedId(0), &feed);
+        let (events, mut queue) = mpsc::channel(EVENT_QUEUE_MAX);
+        tokio::spawn(run(client, store.wanted(), events, readiness.clone()));
+        tokio::spawn(async move {
+            while let Some(event) = queue.recv().await {
+                store.apply(event);
+            }
+        });
+        Self { script, calls, readiness, subscription, counters }
+    }
+
+    /// The same once it is listed at version 100.
+    async fn listed(latency: Duration) -> Self {
+        let world = Self::start(latency, |call| quiet(call, 100));
+        world.until("the list", MINUTE, |world| world.version() == Some(100)).await;
+        world
+    }
+
+    fn answer_with(&self, script: impl FnMut(&Call) -> Answer + Send + 'static) {
+        *self.script.lock().unwrap() = Box::new(script);
+    }
+
+    fn version(&self) -> Option<u64> {
+        self.subscription.newest().get(&FeedId(0)).map(|version| version.0)
+    }
+
+    fn is_stale(&self) -> bool {
+        self.counters.stale().is_some()
+    }
+
+    fn has_problems(&self) -> bool {
+        !self.readiness.problems().is_empty()
+    }
+
+    fn count(&self, is: impl Fn(&Call) -> bool) -> usize {
+        self.calls.lock().unwrap().iter().filter(|call| is(call)).count()
+    }
+
+    async fn until(&self, what: &str, within: Duration, is: impl Fn(&Self) -> bool) {
+        let end = Instant::now() + within;
+        while !is(self) {
+            assert!(Instant::now() < end, "{what}: not within {within:?}, after {:?}", self.calls);
+            sleep(LOOK).await;
+        }
+    }
+
+    async fn never(&self, what: &str, within: Duration, is: impl Fn(&Self) -> bool) {
+        let started = Instant::now();
+        while started.elapsed() < within {
+            assert!(!is(self), "{what} after {:?} and {:?}", started.elapsed(), self.calls);
+            sleep(LOOK).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_quiet_source_stays_fresh_and_is_asked_for_its_version_once_a_minute() {
+    let world = World::listed(Duration::from_secs(4)).await;
+    world.never("stale", 10 * MINUTE, World::is_stale).await;
+    let newest = world.count(|call| *call == Call::Newest);
+    assert!((5..=10).contains(&newest), "{newest}");
+    assert_eq!((world.count(Call::is_page), world.has_problems()), (1, false));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_whose_bookmarks_advance_is_not_asked_for_its_version() {
+    let world = World::listed(Duration::ZERO).await;
+    let mut version = 100;
+    world.answer_with(move |call| match call {
+        Call::Watch { seconds } => {
+            version += 1;
+            Answer::Watch(vec![bookmark(version)], *seconds)
+        }
+        call => quiet(call, version),
+    });
+    world.never("stale", 10 * MINUTE, World::is_stale).await;
+    assert_eq!(world.count(|call| *call == Call::Newest), 0);
+}
+
+/// After the first list every watch is answered by `watch`, and every further list fails. Then the server recovers, at
+/// version 200.
+async fn check(what: &str, watch: fn(u64) -> Answer, is_fresh: bool, lists_again: bool) {
+    let world = World::listed(Duration::ZERO).await;
+    world.answer_with(move |call| match call {
+        Call::Watch { seconds } => watch(*seconds),
+        Call::Page { .. } => refusal(500),
+        call => quiet(call, 100),
+    });
+    if is_fresh {
+        world
+            .never(&format!("{what}: stale"), 3 * MINUTE, |world| world.is_stale() || world.has_problems())
+            .await;
+    } else {
+        world.until(&format!("{what}: a problem"), MINUTE, World::has_problems).await;
+        world.never(&format!("{what}: no problem"), 2 * MINUTE, |world| !world.has_problems()).await;
+    }
+    assert_eq!((!world.is_stale(), world.count(Call::is_page) > 1), (is_fresh, lists_again), "{what}");
+    world.answer_with(|call| quiet(call, 200));
+    let is_recovered = |world: &World| {
+        !world.is_stale() && !world.has_problems() && (!lists_again || world.version() == Some(200))
+    };
+    world.until(&format!("{what}: recovery"), MINUTE, is_recovered).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_a_watch_that_is_served_proves_that_the_source_is_there() {
+    let (fresh, stale) = (true, false);
+    let (lists_again, goes_on) = (true, false);
+    check("an orderly end", |seconds| Answer::Watch(Vec::new(), seconds), fresh, goes_on).await;
+    check("a bookmark", |seconds| Answer::Watch(vec![bookmark(100)], seconds), fresh, goes_on).await;
+    let error = |_: u64| {
+        let status =
+            r#"{"kind":"Status","status":"Failure","reason":"InternalError","message":"m","code":500}"#;
+        Answer::Watch(vec![format!(r#"{{"type":"ERROR","object":{status}}}"#)], 20)
+    };
+    check("an error event", error, stale, lists_again).await;
+    let undecodable =
+        |_: u64| Answer::Watch(vec![r#"{"type":"MODIFIED","object":{"metadata":7}}"#.into()], 20);
+    check("an event that does not decode", undecodable, stale, lists_again).await;
+    let unversioned =
+        |_: u64| Answer::Watch(vec![r#"{"type":"MODIFIED","object":{"metadata":{"name":"a"}}}"#.into()], 20);
+    check("an object without a version", unversioned, stale, lists_again).await;
+    check("a refusal", |_| refusal(500), stale, goes_on).await;
+    check("a connection that breaks", |_| Answer::Broken(5), stale, goes_on).await;
+    check("no answer", |_| Answer::Never, stale, goes_on).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_fails_at_one_version_is_listed_again_after_three_errors() {
+    let world = World::listed(Duration::ZERO).await;
+    let mut errors = 0;
+    world.answer_with(move |call| match call {
+        Call::Watch { .. } if errors < 3 => {
+            errors += 1;
+            let status = r#"{"kind":"Status","status":"Failure","reason":"InternalError","code":500}"#;
+            Answer::Watch(vec![format!(r#"{{"type":"ERROR","object":{status}}}"#)], 20)
+        }
+        call => quiet(call, 200),
+    });
+    world.until("the second list", MINUTE, |world| world.version() == Some(200)).await;
+    world.until("no problem", MINUTE, |world| !world.has_problems()).await;
+    world
+        .never("stale, or listed again", 5 * MINUTE, |world| {
+            world.is_stale() || world.count(Call::is_page) > 2
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_was_away_for_15_s_leaves_no_quiet_watch_stale() {
+    let world = World::listed(Duration::ZERO).await;
+    world.answer_with(|_| refusal(500));
+    // The first watch ends after 20 s.
+    world.never("stale", Duration::from_secs(35), World::is_stale).await;
+    assert!(world.has_problems());
+    world.answer_with(|call| quiet(call, 100));
+    world.never("stale", 5 * MINUTE, World::is_stale).await;
+    assert_eq!((world.count(Call::is_page), world.has_problems()), (1, false));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_lost_its_etcd_is_stale_within_two_minutes() {
+    let world = World::listed(Duration::ZERO).await;
+    world.answer_with(|call| match call {
+        Call::Watch { seconds } => Answer::Watch(vec![bookmark(100)], *seconds),
+        _ => refusal(500),
+    });
+    world.until("stale", 2 * MINUTE, World::is_stale).await;
+    world.never("fresh", 3 * MINUTE, |world| !world.is_stale()).await;
+    world.answer_with(|call| quiet(call, 100));
+    world.until("fresh", MINUTE, |world| !world.is_stale()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resource_that_is_gone_is_stale_and_refused_until_it_is_listed_again() {
+    let world = World::listed(Duration::ZERO).await;
+    world.answer_with(|call| match call {
+        Call::Discovery => resources(&["pods"]),
+        _ => refusal(404),
+    });
+    world.until("stale", 2 * MINUTE, World::is_stale).await;
+    world
+        .never("fresh, or silent", 3 * MINUTE, |world| !world.is_stale() || !world.counters.is_refused())
+        .await;
+    let problems = world.readiness.problems();
+    assert!(problems[0].message.contains("does not serve v1/configmaps"), "{problems:?}");
+    world.answer_with(|call| quiet(call, 300));
+    world.until("the new list", MINUTE, |world| world.version() == Some(300) && !world.is_stale()).await;
+    assert!(!world.has_problems() && !world.counters.is_refused());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resource_that_was_never_served_is_not_stale() {
+    let world = World::start(Duration::ZERO, |_| resources(&["pods"]));
+    world.never("stale", STALE_AFTER * 10, World::is_stale).await;
+    world.answer_with(|call| quiet(call, 100));
+    world.until("the list", MINUTE, |world| world.version() == Some(100)).await;
+}
