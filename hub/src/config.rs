@@ -121,8 +121,10 @@ pub const WATCH_SECONDS: u32 = 20;
 pub const LIST_SECONDS: u32 = 300;
 /// A server answers a list's page or a watch within this time, or is taken to be gone.
 pub const SOURCE_ANSWER: Duration = Duration::from_secs(30);
-/// Objects of one page of a list: what client-go asks for.
+/// Objects of one page of a list: what client-go asks for. A page that times out is asked for again at half the size …
 pub const LIST_PAGE: u32 = 500;
+/// … down to this many: 30 MB of the largest objects that etcd stores, in [`SOURCE_ANSWER`].
+pub const LIST_PAGE_MIN: u32 = 20;
 /// A source that was not heard for this long may have gone on without us: its watches are renewed sooner than that.
 pub const STALE_AFTER: Duration = Duration::from_secs(30);
 

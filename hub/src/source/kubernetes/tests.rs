@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio::time::sleep;
 
 use super::*;
-use crate::config::{EVENT_QUEUE_MAX, STALE_AFTER};
+use crate::config::{EVENT_QUEUE_MAX, LIST_PAGE, LIST_PAGE_MIN, STALE_AFTER};
 use crate::model::{Content, FeedId};
 use crate::store::{Counters, Store, Subscription};
 
@@ -354,4 +354,50 @@ async fn a_resource_that_was_never_served_is_not_stale() {
     world.never("stale", STALE_AFTER * 10, World::is_stale).await;
     world.answer_with(|call| quiet(call, 100));
     world.until("the list", MINUTE, |world| world.version() == Some(100)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_page_that_times_out_is_asked_for_again_at_half_the_size() {
+    let world = World::start(Duration::ZERO, |call| match call {
+        Call::Page { limit, from } => match (*limit, from.as_deref()) {
+            (500, None) => page(100, "first"),
+            // The server has forgotten the first page meanwhile.
+            (250, Some("first")) => refusal(410),
+            (250, None) => page(101, "second"),
+            (250, Some("second")) => page(101, ""),
+            _ => Answer::Never,
+        },
+        call => quiet(call, 101),
+    });
+    world.until("the list", 2 * MINUTE, |world| world.version() == Some(101)).await;
+    let page = |limit, from: Option<&str>| Call::Page { limit, from: from.map(Into::into) };
+    let mut calls = world.calls.lock().unwrap().clone();
+    calls.retain(Call::is_page);
+    let expected = [
+        page(500, None),
+        page(500, Some("first")),
+        page(250, Some("first")),
+        page(250, None),
+        page(250, Some("second")),
+    ];
+    assert_eq!(calls, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn pages_have_a_smallest_size() {
+    let world = World::start(Duration::ZERO, |call| match call {
+        Call::Page { .. } => Answer::Never,
+        call => quiet(call, 100),
+    });
+    world.until("eight tries", 10 * MINUTE, |world| world.count(Call::is_page) == 8).await;
+    let calls = world.calls.lock().unwrap().clone();
+    let limits = calls.iter().filter_map(|call| match call {
+        Call::Page { limit, .. } => Some(*limit),
+        _ => None,
+    });
+    let (first, least) = (u64::from(LIST_PAGE), u64::from(LIST_PAGE_MIN));
+    assert_eq!(
+        limits.collect::<Vec<_>>(),
+        [first, first / 2, first / 4, first / 8, first / 16, least, least, least]
+    );
 }

@@ -13,7 +13,7 @@ use kube::api::{ListParams, ObjectList, WatchEvent, WatchParams};
 use tokio::time::Instant;
 
 use super::Raw;
-use crate::config::{LIST_PAGE, LIST_SECONDS, SOURCE_ANSWER, STALE_AFTER, WATCH_SECONDS};
+use crate::config::{LIST_PAGE, LIST_PAGE_MIN, LIST_SECONDS, SOURCE_ANSWER, STALE_AFTER, WATCH_SECONDS};
 use crate::model::Version;
 
 /// The annotation of the bookmark that ends a streaming list.
@@ -128,6 +128,8 @@ pub(super) struct Watch {
     errors: usize,
     /// Watches that ended at the version where they began, in a row.
     quiet_watches: usize,
+    /// Objects that a page of a list is asked for.
+    page_max: u32,
     /// The server may have been away, and have come back as it was before: a watch from where it was would wait in silence.
     is_in_doubt: bool,
 }
@@ -149,6 +151,7 @@ impl Watch {
             shorts: 0,
             errors: 0,
             quiet_watches: 0,
+            page_max: LIST_PAGE,
             is_in_doubt: false,
         }
     }
@@ -178,7 +181,7 @@ impl Watch {
                         (State::Paging { next, items, version }, Some(Said::Listed(item)))
                     }
                     (None, None, Some(version)) => (State::Listed(version.clone()), Some(Said::End(version))),
-                    (None, next, _) => (self.asked.page(next).await?, None),
+                    (None, next, _) => (self.page(next).await?, None),
                 },
                 State::Listed(version) => {
                     // A failure here goes on from the same version.
@@ -245,6 +248,17 @@ impl Watch {
         Ok((State::Following(events, reached), Some(said)))
     }
 
+    /// Asks for a page of a list. A page that times out is asked for again with half as many objects, and so are those
+    /// after it: a list from its start at the same size would time out at the same page.
+    async fn page(&mut self, next: Option<String>) -> Result<State, Error> {
+        let page = self.asked.page(self.page_max, next.clone()).await;
+        if matches!(page, Err(Error::Silent)) {
+            self.page_max = (self.page_max / 2).max(LIST_PAGE_MIN);
+            self.state = State::Paging { next, items: Vec::new().into_iter(), version: None };
+        }
+        page
+    }
+
     /// Where the server no longer knows the version, or fails at it again and again, all is listed again.
     fn broken_by(&mut self, error: Error) -> Error {
         if error.code() == Some(GONE) || self.errors >= WATCH_ERRORS_MAX {
@@ -275,9 +289,9 @@ impl Asked {
         Ok(list.await.map_err(|_| Error::Silent)??)
     }
 
-    async fn page(&self, next: Option<String>) -> Result<State, Error> {
+    async fn page(&self, limit: u32, next: Option<String>) -> Result<State, Error> {
         let params = ListParams {
-            limit: Some(LIST_PAGE),
+            limit: Some(limit),
             continue_token: next,
             ..ListParams::default().labels(&self.labels).fields(&self.fields)
         };
