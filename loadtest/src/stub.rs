@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Query, State};
@@ -12,11 +13,14 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use futures::stream;
+use futures::{Stream, StreamExt as _, stream};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+
+/// Seconds that a watch lasts whose client does not say it.
+const WATCH_SECONDS: u64 = 300;
 
 /// See the module's text.
 pub(crate) struct Stub {
@@ -168,7 +172,7 @@ async fn pods_of(State(pods): State<Pods>, Query(asked): Query<BTreeMap<String, 
         let (bytes, count) = pods.after(from)?;
         Some((Ok::<_, Infallible>(bytes), (pods, news, count)))
     });
-    watched(Body::from_stream(events))
+    watched(&asked, events)
 }
 
 async fn none(Query(asked): Query<BTreeMap<String, String>>) -> Response {
@@ -178,7 +182,7 @@ async fn none(Query(asked): Query<BTreeMap<String, String>>) -> Response {
     if !asked.contains_key("watch") {
         return Json(list("ConfigMapList", &[], 1)).into_response();
     }
-    watched(Body::from_stream(stream::pending::<Result<Bytes, Infallible>>()))
+    watched(&asked, stream::pending())
 }
 
 /// As an API server says it.
@@ -192,8 +196,14 @@ fn refusal(code: u16, reason: &str, message: &str) -> Value {
     })
 }
 
-fn watched(body: Body) -> Response {
-    ([("content-type", "application/json")], body).into_response()
+/// These events until the watch is over: its orderly end proves that the server is there.
+fn watched(
+    asked: &BTreeMap<String, String>,
+    events: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static,
+) -> Response {
+    let seconds = asked.get("timeoutSeconds").and_then(|seconds| seconds.parse().ok());
+    let end = tokio::time::sleep(Duration::from_secs(seconds.unwrap_or(WATCH_SECONDS)));
+    ([("content-type", "application/json")], Body::from_stream(events.take_until(end))).into_response()
 }
 
 fn list(kind: &str, items: &[Value], version: usize) -> Value {

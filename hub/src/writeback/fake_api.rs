@@ -103,8 +103,11 @@ impl Cluster {
 }
 
 fn failure(code: u16) -> (u16, Value) {
+    // kube tells a missing object by the reason.
+    let reason = if code == 404 { "NotFound" } else { "" };
     let status = json!({
-        "apiVersion": "v1", "kind": "Status", "status": "Failure", "message": "fails on demand", "code": code,
+        "apiVersion": "v1", "kind": "Status", "status": "Failure", "message": "fails on demand", "reason": reason,
+        "code": code,
     });
     (code, status)
 }
