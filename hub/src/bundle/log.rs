@@ -81,6 +81,14 @@ impl Log {
         Some(since)
     }
 
+    /// The directories that changed since the content was `data`, each as often as it did; none when that is not
+    /// remembered.
+    pub fn dirs_since(&self, data: Digest) -> Option<impl Iterator<Item = &DirPath>> {
+        let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
+        let changed = self.commits.range(from..).flat_map(|commit| &commit.changed.dirs);
+        Some(changed.map(|dir| &dir.path))
+    }
+
     /// How many keys changed since the content was `data`, each counted as often as it did; 0 when that is not
     /// remembered.
     pub fn data_keys_since(&self, data: Digest) -> usize {
