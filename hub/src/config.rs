@@ -49,8 +49,19 @@ pub const SEGMENT_BYTES_MIN: usize = 64 << 10;
 pub const SEGMENT_BYTES_MAX: usize = 1 << 20;
 /// Agents that failed an opt-in native delta are remembered, so that they get a snapshot next.
 pub const DELTA_CLIENTS_MAX: usize = 4096;
-/// Answers to reconcile requests that are kept for agents that hold the same content.
-pub const RECONCILE_CACHE_MAX: usize = 16;
+/// Reconcile answers of one bundle, over all its namespaces, that are cached for clients that send the same request …
+pub const RECONCILE_CACHE_MAX: usize = 1024;
+/// … and the bytes that they take together; the newest is cached whatever its size.
+pub const RECONCILE_CACHE_BYTES_MAX: usize = 64 << 20;
+/// Bytes of reconcile answers of one bundle that are cached or being sent. Above it no further answer is encoded.
+pub const RECONCILE_LIVE_MAX: usize = 128 << 20;
+/// Reconcile answers of one bundle that are encoded at a time: each may copy the whole view.
+pub const RECONCILE_ENCODES_MAX: usize = 2;
+/// Bytes of reconcile requests of one bundle that are read or wait for their answer: 280 clients with 3,000 directories.
+/// Parsed, a request takes two to three times its bytes.
+pub const RECONCILE_REQUESTS_MAX: usize = 64 << 20;
+/// Bytes that the smallest reconcile request counts as, so that at most 4,096 wait.
+pub const RECONCILE_REQUEST_MIN: usize = 16 << 10;
 /// Bytes of one manifest file.
 pub const MANIFEST_BYTES_MAX: u64 = 512 << 20;
 /// Levels of a JSON value. Go's decoder, and so OPA, refuses 10,000, and with it the whole bundle.
@@ -78,6 +89,17 @@ pub const HEAD_BYTES_MAX: usize = 16 << 10;
 pub const HEAD_MAX: Duration = Duration::from_millis(200);
 /// … and a head that comes in pieces is looked at this often.
 pub const HEAD_LOOK: Duration = Duration::from_millis(5);
+/// Maximum time for the head of a request, and so for a connection that is idle after a response. Longer than the common
+/// scrape interval of 15 s, and no multiple of it.
+pub const REQUEST_HEAD_MAX: Duration = Duration::from_secs(20);
+/// Maximum time for the body of a request. An agent waits this long for its response.
+pub const REQUEST_BODY_MAX: Duration = Duration::from_secs(10);
+/// Maximum number of open connections of a listener, besides streams in the fan-out: OPAs that poll and agents that load
+/// hold one each. Further ones wait in the kernel's queue.
+pub const CONNECTIONS_MAX: usize = 16_384;
+/// Time after which the kernel probes a connection on which nothing travels, and between two probes. One whose machine
+/// does not answer ends after [`WRITE_TIMEOUT`].
+pub const KEEPALIVE: Duration = Duration::from_secs(60);
 /// Before the next connection is accepted when one could not be: there are no file descriptors left, mostly.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes that the kernel takes of a stream whose reader does not read, twice that with its own: without a limit it

@@ -1,32 +1,25 @@
 //! The front door: looks at the head of each connection's first request. A stream goes to the fan-out, head read and
 //! all; everything else, and a stream that cannot be opened, goes to axum untouched. Here is also where TLS would end.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::extract::Query;
 use axum::http::Uri;
-use axum::serve::Listener;
-use socket2::SockRef;
+use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use super::Hub;
+use super::connections::{self, Connections};
 use super::fanout::Fanout;
 use super::stream::{Asked, Options, text};
-use crate::config::{ACCEPT_PAUSE, HEAD_BYTES_MAX, HEAD_LOOK, HEAD_MAX, HEADS_MAX, WRITE_TIMEOUT};
+use crate::config::{HEAD_BYTES_MAX, HEAD_LOOK, HEAD_MAX, HEADS_MAX};
 
 /// Headers of a request for a stream: more than any agent, browser or proxy sends.
 const HEADERS_MAX: usize = 64;
 /// How a request for a stream begins.
 const STREAMS: &[u8] = b"GET /bundles/";
-
-/// What axum gets.
-pub(super) struct Door {
-    address: SocketAddr,
-    others: mpsc::Receiver<(TcpStream, SocketAddr)>,
-}
 
 /// What the beginning of a request is.
 enum Head {
@@ -38,79 +31,31 @@ enum Head {
     Stream(Asked, usize),
 }
 
-impl Door {
-    /// Accepts connections until the hub stops.
-    pub(super) fn open(listener: TcpListener, hub: Hub, fanout: Arc<Fanout>) -> std::io::Result<Self> {
-        let address = listener.local_addr()?;
-        let (out, others) = mpsc::channel(HEADS_MAX);
-        let stop = hub.0.stop.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = accept(listener, hub, fanout, out) => {}
-            }
-        });
-        Ok(Self { address, others })
-    }
-}
-
-impl Listener for Door {
-    type Io = TcpStream;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
-        match self.others.recv().await {
-            Some(other) => other,
-            // The hub stops: axum asks no more soon.
-            None => std::future::pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        Ok(self.address)
-    }
-}
-
-async fn accept(
-    listener: TcpListener,
-    hub: Hub,
-    fanout: Arc<Fanout>,
-    out: mpsc::Sender<(TcpStream, SocketAddr)>,
-) {
+/// Accepts connections until it is dropped.
+pub(super) async fn open(listener: TcpListener, hub: &Hub, fanout: &Arc<Fanout>, connections: &Connections) {
     // A storm waits in the kernel's queue, not here.
     let heads = Arc::new(Semaphore::new(HEADS_MAX));
     loop {
         let Ok(looking) = Arc::clone(&heads).acquire_owned().await else { return };
-        let (tcp, peer) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // No more file descriptors, mostly: what is open goes on.
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let (hub, fanout, out) = (hub.clone(), Arc::clone(&fanout), out.clone());
+        let (tcp, peer) = connections::accept(&listener).await;
+        let (hub, fanout, connections) = (hub.clone(), Arc::clone(fanout), connections.clone());
         tokio::spawn(async move {
-            if let Some(tcp) = look(tcp, looking, &hub, &fanout).await {
-                _ = out.send((tcp, peer)).await;
+            let mut looking = Some(looking);
+            if let Some(tcp) = look(tcp, &mut looking, &hub, &fanout).await {
+                connections.serve(tcp, peer, connections.room().await);
             }
         });
     }
 }
 
 /// Hands a stream to the fan-out, and gives back everything else.
-/// Another head is looked at once this one was read.
+/// Another head is looked at once that of a stream was read, or once there is room for a connection of axum's.
 async fn look(
     tcp: TcpStream,
-    turn: OwnedSemaphorePermit,
+    looking: &mut Option<OwnedSemaphorePermit>,
     hub: &Hub,
     fanout: &Arc<Fanout>,
 ) -> Option<TcpStream> {
-    // Both fail on a socket that is gone only. A frame is small and must not wait for the acknowledgement of the one
-    // before; heartbeats keep streams from being idle, so there is nothing to probe.
-    _ = tcp.set_nodelay(true);
-    _ = SockRef::from(&tcp).set_tcp_user_timeout(Some(WRITE_TIMEOUT));
     let until = Instant::now() + HEAD_MAX;
     let mut bytes = vec![0; HEAD_BYTES_MAX];
     loop {
@@ -123,15 +68,40 @@ async fn look(
             }
             Head::Partial | Head::Other => return Some(tcp),
             Head::Stream(asked, length) => {
-                drop(turn);
-                let Ok((bundle, held)) = asked.open(hub).await else { return Some(tcp) };
-                if matches!(tcp.try_read(&mut bytes[..length]), Ok(read) if read == length) {
+                // Opening may wait for long.
+                drop((looking.take(), bytes));
+                let opened = tokio::select! {
+                    biased;
+                    () = hung_up(&tcp) => return None,
+                    opened = asked.open(hub) => opened,
+                };
+                let Ok((bundle, held)) = opened else { return Some(tcp) };
+                if read_head(&tcp, length) {
                     fanout.join(&bundle, tcp, held);
                 }
                 return None;
             }
         }
     }
+}
+
+/// Waits until the client ended its half. The unread head keeps the socket readable: of tokio's interests this one alone
+/// is ready at the end and not at bytes.
+async fn hung_up(tcp: &TcpStream) {
+    _ = tcp.ready(Interest::PRIORITY).await;
+}
+
+/// Reads the head, which was peeked at.
+fn read_head(tcp: &TcpStream, mut length: usize) -> bool {
+    let mut piece = [0; 1 << 10];
+    while length > 0 {
+        let wanted = length.min(piece.len());
+        match tcp.try_read(&mut piece[..wanted]) {
+            Ok(read) if read > 0 => length -= read,
+            _ => return false,
+        }
+    }
+    true
 }
 
 fn head(bytes: &[u8]) -> Head {

@@ -2,6 +2,7 @@
 
 mod api;
 mod bundle;
+mod connections;
 mod dashboard;
 mod door;
 mod error;
@@ -13,11 +14,11 @@ mod reconcile;
 mod stream;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
-use axum::serve::ListenerExt as _;
 use bytes::Bytes;
 use opa_hub_proto::reconcile::RECONCILE_BYTES_MAX;
 use tokio::net::TcpListener;
@@ -26,15 +27,36 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bundle::{Bundle, Part};
 use crate::bundles::Bundles;
-use crate::config::DRAIN;
+use crate::config::{CONNECTIONS_MAX, DRAIN, REQUEST_BODY_MAX, REQUEST_HEAD_MAX};
 use crate::readiness::Readiness;
-use crate::serve::door::Door;
+use crate::serve::connections::Connections;
 use crate::serve::error::Error;
 use crate::serve::fanout::Fanout;
 
 /// What the handlers share.
 #[derive(Clone)]
-pub struct Hub(Arc<Shared>);
+pub struct Hub(Arc<Shared>, Limits);
+
+/// The waits for clients, and the number of clients, that a listener grants.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// From the start of a connection, or from the end of a response, to the end of the next request's head.
+    pub head: Duration,
+    /// For a request's body.
+    pub body: Duration,
+    /// Open connections, besides streams in the fan-out.
+    pub connections: usize,
+}
+
+impl Default for Limits {
+    /// Half of the process's file descriptors stay for streams.
+    fn default() -> Self {
+        let files = rlimit::Resource::NOFILE.get_soft().unwrap_or(u64::MAX);
+        let connections =
+            usize::try_from(files / 2).map_or(CONNECTIONS_MAX, |files| files.min(CONNECTIONS_MAX));
+        Self { head: REQUEST_HEAD_MAX, body: REQUEST_BODY_MAX, connections }
+    }
+}
 
 struct Shared {
     bundles: Arc<Bundles>,
@@ -57,7 +79,7 @@ impl Hub {
         replicas: Vec<String>,
         stop: CancellationToken,
     ) -> Self {
-        Self(Arc::new(Shared {
+        let shared = Shared {
             bundles,
             checked_by,
             readiness,
@@ -65,7 +87,14 @@ impl Hub {
             farewell: OnceCell::new(),
             stop,
             deltas: bundle::DeltaClients::default(),
-        }))
+        };
+        Self(Arc::new(shared), Limits::default())
+    }
+
+    /// The same with other limits.
+    #[must_use]
+    pub fn with_limits(self, limits: Limits) -> Self {
+        Self(self.0, limits)
     }
 
     /// The last words to readers, once the hub stops.
@@ -125,30 +154,29 @@ fn health(hub: Hub) -> Router {
         .with_state(hub)
 }
 
-/// Serves health alone, for ever.
+/// Serves health alone, until it is dropped.
 pub async fn run_health(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
-    axum::serve(listener, health(hub)).await
+    let connections = Connections::new(health(hub.clone()), hub.1, CancellationToken::new());
+    loop {
+        let room = connections.room().await;
+        let (tcp, peer) = connections::accept(&listener).await;
+        connections.serve(tcp, peer, room);
+    }
 }
 
 /// Serves until the hub stops, then gives requests in flight a moment to end.
 pub async fn run(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
     let stop = hub.0.stop.clone();
     let fanout = Fanout::new(hub.clone());
-    // Says who is at the other end, as axum's own listener does.
-    let door = Door::open(listener, hub.clone(), Arc::clone(&fanout))?.tap_io(|_| {});
-    let service = router(hub).into_make_service_with_connect_info::<std::net::SocketAddr>();
-    let graceful = axum::serve(door, service).with_graceful_shutdown(stop.clone().cancelled_owned());
-    let deadline = async {
-        stop.cancelled().await;
-        tokio::time::sleep(DRAIN).await;
-    };
-    let ended = async {
-        let ended = graceful.await;
-        fanout.drained().await;
-        ended
-    };
+    let connections = Connections::new(router(hub.clone()), hub.1, stop.clone());
     tokio::select! {
-        ended = ended => ended,
-        () = deadline => Ok(()),
+        () = stop.cancelled() => {}
+        () = door::open(listener, &hub, &fanout, &connections) => {}
     }
+    let drained = async {
+        connections.drained().await;
+        fanout.drained().await;
+    };
+    _ = tokio::time::timeout(DRAIN, drained).await;
+    Ok(())
 }
