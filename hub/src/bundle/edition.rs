@@ -1,30 +1,33 @@
 //! What readers see: the view and the log at one moment, with everything that was encoded from them, once.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::SystemTime;
 
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::position::{Bounds, Lag, Position};
-use opa_hub_proto::reconcile::{READS_BYTES_MAX, READS_MAX, Reconcile};
+use opa_hub_proto::reconcile::{READS_BYTES_MAX, READS_MAX, RECONCILE_BYTES_MAX, Reconcile};
 use opa_hub_proto::revision::{Digest, Hasher, Revision};
-use tokio::sync::{OnceCell, Semaphore, watch};
+use tokio::sync::{OnceCell, Semaphore, SemaphorePermit, watch};
 
 use super::archive::Archive;
 use super::feeds::Feeds;
 use super::fields::Fields;
 use super::forecast::{self, Sample};
 use super::kept::Kept;
-use super::log::{Log, Since};
+use super::log::Log;
 use super::project::directory;
 use super::scopes::{self, Scopes};
 use super::snapshot::{self, SegmentCache};
 use super::spec::Scoped;
 use super::view::{Batch, Directory, View};
 use super::{delta, frame};
-use crate::config::{FRAMES_LIVE_MAX, RECONCILE_CACHE_MAX, SNAPSHOT_INTERVAL};
+use crate::config::{
+    FRAMES_LIVE_MAX, RECONCILE_CACHE_BYTES_MAX, RECONCILE_CACHE_MAX, RECONCILE_ENCODES_MAX,
+    RECONCILE_LIVE_MAX, RECONCILE_REQUEST_MIN, RECONCILE_REQUESTS_MAX, SNAPSHOT_INTERVAL,
+};
 use crate::model::{Object, Problem};
 use crate::policy::analyze::Reads;
 use crate::policy::verdict::Verdicts;
@@ -36,8 +39,10 @@ const FRAMES_BYTES_MAX: usize = 64 << 20;
 /// Changed keys whose frame is encoded where it is asked for: about 0.1 ms with values of 1 KB. More is work for a
 /// thread beside those that write.
 const NEAR_KEYS_MAX: usize = 64;
-/// Frames of more keys that are encoded at a time for streams that open: a core stays for those who write.
+/// Frames of more keys that are encoded at a time for streams of one bundle that open: a core stays for those who write.
 const FAR_ENCODES_MAX: usize = 1;
+/// Bytes that one permit to read a reconcile request stands for.
+const REQUEST_UNIT: usize = 1 << 10;
 
 /// Which part of a view an archive holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -71,6 +76,7 @@ pub struct Bundle {
     objects: Arc<OnceLock<Objects>>,
     /// What was done.
     pub counters: Arc<Counters>,
+    pub(crate) budget: Arc<Budget>,
     /// How it looks from single namespaces; none: everybody gets all of it.
     pub scopes: Option<Scopes>,
 }
@@ -96,6 +102,8 @@ pub struct Counters {
     pub frame_encodes: AtomicU64,
     /// Bytes of frames that are kept or under way.
     pub frame_bytes: Arc<AtomicUsize>,
+    /// Bytes of reconcile answers that are cached or being sent, besides what archives share.
+    pub answer_bytes: Arc<AtomicUsize>,
     /// Archives encoded.
     pub snapshot_encodes: AtomicU64,
     /// Reconcile answers encoded.
@@ -123,37 +131,95 @@ pub struct Edition {
     log: Log,
     frames: Mutex<Frames>,
     archives: [Arc<OnceCell<Archive>>; 3],
-    reconciled: Mutex<HashMap<Digest, Arc<OnceCell<Archive>>>>,
+    /// By request. The requests that wait and the [`Budget`] own them.
+    answers: Mutex<HashMap<Digest, Weak<Answer>>>,
     segments: Arc<SegmentCache>,
     objects: Arc<OnceLock<Objects>>,
     counters: Arc<Counters>,
+    budget: Arc<Budget>,
+}
+
+/// Bounds the memory and the threads that a bundle's clients take, over all its namespaces.
+pub(crate) struct Budget {
+    /// Turns to encode frames of many keys for streams that open.
+    pub(crate) large_encodes: Semaphore,
+    /// Turns to encode reconcile answers.
+    reconcile_encodes: Arc<Semaphore>,
+    /// Reconcile requests, in [`REQUEST_UNIT`]s.
+    requests: Semaphore,
+    /// Cached reconcile answers, the oldest first.
+    answers: Mutex<VecDeque<Arc<Answer>>>,
+}
+
+/// The answer to all reconcile requests that are the same.
+#[derive(Default)]
+struct Answer {
+    /// Locked by the request that waits for a turn; the next one follows if its client leaves.
+    first: tokio::sync::Mutex<()>,
+    archive: OnceLock<Archive>,
 }
 
 /// Frames to an edition, by where they lead from.
 type Frames = HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>;
 
-/// The bytes of a frame, counted for as long as anybody holds them.
+/// Encoded bytes, counted until the last reference is dropped.
 struct Counted {
-    frame: Vec<u8>,
+    bytes: Bytes,
     live: Arc<AtomicUsize>,
 }
 
 impl Counted {
-    fn bytes(frame: Vec<u8>, live: &Arc<AtomicUsize>) -> Bytes {
-        live.fetch_add(frame.len(), Ordering::Relaxed);
-        Bytes::from_owner(Self { frame, live: Arc::clone(live) })
+    fn bytes(bytes: Bytes, live: &Arc<AtomicUsize>) -> Bytes {
+        live.fetch_add(bytes.len(), Ordering::Relaxed);
+        Bytes::from_owner(Self { bytes, live: Arc::clone(live) })
     }
 }
 
 impl AsRef<[u8]> for Counted {
     fn as_ref(&self) -> &[u8] {
-        &self.frame
+        &self.bytes
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.live.fetch_sub(self.frame.len(), Ordering::Relaxed);
+        self.live.fetch_sub(self.bytes.len(), Ordering::Relaxed);
+    }
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self {
+            large_encodes: Semaphore::new(FAR_ENCODES_MAX),
+            reconcile_encodes: Arc::new(Semaphore::new(RECONCILE_ENCODES_MAX)),
+            requests: Semaphore::new(RECONCILE_REQUESTS_MAX / REQUEST_UNIT),
+            answers: Mutex::default(),
+        }
+    }
+}
+
+impl Budget {
+    /// Whether one more answer may be encoded while `live` bytes of them exist. The cache makes room where it can.
+    fn has_room(&self, live: &AtomicUsize) -> bool {
+        let has_room = || live.load(Ordering::Relaxed) <= RECONCILE_LIVE_MAX;
+        if !has_room() {
+            self.answers().clear();
+        }
+        has_room()
+    }
+
+    fn cache(&self, answer: Arc<Answer>) {
+        let bytes = |answer: &Arc<Answer>| answer.archive.get().map_or(0, |archive| archive.bytes);
+        let mut answers = self.answers();
+        answers.push_back(answer);
+        let mut held: usize = answers.iter().map(bytes).sum();
+        while answers.len() > RECONCILE_CACHE_MAX || held > RECONCILE_CACHE_BYTES_MAX && answers.len() > 1 {
+            held -= answers.pop_front().as_ref().map_or(0, bytes);
+        }
+    }
+
+    fn answers(&self) -> MutexGuard<'_, VecDeque<Arc<Answer>>> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -221,6 +287,7 @@ impl Bundle {
             segments: Arc::default(),
             objects: Arc::default(),
             counters: Arc::default(),
+            budget: Arc::default(),
             scopes: scoped.map(Scopes::new),
         }
     }
@@ -229,8 +296,8 @@ impl Bundle {
     pub(super) fn part(&self) -> Self {
         let (objects, counters) = (Arc::clone(&self.objects), Arc::clone(&self.counters));
         let (reading, position) = (Arc::clone(&self.reading), Arc::clone(&self.position));
-        let feeds = self.feeds.clone();
-        Self { position, reading, feeds, objects, counters, ..Self::new(self.name.clone(), None) }
+        let (feeds, budget) = (self.feeds.clone(), Arc::clone(&self.budget));
+        Self { position, reading, feeds, objects, counters, budget, ..Self::new(self.name.clone(), None) }
     }
 
     /// What whoever asks from `namespace` gets.
@@ -241,6 +308,13 @@ impl Bundle {
     /// The same for a reader that takes one answer.
     pub fn once(self: &Arc<Self>, namespace: Option<&str>) -> Result<Arc<Self>, scopes::Error> {
         self.scopes.as_ref().map_or_else(|| Ok(Arc::clone(self)), |scopes| scopes.once(self, namespace))
+    }
+
+    /// Waits until a reconcile request of so many bytes may be read. What is returned lasts until it was answered.
+    pub async fn admit_reconcile(&self, bytes: usize) -> SemaphorePermit<'_> {
+        let units = bytes.clamp(RECONCILE_REQUEST_MIN, RECONCILE_BYTES_MAX).div_ceil(REQUEST_UNIT);
+        let units = u32::try_from(units).expect("a request is a few thousand units");
+        self.budget.requests.acquire_many(units).await.expect("it is never closed")
     }
 
     /// Whether anybody waits for a newer edition, besides [`pace`](Self::pace).
@@ -275,10 +349,11 @@ impl Bundle {
             log,
             frames: Mutex::default(),
             archives,
-            reconciled: Mutex::default(),
+            answers: Mutex::default(),
             segments: Arc::clone(&self.segments),
             objects: Arc::clone(&self.objects),
             counters: Arc::clone(&self.counters),
+            budget: Arc::clone(&self.budget),
         };
         let edition = Arc::new(edition);
         self.head.send_replace(Some(Arc::clone(&edition)));
@@ -407,9 +482,11 @@ impl Edition {
         if !here.is_behind(there) {
             return None;
         }
-        let is_same = held.data == self.view.revision.data;
-        let since = if is_same { Since::default() } else { self.log.data_since(held.data)? };
-        here.lag(there, since.dirs.keys(), held.modules != self.view.revision.modules)
+        let modules = held.modules != self.view.revision.modules;
+        if held.data == self.view.revision.data {
+            return here.lag(there, std::iter::empty(), modules);
+        }
+        here.lag(there, self.log.dirs_since(held.data)?, modules)
     }
 
     /// The same for the sender of a reconcile request, whose modules are of the digest `modules` where it knows.
@@ -446,13 +523,13 @@ impl Edition {
         self.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// [`next`](Self::next), beside the threads that write and for a few at a time, unless it [is near](Self::is_near).
+    /// [`next`](Self::next), beside the threads that write and for a few of the bundle at a time, unless it
+    /// [is near](Self::is_near). Dropped while it waits, it takes no turn.
     pub async fn next_beside(self: &Arc<Self>, held: Revision) -> Next {
-        static TURNS: Semaphore = Semaphore::const_new(FAR_ENCODES_MAX);
         if self.is_near(held) {
             return self.next(held);
         }
-        let _turn = TURNS.acquire().await.expect("it is never closed");
+        let _turn = self.budget.large_encodes.acquire().await.expect("it is never closed");
         // Another one may have had it encoded meanwhile.
         if self.is_near(held) {
             return self.next(held);
@@ -480,7 +557,7 @@ impl Edition {
             let bounds = self.bounds().clone();
             let frame = frame::encode(&self.view, &self.log, &bounds, held);
             self.counters.frame_encodes.fetch_add(u64::from(frame.is_some()), Ordering::Relaxed);
-            frame.map(|frame| Counted::bytes(frame, &self.counters.frame_bytes))
+            frame.map(|frame| Counted::bytes(frame.into(), &self.counters.frame_bytes))
         });
         frame.clone().map_or(Next::Unknown, Next::Frames)
     }
@@ -496,25 +573,59 @@ impl Edition {
         .await
     }
 
-    /// The archive of what the sender of `held` lacks. Encoded once for all who hold the same. While modules decide
-    /// there that read more than those here, it holds what both read (I10): the sender asks again once they are gone.
-    pub async fn reconcile(self: &Arc<Self>, held: Reconcile) -> Archive {
+    /// The archive of what the sender of `held` lacks; none while answers take all the memory that they may. Encoded once
+    /// for all who hold the same, and for a few others at a time: dropped while it waits, it takes no turn. While modules
+    /// decide there that read more than those here, it holds what both read (I10): the sender asks again once they are
+    /// gone.
+    pub async fn reconcile(self: &Arc<Self>, held: Reconcile) -> Option<Archive> {
         let mut hasher = Hasher::default();
         hasher.part(&serde_json::to_vec(&held).expect("a request has text keys only"));
-        let cell = {
-            let mut reconciled = self.reconciled.lock().unwrap_or_else(PoisonError::into_inner);
-            if reconciled.len() >= RECONCILE_CACHE_MAX {
-                reconciled.clear();
+        let answer = self.answer(hasher.finish());
+        let _first = answer.first.lock().await;
+        if let Some(archive) = answer.archive.get() {
+            return Some(archive.clone());
+        }
+        let turns = Arc::clone(&self.budget.reconcile_encodes);
+        let turn = turns.acquire_owned().await.expect("it is never closed");
+        if !self.budget.has_room(&self.counters.answer_bytes) {
+            return None;
+        }
+        let (edition, encoding) = (Arc::clone(self), Arc::clone(&answer));
+        // It ends even if the client leaves: the next one would begin anew.
+        let encoded = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            let archive = encoding.archive.get_or_init(|| edition.difference(&held)).clone();
+            edition.budget.cache(encoding);
+            archive
+        });
+        Some(encoded.await.expect("encoding does not panic"))
+    }
+
+    /// The answer to the request of this name, encoded or not.
+    fn answer(&self, request: Digest) -> Arc<Answer> {
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = answers.get(&request).and_then(Weak::upgrade) {
+            return answer;
+        }
+        if answers.len() == answers.capacity() {
+            answers.retain(|_, answer| answer.strong_count() > 0);
+        }
+        let answer = Arc::default();
+        answers.insert(request, Arc::downgrade(&answer));
+        answer
+    }
+
+    fn difference(&self, held: &Reconcile) -> Archive {
+        self.counters.reconcile_encodes.fetch_add(1, Ordering::Relaxed);
+        let wider = self.wider(held);
+        let mut archive = snapshot::difference(wider.as_ref().unwrap_or(&self.view), held, &self.segments);
+        for piece in &mut archive.pieces {
+            // The others are cached segments.
+            if piece.is_unique() {
+                *piece = Counted::bytes(std::mem::take(piece), &self.counters.answer_bytes);
             }
-            Arc::clone(reconciled.entry(hasher.finish()).or_default())
-        };
-        let edition = Arc::clone(self);
-        once(cell, move || {
-            edition.counters.reconcile_encodes.fetch_add(1, Ordering::Relaxed);
-            let wider = edition.wider(&held);
-            snapshot::difference(wider.as_ref().unwrap_or(&edition.view), &held, &edition.segments)
-        })
-        .await
+        }
+        archive
     }
 
     /// This view with all that is read at the sender of `held` too, where that is more.
@@ -572,4 +683,103 @@ async fn once(cell: Arc<OnceCell<Archive>>, encode: impl FnOnce() -> Archive + S
         cell.get_or_init(encode).await.clone()
     });
     encoding.await.expect("encoding does not panic, and the runtime outlives its requests")
+}
+
+#[cfg(test)]
+impl Bundle {
+    /// A bundle with two editions, and the revision of the first, which is far from the second.
+    pub(crate) fn far_from_its_first() -> (Arc<Self>, Revision) {
+        let bundle = Self::new("main".into(), None);
+        let next = |view: &View, value: &'static str| {
+            let mut batch = Batch::default();
+            for key in 0..=NEAR_KEYS_MAX {
+                let value = Bytes::from_static(value.as_bytes());
+                batch.entry(&"/ns/m".parse().unwrap(), format!("k{key}"), Some(value));
+            }
+            view.apply(batch).unwrap()
+        };
+        let (first, _) = next(&View::empty(Arc::new([]), None), "1");
+        let (second, changed) = next(&first, "2");
+        let mut log = Log::default();
+        log.push(first.revision, changed, false);
+        bundle.publish(second, log, Bounds::default());
+        (Arc::new(bundle), first.revision)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::{Pin, pin};
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+
+    fn head(bundle: &Bundle) -> Arc<Edition> {
+        bundle.head().borrow().clone().unwrap()
+    }
+
+    fn poll<T>(future: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+        future.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    #[tokio::test]
+    async fn bundles_encode_far_frames_independently() {
+        let ((busy, held), (idle, _)) = (Bundle::far_from_its_first(), Bundle::far_from_its_first());
+        let _turn = busy.budget.large_encodes.acquire().await.unwrap();
+        assert!(matches!(head(&idle).next_beside(held).await, Next::Frames(_)));
+        let head = head(&busy);
+        assert!(poll(pin!(head.next_beside(held))).is_pending(), "its own turn is taken");
+        assert_eq!(busy.counters.frame_encodes.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn a_request_whose_client_left_takes_no_turn() {
+        let (bundle, _) = Bundle::far_from_its_first();
+        let head = head(&bundle);
+        let turns = RECONCILE_ENCODES_MAX.try_into().unwrap();
+        let busy = bundle.budget.reconcile_encodes.acquire_many(turns).await.unwrap();
+        let request = |dir: &str| Reconcile {
+            dirs: BTreeMap::from([(dir.parse().unwrap(), Digest::of(b""))]),
+            ..Reconcile::default()
+        };
+        let mut other = pin!(head.reconcile(request("/b")));
+        {
+            let mut left = pin!(head.reconcile(request("/a")));
+            assert!(poll(left.as_mut()).is_pending());
+            assert!(poll(other.as_mut()).is_pending());
+        }
+        drop(busy);
+        assert!(other.await.is_some());
+        assert_eq!(bundle.counters.reconcile_encodes.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn cached_answers_are_bounded_and_make_room() {
+        let (bundle, _) = Bundle::far_from_its_first();
+        let budget = &bundle.budget;
+        let answer = |bytes| {
+            let answer = Answer::default();
+            _ = answer.archive.set(Archive { pieces: Vec::new(), bytes });
+            Arc::new(answer)
+        };
+        for _ in 0..2 * RECONCILE_CACHE_MAX {
+            budget.cache(answer(1));
+        }
+        assert_eq!(budget.answers().len(), RECONCILE_CACHE_MAX);
+        budget.cache(answer(RECONCILE_CACHE_BYTES_MAX - 1));
+        assert_eq!(budget.answers().len(), 2);
+        budget.cache(answer(2 * RECONCILE_CACHE_BYTES_MAX));
+        assert_eq!(budget.answers().len(), 1, "the newest");
+        let live = &bundle.counters.answer_bytes;
+        let sent = Counted::bytes(vec![0_u8; RECONCILE_LIVE_MAX + 1].into(), live);
+        assert!(head(&bundle).reconcile(Reconcile::default()).await.is_none());
+        assert!(budget.answers().is_empty());
+        drop(sent);
+        assert!(head(&bundle).reconcile(Reconcile::default()).await.is_some());
+        assert_eq!(budget.answers().len(), 1);
+        let cached = live.load(Ordering::Relaxed);
+        assert!(cached > 0);
+        budget.answers().clear();
+        assert_eq!(live.load(Ordering::Relaxed), 0);
+    }
 }

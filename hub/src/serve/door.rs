@@ -144,7 +144,44 @@ fn head(bytes: &[u8]) -> Head {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+    use std::time::Duration;
+
+    use tokio::io::AsyncWriteExt as _;
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
+    use crate::bundle::Bundle;
+    use crate::bundles::Bundles;
+    use crate::readiness::Readiness;
+
+    #[tokio::test]
+    async fn a_stream_whose_client_left_takes_no_turn() {
+        let (bundle, held) = Bundle::far_from_its_first();
+        let bundles = Arc::new(Bundles::default());
+        bundles.serve(Arc::clone(&bundle));
+        let stop = CancellationToken::new();
+        let hub = Hub::new(bundles, String::new(), Readiness::default(), Vec::new(), stop);
+        let fanout = Fanout::new(hub.clone());
+        let _others = bundle.budget.large_encodes.acquire().await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let request = format!("GET /bundles/main/stream HTTP/1.1\r\nlast-event-id: {held}\r\n\r\n");
+        client.write_all(request.as_bytes()).await.unwrap();
+        let (tcp, _) = listener.accept().await.unwrap();
+        let heads = Arc::new(Semaphore::new(1));
+        let mut looking = Some(Arc::clone(&heads).acquire_owned().await.unwrap());
+        let opening = look(tcp, &mut looking, &hub, &fanout);
+        let leaving = async {
+            // Its head was read by then.
+            _ = heads.acquire().await.unwrap();
+            drop(client);
+        };
+        let both = async { tokio::join!(opening, leaving) };
+        let (left, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it waits no more");
+        assert!(left.is_none());
+        assert_eq!(bundle.counters.frame_encodes.load(Ordering::Relaxed), 0);
+    }
 
     #[test]
     fn only_whole_requests_for_streams_are_taken() {

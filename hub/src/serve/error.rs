@@ -1,10 +1,14 @@
 //! What a request is told when it cannot be answered: a status, and JSON that says what to do.
 
+use std::time::Duration;
+
 use axum::Json;
+use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
 use opa_hub_proto::position::{self, Lag, POSITION_HEADER};
+use opa_hub_proto::reconcile::RECONCILE_BYTES_MAX;
 
 use crate::bundle::feeds::{Feeds, Stale};
 use crate::bundle::scopes;
@@ -49,6 +53,17 @@ pub(super) enum Error {
     /// Many are far behind and read slowly.
     #[error("frames for readers far behind take all their memory: ask again in a moment, or another hub")]
     Full,
+    /// Answers that are cached or being sent take all the memory that they may.
+    #[error(
+        "encoding the answer failed: memory for answers is used up; ask again in a moment, or another hub"
+    )]
+    AnswersFull,
+    /// The body did not arrive in time.
+    #[error("reading the body failed: it is incomplete after {0:?}; send all of it within that time")]
+    BodyTimeout(Duration),
+    /// The body is too long, or the connection ended.
+    #[error("reading the body failed: {0}; send all of it, and at most {max} bytes", max = RECONCILE_BYTES_MAX)]
+    Body(#[from] BytesRejection),
     /// A reconcile request that does not parse.
     #[error("not a reconcile request: {0}")]
     InvalidReconcile(String),
@@ -68,9 +83,13 @@ impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let status = match self {
             Self::NoSuchBundle(_) => StatusCode::NOT_FOUND,
-            Self::NotReady | Self::Stale { .. } | Self::Full | Self::Scope(scopes::Error::TooMany) => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::NotReady
+            | Self::Stale { .. }
+            | Self::Full
+            | Self::AnswersFull
+            | Self::Scope(scopes::Error::TooMany) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
+            Self::Body(ref rejection) => rejection.status(),
             Self::Split(_) => StatusCode::CONFLICT,
             Self::UnknownRevision(_) => StatusCode::GONE,
             Self::Lags(_) => StatusCode::PRECONDITION_FAILED,

@@ -2,14 +2,15 @@
 
 use std::sync::atomic::Ordering;
 
-use axum::body::Bytes;
-use axum::extract::{Path, Query, State};
+use axum::body::{Bytes, HttpBody as _};
+use axum::extract::{FromRequest as _, Path, Query, Request, State};
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
-use opa_hub_proto::position::POSITION_HEADER;
-use opa_hub_proto::reconcile::Reconcile;
+use opa_hub_proto::position::{POSITION_HEADER, Position};
+use opa_hub_proto::reconcile::{RECONCILE_BYTES_MAX, Reconcile};
 use opa_hub_proto::revision::Revision;
 use serde::Deserialize;
+use tokio::time::timeout;
 
 use super::Hub;
 use super::bundle::respond;
@@ -26,23 +27,31 @@ pub(super) async fn post(
     Path(name): Path<String>,
     Query(options): Query<Options>,
     headers: HeaderMap,
-    body: Bytes,
+    request: Request,
 ) -> Result<Response, Error> {
     let bundle = hub.part(&name, options.namespace.as_deref())?;
+    let announced = request.body().size_hint().upper().and_then(|bytes| usize::try_from(bytes).ok());
+    let _admitted = bundle.admit_reconcile(announced.unwrap_or(RECONCILE_BYTES_MAX)).await;
+    let limit = hub.1.body;
+    let body = timeout(limit, Bytes::from_request(request, &())).await;
+    let body = body.map_err(|_late| Error::BodyTimeout(limit))??;
     let here = bundle.position();
-    let held: Reconcile =
-        serde_json::from_slice(&body).map_err(|error| Error::InvalidReconcile(error.to_string()))?;
-    drop(body);
     let edition = bundle.head().borrow().clone().ok_or(Error::NotReady)?;
     let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
-    if let Some(there) = header(POSITION_HEADER) {
-        let revision: Option<Revision> = header("last-event-id").and_then(|id| id.parse().ok());
+    let there: Option<Position> = header(POSITION_HEADER).map(str::parse).transpose()?;
+    let revision: Option<Revision> = header("last-event-id").and_then(|id| id.parse().ok());
+    let position = here.clone().after(&edition.newest());
+    let (judged, feeds) = (edition.clone(), bundle.feeds.clone());
+    // A large request takes some hundred milliseconds.
+    let parse = move || {
+        let held: Reconcile =
+            serde_json::from_slice(&body).map_err(|error| Error::InvalidReconcile(error.to_string()))?;
         let modules = revision.map(|revision| revision.modules);
-        if let Some(lag) = edition.lag_of(&held, modules, &here, &there.parse()?) {
-            return Err(Error::lags(lag, &bundle.feeds));
-        }
-    }
+        let lag = there.and_then(|there| judged.lag_of(&held, modules, &here, &there));
+        lag.map_or(Ok(held), |lag| Err(Error::lags(lag, &feeds)))
+    };
+    let held = tokio::task::spawn_blocking(parse).await.expect("parsing does not panic")?;
     bundle.counters.reconciles.fetch_add(1, Ordering::Relaxed);
-    let position = [(POSITION_HEADER, here.after(&edition.newest()).to_string())];
-    Ok((position, respond(edition.reconcile(held).await)).into_response())
+    let archive = edition.reconcile(held).await.ok_or(Error::AnswersFull)?;
+    Ok(([(POSITION_HEADER, position.to_string())], respond(archive)).into_response())
 }
