@@ -227,7 +227,7 @@ impl Agent {
                     return;
                 }
                 seen.reconciles += 1;
-                self.held.archive(&head.reconcile(held).await.pieces.concat());
+                self.held.archive(&head.reconcile(held).await.unwrap().pieces.concat());
                 self.arrive(&head, &here);
             }
         }

@@ -247,7 +247,7 @@ proptest! {
             let mut other = Writer::listed();
             other.run(&after);
             let head = other.head();
-            let archive = head.reconcile(held.reconcile()).await.pieces.concat();
+            let archive = head.reconcile(held.reconcile()).await.unwrap().pieces.concat();
             held.archive(&archive);
             let expected = snapshot(&head).await;
             assert_eq!(held.content(), expected.content());
@@ -309,7 +309,7 @@ fn i4_encodes_do_not_grow_with_readers() {
         let asks = (0..1000).map(|_| async {
             assert!(matches!(head.next(start), Next::Frames(_)));
             head.archive(Part::Whole).await;
-            head.reconcile(held.clone()).await;
+            head.reconcile(held.clone()).await.unwrap();
         });
         futures::future::join_all(asks).await;
         let counters = writer.bundle.counters.clone();
