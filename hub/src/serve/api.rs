@@ -1,5 +1,8 @@
 //! `/v1/bundles`: what is served, for people and scripts.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::UNIX_EPOCH;
 
@@ -9,18 +12,24 @@ use serde_json::{Value, json};
 
 use super::Hub;
 use super::error::Error;
+use crate::bundle::feeds::Feed;
 use crate::bundle::{Bundle, forecast};
+use crate::model::Problem;
 
 pub(super) async fn list(State(hub): State<Hub>) -> Json<Value> {
-    let bundles: Vec<_> = hub.0.bundles.list().iter().map(|bundle| summary(&hub, bundle)).collect();
-    Json(
-        json!({ "bundles": bundles, "pending": hub.0.readiness.pendings(), "problems": hub.0.readiness.problems() }),
-    )
+    let (pending, mut problems) = (hub.0.readiness.pendings(), hub.0.readiness.problems());
+    let listed = hub.0.bundles.list();
+    let bundles: Vec<_> = listed.iter().map(|bundle| summary(&hub, bundle, &pending, &problems)).collect();
+    for bundle in &listed {
+        let own = about(&bundle.name, &problems);
+        problems.drain(own);
+    }
+    Json(json!({ "bundles": bundles, "pending": pending, "problems": problems }))
 }
 
 pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
     let bundle = hub.bundle(&name)?;
-    let mut shown = summary(&hub, &bundle);
+    let mut shown = summary(&hub, &bundle, &hub.0.readiness.pendings(), &hub.0.readiness.problems());
     shown["verdicts"] = bundle.verdicts.with(|verdicts| {
         verdicts.iter().map(|(key, told)| (key.to_string(), told.verdict.status())).collect()
     });
@@ -42,29 +51,57 @@ pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Re
 pub(super) async fn fields(State(hub): State<Hub>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
     let bundle = hub.bundle(&name)?;
     let follows = bundle.reading().reads.is_some();
-    // Weighs thousands of objects.
-    let forecast = tokio::task::spawn_blocking(move || bundle.forecast());
+    // It copies all objects.
+    let turn = Arc::clone(&hub.0.forecasts).acquire_owned().await.expect("it is never closed");
+    let forecast = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        bundle.forecast()
+    });
     let resources = forecast.await.expect("weighing does not panic");
     let by = follows.then(|| hub.0.checked_by.clone());
     Ok(Json(json!({ "name": name, "followPolicies": follows, "analysedBy": by, "resources": resources })))
 }
 
-fn summary(hub: &Hub, bundle: &Bundle) -> Value {
+/// How the names of what is pending or wrong with one bundle begin. What concerns the bundle of the flags is the hub's.
+fn prefix(bundle: &str) -> String {
+    format!("bundle {bundle}: ")
+}
+
+/// Where the problems of one bundle lie among all, which are sorted by subject.
+fn about(bundle: &str, problems: &[Problem]) -> Range<usize> {
+    let prefix = prefix(bundle);
+    let first = problems.partition_point(|problem| problem.subject < prefix);
+    let count = problems[first..].partition_point(|problem| problem.subject.starts_with(&prefix));
+    first..first + count
+}
+
+/// What of `pending` a bundle waits for: by its own name, or by that of a watch, which may serve others too.
+fn pending_of<'a>(
+    bundle: &str,
+    feeds: &[Arc<Feed>],
+    pending: &'a BTreeMap<String, String>,
+) -> BTreeMap<&'a String, &'a String> {
+    let prefix = prefix(bundle);
+    let own = pending.range(prefix.clone()..).take_while(|(name, _)| name.starts_with(&prefix));
+    own.chain(feeds.iter().filter_map(|feed| pending.get_key_value(&feed.name))).collect()
+}
+
+fn summary(hub: &Hub, bundle: &Bundle, pending: &BTreeMap<String, String>, problems: &[Problem]) -> Value {
     let hub = &hub.0;
     let feeds = bundle.feeds.list();
-    let feeds = feeds.iter().map(|feed| {
+    let sources = feeds.iter().map(|feed| {
         let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
         let (objects, events) = (load(&feed.watch.objects), load(&feed.watch.events));
         json!({ "name": feed.name, "objects": objects, "events": events, "changes": load(&feed.changes) })
     });
-    let mut problems = hub.readiness.problems();
-    problems.extend(bundle.problems().iter().cloned());
+    let refused = bundle.problems();
+    let problems: Vec<_> = problems[about(&bundle.name, problems)].iter().chain(refused.iter()).collect();
     let mut summary = json!({
         "name": bundle.name,
         "ready": false,
         "agents": bundle.counters.agents.load(Ordering::Relaxed),
-        "sources": feeds.collect::<Value>(),
-        "pending": hub.readiness.pendings(),
+        "sources": sources.collect::<Value>(),
+        "pending": pending_of(&bundle.name, &feeds, pending),
         "stale": bundle.feeds.stale().map(|stale| stale.to_string()),
         "problems": problems,
         "checkedBy": hub.checked_by,
@@ -88,4 +125,27 @@ fn summary(hub: &Hub, bundle: &Bundle) -> Value {
         });
     }
     summary
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bundle_shows_what_is_wrong_with_itself() {
+        let subjects = ["Bundle a", "bundle a: policies", "bundle a: v1/pods", "bundle ab: policies", "opa"];
+        let problem = |subject: &&str| Problem { subject: (*subject).to_owned(), message: String::new() };
+        let problems: Vec<_> = subjects.iter().map(problem).collect();
+        let pending: BTreeMap<_, _> =
+            subjects.iter().map(|name| ((*name).to_owned(), "not listed yet".to_owned())).collect();
+        for (bundle, expected) in [
+            ("a", &["bundle a: policies", "bundle a: v1/pods"][..]),
+            ("ab", &["bundle ab: policies"]),
+            ("main", &[]),
+        ] {
+            let shown = problems[about(bundle, &problems)].iter().map(|problem| problem.subject.as_str());
+            assert_eq!(shown.collect::<Vec<_>>(), expected);
+            assert_eq!(pending_of(bundle, &[], &pending).into_keys().collect::<Vec<_>>(), expected);
+        }
+    }
 }

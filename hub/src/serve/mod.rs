@@ -22,7 +22,7 @@ use axum::routing::{get, post};
 use bytes::Bytes;
 use opa_hub_proto::reconcile::RECONCILE_BYTES_MAX;
 use tokio::net::TcpListener;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::bundle::{Bundle, Part};
@@ -68,6 +68,8 @@ struct Shared {
     farewell: OnceCell<Bytes>,
     stop: CancellationToken,
     deltas: bundle::DeltaClients,
+    /// One turn to compute what fields cost.
+    forecasts: Arc<Semaphore>,
 }
 
 impl Hub {
@@ -87,6 +89,7 @@ impl Hub {
             farewell: OnceCell::new(),
             stop,
             deltas: bundle::DeltaClients::default(),
+            forecasts: Arc::new(Semaphore::new(1)),
         };
         Self(Arc::new(shared), Limits::default())
     }
