@@ -12,7 +12,7 @@ use crate::bundle::kept::Kept;
 use crate::bundle::spec::{
     self, AutoReplication, Follows, Scoped, Selection, Spec, configmap_feeds, is_label, is_label_value,
 };
-use crate::config::Bounds;
+use crate::config::BundleLimits;
 use crate::config::{Config, Source};
 use crate::model::{Condition, Content, Feed, LabelTerm, Resource, Scope};
 use crate::policy::check::Dialect;
@@ -325,7 +325,7 @@ impl Flags {
             dialect,
             test_label: self.test_label.clone(),
             max_bytes: self.max_bytes,
-            bounds: Bounds::default(),
+            limits: BundleLimits::default(),
             feeds,
             auto,
         };

@@ -11,9 +11,9 @@ pub const EVENT_QUEUE_MAX: usize = 1024;
 /// Events that one commit takes at most, so that a storm still publishes about every 50 ms.
 pub const COMMIT_EVENTS_MAX: usize = 4096;
 
-/// Bounds of one bundle. Tests lower them.
+/// Limits of one bundle. Tests lower them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Bounds {
+pub struct BundleLimits {
     /// Maximum number of commits in the log: at one commit every 10 ms, 40 s in which an agent may be away and resume by
     /// frame.
     pub log_commits_max: usize,
@@ -25,7 +25,7 @@ pub struct Bounds {
     pub directories_max: usize,
 }
 
-impl Default for Bounds {
+impl Default for BundleLimits {
     fn default() -> Self {
         Self {
             log_commits_max: 4096,

@@ -215,7 +215,7 @@ pub struct Pipeline {
     auto: BTreeSet<DirPath>,
     /// Data that goes once agents are past the policies that read it.
     narrower: Option<Narrower>,
-    bounds: config::Bounds,
+    limits: config::BundleLimits,
     stage: Stage,
 }
 
@@ -281,10 +281,10 @@ impl Pipeline {
             projection: Projection::new(spec, kept),
             auto: BTreeSet::new(),
             narrower: None,
-            bounds: spec.bounds,
+            limits: spec.limits,
             feeds: spec.feeds.clone(),
             batch: Batch::default(),
-            log: Log::new(spec.bounds),
+            log: Log::new(spec.limits),
             heard: Heard::default(),
             checking: Heard::default(),
             checked: Heard::default(),
@@ -493,7 +493,7 @@ impl Pipeline {
 
     /// Publishes what the batch changed, once every source has listed and every policy was checked (I5, I6).
     pub fn commit(&mut self) {
-        self.commit_some(self.bounds.commit_events_max);
+        self.commit_some(self.limits.commit_events_max);
     }
 
     /// The same of so many changes at most.

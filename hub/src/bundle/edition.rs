@@ -700,7 +700,7 @@ impl Bundle {
         };
         let (first, _) = next(&View::empty(Arc::new([]), None), "1");
         let (second, changed) = next(&first, "2");
-        let mut log = Log::default();
+        let mut log = Log::new(crate::config::BundleLimits::default());
         log.push(first.revision, changed, false);
         bundle.publish(second, log, Bounds::default());
         (Arc::new(bundle), first.revision)

@@ -11,14 +11,14 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Revision};
 
 use super::view::Changed;
-use crate::config::Bounds;
+use crate::config::BundleLimits;
 
 /// See the module's text. Cloning copies pointers.
 #[derive(Clone)]
 pub struct Log {
     commits: VecDeque<Arc<Commit>>,
     keys: usize,
-    bounds: Bounds,
+    limits: BundleLimits,
 }
 
 /// One step from a revision to the next.
@@ -41,21 +41,21 @@ pub struct Since {
 
 impl Log {
     /// A log of nothing yet.
-    pub fn new(bounds: Bounds) -> Self {
-        Self { commits: VecDeque::new(), keys: 0, bounds }
+    pub fn new(limits: BundleLimits) -> Self {
+        Self { commits: VecDeque::new(), keys: 0, limits }
     }
 
     /// A log with the same bounds that remembers nothing.
     #[must_use]
     pub fn emptied(&self) -> Self {
-        Self::new(self.bounds)
+        Self::new(self.limits)
     }
 
     /// Remembers that `changed` led from the revision `before` to the next, and whether it `narrows` what objects hold.
     pub fn push(&mut self, before: Revision, changed: Changed, narrows: bool) {
         self.keys += changed.len();
         self.commits.push_back(Arc::new(Commit { before, changed, narrows }));
-        while self.commits.len() > self.bounds.log_commits_max || self.keys > self.bounds.log_keys_max {
+        while self.commits.len() > self.limits.log_commits_max || self.keys > self.limits.log_keys_max {
             let Some(oldest) = self.commits.pop_front() else { break };
             self.keys -= oldest.changed.len();
         }

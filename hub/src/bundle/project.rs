@@ -101,7 +101,7 @@ impl Projection {
             limit: Limit::new(spec.max_bytes),
             left_out: BTreeMap::new(),
             retry: false,
-            directories_max: spec.bounds.directories_max,
+            directories_max: spec.limits.directories_max,
             dirs: BTreeMap::new(),
             policies: Policies::default(),
             costly: Vec::new(),

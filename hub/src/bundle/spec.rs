@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::fields::{Fields, InvalidField};
 use super::kept::Kept;
-use crate::config::Bounds;
+use crate::config::BundleLimits;
 use crate::model::{
     Condition, Content, DATA_LABEL, Feed, InvalidResource, LabelTerm, Object, POLICY_LABEL, Resource, Scope,
 };
@@ -36,8 +36,8 @@ pub struct Spec {
     pub test_label: Option<String>,
     /// Bytes of its data as JSON; none: as many as there are.
     pub max_bytes: Option<usize>,
-    /// Bounds of what it remembers and takes at a time.
-    pub bounds: Bounds,
+    /// Limits of what it remembers and takes at a time.
+    pub limits: BundleLimits,
 }
 
 /// Which of the resources that policies read are replicated, and where.
@@ -325,7 +325,7 @@ impl Spec {
             dialect,
             test_label: spec.test_label,
             max_bytes: spec.max_bytes.map(|value| max_bytes(&value)).transpose()?,
-            bounds: Bounds::default(),
+            limits: BundleLimits::default(),
         })
     }
 
@@ -344,7 +344,7 @@ impl Spec {
             dialect: Dialect::Default,
             test_label: None,
             max_bytes: None,
-            bounds: Bounds::default(),
+            limits: BundleLimits::default(),
         }
     }
 

@@ -55,7 +55,11 @@ pub(super) async fn get(
 ) -> Result<Response, Error> {
     let held = entity_tags(text_values(&headers, IF_NONE_MATCH.as_str()));
     let patience = wait(text_values(&headers, "prefer"), LONG_POLL_MAX);
-    let bundle = hub.part(&name, options.namespace.as_deref())?;
+    let namespace = options.namespace.as_deref();
+    let bundle = match patience {
+        Duration::ZERO => hub.part_once(&name, namespace)?,
+        _ => hub.part(&name, namespace)?,
+    };
     let Some(edition) = wait_for(&bundle, &hub.0.stop, part, &held, patience).await? else {
         // An older tag of the list may have matched here, on a replica that lags: what the client holds stands.
         let own = held.first().map_or("", |tag| tag.raw);

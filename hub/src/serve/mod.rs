@@ -113,9 +113,14 @@ impl Hub {
         })
     }
 
-    /// What is served of the bundle to whoever names this namespace.
+    /// The bundle as it looks from a namespace, for a client that stays connected.
     fn part(&self, name: &str, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
         Ok(self.bundle(name)?.of(namespace)?)
+    }
+
+    /// The bundle as it looks from a namespace, for one answer.
+    fn part_once(&self, name: &str, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
+        Ok(self.bundle(name)?.once(namespace)?)
     }
 }
 

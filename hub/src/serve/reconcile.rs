@@ -29,7 +29,7 @@ pub(super) async fn post(
     headers: HeaderMap,
     request: Request,
 ) -> Result<Response, Error> {
-    let bundle = hub.part(&name, options.namespace.as_deref())?;
+    let bundle = hub.part_once(&name, options.namespace.as_deref())?;
     let announced = request.body().size_hint().upper().and_then(|bytes| usize::try_from(bytes).ok());
     let _admitted = bundle.admit_reconcile(announced.unwrap_or(RECONCILE_BYTES_MAX)).await;
     let limit = hub.1.body;

@@ -14,6 +14,7 @@ use opa_hub::bundle::log::Log;
 use opa_hub::bundle::view::{Batch, View};
 use opa_hub::bundle::{Bundle, Part};
 use opa_hub::bundles::Bundles;
+use opa_hub::config::BundleLimits;
 use opa_hub::config::{RECONCILE_CACHE_BYTES_MAX, RECONCILE_ENCODES_MAX, RECONCILE_LIVE_MAX};
 use opa_hub::readiness::Readiness;
 use opa_hub::serve::{self, Hub, Limits};
@@ -40,7 +41,7 @@ fn publish(bundle: &Bundle, before: &View, entries: usize, json: &str) {
         batch.entry(&"/ns/m".parse().unwrap(), format!("k{entry}"), Some(value.clone()));
     }
     let (view, changed) = before.apply(batch).unwrap();
-    let mut log = Log::default();
+    let mut log = Log::new(BundleLimits::default());
     log.push(before.revision, changed, false);
     bundle.publish(view, log, Bounds::default());
 }

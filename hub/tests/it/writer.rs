@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use opa_hub::bundle::kept::Kept;
 use opa_hub::bundle::spec::{AutoReplication, Follows, Scoped, Spec};
 use opa_hub::bundle::{Edition, Next, Part};
-use opa_hub::config::{Bounds, SCOPE_IDLE, SCOPES_MAX};
+use opa_hub::config::{BundleLimits, SCOPE_IDLE, SCOPES_MAX};
 use opa_hub::model::{Content, Event, Feed, Object, ObjectKey, Resource, Scope, WatchId};
 use opa_hub::pipeline::Said;
 use opa_hub::policy::analyze::{Extent, Reads, Step};
@@ -106,7 +106,7 @@ async fn catch_up(held: &mut Held, head: &Arc<Edition>) -> bool {
         }
         Next::Unknown => {
             let archive = head.reconcile(held.reconcile()).await;
-            held.archive(&archive.pieces.concat());
+            held.archive(&archive.unwrap().pieces.concat());
             false
         }
     }
@@ -132,8 +132,8 @@ fn streams_of_a_namespace_end_with_their_bundle() {
 #[test]
 fn i1_a_commit_larger_than_the_log_reaches_every_namespace() {
     runtime().block_on(async {
-        let bounds = Bounds { log_keys_max: 4, ..Bounds::default() };
-        let mut writer = listed(&Spec { bounds, ..scoped() });
+        let limits = BundleLimits { log_keys_max: 4, ..BundleLimits::default() };
+        let mut writer = listed(&Spec { limits, ..scoped() });
         writer.data(0, (0..10).map(|at| (format!("k{at}"), 0)));
         writer.commit();
         let mut readers = Vec::new();
