@@ -153,6 +153,11 @@ pub const STALE_AFTER: Duration = Duration::from_secs(30);
 /// How often all modules are compiled at most to find out whose change breaks them: about 1 s of OPA with a hundred
 /// modules, after which newer edits have their turn.
 pub const CHECKS_MAX: usize = 32;
+/// Minimum checks of one search, whatever time they take: enough that each search decides on one ConfigMap at least.
+pub const CHECKS_MIN: usize = 6;
+/// Time after which a search starts no further check once it had its minimum: a check that fails takes up to
+/// [`CHECK_MAX`], and newer edits wait for the search.
+pub const SETTLE_MAX: Duration = Duration::from_secs(180);
 /// One run of OPA: 10,000 modules take it a second, and an endless one must not hold back all others.
 pub const CHECK_MAX: Duration = Duration::from_secs(30);
 /// Errors that one run tells: enough to name many ConfigMaps at once.
@@ -161,6 +166,11 @@ pub const CHECK_FAULTS_MAX: usize = 100;
 pub const CHECK_OUTPUT_MAX: u64 = 128 << 20;
 /// Seconds that one test of a policy may take: OPA's own default.
 pub const TEST_SECONDS: u64 = 5;
+/// When all tests together take longer than one run of OPA may, each ConfigMap's are run by themselves. After this time
+/// no further run is started: one check then takes [`CHECK_MAX`] for each run before, this, and one more [`CHECK_MAX`].
+pub const TESTS_MAX: Duration = Duration::from_secs(30);
+/// Tests that took longer than one run of OPA may are run again after this time, or when their texts change.
+pub const TESTS_PAUSE: Duration = Duration::from_secs(600);
 /// Bundles of one hub: each has a thread, and policies of its own to be checked.
 pub const BUNDLES_MAX: usize = 200;
 /// A file of bundle documents is looked at this often.

@@ -69,6 +69,9 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
     projection.retry_refused(&mut batch);
     while let Some(candidates) = projection.job() {
         let outcome = settle(&candidates, async |selection| compiler.check(selection).await).await?;
+        if let Some(failure) = &outcome.failure {
+            bail!("cannot check the policies in {}: {}", dir.display(), failure.message);
+        }
         projection.take_outcome(outcome, &mut batch);
     }
     problems.extend(

@@ -19,12 +19,12 @@ use crate::bundle::spec::Spec;
 use crate::bundle::view::{Batch, Changed, View};
 use crate::bundle::{Bundle, Reading};
 use crate::config::{self, CHECK_RETRY, NARROW_AFTER};
-use crate::model::{Change, Content, Feed, FeedId, Scope, Version};
+use crate::model::{Change, Content, Feed, FeedId, ObjectKey, Scope, Version};
 use crate::policy::analyze::Reads;
 use crate::policy::candidates::LastGood;
 use crate::policy::check::{self, Compiler, Modules};
 use crate::policy::reads;
-use crate::policy::settle::{Candidates, Outcome, Selection, settle};
+use crate::policy::settle::{self, Candidates, Outcome, Refused, Selection, Texts};
 use crate::policy::verdict::Fault;
 use crate::readiness::Readiness;
 use crate::source::auto::Auto;
@@ -57,8 +57,8 @@ pub enum Said {
     },
 }
 
-/// Checks policies until the writer is gone. When the compiler itself fails, nobody is blamed, what was good stays,
-/// and it is tried again.
+/// Checks policies until the writer is gone. Where the compiler fails and no change is the cause, all stays as it was,
+/// and what is newest then is checked.
 pub async fn check(
     compiler: Compiler,
     mut jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
@@ -68,28 +68,49 @@ pub async fn check(
     bundle: Arc<Bundle>,
     readiness: Readiness,
 ) {
-    while let Some(candidates) = jobs.recv().await {
+    // What each ConfigMap held when it was too costly to check.
+    let mut costly: BTreeMap<ObjectKey, Option<Arc<Texts>>> = BTreeMap::new();
+    while let Some(mut candidates) = jobs.recv().await {
         let started = Instant::now();
-        let mut outcome = loop {
-            let mut limits =
-                Scales::new(&spec, &bundle).map(|scales| Limits::new(scales, &compiler, &candidates, &spec));
-            let check = async |selection: &Selection| {
-                let faults = compiler.check(selection).await?;
-                match &mut limits {
-                    Some(limits) if faults.is_empty() => limits.check(selection).await,
-                    _ => Ok(faults),
-                }
-            };
-            match settle(&candidates, check).await {
-                Ok(outcome) => break outcome,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot check the policies");
-                    readiness.failing(POLICIES, &error.to_string());
-                    tokio::time::sleep(CHECK_RETRY).await;
-                }
+        costly.retain(|key, texts| {
+            let candidate = candidates.get(key);
+            candidate.is_some_and(|candidate| candidate.refused.is_some() && candidate.wanted == *texts)
+        });
+        for key in costly.keys() {
+            if let Some(candidate) = Arc::make_mut(&mut candidates).get_mut(key) {
+                candidate.refused = Some(Refused::Costly);
             }
+        }
+        let mut limits =
+            Scales::new(&spec, &bundle).map(|scales| Limits::new(scales, &compiler, &candidates, &spec));
+        let check = async |selection: &Selection| {
+            let mut faults = compiler.check(selection).await?;
+            if let Some(limits) = &mut limits
+                && faults.iter().all(settle::is_of_tests)
+            {
+                faults.extend(limits.check(selection).await?);
+            }
+            Ok(faults)
         };
+        let settled = settle::settle(&candidates, check).await;
+        let (mut outcome, failure) = match settled {
+            Ok(mut outcome) => {
+                let failure = outcome.failure.take().map(|fault| fault.message);
+                (outcome, failure)
+            }
+            Err(error) => (Outcome::unsettled(&candidates), Some(error.to_string())),
+        };
+        if let Some(error) = failure {
+            tracing::warn!(error, "cannot check the policies");
+            readiness.failing(POLICIES, &error);
+            tokio::time::sleep(CHECK_RETRY).await;
+            if said.send(Said::Checked { outcome, reads: None }).await.is_err() {
+                return;
+            }
+            continue;
+        }
         readiness.problem(POLICIES, None);
+        costly.extend(outcome.costly().map(|key| (key.clone(), candidates[key].wanted.clone())));
         if let Compiler::Syntax(_) = compiler {
             for key in outcome.accepted.keys() {
                 let warning = Fault::new("unchecked", "only its syntax was checked: the hub has no opa");
@@ -142,15 +163,14 @@ impl<'a> Limits<'a> {
             None => self.weigh(good().flat_map(|texts| &texts.modules).collect()).await?,
         };
         self.before = Some(before);
-        let bytes = self.weigh(selection.values().flat_map(|texts| &texts.modules).collect()).await?;
+        let modules = selection.values().flat_map(|selected| &selected.texts.modules).collect();
+        let bytes = self.weigh(modules).await?;
         let fault = self.scales.fault(bytes, before);
         Ok(fault.map(|message| Fault::new("over_limit", message)).into_iter().collect())
     }
 
+    /// Bytes of the data for these modules.
     async fn weigh(&mut self, modules: Modules<'_>) -> Result<usize, check::Error> {
-        if modules.is_empty() {
-            return Ok(self.scales.weigh(&Reads::default()));
-        }
         let found = reads::reads(self.compiler, &modules, self.entrypoints).await?;
         Ok(self.scales.weigh(&found.map_or_else(Reads::everything, |found| found.reads)))
     }

@@ -6,7 +6,7 @@ mod syntax;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use opa_hub_proto::manifest::MANIFEST_FILE;
 use opa_hub_proto::path::DirPath;
@@ -14,14 +14,16 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
+use tokio::time::Instant;
 
 use super::modules::Module;
 use super::plan::Plan;
-use super::settle::{Selection, TEST_FAILED};
+use super::settle::{CHECK_FAILED, Selected, Selection, TEST_FAILED, TESTS_NOT_RUN, TESTS_TOO_LONG, Texts};
 use super::verdict::{Fault, Location};
-use crate::config::{CHECK_FAULTS_MAX, CHECK_MAX, CHECK_OUTPUT_MAX, TEST_SECONDS};
+use crate::config::{CHECK_FAULTS_MAX, CHECK_MAX, CHECK_OUTPUT_MAX, TEST_SECONDS, TESTS_MAX, TESTS_PAUSE};
+use crate::model::ObjectKey;
 
-/// Why nothing could be said about the modules: OPA itself failed. Nobody's module is at fault.
+/// Why OPA returned no result.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// `--opa-bin` names something else.
@@ -52,6 +54,13 @@ pub enum Error {
         /// The beginning of what it wrote.
         output: String,
     },
+}
+
+impl Error {
+    /// Whether no module can be the cause: OPA was not even started.
+    pub fn is_transient(&self) -> bool {
+        !matches!(self, Self::TooLong | Self::Failed { .. })
+    }
 }
 
 /// Which Rego a module is written in, as OPA's flags say it.
@@ -102,7 +111,15 @@ pub struct Opa {
     dialect: Dialect,
     /// What modules may use while they are checked: all but the network, which tests and schemas could reach.
     capabilities: Arc<tempfile::NamedTempFile>,
+    /// Tests that take too long, by ConfigMap, and when they may be run again.
+    slow: Arc<Mutex<BTreeMap<ObjectKey, (Tests, Instant)>>>,
 }
+
+/// Test modules of one ConfigMap.
+type Tests = BTreeMap<String, Arc<Module>>;
+
+/// The ConfigMaps whose tests are run.
+type Suites<'a> = Vec<(&'a ObjectKey, Selected<'a>)>;
 
 impl Compiler {
     /// The OPA at `program`, else the `opa` on the search path, else the parser.
@@ -114,6 +131,15 @@ impl Compiler {
         }
     }
 
+    /// The same compiler for another bundle, without running anything.
+    #[must_use]
+    pub fn with_dialect(&self, dialect: Dialect) -> Self {
+        match self {
+            Self::Opa(opa) => Self::Opa(Opa { dialect, slow: Arc::default(), ..opa.clone() }),
+            Self::Syntax(_) => Self::Syntax(dialect),
+        }
+    }
+
     /// What checks, for people.
     pub fn name(&self) -> String {
         match self {
@@ -122,31 +148,16 @@ impl Compiler {
         }
     }
 
-    /// What is wrong with these texts together; tests are run when nothing is.
+    /// What is wrong with these texts together; tests are run when nothing is. An OPA that fails is a fault
+    /// ([`CHECK_FAILED`]) unless no text can be the cause.
     pub async fn check(&self, selection: &Selection<'_>) -> Result<Vec<Fault>, Error> {
-        let modules: Modules = selection.values().flat_map(|texts| &texts.modules).collect();
-        let tests: Modules = selection.values().flat_map(|texts| &texts.tests).collect();
         match self {
             Self::Syntax(dialect) => {
-                let texts = modules.into_iter().chain(tests);
-                let texts: Vec<_> = texts.map(|(id, module)| (id.clone(), Arc::clone(module))).collect();
-                let dialect = *dialect;
-                let faults =
-                    move || texts.iter().filter_map(|(id, m)| syntax::fault(id, &m.text, dialect)).collect();
-                Ok(tokio::task::spawn_blocking(faults).await.expect("the parser does not panic"))
+                let texts = selection.values().map(|selected| selected.texts);
+                let modules = texts.flat_map(|texts| texts.modules.iter().chain(&texts.tests));
+                Ok(modules.filter_map(|(id, module)| syntax::fault(id, &module.text, *dialect)).collect())
             }
-            Self::Opa(_) if modules.is_empty() && tests.is_empty() => Ok(Vec::new()),
-            Self::Opa(opa) => {
-                let mut faults = opa.check(&modules).await?;
-                if faults.is_empty() && !tests.is_empty() {
-                    let all = modules.into_iter().chain(tests).collect();
-                    faults = opa.check(&all).await?;
-                    if faults.is_empty() {
-                        faults = opa.test(&all).await?;
-                    }
-                }
-                Ok(faults)
-            }
+            Self::Opa(opa) => opa.check_all(selection).await,
         }
     }
 
@@ -272,7 +283,123 @@ impl Opa {
         capabilities["allow_net"] = json!([]);
         let file = tempfile::NamedTempFile::new().map_err(Error::Write)?;
         std::fs::write(file.path(), capabilities.to_string()).map_err(Error::Write)?;
-        Ok(Self { program: program.to_owned(), version, dialect, capabilities: Arc::new(file) })
+        let (program, capabilities) = (program.to_owned(), Arc::new(file));
+        Ok(Self { program, version, dialect, capabilities, slow: Arc::default() })
+    }
+
+    async fn check_all(&self, selection: &Selection<'_>) -> Result<Vec<Fault>, Error> {
+        let modules: Modules = selection.values().flat_map(|selected| &selected.texts.modules).collect();
+        let suites = selection.iter().filter(|(_, selected)| !selected.texts.tests.is_empty());
+        let suites: Suites = suites.map(|(key, selected)| (*key, *selected)).collect();
+        if modules.is_empty() && suites.is_empty() {
+            return Ok(Vec::new());
+        }
+        match self.check(&modules).await {
+            Ok(faults) if faults.is_empty() => self.test_all(&modules, suites).await,
+            Err(error) if !error.is_transient() => {
+                let message = format!(
+                    "the check fails: {error}; make the policy cheaper to compile: it is tried again when it changes"
+                );
+                Ok(vec![Fault::new(CHECK_FAILED, message)])
+            }
+            checked => checked,
+        }
+    }
+
+    /// What is wrong with the tests, in one run; where that fails, in a run for each ConfigMap. A fault is always that
+    /// of the ConfigMap of the tests.
+    async fn test_all(&self, modules: &Modules<'_>, mut suites: Suites<'_>) -> Result<Vec<Fault>, Error> {
+        let mut faults = self.leave_out_slow(&mut suites);
+        while !suites.is_empty() {
+            let tests = suites.iter().flat_map(|(_, selected)| &selected.texts.tests);
+            let all: Modules = modules.iter().map(|(id, module)| (*id, *module)).chain(tests).collect();
+            let found = match self.check(&all).await {
+                Ok(found) if found.is_empty() => match self.test(&all, None).await {
+                    Ok(found) => {
+                        faults.extend(found);
+                        return Ok(faults);
+                    }
+                    Err(error) => Err(error),
+                },
+                checked => checked,
+            };
+            let found = match found {
+                Err(error) if error.is_transient() => return Err(error),
+                Err(_) => break,
+                Ok(found) => found,
+            };
+            let is_named = |texts: &Texts, fault: &Fault| {
+                fault.location.as_ref().is_some_and(|location| texts.tests.contains_key(&location.file))
+            };
+            let count = suites.len();
+            suites.retain(|(_, selected)| {
+                let own = found.iter().filter(|fault| is_named(selected.texts, fault));
+                let before = faults.len();
+                faults.extend(
+                    own.map(|fault| Fault { location: fault.location.clone(), ..broken_test(fault) }),
+                );
+                faults.len() == before
+            });
+            if suites.len() == count {
+                // Some test does not go with a module, and only the module is named.
+                break;
+            }
+        }
+        faults.extend(self.test_each(modules, suites).await?);
+        Ok(faults)
+    }
+
+    /// Runs the tests of each ConfigMap by themselves, of changed ones first.
+    async fn test_each(&self, modules: &Modules<'_>, mut suites: Suites<'_>) -> Result<Vec<Fault>, Error> {
+        suites.sort_by_key(|(_, selected)| !selected.is_changed);
+        let started = Instant::now();
+        let mut faults = Vec::new();
+        for (key, Selected { texts: Texts { tests, .. }, .. }) in suites {
+            if started.elapsed() >= TESTS_MAX {
+                let message = "its tests were not run: those of all ConfigMaps take too long together";
+                faults.push(at_tests(tests, Fault::new(TESTS_NOT_RUN, message)));
+                continue;
+            }
+            let all: Modules = modules.iter().map(|(id, module)| (*id, *module)).chain(tests).collect();
+            let packages = packages(tests);
+            let mut found = self.test(&all, Some(&packages)).await;
+            if let Err(Error::Failed { .. }) = found {
+                // Tests that do not compile end like that; an OPA that fails once may do so by chance.
+                found = match self.check(&all).await {
+                    Ok(found) if found.is_empty() => self.test(&all, Some(&packages)).await,
+                    Ok(found) => Ok(vec![at_tests(tests, broken_test(&found[0]))]),
+                    Err(error) => Err(error),
+                };
+            }
+            match found {
+                Ok(found) => faults.extend(found),
+                Err(error) if error.is_transient() => return Err(error),
+                Err(Error::TooLong) => {
+                    let again = Instant::now() + TESTS_PAUSE;
+                    self.slow().insert(key.clone(), (tests.clone(), again));
+                    faults.push(too_long(tests));
+                }
+                Err(error) => faults.push(at_tests(tests, Fault::new(TEST_FAILED, error.to_string()))),
+            }
+        }
+        Ok(faults)
+    }
+
+    /// Takes tests out that took too long a short while ago. Their faults stay.
+    fn leave_out_slow(&self, suites: &mut Suites<'_>) -> Vec<Fault> {
+        let (now, mut slow, mut faults) = (Instant::now(), self.slow(), Vec::new());
+        slow.retain(|_, (_, again)| *again > now);
+        suites.retain(|(key, selected)| {
+            let tests = &selected.texts.tests;
+            let is_slow = slow.get(*key).is_some_and(|(slow, _)| slow == tests);
+            faults.extend(is_slow.then(|| too_long(tests)));
+            !is_slow
+        });
+        faults
+    }
+
+    fn slow(&self) -> MutexGuard<'_, BTreeMap<ObjectKey, (Tests, Instant)>> {
+        self.slow.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn check(&self, modules: &Modules<'_>) -> Result<Vec<Fault>, Error> {
@@ -299,10 +426,13 @@ impl Opa {
             .collect())
     }
 
-    async fn test(&self, modules: &Modules<'_>) -> Result<Vec<Fault>, Error> {
+    /// Runs all tests, or those whose names match `names`.
+    async fn test(&self, modules: &Modules<'_>, names: Option<&str>) -> Result<Vec<Fault>, Error> {
         let folder = Folder::write(modules)?;
         let timeout = format!("--timeout={TEST_SECONDS}s");
-        let command = ["test", "--format=json", &timeout, "--capabilities", &self.capabilities()];
+        let capabilities = self.capabilities();
+        let mut command = vec!["test", "--format=json", &timeout, "--capabilities", &capabilities];
+        command.extend(names.into_iter().flat_map(|names| ["--run", names]));
         let said = self.run(&folder, &command, &["."]).await?;
         let tests: Vec<Test> = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
         let failed = tests.into_iter().filter(|test| test.fail || test.error.is_some());
@@ -399,6 +529,35 @@ async fn run(command: &mut Command) -> Result<Output, Error> {
     Ok(Output { status, stdout, stderr })
 }
 
+/// A fault of tests that do not compile.
+fn broken_test(fault: &Fault) -> Fault {
+    Fault::new(TEST_FAILED, format!("the tests do not compile: {}: {}", fault.code, fault.message))
+}
+
+fn too_long(tests: &Tests) -> Fault {
+    let seconds = CHECK_MAX.as_secs();
+    let message =
+        format!("its tests take longer than {seconds} s: make them cheaper, or divide them among ConfigMaps");
+    at_tests(tests, Fault::new(TESTS_TOO_LONG, message))
+}
+
+/// The fault, located in the first of these tests.
+fn at_tests(tests: &Tests, fault: Fault) -> Fault {
+    let location = tests.keys().next().map(|id| Location { file: id.clone(), row: 1, col: 0 });
+    Fault { location, ..fault }
+}
+
+/// A regular expression for the names of the tests in these modules' packages. OPA writes `data.a["b-c"].test_d`.
+fn packages(tests: &Tests) -> String {
+    let is_written = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let package = |module: &Arc<Module>| {
+        let words = module.root.relative().split(|c| !is_written(c)).filter(|word| !word.is_empty());
+        words.collect::<Vec<_>>().join("\\W+")
+    };
+    let packages: BTreeSet<_> = tests.values().map(package).collect();
+    format!("^data\\W+({})\\b", packages.into_iter().collect::<Vec<_>>().join("|"))
+}
+
 fn failed(said: &Output) -> Error {
     let output = if said.stderr.is_empty() { &said.stdout } else { &said.stderr };
     let output = String::from_utf8_lossy(&output[..output.len().min(500)]).trim().to_owned();
@@ -458,6 +617,108 @@ fn file(at: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn texts(name: &str, module: &str, test: &str) -> Texts {
+        let of = |file: &str, text: &str| {
+            let module = Arc::new(Module::read(&format!("package {name}\n{text}")).unwrap());
+            (!text.is_empty()).then(|| (format!("ns/{name}/{file}"), module))
+        };
+        let [modules, tests] = [of("m", module), of("t", test)].map(|file| file.into_iter().collect());
+        Texts { modules, tests }
+    }
+
+    /// A stand-in for OPA, in a folder where it notes what it is run for.
+    async fn fake() -> (tempfile::TempDir, Compiler) {
+        let dir = tempfile::tempdir().unwrap();
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake-opa.sh");
+        std::os::unix::fs::symlink(script, dir.path().join("opa")).unwrap();
+        let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
+        (dir, compiler)
+    }
+
+    fn runs(dir: &tempfile::TempDir) -> Vec<String> {
+        let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+        log.lines().map(str::to_owned).collect()
+    }
+
+    /// Of ConfigMaps `name: module / test`, expects `code file` of all faults, and the runs.
+    async fn check(script: &[&str], faults: &[&str], expected: &[&str]) {
+        let (dir, compiler) = fake().await;
+        let parse = |line: &&str| {
+            let (name, rest) = line.split_once(": ").unwrap();
+            let (module, test) = rest.split_once(" / ").unwrap_or((rest, ""));
+            (ObjectKey { namespace: "ns".into(), name: name.into() }, texts(name, module, test))
+        };
+        let all: Vec<_> = script.iter().map(parse).collect();
+        let selection: Selection =
+            all.iter().map(|(key, texts)| (key, Selected { texts, is_changed: false })).collect();
+        let mut found: Vec<_> = compiler.check(&selection).await.unwrap();
+        found.sort_by_key(|fault| fault.location.as_ref().map(|location| location.file.clone()));
+        let file =
+            |fault: &Fault| fault.location.as_ref().map_or("-".to_owned(), |location| location.file.clone());
+        let found: Vec<_> = found.iter().map(|fault| format!("{} {}", fault.code, file(fault))).collect();
+        assert_eq!(found, faults, "{script:?}");
+        assert_eq!(runs(&dir)[2..], *expected, "{script:?}");
+    }
+
+    #[tokio::test]
+    async fn faults_in_tests_are_those_of_their_configmap() {
+        check(&["a: x", "b: x / t"], &[], &["check", "check", "test"]).await;
+        check(&["a: BROKEN", "b: x / BROKEN"], &["rego_type_error ns/a/m"], &["check"]).await;
+        // The other tests are run all the same.
+        let faults = ["test_failed ns/b/t", "test_failed ns/c/t"];
+        check(&["a: x", "b: x / BROKEN", "c: x / FAIL"], &faults, &["check", "check", "check", "test"]).await;
+        check(&["a: x / BROKEN"], &["test_failed ns/a/t"], &["check", "check"]).await;
+        // The test breaks a module: which one it is shows when each is run by itself.
+        let runs = ["check", "check", "test", "check", "test"];
+        check(&["a: TARGET", "b: x / BREAKS", "c: x / t"], &["test_failed ns/b/t"], &runs).await;
+    }
+
+    #[tokio::test]
+    async fn an_opa_that_fails_is_a_fault() {
+        check(&["a: x", "b: CRASH"], &["check_failed -"], &["check"]).await;
+        let runs = ["check", "check", "test", "test", "check", "test", "test"];
+        check(&["a: x / CRASHTEST", "b: x / t"], &["test_failed ns/a/t"], &runs).await;
+        let (dir, compiler) = fake().await;
+        std::fs::remove_file(dir.path().join("opa")).unwrap();
+        let (key, texts) = (ObjectKey { namespace: "ns".into(), name: "a".into() }, texts("a", "x", ""));
+        let selection = Selection::from([(&key, Selected { texts: &texts, is_changed: true })]);
+        assert!(compiler.check(&selection).await.unwrap_err().is_transient());
+    }
+
+    #[tokio::test]
+    async fn a_compiler_for_another_bundle_runs_nothing() {
+        let (dir, compiler) = fake().await;
+        std::fs::remove_file(dir.path().join("opa")).unwrap();
+        let other = compiler.with_dialect(Dialect::V1);
+        assert_eq!((compiler.name().as_str(), other.name()), ("OPA 1.2.3", compiler.name()));
+        assert!(matches!(other, Compiler::Opa(Opa { dialect: Dialect::V1, .. })));
+        assert_eq!(runs(&dir), ["version", "capabilities"]);
+    }
+
+    #[tokio::test]
+    async fn tests_that_were_too_slow_are_not_run_again_at_once() {
+        let (dir, compiler) = fake().await;
+        let Compiler::Opa(opa) = &compiler else { unreachable!() };
+        let key = ObjectKey { namespace: "ns".into(), name: "a".into() };
+        let (slow, other) = (texts("a", "x", "t"), texts("a", "x", "u"));
+        opa.slow().insert(key.clone(), (slow.tests.clone(), Instant::now() + TESTS_PAUSE));
+        for (texts, codes) in [(&slow, &[TESTS_TOO_LONG][..]), (&other, &[])] {
+            let selection = Selection::from([(&key, Selected { texts, is_changed: false })]);
+            let faults = compiler.check(&selection).await.unwrap();
+            assert!(faults.iter().map(|fault| fault.code.as_str()).eq(codes.iter().copied()), "{faults:?}");
+        }
+        assert_eq!(runs(&dir)[2..], ["check", "check", "check", "test"]);
+        opa.slow().insert(key.clone(), (slow.tests.clone(), Instant::now()));
+        let selection = Selection::from([(&key, Selected { texts: &slow, is_changed: false })]);
+        assert!(compiler.check(&selection).await.unwrap().is_empty());
+    }
+
+    #[test]
+    fn tests_are_named_by_their_packages() {
+        let texts = texts("a[\"b-c\"]", "", "t");
+        assert_eq!(packages(&texts.tests), "^data\\W+(a\\W+b\\W+c)\\b");
+    }
 
     #[test]
     fn messages_name_modules_by_id() {

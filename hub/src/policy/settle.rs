@@ -3,20 +3,32 @@
 //! What was good stays good: a ConfigMap that nobody touched is never refused for what another one changed. Of the
 //! changes, those that an error names give way first, each to its last good text; an error in an untouched ConfigMap
 //! is somebody's doing, and that change is looked for. What was refused before and is the same again stands aside
-//! until the rest is settled, and then has its chance. Equal candidates end equal: nothing here looks at time.
+//! until the rest is settled, and then has its chance.
+//!
+//! A check can also fail itself ([`CHECK_FAILED`]). Then the change that makes it fail is looked for, gives way and is
+//! not tried again before it changes. Only such checks take long: without them equal candidates end equal, with them
+//! [`SETTLE_MAX`] ends the search, and what had no chance comes first next time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use tokio::time::Instant;
+
 use super::modules::Module;
 use super::verdict::Fault;
-use crate::config::CHECKS_MAX;
+use crate::config::{CHECKS_MAX, CHECKS_MIN, SETTLE_MAX};
 use crate::model::ObjectKey;
 
 /// OPA's code of a fault in a module by itself.
 const PARSE_ERROR: &str = "rego_parse_error";
 /// The code of a fault that says that a test failed.
 pub const TEST_FAILED: &str = "test_failed";
+/// The code of a fault that says that the tests of a ConfigMap take too long.
+pub const TESTS_TOO_LONG: &str = "tests_too_long";
+/// The code of a warning that says that the tests of other ConfigMaps took all the time.
+pub const TESTS_NOT_RUN: &str = "tests_not_run";
+/// The code of a fault that says that the check itself failed. It has no location.
+pub const CHECK_FAILED: &str = "check_failed";
 
 /// The texts of one ConfigMap, by module id.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -45,13 +57,24 @@ pub enum Refused {
     Untried,
     /// It had.
     Tried,
+    /// The check fails with it, or its tests take too long: it is not tried before it changes.
+    Costly,
 }
 
 /// All ConfigMaps of policies.
 pub type Candidates = BTreeMap<ObjectKey, Candidate>;
 
 /// The texts that are checked together.
-pub type Selection<'a> = BTreeMap<&'a ObjectKey, &'a Texts>;
+pub type Selection<'a> = BTreeMap<&'a ObjectKey, Selected<'a>>;
+
+/// The texts of one ConfigMap in a [`Selection`].
+#[derive(Clone, Copy, Debug)]
+pub struct Selected<'a> {
+    /// Those that are wanted, or the last good ones.
+    pub texts: &'a Texts,
+    /// Whether they are wanted and not yet good.
+    pub is_changed: bool,
+}
 
 /// What came of the candidates.
 #[derive(Debug, Default)]
@@ -66,9 +89,45 @@ pub struct Outcome {
     pub warnings: BTreeMap<ObjectKey, Vec<Fault>>,
     /// How often all were compiled.
     pub checks: usize,
+    /// Why nothing came of the candidates: the check fails without any change too.
+    pub failure: Option<Fault>,
 }
 
-/// Accepts as much of `candidates` as `check` lets pass together. `check` says what is wrong with a selection.
+impl Outcome {
+    /// All stays as it was, and is to be checked again.
+    pub fn unsettled(candidates: &Candidates) -> Self {
+        let good =
+            candidates.iter().filter_map(|(key, candidate)| Some((key.clone(), candidate.good.clone()?)));
+        let is_open = |candidate: &Candidate| {
+            candidate.wanted != candidate.good
+                && !matches!(candidate.refused, Some(Refused::Tried | Refused::Costly))
+        };
+        let open = candidates.iter().filter(|(_, candidate)| is_open(candidate));
+        let mut untried: BTreeSet<_> = open.map(|(key, _)| key.clone()).collect();
+        if untried.is_empty() {
+            // One is enough to have all checked again.
+            untried.extend(candidates.keys().next().cloned());
+        }
+        Self { accepted: good.collect(), untried, ..Self::default() }
+    }
+
+    /// The ConfigMaps that are refused as [`Refused::Costly`].
+    pub fn costly(&self) -> impl Iterator<Item = &ObjectKey> {
+        let refused = self.faults.iter().filter(|(key, _)| !self.untried.contains(*key));
+        let costly = refused.filter(|(key, faults)| {
+            let is_own = |fault: &Fault| fault.location.as_ref().is_some_and(|at| is_in(&at.file, key));
+            faults.iter().any(|fault| match fault.code.as_str() {
+                CHECK_FAILED => true,
+                TESTS_TOO_LONG => is_own(fault),
+                _ => false,
+            })
+        });
+        costly.map(|(key, _)| key)
+    }
+}
+
+/// Accepts as much of `candidates` as `check` lets pass together. `check` returns the faults of a selection; its error
+/// is no candidate's doing and ends the search.
 pub async fn settle<E>(
     candidates: &Candidates,
     check: impl AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>,
@@ -78,9 +137,22 @@ pub async fn settle<E>(
         dropped: BTreeSet::new(),
         said: BTreeMap::new(),
         outcome: Outcome::default(),
+        until: Instant::now() + SETTLE_MAX,
         check,
     };
-    settling.run().await
+    match settling.run().await {
+        Ok(outcome) => Ok(outcome),
+        Err(Stop::Check(error)) => Err(error),
+        Err(Stop::Good(failure)) => Ok(Outcome { failure: Some(failure), ..Outcome::unsettled(candidates) }),
+    }
+}
+
+/// Why nothing can be settled.
+enum Stop<E> {
+    /// The check could not be run.
+    Check(E),
+    /// The check fails without any change too.
+    Good(Fault),
 }
 
 type Keys<'a> = BTreeSet<&'a ObjectKey>;
@@ -92,12 +164,16 @@ struct Settling<'a, C> {
     /// What was said of the selections that were checked, by whose change they held.
     said: BTreeMap<Keys<'a>, Vec<Fault>>,
     outcome: Outcome,
+    /// When newer edits have their turn.
+    until: Instant,
     check: C,
 }
 
 impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> {
-    async fn run(mut self) -> Result<Outcome, E> {
-        let changed = self.candidates.iter().filter(|(_, candidate)| candidate.wanted != candidate.good);
+    async fn run(mut self) -> Result<Outcome, Stop<E>> {
+        let changed = self.candidates.iter().filter(|(_, candidate)| {
+            candidate.wanted != candidate.good && candidate.refused != Some(Refused::Costly)
+        });
         let (old, new): (Vec<_>, Vec<_>) = changed.partition(|(_, candidate)| candidate.refused.is_some());
         let mut old: Vec<_> = old.into_iter().map(|(key, _)| key).collect();
         // Stable: among themselves in the order of their names.
@@ -123,13 +199,27 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
 
     /// Takes changes out of `open` until what is left passes. Says who of them may pass beside what is left, or gave
     /// way for faults that are not its own for certain.
-    async fn narrow(&mut self, open: &mut Keys<'a>) -> Result<Vec<&'a ObjectKey>, E> {
+    async fn narrow(&mut self, open: &mut Keys<'a>) -> Result<Vec<&'a ObjectKey>, Stop<E>> {
         let mut gave_way: Vec<Keys> = Vec::new();
         let mut is_certain = true;
+        let mut is_proven = false;
         loop {
             let faults = self.faults(open).await?;
-            if passes(&faults, open) {
+            let (passes, failure) = (passes(&faults, open), failure(&faults));
+            if std::mem::take(&mut is_proven) && (passes || failure.is_some()) {
+                // Nothing that is left needs what made the check fail.
+                gave_way.pop();
+            }
+            if passes {
                 break;
+            }
+            if let Some(failure) = failure {
+                let (guilty, is_found) = self.killers(open, failure).await?;
+                (is_certain, is_proven) = (false, is_found);
+                self.refuse(&guilty, &faults, |_| true);
+                *open = &*open - &guilty;
+                gave_way.push(guilty);
+                continue;
             }
             let named: Keys = faults.iter().filter_map(|fault| owner(fault, self.candidates)).collect();
             let mut guilty: Keys = open.intersection(&named).copied().collect();
@@ -160,10 +250,10 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
     }
 
     /// Adds those of `again` to `open` that pass now: together as many as no error names, then one by one.
-    async fn second_chance(&mut self, open: &mut Keys<'a>, again: Vec<&'a ObjectKey>) -> Result<(), E> {
+    async fn second_chance(&mut self, open: &mut Keys<'a>, again: Vec<&'a ObjectKey>) -> Result<(), Stop<E>> {
         let mut group: Keys = again.iter().copied().collect();
         let mut hopeless = Keys::new();
-        while !group.is_empty() && self.outcome.checks < CHECKS_MAX {
+        while !group.is_empty() && !self.is_spent() {
             let more = &*open | &group;
             let faults = self.faults(&more).await?;
             if passes(&faults, &more) {
@@ -189,7 +279,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
             let mut more = open.clone();
             more.insert(key);
             let is_known = open.contains(key) || self.said.contains_key(&more);
-            if !is_known && self.outcome.checks >= CHECKS_MAX {
+            if !is_known && self.is_spent() {
                 unreached.insert(key);
                 continue;
             }
@@ -201,9 +291,13 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
                     // Those before it may need it.
                     unreached.append(&mut tried);
                 }
-            } else {
+            } else if failure(&faults).is_none() {
                 self.refuse(&Keys::from([key]), &faults, |_| true);
                 tried.insert(key);
+            } else if self.is_spent() || !self.fails_again(&more).await? {
+                unreached.insert(key);
+            } else {
+                self.refuse(&Keys::from([key]), &faults, |_| true);
             }
         }
         let is_same = open.is_empty() && self.dropped.is_empty();
@@ -214,13 +308,13 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
 
     /// Whose changes make an untouched ConfigMap fail: the one without which all is well, else all but those that
     /// can be added to the last good texts one after the other.
-    async fn culprits(&mut self, open: &Keys<'a>) -> Result<Keys<'a>, E> {
+    async fn culprits(&mut self, open: &Keys<'a>) -> Result<Keys<'a>, Stop<E>> {
         if open.len() == 1 {
             return Ok(open.clone());
         }
         for key in open {
             let others: Keys = open.iter().filter(|other| *other != key).copied().collect();
-            if self.outcome.checks >= CHECKS_MAX {
+            if self.is_spent() {
                 break;
             }
             let faults = self.faults(&others).await?;
@@ -233,7 +327,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         loop {
             let before = kept.len();
             for key in left.clone() {
-                if self.outcome.checks < CHECKS_MAX && self.passes_with(&kept, key).await? {
+                if !self.is_spent() && self.passes_with(&kept, key).await? {
                     kept.insert(key);
                     left.remove(key);
                 }
@@ -244,20 +338,68 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         }
     }
 
-    async fn passes_with(&mut self, open: &Keys<'a>, key: &'a ObjectKey) -> Result<bool, E> {
+    /// Which change of `open` makes the check fail: the one with which it begins to, when they are added in the order
+    /// of their names. True: it failed twice with it, and passed without. False: time was too short to find one of
+    /// these, or, where there is none, the check fails no more.
+    async fn killers(&mut self, open: &Keys<'a>, failure: &Fault) -> Result<(Keys<'a>, bool), Stop<E>> {
+        if self.fails(&Keys::new()).await? {
+            return Err(Stop::Good(failure.clone()));
+        }
+        let order: Vec<_> = open.iter().copied().collect();
+        let first = |count: usize| -> Keys<'a> { order[..count].iter().copied().collect() };
+        let (mut passing, mut failing) = (0, order.len());
+        while failing - passing > 1 && !self.is_spent() {
+            // A check that fails may take a hundred times as long as one that passes.
+            let next = passing + (failing - passing).div_ceil(4);
+            if self.fails(&first(next)).await? {
+                failing = next;
+            } else {
+                passing = next;
+            }
+        }
+        let suspects: Keys = order[passing..failing].iter().copied().collect();
+        if suspects.len() > 1 || self.is_spent() {
+            return Ok((suspects, false));
+        }
+        let fails = self.fails_again(&first(failing)).await?;
+        Ok(if fails { (suspects, true) } else { (Keys::new(), false) })
+    }
+
+    async fn fails(&mut self, open: &Keys<'a>) -> Result<bool, Stop<E>> {
+        Ok(failure(&self.faults(open).await?).is_some())
+    }
+
+    /// Checks once more what failed.
+    async fn fails_again(&mut self, open: &Keys<'a>) -> Result<bool, Stop<E>> {
+        self.said.remove(open);
+        let fails = self.fails(open).await?;
+        if !fails {
+            // It was chance, and may have been with others.
+            self.said.retain(|_, faults| failure(faults).is_none());
+        }
+        Ok(fails)
+    }
+
+    /// Whether newer edits have their turn now.
+    fn is_spent(&self) -> bool {
+        let checks = self.outcome.checks;
+        checks >= CHECKS_MAX || (checks >= CHECKS_MIN && Instant::now() >= self.until)
+    }
+
+    async fn passes_with(&mut self, open: &Keys<'a>, key: &'a ObjectKey) -> Result<bool, Stop<E>> {
         let mut more = open.clone();
         more.insert(key);
         let faults = self.faults(&more).await?;
         Ok(passes(&faults, &more))
     }
 
-    async fn faults(&mut self, open: &Keys<'a>) -> Result<Vec<Fault>, E> {
+    async fn faults(&mut self, open: &Keys<'a>) -> Result<Vec<Fault>, Stop<E>> {
         if let Some(said) = self.said.get(open) {
             return Ok(said.clone());
         }
         self.outcome.checks += 1;
         let selection = self.selection(open);
-        let faults = (self.check)(&selection).await?;
+        let faults = (self.check)(&selection).await.map_err(Stop::Check)?;
         self.said.insert(open.clone(), faults.clone());
         Ok(faults)
     }
@@ -271,7 +413,8 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
     }
 
     fn selection(&self, open: &Keys<'a>) -> Selection<'a> {
-        self.chosen(open).map(|(key, texts)| (key, &**texts)).collect()
+        let chosen = self.chosen(open);
+        chosen.map(|(key, texts)| (key, Selected { texts, is_changed: open.contains(key) })).collect()
     }
 
     fn key(&self, key: &ObjectKey) -> &'a ObjectKey {
@@ -297,13 +440,20 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
 
 /// Whether nothing is wrong, or only tests of ConfigMaps fail that nobody touched.
 fn passes(faults: &[Fault], open: &Keys) -> bool {
-    faults.iter().all(|fault| {
-        fault.code == TEST_FAILED
-            && !fault
-                .location
-                .as_ref()
-                .is_some_and(|location| open.iter().any(|key| is_in(&location.file, key)))
-    })
+    let is_in_open = |fault: &Fault| {
+        fault.location.as_ref().is_some_and(|location| open.iter().any(|key| is_in(&location.file, key)))
+    };
+    faults.iter().all(|fault| fault.code == TESTS_NOT_RUN || (is_of_tests(fault) && !is_in_open(fault)))
+}
+
+/// Whether the fault is of tests only. The modules compile.
+pub fn is_of_tests(fault: &Fault) -> bool {
+    [TEST_FAILED, TESTS_TOO_LONG, TESTS_NOT_RUN].contains(&fault.code.as_str())
+}
+
+/// Why the check itself failed.
+fn failure(faults: &[Fault]) -> Option<&Fault> {
+    faults.iter().find(|fault| fault.code == CHECK_FAILED)
 }
 
 /// The ConfigMap whose text the fault names.
@@ -322,15 +472,17 @@ fn is_in(id: &str, key: &ObjectKey) -> bool {
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
+    use std::time::Duration;
 
     use super::*;
+    use crate::config::CHECK_MAX;
     use crate::policy::verdict::Location;
 
-    /// A language as small as can be: `name` defines, `?name` needs, `!` is an error, `T` a failing test, and two
-    /// texts may not define one name.
+    /// A language as small as can be: `name` defines, `?name` needs, `!` is an error, `T` a failing test, `LONG` one
+    /// that takes too long, and two texts may not define one name. `KILL` makes the check fail, `SLOW` late.
     fn compile(selection: &Selection) -> Vec<Fault> {
         let words = |tests: bool| {
-            selection.iter().flat_map(move |(key, texts)| {
+            selection.iter().flat_map(move |(key, Selected { texts, .. })| {
                 let modules = if tests { &texts.tests } else { &texts.modules };
                 modules.values().flat_map(move |module| {
                     module.text.lines().skip(1).flat_map(str::split_whitespace).map(move |word| (*key, word))
@@ -348,6 +500,9 @@ mod tests {
         if !broken.is_empty() {
             return broken;
         }
+        if let Some((_, word)) = words(false).find(|(_, word)| ["KILL", "SLOW"].contains(word)) {
+            return vec![Fault::new(CHECK_FAILED, word)];
+        }
         let defined: Vec<_> = words(false).filter(|(_, word)| !word.starts_with('?')).collect();
         let mut faults = Vec::new();
         for (key, word) in words(false) {
@@ -364,11 +519,40 @@ mod tests {
             }
         }
         if faults.is_empty() {
-            faults.extend(
-                words(true).filter(|(_, word)| *word == "T").map(|(key, word)| fault(key, TEST_FAILED, word)),
-            );
+            faults.extend(words(true).filter_map(|(key, word)| match (word, word.strip_prefix('?')) {
+                ("T", _) => Some(fault(key, TEST_FAILED, word)),
+                ("LONG", _) => Some(fault(key, TESTS_TOO_LONG, word)),
+                (_, Some(name)) if defined.iter().all(|(_, other)| *other != name) => {
+                    Some(fault(key, TEST_FAILED, word))
+                }
+                _ => None,
+            }));
         }
         faults
+    }
+
+    /// Settles in a time that is not waited for: a check with `SLOW` takes as long as one may.
+    fn settle_once(
+        candidates: &Candidates,
+        mut compile: impl FnMut(&Selection) -> Vec<Fault>,
+    ) -> (Outcome, Duration) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+        runtime.unwrap().block_on(async {
+            let started = Instant::now();
+            let Ok(outcome) = settle(candidates, async |selection: &Selection| {
+                let faults = compile(selection);
+                if faults.iter().any(|fault| fault.message == "SLOW") {
+                    tokio::time::sleep(CHECK_MAX).await;
+                }
+                Ok::<_, Infallible>(faults)
+            })
+            .await;
+            (outcome, started.elapsed())
+        })
+    }
+
+    fn key(name: &str) -> ObjectKey {
+        ObjectKey { namespace: "ns".into(), name: name.into() }
     }
 
     fn texts(words: &str) -> Option<Arc<Texts>> {
@@ -378,20 +562,25 @@ mod tests {
         (words != "-").then(|| Arc::new(Texts { modules: of(modules, "m"), tests: of(tests, "t") }))
     }
 
-    /// `name: good > wanted`, `-` for none. Expects `name=accepted` of all, and the names that are refused.
+    /// `name: good > wanted`, `-` for none, `~` before what was refused before, `^` before what is costly too.
+    fn candidates(script: &[&str]) -> Candidates {
+        let candidate = |line: &&str| {
+            let (name, states) = line.split_once(": ").unwrap();
+            let (good, wanted) = states.split_once(" > ").unwrap_or((states, states));
+            let refused = match wanted.as_bytes()[0] {
+                b'~' => Some(Refused::Tried),
+                b'^' => Some(Refused::Costly),
+                _ => None,
+            };
+            let wanted = wanted.trim_start_matches(['~', '^']);
+            (key(name), Candidate { good: texts(good), wanted: texts(wanted), refused })
+        };
+        script.iter().map(candidate).collect()
+    }
+
+    /// Expects `name=accepted` of all, and the names that are refused.
     fn check(script: &[&str], accepted: &[&str], refused: &[&str]) {
-        let key = |name: &str| ObjectKey { namespace: "ns".into(), name: name.into() };
-        let candidates: Candidates = script
-            .iter()
-            .map(|line| {
-                let (name, states) = line.split_once(": ").unwrap();
-                let (good, wanted) = states.split_once(" > ").unwrap_or((states, states));
-                // `~` for what was refused before.
-                let refused = wanted.strip_prefix('~').map(|_| Refused::Tried);
-                let wanted = wanted.trim_start_matches('~');
-                (key(name), Candidate { good: texts(good), wanted: texts(wanted), refused })
-            })
-            .collect();
+        let candidates = candidates(script);
         let wanted: Vec<_> = candidates.iter().map(|(key, c)| (key.clone(), c.wanted.clone())).collect();
         let found = settle_all(candidates);
         let expected: BTreeMap<_, _> = accepted
@@ -409,21 +598,23 @@ mod tests {
     fn settle_all(mut candidates: Candidates) -> BTreeMap<ObjectKey, Arc<Texts>> {
         let mut faults = BTreeSet::new();
         for _ in 0..candidates.len() + 2 {
-            let outcome = futures::executor::block_on(settle(&candidates, async |selection: &Selection| {
-                Ok::<_, Infallible>(compile(selection))
-            }));
-            let Ok(outcome) = outcome;
+            let (outcome, took) = settle_once(&candidates, compile);
             assert!(outcome.checks <= CHECKS_MAX + candidates.len(), "{}", outcome.checks);
+            assert!(took <= SETTLE_MAX + 2 * CHECK_MAX, "{took:?}");
+            assert_eq!(outcome.failure, None);
             if outcome.untried.is_empty() {
                 return outcome.accepted;
             }
             for (key, candidate) in &mut candidates {
                 candidate.good = outcome.accepted.get(key).cloned();
-                let untried = outcome.untried.contains(key);
-                let refused = if untried { Refused::Untried } else { Refused::Tried };
+                let is_costly =
+                    candidate.refused == Some(Refused::Costly) || outcome.costly().any(|it| it == key);
+                let refused = if is_costly { Refused::Costly } else { Refused::Tried };
+                let refused = if outcome.untried.contains(key) { Refused::Untried } else { refused };
                 candidate.refused = (candidate.good != candidate.wanted).then_some(refused);
                 let told = outcome.faults.contains_key(key) || faults.contains(key);
-                assert!(told || candidate.refused.is_none(), "{key} is refused for nothing");
+                let is_told = told || is_costly || candidate.refused.is_none();
+                assert!(is_told, "{key} is refused for nothing");
                 faults.extend(outcome.faults.get_key_value(key).map(|(key, _)| key.clone()));
             }
         }
@@ -484,6 +675,93 @@ mod tests {
     fn tests_gate_their_own_configmap() {
         check(&["a: x/ > y/T"], &["a=x/"], &["a"]);
         check(&["a: x/T", "b: - > y"], &["a=x/T", "b=y"], &[]);
+        // Those that no longer compile, and those that are slow.
+        check(&["a: x > y", "b: z/?x"], &["a=y", "b=z/?x"], &[]);
+        check(&["a: x/ > y/?q", "b: - > z"], &["a=x/", "b=z"], &["a"]);
+        check(&["a: x/LONG", "b: y > z"], &["a=x/LONG", "b=z"], &[]);
+        check(&["a: x/ > y/LONG", "b: - > z"], &["a=x/", "b=z"], &["a"]);
+    }
+
+    #[test]
+    fn what_makes_the_check_fail_gives_way_alone() {
+        for kill in ["KILL", "SLOW"] {
+            let bad = |name: &str| format!("{name}: x{name} > {kill}");
+            let [a, b] = [&bad("a"), &bad("b")];
+            check(&[a, "b: - > y", "c: ?xa > ?xa z"], &["a=xa", "b=y", "c=?xa z"], &["a"]);
+            check(&[a, b, "c: - > y"], &["a=xa", "b=xb", "c=y"], &["a", "b"]);
+            check(&[a, "b: - > ~y", "c: - > ~!", "d: - > w"], &["a=xa", "b=y", "d=w"], &["a", "c"]);
+            check(&[a, "b: y > !", "c: z > w"], &["a=xa", "b=y", "c=w"], &["a", "b"]);
+            // What was refused before may be what makes it fail.
+            check(&["a: - > y", &format!("b: - > ~{kill}")], &["a=y"], &["b"]);
+            // The end of another one may be, too.
+            check(&[a, "b: y > -", "c: ?y"], &["a=xa", "b=y", "c=?y"], &["a", "b"]);
+            for count in [2, 7, 50] {
+                for at in [0, count / 2, count - 1] {
+                    let line = |n| {
+                        if n == at { format!("c{n:02}: - > {kill}") } else { format!("c{n:02}: - > x{n}") }
+                    };
+                    let script: Vec<_> = (0..count).map(line).collect();
+                    let kept: Vec<_> =
+                        (0..count).filter(|n| *n != at).map(|n| format!("c{n:02}=x{n}")).collect();
+                    let [script, kept] =
+                        [&script, &kept].map(|lines| lines.iter().map(String::as_str).collect::<Vec<_>>());
+                    check(&script, &kept, &[&format!("c{at:02}")]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_made_the_check_fail_costs_later_edits_nothing() {
+        for script in [&["a: x > ^SLOW", "b: y > z"], &["a: x/ > ^y/LONG", "b: y > z"]] {
+            let (outcome, took) = settle_once(&candidates(script), compile);
+            assert_eq!((outcome.checks, took), (1, Duration::ZERO));
+            assert_eq!(outcome.accepted[&key("b")], texts("z").unwrap());
+            assert!(outcome.faults.is_empty() && outcome.untried.is_empty(), "{outcome:?}");
+        }
+        for (script, costly) in [("a: x > KILL", true), ("a: x/ > y/LONG", true), ("a: x/ > y/T", false)] {
+            let (outcome, _) = settle_once(&candidates(&[script]), compile);
+            assert_eq!(outcome.costly().eq([&key("a")]), costly, "{script}");
+        }
+    }
+
+    #[test]
+    fn a_check_that_fails_by_chance_refuses_nothing() {
+        for failing in [&[1][..], &[1, 2], &[2], &[1, 3], &[1, 4]] {
+            let mut checks = 0;
+            let mut candidates = candidates(&["a: x > y", "b: - > z", "c: - > w"]);
+            for _ in 0..3 {
+                let (outcome, _) = settle_once(&candidates, |selection: &Selection| {
+                    checks += 1;
+                    let is_change = selection.values().any(|selected| selected.is_changed);
+                    if failing.contains(&checks) && is_change {
+                        return vec![Fault::new(CHECK_FAILED, "chance")];
+                    }
+                    compile(selection)
+                });
+                assert_eq!(outcome.costly().count(), 0, "{failing:?}");
+                for (key, candidate) in &mut candidates {
+                    candidate.good = outcome.accepted.get(key).cloned();
+                    candidate.refused = outcome.untried.contains(key).then_some(Refused::Untried);
+                }
+            }
+            assert!(candidates.values().all(|candidate| candidate.good == candidate.wanted), "{failing:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_settled_while_the_check_fails_without_changes() {
+        for (script, untried) in
+            [(&["a: KILL", "b: x > y", "c: - > ~z"][..], "b"), (&["a: KILL", "b: x"], "a")]
+        {
+            let (outcome, _) = settle_once(&candidates(script), compile);
+            assert!(outcome.failure.is_some() && outcome.faults.is_empty(), "{outcome:?}");
+            let good = [("a", "KILL"), ("b", "x")].map(|(name, words)| (key(name), texts(words).unwrap()));
+            assert_eq!(outcome.accepted, BTreeMap::from(good));
+            assert_eq!(outcome.untried, BTreeSet::from([key(untried)]));
+        }
+        // A change that mends it is accepted.
+        check(&["a: KILL > x", "b: - > y"], &["a=x", "b=y"], &[]);
     }
 
     #[test]

@@ -24,6 +24,8 @@ mod replicas;
 
 mod scenarios;
 
+mod slow_policies;
+
 mod sources;
 
 mod verdicts;

@@ -1,0 +1,31 @@
+#!/bin/sh
+# A stand-in for OPA: words in the modules of the working directory say what comes of a run. Notes each in `log` beside
+# the name that it is called by.
+echo "$1" >> "$(dirname "$0")/log"
+
+# The files with a word, as members of a JSON array; $2 is the rest of each.
+members() {
+    separator=
+    for file in $(grep -lw "$1" ./*.rego); do
+        printf '%s{"location":{"file":"%s","row":2,"col":1},%s}' "$separator" "$file" "$2"
+        separator=,
+    done
+}
+
+case $1 in
+version) echo "Version: 1.2.3" ;;
+capabilities) echo "{}" ;;
+check)
+    grep -qw CRASH ./*.rego && kill -9 $$
+    word=BROKEN
+    grep -qw BREAKS ./*.rego && word=TARGET
+    grep -qw "$word" ./*.rego || exit 0
+    printf '{"errors":[%s]}' "$(members "$word" '"code":"rego_type_error","message":"undefined"')" >&2
+    exit 1
+    ;;
+test)
+    grep -qw BREAKS ./*.rego && exit 1
+    grep -qw CRASHTEST ./*.rego && kill -9 $$
+    printf '[%s]' "$(members FAIL '"package":"data.p","name":"test_x","fail":true')"
+    ;;
+esac

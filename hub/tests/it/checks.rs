@@ -1,0 +1,108 @@
+//! The check beside the writer, with an OPA that fails.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::sync::Arc;
+
+use opa_hub::bundle::Bundle;
+use opa_hub::bundle::spec::Spec;
+use opa_hub::model::ObjectKey;
+use opa_hub::pipeline::{self, Said};
+use opa_hub::policy::check::{Compiler, Dialect};
+use opa_hub::policy::modules::Module;
+use opa_hub::policy::settle::{CHECK_FAILED, Candidate, Candidates, Outcome, Refused, Texts};
+use opa_hub::readiness::Readiness;
+use tokio::sync::mpsc;
+
+/// What comes of candidates, one job after the other.
+struct Checks {
+    jobs: mpsc::UnboundedSender<Arc<Candidates>>,
+    said: mpsc::Receiver<Said>,
+}
+
+impl Checks {
+    async fn settle(&mut self, candidates: &Candidates) -> Outcome {
+        self.jobs.send(Arc::new(candidates.clone())).unwrap();
+        match self.said.recv().await {
+            Some(Said::Checked { outcome, .. }) => outcome,
+            _ => panic!("nothing came of the check"),
+        }
+    }
+}
+
+fn key(name: &str) -> ObjectKey {
+    ObjectKey { namespace: "ns".into(), name: name.into() }
+}
+
+fn texts(name: &str, text: &str) -> Arc<Texts> {
+    let module = Arc::new(Module::read(&format!("package {name}\n{text}")).unwrap());
+    Arc::new(Texts { modules: BTreeMap::from([(format!("ns/{name}/m"), module)]), ..Texts::default() })
+}
+
+fn install(dir: &Path) {
+    symlink(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake-opa.sh"), dir.join("opa")).unwrap();
+}
+
+/// Runs `script` beside a check by the stand-in for OPA in a folder.
+async fn run(script: impl AsyncFnOnce(Checks, &Path, &Readiness)) {
+    let dir = tempfile::tempdir().unwrap();
+    install(dir.path());
+    let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
+    let (jobs, queue) = mpsc::unbounded_channel();
+    let (say, said) = mpsc::channel(1);
+    let spec = Arc::new(Spec::of_feeds("main", Vec::new()));
+    let bundle = Arc::new(Bundle::new("main".into(), None));
+    let readiness = Readiness::default();
+    let checking = pipeline::check(compiler, queue, say, None, spec, bundle, readiness.clone());
+    tokio::select! {
+        () = checking => panic!("the check ended"),
+        () = script(Checks { jobs, said }, dir.path(), &readiness) => {}
+    }
+}
+
+#[tokio::test]
+async fn newer_edits_are_checked_after_an_opa_that_could_not_be_run() {
+    run(async |mut checks, dir, readiness| {
+        let edit = |text: &str| {
+            let (good, wanted) = (Some(texts("a", "old")), Some(texts("a", text)));
+            Candidates::from([(key("a"), Candidate { good, wanted, refused: None })])
+        };
+        std::fs::remove_file(dir.join("opa")).unwrap();
+        let outcome = checks.settle(&edit("first")).await;
+        assert_eq!(outcome.accepted, BTreeMap::from([(key("a"), texts("a", "old"))]));
+        assert!(outcome.faults.is_empty() && outcome.untried.contains(&key("a")), "{outcome:?}");
+        assert!(readiness.problems()[0].message.contains("cannot run OPA"), "{:?}", readiness.problems());
+        install(dir);
+        let outcome = checks.settle(&edit("newest")).await;
+        assert_eq!(outcome.accepted, BTreeMap::from([(key("a"), texts("a", "newest"))]));
+        assert!(readiness.problems().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_crashes_opa_is_refused_alone_and_tried_again_when_it_changes() {
+    run(async |mut checks, dir, _| {
+        let runs = || std::fs::read_to_string(dir.join("log")).unwrap().lines().count();
+        let new =
+            |name: &str, text: &str| Candidate { wanted: Some(texts(name, text)), ..Candidate::default() };
+        let mut candidates = Candidates::from([(key("a"), new("a", "CRASH")), (key("b"), new("b", "x"))]);
+        let outcome = checks.settle(&candidates).await;
+        assert_eq!(outcome.accepted, BTreeMap::from([(key("b"), texts("b", "x"))]));
+        assert_eq!(outcome.faults[&key("a")][0].code, CHECK_FAILED);
+        // Later edits of others do not run it.
+        candidates.get_mut(&key("a")).unwrap().refused = Some(Refused::Tried);
+        for text in ["y", "z"] {
+            let before = runs();
+            candidates.insert(key("b"), new("b", text));
+            let outcome = checks.settle(&candidates).await;
+            assert_eq!(outcome.accepted, BTreeMap::from([(key("b"), texts("b", text))]));
+            assert_eq!(runs(), before + 1);
+        }
+        candidates.insert(key("a"), new("a", "mended"));
+        let outcome = checks.settle(&candidates).await;
+        assert_eq!(outcome.accepted.len(), 2, "{outcome:?}");
+    })
+    .await;
+}
