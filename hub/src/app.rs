@@ -44,7 +44,7 @@ pub fn main() -> ExitCode {
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let result = runtime.block_on(run(config));
-        // The writer's thread ends with its queue; a folder being read is not waited for.
+        // The writers' threads end with their queues; a folder being read is not waited for.
         runtime.shutdown_background();
         result
     };
@@ -97,7 +97,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let leads = watch::Sender::new(false);
     let stages = Stages {
         store,
-        opa: config.opa.clone(),
+        compiler,
         place: place(&config, cluster.clone()),
         leads: leads.subscribe(),
         readiness: readiness.clone(),

@@ -1,11 +1,11 @@
 //! The bundles that there are: each with a writer, a check and a keeper of its own, so that none waits for another.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -13,7 +13,7 @@ use crate::bundle::Bundle;
 use crate::bundle::spec::Spec;
 use crate::pipeline::{self, Ends, Pipeline, Said};
 use crate::policy::candidates::LastGood;
-use crate::policy::check::{self, Compiler};
+use crate::policy::check::Compiler;
 use crate::policy::verdict::Verdicts;
 use crate::readiness::Readiness;
 use crate::source::auto::Auto;
@@ -57,8 +57,8 @@ impl Bundles {
 pub struct Stages {
     /// Where its objects are.
     pub store: Arc<Store>,
-    /// The OPA that checks policies, if one is named.
-    pub opa: Option<PathBuf>,
+    /// What checks policies.
+    pub compiler: Compiler,
     /// Where the last good policies of a bundle are kept.
     pub place: Box<dyn Fn(&str) -> Place + Send + Sync>,
     /// Whether this replica writes to the cluster.
@@ -95,13 +95,13 @@ impl Stages {
         gates: bool,
         is_flags: bool,
         tasks: &mut JoinSet<Ended>,
-    ) -> Result<Running, check::Error> {
+    ) -> Running {
         let readiness = if is_flags {
             self.readiness.clone()
         } else {
             self.readiness.of(&format!("bundle {}: ", spec.name))
         };
-        let compiler = Compiler::find(self.opa.as_deref(), spec.dialect).await?;
+        let compiler = self.compiler.with_dialect(spec.dialect);
         let mut bundle = Bundle::new(spec.name.clone(), spec.scoped.clone());
         bundle.verdicts = Verdicts::telling(Arc::clone(&self.bundles.verdicts));
         let bundle = Arc::new(bundle);
@@ -114,24 +114,23 @@ impl Stages {
         let stop = CancellationToken::new();
         let mut handles = Vec::new();
         handles.push(tasks.spawn(async move {
-            let writing = tokio::task::spawn_blocking(move || writer.run(said)).await;
-            writing.map_or_else(|panic| std::panic::resume_unwind(panic.into_panic()), |()| "the writer")
+            on_thread("opa-hub-writer", move || writer.run(said)).await;
+            "the writer"
         }));
         let auto = spec.auto.clone().map(|auto| Auto::new(auto, &spec.feeds));
         let (checked, of, whose) = (Arc::clone(&spec), Arc::clone(&bundle), readiness.clone());
         let (tell, stopped) = (say.clone(), stop.clone());
         handles.push(tasks.spawn(async move {
-            let here = tokio::runtime::Handle::current();
             let checking = move || {
-                here.block_on(async {
+                Handle::current().block_on(async {
                     tokio::select! {
                         () = pipeline::check(compiler, jobs, tell, auto, checked, of, whose) => {}
                         () = stopped.cancelled() => {}
                     }
                 });
             };
-            let checking = tokio::task::spawn_blocking(checking).await;
-            checking.map_or_else(|panic| std::panic::resume_unwind(panic.into_panic()), |()| "the check")
+            on_thread("opa-hub-check", checking).await;
+            "the check"
         }));
         handles.push(tasks.spawn({
             let bundle = Arc::clone(&bundle);
@@ -145,7 +144,7 @@ impl Stages {
             Some(good) => _ = say.send(Said::Restored(good)).await,
             None => self.keep(&mut running, Some(say), tasks),
         }
-        Ok(running)
+        running
     }
 
     /// Keeps what is good of `running` from now on. What was kept is told to `say` first.
@@ -160,6 +159,24 @@ impl Stages {
             place.keep(kept, good, leads, readiness).await;
             "the keeper of the last good policies"
         }));
+    }
+}
+
+/// Runs `work` on a thread of its own and waits for its end, or panics as it does. The runtime's threads for blocking
+/// work are few, and for work that ends soon.
+async fn on_thread(name: &str, work: impl FnOnce() + Send + 'static) {
+    let (done, ended) = oneshot::channel::<()>();
+    let runtime = Handle::current();
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        // Dropped at the end, and by a panic.
+        let _done = done;
+        let _in_runtime = runtime.enter();
+        work();
+    });
+    let thread = thread.expect("a thread can be started");
+    _ = ended.await;
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
     }
 }
 

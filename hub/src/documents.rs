@@ -16,7 +16,6 @@ use crate::bundle::spec::Spec;
 use crate::bundles::{Ended, Running, Stages};
 use crate::config::{BUNDLES_MAX, DOCUMENTS_LOOK};
 use crate::model::{Change, FeedId, Object};
-use crate::policy::check;
 use crate::source::folder;
 use crate::store::Subscription;
 
@@ -96,9 +95,7 @@ impl Documents {
     /// Follows them for ever. Returns why it cannot.
     pub async fn run(mut self) -> anyhow::Error {
         loop {
-            if let Err(error) = self.turn().await {
-                return error.into();
-            }
+            self.turn().await;
             let has_file = self.file.is_some();
             let nexts = self.slots.values().filter_map(|slot| slot.next.as_ref());
             let replaced = replaced(nexts.map(|next| next.bundle.head()).collect());
@@ -116,7 +113,7 @@ impl Documents {
         }
     }
 
-    async fn turn(&mut self) -> Result<(), check::Error> {
+    async fn turn(&mut self) {
         if let Some(file) = &mut self.file {
             file.look();
         }
@@ -130,7 +127,7 @@ impl Documents {
         self.settled |= self.source.is_settled();
         let wanted = self.wanted();
         for (name, spec) in wanted.specs {
-            self.provide(name, spec, !was_settled).await?;
+            self.provide(name, spec, !was_settled).await;
         }
         if self.settled && !was_settled {
             self.stages.readiness.ready(DOCUMENTS);
@@ -155,7 +152,6 @@ impl Documents {
                 slot.running = next;
             }
         }
-        Ok(())
     }
 
     /// What is asked for, of the first who asks for each name.
@@ -216,29 +212,27 @@ impl Documents {
     }
 
     /// Sees to it that the bundle is, or will be, as `spec` says.
-    async fn provide(&mut self, name: String, spec: Arc<Spec>, gates: bool) -> Result<(), check::Error> {
+    async fn provide(&mut self, name: String, spec: Arc<Spec>, gates: bool) {
         let Self { stages, slots, tasks, .. } = self;
         let Some(slot) = slots.get_mut(&name) else {
             let feeds = spec.feeds.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             tracing::info!(bundle = name, feeds, "starting");
             let is_flags = self.flags.as_ref().is_some_and(|flags| flags.name == name);
-            let running = stages.start(spec, None, gates, is_flags, tasks).await?;
+            let running = stages.start(spec, None, gates, is_flags, tasks).await;
             stages.bundles.serve(Arc::clone(&running.bundle));
             slots.insert(name, Slot { running, next: None });
-            return Ok(());
+            return;
         };
         let newest = slot.next.as_ref().unwrap_or(&slot.running);
         if newest.spec == spec {
-            return Ok(());
+            return;
         }
         tracing::info!(bundle = name, "its document changed: a new one is made");
         slot.next = None;
         if *slot.running.spec == *spec {
-            return Ok(());
+            return;
         }
-        let next = stages.start(spec, slot.running.good(), false, false, tasks).await?;
-        slot.next = Some(next);
-        Ok(())
+        slot.next = Some(stages.start(spec, slot.running.good(), false, false, tasks).await);
     }
 }
 

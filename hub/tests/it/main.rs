@@ -9,5 +9,6 @@ mod fields;
 mod fold;
 mod http;
 mod invariants;
+mod many_bundles;
 mod program;
 mod writer;

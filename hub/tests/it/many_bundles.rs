@@ -1,0 +1,79 @@
+//! As many bundles as a hub serves at most, while some of them are being replaced.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::ConnectInfo;
+use axum::http::{Request, StatusCode};
+use opa_hub::bundle::Part;
+use opa_hub::bundle::spec::Spec;
+use opa_hub::bundles::{Bundles, Stages};
+use opa_hub::config::BUNDLES_MAX;
+use opa_hub::model::{Content, Event, Feed, Resource, Scope};
+use opa_hub::policy::candidates::LastGood;
+use opa_hub::policy::check::{Compiler, Dialect};
+use opa_hub::readiness::Readiness;
+use opa_hub::serve::{Hub, router};
+use opa_hub::store::Store;
+use opa_hub::writeback::last_good::Place;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+
+/// Replacements that wait: with two threads of each bundle, more than the runtime has for blocking work.
+const WAITING: usize = 60;
+/// After this an answer does not come any more.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn feed(plural: &str, content: Content) -> Feed {
+    let resource = Resource { group: String::new(), version: "v1".into(), plural: plural.into() };
+    Feed { resource, scope: Scope::Namespaces { ignored: Vec::new() }, labels: Vec::new(), content }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn archives_are_served_while_replacements_wait_for_a_resource() {
+    let store = Arc::new(Store::new(Readiness::default()));
+    let bundles = Arc::new(Bundles::default());
+    let leads = watch::Sender::new(false);
+    let stages = Stages {
+        store: Arc::clone(&store),
+        compiler: Compiler::Syntax(Dialect::Default),
+        place: Box::new(|_| Place::Nowhere),
+        leads: leads.subscribe(),
+        readiness: Readiness::default(),
+        bundles: Arc::clone(&bundles),
+    };
+    let (mut tasks, mut running) = (JoinSet::new(), Vec::new());
+    let policies = feed("configmaps", Content::Policies);
+    for at in 0..BUNDLES_MAX {
+        let spec = Arc::new(Spec::of_feeds(&format!("b{at}"), vec![policies.clone()]));
+        let bundle = stages.start(spec, None, false, false, &mut tasks).await;
+        bundles.serve(Arc::clone(&bundle.bundle));
+        running.push(bundle);
+    }
+    let watches: Vec<_> = store.wanted().borrow().keys().copied().collect();
+    for id in watches {
+        store.apply((id, Event::Init, None));
+        store.apply((id, Event::InitDone, None));
+    }
+    let widgets = feed("widgets", Content::Resource("/kubernetes/widgets".parse().unwrap()));
+    for at in 0..WAITING {
+        running[at].bundle.archived(Part::Whole).wait_for(Option::is_some).await.unwrap();
+        let spec = Spec::of_feeds(&format!("b{at}"), vec![policies.clone(), widgets.clone()]);
+        running.push(stages.start(Arc::new(spec), Some(LastGood::new()), false, false, &mut tasks).await);
+    }
+    let hub = Hub::new(bundles, String::new(), Readiness::default(), Vec::new(), CancellationToken::new());
+    let router = router(hub);
+    for at in [0, BUNDLES_MAX - 1] {
+        running[at].bundle.archived(Part::Whole).wait_for(Option::is_some).await.unwrap();
+        let peer: SocketAddr = "127.0.0.1:1".parse().unwrap();
+        let request = Request::get(format!("/bundles/b{at}")).extension(ConnectInfo(peer));
+        let answer = router.clone().oneshot(request.body(Body::empty()).unwrap());
+        let answer = tokio::time::timeout(PATIENCE, answer).await.unwrap().unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+    }
+    assert!(running[BUNDLES_MAX..].iter().all(|waiting| !waiting.is_live()));
+}
