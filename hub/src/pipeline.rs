@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::position::{Bounds, Position};
@@ -24,12 +25,14 @@ use crate::policy::analyze::Reads;
 use crate::policy::candidates::LastGood;
 use crate::policy::check::{self, Compiler, Modules};
 use crate::policy::reads;
-use crate::policy::settle::{self, Candidates, Outcome, Refused, Selection, Texts};
+use crate::policy::settle::{self, Candidate, Candidates, Outcome, Progress, Refused, Selection, Texts};
 use crate::policy::verdict::Fault;
 use crate::readiness::Readiness;
 use crate::source::auto::Auto;
 use crate::store::{Store, Subscription, Taken};
 
+/// Time after which a hub that starts serves the last good policies, while the changes since then are being checked.
+const INTERIM_AFTER: Duration = Duration::from_secs(2);
 /// What [`Readiness`] calls the policies.
 pub const POLICIES: &str = "policies checked";
 /// What it calls the fields.
@@ -70,6 +73,7 @@ pub async fn check(
 ) {
     // What each ConfigMap held when it was too costly to check.
     let mut costly: BTreeMap<ObjectKey, Option<Arc<Texts>>> = BTreeMap::new();
+    let mut is_first = true;
     while let Some(mut candidates) = jobs.recv().await {
         let started = Instant::now();
         costly.retain(|key, texts| {
@@ -81,18 +85,20 @@ pub async fn check(
                 candidate.refused = Some(Refused::Costly);
             }
         }
-        let mut limits =
-            Scales::new(&spec, &bundle).map(|scales| Limits::new(scales, &compiler, &candidates, &spec));
-        let check = async |selection: &Selection| {
-            let mut faults = compiler.check(selection).await?;
-            if let Some(limits) = &mut limits
-                && faults.iter().all(settle::is_of_tests)
-            {
-                faults.extend(limits.check(selection).await?);
+        // What was good before a restart is served while what changed since takes long to check.
+        let is_restart = std::mem::take(&mut is_first) && candidates.values().any(|unit| unit.good.is_some());
+        let settled = tokio::select! {
+            settled = settle(&compiler, &candidates, &spec, &bundle) => settled,
+            () = tokio::time::sleep(INTERIM_AFTER), if is_restart => {
+                match settle(&compiler, &unchanged(&candidates), &spec, &bundle).await {
+                    Ok(good) if good.failure.is_none() => {
+                        let open = Outcome::unsettled(&candidates).untried;
+                        Ok(Outcome { untried: open, progress: Progress::Good, ..good })
+                    }
+                    _ => settle(&compiler, &candidates, &spec, &bundle).await,
+                }
             }
-            Ok(faults)
         };
-        let settled = settle::settle(&candidates, check).await;
         let (mut outcome, failure) = match settled {
             Ok(mut outcome) => {
                 let failure = outcome.failure.take().map(|fault| fault.message);
@@ -104,7 +110,7 @@ pub async fn check(
             tracing::warn!(error, "cannot check the policies");
             readiness.failing(POLICIES, &error);
             tokio::time::sleep(CHECK_RETRY).await;
-            if said.send(Said::Checked { outcome, reads: None }).await.is_err() {
+            if said.send(Said::Checked { outcome, reads: None, resources: None }).await.is_err() {
                 return;
             }
             continue;
@@ -139,6 +145,35 @@ pub async fn check(
             return;
         }
     }
+}
+
+/// The same candidates without any change.
+fn unchanged(candidates: &Candidates) -> Candidates {
+    let unchanged = candidates.iter().map(|(key, candidate)| {
+        let good = candidate.good.clone();
+        (key.clone(), Candidate { good: good.clone(), wanted: good, refused: None })
+    });
+    unchanged.collect()
+}
+
+/// Accepts as many candidates as compile together and keep the bundle within its size.
+async fn settle(
+    compiler: &Compiler,
+    candidates: &Candidates,
+    spec: &Spec,
+    bundle: &Bundle,
+) -> Result<Outcome, check::Error> {
+    let mut limits = Scales::new(spec, bundle).map(|scales| Limits::new(scales, compiler, candidates, spec));
+    let check = async |selection: &Selection| {
+        let mut faults = compiler.check(selection).await?;
+        if let Some(limits) = &mut limits
+            && faults.iter().all(settle::is_of_tests)
+        {
+            faults.extend(limits.check(selection).await?);
+        }
+        Ok(faults)
+    };
+    settle::settle(candidates, check).await
 }
 
 /// Policies that read more than the bundle may hold.
@@ -229,6 +264,8 @@ pub struct Pipeline {
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
     good: watch::Sender<Option<LastGood>>,
     restored: bool,
+    /// The policies that were good before a restart may be served.
+    has_interim: bool,
     /// Who waits for feeds that were opened lately.
     opening: Vec<oneshot::Sender<()>>,
     /// Resources that came because policies read them.
@@ -313,6 +350,7 @@ impl Pipeline {
             jobs,
             good,
             restored: false,
+            has_interim: false,
             opening: Vec::new(),
             stage: Stage::Listing,
         };
@@ -354,8 +392,14 @@ impl Pipeline {
                 if reads.is_some() || resources.is_some() {
                     self.widen(reads, resources.as_ref());
                 }
+                // Policies that only wait are not checked yet.
+                let checking = std::mem::take(&mut self.checking);
+                match outcome.progress {
+                    Progress::All => self.checked = checking,
+                    Progress::Good => self.has_interim = true,
+                    Progress::Nothing => {}
+                }
                 self.projection.take_outcome(outcome, &mut self.batch);
-                self.checked = std::mem::take(&mut self.checking);
                 let good = self.projection.last_good();
                 self.good.send_if_modified(|held| {
                     let changed = held.as_ref() != Some(&good);
@@ -539,7 +583,7 @@ impl Pipeline {
         }
         self.bundle.verdicts.take(self.projection.told());
         self.bundle.set_problems(self.projection.problems());
-        if self.stage == Stage::Checking && !self.projection.is_settled() {
+        if self.stage == Stage::Checking && !self.has_interim && !self.projection.is_settled() {
             return;
         }
         self.publish(false);

@@ -76,6 +76,18 @@ pub struct Selected<'a> {
     pub is_changed: bool,
 }
 
+/// Which of the candidates an outcome is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Progress {
+    /// All of them.
+    #[default]
+    All,
+    /// What was good before: it passes by itself. Changes are put off.
+    Good,
+    /// None: the check failed.
+    Nothing,
+}
+
 /// What came of the candidates.
 #[derive(Debug, Default)]
 pub struct Outcome {
@@ -91,6 +103,8 @@ pub struct Outcome {
     pub checks: usize,
     /// Why nothing came of the candidates: the check fails without any change too.
     pub failure: Option<Fault>,
+    /// Which of the candidates were checked.
+    pub progress: Progress,
 }
 
 impl Outcome {
@@ -108,7 +122,7 @@ impl Outcome {
             // One is enough to have all checked again.
             untried.extend(candidates.keys().next().cloned());
         }
-        Self { accepted: good.collect(), untried, ..Self::default() }
+        Self { accepted: good.collect(), untried, progress: Progress::Nothing, ..Self::default() }
     }
 
     /// The ConfigMaps that are refused as [`Refused::Costly`].
