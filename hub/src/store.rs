@@ -67,9 +67,8 @@ struct Live {
     staged: HashMap<ObjectKey, Object>,
     /// The list under way repeats one that broke off.
     repeats_list: bool,
-    listed: bool,
-    /// It was listed, or cannot be had.
-    settled: bool,
+    /// Whether a list is complete; `None` before the first one is, or has failed.
+    listed: Option<bool>,
     /// The last word was that there is none of it, or none for us.
     denied: bool,
     /// How far it is.
@@ -193,13 +192,16 @@ impl Live {
             listing: None,
             staged: HashMap::new(),
             repeats_list: false,
-            listed: false,
-            settled: false,
+            listed: None,
             denied: false,
             version: None,
             counters: Arc::new(counters),
             readers: Vec::new(),
         }
+    }
+
+    fn is_listed(&self) -> bool {
+        self.listed == Some(true)
     }
 
     /// Whether it is further now. A list is not, before its end.
@@ -213,7 +215,7 @@ impl Live {
         let mut heard = self.counters.heard.lock().unwrap_or_else(PoisonError::into_inner);
         if is_refused {
             // What was never given grows no older.
-            *heard = heard.filter(|_| self.listed);
+            *heard = heard.filter(|_| self.is_listed());
             return false;
         }
         let lists = self.listing.is_some() && *event != Event::InitDone;
@@ -237,7 +239,7 @@ impl Live {
         }
         match event {
             Event::Unavailable => {
-                self.settled = true;
+                self.listed.get_or_insert(false);
                 // The next list begins anew.
                 (self.listing, self.staged) = (None, HashMap::new());
                 Vec::new()
@@ -277,7 +279,7 @@ impl Live {
                 self.objects.remove(&key).map(|_| key).into_iter().collect()
             }
             Event::InitDone => {
-                (self.listed, self.settled) = (true, true);
+                self.listed = Some(true);
                 let Some(listed) = self.listing.take() else { return Vec::new() };
                 let staged = std::mem::take(&mut self.staged);
                 let gone = self.objects.keys().filter(|key| !listed.contains(*key));
@@ -349,7 +351,7 @@ impl Subscription {
         let state = self.store.state();
         let feeds = state.inboxes.get(&self.id).into_iter().flat_map(|inbox| inbox.feeds.values());
         let watches = feeds.filter_map(|(id, _)| Some((*id, state.watches.get(id)?)));
-        for (id, live) in watches.filter(|(_, live)| !live.listed) {
+        for (id, live) in watches.filter(|(_, live)| !live.is_listed()) {
             self.store.readiness.for_watch(id).pending(&live.feed.to_string(), "not listed yet");
         }
     }
@@ -399,12 +401,12 @@ impl Subscription {
 
     /// Whether every feed was listed once.
     pub fn is_listed(&self) -> bool {
-        self.all(|live| live.listed)
+        self.all(Live::is_listed)
     }
 
     /// Whether every feed was listed, or cannot be had.
     pub fn is_settled(&self) -> bool {
-        self.all(|live| live.settled)
+        self.all(|live| live.listed.is_some())
     }
 
     fn all(&self, is: impl Fn(&Live) -> bool) -> bool {

@@ -102,7 +102,7 @@ pub struct Outcome {
     /// How often all were compiled.
     pub checks: usize,
     /// Why nothing came of the candidates: the check fails without any change too.
-    pub failure: Option<Fault>,
+    pub failure: Option<Box<Fault>>,
     /// Which of the candidates were checked.
     pub progress: Progress,
 }
@@ -157,7 +157,9 @@ pub async fn settle<E>(
     match settling.run().await {
         Ok(outcome) => Ok(outcome),
         Err(Stop::Check(error)) => Err(error),
-        Err(Stop::Good(failure)) => Ok(Outcome { failure: Some(failure), ..Outcome::unsettled(candidates) }),
+        Err(Stop::Good(failure)) => {
+            Ok(Outcome { failure: Some(Box::new(failure)), ..Outcome::unsettled(candidates) })
+        }
     }
 }
 

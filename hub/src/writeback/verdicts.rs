@@ -48,7 +48,7 @@ impl Writer {
     /// Writes while this replica `leads`, for ever.
     pub async fn run(mut self, mut leads: watch::Receiver<bool>) {
         loop {
-            if while_leading(&leads, self.write_due()).await.is_none() {
+            if while_leading(&leads, Box::pin(self.write_due())).await.is_none() {
                 // The leader reports what it cannot write.
                 self.readiness.problem(SUBJECT, None);
                 self.readiness.problem(EVENTS, None);
