@@ -23,7 +23,7 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use opa_hub_loadtest::lab::{ControlPlane, assets};
 
-use self::scenario::{catchup, churn, failover, fanout, restart, slow, soak, start};
+use self::scenario::{catchup, churn, failover, fanout, restart, slow, soak, start, tenant};
 
 /// The lab of opa-hub: real etcd, kube-apiserver, kubectl and OPA, built once from their Go modules, run as child
 /// processes on loopback, gone when the command ends.
@@ -62,6 +62,8 @@ enum Command {
     Catchup(catchup::Options),
     /// Changes at a rate for minutes
     Soak(soak::Options),
+    /// Two bundles of one hub: one tenant attacks it, the other one works as before
+    Tenant(tenant::Options),
     /// Write tables and pictures anew from results that were kept, and one table of all goals; fails when one is missed
     Report {
         /// Where they were kept
@@ -134,6 +136,7 @@ async fn perform(command: Command) -> anyhow::Result<()> {
         Command::Slow(options) => slow::run(options).await,
         Command::Catchup(options) => catchup::run(options).await,
         Command::Soak(options) => soak::run(options).await,
+        Command::Tenant(options) => tenant::run(options).await,
         Command::Report { dir } => report(&dir),
         Command::Raw { .. } => unreachable!("it runs by itself"),
         Command::Demo => demo::run().await,

@@ -97,6 +97,11 @@ impl Process {
         eventually(format!("{name} ends"), ended).await.map(drop)
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it has taken of the machine so far.
     pub fn usage(&self) -> anyhow::Result<Usage> {
         // Of one that has ended there is none.

@@ -8,6 +8,7 @@ pub(crate) mod restart;
 pub(crate) mod slow;
 pub(crate) mod soak;
 pub(crate) mod start;
+pub(crate) mod tenant;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

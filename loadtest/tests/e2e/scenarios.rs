@@ -135,6 +135,39 @@ async fn soak() -> anyhow::Result<()> {
     kept.check("opa-hub", "streams that ended", 0.0)
 }
 
+/// Every attack reaches the hub, which runs on; the other tenant sees all that it edits and asks for.
+#[tokio::test]
+async fn tenant() -> anyhow::Result<()> {
+    // Attacks are for the lab's own API server.
+    if std::env::var("USE_EXISTING_CLUSTER").is_ok_and(|value| value == "true") {
+        return Ok(());
+    }
+    let kept = Kept::of(&["tenant", "--seconds", "2"]).await?;
+    let (calm, whole) = ("no attack", "the whole run");
+    for figure in [
+        "of these never seen",
+        "times that the hub had to be started again",
+        "differences from B's expected content at the end",
+    ] {
+        kept.check(whole, figure, 0.0)?;
+    }
+    let asked = kept.figure(calm, "edits and requests of B")?;
+    ensure!(asked > 0.0, "B did nothing");
+    for of in kept.0["runs"][0].as_array().context("a run")? {
+        let who = of["who"].as_str().context("a name")?;
+        if who == whole {
+            continue;
+        }
+        // As much as without an attack, and all of it seen.
+        kept.check(who, "edits and requests of B", asked)?;
+        kept.check(who, "of these never seen", 0.0)?;
+        if who != calm {
+            ensure!(kept.figure(who, "of these with a trace in the hub")? > 0.0, "{who} left no trace");
+        }
+    }
+    Ok(())
+}
+
 /// In a cluster of other people nothing stays behind, however it ends, and what nobody could mean is told.
 #[tokio::test]
 async fn guests_leave() -> anyhow::Result<()> {
