@@ -388,7 +388,7 @@ impl Pass<'_> {
                 self.assign(scope, stmt, "target", &source);
                 if stmt.kind == "AssignVarOnceStmt" && self.may_repeat(scope, stmt, "target") {
                     let all = flow(self, "target");
-                    self.compare(&all, site.as_ref());
+                    self.compare(&all);
                 }
             }
             "DotStmt" => {
@@ -415,8 +415,9 @@ impl Pass<'_> {
             "EqualStmt" | "NotEqualStmt" => self.equal(scope, stmt, site.as_ref()),
             "ArrayAppendStmt" => self.put(scope, stmt, "array"),
             "SetAddStmt" => {
+                // Where the value was found says more than the head of the rule.
                 let value = flow(self, "value");
-                self.whole(&value, site.as_ref());
+                self.whole(&value, None);
                 self.put(scope, stmt, "set");
             }
             "ObjectInsertStmt" | "ObjectInsertOnceStmt" => {
@@ -425,7 +426,7 @@ impl Pass<'_> {
                 self.put(scope, stmt, "object");
                 if stmt.kind == "ObjectInsertOnceStmt" && self.may_repeat(scope, stmt, "object") {
                     let all = flow(self, "object");
-                    all.elements.iter().for_each(|elements| self.compare(elements, site.as_ref()));
+                    all.elements.iter().for_each(|elements| self.compare(elements));
                 }
             }
             "ObjectMergeStmt" => {
@@ -615,12 +616,12 @@ impl Pass<'_> {
     }
 
     /// Reads what it takes to tell whether two values are equal.
-    fn compare(&mut self, flow: &Flow, site: Option<&Site>) {
+    fn compare(&mut self, flow: &Flow) {
         if flow.mixed || flow.elements.is_some() || !flow.is_of_one_resource() {
-            return self.whole(flow, site);
+            return self.whole(flow, None);
         }
         for place in &flow.places {
-            self.news |= self.reads.add(place, Extent::Identity, site);
+            self.news |= self.reads.add(place, Extent::Identity, None);
         }
     }
 

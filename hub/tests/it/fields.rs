@@ -517,7 +517,7 @@ async fn fields_are_shown_without_a_server() {
         format!("v1/pods: {cut} of {pod} bytes, an OPA of about 40 MB"),
         format!("metadata.labels.app {} ns/m/p.rego:3:10", cut - 2),
         "v1/nodes: 0 of 0 bytes, an OPA of about 40 MB".into(),
-        "spec.zone… 0 ns/m/p.rego:5:1".into(),
+        "spec.zone… 0 ns/m/p.rego:5:16".into(),
     ];
     assert_eq!(lines, expected, "{said}{}", String::from_utf8_lossy(&output.stderr));
 }
