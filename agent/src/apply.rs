@@ -167,6 +167,15 @@ impl Applier {
             self.opa.ensure(prefix).await?;
         }
         let mut patch = PatchWriter::default();
+        let gone = self.gone(held, &data).await?;
+        // A directory in whose place others come must make room for them.
+        let is_outer = |dir: &&DirPath| data.dirs.keys().any(|other| other.is_within(dir));
+        for dir in gone.iter().filter(is_outer) {
+            self.opa.ensure(dir).await?;
+            self.make_room(&mut patch, 0).await?;
+            patch.add_dir(dir, b"{}");
+        }
+        self.make_room(&mut patch, PATCH_BYTES_MAX).await?;
         let mut large: Option<(DirPath, HashSet<String>)> = None;
         let mut modules_open = modules_first;
         while let Some(piece) = pieces.recv().await {
@@ -215,10 +224,10 @@ impl Applier {
         if let Some(dir) = missing.first() {
             return Err(Error::Incomplete((*dir).clone()));
         }
-        for dir in self.gone(held, &data).await? {
-            self.opa.ensure(&dir).await?;
+        for dir in gone.iter().filter(|dir| !is_outer(dir)) {
+            self.opa.ensure(dir).await?;
             self.make_room(&mut patch, 0).await?;
-            if data.ensure.contains(&dir) { patch.add_dir(&dir, b"{}") } else { patch.remove_dir(&dir) }
+            if data.ensure.contains(dir) { patch.add_dir(dir, b"{}") } else { patch.remove_dir(dir) }
         }
         let mut marker = Marker {
             revision: None,

@@ -1,5 +1,6 @@
 //! The plain values that pass between the stages: feeds, objects, events, changes.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -142,6 +143,17 @@ pub enum Change {
     Put(FeedId, Object),
     /// The object is gone.
     Remove(FeedId, ObjectKey),
+}
+
+/// The replicated objects that there are.
+#[derive(Default)]
+pub struct Replicated {
+    /// Whole, each with the place of its resource.
+    pub objects: Vec<(DirPath, Object)>,
+    /// Places of all resources.
+    pub places: BTreeSet<DirPath>,
+    /// How new the newest of them may be.
+    pub newest: BTreeMap<FeedId, Version>,
 }
 
 /// Something refused, in words for the person who can mend it.

@@ -475,9 +475,10 @@ impl Pipeline {
         self.heard.newest = self.source.newest();
     }
 
-    /// Takes so much at most of what changed into the batch.
-    fn take(&mut self, max: usize) {
+    /// Takes so much at most of what changed into the batch. Whether that is all.
+    fn take(&mut self, max: usize) -> bool {
         let Taken { changes, all, newest } = self.source.take(max);
+        let is_all = all.is_some();
         if let Some(all) = all {
             self.heard.all = all;
         } else {
@@ -494,6 +495,7 @@ impl Pipeline {
                 self.projection.apply(change, &mut self.batch);
             }
         }
+        is_all
     }
 
     /// How far policies are in what was taken.
@@ -569,9 +571,9 @@ impl Pipeline {
             self.project_all();
             self.stage = Stage::Checking;
         }
-        self.take(max);
+        let is_all = self.take(max);
         self.projection.retry_refused(&mut self.batch);
-        if !self.opening.is_empty() && self.source.is_settled() {
+        if is_all && !self.opening.is_empty() && self.source.is_settled() {
             self.opening.clear();
         }
         if let Some(candidates) = self.projection.job() {

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
 use crate::config::{COMMIT_EVENTS_MAX, STALE_AFTER};
-use crate::model::{Change, Content, Event, Feed, FeedId, Object, ObjectKey, Version, WatchId};
+use crate::model::{Change, Content, Event, Feed, FeedId, Object, ObjectKey, Replicated, Version, WatchId};
 use crate::readiness::Readiness;
 use crate::source::Told;
 
@@ -433,19 +433,19 @@ impl Subscription {
         watches.flat_map(|(id, live)| live.objects.values().map(move |object| (id, object.clone()))).collect()
     }
 
-    /// Tells the replicated objects that there are, in no order, each with the place of its resource; none once the
-    /// subscription has ended.
-    pub fn replicated(&self) -> impl Fn() -> Vec<(DirPath, Object)> + Send + Sync + 'static {
+    /// Lists the replicated objects, in no order; none once the subscription has ended.
+    pub fn replicated(&self) -> impl Fn() -> Replicated + Send + Sync + 'static {
         let (store, reader) = (Arc::clone(&self.store), self.id);
         move || {
             let state = store.state();
             let feeds = state.inboxes.get(&reader).into_iter().flat_map(|inbox| inbox.feeds.values());
-            let places =
-                feeds.filter_map(|(watch, place)| Some((place.as_ref()?, state.watches.get(watch)?)));
-            let of = |(place, live): (&DirPath, &Live)| {
-                live.objects.values().map(|object| (place.clone(), object.clone())).collect::<Vec<_>>()
-            };
-            places.flat_map(of).collect()
+            let mut found = Replicated { newest: state.versions(reader), ..Replicated::default() };
+            for (watch, place) in feeds {
+                let (Some(place), Some(live)) = (place, state.watches.get(watch)) else { continue };
+                found.places.insert(place.clone());
+                found.objects.extend(live.objects.values().map(|object| (place.clone(), object.clone())));
+            }
+            found
         }
     }
 }

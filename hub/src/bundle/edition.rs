@@ -22,13 +22,13 @@ use super::project::directory;
 use super::scopes::{self, Scopes};
 use super::snapshot::{self, SegmentCache};
 use super::spec::Scoped;
-use super::view::{Batch, Directory, View};
+use super::view::{Batch, Directory, View, within};
 use super::{delta, frame};
 use crate::config::{
     FRAMES_LIVE_MAX, RECONCILE_CACHE_BYTES_MAX, RECONCILE_CACHE_MAX, RECONCILE_ENCODES_MAX,
     RECONCILE_LIVE_MAX, RECONCILE_REQUEST_MIN, RECONCILE_REQUESTS_MAX, SNAPSHOT_INTERVAL,
 };
-use crate::model::{Object, Problem};
+use crate::model::{Object, Problem, Replicated, Version};
 use crate::policy::analyze::Reads;
 use crate::policy::verdict::Verdicts;
 
@@ -90,8 +90,8 @@ pub struct Reading {
     pub reads: Option<Reads>,
 }
 
-/// Tells the replicated objects that there are, whole, each with the place of its resource.
-pub type Objects = Box<dyn Fn() -> Vec<(DirPath, Object)> + Send + Sync>;
+/// Lists the replicated objects.
+pub type Objects = Box<dyn Fn() -> Replicated + Send + Sync>;
 
 /// What was done since the start.
 #[derive(Default)]
@@ -329,6 +329,21 @@ impl Bundle {
 
     /// The replicated objects that there are, whole, each with the place of its resource.
     pub fn objects(&self) -> Vec<(DirPath, Object)> {
+        self.replicated().objects
+    }
+
+    /// How new the newest object of the source may be.
+    pub fn newest(&self) -> Position {
+        let mut newest = Position::default();
+        for (id, Version(version)) in self.replicated().newest {
+            if let Some(feed) = self.feeds.of(id) {
+                newest.heard(feed.position_name.clone(), version);
+            }
+        }
+        newest
+    }
+
+    fn replicated(&self) -> Replicated {
         self.objects.get().map(|objects| objects()).unwrap_or_default()
     }
 
@@ -628,19 +643,30 @@ impl Edition {
         archive
     }
 
-    /// This view with all that is read at the sender of `held` too, where that is more.
-    fn wider(&self, held: &Reconcile) -> Option<View> {
+    /// Whether the answer to `held` holds objects as they are now, which may be newer than this edition.
+    pub fn is_widened_for(&self, held: &Reconcile) -> bool {
+        self.masks(held).is_some_and(|(own, both)| !own.includes(&both))
+    }
+
+    /// What is read here, and with it what is read at the sender of `held`; none where all objects come whole.
+    fn masks(&self, held: &Reconcile) -> Option<(Kept, Kept)> {
         let own = Kept::parse(self.view.reads.as_deref()?).ok()?;
         let mut both = own.clone();
         let sane = |reads: &&String| held.reads.len() <= READS_MAX && reads.len() <= READS_BYTES_MAX;
         let parse = |reads| Some(reads).filter(sane).and_then(|reads| Kept::parse(reads).ok());
         let readers: Option<Vec<_>> = held.reads.iter().map(parse).collect();
         match readers {
-            _ if held.dirs.is_empty() => {}
             Some(readers) if !readers.is_empty() => readers.iter().for_each(|reads| both.join(reads)),
+            _ if held.dirs.is_empty() && held.modules.as_ref().is_none_or(BTreeMap::is_empty) => {}
             // Its policies were told to expect whole objects, or in words that are not ours.
             _ => both.join_alike(&Fields::all()),
         }
+        Some((own, both))
+    }
+
+    /// This view with all that is read at the sender of `held` too, where that is more.
+    fn wider(&self, held: &Reconcile) -> Option<View> {
+        let (own, both) = self.masks(held)?;
         // Resources that its older policies may read and that are gone here: it keeps what it has of them.
         let named: BTreeSet<_> = own.places().collect();
         let gone = |dir: &DirPath| both.places().any(|place| !named.contains(place) && dir.is_within(place));
@@ -649,7 +675,13 @@ impl Edition {
             stay.map(|(dir, digest)| (dir.clone(), Arc::new(Directory::elsewhere(*digest)))).collect();
         let mut batch = Batch::default();
         if !own.includes(&both) {
-            for (place, object) in self.objects.get()?() {
+            let Replicated { objects, places, .. } = self.objects.get()?();
+            // An object that is gone cannot be widened, and goes.
+            for (path, dir) in places.iter().flat_map(|place| within(&self.view.dirs, place)) {
+                let entries = dir.chunks.iter().flat_map(|chunk| &chunk.entries);
+                entries.for_each(|entry| batch.entry(path, entry.key.clone(), None));
+            }
+            for (place, object) in objects {
                 let (Some(dir), name) = (directory(&place, &object.key), &object.key.name) else { continue };
                 if self.view.dirs.get(&dir).is_some_and(|dir| dir.get(name).is_some()) {
                     let json = both.of(&place).cut_object(&object.json).ok()?;

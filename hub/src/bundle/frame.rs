@@ -10,7 +10,7 @@ use opa_hub_proto::revision::{Digest, Revision};
 use serde_json::value::RawValue;
 
 use super::log::{Log, Since};
-use super::view::View;
+use super::view::{View, within};
 
 /// The events that lead from `from` to `view`, which lies within `bounds`: data first, then the modules that may read
 /// it. None when the log no longer reaches back to `from`, when the events are larger than an agent may hold, or when
@@ -39,11 +39,21 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
     let mut patch = PatchWriter::default();
     let mut ensure = Vec::new();
     let mut digests = BTreeMap::new();
+    // What goes makes room first, inner directories before outer ones: what comes may lie above or below.
+    for (path, _) in
+        since.dirs.iter().rev().filter(|(path, (existed, _))| *existed && !view.dirs.contains_key(*path))
+    {
+        let has_inner = within(&view.dirs, path).next().is_some();
+        if has_inner || view.ensure.contains(path) {
+            patch.add_dir(path, b"{}")
+        } else {
+            patch.remove_dir(path)
+        }
+    }
     for (path, (existed, keys)) in &since.dirs {
         match (existed, view.dirs.get(path)) {
             (false, None) => continue,
-            (true, None) if view.ensure.contains(path) => patch.add_dir(path, b"{}"),
-            (true, None) => patch.remove_dir(path),
+            (true, None) => {}
             (existed, Some(dir)) => {
                 let differ = |key: &str, was: bool| was || dir.get(key).is_some();
                 let ops = keys.iter().filter(|(key, was)| differ(key, **was)).count();

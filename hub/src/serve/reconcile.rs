@@ -52,6 +52,8 @@ pub(super) async fn post(
     };
     let held = tokio::task::spawn_blocking(parse).await.expect("parsing does not panic")?;
     bundle.counters.reconciles.fetch_add(1, Ordering::Relaxed);
+    let is_widened = edition.is_widened_for(&held);
     let archive = edition.reconcile(held).await.ok_or(Error::AnswersFull)?;
+    let position = if is_widened { position.after(&bundle.newest()) } else { position };
     Ok(([(POSITION_HEADER, position.to_string())], respond(archive)).into_response())
 }

@@ -16,6 +16,7 @@ use opa_hub::bundle::{Bundle, Part};
 use opa_hub::bundles::Bundles;
 use opa_hub::config::BundleLimits;
 use opa_hub::config::{RECONCILE_CACHE_BYTES_MAX, RECONCILE_ENCODES_MAX, RECONCILE_LIVE_MAX};
+use opa_hub::model::Replicated;
 use opa_hub::readiness::Readiness;
 use opa_hub::serve::{self, Hub, Limits};
 use opa_hub_proto::position::Bounds;
@@ -261,7 +262,7 @@ async fn fields_are_weighed_one_request_at_a_time() {
         ever.fetch_add(1, Ordering::SeqCst);
         released.lock().unwrap().recv().unwrap();
         inside.fetch_sub(1, Ordering::SeqCst);
-        Vec::new()
+        Replicated::default()
     }));
     let router = serve::router(hub(&bundle, CancellationToken::new()));
     let requests =

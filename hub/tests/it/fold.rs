@@ -12,7 +12,7 @@ use opa_hub_proto::position::{Judge, Lag, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
 use opa_hub_proto::sse::{Decoder, Message};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// Why an event is not taken.
 #[derive(Debug, PartialEq)]
@@ -58,6 +58,12 @@ impl Held {
 
     /// Applies a snapshot or an answer to reconcile.
     pub(crate) fn archive(&mut self, bytes: &[u8]) {
+        self.archive_by_halves(bytes, |_| {});
+    }
+
+    /// The same. `between` looks at the new data beside the old modules.
+    pub(crate) fn archive_by_halves(&mut self, bytes: &[u8], between: impl FnOnce(&Self)) {
+        let (mut modules, mut dirs) = (BTreeMap::new(), Vec::new());
         let mut tar = tar::Archive::new(GzDecoder::new(bytes));
         let mut head = Head::default();
         for entry in tar.entries().unwrap() {
@@ -68,18 +74,24 @@ impl Held {
             if path == HEAD_FILE {
                 head = serde_json::from_str(&content).unwrap();
             } else if let Some(id) = module_id(&path) {
-                self.modules.insert(id.to_owned(), content);
+                modules.insert(id.to_owned(), content);
             } else if let Some(dir) = path.strip_suffix(DATA_FILE) {
                 let value: Value = serde_json::from_str(&content).unwrap();
-                *place(&mut self.data, &format!("/{}", dir.trim_end_matches('/'))) = value;
+                dirs.push((format!("/{}", dir.trim_end_matches('/')), value));
             }
         }
         if let Some(data) = head.data {
-            for gone in self.dirs.keys().filter(|dir| !data.dirs.contains_key(*dir)) {
+            // Inner directories before outer ones: what comes may lie above or below.
+            for gone in self.dirs.keys().rev().filter(|dir| !data.dirs.contains_key(*dir)) {
                 remove(&mut self.data, gone);
+            }
+            for (dir, value) in dirs {
+                *place(&mut self.data, &dir) = value;
             }
             (self.dirs, self.ensure) = (data.dirs, data.ensure);
         }
+        between(self);
+        self.modules.extend(modules);
         if let Some(modules) = head.modules {
             self.modules.retain(|id, _| modules.contains_key(id));
             self.reads = head.reads.into_iter().collect();
@@ -139,7 +151,9 @@ impl Held {
         let patch: json_patch::Patch = serde_json::from_str(&delta.patch.get().replace("%25", "%")).unwrap();
         assert_eq!(patch.0.len(), delta.ops);
         assert!(!patch.0.is_empty(), "an event that does nothing");
-        json_patch::patch(&mut self.data, &patch).unwrap();
+        json_patch::patch(&mut self.data, &patch).unwrap_or_else(|error| {
+            panic!("{error}: {} onto {} with {:?}", delta.patch, self.data, self.dirs)
+        });
         for (dir, digest) in &delta.dirs {
             match digest {
                 Some(digest) => _ = self.dirs.insert(dir.clone(), *digest),
@@ -149,6 +163,20 @@ impl Held {
         self.position = delta.after(&self.position);
         self.proven = delta.position.clone().after(&self.proven);
         assert_eq!(delta.to, self.revision().data);
+    }
+
+    /// The entries of each directory. There is nothing else in the data but empty maps.
+    pub(crate) fn entries(&self) -> BTreeMap<String, Map<String, Value>> {
+        let mut entries = BTreeMap::new();
+        let mut rebuilt = json!({});
+        for dir in self.dirs.keys() {
+            let found = self.data.pointer(dir.as_str()).and_then(Value::as_object);
+            let found = found.unwrap_or_else(|| panic!("{dir} has a digest and no map"));
+            *place(&mut rebuilt, dir.as_str()) = found.clone().into();
+            entries.insert(dir.as_str().to_owned(), found.clone());
+        }
+        assert_eq!(prune(rebuilt), self.content(), "only what has a digest is held");
+        entries
     }
 
     /// The data without empty maps, which are no content.
@@ -166,7 +194,7 @@ fn remove(data: &mut Value, dir: &DirPath) {
     place(data, parent).as_object_mut().unwrap().remove(name).unwrap();
 }
 
-pub(crate) fn prune(value: Value) -> Value {
+fn prune(value: Value) -> Value {
     match value {
         Value::Object(map) => {
             let map = map.into_iter().map(|(key, value)| (key, prune(value)));

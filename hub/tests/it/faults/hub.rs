@@ -1,0 +1,359 @@
+//! A hub of the fault test: watches of a source that fails in every way, bundles over one store, and streams.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use opa_hub::bundle::Bundle;
+use opa_hub::bundles::Bundles;
+use opa_hub::model::{Event, Object, Version, WatchId};
+use opa_hub::readiness::Readiness;
+use opa_hub::store::{Store, Wanted};
+
+use super::World;
+use super::document::Document;
+use super::source::Kind;
+use super::streams::Streams;
+use super::written::Written;
+
+/// Rounds in which all that waits for something gets it: a document, a watch, a list, a check, an edition.
+const SETTLE_ROUNDS: usize = 6;
+/// What is told of a watch that fails.
+const FAILS: [Event; 1] = [Event::Unavailable];
+/// What is told of a resource that the server does not know.
+const NOT_SERVED: [Event; 2] = [Event::Unavailable, Event::Refused];
+
+/// See the module's text.
+pub(super) struct Hub {
+    store: Arc<Store>,
+    wanted: Wanted,
+    watches: BTreeMap<WatchId, Watching>,
+    slots: BTreeMap<&'static str, Slot>,
+    served: Bundles,
+    pub(super) streams: Streams,
+}
+
+/// A bundle that is served, and the one that takes its place once it can.
+struct Slot {
+    running: Written,
+    next: Option<Written>,
+}
+
+impl Slot {
+    fn all(&mut self) -> impl Iterator<Item = &mut Written> {
+        std::iter::once(&mut self.running).chain(&mut self.next)
+    }
+}
+
+/// One watch.
+struct Watching {
+    kind: Kind,
+    trouble: Trouble,
+    /// What it told last does not lead on.
+    needs_list: bool,
+    was_listed: bool,
+    /// Which versions it tells.
+    epoch: usize,
+    /// All is told up to this version.
+    told: u64,
+}
+
+#[derive(PartialEq)]
+enum Trouble {
+    No,
+    /// Nothing comes.
+    Silent,
+    /// The server answers that it cannot.
+    Failing,
+}
+
+impl Watching {
+    /// Policies are served without what cannot be had: of services that would break I10.
+    fn may_fail(&self) -> bool {
+        self.was_listed || self.kind != Kind::Services
+    }
+}
+
+impl Hub {
+    /// With empty memory, and almost ready.
+    pub(super) fn start(world: &mut World) -> Self {
+        let store = Arc::new(Store::new(Readiness::default()));
+        let mut hub = Self {
+            wanted: store.wanted(),
+            store,
+            watches: BTreeMap::new(),
+            slots: BTreeMap::new(),
+            served: Bundles::default(),
+            streams: Streams::default(),
+        };
+        hub.turn(world);
+        hub.follow_wanted(world);
+        for id in hub.ids() {
+            if world.rng.u8(..8) > 0 {
+                hub.list(id, false, world);
+            }
+        }
+        for written in hub.written() {
+            written.commit(None);
+            written.check(&mut world.seen);
+        }
+        hub
+    }
+
+    /// Looks at the documents.
+    pub(super) fn turn(&mut self, world: &mut World) {
+        for document in world.documents.values() {
+            let Some(slot) = self.slots.get_mut(document.name) else {
+                let good = world.kept.get(document.name).cloned().unwrap_or_default();
+                let running = Written::start(*document, good, &self.store);
+                self.served.serve(Arc::clone(running.bundle()));
+                self.slots.insert(document.name, Slot { running, next: None });
+                continue;
+            };
+            if slot.next.as_ref().unwrap_or(&slot.running).document == *document {
+                continue;
+            }
+            slot.next = None;
+            if slot.running.document != *document {
+                // Not from what a restart would find, unless nothing was checked yet.
+                let kept = || world.kept.get(document.name).cloned().unwrap_or_default();
+                let good = slot.running.good().unwrap_or_else(kept);
+                slot.next = Some(Written::start(*document, good, &self.store));
+            }
+        }
+        for (name, _) in self.slots.extract_if(.., |name, _| !world.documents.contains_key(name)) {
+            world.seen.add("bundles that go");
+            self.served.withdraw(name);
+        }
+        for slot in self.slots.values_mut() {
+            if slot.next.as_ref().is_some_and(Written::is_live)
+                && let Some(next) = slot.next.take()
+            {
+                world.seen.add("bundles that are replaced");
+                self.served.serve(Arc::clone(next.bundle()));
+                slot.running = next;
+            }
+        }
+    }
+
+    /// What is served to whoever asks for this bundle from this namespace, and as which document.
+    pub(super) fn part(&self, name: &str, namespace: &str) -> Option<(Arc<Bundle>, Document)> {
+        let part = self.served.get(name)?.of(Some(namespace)).unwrap();
+        Some((part, self.slots[name].running.document))
+    }
+
+    /// The bundles that are served.
+    pub(super) fn bundles(&self) -> impl Iterator<Item = &Written> {
+        self.slots.values().map(|slot| &slot.running)
+    }
+
+    /// Whether one of its bundles serves pods whole because nobody knows what is read of them.
+    pub(super) fn reads_all(&self) -> bool {
+        self.bundles().any(Written::reads_all)
+    }
+
+    /// All bundles.
+    fn written(&mut self) -> impl Iterator<Item = &mut Written> {
+        self.slots.values_mut().flat_map(Slot::all)
+    }
+
+    pub(super) fn written_of(&mut self, name: &str) -> Option<&mut Written> {
+        self.slots.get_mut(name).map(|slot| &mut slot.running)
+    }
+
+    /// Its bundles give up what older policies read.
+    pub(super) fn narrow(&mut self, world: &mut World) {
+        for written in self.written() {
+            written.narrow(&mut world.seen);
+        }
+    }
+
+    /// One of all bundles.
+    pub(super) fn any(&mut self, world: &mut World) -> &mut Written {
+        let at = world.rng.usize(..self.written().count());
+        self.written().nth(at).unwrap()
+    }
+
+    fn ids(&self) -> Vec<WatchId> {
+        self.watches.keys().copied().collect()
+    }
+
+    /// Watches what the bundles want.
+    fn follow_wanted(&mut self, world: &World) {
+        let wanted = self.wanted.borrow().clone();
+        self.watches.retain(|id, _| wanted.contains_key(id));
+        for (id, feed) in wanted {
+            self.watches.entry(id).or_insert_with(|| Watching {
+                kind: Kind::of(&feed.resource.plural),
+                trouble: Trouble::No,
+                needs_list: true,
+                was_listed: false,
+                epoch: world.source.epoch,
+                told: 0,
+            });
+        }
+    }
+
+    /// Is told some of what it was not told yet, of which it publishes some.
+    pub(super) fn hear(&mut self, world: &mut World) {
+        self.follow_wanted(world);
+        for id in self.ids() {
+            self.hear_of(id, world);
+        }
+        self.commit(world);
+    }
+
+    fn hear_of(&mut self, id: WatchId, world: &mut World) {
+        let watching = self.watches.get_mut(&id).expect("it is watched");
+        if watching.trouble != Trouble::No && world.rng.u8(..6) > 0 {
+            if watching.trouble == Trouble::Failing && watching.may_fail() {
+                FAILS.into_iter().for_each(|event| self.store.apply((id, event, None)));
+            }
+            return;
+        }
+        // After a failure all is listed; after a silence all comes at once.
+        let trouble = std::mem::replace(&mut watching.trouble, Trouble::No);
+        watching.needs_list |= trouble == Trouble::Failing;
+        let is_served = world.source.serves(watching.kind);
+        if watching.needs_list || watching.epoch != world.source.epoch || !is_served {
+            // A server that was restored knows nothing of the version that is asked for, and is silent.
+            if world.rng.bool() {
+                self.list(id, false, world);
+            }
+            return;
+        }
+        let most = if trouble == Trouble::Silent { usize::MAX } else { world.rng.usize(..8) };
+        let bookmarks = world.rng.u8(..8) == 0;
+        self.tell(id, most, bookmarks, world);
+    }
+
+    /// Is told some of what happened, and where that is all maybe how far the source is.
+    fn tell(&mut self, id: WatchId, most: usize, bookmarks: bool, world: &World) {
+        let watching = self.watches.get_mut(&id).expect("it is watched");
+        let new = world.source.since(watching.kind, watching.told);
+        let is_all = new.len() <= most;
+        for (version, key, value) in new.into_iter().take(most) {
+            let event = match value {
+                Some(value) => Event::Apply(Object { key: key.clone(), json: value.to_string().into() }),
+                None => Event::Delete(key.clone()),
+            };
+            self.store.apply((id, event, Some(Version(version))));
+            watching.told = version;
+        }
+        if is_all && bookmarks {
+            watching.told = world.source.version();
+            self.store.apply((id, Event::Quiet, Some(Version(watching.told))));
+        }
+    }
+
+    /// Is told all that there is. Unless the source `is_calm` the list may break off, and while it is not complete some is
+    /// published.
+    fn list(&mut self, id: WatchId, is_calm: bool, world: &mut World) {
+        let watching = &self.watches[&id];
+        let (kind, version, may_fail) = (watching.kind, world.source.version(), watching.may_fail());
+        if !world.source.serves(kind) {
+            world.seen.add("resources that are not served");
+            NOT_SERVED.into_iter().for_each(|event| self.store.apply((id, event, None)));
+            self.watches.get_mut(&id).expect("it is watched").needs_list = true;
+            return;
+        }
+        world.seen.add("lists");
+        self.store.apply((id, Event::Init, None));
+        let objects = world.source.at(kind, version).into_iter();
+        let objects = objects.map(|(key, value)| Object { key: key.clone(), json: value.to_string().into() });
+        for object in objects.collect::<Vec<_>>() {
+            if !is_calm && may_fail && world.rng.u8(..64) == 0 {
+                world.seen.add("lists that break off");
+                FAILS.into_iter().for_each(|event| self.store.apply((id, event, None)));
+                self.watches.get_mut(&id).expect("it is watched").needs_list = true;
+                return;
+            }
+            self.store.apply((id, Event::Apply(object), None));
+            if !is_calm && world.rng.u8(..16) == 0 {
+                self.commit(world);
+            }
+        }
+        self.store.apply((id, Event::InitDone, Some(Version(version))));
+        let watching = self.watches.get_mut(&id).expect("it is watched");
+        (watching.epoch, watching.told) = (world.source.epoch, version);
+        (watching.needs_list, watching.was_listed) = (false, true);
+    }
+
+    /// The server no longer knows the version of one of its watches.
+    pub(super) fn list_any(&mut self, world: &mut World) {
+        self.follow_wanted(world);
+        if let Some(id) = world.rng.choice(self.ids()) {
+            self.list(id, false, world);
+            self.commit(world);
+        }
+    }
+
+    /// One of its watches fails, or is silent, for a while.
+    pub(super) fn trouble(&mut self, world: &mut World) {
+        let Some(id) = world.rng.choice(self.ids()) else { return };
+        let (what, trouble) = if world.rng.bool() {
+            ("watches that fail", Trouble::Failing)
+        } else {
+            ("watches that are silent", Trouble::Silent)
+        };
+        world.seen.add(what);
+        self.watches.get_mut(&id).expect("it is watched").trouble = trouble;
+    }
+
+    /// Some of its bundles publish some of what they have.
+    fn commit(&mut self, world: &mut World) {
+        for written in self.written() {
+            if world.rng.bool() {
+                written.commit(world.rng.bool().then(|| world.rng.usize(1..4)));
+            }
+        }
+    }
+
+    /// Some of its checkers go on.
+    pub(super) fn check(&mut self, world: &mut World) {
+        for written in self.written() {
+            if world.rng.bool() {
+                written.check(&mut world.seen);
+            }
+            // Whichever replica writes to the cluster has seen this, or not yet.
+            if let Some(good) = written.good().filter(|_| world.rng.u8(..4) == 0) {
+                world.kept.insert(written.document.name, good);
+            }
+        }
+    }
+
+    /// Whatever failed stops failing.
+    pub(super) fn settle(&mut self, world: &mut World) {
+        for _ in 0..SETTLE_ROUNDS {
+            self.turn(world);
+            self.follow_wanted(world);
+            for id in self.ids() {
+                let watching = self.watches.get_mut(&id).expect("it is watched");
+                let trouble = std::mem::replace(&mut watching.trouble, Trouble::No);
+                let is_known = watching.epoch == world.source.epoch && !watching.needs_list;
+                if is_known && trouble != Trouble::Failing {
+                    self.tell(id, usize::MAX, true, world);
+                } else {
+                    self.list(id, true, world);
+                }
+            }
+            for written in self.written() {
+                written.settle(world);
+            }
+        }
+        for slot in self.slots.values() {
+            slot.running.check_settled();
+            assert!(slot.next.is_none(), "{} is replaced", slot.running.document.name);
+        }
+    }
+
+    /// Every stream is of a bundle that is served, and at its head.
+    pub(super) fn check_streams(&self) {
+        for stream in &self.streams.0 {
+            let (name, namespace) = (stream.name, stream.namespace);
+            let (part, _) = self.part(name, namespace).expect("a bundle that is gone ends its streams");
+            assert_eq!(stream.id, part.id, "{name} {namespace}: a bundle that was replaced ends its streams");
+            let head = part.head().borrow().clone().expect("it is live");
+            assert_eq!(stream.held, head.view.revision, "{name} {namespace}: a stream leads to the head");
+        }
+    }
+}

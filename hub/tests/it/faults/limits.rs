@@ -1,0 +1,72 @@
+//! What a bundle with a limit holds: which objects it leaves out depends on what it saw first, that it leaves out no more
+//! than it must does not.
+
+use std::collections::BTreeSet;
+
+use opa_hub::model::ObjectKey;
+use serde_json::Value;
+
+use super::document::Document;
+use super::model::Units;
+use super::source::{Kind, Source, served};
+
+/// What limits are for, in the order in which it is tried again.
+pub(super) const LIMITED: [Kind; 3] = [Kind::Data, Kind::Pods, Kind::Nodes];
+/// Bytes around a key and its value: quotes, colon, comma.
+const AROUND_ENTRY: usize = 4;
+
+/// No more is held than may be, each object as it is or once was, and what is left out would not fit. Returns how many
+/// are not as they are now.
+pub(super) fn check(document: &Document, source: &Source, units: &Units) -> usize {
+    let of_kind = |((kind, key), value): (&(Kind, ObjectKey), &Value)| bytes(*kind, key, value);
+    let limited = units.iter().filter(|((kind, _), _)| LIMITED.contains(kind));
+    let dirs: BTreeSet<_> = limited.clone().map(|((kind, key), _)| dir(*kind, key)).collect();
+    let held_bytes: usize = limited.map(of_kind).sum();
+    let max_bytes = document.max_bytes.unwrap_or(usize::MAX);
+    let max_dirs = document.max_directories.unwrap_or(usize::MAX);
+    assert!(held_bytes <= max_bytes && dirs.len() <= max_dirs, "{held_bytes} bytes in {dirs:?}");
+    let mut left_out = 0;
+    for kind in LIMITED {
+        let allowed = source.allowed(kind, source.version());
+        for (_, key) in units.keys().filter(|(of, _)| *of == kind) {
+            assert!(allowed.contains_key(key), "{kind:?} {key} is served");
+        }
+        for (key, contents) in allowed {
+            let held = units.get(&(kind, key.clone()));
+            let newest = contents.iter().flatten().map(|value| served(kind, value));
+            let newest: Vec<_> = newest.collect();
+            let is_newest = |held: &Value| newest.contains(held);
+            if held.map_or(contents.contains(&None), is_newest) {
+                continue;
+            }
+            left_out += 1;
+            assert!(held.is_none_or(|held| source.was(kind, key, held)), "{kind:?} {key} never was {held:?}");
+            let old = held.map_or(0, |held| bytes(kind, key, held));
+            let has_no_room = held_bytes - old + bytes(kind, key, &newest[0]) > max_bytes;
+            let has_no_dir = held.is_none() && dirs.len() == max_dirs && !dirs.contains(&dir(kind, key));
+            assert!(
+                has_no_room || has_no_dir,
+                "{kind:?} {key} would fit: {held_bytes} of {max_bytes} bytes, {old} its own, in {dirs:?}"
+            );
+        }
+    }
+    left_out
+}
+
+/// Where an object lies: each ConfigMap by itself, replicated objects by kind and namespace.
+fn dir(kind: Kind, key: &ObjectKey) -> (Kind, ObjectKey) {
+    let key = key.clone();
+    let name = if kind == Kind::Data { key.name } else { "".into() };
+    (kind, ObjectKey { namespace: key.namespace, name })
+}
+
+/// Bytes that are counted of an object.
+fn bytes(kind: Kind, key: &ObjectKey, value: &Value) -> usize {
+    let entry = |name: &str, value: &Value| name.len() + value.to_string().len() + AROUND_ENTRY;
+    match value {
+        Value::Object(entries) if kind == Kind::Data => {
+            entries.iter().map(|(name, value)| entry(name, value)).sum()
+        }
+        _ => entry(&key.name, value),
+    }
+}

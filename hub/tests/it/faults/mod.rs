@@ -1,0 +1,303 @@
+//! A source, replicas of the hub with several bundles each, and agents, with everything between them that fails: hubs
+//! that lag, list again, or die with all they knew; watches that fail or are silent, and a server that is restored from a
+//! backup; resources that come and go; documents that change; policies that do not compile or read other fields and
+//! resources, and a compiler that fails; connections that break in the middle of a frame, or die unnoticed while the agent
+//! asks elsewhere; OPAs that come back empty; more than every bound of a bundle lets pass. One seed makes one run, step by
+//! step, in one thread. At every step what an agent holds is what the source had at the newest position that the agent ever
+//! named, and all that its policies read. Every few hundred steps all that fails stops failing: then every stream, archive
+//! and answer to reconcile is what the source has. `OPA_HUB_FAULT_STEPS` and `OPA_HUB_FAULT_SEED` ask for another run.
+
+mod agent;
+mod document;
+mod hub;
+mod limits;
+mod model;
+mod reads;
+mod source;
+mod streams;
+mod written;
+
+use std::collections::BTreeMap;
+
+use fastrand::Rng;
+use opa_hub::config::SCOPE_IDLE;
+use opa_hub::policy::candidates::LastGood;
+
+use self::agent::Agent;
+use self::document::{Document, FIELDS};
+use self::hub::Hub;
+use self::model::{Asked, units_of};
+use self::source::Source;
+
+const STEPS: usize = 3000;
+const SEEDS: u64 = 4;
+const HUBS: usize = 3;
+/// After so many steps all is quiet for a moment.
+const QUIET_AFTER: usize = 400;
+const NAMESPACES: [&str; 3] = ["ns0", "ns1", "ns2"];
+/// What each agent asks for.
+const AGENTS: [(&str, &str); 14] = [
+    ("main", "ns0"),
+    ("main", "ns1"),
+    ("main", "ns2"),
+    ("fields", "ns0"),
+    ("fields", "ns0"),
+    ("fields", "ns1"),
+    ("auto", "ns0"),
+    ("auto", "ns1"),
+    ("limit", "ns0"),
+    ("few", "ns0"),
+    ("spaces", "ns0"),
+    ("spaces", "ns0"),
+    ("spaces", "ns1"),
+    ("spaces", "ns2"),
+];
+
+/// What happened, to see that all of it did.
+#[derive(Default, Debug)]
+struct Seen(BTreeMap<&'static str, usize>);
+
+/// All that is to happen.
+const TRIED: [&str; 27] = [
+    "agents that go back",
+    "answers to older policies",
+    "bundles that are replaced",
+    "bundles that go",
+    "checks without a compiler",
+    "checks without a plan",
+    "closings",
+    "cuts",
+    "directories that are left out",
+    "frames",
+    "kills",
+    "lags",
+    "lists",
+    "lists that break off",
+    "narrowings",
+    "objects that are left out",
+    "openings",
+    "places that are taken",
+    "reconciles",
+    "refused policies",
+    "resources that are not served",
+    "restarts",
+    "restored servers",
+    "snapshots",
+    "streams that fall behind",
+    "watches that are silent",
+    "watches that fail",
+];
+
+impl Seen {
+    fn add(&mut self, what: &'static str) {
+        assert!(TRIED.contains(&what), "{what} is not counted");
+        *self.0.entry(what).or_default() += 1;
+    }
+
+    fn add_if(&mut self, happened: bool, what: &'static str) {
+        if happened {
+            self.add(what);
+        }
+    }
+}
+
+/// What hubs and agents are in.
+struct World {
+    rng: Rng,
+    source: Source,
+    /// By name.
+    documents: BTreeMap<&'static str, Document>,
+    /// The good policies of each bundle that a restart finds.
+    kept: BTreeMap<&'static str, LastGood>,
+    seen: Seen,
+    /// The source's, when all was quiet last.
+    quiet_epoch: usize,
+}
+
+impl World {
+    /// Somebody edits a document, removes it, or puts it back.
+    fn edit(&mut self) {
+        let all = Document::all();
+        let document = all[self.rng.usize(..all.len())];
+        match self.documents.remove(document.name) {
+            None => _ = self.documents.insert(document.name, document),
+            // Removed.
+            Some(_) if self.rng.u8(..4) == 0 => {}
+            Some(held) => _ = self.documents.insert(held.name, held.edited(&mut self.rng)),
+        }
+    }
+}
+
+struct Run {
+    world: World,
+    hubs: Vec<Hub>,
+    agents: Vec<Agent>,
+}
+
+impl Run {
+    fn start(seed: u64) -> Self {
+        let documents = Document::all().into_iter().map(|document| (document.name, document));
+        let mut world = World {
+            rng: Rng::with_seed(seed),
+            source: Source::new(),
+            documents: documents.collect(),
+            kept: BTreeMap::new(),
+            seen: Seen::default(),
+            quiet_epoch: 0,
+        };
+        let hubs = (0..HUBS).map(|_| Hub::start(&mut world)).collect();
+        let agents = AGENTS.map(|(name, namespace)| Agent::start(name, namespace)).into();
+        Self { world, hubs, agents }
+    }
+
+    async fn step(&mut self) {
+        let Self { world, hubs, agents } = self;
+        let (at, agent) = (world.rng.usize(..HUBS), world.rng.usize(..AGENTS.len()));
+        let (hub, agent) = (&mut hubs[at], &mut agents[agent]);
+        match world.rng.u16(..1000) {
+            0..250 => world.source.change(&mut world.rng),
+            250..430 => hub.hear(world),
+            430..520 => hub.check(world),
+            520..670 => {
+                let behind = hub.streams.write(|| world.rng.bool());
+                world.seen.add_if(behind > 0, "streams that fall behind");
+            }
+            670..860 => {
+                // In pieces, and all of it.
+                let most = if world.rng.bool() { world.rng.usize(..400) } else { usize::MAX };
+                agent.read(most, world);
+                agent.check(world);
+            }
+            860..910 => agent.connect(hubs, at, world).await,
+            910..922 => {
+                world.seen.add("cuts");
+                agent.cut();
+            }
+            922..932 => hub.list_any(world),
+            // Its connections stay as they are: nobody told the agents.
+            932..937 => {
+                world.seen.add("restarts");
+                *hub = Hub::start(world);
+            }
+            937..944 => {
+                world.seen.add("kills");
+                *agent = Agent::start(agent.name, agent.namespace);
+            }
+            944..958 => hub.trouble(world),
+            958..961 => {
+                world.seen.add("restored servers");
+                world.source.restore(&mut world.rng);
+            }
+            961..964 => {
+                let written = hub.any(world);
+                written.fails = !written.fails;
+            }
+            964..967 => world.source.turn_jobs(),
+            967..971 => world.source.turn_place_of_jobs(),
+            971..975 => {
+                if let Some(written) = hub.written_of(FIELDS) {
+                    written.plan_fails = !written.plan_fails;
+                }
+            }
+            975..982 => world.edit(),
+            982..990 => hub.turn(world),
+            _ => hub.narrow(world),
+        }
+    }
+
+    /// Whatever failed stops failing for a moment, maybe but for what people got wrong.
+    async fn quiet(&mut self, is_mended: bool) {
+        let Self { world, hubs, agents } = self;
+        world.source.calm();
+        world.quiet_epoch = world.source.epoch;
+        for document in Document::all() {
+            world.documents.entry(document.name).or_insert(document);
+        }
+        if is_mended {
+            world.source.mend();
+        }
+        // What a plan could not tell is asked again with the next edit.
+        if hubs.iter().any(Hub::reads_all) {
+            world.source.touch();
+        }
+        for hub in &mut *hubs {
+            hub.settle(world);
+        }
+        // Who was replaced or forgotten is dropped.
+        for _ in 0..3 {
+            tokio::time::advance(SCOPE_IDLE).await;
+            for _ in 0..8 {
+                tokio::task::yield_now().await;
+            }
+        }
+        for hub in &mut *hubs {
+            hub.streams.write(|| false);
+            hub.check_streams();
+        }
+        for agent in &mut *agents {
+            agent.read(usize::MAX, world);
+            agent.settle(hubs, world).await;
+        }
+        let others: Vec<_> = agents.iter().map(|agent| agent.held.clone()).collect();
+        let looked_at = world.rng.usize(..HUBS);
+        let mut revisions = BTreeMap::new();
+        for (at, hub) in hubs.iter().enumerate() {
+            for written in hub.bundles() {
+                let document = written.document;
+                let namespaces = NAMESPACES.into_iter().filter(|_| document.is_scoped);
+                for namespace in namespaces.map(Some).chain([None]) {
+                    let part = match namespace {
+                        Some(_) => written.bundle().of(namespace).unwrap(),
+                        None => written.bundle().clone(),
+                    };
+                    let head = part.head().borrow().clone().unwrap();
+                    let asked = Asked::new(document, namespace, &part);
+                    let left_out = asked.check_all(&world.source, &units_of(&head.view));
+                    let is_by_bytes = document.max_bytes.is_some();
+                    world.seen.add_if(left_out > 0 && is_by_bytes, "objects that are left out");
+                    world.seen.add_if(left_out > 0 && !is_by_bytes, "directories that are left out");
+                    if at == looked_at {
+                        // What some agent holds is repaired, whichever bundle that is of.
+                        let other = &others[world.rng.usize(..others.len())];
+                        asked.check_archives(&world.source, &head, std::slice::from_ref(other)).await;
+                    }
+                    let revision = head.view.revision;
+                    let of = (document.name, namespace, asked.opened.clone());
+                    let same = *revisions.entry(of).or_insert(revision);
+                    // What came first may keep out the rest.
+                    let depends = document.is_limited() || !world.source.is_good();
+                    assert!(same == revision || depends, "{asked}: I2");
+                }
+            }
+        }
+    }
+}
+
+async fn run(seed: u64, steps: usize) -> Seen {
+    let mut run = Run::start(seed);
+    for step in 1..=steps {
+        run.step().await;
+        if step % QUIET_AFTER == 0 {
+            let is_mended = run.world.rng.bool();
+            run.quiet(is_mended).await;
+        }
+    }
+    run.quiet(true).await;
+    run.world.seen
+}
+
+#[test]
+fn whatever_fails_agents_hold_what_the_source_has() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let steps = number("OPA_HUB_FAULT_STEPS").and_then(|steps: u64| steps.try_into().ok()).unwrap_or(STEPS);
+    let seeds = number("OPA_HUB_FAULT_SEED").map_or(0..SEEDS, |seed| seed..seed + 1);
+    let mut all = Seen::default();
+    for seed in seeds {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+        let seen = runtime.unwrap().block_on(run(seed, steps));
+        println!("seed {seed}, {steps} steps: {seen:?}");
+        seen.0.into_iter().for_each(|(what, count)| *all.0.entry(what).or_default() += count);
+    }
+    let missing: Vec<_> = TRIED.into_iter().filter(|what| !all.0.contains_key(what)).collect();
+    assert!(missing.is_empty(), "never tried: {missing:?}");
+}

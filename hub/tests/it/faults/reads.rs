@@ -1,0 +1,116 @@
+//! What policies of the fault test read. They tell it themselves, in lines such as `# reads services`, or of each pod
+//! `# reads pods metadata.labels.app`; a path that ends with `!` reads all that lies there.
+
+use std::collections::BTreeSet;
+
+use opa_hub::policy::analyze::{Extent, Place, Reads, Step};
+use serde_json::Value;
+
+use super::source::ALWAYS;
+use crate::fold::Held;
+
+/// How such a line begins.
+pub(super) const READS: &str = "# reads ";
+/// What policies may read.
+pub(super) const READABLE: [&str; 9] = [
+    "jobs",
+    "services",
+    "services",
+    "pods !",
+    "pods metadata.labels.!",
+    "pods metadata.labels.app",
+    "pods spec",
+    "pods spec.image",
+    "pods spec.size.cpu",
+];
+/// What every pod has.
+const LEAVES: [&str; 8] = [
+    "kind",
+    "metadata.labels.app",
+    "metadata.labels.tier",
+    "padding",
+    "round",
+    "spec.image",
+    "spec.size.cpu",
+    "text",
+];
+
+/// What these modules read, each line once.
+pub(super) fn lines<'a>(texts: impl Iterator<Item = &'a str>) -> BTreeSet<&'a str> {
+    texts.flat_map(str::lines).filter_map(|line| line.strip_prefix(READS)).collect()
+}
+
+/// What of that they read of pods.
+pub(super) fn paths<'a>(lines: &BTreeSet<&'a str>) -> Vec<Vec<&'a str>> {
+    let paths = lines.iter().filter_map(|line| line.strip_prefix("pods "));
+    paths.map(|path| path.split('.').collect()).collect()
+}
+
+/// The same as the hub's analysis of a plan that steps there.
+pub(super) fn analyzed(lines: &BTreeSet<&str>) -> Reads {
+    let places = paths(lines).into_iter().flat_map(|path| {
+        let pods = ["kubernetes", "pods", "*", "*"];
+        let steps: Vec<_> = pods.into_iter().chain(path).collect();
+        (1..=steps.len()).map(move |length| place(&steps[..length])).collect::<Vec<_>>()
+    });
+    Reads::of(places, &[])
+}
+
+fn place(path: &[&str]) -> (Place, Extent) {
+    let (path, extent) = match path.split_last() {
+        Some((&"!", above)) => (above, Extent::Whole),
+        _ => (path, Extent::Shallow),
+    };
+    let step = |name: &&str| if *name == "*" { Step::Any } else { Step::Name((*name).into()) };
+    (path.iter().map(step).collect(), extent)
+}
+
+/// What of `value` lies at these paths: scalars, containers without what no path leads to, and all of what ends with `!`.
+pub(super) fn cut(value: &Value, paths: &[Vec<&str>]) -> Value {
+    if paths.iter().any(|path| path.first() == Some(&"!")) {
+        return value.clone();
+    }
+    let Value::Object(members) = value else { return value.clone() };
+    let below = |name: &str| {
+        let paths = paths.iter().filter(|path| path.first() == Some(&name));
+        paths.map(|path| path[1..].to_vec()).collect::<Vec<_>>()
+    };
+    let kept = members.iter().map(|(name, value)| (name, value, below(name)));
+    let kept = kept.filter(|(_, _, paths)| !paths.is_empty());
+    Value::Object(kept.map(|(name, value, paths)| (name.clone(), cut(value, &paths))).collect())
+}
+
+/// I10: of every pod that there is all is there that the modules read.
+pub(super) fn i10(held: &Held) {
+    let paths = paths(&lines(held.modules.values().map(String::as_str)));
+    let namespaces = held.data.pointer("/kubernetes/pods").and_then(Value::as_object);
+    for (namespace, pods) in namespaces.into_iter().flatten() {
+        for (name, pod) in pods.as_object().into_iter().flatten() {
+            for path in &paths {
+                let missing = missing(pod, path);
+                assert_eq!(missing, None, "I10: {namespace}/{name} is {pod}, and {path:?} is read");
+            }
+        }
+    }
+}
+
+/// I10: what is replicated for the modules is there. An answer to reconcile can only hold what its hub has: so between
+/// its halves what older modules read may not be.
+pub(super) fn i10_auto(held: &Held) {
+    let lines = lines(held.modules.values().map(String::as_str));
+    let [namespace, name] = ALWAYS;
+    let service = held.data.pointer(&format!("/kubernetes/services/{namespace}/{name}"));
+    assert!(service.is_some() || !lines.contains("services"), "I10: no services, and they are read");
+}
+
+/// What is read at `path`, is part of every pod, and is not there.
+fn missing(pod: &Value, path: &[&str]) -> Option<String> {
+    let needed: Vec<String> = match path.split_last() {
+        Some((&"!", above)) => {
+            let is_below = |leaf: &str| leaf.split('.').take(above.len()).eq(above.iter().copied());
+            LEAVES.into_iter().filter(|leaf| is_below(leaf)).map(str::to_owned).collect()
+        }
+        _ => vec![path.join(".")],
+    };
+    needed.into_iter().find(|path| pod.pointer(&format!("/{}", path.replace('.', "/"))).is_none())
+}

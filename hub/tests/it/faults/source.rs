@@ -1,0 +1,338 @@
+//! The API server of the fault test: what it has, all that it ever had, and what of that a hub may serve.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use fastrand::Rng;
+use opa_hub::model::ObjectKey;
+use serde_json::{Value, json};
+
+use super::reads::{READABLE, READS};
+
+/// What the stub of the compiler refuses.
+pub(super) const WRONG: &str = "# wrong";
+/// Changes that a backup of the server is older by, at most.
+const BACKUP_AGE_MAX: u64 = 30;
+
+/// What can be watched.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Kind {
+    Policies,
+    Data,
+    Pods,
+    Nodes,
+    /// Replicated where policies read them.
+    Services,
+    /// The same, and at times the server does not know them.
+    Jobs,
+}
+
+/// An object as it is; none: it is gone.
+pub(super) type Content = Option<Arc<Value>>;
+
+/// The namespace and the name of a service that is always there.
+pub(super) const ALWAYS: [&str; 2] = ["ns0", "always"];
+
+/// See the module's text.
+#[derive(Default)]
+pub(super) struct Source {
+    version: u64,
+    has_no_jobs: bool,
+    /// How often the server was restored from a backup: versions of one epoch mean nothing in another.
+    pub(super) epoch: usize,
+    /// Which objects changed, by version.
+    changes: BTreeMap<Kind, Vec<(u64, ObjectKey)>>,
+    /// Every change of each object, by version.
+    objects: BTreeMap<Kind, BTreeMap<ObjectKey, Vec<(u64, Content)>>>,
+    /// Every good content that each object ever had, whichever the epoch.
+    good: BTreeMap<(Kind, ObjectKey), Vec<Arc<Value>>>,
+    /// What changed last.
+    last: Option<(Kind, ObjectKey)>,
+}
+
+impl Kind {
+    pub(super) const ALL: [Self; 6] =
+        [Self::Policies, Self::Data, Self::Pods, Self::Nodes, Self::Services, Self::Jobs];
+    /// Those that are there because policies read them.
+    pub(super) const AUTO: [Self; 2] = [Self::Services, Self::Jobs];
+
+    pub(super) fn plural(self) -> &'static str {
+        match self {
+            Self::Policies => "policies",
+            Self::Data => "data",
+            Self::Pods => "pods",
+            Self::Nodes => "nodes",
+            Self::Services => "services",
+            Self::Jobs => "jobs",
+        }
+    }
+
+    pub(super) fn of(plural: &str) -> Self {
+        let found = Self::ALL.into_iter().find(|kind| kind.plural() == plural);
+        found.unwrap_or_else(|| panic!("no resource is called {plural}"))
+    }
+
+    /// What positions call it.
+    pub(super) fn position_name(self) -> &'static str {
+        match self {
+            Self::Policies => "policies",
+            Self::Data => "data",
+            Self::Pods => "/kubernetes/pods",
+            Self::Nodes => "/kubernetes/nodes",
+            Self::Services => "/kubernetes/services",
+            Self::Jobs => "/kubernetes/jobs",
+        }
+    }
+
+    /// Whether it is replicated, and its objects belong to namespaces.
+    pub(super) fn is_scoped(self) -> bool {
+        !matches!(self, Self::Policies | Self::Data | Self::Nodes)
+    }
+}
+
+impl Source {
+    pub(super) fn new() -> Self {
+        let mut source = Self::default();
+        let [namespace, name] = ALWAYS.map(Into::into);
+        source.put(Kind::Services, ObjectKey { namespace, name }, Some(Arc::new(json!({ "kind": "x" }))));
+        source
+    }
+
+    /// Whether the server knows such objects.
+    pub(super) fn serves(&self, kind: Kind) -> bool {
+        kind != Kind::Jobs || !self.has_no_jobs
+    }
+
+    pub(super) fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// The objects that there were.
+    pub(super) fn at(&self, kind: Kind, version: u64) -> Vec<(&ObjectKey, &Arc<Value>)> {
+        let objects = self.objects.get(&kind).into_iter().flatten();
+        objects.filter_map(|(key, history)| Some((key, content_at(history, version)?))).collect()
+    }
+
+    /// The changes after `version`, with what came of each.
+    pub(super) fn since(&self, kind: Kind, version: u64) -> Vec<(u64, &ObjectKey, Option<&Arc<Value>>)> {
+        let changes = self.changes.get(&kind).map(Vec::as_slice).unwrap_or_default();
+        let new = &changes[changes.partition_point(|(at, _)| *at <= version)..];
+        new.iter().map(|(at, key)| (*at, key, content_at(&self.objects[&kind][key], *at))).collect()
+    }
+
+    /// What may be served of each object that there was: the object, or where it is refused whatever was good of it.
+    pub(super) fn allowed(&self, kind: Kind, version: u64) -> BTreeMap<&ObjectKey, Vec<Content>> {
+        let mut allowed = BTreeMap::new();
+        for (key, value) in self.at(kind, version) {
+            let contents: Vec<Content> = if is_good(kind, value) {
+                vec![Some(Arc::clone(value))]
+            } else {
+                let good = self.good.get(&(kind, key.clone())).into_iter().flatten();
+                good.cloned().map(Some).chain([None]).collect()
+            };
+            allowed.insert(key, contents);
+        }
+        allowed
+    }
+
+    /// Whether what is served of an object was good of it at any time.
+    pub(super) fn was(&self, kind: Kind, key: &ObjectKey, unit: &Value) -> bool {
+        let mut good = self.good.get(&(kind, key.clone())).into_iter().flatten();
+        good.any(|value| served(kind, value) == *unit)
+    }
+
+    /// Whether a hub accepts all that there is.
+    pub(super) fn is_good(&self) -> bool {
+        Kind::ALL
+            .into_iter()
+            .all(|kind| self.at(kind, self.version).iter().all(|(_, value)| is_good(kind, value)))
+    }
+
+    fn put(&mut self, kind: Kind, key: ObjectKey, content: Content) {
+        self.version += 1;
+        if let Some(value) = content.as_ref().filter(|value| is_good(kind, value)) {
+            self.good.entry((kind, key.clone())).or_default().push(Arc::clone(value));
+        }
+        self.changes.entry(kind).or_default().push((self.version, key.clone()));
+        let history = self.objects.entry(kind).or_default().entry(key).or_default();
+        history.push((self.version, content));
+    }
+
+    /// Something comes, changes or goes.
+    pub(super) fn change(&mut self, rng: &mut Rng) {
+        // As it was before: content that is known from another time.
+        let last = self.last.clone().filter(|(kind, _)| self.serves(*kind));
+        if let (Some((kind, key)), 0..90) = (last, rng.u8(..)) {
+            let history = &self.objects[&kind][&key];
+            let before = history.len().checked_sub(2).and_then(|at| history[at].1.clone());
+            return self.put(kind, key, before);
+        }
+        let (kind, names) = match rng.u8(..12) {
+            0..2 => (Kind::Policies, 4),
+            2..5 => (Kind::Data, 5),
+            5..9 => (Kind::Pods, 8),
+            9 => (Kind::Nodes, 6),
+            10 => (Kind::Services, 4),
+            _ => (Kind::Jobs, 4),
+        };
+        if !self.serves(kind) {
+            return;
+        }
+        let (namespace, name) = (rng.u8(..3), rng.u8(..names));
+        let content = rng.bool().then(|| match kind {
+            Kind::Policies => policies(name, rng),
+            Kind::Data => data(rng),
+            _ => object(rng),
+        });
+        let key = key(kind, namespace, name);
+        self.last = Some((kind, key.clone()));
+        self.put(kind, key, content.map(Arc::new));
+    }
+
+    /// The server forgets what jobs are, and all that there are, or learns it.
+    pub(super) fn turn_jobs(&mut self) {
+        self.has_no_jobs = !self.has_no_jobs;
+        self.remove_all(Kind::Jobs);
+    }
+
+    fn remove_all(&mut self, kind: Kind) {
+        let all = self.at(kind, self.version).into_iter().map(|(key, _)| key.clone());
+        for key in all.collect::<Vec<_>>() {
+            self.put(kind, key, None);
+        }
+    }
+
+    /// Data comes, or goes, that lies where jobs would.
+    pub(super) fn turn_place_of_jobs(&mut self) {
+        let key = place_of_jobs();
+        let is_there = self.at(Kind::Data, self.version).iter().any(|(held, _)| **held == key);
+        let data = json!({ "data": { "k0": "{\"x\": 1}" } });
+        self.put(Kind::Data, key, (!is_there).then(|| Arc::new(data)));
+    }
+
+    /// The server serves all that it ever did, and nothing is in another's place.
+    pub(super) fn calm(&mut self) {
+        self.has_no_jobs = false;
+        self.put(Kind::Data, place_of_jobs(), None);
+    }
+
+    /// Policies are edited: each hub checks them anew.
+    pub(super) fn touch(&mut self) {
+        let key = ObjectKey { namespace: "ns0".into(), name: "touched".into() };
+        let text = format!("package touched.k0\nx := {}", self.version);
+        self.put(Kind::Policies, key, Some(Arc::new(json!({ "data": { "k0": text } }))));
+    }
+
+    /// People see to what is refused.
+    pub(super) fn mend(&mut self) {
+        for kind in Kind::ALL {
+            let all = self.at(kind, self.version).into_iter();
+            let refused = all.filter(|(_, value)| !is_good(kind, value)).map(|(key, _)| key.clone());
+            for key in refused.collect::<Vec<_>>() {
+                self.put(kind, key, None);
+            }
+        }
+    }
+
+    /// The server is as a backup of it was, and goes on from there.
+    pub(super) fn restore(&mut self, rng: &mut Rng) {
+        let version = self.version.saturating_sub(rng.u64(1..=BACKUP_AGE_MAX)).max(1);
+        for changes in self.changes.values_mut() {
+            changes.retain(|(at, _)| *at <= version);
+        }
+        for history in self.objects.values_mut().flat_map(BTreeMap::values_mut) {
+            history.retain(|(at, _)| *at <= version);
+        }
+        (self.version, self.last) = (version, None);
+        self.epoch += 1;
+        if self.has_no_jobs {
+            self.remove_all(Kind::Jobs);
+        }
+    }
+}
+
+/// Data that lies where jobs would.
+pub(super) fn place_of_jobs() -> ObjectKey {
+    ObjectKey { namespace: "kubernetes".into(), name: "jobs".into() }
+}
+
+fn content_at(history: &[(u64, Content)], version: u64) -> Option<&Arc<Value>> {
+    let end = history.partition_point(|(at, _)| *at <= version);
+    history[..end].last()?.1.as_ref()
+}
+
+fn key(kind: Kind, namespace: u8, name: u8) -> ObjectKey {
+    let odd = if kind.is_scoped() || kind == Kind::Nodes { "~/%" } else { "" };
+    let namespace = if kind == Kind::Nodes { String::new() } else { format!("ns{namespace}") };
+    ObjectKey { namespace: namespace.into(), name: format!("o{name}{odd}").into() }
+}
+
+/// Some modules. One in eight ConfigMaps is refused: by the compiler, or because a text is no module.
+fn policies(name: u8, rng: &mut Rng) -> Value {
+    let mut texts = BTreeMap::new();
+    for at in 0..rng.u8(1..4) {
+        texts.insert(format!("k{at}"), format!("package p{name}.q{at}\nx := {}", rng.u8(..3)));
+    }
+    if let Some(text) = texts.get_mut("k0").filter(|_| rng.bool()) {
+        let line = READABLE[rng.usize(..READABLE.len())];
+        *text = text.replace('\n', &format!("\n{READS}{line}\n"));
+    }
+    match rng.u8(..16) {
+        0 => _ = texts.insert("k0".into(), format!("package p{name}.q0\n{WRONG}")),
+        1 => _ = texts.insert("k0".into(), "package".into()),
+        _ => {}
+    }
+    json!({ "data": texts })
+}
+
+/// Some entries. One in sixteen ConfigMaps is refused.
+fn data(rng: &mut Rng) -> Value {
+    let mut texts = BTreeMap::new();
+    for at in 0..rng.u8(1..4) {
+        texts.insert(format!("k{at}"), format!("{{\"x\": {}}}", rng.u8(..3)));
+    }
+    if rng.u8(..16) == 0 {
+        texts.insert("k0".into(), "[]".into());
+    }
+    json!({ "data": texts })
+}
+
+/// One in eight is large.
+fn object(rng: &mut Rng) -> Value {
+    let padding = if rng.u8(..8) == 0 { rng.usize(..600) } else { 0 };
+    json!({
+        "kind": "x",
+        "metadata": { "labels": { "app": rng.u8(..3), "tier": rng.u8(..3) } },
+        "padding": "x".repeat(padding),
+        // Objects that never were there before, too.
+        "round": rng.u16(..),
+        "spec": { "image": rng.u8(..3), "size": { "cpu": rng.u8(..3) } },
+        "text": "~1/%\n",
+    })
+}
+
+fn texts(value: &Value) -> impl Iterator<Item = (&String, &str)> {
+    let texts = value["data"].as_object().unwrap();
+    texts.iter().map(|(file, text)| (file, text.as_str().unwrap()))
+}
+
+/// Whether a hub accepts the object, whatever else there is.
+fn is_good(kind: Kind, value: &Value) -> bool {
+    match kind {
+        Kind::Policies => texts(value).all(|(_, text)| text.starts_with("package ") && !text.contains(WRONG)),
+        Kind::Data => texts(value).all(|(_, text)| text.starts_with('{')),
+        _ => true,
+    }
+}
+
+/// What is served of an object that is accepted.
+pub(super) fn served(kind: Kind, value: &Value) -> Value {
+    match kind {
+        Kind::Policies => value["data"].clone(),
+        Kind::Data => {
+            let entries = texts(value).map(|(file, text)| (file.clone(), text.parse().unwrap()));
+            Value::Object(entries.collect())
+        }
+        _ => value.clone(),
+    }
+}

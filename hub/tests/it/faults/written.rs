@@ -1,0 +1,206 @@
+//! One bundle of one hub: its writer, and a stub of its checker.
+
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use opa_hub::bundle::Bundle;
+use opa_hub::model::{Content, Feed, Resource, Scope};
+use opa_hub::pipeline::Said;
+use opa_hub::policy::analyze::Reads;
+use opa_hub::policy::candidates::LastGood;
+use opa_hub::policy::settle::{Candidates, Outcome, Selection, settle};
+use opa_hub::policy::verdict::{Fault, Location};
+use opa_hub::store::Store;
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::revision::Revision;
+use tokio::sync::oneshot;
+
+use super::document::Document;
+use super::source::{Kind, WRONG};
+use super::{Seen, World, reads};
+use crate::invariants::Writer;
+
+/// See the module's text.
+pub(super) struct Written {
+    pub(super) document: Document,
+    writer: Writer,
+    /// What is to be checked.
+    job: Option<Arc<Candidates>>,
+    /// The compiler fails, whatever it is given.
+    pub(super) fails: bool,
+    /// It cannot tell what policies read …
+    pub(super) plan_fails: bool,
+    /// … and could not when it was asked last.
+    reads_all: bool,
+    /// What is replicated because policies read it.
+    auto: BTreeSet<Kind>,
+    /// What was accepted, until what it reads is there.
+    opening: Option<(Outcome, oneshot::Receiver<()>)>,
+}
+
+impl Written {
+    /// Begins with what was good before.
+    pub(super) fn start(document: Document, good: LastGood, store: &Arc<Store>) -> Self {
+        let writer = Writer::of(&document.spec(), Arc::clone(store), good);
+        Self {
+            document,
+            writer,
+            job: None,
+            fails: false,
+            plan_fails: false,
+            reads_all: false,
+            auto: BTreeSet::new(),
+            opening: None,
+        }
+    }
+
+    pub(super) fn bundle(&self) -> &Arc<Bundle> {
+        &self.writer.bundle
+    }
+
+    /// Its good policies; none: they were not checked yet.
+    pub(super) fn good(&self) -> Option<LastGood> {
+        self.writer.ends.good.borrow().clone()
+    }
+
+    /// Whether pods are served whole because nobody knows what is read of them.
+    pub(super) fn reads_all(&self) -> bool {
+        self.reads_all
+    }
+
+    pub(super) fn is_live(&self) -> bool {
+        self.bundle().head().borrow().is_some()
+    }
+
+    fn revision(&self) -> Option<Revision> {
+        self.bundle().head().borrow().as_ref().map(|head| head.view.revision)
+    }
+
+    /// Publishes so much at most of what waits; none: as much as it takes by itself.
+    pub(super) fn commit(&mut self, most: Option<usize>) {
+        match most {
+            Some(most) => self.writer.pipeline.commit_some(most),
+            None => self.writer.pipeline.commit(),
+        }
+    }
+
+    /// Gives up what was kept for older policies, though agents may not be past those.
+    pub(super) fn narrow(&mut self, seen: &mut Seen) {
+        let before = self.revision();
+        self.writer.pipeline.narrow();
+        seen.add_if(self.revision() != before, "narrowings");
+        self.commit(None);
+    }
+
+    /// Goes on with the check under way. Whether that did something.
+    pub(super) fn check(&mut self, seen: &mut Seen) -> bool {
+        if let Some((outcome, mut settled)) = self.opening.take() {
+            if matches!(settled.try_recv(), Err(oneshot::error::TryRecvError::Empty)) {
+                self.opening = Some((outcome, settled));
+                return false;
+            }
+            self.accept(outcome, seen);
+            return true;
+        }
+        self.job = self.job.take().or_else(|| self.writer.ends.jobs.try_recv().ok());
+        if self.fails {
+            seen.add_if(self.job.is_some(), "checks without a compiler");
+            return false;
+        }
+        let Some(candidates) = self.job.take() else { return false };
+        let check = async |selection: &Selection| Ok::<_, Infallible>(faults(selection));
+        let Ok(outcome) = futures::executor::block_on(settle(&candidates, check));
+        seen.add_if(!outcome.faults.is_empty(), "refused policies");
+        let new = &self.replicated_for(&outcome) - &self.auto;
+        if new.is_empty() {
+            self.accept(outcome, seen);
+        } else {
+            self.open(&new, outcome, seen);
+        }
+        true
+    }
+
+    /// What is replicated because these policies read it.
+    fn replicated_for(&self, outcome: &Outcome) -> BTreeSet<Kind> {
+        let lines = lines(outcome);
+        Kind::AUTO.into_iter().filter(|kind| self.document.is_auto && lines.contains(kind.plural())).collect()
+    }
+
+    /// Asks for what policies are the first to read.
+    fn open(&mut self, new: &BTreeSet<Kind>, outcome: Outcome, seen: &mut Seen) {
+        seen.add("openings");
+        let (settled, until) = oneshot::channel();
+        let feed = |kind: &Kind| Feed {
+            resource: Resource::named(kind.plural()),
+            scope: Scope::Namespaces { ignored: Vec::new() },
+            labels: Vec::new(),
+            content: Content::Resource(place(*kind)),
+        };
+        self.writer.pipeline.hear(Said::Opened { feeds: new.iter().map(feed).collect(), settled });
+        self.commit(None);
+        self.auto.extend(new);
+        seen.add_if(new.iter().any(|kind| !opened(self.bundle()).contains(kind)), "places that are taken");
+        self.opening = Some((outcome, until));
+    }
+
+    fn accept(&mut self, outcome: Outcome, seen: &mut Seen) {
+        let replicated = self.replicated_for(&outcome);
+        let lines = lines(&outcome);
+        let is_cut = self.document.fields.is_some();
+        self.reads_all = is_cut && self.plan_fails;
+        seen.add_if(self.reads_all, "checks without a plan");
+        let reads = if self.reads_all { Reads::everything() } else { reads::analyzed(&lines) };
+        let reads = is_cut.then_some(reads);
+        seen.add_if(!self.auto.is_subset(&replicated), "closings");
+        self.auto = replicated;
+        let resources = self.document.is_auto.then(|| self.auto.iter().map(|kind| place(*kind)).collect());
+        self.writer.pipeline.hear(Said::Checked { outcome, reads, resources });
+        self.commit(None);
+    }
+
+    /// Takes and checks all that waits.
+    pub(super) fn settle(&mut self, world: &mut World) {
+        (self.fails, self.plan_fails) = (false, false);
+        for _ in 0..self.document.commits() {
+            self.commit(None);
+            while self.check(&mut world.seen) {}
+        }
+        self.narrow(&mut world.seen);
+    }
+
+    /// It is served, and waits for nothing.
+    pub(super) fn check_settled(&self) {
+        assert!(self.is_live(), "{} is not live", self.document.name);
+        let is_idle = self.job.is_none() && self.opening.is_none();
+        assert!(is_idle, "{} checks", self.document.name);
+        assert!(!self.reads_all, "{} knows what is read", self.document.name);
+    }
+}
+
+/// What is replicated because policies read it, and nothing else is in its place.
+pub(super) fn opened(bundle: &Bundle) -> BTreeSet<Kind> {
+    let names: BTreeSet<_> = bundle.feeds.list().iter().map(|feed| feed.position_name.clone()).collect();
+    Kind::AUTO.into_iter().filter(|kind| names.contains(kind.position_name())).collect()
+}
+
+fn place(kind: Kind) -> DirPath {
+    kind.position_name().parse().unwrap()
+}
+
+/// What these policies read.
+fn lines(outcome: &Outcome) -> BTreeSet<&str> {
+    let modules = outcome.accepted.values().flat_map(|texts| texts.modules.values());
+    reads::lines(modules.map(|module| module.text.as_str()))
+}
+
+/// What the stub says of a selection.
+fn faults(selection: &Selection) -> Vec<Fault> {
+    let modules = selection.values().flat_map(|selected| &selected.texts.modules);
+    let wrong = modules.filter(|(_, module)| module.text.contains(WRONG));
+    let fault = |id: &String| {
+        let location = Location { file: id.clone(), row: 2, col: 1 };
+        Fault { location: Some(location), ..Fault::new("rego_type_error", "wrong") }
+    };
+    wrong.map(|(id, _)| fault(id)).collect()
+}
