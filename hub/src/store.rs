@@ -425,12 +425,17 @@ impl Subscription {
         feeds.flat_map(|(id, live)| live.objects.values().map(move |object| (id, object.clone()))).collect()
     }
 
-    /// The objects of these feeds, in no order.
+    /// The objects of these feeds, by feed and name: which of them fit into a limit must not go by chance.
     pub fn objects_of(&self, feeds: &BTreeSet<FeedId>) -> Vec<(FeedId, Object)> {
         let state = self.store.state();
         let Some(inbox) = state.inboxes.get(&self.id) else { return Vec::new() };
         let watches = feeds.iter().filter_map(|id| Some((*id, state.watches.get(&inbox.feeds.get(id)?.0)?)));
-        watches.flat_map(|(id, live)| live.objects.values().map(move |object| (id, object.clone()))).collect()
+        let objects = |(id, live): (FeedId, &Live)| {
+            live.objects.values().map(move |object| (id, object.clone())).collect::<Vec<_>>()
+        };
+        let mut objects: Vec<_> = watches.flat_map(objects).collect();
+        objects.sort_unstable_by(|(id, one), (other_id, other)| (id, &one.key).cmp(&(other_id, &other.key)));
+        objects
     }
 
     /// Lists the replicated objects, in no order; none once the subscription has ended.

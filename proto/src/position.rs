@@ -184,6 +184,23 @@ fn is_below(inner: &str, outer: &str) -> bool {
     inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('\0'))
 }
 
+impl Bounds {
+    /// Moves the end to `position`, at which the content is the same. Whether the source went back: what was said of the
+    /// content before is of another history then.
+    pub fn advance(&mut self, position: &Position) -> bool {
+        self.newest = position.clone().after(&self.newest);
+        let mut went_back = false;
+        for (name, version) in &position.0 {
+            if self.all.of(name).is_some_and(|all| *version < all) {
+                went_back = true;
+                self.all.0.insert(name.clone(), *version);
+                self.newest.0.insert(name.clone(), *version);
+            }
+        }
+        went_back
+    }
+}
+
 impl Judge {
     /// Of a stream that is opened as of `held`.
     pub fn new(held: Position) -> Self {
@@ -267,6 +284,20 @@ mod tests {
             assert!(
                 after.0.iter().all(|(name, at)| here.of(name) <= Some(*at) && there.of(name) <= Some(*at))
             );
+        }
+    }
+
+    #[test]
+    fn content_is_of_one_history() {
+        let position = |text: &str| text.parse::<Position>().unwrap();
+        let bounds = Bounds { all: position(r#"{"a":5,"b":5}"#), newest: position(r#"{"a":7,"b":7}"#) };
+        for (to, all, newest, went_back) in [
+            (r#"{"a":6,"b":8}"#, r#"{"a":5,"b":5}"#, r#"{"a":7,"b":8}"#, false),
+            (r#"{"a":4,"b":8}"#, r#"{"a":4,"b":5}"#, r#"{"a":4,"b":8}"#, true),
+        ] {
+            let mut moved = bounds.clone();
+            assert_eq!(moved.advance(&position(to)), went_back);
+            assert_eq!(moved, Bounds { all: position(all), newest: position(newest) }, "{to}");
         }
     }
 

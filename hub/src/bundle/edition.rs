@@ -379,11 +379,29 @@ impl Bundle {
 
     /// Its head holds all that happened before this, and is as of then: what came and went meanwhile is not to come again.
     pub fn set_position(&self, position: Position) {
-        if let Some(head) = &*self.head.borrow() {
-            let mut bounds = head.bounds();
-            bounds.newest = position.clone().after(&bounds.newest);
+        if self.advance(&position)
+            && let Some(scopes) = &self.scopes
+        {
+            scopes.advance(&position);
         }
         *self.position.lock().unwrap_or_else(PoisonError::into_inner) = position;
+    }
+
+    /// Moves the head to `position`. Whether the source went back.
+    pub(super) fn advance(&self, position: &Position) -> bool {
+        let Some(head) = self.head.borrow().clone() else { return false };
+        let went_back = head.bounds().advance(position);
+        if went_back {
+            head.forget_frames();
+        }
+        went_back
+    }
+
+    /// How new `edition` may be: as new as its bundle is now, while it is the head.
+    pub fn newest_of(&self, edition: &Arc<Edition>) -> Position {
+        let position = self.position();
+        let is_head = self.head.borrow().as_ref().is_some_and(|head| Arc::ptr_eq(head, edition));
+        if is_head { position.after(&edition.newest()) } else { edition.newest() }
     }
 
     /// How far the source was heard: its head, whichever is that from now on, holds all that happened before.
@@ -670,7 +688,11 @@ impl Edition {
         // Resources that its older policies may read and that are gone here: it keeps what it has of them.
         let named: BTreeSet<_> = own.places().collect();
         let gone = |dir: &DirPath| both.places().any(|place| !named.contains(place) && dir.is_within(place));
-        let stay = held.dirs.iter().filter(|(dir, _)| !self.view.dirs.contains_key(*dir) && gone(dir));
+        let is_taken = |dir: &DirPath| {
+            let mut outer = std::iter::successors(Some(dir.clone()), DirPath::parent);
+            outer.any(|outer| self.view.dirs.contains_key(&outer))
+        };
+        let stay = held.dirs.iter().filter(|(dir, _)| gone(dir) && !is_taken(dir));
         let stay: Vec<_> =
             stay.map(|(dir, digest)| (dir.clone(), Arc::new(Directory::elsewhere(*digest)))).collect();
         let mut batch = Batch::default();

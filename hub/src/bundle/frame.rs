@@ -45,9 +45,9 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
     {
         let has_inner = within(&view.dirs, path).next().is_some();
         if has_inner || view.ensure.contains(path) {
-            patch.add_dir(path, b"{}")
+            patch.add_dir(path, b"{}");
         } else {
-            patch.remove_dir(path)
+            patch.remove_dir(path);
         }
     }
     for (path, (existed, keys)) in &since.dirs {

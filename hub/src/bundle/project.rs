@@ -150,7 +150,7 @@ impl Projection {
     /// Removes the objects of these feeds that are in the view and not among `live`.
     pub fn remove_others(&mut self, feeds: &BTreeSet<FeedId>, live: &HashSet<ObjectId>, batch: &mut Batch) {
         let known = self.accepted.keys().filter(|id| feeds.contains(&id.0) && !live.contains(*id));
-        for (feed, key) in known.cloned().collect::<Vec<_>>() {
+        for (feed, key) in known.cloned().collect::<BTreeSet<_>>() {
             self.apply(Change::Remove(feed, key), batch);
         }
     }

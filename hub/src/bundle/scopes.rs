@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use opa_hub_proto::path::{DirPath, is_segment};
+use opa_hub_proto::position::Position;
 use opa_hub_proto::revision::Revision;
 use tokio::sync::watch;
 
@@ -151,6 +152,13 @@ impl Scopes {
                 }
             }
             scope.bundle.publish(next, log, edition.bounds().clone());
+        }
+    }
+
+    /// Moves every view to `position`, to which the source went back.
+    pub fn advance(&self, position: &Position) {
+        for scope in self.live().values() {
+            scope.bundle.advance(position);
         }
     }
 

@@ -82,7 +82,7 @@ pub(super) async fn get(
         bundle.counters.snapshots[part as usize].fetch_add(1, Ordering::Relaxed);
         edition.archive(part).await
     };
-    let headers = [(ETAG.as_str(), tag), (POSITION_HEADER, edition.newest().to_string())];
+    let headers = [(ETAG.as_str(), tag), (POSITION_HEADER, bundle.newest_of(&edition).to_string())];
     Ok((headers, respond(archive)).into_response())
 }
 

@@ -206,7 +206,9 @@ impl Hub {
         let watching = self.watches.get_mut(&id).expect("it is watched");
         if watching.trouble != Trouble::No && world.rng.u8(..6) > 0 {
             if watching.trouble == Trouble::Failing && watching.may_fail() {
-                FAILS.into_iter().for_each(|event| self.store.apply((id, event, None)));
+                for event in FAILS {
+                    self.store.apply((id, event, None));
+                }
             }
             return;
         }
@@ -252,7 +254,9 @@ impl Hub {
         let (kind, version, may_fail) = (watching.kind, world.source.version(), watching.may_fail());
         if !world.source.serves(kind) {
             world.seen.add("resources that are not served");
-            NOT_SERVED.into_iter().for_each(|event| self.store.apply((id, event, None)));
+            for event in NOT_SERVED {
+                self.store.apply((id, event, None));
+            }
             self.watches.get_mut(&id).expect("it is watched").needs_list = true;
             return;
         }
@@ -263,7 +267,9 @@ impl Hub {
         for object in objects.collect::<Vec<_>>() {
             if !is_calm && may_fail && world.rng.u8(..64) == 0 {
                 world.seen.add("lists that break off");
-                FAILS.into_iter().for_each(|event| self.store.apply((id, event, None)));
+                for event in FAILS {
+                    self.store.apply((id, event, None));
+                }
                 self.watches.get_mut(&id).expect("it is watched").needs_list = true;
                 return;
             }

@@ -291,6 +291,7 @@ fn whatever_fails_agents_hold_what_the_source_has() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let steps = number("OPA_HUB_FAULT_STEPS").and_then(|steps: u64| steps.try_into().ok()).unwrap_or(STEPS);
     let seeds = number("OPA_HUB_FAULT_SEED").map_or(0..SEEDS, |seed| seed..seed + 1);
+    let is_long = steps as u64 * (seeds.end - seeds.start) >= STEPS as u64 * SEEDS;
     let mut all = Seen::default();
     for seed in seeds {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
@@ -299,5 +300,5 @@ fn whatever_fails_agents_hold_what_the_source_has() {
         seen.0.into_iter().for_each(|(what, count)| *all.0.entry(what).or_default() += count);
     }
     let missing: Vec<_> = TRIED.into_iter().filter(|what| !all.0.contains_key(what)).collect();
-    assert!(missing.is_empty(), "never tried: {missing:?}");
+    assert!(missing.is_empty() || !is_long, "never tried: {missing:?}");
 }
