@@ -157,17 +157,19 @@ pub const CHECKS_MAX: usize = 32;
 pub const CHECKS_MIN: usize = 6;
 /// Time after which a search starts no further check once it had its minimum: a check that fails takes up to
 /// [`CHECK_MAX`], and newer edits wait for the search.
-pub const SETTLE_MAX: Duration = Duration::from_secs(180);
-/// One run of OPA: 10,000 modules take it a second, and an endless one must not hold back all others.
-pub const CHECK_MAX: Duration = Duration::from_secs(30);
+pub const SETTLE_MAX: Duration = Duration::from_secs(60);
+/// Maximum time of one run of OPA: 10,000 modules take it a second, and while it runs newer edits wait.
+pub const CHECK_MAX: Duration = Duration::from_secs(10);
+/// Maximum time of one run of tests.
+pub const TEST_RUN_MAX: Duration = Duration::from_secs(30);
 /// Errors that one run tells: enough to name many ConfigMaps at once.
 pub const CHECK_FAULTS_MAX: usize = 100;
 /// Bytes that one run writes: an error quotes its line, which may be as long as a ConfigMap.
 pub const CHECK_OUTPUT_MAX: u64 = 128 << 20;
 /// Seconds that one test of a policy may take: OPA's own default.
 pub const TEST_SECONDS: u64 = 5;
-/// When all tests together take longer than one run of OPA may, each ConfigMap's are run by themselves. After this time
-/// no further run is started: one check then takes [`CHECK_MAX`] for each run before, this, and one more [`CHECK_MAX`].
+/// When all tests together take longer than [`TEST_RUN_MAX`], those of each ConfigMap are run alone. After this time no
+/// further run is started: one check takes [`TEST_RUN_MAX`] for the joint run, this, and one more [`TEST_RUN_MAX`].
 pub const TESTS_MAX: Duration = Duration::from_secs(30);
 /// Tests that took longer than one run of OPA may are run again after this time, or when their texts change.
 pub const TESTS_PAUSE: Duration = Duration::from_secs(600);

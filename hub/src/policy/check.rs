@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use opa_hub_proto::manifest::MANIFEST_FILE;
 use opa_hub_proto::path::DirPath;
@@ -20,7 +21,9 @@ use super::modules::Module;
 use super::plan::Plan;
 use super::settle::{CHECK_FAILED, Selected, Selection, TEST_FAILED, TESTS_NOT_RUN, TESTS_TOO_LONG, Texts};
 use super::verdict::{Fault, Location};
-use crate::config::{CHECK_FAULTS_MAX, CHECK_MAX, CHECK_OUTPUT_MAX, TEST_SECONDS, TESTS_MAX, TESTS_PAUSE};
+use crate::config::{
+    CHECK_FAULTS_MAX, CHECK_MAX, CHECK_OUTPUT_MAX, TEST_RUN_MAX, TEST_SECONDS, TESTS_MAX, TESTS_PAUSE,
+};
 use crate::model::ObjectKey;
 
 /// Why OPA returned no result.
@@ -41,8 +44,8 @@ pub enum Error {
     #[error("cannot run OPA: {0}")]
     Run(std::io::Error),
     /// It hangs.
-    #[error("OPA did not answer within {} s", CHECK_MAX.as_secs())]
-    TooLong,
+    #[error("OPA did not answer within {} s", .0.as_secs())]
+    TooLong(Duration),
     /// The plan would take too much memory.
     #[error("OPA's plan has {0} bytes, more than the {PLAN_BYTES_MAX} that are analysed")]
     PlanTooLarge(u64),
@@ -59,7 +62,7 @@ pub enum Error {
 impl Error {
     /// Whether no module can be the cause: OPA was not even started.
     pub fn is_transient(&self) -> bool {
-        !matches!(self, Self::TooLong | Self::Failed { .. })
+        !matches!(self, Self::TooLong(_) | Self::Failed { .. } | Self::PlanTooLarge(_))
     }
 }
 
@@ -272,12 +275,13 @@ struct Output {
 impl Opa {
     async fn new(program: &Path, dialect: Dialect) -> Result<Self, Error> {
         let not_opa = |because: String| Error::NotOpa { program: program.display().to_string(), because };
-        let said =
-            run(Command::new(program).arg("version")).await.map_err(|error| not_opa(error.to_string()))?;
+        let said = run(Command::new(program).arg("version"), CHECK_MAX)
+            .await
+            .map_err(|error| not_opa(error.to_string()))?;
         let said = String::from_utf8_lossy(&said.stdout).into_owned();
         let version = said.lines().find_map(|line| line.strip_prefix("Version: "));
         let version = version.ok_or_else(|| not_opa("it tells no version".into()))?.trim().to_owned();
-        let capabilities = run(Command::new(program).args(["capabilities", "--current"])).await?;
+        let capabilities = run(Command::new(program).args(["capabilities", "--current"]), CHECK_MAX).await?;
         let mut capabilities: serde_json::Value = serde_json::from_slice(&capabilities.stdout)
             .map_err(|error| not_opa(format!("its capabilities do not parse: {error}")))?;
         capabilities["allow_net"] = json!([]);
@@ -374,7 +378,7 @@ impl Opa {
             match found {
                 Ok(found) => faults.extend(found),
                 Err(error) if error.is_transient() => return Err(error),
-                Err(Error::TooLong) => {
+                Err(Error::TooLong(_)) => {
                     let again = Instant::now() + TESTS_PAUSE;
                     self.slow().insert(key.clone(), (tests.clone(), again));
                     faults.push(too_long(tests));
@@ -501,14 +505,15 @@ impl Opa {
     }
 
     async fn run(&self, folder: &Folder, command: &[&str], last: &[&str]) -> Result<Output, Error> {
-        let dialect = self.dialect.flag().filter(|_| command[0] != "deps");
+        let (dialect, is_test) = (self.dialect.flag().filter(|_| command[0] != "deps"), command[0] == "test");
         let command = command.iter().copied().chain(dialect).chain(last.iter().copied());
-        run(Command::new(&self.program).args(command).current_dir(folder.dir.path())).await
+        let limit = if is_test { TEST_RUN_MAX } else { CHECK_MAX };
+        run(Command::new(&self.program).args(command).current_dir(folder.dir.path()), limit).await
     }
 }
 
 /// Runs a command in an environment of its own: OPA takes flags from it.
-async fn run(command: &mut Command) -> Result<Output, Error> {
+async fn run(command: &mut Command, limit: Duration) -> Result<Output, Error> {
     command.env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     if let Some(path) = std::env::var_os("PATH") {
         command.env("PATH", path);
@@ -525,7 +530,7 @@ async fn run(command: &mut Command) -> Result<Output, Error> {
         child.wait().await
     };
     let status =
-        tokio::time::timeout(CHECK_MAX, all).await.map_err(|_| Error::TooLong)?.map_err(Error::Run)?;
+        tokio::time::timeout(limit, all).await.map_err(|_| Error::TooLong(limit))?.map_err(Error::Run)?;
     Ok(Output { status, stdout, stderr })
 }
 
@@ -535,7 +540,7 @@ fn broken_test(fault: &Fault) -> Fault {
 }
 
 fn too_long(tests: &Tests) -> Fault {
-    let seconds = CHECK_MAX.as_secs();
+    let seconds = TEST_RUN_MAX.as_secs();
     let message =
         format!("its tests take longer than {seconds} s: make them cheaper, or divide them among ConfigMaps");
     at_tests(tests, Fault::new(TESTS_TOO_LONG, message))
