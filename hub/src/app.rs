@@ -71,6 +71,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         Some(address) => Some(listen(address)?),
         None => None,
     };
+    serve::memory::note_start();
     let readiness = Readiness::default();
     let compiler = Compiler::find(config.opa.as_deref(), Dialect::Default).await?;
     let checked_by = compiler.name();
@@ -94,6 +95,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         }
     });
     let bundles = Arc::new(Bundles::default());
+    bundles.store.get_or_init(|| Arc::clone(&store));
     let leads = watch::Sender::new(false);
     let stages = Stages {
         store,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -24,6 +24,8 @@ use crate::writeback::last_good::Place;
 #[derive(Default)]
 pub struct Bundles {
     served: RwLock<BTreeMap<String, Arc<Bundle>>>,
+    /// The objects that they share, once it is there.
+    pub store: OnceLock<Arc<Store>>,
     /// Rung when a verdict of any is new.
     pub verdicts: Arc<Notify>,
     /// Verdicts that were to be written to ConfigMaps.

@@ -583,6 +583,7 @@ impl Pipeline {
         } else if self.projection.is_settled() {
             self.checked = self.policies_heard();
         }
+        self.bundle.counters.projection_bytes.store(self.projection.memory(), Ordering::Relaxed);
         self.bundle.verdicts.take(self.projection.told());
         self.bundle.set_problems(self.projection.problems());
         if self.stage == Stage::Checking && !self.has_interim && !self.projection.is_settled() {

@@ -17,6 +17,9 @@ use crate::model::{Change, Content, Event, Feed, FeedId, Object, ObjectKey, Repl
 use crate::readiness::Readiness;
 use crate::source::Told;
 
+/// Bytes that the allocator and a reference count take for each allocation.
+pub const ALLOCATION_BYTES: usize = 32;
+
 /// The watches that somebody needs now, each as the first of its feeds says it.
 pub type Wanted = watch::Receiver<BTreeMap<WatchId, Feed>>;
 
@@ -148,6 +151,25 @@ impl Store {
         let news = Arc::clone(&inbox.news);
         state.inboxes.insert(id, inbox);
         Subscription { store: Arc::clone(self), id, news }
+    }
+
+    /// Bytes of the objects of all watches, and of the queues of all subscribers.
+    pub fn memory(&self) -> (usize, usize) {
+        let state = self.state();
+        let text = |key: &ObjectKey| key.namespace.len() + key.name.len() + 2 * ALLOCATION_BYTES;
+        let objects = state.watches.values().map(|live| {
+            let maps = [&live.objects, &live.staged];
+            let maps = maps.map(|map| {
+                let all = map.values().map(|object| object.json.len() + ALLOCATION_BYTES + text(&object.key));
+                all.sum::<usize>() + map.capacity() * size_of::<(ObjectKey, Object)>()
+            });
+            let listing = live.listing.as_ref().map_or(0, HashSet::capacity);
+            maps.into_iter().sum::<usize>() + listing * size_of::<ObjectKey>()
+        });
+        let queues = state.inboxes.values().map(|inbox| {
+            (inbox.changed.capacity() + inbox.waiting.capacity()) * size_of::<(FeedId, ObjectKey)>()
+        });
+        (objects.sum(), queues.sum())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

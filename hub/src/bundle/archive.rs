@@ -33,6 +33,11 @@ pub struct Archive {
 }
 
 impl Segment {
+    /// Compressed bytes.
+    pub(super) fn len(&self) -> usize {
+        self.deflated.len()
+    }
+
     /// Compresses `raw`.
     pub fn new(raw: &[u8]) -> Self {
         let mut crc = crc32fast::Hasher::new();

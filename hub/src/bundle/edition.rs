@@ -100,6 +100,8 @@ pub struct Counters {
     pub view_changes: AtomicU64,
     /// Frames encoded.
     pub frame_encodes: AtomicU64,
+    /// Bytes of what the writer remembers of objects.
+    pub projection_bytes: AtomicUsize,
     /// Bytes of frames that are kept or under way.
     pub frame_bytes: Arc<AtomicUsize>,
     /// Bytes of reconcile answers that are cached or being sent, besides what archives share.
@@ -407,6 +409,23 @@ impl Bundle {
     /// How far the source was heard: its head, whichever is that from now on, holds all that happened before.
     pub fn position(&self) -> Position {
         self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Bytes of its parts, each by its name.
+    pub fn memory(&self) -> [(&'static str, usize); 8] {
+        let head = self.head.borrow().clone();
+        let (entries, modules) = head.as_ref().map(|head| head.view.memory()).unwrap_or_default();
+        let load = |bytes: &AtomicUsize| bytes.load(Ordering::Relaxed);
+        [
+            ("entries", entries),
+            ("modules", modules),
+            ("history", head.map_or(0, |head| head.log.memory())),
+            ("segments", self.segments.memory()),
+            ("namespaces", self.scopes.as_ref().map_or(0, Scopes::memory)),
+            ("projection", load(&self.counters.projection_bytes)),
+            ("frames", load(&self.counters.frame_bytes)),
+            ("answers", load(&self.counters.answer_bytes)),
+        ]
     }
 
     /// What is refused from now on.

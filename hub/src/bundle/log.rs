@@ -61,6 +61,11 @@ impl Log {
         }
     }
 
+    /// Bytes of all commits.
+    pub fn memory(&self) -> usize {
+        self.keys * size_of::<(Arc<str>, bool)>() + self.commits.len() * size_of::<Commit>()
+    }
+
     /// The commit that led from `before` to the head; `None` if that is not remembered.
     pub fn last_from(&self, before: Revision) -> Option<&Commit> {
         self.commits.back().map(AsRef::as_ref).filter(|commit| commit.before == before)

@@ -26,6 +26,7 @@ use crate::policy::modules::Module;
 use crate::policy::plan::Site;
 use crate::policy::settle::{Candidates, Outcome, Texts};
 use crate::policy::verdict::{Fault, Observed, RETRIES, STATUS, Told, Verdict};
+use crate::store::ALLOCATION_BYTES;
 
 /// Turns changes of objects into changes of a view.
 pub struct Projection {
@@ -158,6 +159,13 @@ impl Projection {
     /// Whether nothing of the feed is taken.
     pub fn is_closed(&self, id: FeedId) -> bool {
         self.closed.contains(&id)
+    }
+
+    /// Bytes of what is remembered of objects.
+    pub fn memory(&self) -> usize {
+        let refused = self.refused.len() + self.left_out.len() + self.configmaps.len();
+        self.accepted.capacity() * size_of::<(ObjectId, Accepted)>()
+            + refused * (size_of::<(ObjectId, Refused)>() + ALLOCATION_BYTES)
     }
 
     /// Takes the policies that were accepted before a restart.

@@ -49,6 +49,9 @@ struct Scope {
     asked: Arc<AtomicBool>,
 }
 
+/// Bytes of a directory in the map of a view that shares it.
+const VIEW_DIRECTORY_BYTES: usize = 48;
+
 /// Directories of a view by the namespace that they belong to.
 struct ByNamespace<'a> {
     shared: Dirs,
@@ -69,6 +72,16 @@ impl Scopes {
     /// The namespaces whose views are kept now.
     pub fn namespaces(&self) -> Vec<String> {
         self.live().keys().filter(|namespace| *namespace != NONE).cloned().collect()
+    }
+
+    /// Bytes of the views that they do not share with the whole one.
+    pub fn memory(&self) -> usize {
+        let of = |scope: &Scope| {
+            let head = scope.bundle.head().borrow().clone();
+            let dirs = head.map_or(0, |head| head.view.dirs.len());
+            size_of::<(Bundle, Edition)>() + dirs * VIEW_DIRECTORY_BYTES
+        };
+        self.live().values().map(of).sum()
     }
 
     /// The bundle as it looks from `namespace`, for a reader that stays connected. A new view follows the whole bundle

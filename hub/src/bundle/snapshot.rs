@@ -208,6 +208,11 @@ fn segments(
 }
 
 impl SegmentCache {
+    /// Bytes of all segments.
+    pub fn memory(&self) -> usize {
+        self.lock().values().map(|segment| segment.len() + size_of::<(Digest, Segment)>()).sum()
+    }
+
     fn get(&self, name: Digest) -> Option<Segment> {
         self.lock().get(&name).cloned()
     }

@@ -10,6 +10,7 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Hasher, Revision, data_digest, modules_digest};
 
 use crate::policy::modules::Module;
+use crate::store::ALLOCATION_BYTES;
 
 /// One in this many keys ends a chunk, so that a change hashes and compresses about this many entries again.
 const CHUNK_KEYS_MEAN: u32 = 64;
@@ -161,6 +162,20 @@ impl View {
     /// The entries of all directories, counted.
     pub fn entries(&self) -> usize {
         self.dirs.values().map(|dir| dir.len()).sum()
+    }
+
+    /// Bytes of the entries, and of the modules. What the store holds too is not counted.
+    pub fn memory(&self) -> (usize, usize) {
+        let entry = |entry: &Entry| {
+            let value = if entry.value.is_unique() { entry.value.len() + ALLOCATION_BYTES } else { 0 };
+            size_of::<Entry>() + entry.key.len() + ALLOCATION_BYTES + value
+        };
+        let chunks = self.dirs.values().flat_map(|dir| &dir.chunks);
+        let entries = chunks.flat_map(|chunk| &chunk.entries).map(entry).sum();
+        let module = |(id, module): (&String, &Arc<Module>)| {
+            id.len() + module.text.len() + size_of::<Module>() + ALLOCATION_BYTES
+        };
+        (entries, self.modules.iter().map(module).sum())
     }
 
     /// Bytes of all the data as JSON.

@@ -16,6 +16,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use super::Hub;
+use super::memory::{account, resident};
 use crate::bundle::feeds::Feed;
 use crate::bundle::view::View;
 use crate::bundle::{Bundle, Counters, Part};
@@ -118,6 +119,17 @@ impl Collector for Scrape {
             ("verdict_errors", "ConfigMaps whose newest content is refused", of.one(refused)),
             ("source_objects", "Objects that a source has", of.by_feed(|feed| &feed.watch.objects)),
         ];
+        let memory = account(&hub.bundles);
+        let of_memory =
+            memory.iter().map(|(what, bytes)| (vec![("what", (*what).to_owned())], *bytes as u64));
+        let gauges = gauges.into_iter().chain([
+            ("memory_bytes", "Bytes by what takes them, as the hub counts them", of_memory.collect()),
+            (
+                "resident_memory_bytes",
+                "Resident bytes of the process",
+                resident().map(|bytes| (Vec::new(), bytes as u64)).into_iter().collect(),
+            ),
+        ]);
         for (name, help, samples) in gauges {
             family(&mut out, name, help, MetricType::Gauge, &samples)?;
         }

@@ -9,6 +9,7 @@ mod error;
 mod fanout;
 mod farewell;
 mod health;
+pub mod memory;
 mod metrics;
 mod reconcile;
 mod stream;
