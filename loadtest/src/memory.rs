@@ -22,6 +22,8 @@ use crate::scenario::at_least;
 /// OPA's collector gives memory back while it is idle and while it works: it is measured after this pause and after the
 /// label changes.
 const OPA_SETTLES: Duration = Duration::from_secs(10);
+/// What the hub accounts for of its resident memory.
+const ACCOUNTED: std::ops::RangeInclusive<f64> = 0.8..=1.2;
 /// Pods that are rolled out.
 const ROLLED_OUT: usize = 20;
 
@@ -66,6 +68,8 @@ struct Measured {
     hub_ready: Duration,
     hub_cpu: Duration,
     hub: Usage,
+    /// As the hub counts it.
+    hub_accounted: u64,
     snapshot: u64,
     load: Duration,
     opa: Usage,
@@ -134,11 +138,18 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
     let forecast = hub.json("/v1/bundles/main").await?["counts"]["opaBytes"].clone();
     let policy_edit = policy_edit(world, &opa, fields).await?;
     agent.wait_ready().await?;
+    let (hub_accounted, rss) = (hub.metric("opa_hub_memory_bytes").await?, usage(hub.process.as_ref())?.rss);
+    let share = hub_accounted as f64 / rss as f64;
+    anyhow::ensure!(
+        ACCOUNTED.contains(&share),
+        "the hub accounts for {hub_accounted} of its {rss} resident bytes: see opa_hub_memory_bytes at /metrics"
+    );
     Ok(Measured {
         fields,
         hub_ready,
         hub_cpu,
         hub: usage(hub.process.as_ref())?,
+        hub_accounted,
         snapshot,
         load,
         opa: usage(opa.process.as_ref())?,
@@ -226,7 +237,7 @@ fn table(options: &Options, all: &Measured, auto: &Measured) -> String {
         let share = 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
         format!("{} of {} ({share:.0} %)", row.rollout_changes, row.rollout_events)
     };
-    let rows: [(&str, Cell); 13] = [
+    let rows: [(&str, Cell); 14] = [
         ("OPA, resident, in use", &|row| megabytes(row.opa_settled)),
         ("OPA, resident, at most", &|row| megabytes(row.opa.peak)),
         ("OPA, as the hub forecasts it", &|row| megabytes(row.opa_forecast)),
@@ -234,6 +245,7 @@ fn table(options: &Options, all: &Measured, auto: &Measured) -> String {
         ("agent, resident, at most", &|row| megabytes(row.agent.peak)),
         ("hub, resident, in use", &|row| megabytes(row.hub.rss)),
         ("hub, resident, at most", &|row| megabytes(row.hub.peak)),
+        ("hub, as it accounts for it", &|row| megabytes(row.hub_accounted)),
         ("hub started to ready", &|row| format!("{}, {} CPU", seconds(row.hub_ready), seconds(row.hub_cpu))),
         ("agent started to OPA loaded", &|row| seconds(row.load)),
         ("label change to OPA's data, median (max)", &|row| {
@@ -260,7 +272,7 @@ fn results(options: &Options, rows: &[Measured]) -> Value {
     let row = |row: &Measured| {
         json!({
             "fields": row.fields, "hubReadySeconds": row.hub_ready.as_secs_f64(),
-            "hubReadyCpuSeconds": row.hub_cpu.as_secs_f64(), "hub": usage(&row.hub), "snapshotBytes": row.snapshot,
+            "hubReadyCpuSeconds": row.hub_cpu.as_secs_f64(), "hub": usage(&row.hub), "hubAccountedBytes": row.hub_accounted, "snapshotBytes": row.snapshot,
             "loadSeconds": row.load.as_secs_f64(), "opa": usage(&row.opa), "opaSettledBytes": row.opa_settled, "opaForecastBytes": row.opa_forecast,
             "agent": usage(&row.agent), "changeMedianSeconds": row.change_p50.as_secs_f64(),
             "changeMaxSeconds": row.change_max.as_secs_f64(), "changeHubCpuSeconds": row.change_cpu.as_secs_f64(),

@@ -9,17 +9,18 @@ use crate::bundles::Bundles;
 /// Resident bytes of an idle stream beside the kernel's buffers: `opa-hub-loadtest fanout` measures them.
 const STREAM_BYTES: usize = 1100;
 
-/// Resident bytes of the program before it served anything, as its first account found them.
-static PROGRAM_BYTES: OnceLock<usize> = OnceLock::new();
+/// Resident bytes that were no file's before the hub began to work.
+static START_BYTES: OnceLock<usize> = OnceLock::new();
 
 /// Notes the resident memory of a program that has not begun to work.
 pub fn note_start() {
-    PROGRAM_BYTES.get_or_init(|| resident().unwrap_or_default());
+    START_BYTES.get_or_init(|| resident().map_or(0, |resident| resident.all - resident.files));
 }
 
 /// Bytes by what takes them.
 pub(super) fn account(bundles: &Bundles) -> BTreeMap<&'static str, usize> {
-    let mut bytes = BTreeMap::from([("program", PROGRAM_BYTES.get().copied().unwrap_or_default())]);
+    let program = START_BYTES.get().copied().unwrap_or_default();
+    let mut bytes = BTreeMap::from([("program", program + resident().map_or(0, |resident| resident.files))]);
     let mut add = |what, more| *bytes.entry(what).or_default() += more;
     if let Some(store) = bundles.store.get() {
         let (objects, queues) = store.memory();
@@ -34,11 +35,19 @@ pub(super) fn account(bundles: &Bundles) -> BTreeMap<&'static str, usize> {
     bytes
 }
 
+/// Resident bytes of the process.
+pub(super) struct Resident {
+    /// All of them.
+    pub(super) all: usize,
+    /// Those that belong to files: the program's text, mostly.
+    files: usize,
+}
+
 /// Resident bytes of the process (proc_pid_statm(5)); `None` where there is no such file.
-pub(super) fn resident() -> Option<usize> {
+pub(super) fn resident() -> Option<Resident> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: usize = statm.split(' ').nth(1)?.parse().ok()?;
-    Some(pages * PAGE_BYTES)
+    let mut pages = statm.split(' ').skip(1).map_while(|pages| pages.parse::<usize>().ok());
+    Some(Resident { all: pages.next()? * PAGE_BYTES, files: pages.next()? * PAGE_BYTES })
 }
 
 /// Bytes of a page: x86-64 and arm64 with Linux's default.

@@ -127,7 +127,7 @@ impl Collector for Scrape {
             (
                 "resident_memory_bytes",
                 "Resident bytes of the process",
-                resident().map(|bytes| (Vec::new(), bytes as u64)).into_iter().collect(),
+                resident().map(|resident| (Vec::new(), resident.all as u64)).into_iter().collect(),
             ),
         ]);
         for (name, help, samples) in gauges {
