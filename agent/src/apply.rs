@@ -326,8 +326,8 @@ impl Applier {
                 let dirs = data.dirs.keys().chain(&data.ensure);
                 !held.dirs.contains_key(*map) && !dirs.into_iter().any(|dir| dir.is_within(map))
             };
-            let dirs = held.dirs.keys().filter(|dir| is_gone(dir));
-            return Ok(dirs.chain(held.ensure.iter().filter(is_empty)).cloned().collect());
+            let dirs = held.dirs.keys().rev().filter(|dir| is_gone(dir));
+            return Ok(dirs.chain(held.ensure.iter().rev().filter(is_empty)).cloned().collect());
         }
         let mut gone = Vec::new();
         for prefix in data.ensure.iter().filter(|prefix| is_gone(prefix)) {

@@ -13,7 +13,7 @@ use crate::bundle::view::Batch;
 use crate::config::{Config, Source};
 use crate::model::{Change, Content, FeedId, Object, Scope};
 use crate::policy::check::Compiler;
-use crate::policy::reads::{self, Found};
+use crate::policy::reads::{Analyst, Found};
 use crate::policy::settle::settle;
 use crate::source::folder::{self, Contents};
 
@@ -82,7 +82,7 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
     if good.is_empty() {
         bail!("no policies in {}: {}", dir.display(), problems.join("; "));
     }
-    let found = reads::reads(&compiler, &modules, &spec.fields.entrypoints).await?;
+    let found = Analyst::default().reads(&compiler, &modules, &spec.fields.entrypoints).await?;
     let Found { reads, opaque } = found.context("fields are found by a real OPA only: give --opa-bin")?;
     problems
         .extend(opaque.into_iter().map(|(decision, reason)| format!("fields of data{decision}: {reason}")));

@@ -1,6 +1,6 @@
 //! The plain values that pass between the stages: feeds, objects, events, changes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -152,8 +152,6 @@ pub struct Replicated {
     pub objects: Vec<(DirPath, Object)>,
     /// Places of all resources.
     pub places: BTreeSet<DirPath>,
-    /// How new the newest of them may be.
-    pub newest: BTreeMap<FeedId, Version>,
 }
 
 /// Something refused, in words for the person who can mend it.

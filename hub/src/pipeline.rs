@@ -20,12 +20,12 @@ use crate::bundle::spec::Spec;
 use crate::bundle::view::{Batch, Changed, View};
 use crate::bundle::{Bundle, Reading};
 use crate::config::{self, CHECK_RETRY, NARROW_AFTER};
-use crate::model::{Change, Content, Feed, FeedId, ObjectKey, Scope, Version};
+use crate::model::{Change, Content, Feed, FeedId, Scope, Version};
 use crate::policy::analyze::Reads;
 use crate::policy::candidates::LastGood;
 use crate::policy::check::{self, Compiler, Modules};
-use crate::policy::reads;
-use crate::policy::settle::{self, Candidate, Candidates, Outcome, Progress, Refused, Selection, Texts};
+use crate::policy::reads::Analyst;
+use crate::policy::settle::{self, Candidate, Candidates, Outcome, Progress, Selection};
 use crate::policy::verdict::Fault;
 use crate::readiness::Readiness;
 use crate::source::auto::Auto;
@@ -71,31 +71,21 @@ pub async fn check(
     bundle: Arc<Bundle>,
     readiness: Readiness,
 ) {
-    // What each ConfigMap held when it was too costly to check.
-    let mut costly: BTreeMap<ObjectKey, Option<Arc<Texts>>> = BTreeMap::new();
     let mut is_first = true;
-    while let Some(mut candidates) = jobs.recv().await {
+    let mut analyst = Analyst::default();
+    while let Some(candidates) = jobs.recv().await {
         let started = Instant::now();
-        costly.retain(|key, texts| {
-            let candidate = candidates.get(key);
-            candidate.is_some_and(|candidate| candidate.refused.is_some() && candidate.wanted == *texts)
-        });
-        for key in costly.keys() {
-            if let Some(candidate) = Arc::make_mut(&mut candidates).get_mut(key) {
-                candidate.refused = Some(Refused::Costly);
-            }
-        }
         // What was good before a restart is served while what changed since takes long to check.
         let is_restart = std::mem::take(&mut is_first) && candidates.values().any(|unit| unit.good.is_some());
         let settled = tokio::select! {
-            settled = settle(&compiler, &candidates, &spec, &bundle) => settled,
+            settled = settle(&compiler, &candidates, &spec, &bundle, &mut analyst) => settled,
             () = tokio::time::sleep(INTERIM_AFTER), if is_restart => {
-                match settle(&compiler, &unchanged(&candidates), &spec, &bundle).await {
+                match settle(&compiler, &unchanged(&candidates), &spec, &bundle, &mut analyst).await {
                     Ok(good) if good.failure.is_none() => {
                         let open = Outcome::unsettled(&candidates).untried;
                         Ok(Outcome { untried: open, progress: Progress::Good, ..good })
                     }
-                    _ => settle(&compiler, &candidates, &spec, &bundle).await,
+                    _ => settle(&compiler, &candidates, &spec, &bundle, &mut analyst).await,
                 }
             }
         };
@@ -116,7 +106,6 @@ pub async fn check(
             continue;
         }
         readiness.problem(POLICIES, None);
-        costly.extend(outcome.costly().map(|key| (key.clone(), candidates[key].wanted.clone())));
         if let Compiler::Syntax(_) = compiler {
             for key in outcome.accepted.keys() {
                 let warning = Fault::new("unchecked", "only its syntax was checked: the hub has no opa");
@@ -138,7 +127,7 @@ pub async fn check(
         let reads = if fields.follows.is_nothing() {
             None
         } else {
-            Some(read_by(&compiler, &mut outcome, &fields.entrypoints, &readiness).await)
+            Some(read_by(&compiler, &mut analyst, &mut outcome, &fields.entrypoints, &readiness).await)
         };
         let resources = auto.as_mut().zip(resources).map(|(auto, resources)| auto.narrow(&resources));
         if said.send(Said::Checked { outcome, reads, resources }).await.is_err() {
@@ -162,8 +151,12 @@ async fn settle(
     candidates: &Candidates,
     spec: &Spec,
     bundle: &Bundle,
+    analyst: &mut Analyst,
 ) -> Result<Outcome, check::Error> {
-    let mut limits = Scales::new(spec, bundle).map(|scales| Limits::new(scales, compiler, candidates, spec));
+    let entrypoints = &spec.fields.entrypoints[..];
+    let scales = Scales::new(spec, bundle);
+    let mut limits =
+        scales.map(move |scales| Limits { scales, compiler, candidates, entrypoints, analyst, before: None });
     let check = async |selection: &Selection| {
         let mut faults = compiler.check(selection).await?;
         if let Some(limits) = &mut limits
@@ -182,15 +175,12 @@ struct Limits<'a> {
     compiler: &'a Compiler,
     candidates: &'a Candidates,
     entrypoints: &'a [DirPath],
+    analyst: &'a mut Analyst,
     /// With what was good before.
     before: Option<usize>,
 }
 
-impl<'a> Limits<'a> {
-    fn new(scales: Scales<'a>, compiler: &'a Compiler, candidates: &'a Candidates, spec: &'a Spec) -> Self {
-        Self { scales, compiler, candidates, entrypoints: &spec.fields.entrypoints, before: None }
-    }
-
+impl Limits<'_> {
     async fn check(&mut self, selection: &Selection<'_>) -> Result<Vec<Fault>, check::Error> {
         let good = || self.candidates.values().filter_map(|candidate| candidate.good.as_deref());
         let before = match self.before {
@@ -206,7 +196,7 @@ impl<'a> Limits<'a> {
 
     /// Bytes of the data for these modules.
     async fn weigh(&mut self, modules: Modules<'_>) -> Result<usize, check::Error> {
-        let found = reads::reads(self.compiler, &modules, self.entrypoints).await?;
+        let found = self.analyst.reads(self.compiler, &modules, self.entrypoints).await?;
         Ok(self.scales.weigh(&found.map_or_else(Reads::everything, |found| found.reads)))
     }
 }
@@ -215,12 +205,13 @@ impl<'a> Limits<'a> {
 /// ConfigMap with a decision that cannot be analysed is warned.
 async fn read_by(
     compiler: &Compiler,
+    analyst: &mut Analyst,
     outcome: &mut Outcome,
     entrypoints: &[DirPath],
     readiness: &Readiness,
 ) -> Reads {
     let modules = outcome.accepted.values().flat_map(|texts| &texts.modules).collect();
-    let found = reads::reads(compiler, &modules, entrypoints).await;
+    let found = analyst.reads(compiler, &modules, entrypoints).await;
     let problem = match &found {
         Ok(Some(_)) => None,
         Ok(None) => Some("it needs a real OPA: give --opa-bin; until then whole objects travel".to_owned()),
@@ -332,6 +323,7 @@ impl Pipeline {
         view.reads = (reads.is_some() || !kept.is_all() || is_auto).then(|| kept.to_text().into());
         bundle.set_reading(Reading { kept: kept.clone(), reads });
         bundle.set_objects(Box::new(source.replicated()));
+        bundle.set_newest(Box::new(source.newest_by_feed()));
         let writer = Self {
             view,
             source,
@@ -571,9 +563,11 @@ impl Pipeline {
             self.project_all();
             self.stage = Stage::Checking;
         }
+        // In this order: a list that ends in between is not taken yet.
+        let is_settled = self.source.is_settled();
         let is_all = self.take(max);
         self.projection.retry_refused(&mut self.batch);
-        if is_all && !self.opening.is_empty() && self.source.is_settled() {
+        if is_all && is_settled && !self.opening.is_empty() {
             self.opening.clear();
         }
         if let Some(candidates) = self.projection.job() {
@@ -598,7 +592,7 @@ impl Pipeline {
         self.stage = Stage::Live;
         let before = self.view.revision;
         match self.view.apply(std::mem::take(&mut self.batch)) {
-            None if !is_first => return self.bundle.set_position(self.position(|heard| &heard.all)),
+            None if !is_first => return self.bundle.set_position(&self.position(|heard| &heard.all)),
             None => {}
             Some((view, changed)) => {
                 tracing::debug!(bundle = self.bundle.name, revision = %view.revision, keys = changed.len(), "new view");
@@ -623,7 +617,7 @@ impl Pipeline {
         let all = self.position(|heard| &heard.all);
         let bounds = Bounds { all: all.clone(), newest: self.position(|heard| &heard.newest) };
         self.bundle.publish(self.view.clone(), self.log.clone(), bounds);
-        self.bundle.set_position(all);
+        self.bundle.set_position(&all);
     }
 
     fn count(&self, changed: &Changed) {

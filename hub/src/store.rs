@@ -262,13 +262,14 @@ impl Live {
         match event {
             Event::Unavailable => {
                 self.listed.get_or_insert(false);
+                self.repeats_list |= self.listing.is_some();
                 // The next list begins anew.
                 (self.listing, self.staged) = (None, HashMap::new());
                 Vec::new()
             }
             Event::Quiet | Event::Refused => Vec::new(),
             Event::Init => {
-                self.repeats_list = self.listing.is_some();
+                self.repeats_list |= self.listing.is_some();
                 (self.listing, self.staged) = (Some(HashSet::new()), HashMap::new());
                 Vec::new()
             }
@@ -301,7 +302,7 @@ impl Live {
                 self.objects.remove(&key).map(|_| key).into_iter().collect()
             }
             Event::InitDone => {
-                self.listed = Some(true);
+                (self.listed, self.repeats_list) = (Some(true), false);
                 let Some(listed) = self.listing.take() else { return Vec::new() };
                 let staged = std::mem::take(&mut self.staged);
                 let gone = self.objects.keys().filter(|key| !listed.contains(*key));
@@ -460,13 +461,19 @@ impl Subscription {
         objects
     }
 
+    /// Lists how new the newest objects of each feed may be.
+    pub fn newest_by_feed(&self) -> impl Fn() -> BTreeMap<FeedId, Version> + Send + Sync + 'static {
+        let (store, reader) = (Arc::clone(&self.store), self.id);
+        move || store.state().versions(reader)
+    }
+
     /// Lists the replicated objects, in no order; none once the subscription has ended.
     pub fn replicated(&self) -> impl Fn() -> Replicated + Send + Sync + 'static {
         let (store, reader) = (Arc::clone(&self.store), self.id);
         move || {
             let state = store.state();
             let feeds = state.inboxes.get(&reader).into_iter().flat_map(|inbox| inbox.feeds.values());
-            let mut found = Replicated { newest: state.versions(reader), ..Replicated::default() };
+            let mut found = Replicated::default();
             for (watch, place) in feeds {
                 let (Some(place), Some(live)) = (place, state.watches.get(watch)) else { continue };
                 found.places.insert(place.clone());

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
@@ -28,7 +28,7 @@ use crate::config::{
     FRAMES_LIVE_MAX, RECONCILE_CACHE_BYTES_MAX, RECONCILE_CACHE_MAX, RECONCILE_ENCODES_MAX,
     RECONCILE_LIVE_MAX, RECONCILE_REQUEST_MIN, RECONCILE_REQUESTS_MAX, SNAPSHOT_INTERVAL,
 };
-use crate::model::{Object, Problem, Replicated, Version};
+use crate::model::{FeedId, Object, Problem, Replicated, Version};
 use crate::policy::analyze::Reads;
 use crate::policy::verdict::Verdicts;
 
@@ -41,6 +41,8 @@ const FRAMES_BYTES_MAX: usize = 64 << 20;
 const NEAR_KEYS_MAX: usize = 64;
 /// Frames of more keys that are encoded at a time for streams of one bundle that open: a core stays for those who write.
 const FAR_ENCODES_MAX: usize = 1;
+/// Time that a reconcile request waits for others of its bundle: agents retry, or ask another replica.
+const RECONCILE_WAIT: Duration = Duration::from_secs(10);
 /// Bytes that one permit to read a reconcile request stands for.
 const REQUEST_UNIT: usize = 1 << 10;
 
@@ -74,6 +76,7 @@ pub struct Bundle {
     pub verdicts: Verdicts,
     segments: Arc<SegmentCache>,
     objects: Arc<OnceLock<Objects>>,
+    newest: Arc<OnceLock<Newest>>,
     /// What was done.
     pub counters: Arc<Counters>,
     pub(crate) budget: Arc<Budget>,
@@ -89,6 +92,9 @@ pub struct Reading {
     /// What is read.
     pub reads: Option<Reads>,
 }
+
+/// Lists how new the newest objects of each feed may be.
+pub type Newest = Box<dyn Fn() -> BTreeMap<FeedId, Version> + Send + Sync>;
 
 /// Lists the replicated objects.
 pub type Objects = Box<dyn Fn() -> Replicated + Send + Sync>;
@@ -158,8 +164,11 @@ pub(crate) struct Budget {
 struct Answer {
     /// Locked by the request that waits for a turn; the next one follows if its client leaves.
     first: tokio::sync::Mutex<()>,
-    archive: OnceLock<Archive>,
+    archive: OnceLock<(Archive, IsWidened)>,
 }
+
+/// Whether an answer holds objects as they were when it was encoded, which may be newer than its edition.
+pub type IsWidened = bool;
 
 /// Frames to an edition, by where they lead from.
 type Frames = HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>;
@@ -211,7 +220,7 @@ impl Budget {
     }
 
     fn cache(&self, answer: Arc<Answer>) {
-        let bytes = |answer: &Arc<Answer>| answer.archive.get().map_or(0, |archive| archive.bytes);
+        let bytes = |answer: &Arc<Answer>| answer.archive.get().map_or(0, |(archive, _)| archive.bytes);
         let mut answers = self.answers();
         answers.push_back(answer);
         let mut held: usize = answers.iter().map(bytes).sum();
@@ -288,6 +297,7 @@ impl Bundle {
             verdicts: Verdicts::default(),
             segments: Arc::default(),
             objects: Arc::default(),
+            newest: Arc::default(),
             counters: Arc::default(),
             budget: Arc::default(),
             scopes: scoped.map(Scopes::new),
@@ -297,9 +307,19 @@ impl Bundle {
     /// A part of it that has nothing to serve yet.
     pub(super) fn part(&self) -> Self {
         let (objects, counters) = (Arc::clone(&self.objects), Arc::clone(&self.counters));
+        let newest = Arc::clone(&self.newest);
         let (reading, position) = (Arc::clone(&self.reading), Arc::clone(&self.position));
         let (feeds, budget) = (self.feeds.clone(), Arc::clone(&self.budget));
-        Self { position, reading, feeds, objects, counters, budget, ..Self::new(self.name.clone(), None) }
+        Self {
+            position,
+            reading,
+            feeds,
+            objects,
+            newest,
+            counters,
+            budget,
+            ..Self::new(self.name.clone(), None)
+        }
     }
 
     /// What whoever asks from `namespace` gets.
@@ -312,11 +332,14 @@ impl Bundle {
         self.scopes.as_ref().map_or_else(|| Ok(Arc::clone(self)), |scopes| scopes.once(self, namespace))
     }
 
-    /// Waits until a reconcile request of so many bytes may be read. What is returned lasts until it was answered.
-    pub async fn admit_reconcile(&self, bytes: usize) -> SemaphorePermit<'_> {
+    /// Waits until a reconcile request of so many bytes may be read; `None` if that takes too long. What is returned lasts
+    /// until it was answered.
+    pub async fn admit_reconcile(&self, bytes: usize) -> Option<SemaphorePermit<'_>> {
         let units = bytes.clamp(RECONCILE_REQUEST_MIN, RECONCILE_BYTES_MAX).div_ceil(REQUEST_UNIT);
         let units = u32::try_from(units).expect("a request is a few thousand units");
-        self.budget.requests.acquire_many(units).await.expect("it is never closed")
+        let turn =
+            tokio::time::timeout(RECONCILE_WAIT, self.budget.requests.acquire_many(units)).await.ok()?;
+        Some(turn.expect("it is never closed"))
     }
 
     /// Whether anybody waits for a newer edition, besides [`pace`](Self::pace).
@@ -334,10 +357,15 @@ impl Bundle {
         self.replicated().objects
     }
 
+    /// Lists how new the newest objects of each feed may be: called once, by the writer.
+    pub fn set_newest(&self, newest: Newest) {
+        _ = self.newest.set(newest);
+    }
+
     /// How new the newest object of the source may be.
     pub fn newest(&self) -> Position {
         let mut newest = Position::default();
-        for (id, Version(version)) in self.replicated().newest {
+        for (id, Version(version)) in self.newest.get().map(|newest| newest()).unwrap_or_default() {
             if let Some(feed) = self.feeds.of(id) {
                 newest.heard(feed.position_name.clone(), version);
             }
@@ -380,23 +408,30 @@ impl Bundle {
     }
 
     /// Its head holds all that happened before this, and is as of then: what came and went meanwhile is not to come again.
-    pub fn set_position(&self, position: Position) {
-        if self.advance(&position)
-            && let Some(scopes) = &self.scopes
-        {
-            scopes.advance(&position);
+    pub fn set_position(&self, position: &Position) {
+        let before = {
+            let mut held = self.position.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *held, position.clone())
+        };
+        self.advance(position);
+        if let Some(scopes) = self.scopes.as_ref().filter(|_| position.is_behind(&before)) {
+            scopes.advance(position);
         }
-        *self.position.lock().unwrap_or_else(PoisonError::into_inner) = position;
     }
 
-    /// Moves the head to `position`. Whether the source went back.
-    pub(super) fn advance(&self, position: &Position) -> bool {
-        let Some(head) = self.head.borrow().clone() else { return false };
-        let went_back = head.bounds().advance(position);
-        if went_back {
+    /// Moves the head to `position`, and what archives are made of where the source went back.
+    pub(super) fn advance(&self, position: &Position) {
+        let (head, paced) = (self.head.borrow().clone(), self.paced.borrow().clone());
+        if let Some(head) = head
+            && head.bounds().advance(position)
+        {
             head.forget_frames();
         }
-        went_back
+        if let Some(paced) = paced
+            && position.is_behind(&paced.newest())
+        {
+            paced.bounds().advance(position);
+        }
     }
 
     /// How new `edition` may be: as new as its bundle is now, while it is the head.
@@ -629,7 +664,7 @@ impl Edition {
     /// for all who hold the same, and for a few others at a time: dropped while it waits, it takes no turn. While modules
     /// decide there that read more than those here, it holds what both read (I10): the sender asks again once they are
     /// gone.
-    pub async fn reconcile(self: &Arc<Self>, held: Reconcile) -> Option<Archive> {
+    pub async fn reconcile(self: &Arc<Self>, held: Reconcile) -> Option<(Archive, IsWidened)> {
         let mut hasher = Hasher::default();
         hasher.part(&serde_json::to_vec(&held).expect("a request has text keys only"));
         let answer = self.answer(hasher.finish());
@@ -667,9 +702,10 @@ impl Edition {
         answer
     }
 
-    fn difference(&self, held: &Reconcile) -> Archive {
+    fn difference(&self, held: &Reconcile) -> (Archive, IsWidened) {
         self.counters.reconcile_encodes.fetch_add(1, Ordering::Relaxed);
         let wider = self.wider(held);
+        let is_widened = wider.is_some();
         let mut archive = snapshot::difference(wider.as_ref().unwrap_or(&self.view), held, &self.segments);
         for piece in &mut archive.pieces {
             // The others are cached segments.
@@ -677,12 +713,7 @@ impl Edition {
                 *piece = Counted::bytes(std::mem::take(piece), &self.counters.answer_bytes);
             }
         }
-        archive
-    }
-
-    /// Whether the answer to `held` holds objects as they are now, which may be newer than this edition.
-    pub fn is_widened_for(&self, held: &Reconcile) -> bool {
-        self.masks(held).is_some_and(|(own, both)| !own.includes(&both))
+        (archive, is_widened)
     }
 
     /// What is read here, and with it what is read at the sender of `held`; none where all objects come whole.
@@ -725,7 +756,8 @@ impl Edition {
             for (place, object) in objects {
                 let (Some(dir), name) = (directory(&place, &object.key), &object.key.name) else { continue };
                 if self.view.dirs.get(&dir).is_some_and(|dir| dir.get(name).is_some()) {
-                    let json = both.of(&place).cut_object(&object.json).ok()?;
+                    // One that cannot be cut was refused, and stays away.
+                    let Ok(json) = both.of(&place).cut_object(&object.json) else { continue };
                     batch.entry(&dir, name.clone(), Some(json));
                 }
             }
@@ -832,7 +864,7 @@ mod tests {
         let budget = &bundle.budget;
         let answer = |bytes| {
             let answer = Answer::default();
-            _ = answer.archive.set(Archive { pieces: Vec::new(), bytes });
+            _ = answer.archive.set((Archive { pieces: Vec::new(), bytes }, false));
             Arc::new(answer)
         };
         for _ in 0..2 * RECONCILE_CACHE_MAX {

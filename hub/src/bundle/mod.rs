@@ -30,4 +30,4 @@ pub mod scopes;
 
 mod edition;
 
-pub use self::edition::{Bundle, Counters, Edition, Next, Objects, Part, Reading};
+pub use self::edition::{Bundle, Counters, Edition, IsWidened, Newest, Next, Objects, Part, Reading};

@@ -116,8 +116,9 @@ impl Projection {
     pub fn open(&mut self, id: FeedId, feed: Feed) -> Result<(), Error> {
         if let Content::Resource(prefix) = &feed.content {
             let free = check_disjoint(prefix, reserved([&OPAHUB, &SYSTEM]));
-            let free =
-                free.and_then(|()| self.check_configmaps(prefix)).and_then(|()| self.check_packages(prefix));
+            let free = free
+                .and_then(|()| check_configmaps(&self.dirs, prefix))
+                .and_then(|()| self.check_packages(prefix));
             if let Err(error) = free {
                 self.closed.insert(id);
                 self.set_feed(id, feed);
@@ -145,6 +146,7 @@ impl Projection {
             self.take(Change::Remove(feed, key), batch);
         }
         self.closed.insert(id);
+        self.policies.reconsider();
         self.retry = true;
     }
 
@@ -548,10 +550,6 @@ impl Projection {
     fn check_packages(&self, dir: &DirPath) -> Result<(), Error> {
         let owner = related(self.policies.roots(), dir).next().map(|(root, _)| root);
         owner.map_or(Ok(()), |root| Err(taken(dir, format!("package {}", root.relative().replace('/', ".")))))
-    }
-
-    fn check_configmaps(&self, place: &DirPath) -> Result<(), Error> {
-        check_configmaps(&self.dirs, place)
     }
 
     fn replicated(&self) -> impl Iterator<Item = (&DirPath, String)> {

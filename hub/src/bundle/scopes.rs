@@ -41,10 +41,18 @@ pub struct Scopes {
     live: Mutex<BTreeMap<String, Scope>>,
 }
 
+/// The view that a task paces: another one may have its namespace by now.
+struct Paced {
+    id: u64,
+    namespace: String,
+}
+
 struct Scope {
     bundle: Arc<Bundle>,
     /// The revision of the whole bundle that the view was derived from; `None` before there is one.
     whole: Option<Revision>,
+    /// Whether the namespace had objects when the view was made.
+    has_objects: bool,
     /// Whether a reader has asked since the last look.
     asked: Arc<AtomicBool>,
 }
@@ -109,26 +117,27 @@ impl Scopes {
         }
         let head = whole.head().borrow().clone();
         if live.len() >= SCOPES_MAX {
-            // Views of namespaces without objects are made for any name.
-            let view = head.as_ref().map(|edition| &edition.view);
-            live.retain(|name, scope| {
-                scope.bundle.is_read() || view.is_some_and(|view| self.has_objects(view, name))
-            });
+            // Views of namespaces without objects are made for any name. A stream that is being opened ends with its view.
+            live.retain(|_, scope| scope.has_objects || scope.bundle.is_read());
         }
         if live.len() >= SCOPES_MAX {
             return Err(Error::TooMany);
         }
         let bundle = Arc::new(whole.part());
         let revision = head.as_ref().map(|edition| edition.view.revision);
+        let has_objects = head.as_ref().is_some_and(|edition| self.has_objects(&edition.view, namespace));
         if let Some(edition) = head {
-            let view = self.by_namespace(&edition.view).view(&edition.view, namespace);
+            let own = edition.view.dirs.iter().filter(|(dir, _)| self.has(namespace, dir));
+            let own = own.map(|(path, dir)| (path.clone(), Arc::clone(dir))).collect();
+            let view = edition.view.with_dirs(own);
             bundle.publish(view, edition.log().emptied(), edition.bounds().clone());
         }
         let asked = Arc::new(AtomicBool::new(true));
-        let scope = Scope { bundle: Arc::clone(&bundle), whole: revision, asked };
+        let scope = Scope { bundle: Arc::clone(&bundle), whole: revision, has_objects, asked };
         live.insert(namespace.to_owned(), scope);
         drop(live);
-        tokio::spawn(pace(Arc::downgrade(whole), whole.head(), bundle.pace(), namespace.to_owned()));
+        let paced = Paced { id: bundle.id, namespace: namespace.to_owned() };
+        tokio::spawn(pace(Arc::downgrade(whole), whole.head(), bundle.pace(), paced));
         Ok(bundle)
     }
 
@@ -224,10 +233,11 @@ impl Scopes {
         dirs
     }
 
-    /// Whether no reader has asked since the last call, nor is connected. The view is dropped then.
-    fn drop_idle(&self, namespace: &str) -> bool {
+    /// Whether the view is another one by now, or no reader has asked since the last call, nor is connected. It is dropped
+    /// then.
+    fn drop_idle(&self, Paced { id, namespace }: &Paced) -> bool {
         let mut live = self.live();
-        let Some(scope) = live.get(namespace) else { return true };
+        let Some(scope) = live.get(namespace).filter(|scope| scope.bundle.id == *id) else { return true };
         let idle = !scope.asked.swap(false, Ordering::Relaxed) && !scope.bundle.is_read();
         if idle {
             live.remove(namespace);
@@ -258,14 +268,14 @@ async fn pace(
     whole: Weak<Bundle>,
     mut head: watch::Receiver<Option<Arc<Edition>>>,
     pacing: impl Future<Output = ()>,
-    namespace: String,
+    paced: Paced,
 ) {
     let idle = async {
         loop {
             tokio::time::sleep(SCOPE_IDLE).await;
             let whole = whole.upgrade();
             let scopes = whole.as_ref().and_then(|whole| whole.scopes.as_ref());
-            if scopes.is_none_or(|scopes| scopes.drop_idle(&namespace)) {
+            if scopes.is_none_or(|scopes| scopes.drop_idle(&paced)) {
                 return;
             }
         }
@@ -274,6 +284,6 @@ async fn pace(
     tokio::select! {
         () = pacing => {}
         () = ended => {}
-        () = idle => tracing::debug!(namespace, "idle namespace dropped"),
+        () = idle => tracing::debug!(namespace = paced.namespace, "idle namespace dropped"),
     }
 }

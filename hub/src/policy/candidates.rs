@@ -23,6 +23,8 @@ pub struct Policies {
     roots: BTreeMap<DirPath, usize>,
     /// Rejected texts took no part in the last check: there was no place or no room for them.
     left_out: bool,
+    /// Bytes of the rejected texts that take part in the check under way.
+    reserved: usize,
     /// Bytes of their modules, of each ConfigMap the larger of what it holds and what is good.
     bytes: usize,
 }
@@ -42,6 +44,8 @@ struct Told {
     warnings: Vec<Fault>,
     /// The faults are not its own for certain: nothing is told before it had its chance.
     untried: bool,
+    /// It makes the check fail, or take too long.
+    costly: bool,
 }
 
 #[derive(Default)]
@@ -141,10 +145,12 @@ impl Policies {
                 Wanted::Texts(texts) => Some(texts.clone()),
             };
             let refused = unit.refusal();
-            if let (Some(_), Some(texts)) = (refused, wanted.as_ref().filter(|_| wanted != unit.good)) {
+            // What was too costly to check takes no part.
+            let is_tried = refused.is_some_and(|refused| refused != Refused::Costly);
+            if let (true, Some(texts)) = (is_tried, wanted.as_ref().filter(|_| wanted != unit.good)) {
                 let more = texts.bytes().saturating_sub(unit.good.as_ref().map_or(0, |good| good.bytes()));
                 if more <= room && texts.modules.values().all(|module| may_own(&module.root)) {
-                    room -= more;
+                    (room, self.reserved) = (room - more, self.reserved + more);
                     own(&mut self.roots, &[Some(texts.clone()), None]);
                 } else {
                     self.left_out = true;
@@ -175,9 +181,12 @@ impl Policies {
         let (mut changes, mut news) = (ModuleChanges::new(), BTreeSet::new());
         let Some(candidates) = self.checking.take() else { return (changes, news) };
         let bytes = self.bytes;
+        let costly: BTreeSet<_> = outcome.costly().cloned().collect();
         let Outcome { mut accepted, mut faults, mut warnings, untried, .. } = outcome;
         self.dirty |= !untried.is_empty();
-        for candidate in candidates.values().filter(|candidate| candidate.refused.is_some()) {
+        self.reserved = 0;
+        let takes_part = |candidate: &&Candidate| !matches!(candidate.refused, None | Some(Refused::Costly));
+        for candidate in candidates.values().filter(takes_part) {
             disown(&mut self.roots, &[candidate.wanted.clone(), None]);
         }
         for (key, candidate) in &*candidates {
@@ -196,6 +205,7 @@ impl Policies {
                 faults: faults.remove(key).or(before).unwrap_or_default(),
                 warnings: warnings.remove(key).unwrap_or_default(),
                 untried: untried.contains(key),
+                costly: costly.contains(key) || candidate.refused == Some(Refused::Costly),
             };
             if unit.told.as_ref() != Some(&told) {
                 news.insert(key.clone());
@@ -250,7 +260,7 @@ impl Policies {
 
     /// Bytes of all texts that are served or may be soon, but those of `key`.
     pub fn bytes_beside(&self, key: &ObjectKey) -> usize {
-        self.bytes - self.units.get(key).map_or(0, |unit| bytes(&unit.demand()))
+        self.reserved + self.bytes - self.units.get(key).map_or(0, |unit| bytes(&unit.demand()))
     }
 }
 
@@ -290,7 +300,12 @@ impl Unit {
     /// How what it holds now was rejected, if it was.
     fn refusal(&self) -> Option<Refused> {
         let told = self.told.as_ref().filter(|told| told.of.as_ref() == self.wanted.texts())?;
-        (!told.faults.is_empty()).then_some(if told.untried { Refused::Untried } else { Refused::Tried })
+        let refused = match told {
+            Told { untried: true, .. } => Refused::Untried,
+            Told { costly: true, .. } => Refused::Costly,
+            _ => Refused::Tried,
+        };
+        (!told.faults.is_empty()).then_some(refused)
     }
 
     /// Whether what it held when `candidate` was made was rejected before and took no part in the check.

@@ -2,10 +2,11 @@
 //! analysed, fewer are planned together: what one package does costs no other one its precision. A decision that cannot
 //! be analysed alone reads whole what it names.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use opa_hub_proto::path::DirPath;
+use opa_hub_proto::revision::{Digest, modules_digest};
 use tokio::time::Instant;
 
 use super::analyze::{self, Extent, Reads, Step};
@@ -13,8 +14,9 @@ use super::check::{self, Compiler, Modules};
 use super::plan::Site;
 
 /// Maximum time in which groups of decisions are divided. A group that is left then reads whole what it names.
-const DIVIDE_MAX: Duration = Duration::from_secs(10);
-/// Maximum number of plans that are made for one set of policies.
+/// Data goes on meanwhile, and what is found is remembered.
+const DIVIDE_MAX: Duration = Duration::from_secs(60);
+/// Maximum number of plans that are made for one set of policies: enough to find three among a thousand packages.
 const PLANS_MAX: usize = 64;
 
 /// The data that policies read.
@@ -35,48 +37,89 @@ enum Error {
     Analysis(#[from] analyze::TooComplex),
 }
 
-/// The data that these modules read for `entrypoints`, or for all of their packages where there are none; `None` without
-/// a real OPA.
-pub async fn reads(
-    compiler: &Compiler,
-    modules: &Modules<'_>,
-    entrypoints: &[DirPath],
-) -> Result<Option<Found>, check::Error> {
-    if modules.is_empty() {
-        return Ok(Some(Found::default()));
-    }
-    let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
-    let decisions: BTreeSet<&DirPath> = packages.chain(entrypoints).collect();
-    let mut found = Found::default();
-    let mut groups = vec![decisions.into_iter().collect::<Vec<_>>()];
-    let (until, mut plans) = (Instant::now() + DIVIDE_MAX, 0);
-    while let Some(group) = groups.pop() {
-        let may_plan = plans == 0 || plans < PLANS_MAX && Instant::now() < until;
-        plans += 1;
-        let mut reason = "too many other policies cannot be analysed either".to_owned();
-        if may_plan {
-            match analyse(compiler, modules, &group).await {
-                Ok(None) => return Ok(None),
-                Ok(Some(reads)) => {
-                    found.reads.join(reads);
+/// Analyses the policies of one bundle, again and again.
+#[derive(Default)]
+pub struct Analyst {
+    /// Decisions that cannot be analysed, with the digest of their modules, so that the next change of others does not
+    /// pay for it again.
+    opaque: BTreeMap<DirPath, (Digest, String)>,
+}
+
+impl Analyst {
+    /// The data that these modules read for `entrypoints`, or for all of their packages where there are none; `None`
+    /// without a real OPA.
+    pub async fn reads(
+        &mut self,
+        compiler: &Compiler,
+        modules: &Modules<'_>,
+        entrypoints: &[DirPath],
+    ) -> Result<Option<Found>, check::Error> {
+        if modules.is_empty() {
+            return Ok(Some(Found::default()));
+        }
+        let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
+        let decisions: BTreeSet<&DirPath> = packages.chain(entrypoints).collect();
+        let is_known = |decision: &&DirPath| {
+            self.opaque.get(*decision).is_some_and(|(digest, _)| *digest == own_digest(modules, decision))
+        };
+        let (known, open): (Vec<_>, Vec<_>) = decisions.into_iter().partition(is_known);
+        let mut found = Found::default();
+        for decision in known {
+            let reason = self.opaque[decision].1.clone();
+            found.add_opaque(compiler, modules, &[decision], &reason).await;
+        }
+        // Level by level, so that good halves are found before the time is over.
+        let mut groups = VecDeque::from([open]);
+        let mut until = None;
+        let mut plans = 0;
+        while let Some(group) = groups.pop_front().filter(|group| !group.is_empty()) {
+            let may_plan = plans < PLANS_MAX && until.is_none_or(|until| Instant::now() < until);
+            let mut reason = "too many other policies cannot be analysed either".to_owned();
+            if may_plan {
+                plans += 1;
+                match analyse(compiler, modules, &group).await {
+                    Ok(None) => return Ok(None),
+                    Ok(Some(reads)) => {
+                        found.reads.join(reads);
+                        continue;
+                    }
+                    // Nothing that a module holds makes OPA impossible to run.
+                    Err(Error::Plan(error)) if error.is_transient() => return Err(error),
+                    Err(error) => reason = error.to_string(),
+                }
+                until.get_or_insert_with(|| Instant::now() + DIVIDE_MAX);
+                let [decision] = group[..] else {
+                    let (one, other) = group.split_at(group.len() / 2);
+                    groups.extend([one.to_vec(), other.to_vec()]);
                     continue;
-                }
-                // Nothing that a module holds makes OPA impossible to run.
-                Err(Error::Plan(error @ (check::Error::Run(_) | check::Error::Write(_)))) => {
-                    return Err(error);
-                }
-                Err(error) => reason = error.to_string(),
+                };
+                self.opaque.insert(decision.clone(), (own_digest(modules, decision), reason.clone()));
             }
+            found.add_opaque(compiler, modules, &group, &reason).await;
         }
-        if let (true, [_, _, ..]) = (may_plan, &group[..]) {
-            let (one, other) = group.split_at(group.len() / 2);
-            groups.extend([other.to_vec(), one.to_vec()]);
-            continue;
-        }
-        found.reads.join(named(compiler, modules, &group).await);
-        found.opaque.extend(group.into_iter().map(|decision| (decision.clone(), reason.clone())));
+        let is_there = |decision: &DirPath| modules.values().any(|module| decision.is_within(&module.root));
+        self.opaque.retain(|decision, _| is_there(decision));
+        Ok(Some(found))
     }
-    Ok(Some(found))
+}
+
+impl Found {
+    async fn add_opaque(
+        &mut self,
+        compiler: &Compiler,
+        modules: &Modules<'_>,
+        decisions: &[&DirPath],
+        reason: &str,
+    ) {
+        self.reads.join(named(compiler, modules, decisions).await);
+        self.opaque.extend(decisions.iter().map(|decision| ((*decision).clone(), reason.to_owned())));
+    }
+}
+
+/// The digest of the modules of a decision's package.
+fn own_digest(modules: &Modules<'_>, decision: &DirPath) -> Digest {
+    let own = modules.iter().filter(|(_, module)| decision.is_within(&module.root));
+    modules_digest(own.map(|(id, module)| (id.as_str(), module.digest)), None)
 }
 
 async fn analyse(

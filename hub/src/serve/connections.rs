@@ -7,6 +7,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::ConnectInfo;
@@ -26,13 +27,26 @@ use tokio_util::task::TaskTracker;
 use super::Limits;
 use crate::config::{ACCEPT_PAUSE, KEEPALIVE, WRITE_TIMEOUT};
 
-/// See the module's text.
+/// Maximum number of connections that begin with a probe: a kubelet and a few load balancers.
+pub(super) const PROBES_MAX: usize = 64;
+/// Time that a connection waits for room, so that a short burst is served and a hub that is full says so.
+const ROOM_WAIT: Duration = Duration::from_secs(1);
+/// Bytes that are read of the request of a connection that found no room: the head of any client.
+const NO_ROOM_REQUEST_BYTES: usize = 4 << 10;
+/// The answer to a connection that found no room.
+const NO_ROOM: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
+too many connections: retry later, or use another replica\n";
+
+/// Connections that axum serves.
 #[derive(Clone)]
 pub(super) struct Connections {
     http: http1::Builder,
     router: TowerToHyperService<Router>,
     /// One permit for each further connection.
     room: Arc<Semaphore>,
+    /// The same for connections that begin with a probe.
+    probes: Arc<Semaphore>,
     /// With less room than this a connection ends after a response, so that the next one need not wait.
     scarce: usize,
     stop: CancellationToken,
@@ -48,18 +62,33 @@ impl Connections {
             http,
             router: TowerToHyperService::new(router),
             room: Arc::new(Semaphore::new(limits.connections)),
+            probes: Arc::new(Semaphore::new(PROBES_MAX)),
             scarce: limits.connections / 2,
             stop,
             tasks: TaskTracker::new(),
         }
     }
 
-    /// Waits until one more may be open.
+    /// Waits until one more connection may be open.
     pub(super) async fn room(&self) -> OwnedSemaphorePermit {
         Arc::clone(&self.room).acquire_owned().await.expect("it is never closed")
     }
 
-    /// Serves one until it ends.
+    /// Serves a connection if there is room for it soon. Probes have room of their own.
+    pub(super) async fn admit(&self, tcp: TcpStream, peer: SocketAddr, is_probe: bool) {
+        let room = if is_probe { Arc::clone(&self.probes) } else { Arc::clone(&self.room) };
+        match tokio::time::timeout(ROOM_WAIT, room.acquire_owned()).await {
+            Ok(room) => self.serve(tcp, peer, room.expect("it is never closed")),
+            Err(_late) => {
+                // With unread bytes the kernel resets the connection, and the answer is lost.
+                let mut request = [0; NO_ROOM_REQUEST_BYTES];
+                _ = tcp.try_read(&mut request);
+                _ = tcp.try_write(NO_ROOM);
+            }
+        }
+    }
+
+    /// Serves a connection until it ends.
     pub(super) fn serve(&self, tcp: TcpStream, peer: SocketAddr, room: OwnedSemaphorePermit) {
         let (router, free, scarce) = (self.router.clone(), Arc::clone(&self.room), self.scarce);
         let service = service_fn(move |mut request: Request<Incoming>| {

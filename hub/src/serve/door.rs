@@ -2,10 +2,11 @@
 //! all; everything else, and a stream that cannot be opened, goes to axum untouched. Here is also where TLS would end.
 
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use axum::extract::Query;
 use axum::http::Uri;
-use tokio::io::Interest;
+use tokio::io::{Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
@@ -21,12 +22,17 @@ const HEADERS_MAX: usize = 64;
 /// How a request for a stream begins.
 const STREAMS: &[u8] = b"GET /bundles/";
 
+/// How a request begins that asks whether the hub lives.
+const PROBES: [&[u8]; 3] = [b"GET /livez", b"GET /readyz", b"GET /health"];
+
 /// What the beginning of a request is.
 enum Head {
     /// Not enough of it.
     Partial,
     /// Axum's.
     Other,
+    /// Axum's, also where other connections find no room.
+    Probe,
     /// For a stream, with its length.
     Stream(Asked, usize),
 }
@@ -40,42 +46,41 @@ pub(super) async fn open(listener: TcpListener, hub: &Hub, fanout: &Arc<Fanout>,
         let (tcp, peer) = connections::accept(&listener).await;
         let (hub, fanout, connections) = (hub.clone(), Arc::clone(fanout), connections.clone());
         tokio::spawn(async move {
-            let mut looking = Some(looking);
-            if let Some(tcp) = look(tcp, &mut looking, &hub, &fanout).await {
-                connections.serve(tcp, peer, connections.room().await);
+            if let Some((tcp, is_probe)) = look(tcp, looking, &hub, &fanout).await {
+                connections.admit(tcp, peer, is_probe).await;
             }
         });
     }
 }
 
-/// Hands a stream to the fan-out, and gives back everything else.
-/// Another head is looked at once that of a stream was read, or once there is room for a connection of axum's.
+/// Hands a stream to the fan-out, and gives back everything else, and whether it is a probe.
+/// Another head is looked at once this one was read.
 async fn look(
     tcp: TcpStream,
-    looking: &mut Option<OwnedSemaphorePermit>,
+    turn: OwnedSemaphorePermit,
     hub: &Hub,
     fanout: &Arc<Fanout>,
-) -> Option<TcpStream> {
+) -> Option<(TcpStream, bool)> {
     let until = Instant::now() + HEAD_MAX;
-    let mut bytes = vec![0; HEAD_BYTES_MAX];
     loop {
-        let peeked = tokio::time::timeout_at(until, tcp.peek(&mut bytes)).await;
-        let Ok(Ok(length)) = peeked else { return Some(tcp) };
-        match head(&bytes[..length]) {
-            Head::Partial if length > 0 && length < bytes.len() && Instant::now() < until => {
+        let peeked = tokio::time::timeout_at(until, std::future::poll_fn(|cx| peek(&tcp, cx))).await;
+        let Ok(Ok((head, length))) = peeked else { return Some((tcp, false)) };
+        match head {
+            Head::Partial if length > 0 && length < HEAD_BYTES_MAX && Instant::now() < until => {
                 // What was peeked at stays readable: there is no waiting for more of it.
                 tokio::time::sleep(HEAD_LOOK).await;
             }
-            Head::Partial | Head::Other => return Some(tcp),
+            Head::Partial | Head::Other => return Some((tcp, false)),
+            Head::Probe => return Some((tcp, true)),
             Head::Stream(asked, length) => {
                 // Opening may wait for long.
-                drop((looking.take(), bytes));
+                drop(turn);
                 let opened = tokio::select! {
                     biased;
                     () = hung_up(&tcp) => return None,
                     opened = asked.open(hub) => opened,
                 };
-                let Ok((bundle, held)) = opened else { return Some(tcp) };
+                let Ok((bundle, held)) = opened else { return Some((tcp, false)) };
                 if read_head(&tcp, length) {
                     fanout.join(&bundle, tcp, held);
                 }
@@ -83,6 +88,15 @@ async fn look(
             }
         }
     }
+}
+
+/// What the bytes are that can be read, and how many there are. They are looked at on the stack: 10,000 connections at
+/// once need no memory for it.
+fn peek(tcp: &TcpStream, cx: &mut Context<'_>) -> Poll<std::io::Result<(Head, usize)>> {
+    let mut bytes = [0; HEAD_BYTES_MAX];
+    let mut bytes = ReadBuf::new(&mut bytes);
+    ready!(tcp.poll_peek(cx, &mut bytes))?;
+    Poll::Ready(Ok((head(bytes.filled()), bytes.filled().len())))
 }
 
 /// Waits until the client ended its half. The unread head keeps the socket readable: of tokio's interests this one alone
@@ -105,6 +119,9 @@ fn read_head(tcp: &TcpStream, mut length: usize) -> bool {
 }
 
 fn head(bytes: &[u8]) -> Head {
+    if PROBES.iter().any(|probe| bytes.starts_with(probe)) {
+        return Head::Probe;
+    }
     let known = bytes.len().min(STREAMS.len());
     if bytes[..known] != STREAMS[..known] {
         return Head::Other;
@@ -170,8 +187,8 @@ mod tests {
         client.write_all(request.as_bytes()).await.unwrap();
         let (tcp, _) = listener.accept().await.unwrap();
         let heads = Arc::new(Semaphore::new(1));
-        let mut looking = Some(Arc::clone(&heads).acquire_owned().await.unwrap());
-        let opening = look(tcp, &mut looking, &hub, &fanout);
+        let turn = Arc::clone(&heads).acquire_owned().await.unwrap();
+        let opening = look(tcp, turn, &hub, &fanout);
         let leaving = async {
             // Its head was read by then.
             _ = heads.acquire().await.unwrap();
@@ -200,12 +217,14 @@ mod tests {
             ("GET /bundles/main/stream HTTP/1.1\r\n\r\nGET /", "other"),
             ("GET /bundles/main HTTP/1.1\r\n\r\n", "other"),
             ("GET / HTTP/1.1\r\n", "other"),
+            ("GET /readyz?bundle=main HTTP/1.1\r\n", "probe"),
             ("POST /bundles/main/stream HTTP/1.1\r\n\r\n", "other"),
             ("GET /bundles/\u{1}", "other"),
         ] {
             let found = match head(text.as_bytes()) {
                 Head::Partial => "partial".to_owned(),
                 Head::Other => "other".to_owned(),
+                Head::Probe => "probe".to_owned(),
                 Head::Stream(asked, length) => {
                     assert_eq!(length, text.len());
                     asked.to_string()

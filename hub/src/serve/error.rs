@@ -58,6 +58,9 @@ pub(super) enum Error {
         "encoding the answer failed: memory for answers is used up; ask again in a moment, or another hub"
     )]
     AnswersFull,
+    /// A body of unknown length would need as much room as the largest.
+    #[error("reading the body failed: its length is unknown; send Content-Length")]
+    LengthRequired,
     /// The body did not arrive in time.
     #[error("reading the body failed: it is incomplete after {0:?}; send all of it within that time")]
     BodyTimeout(Duration),
@@ -89,6 +92,7 @@ impl IntoResponse for Error {
             | Self::AnswersFull
             | Self::Scope(scopes::Error::TooMany) => StatusCode::SERVICE_UNAVAILABLE,
             Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
+            Self::LengthRequired => StatusCode::LENGTH_REQUIRED,
             Self::Body(ref rejection) => rejection.status(),
             Self::Split(_) => StatusCode::CONFLICT,
             Self::UnknownRevision(_) => StatusCode::GONE,

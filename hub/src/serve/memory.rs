@@ -1,8 +1,11 @@
 //! The hub's own account of its memory: every cache and queue, in bytes.
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::bundles::Bundles;
 
@@ -17,8 +20,34 @@ pub fn note_start() {
     START_BYTES.get_or_init(|| resident().map_or(0, |resident| resident.all - resident.files));
 }
 
+/// Minimum time between two accounts: each looks at every object under the store's lock.
+const ACCOUNT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The last account, which scrapes within a while share.
+#[derive(Default)]
+pub(super) struct Account(tokio::sync::Mutex<Option<(Instant, Bytes)>>);
+
 /// Bytes by what takes them.
-pub(super) fn account(bundles: &Bundles) -> BTreeMap<&'static str, usize> {
+pub(super) type Bytes = BTreeMap<&'static str, usize>;
+
+impl Account {
+    /// Counts, or returns what was counted lately.
+    pub(super) async fn get(&self, bundles: &Arc<Bundles>) -> Bytes {
+        let mut last = self.0.lock().await;
+        if let Some((at, bytes)) = &*last
+            && at.elapsed() < ACCOUNT_INTERVAL
+        {
+            return bytes.clone();
+        }
+        let bundles = Arc::clone(bundles);
+        let counted = tokio::task::spawn_blocking(move || account(&bundles)).await;
+        let bytes = counted.expect("counting does not panic");
+        *last = Some((Instant::now(), bytes.clone()));
+        bytes
+    }
+}
+
+fn account(bundles: &Bundles) -> Bytes {
     let program = START_BYTES.get().copied().unwrap_or_default();
     let mut bytes = BTreeMap::from([("program", program + resident().map_or(0, |resident| resident.files))]);
     let mut add = |what, more| *bytes.entry(what).or_default() += more;

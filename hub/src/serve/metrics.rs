@@ -16,7 +16,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use super::Hub;
-use super::memory::{account, resident};
+use super::memory::{self, resident};
 use crate::bundle::feeds::Feed;
 use crate::bundle::view::View;
 use crate::bundle::{Bundle, Counters, Part};
@@ -26,7 +26,8 @@ const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=
 
 pub(super) async fn render(State(hub): State<Hub>) -> Response {
     let mut registry = Registry::with_prefix("opa_hub");
-    registry.register_collector(Box::new(Scrape(hub)));
+    let memory = hub.0.memory.get(&hub.0.bundles).await;
+    registry.register_collector(Box::new(Scrape(hub, memory)));
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry).expect("written into memory");
     ([(CONTENT_TYPE, OPENMETRICS)], text).into_response()
@@ -34,7 +35,7 @@ pub(super) async fn render(State(hub): State<Hub>) -> Response {
 
 type Sample = (Vec<(&'static str, String)>, u64);
 
-struct Scrape(Hub);
+struct Scrape(Hub, memory::Bytes);
 
 impl fmt::Debug for Scrape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -119,9 +120,8 @@ impl Collector for Scrape {
             ("verdict_errors", "ConfigMaps whose newest content is refused", of.one(refused)),
             ("source_objects", "Objects that a source has", of.by_feed(|feed| &feed.watch.objects)),
         ];
-        let memory = account(&hub.bundles);
         let of_memory =
-            memory.iter().map(|(what, bytes)| (vec![("what", (*what).to_owned())], *bytes as u64));
+            self.1.iter().map(|(what, bytes)| (vec![("what", (*what).to_owned())], *bytes as u64));
         let gauges = gauges.into_iter().chain([
             ("memory_bytes", "Bytes by what takes them, as the hub counts them", of_memory.collect()),
             (

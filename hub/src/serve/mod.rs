@@ -30,7 +30,7 @@ use crate::bundle::{Bundle, Part};
 use crate::bundles::Bundles;
 use crate::config::{CONNECTIONS_MAX, DRAIN, REQUEST_BODY_MAX, REQUEST_HEAD_MAX};
 use crate::readiness::Readiness;
-use crate::serve::connections::Connections;
+use crate::serve::connections::{Connections, PROBES_MAX};
 use crate::serve::error::Error;
 use crate::serve::fanout::Fanout;
 
@@ -69,6 +69,7 @@ struct Shared {
     farewell: OnceCell<Bytes>,
     stop: CancellationToken,
     deltas: bundle::DeltaClients,
+    memory: memory::Account,
     /// One turn to compute what fields cost.
     forecasts: Arc<Semaphore>,
 }
@@ -90,6 +91,7 @@ impl Hub {
             farewell: OnceCell::new(),
             stop,
             deltas: bundle::DeltaClients::default(),
+            memory: memory::Account::default(),
             forecasts: Arc::new(Semaphore::new(1)),
         };
         Self(Arc::new(shared), Limits::default())
@@ -165,7 +167,8 @@ fn health(hub: Hub) -> Router {
 
 /// Serves health alone, until it is dropped.
 pub async fn run_health(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
-    let connections = Connections::new(health(hub.clone()), hub.1, CancellationToken::new());
+    let limits = Limits { connections: PROBES_MAX, ..hub.1 };
+    let connections = Connections::new(health(hub), limits, CancellationToken::new());
     loop {
         let room = connections.room().await;
         let (tcp, peer) = connections::accept(&listener).await;

@@ -7,7 +7,7 @@ use axum::extract::{FromRequest as _, Path, Query, Request, State};
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use opa_hub_proto::position::{POSITION_HEADER, Position};
-use opa_hub_proto::reconcile::{RECONCILE_BYTES_MAX, Reconcile};
+use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::Revision;
 use serde::Deserialize;
 use tokio::time::timeout;
@@ -31,7 +31,8 @@ pub(super) async fn post(
 ) -> Result<Response, Error> {
     let bundle = hub.part_once(&name, options.namespace.as_deref())?;
     let announced = request.body().size_hint().upper().and_then(|bytes| usize::try_from(bytes).ok());
-    let _admitted = bundle.admit_reconcile(announced.unwrap_or(RECONCILE_BYTES_MAX)).await;
+    let announced = announced.ok_or(Error::LengthRequired)?;
+    let _admitted = bundle.admit_reconcile(announced).await.ok_or(Error::AnswersFull)?;
     let limit = hub.1.body;
     let body = timeout(limit, Bytes::from_request(request, &())).await;
     let body = body.map_err(|_late| Error::BodyTimeout(limit))??;
@@ -52,8 +53,7 @@ pub(super) async fn post(
     };
     let held = tokio::task::spawn_blocking(parse).await.expect("parsing does not panic")?;
     bundle.counters.reconciles.fetch_add(1, Ordering::Relaxed);
-    let is_widened = edition.is_widened_for(&held);
-    let archive = edition.reconcile(held).await.ok_or(Error::AnswersFull)?;
+    let (archive, is_widened) = edition.reconcile(held).await.ok_or(Error::AnswersFull)?;
     let position = if is_widened { position.after(&bundle.newest()) } else { position };
     Ok(([(POSITION_HEADER, position.to_string())], respond(archive)).into_response())
 }

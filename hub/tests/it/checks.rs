@@ -11,7 +11,7 @@ use opa_hub::model::ObjectKey;
 use opa_hub::pipeline::{self, Said};
 use opa_hub::policy::check::{Compiler, Dialect};
 use opa_hub::policy::modules::Module;
-use opa_hub::policy::settle::{CHECK_FAILED, Candidate, Candidates, Outcome, Refused, Texts};
+use opa_hub::policy::settle::{CHECK_FAILED, Candidate, Candidates, Outcome, Progress, Refused, Texts};
 use opa_hub::readiness::Readiness;
 use tokio::sync::mpsc;
 
@@ -92,7 +92,8 @@ async fn what_crashes_opa_is_refused_alone_and_tried_again_when_it_changes() {
         assert_eq!(outcome.accepted, BTreeMap::from([(key("b"), texts("b", "x"))]));
         assert_eq!(outcome.faults[&key("a")][0].code, CHECK_FAILED);
         // Later edits of others do not run it.
-        candidates.get_mut(&key("a")).unwrap().refused = Some(Refused::Tried);
+        assert_eq!(outcome.costly().collect::<Vec<_>>(), [&key("a")]);
+        candidates.get_mut(&key("a")).unwrap().refused = Some(Refused::Costly);
         for text in ["y", "z"] {
             let before = runs();
             candidates.insert(key("b"), new("b", text));
@@ -103,6 +104,24 @@ async fn what_crashes_opa_is_refused_alone_and_tried_again_when_it_changes() {
         candidates.insert(key("a"), new("a", "mended"));
         let outcome = checks.settle(&candidates).await;
         assert_eq!(outcome.accepted.len(), 2, "{outcome:?}");
+    })
+    .await;
+}
+
+/// A hub that starts serves what was good before, while a change since then takes OPA long.
+#[tokio::test]
+async fn what_was_good_is_served_while_a_change_is_checked_at_a_start() {
+    run(async |mut checks, _, readiness| {
+        let (good, wanted) = (Some(texts("a", "old")), Some(texts("a", "HANGS")));
+        let candidates = Candidates::from([
+            (key("a"), Candidate { good, wanted, refused: None }),
+            (key("b"), Candidate { wanted: Some(texts("b", "new")), ..Candidate::default() }),
+        ]);
+        let outcome = checks.settle(&candidates).await;
+        assert_eq!(outcome.progress, Progress::Good);
+        assert_eq!(outcome.accepted, BTreeMap::from([(key("a"), texts("a", "old"))]));
+        assert_eq!(outcome.untried.iter().collect::<Vec<_>>(), [&key("a"), &key("b")]);
+        assert!(outcome.faults.is_empty() && readiness.problems().is_empty());
     })
     .await;
 }

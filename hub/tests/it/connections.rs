@@ -160,24 +160,36 @@ async fn long_polls_and_streams_outlive_the_limits() {
 
 #[tokio::test]
 async fn a_full_listener_has_room_for_streams_and_later_for_others() {
-    let hub = Listening::start(limits(1000, 1)).await;
-    let mut idle = hub.send("GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await;
-    until(&mut idle, "ok\n").await;
+    let hub = Listening::start(limits(300, 1)).await;
+    let mut idle = hub.send("GET /v1/bundles HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    until(&mut idle, "\"problems\":[]}").await;
     let mut stream = hub.send("GET /bundles/main/stream HTTP/1.1\r\nhost: x\r\n\r\n").await;
     until(&mut stream, ": bundle main\n").await;
-    let next = to_end(hub.send("GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
+    // A probe has room of its own.
+    let mut probe = hub.send("GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    until(&mut probe, "ok\n").await;
+    let next = to_end(hub.send("GET /v1/bundles HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
     assert!(next.starts_with("HTTP/1.1 200 "), "{next}");
     assert_eq!(to_end(idle).await, "");
 }
 
 #[tokio::test]
+async fn a_connection_that_finds_no_room_is_told_so() {
+    let hub = Listening::start(limits(60_000, 1)).await;
+    let mut kept = hub.send("GET /bundles/main/stream HTTP/1.0\r\n\r\n").await;
+    until(&mut kept, ": bundle main\n").await;
+    let refused = to_end(hub.send("GET /v1/bundles HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
+    assert!(refused.starts_with("HTTP/1.1 503 ") && refused.contains("retry later"), "{refused}");
+}
+
+#[tokio::test]
 async fn connections_are_not_kept_where_room_is_scarce() {
     let hub = Listening::start(limits(60_000, 4)).await;
-    let request = "GET /livez HTTP/1.1\r\nhost: x\r\n\r\n";
+    let request = "GET /v1/bundles HTTP/1.1\r\nhost: x\r\n\r\n";
     let mut kept = Vec::new();
     for _ in 0..2 {
         let mut tcp = hub.send(request).await;
-        until(&mut tcp, "ok\n").await;
+        until(&mut tcp, "\"problems\":[]}").await;
         kept.push(tcp);
     }
     assert!(to_end(hub.send(request).await).await.contains("connection: close\r\n"));

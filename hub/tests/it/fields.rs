@@ -11,7 +11,7 @@ use opa_hub::bundle::fields::Fields;
 use opa_hub::bundle::kept::Kept;
 use opa_hub::policy::check::{Compiler, Dialect};
 use opa_hub::policy::modules::Module;
-use opa_hub::policy::reads;
+use opa_hub::policy::reads::Analyst;
 use opa_hub_loadtest::lab::opa::Opa;
 use opa_hub_loadtest::pods::Nth;
 use opa_hub_proto::path::DirPath;
@@ -359,7 +359,7 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
         let texts = [&text, LIBRARY].map(|text| Arc::new(Module::read(text).unwrap()));
         let modules = ids.iter().zip(&texts).collect();
         let asked = ["/t".parse().unwrap()];
-        let found = reads::reads(&compiler, &modules, &asked).await.unwrap().unwrap();
+        let found = Analyst::default().reads(&compiler, &modules, &asked).await.unwrap().unwrap();
         assert!(found.opaque.is_empty(), "seed {seed}: {:?}\n{text}", found.opaque);
         let places = ["pods", "nodes"].map(|name| format!("/kubernetes/{name}").parse::<DirPath>().unwrap());
         let kept = Kept::of_reads(&found.reads, places.iter().cloned().zip([Some(false), Some(true)]));
@@ -427,7 +427,7 @@ async fn i7_policies_from_life_decide_the_same() {
     for modules in each.chain([others().collect()]) {
         let asked: Vec<DirPath> =
             if modules.contains_key(&HELD.to_owned()) { vec![ASKED.parse().unwrap()] } else { Vec::new() };
-        let found = reads::reads(&compiler, &modules, &asked).await.unwrap().unwrap();
+        let found = Analyst::default().reads(&compiler, &modules, &asked).await.unwrap().unwrap();
         let kept = Kept::of_reads(&found.reads, [(place.clone(), Some(false))]);
         let names: Vec<_> = modules.keys().collect();
         assert!(!kept.of(&place).is_all(), "{names:?} read whole pods");
@@ -557,7 +557,7 @@ async fn a_package_that_cannot_be_analysed_reads_whole_what_it_names() {
         let ids = ["ns/good/p.rego", "ns/bad/p.rego"].map(str::to_owned);
         let modules = ids.iter().zip(&texts).collect();
         let started = Instant::now();
-        let found = reads::reads(&compiler, &modules, &[]).await.unwrap().unwrap();
+        let found = Analyst::default().reads(&compiler, &modules, &[]).await.unwrap().unwrap();
         let took = started.elapsed();
         let decisions: Vec<_> = found.opaque.keys().map(DirPath::as_str).collect();
         assert_eq!(decisions, opaque, "{:?}\n{text}", found.opaque);

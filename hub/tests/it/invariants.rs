@@ -247,7 +247,7 @@ proptest! {
             let mut other = Writer::listed();
             other.run(&after);
             let head = other.head();
-            let archive = head.reconcile(held.reconcile()).await.unwrap().pieces.concat();
+            let archive = head.reconcile(held.reconcile()).await.unwrap().0.pieces.concat();
             held.archive(&archive);
             let expected = snapshot(&head).await;
             assert_eq!(held.content(), expected.content());

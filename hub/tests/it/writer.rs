@@ -106,7 +106,7 @@ async fn catch_up(held: &mut Held, head: &Arc<Edition>) -> bool {
         }
         Next::Unknown => {
             let archive = head.reconcile(held.reconcile()).await;
-            held.archive(&archive.unwrap().pieces.concat());
+            held.archive(&archive.unwrap().0.pieces.concat());
             false
         }
     }

@@ -1,6 +1,8 @@
 //! `tenant`: one hub with two bundles of the cluster. Tenant A attacks the hub with all that its rights allow, tenant B
 //! works as before. The scenario measures by how much later B sees its own changes, and the memory of the hub.
 
+#![expect(clippy::large_futures, reason = "one run at a time, which is awaited once")]
+
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use anyhow::Context as _;
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
@@ -282,5 +283,48 @@ async fn what_travels_is_told() -> anyhow::Result<()> {
     .await?;
     let told = hub.json("/v1/bundles/main/fields").await?;
     assert_eq!(told["resources"][0]["jsonBytes"], told["resources"][0]["wholeBytes"]);
+    Ok(())
+}
+
+/// Bytes that the analysis of any policy may add to the hub's memory.
+const ANALYSIS_BYTES_MAX: u64 = 64 << 20;
+
+/// A rule that chooses one of six names at each of so many levels below a node.
+fn choosing(rule: &str, levels: usize) -> String {
+    let names = |at: usize| ["a", "b", "c", "d", "e", "f"].map(|name| format!("x{at}.{name}")).join(", ");
+    let lines = (0..levels).map(|at| format!("\tsome x{} in [{}]\n", at + 1, names(at)));
+    let lines: String = lines.collect();
+    format!("{rule} if {{\n\tx0 := data.kubernetes.nodes[\"{rule}\"]\n{lines}\tx{levels} == 1\n}}\n\n")
+}
+
+#[tokio::test]
+async fn the_analysis_of_a_policy_takes_bounded_memory() -> anyhow::Result<()> {
+    let texts = [
+        "allow if data.kubernetes.nodes.n1.a == 1\n".to_owned(),
+        // 6¹² places of one value, many values of few places, and as many as one value may have of a few.
+        choosing("allow", 12),
+        (0..2000).map(|at| choosing(&format!("r{at}"), 2)).collect(),
+        (0..40).map(|at| choosing(&format!("r{at}"), 4)).collect(),
+    ];
+    let mut peaks = Vec::new();
+    for text in texts {
+        let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+        let policy = json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "data": { "p.rego": format!("package p\n\n{text}") },
+            "metadata": { "name": "p", "namespace": "opa", "labels": { "openpolicyagent.org/policy": "rego" } },
+        });
+        write_manifest(manifests.path(), "p.json", &policy)?;
+        let folder = manifests.path().display().to_string();
+        let flags = ["--manifests", &folder, "--replicate-cluster=v1/nodes", "--fields=auto"];
+        let hub = Hub::start(work.path(), &flags).await?;
+        eventually("the policy is served", async || {
+            let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
+            equal(&bundle["counts"]["modules"], &json!(1))
+        })
+        .await?;
+        peaks.push(hub.process.as_ref().context("it runs")?.usage()?.peak);
+    }
+    let most = peaks.iter().max().context("four")?;
+    assert!(most - peaks[0] <= ANALYSIS_BYTES_MAX, "{peaks:?}");
     Ok(())
 }

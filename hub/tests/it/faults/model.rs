@@ -190,7 +190,7 @@ pub(super) async fn archive(head: &Arc<Edition>, part: Part) -> Vec<u8> {
 }
 
 pub(super) async fn answer(head: &Arc<Edition>, held: &Held) -> Vec<u8> {
-    head.reconcile(held.reconcile()).await.unwrap().pieces.concat()
+    head.reconcile(held.reconcile()).await.unwrap().0.pieces.concat()
 }
 
 impl std::fmt::Display for Asked {
