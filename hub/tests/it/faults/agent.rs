@@ -206,7 +206,8 @@ impl Agent {
                 Err(Refused::Lags(lag)) => {
                     let before = self.opened.of(&lag.name);
                     assert!(
-                        self.epoch != Some(world.source.epoch) || before >= Some(lag.there),
+                        // What is listed anew is as of nothing yet.
+                        self.epoch != Some(world.source.epoch) || before >= Some(lag.there) || lag.here == 0,
                         "{lag}: by what the same hub said, {before:?} before that"
                     );
                     world.seen.add("lags");
@@ -235,7 +236,14 @@ impl Agent {
             *latest = (*latest).max(proven.of(kind.position_name()).unwrap_or(0));
         }
         let latest = |kind: Kind| self.latest.get(&kind).copied().filter(|_| is_looked_at(kind));
-        let asked = Asked { document, namespace: Some(self.namespace), opened: BTreeSet::new() };
+        let context = format!(
+            ", position {position}, proven {proven}, latest {:?}, opened as of {}, source at {} of epoch {}",
+            self.latest,
+            self.opened,
+            world.source.version(),
+            world.source.epoch
+        );
+        let asked = Asked { document, namespace: Some(self.namespace), opened: BTreeSet::new(), context };
         asked.check(&world.source, &units_held(&self.held), false, latest);
     }
 

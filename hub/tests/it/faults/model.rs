@@ -24,6 +24,8 @@ pub(super) struct Asked {
     pub(super) namespace: Option<&'static str>,
     /// What is replicated because policies read it.
     pub(super) opened: BTreeSet<Kind>,
+    /// Who asks, and as of when, for the message of a failure.
+    pub(super) context: String,
 }
 
 /// What an edition holds.
@@ -72,7 +74,7 @@ fn units<'a>(
 
 impl Asked {
     pub(super) fn new(document: Document, namespace: Option<&'static str>, bundle: &Bundle) -> Self {
-        Self { document, namespace, opened: opened(bundle) }
+        Self { document, namespace, opened: opened(bundle), context: String::new() }
     }
 
     fn sees(&self, kind: Kind, key: &ObjectKey) -> bool {
@@ -123,7 +125,8 @@ impl Asked {
                 let expected: Vec<_> = expected.collect();
                 assert!(
                     expected.contains(&found),
-                    "{self}: {kind:?} {key} is {found:?}, not one of {expected:?} as of {version}"
+                    "{self}: {kind:?} {key} is {found:?}, not one of {expected:?} as of {version}: {}",
+                    source.history(kind, key)
                 );
             }
         }
@@ -186,15 +189,23 @@ fn given<'a>(fields: &[&'a str]) -> Vec<Vec<&'a str>> {
 pub(super) const RECONCILES_MAX: usize = 2;
 
 pub(super) async fn archive(head: &Arc<Edition>, part: Part) -> Vec<u8> {
-    head.archive(part).await.pieces.concat()
+    with_running_clock(head.archive(part)).await.pieces.concat()
 }
 
 pub(super) async fn answer(head: &Arc<Edition>, held: &Held) -> Vec<u8> {
-    head.reconcile(held.reconcile()).await.unwrap().0.pieces.concat()
+    with_running_clock(head.reconcile(held.reconcile())).await.unwrap().0.pieces.concat()
+}
+
+/// Awaits work on another thread. A paused clock may jump to the next timer meanwhile, by chance.
+async fn with_running_clock<T>(work: impl Future<Output = T>) -> T {
+    tokio::time::resume();
+    let done = work.await;
+    tokio::time::pause();
+    done
 }
 
 impl std::fmt::Display for Asked {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {}", self.document.name, self.namespace.unwrap_or_default())
+        write!(f, "{} {}{}", self.document.name, self.namespace.unwrap_or_default(), self.context)
     }
 }

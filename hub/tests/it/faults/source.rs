@@ -107,6 +107,12 @@ impl Source {
         self.version
     }
 
+    /// The last contents of an object, for the message of a failure.
+    pub(super) fn history(&self, kind: Kind, key: &ObjectKey) -> String {
+        let history = &self.objects[&kind][key];
+        format!("{:?}", &history[history.len().saturating_sub(4)..])
+    }
+
     /// The objects that there were.
     pub(super) fn at(&self, kind: Kind, version: u64) -> Vec<(&ObjectKey, &Arc<Value>)> {
         let objects = self.objects.get(&kind).into_iter().flatten();
