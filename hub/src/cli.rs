@@ -11,6 +11,7 @@ use crate::bundle::fields::{Fields, InvalidField};
 use crate::bundle::kept::Kept;
 use crate::bundle::spec::{
     self, AutoReplication, Follows, Scoped, Selection, Spec, configmap_feeds, is_label, is_label_value,
+    is_reserved,
 };
 use crate::config::BundleLimits;
 use crate::config::{Config, Source};
@@ -249,6 +250,9 @@ pub enum Error {
     /// No place below data.
     #[error("--replicate-path {0:?}: write segments of letters, digits, '.', '_' and '-', separated by '/'")]
     ReplicatePath(String),
+    /// A place that somebody else owns.
+    #[error("--replicate-path {0:?} is a place of OPA itself or of opa-hub: choose another one")]
+    Reserved(String),
     /// A namespace or label that the API server would refuse.
     #[error("{flag} {value:?} is not valid")]
     Value {
@@ -296,6 +300,9 @@ impl Flags {
         let path = self.replicate_path.trim_matches('/');
         let replicate_path =
             DirPath::new(path.split('/')).map_err(|_| Error::ReplicatePath(self.replicate_path.clone()))?;
+        if is_reserved(&replicate_path) {
+            return Err(Error::Reserved(self.replicate_path.clone()));
+        }
         let mut feeds = self.configmap_feeds()?;
         feeds.extend(self.resource_feeds(&replicate_path)?);
         let source = match &self.manifests {
@@ -533,6 +540,7 @@ mod tests {
         check("--fields auto,all", &["all is everything"]);
         check("--bundle a/b", &["--bundle"]);
         check("--replicate-path a//b", &["--replicate-path"]);
+        check("--replicate-path system/a", &["choose another one"]);
         check("--policy-value a,b", &["--policy-value"]);
         check("--fields metadata.labels,a..b", &["--fields: \"a..b\" names no field"]);
     }

@@ -84,8 +84,6 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
     }
     let found = Analyst::default().reads(&compiler, &modules, &spec.fields.entrypoints).await?;
     let Found { reads, opaque } = found.context("fields are found by a real OPA only: give --opa-bin")?;
-    problems
-        .extend(opaque.into_iter().map(|(decision, reason)| format!("fields of data{decision}: {reason}")));
 
     let mut text = String::new();
     for (id, feed) in (0..).map(FeedId).zip(&spec.feeds) {
@@ -108,6 +106,9 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
         for Field { path, json_bytes, readers } in found.fields {
             writeln!(text, "  {path:<44} {json_bytes:>12}  {}", readers.join(" "))?;
         }
+    }
+    for (decision, reason) in opaque {
+        writeln!(text, "unknown: the fields that data{decision} reads, so objects travel whole: {reason}")?;
     }
     for problem in problems {
         writeln!(text, "refused: {problem}")?;

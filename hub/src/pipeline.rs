@@ -28,7 +28,7 @@ use crate::policy::reads::Analyst;
 use crate::policy::settle::{self, Candidate, Candidates, Outcome, Progress, Selection};
 use crate::policy::verdict::Fault;
 use crate::readiness::Readiness;
-use crate::source::auto::Auto;
+use crate::source::auto::{self, Auto};
 use crate::store::{Store, Subscription, Taken};
 
 /// Time after which a hub that starts serves the last good policies, while the changes since then are being checked.
@@ -71,6 +71,13 @@ pub async fn check(
     bundle: Arc<Bundle>,
     readiness: Readiness,
 ) {
+    // Another document of the bundle may have asked for these.
+    if auto.is_none() {
+        readiness.problem(auto::SUBJECT, None);
+    }
+    if spec.fields.follows.is_nothing() {
+        readiness.problem(FIELDS, None);
+    }
     let mut is_first = true;
     let mut analyst = Analyst::default();
     while let Some(candidates) = jobs.recv().await {

@@ -399,7 +399,9 @@ impl Projection {
         batch: &mut Batch,
     ) -> Result<(), Error> {
         let key = &id.1;
-        let dir = directory(prefix, key).ok_or_else(|| Error::Name(key.namespace.to_string()))?;
+        let Some(dir) = directory(prefix, key) else {
+            return object.map_or(Ok(()), |_| Err(Error::Name(key.namespace.to_string())));
+        };
         let Some(object) = object else {
             if let Some(Accepted { bytes, .. }) = self.accepted.remove(id) {
                 self.resize(id.0, bytes, 0)?;
@@ -476,7 +478,9 @@ impl Projection {
         texts: BTreeMap<String, String>,
         batch: &mut Batch,
     ) -> Result<(), Error> {
-        let dir = DirPath::new([&*id.1.namespace, &*id.1.name]).map_err(|_| Error::Name(id.1.to_string()))?;
+        let Ok(dir) = DirPath::new([&*id.1.namespace, &*id.1.name]) else {
+            return if texts.is_empty() { Ok(()) } else { Err(Error::Name(id.1.to_string())) };
+        };
         let mut values = BTreeMap::new();
         for (key, text) in texts {
             let value = data_value(&key, &text)?;
@@ -818,6 +822,15 @@ mod tests {
         check(p, 1, "a/m", Some(&[("x", &deep)]), &[], &["nested deeper"]);
         check(p, 1, "a/m", Some(&[("x", "{}"), ("z", "{}")]), &["+/a/m/x", "-/a/m/y", "+/a/m/z"], &[]);
         check(p, 1, "a/m", None, &["-/a/m/x", "-/a/m/z"], &[]);
+    }
+
+    #[test]
+    fn names_that_are_no_path_are_problems_until_their_objects_go() {
+        for feed in [1, 2] {
+            let p = &mut projection();
+            check(p, feed, "a b/m", Some(&[("x", "{}")]), &[], &["a b"]);
+            check(p, feed, "a b/m", None, &[], &[]);
+        }
     }
 
     #[test]

@@ -541,11 +541,18 @@ fn max_bytes(value: &Value) -> Result<usize, Error> {
 
 fn path(field: &str, text: &str) -> Result<DirPath, Error> {
     let not = "no path: write segments of letters, digits, '.', '_' and '-', separated by '/'";
-    DirPath::new(text.trim_matches('/').split('/')).map_err(|_| Error::Value {
-        field: field.into(),
-        value: text.into(),
-        not,
-    })
+    let value = |not| Error::Value { field: field.into(), value: text.into(), not };
+    let path = DirPath::new(text.trim_matches('/').split('/')).map_err(|_| value(not))?;
+    if is_reserved(&path) {
+        Err(value("a place of OPA itself or of opa-hub: choose another one"))
+    } else {
+        Ok(path)
+    }
+}
+
+/// Whether a path lies where OPA or opa-hub keep data of their own.
+pub fn is_reserved(path: &DirPath) -> bool {
+    matches!(path.relative().split('/').next(), Some("system" | "opahub"))
 }
 
 fn text(field: &str, value: &str, valid: impl Fn(&str) -> bool) -> Result<(), Error> {

@@ -177,6 +177,11 @@ impl Flow {
         len >= 3 && first[..len - 2].iter().all(is_name) && self.places.iter().all(is_alike)
     }
 
+    /// Places and containers.
+    fn size(&self) -> usize {
+        1 + self.places.len() + self.elements.as_ref().map_or(0, |elements| elements.size())
+    }
+
     /// Steps of all its places.
     fn steps(&self) -> usize {
         let below = self.elements.as_ref().map_or(0, |elements| elements.steps());
@@ -479,6 +484,7 @@ impl Pass<'_> {
         let returned = self.returns.entry(scope.to_owned()).or_default();
         let mut lost = BTreeSet::new();
         self.news |= returned.join(&source, 0, &mut lost);
+        self.is_over |= returned.size() > FLOW_PLACES_MAX;
         self.lose(lost);
         if let Some(site) = site {
             for place in source.places {
@@ -496,6 +502,7 @@ impl Pass<'_> {
                 self.set((name.to_owned(), *param, 0), arg);
             }
             let result = self.returns.get(name).cloned().unwrap_or_default();
+            self.work += result.size();
             self.assign(scope, stmt, "result", &result);
             return;
         }
@@ -643,7 +650,7 @@ impl Pass<'_> {
             _ => None,
         };
         let flow = local.unwrap_or_else(Flow::other);
-        self.work += flow.places.len();
+        self.work += flow.size();
         flow
     }
 
@@ -658,6 +665,7 @@ impl Pass<'_> {
 
     fn set(&mut self, local: Local, flow: &Flow) {
         let mut lost = BTreeSet::new();
+        self.work += flow.size();
         match self.flows.entry(local) {
             Entry::Vacant(place) => {
                 place.insert(flow.clone());
@@ -669,7 +677,7 @@ impl Pass<'_> {
                 if held.join(flow, 0, &mut lost) {
                     self.news = true;
                     self.stored += flow.steps();
-                    self.is_over |= held.places.len() > FLOW_PLACES_MAX;
+                    self.is_over |= held.size() > FLOW_PLACES_MAX;
                 }
                 // It is one of these texts for certain only if it is so wherever it comes from.
                 let before = held.texts.take();

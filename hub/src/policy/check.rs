@@ -15,6 +15,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use super::modules::Module;
@@ -40,6 +41,9 @@ pub enum Error {
     /// The folder for the modules.
     #[error("cannot write the modules for OPA: {0}")]
     Write(std::io::Error),
+    /// The file with the plan.
+    #[error("cannot read OPA's plan: {0}")]
+    Read(std::io::Error),
     /// The process.
     #[error("cannot run OPA: {0}")]
     Run(std::io::Error),
@@ -116,6 +120,8 @@ pub struct Opa {
     capabilities: Arc<tempfile::NamedTempFile>,
     /// Tests that take too long, by ConfigMap, and when they may be run again.
     slow: Arc<Mutex<BTreeMap<ObjectKey, (Tests, Instant)>>>,
+    /// Bounds the plans in memory: one, for all bundles together.
+    plans: Arc<Semaphore>,
 }
 
 /// Test modules of one ConfigMap.
@@ -164,20 +170,24 @@ impl Compiler {
         }
     }
 
-    /// The plan of these decisions, packages or rules; `None` without a real OPA.
-    pub async fn plan(&self, modules: &Modules<'_>, decisions: &[&DirPath]) -> Result<Option<Plan>, Error> {
+    /// The plan of these decisions, packages or rules; `None` without a real OPA. Waits until no other plan is in memory.
+    pub async fn plan(
+        &self,
+        modules: &Modules<'_>,
+        decisions: &[&DirPath],
+    ) -> Result<Option<Planned>, Error> {
         match self {
             Self::Syntax(_) => Ok(None),
             Self::Opa(opa) => opa.plan(modules, decisions).await.map(Some),
         }
     }
 
-    /// Paths below `data` that these decisions depend on, as far as their names are constant; `None` without a real OPA.
+    /// What these decisions depend on; `None` without a real OPA.
     pub async fn dependencies(
         &self,
         modules: &Modules<'_>,
         decisions: &[&DirPath],
-    ) -> Result<Option<Vec<Vec<String>>>, Error> {
+    ) -> Result<Option<Dependencies>, Error> {
         match self {
             Self::Syntax(_) => Ok(None),
             Self::Opa(opa) => opa.dependencies(modules, &query(decisions)).await.map(Some),
@@ -195,13 +205,14 @@ impl Compiler {
             Self::Syntax(_) => Ok(None),
             Self::Opa(_) if modules.is_empty() => Ok(Some(BTreeSet::new())),
             Self::Opa(opa) => {
-                let found = opa.dependencies(modules, "data").await?.into_iter().filter_map(|names| {
+                let found = opa.dependencies(modules, "data").await?.data.into_iter().filter_map(|names| {
                     // A path that ends above the root may lead anywhere in it.
                     let shared = names.len().min(root.len());
                     (names[..shared] == root[..shared])
                         .then(|| names.into_iter().nth(root.len()).unwrap_or_else(|| "*".to_owned()))
                 });
-                Ok(Some(found.collect()))
+                let is_any = modules.values().any(|module| module.names_all_data());
+                Ok(Some(found.chain(is_any.then(|| "*".to_owned())).collect()))
             }
         }
     }
@@ -223,6 +234,22 @@ fn query(decisions: &[&DirPath]) -> String {
 
 /// Modules by id.
 pub type Modules<'a> = BTreeMap<&'a String, &'a Arc<Module>>;
+
+/// A plan, and the permit to hold one in memory.
+pub struct Planned {
+    /// The plan.
+    pub plan: Plan,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Paths below `data`, each as far as its names are constant. A term whose first name is not constant is not among them.
+#[derive(Debug)]
+pub struct Dependencies {
+    /// Of data.
+    pub data: Vec<Vec<String>>,
+    /// Of rules, those that rules depend on included.
+    pub rules: Vec<Vec<String>>,
+}
 
 #[derive(Deserialize)]
 struct Errors {
@@ -254,9 +281,11 @@ struct Test {
 }
 
 #[derive(Deserialize)]
-struct Dependencies {
+struct Refs {
     #[serde(default)]
     base: Vec<Vec<Term>>,
+    #[serde(default)]
+    r#virtual: Vec<Vec<Term>>,
 }
 
 #[derive(Deserialize)]
@@ -288,7 +317,8 @@ impl Opa {
         let file = tempfile::NamedTempFile::new().map_err(Error::Write)?;
         std::fs::write(file.path(), capabilities.to_string()).map_err(Error::Write)?;
         let (program, capabilities) = (program.to_owned(), Arc::new(file));
-        Ok(Self { program, version, dialect, capabilities, slow: Arc::default() })
+        let plans = Arc::new(Semaphore::new(1));
+        Ok(Self { program, version, dialect, capabilities, slow: Arc::default(), plans })
     }
 
     async fn check_all(&self, selection: &Selection<'_>) -> Result<Vec<Fault>, Error> {
@@ -296,7 +326,14 @@ impl Opa {
         let suites = selection.iter().filter(|(_, selected)| !selected.texts.tests.is_empty());
         let suites: Suites = suites.map(|(key, selected)| (*key, *selected)).collect();
         if modules.is_empty() && suites.is_empty() {
-            return Ok(Vec::new());
+            // An OPA that cannot check this can check nothing: no change is the cause.
+            let (id, module) = (String::new(), Arc::new(Module::read("package opahub").expect("a module")));
+            return match self.check(&Modules::from([(&id, &module)])).await {
+                Err(error) if !error.is_transient() => {
+                    Ok(vec![Fault::new(CHECK_FAILED, format!("the check of an empty policy fails: {error}"))])
+                }
+                checked => checked,
+            };
         }
         match self.check(&modules).await {
             Ok(faults) if faults.is_empty() => self.test_all(&modules, suites).await,
@@ -451,13 +488,13 @@ impl Opa {
             .collect())
     }
 
-    async fn dependencies(&self, modules: &Modules<'_>, query: &str) -> Result<Vec<Vec<String>>, Error> {
+    async fn dependencies(&self, modules: &Modules<'_>, query: &str) -> Result<Dependencies, Error> {
         let folder = Folder::write(modules)?;
         // This command has no flag for the dialect; a bundle says it by itself.
         let manifest = json!({ "roots": [""], "rego_version": self.dialect.version() });
         std::fs::write(folder.dir.path().join(MANIFEST_FILE), manifest.to_string()).map_err(Error::Write)?;
         let said = self.run(&folder, &["deps", "--format=json", "--bundle=."], &[query]).await?;
-        let found: Dependencies = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
+        let found: Refs = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
         let names = |terms: Vec<Term>| {
             let mut terms = terms.into_iter();
             terms.next().filter(|term| term.value == "data")?;
@@ -465,10 +502,11 @@ impl Opa {
                 |term: Term| Some(term.value.as_str().filter(|_| term.kind == "string")?.to_owned());
             Some(terms.map_while(constant).collect())
         };
-        Ok(found.base.into_iter().filter_map(names).collect())
+        let paths = |refs: Vec<_>| refs.into_iter().filter_map(names).collect();
+        Ok(Dependencies { data: paths(found.base), rules: paths(found.r#virtual) })
     }
 
-    async fn plan(&self, modules: &Modules<'_>, decisions: &[&DirPath]) -> Result<Plan, Error> {
+    async fn plan(&self, modules: &Modules<'_>, decisions: &[&DirPath]) -> Result<Planned, Error> {
         let folder = Folder::write(modules)?;
         let mut package = ENTRY.to_owned();
         while modules.values().any(|module| module.root.relative().split('/').next() == Some(&package)) {
@@ -484,10 +522,11 @@ impl Opa {
             let text = folder.rename(&String::from_utf8_lossy(&said.stderr));
             return Err(failed(&Output { stderr: text.into_bytes(), ..said }));
         }
-        let file = std::fs::File::open(folder.dir.path().join(".plan.tar.gz")).map_err(Error::Write)?;
+        let permit = self.plans.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let file = std::fs::File::open(folder.dir.path().join(".plan.tar.gz")).map_err(Error::Read)?;
         let mut bundle = tar::Archive::new(flate2::read::GzDecoder::new(file));
-        for entry in bundle.entries().map_err(Error::Write)? {
-            let entry = entry.map_err(Error::Write)?;
+        for entry in bundle.entries().map_err(Error::Read)? {
+            let entry = entry.map_err(Error::Read)?;
             if entry.path().is_ok_and(|path| path.ends_with("plan.json")) {
                 if entry.size() > PLAN_BYTES_MAX {
                     return Err(Error::PlanTooLarge(entry.size()));
@@ -495,7 +534,7 @@ impl Opa {
                 let mut plan: Plan = serde_json::from_reader(std::io::BufReader::new(entry))
                     .map_err(|error| Error::Failed { status: "a plan".into(), output: error.to_string() })?;
                 plan.rename_files(|file| folder.id(file).map(str::to_owned));
-                return Ok(plan);
+                return Ok(Planned { plan, _permit: permit });
             }
         }
         Err(Error::Failed { status: said.status.to_string(), output: "no plan".into() })
@@ -682,6 +721,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_opa_that_fails_is_a_fault() {
+        check(&[], &[], &["check"]).await;
         check(&["a: x", "b: CRASH"], &["check_failed -"], &["check"]).await;
         let runs = ["check", "check", "test", "test", "check", "test", "test"];
         check(&["a: x / CRASHTEST", "b: x / t"], &["test_failed ns/a/t"], &runs).await;

@@ -28,12 +28,18 @@ pub enum Error {
     /// No bundle could own it.
     #[error("the package's first name must be of letters, digits, '.', '_' and '-', not {0:?}")]
     Unwritable(String),
+    /// OPA takes this name for any name: a bundle with it claims all roots.
+    #[error("the package cannot be named \"_\": OPA refuses a bundle with it; give it another name")]
+    Wildcard,
 }
 
 impl Module {
     /// Reads the package at the beginning of `text`.
     pub fn read(text: &str) -> Result<Self, Error> {
         let segments = package(text)?;
+        if segments.iter().any(|segment| segment == "_") {
+            return Err(Error::Wildcard);
+        }
         let writable = segments.iter().map(String::as_str).take_while(|segment| is_segment(segment));
         let root = DirPath::new(writable).map_err(|_| Error::Unwritable(segments[0].clone()))?;
         Ok(Self { text: text.to_owned(), digest: Digest::of(text.as_bytes()), root })
@@ -49,6 +55,43 @@ impl Module {
         let is_package = |line: &str| line.trim_start_matches('\u{feff}').trim_start().starts_with("package");
         let above = self.text.lines().take_while(|line| !is_package(line)).count();
         above as u64 + 1
+    }
+
+    /// Whether the text has `data` without a constant name below it, as in `data[input.kind]` or `walk(data)`. `opa deps`
+    /// does not tell what such a term reads. True too for a template string: expressions in it are not looked at.
+    pub fn names_all_data(&self) -> bool {
+        let (mut rest, mut before) = (self.text.as_str(), ' ');
+        while let Some(c) = rest.chars().next() {
+            let len = match c {
+                '$' => return true,
+                '#' => rest.find('\n').unwrap_or(rest.len()),
+                '"' | '`' => match quoted(rest) {
+                    Ok((_, after)) => rest.len() - after.len(),
+                    // No Rego: it is not looked at any further.
+                    Err(_) => return true,
+                },
+                c if is_of_name(c) => rest.find(|c| !is_of_name(c)).unwrap_or(rest.len()),
+                c => c.len_utf8(),
+            };
+            let (token, after) = rest.split_at(len);
+            if token == "data" && before != '.' && !is_constant_step(after) {
+                return true;
+            }
+            (rest, before) = (after, c);
+        }
+        false
+    }
+}
+
+fn is_of_name(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+/// Whether the text begins with `.name` or `["name"]`.
+fn is_constant_step(text: &str) -> bool {
+    match text.strip_prefix('[') {
+        Some(index) => quoted(index).is_ok_and(|(_, after)| after.starts_with(']')),
+        None => text.strip_prefix('.').is_some_and(|name| name.starts_with(is_of_name)),
     }
 }
 
@@ -141,8 +184,34 @@ mod tests {
             ("package a.", Error::BadPackage),
             ("package a[1]", Error::BadPackage),
             ("package a[\"b\"", Error::BadPackage),
+            ("package _", Error::Wildcard),
+            ("package a[\"_\"].b", Error::Wildcard),
         ] {
             assert_eq!(Module::read(text), Err(error), "{text}");
+        }
+    }
+
+    #[test]
+    fn data_without_a_constant_name() {
+        for (body, expected) in [
+            ("x := data.a.b", false),
+            ("x := data[\"a\"][input.b]", false),
+            ("x := data[`a`]", false),
+            ("import data.a as b", false),
+            ("x := input.data", false),
+            ("x := \"data\" # data", false),
+            ("x := `data \" data`", false),
+            ("x := metadata[data_]", false),
+            ("x := data[input.a]", true),
+            ("x := data[\"a\" ]", true),
+            ("walk(data, x)", true),
+            ("import data as d", true),
+            ("x := $\"{data}\"", true),
+            ("x := \"\\\"\"; y := data[x]", true),
+            ("x := data", true),
+        ] {
+            let module = Module::read(&format!("package m\n{body}")).unwrap();
+            assert_eq!(module.names_all_data(), expected, "{body}");
         }
     }
 
@@ -150,7 +219,7 @@ mod tests {
         /// I9: whatever a key holds, it is a module or none.
         #[test]
         fn i9_random_texts_do_not_panic(text in "(package )?[a-c\"`.\\[\\]\\\\#\n é]{0,24}") {
-            let _ = Module::read(&text);
+            let _ = Module::read(&text).map(|module| module.names_all_data());
         }
     }
 }

@@ -10,7 +10,8 @@ use opa_hub_proto::revision::{Digest, modules_digest};
 use tokio::time::Instant;
 
 use super::analyze::{self, Extent, Reads, Step};
-use super::check::{self, Compiler, Modules};
+use super::check::{self, Compiler, Dependencies, Modules};
+use super::modules::Module;
 use super::plan::Site;
 
 /// Maximum time in which groups of decisions are divided. A group that is left then reads whole what it names.
@@ -43,6 +44,9 @@ pub struct Analyst {
     /// Decisions that cannot be analysed, with the digest of their modules, so that the next change of others does not
     /// pay for it again.
     opaque: BTreeMap<DirPath, (Digest, String)>,
+    /// Groups that were still to be divided when the time was over. They are divided further the next time, apart from
+    /// all others.
+    suspects: Vec<BTreeSet<DirPath>>,
 }
 
 impl Analyst {
@@ -69,10 +73,17 @@ impl Analyst {
             found.add_opaque(compiler, modules, &[decision], &reason).await;
         }
         // Level by level, so that good halves are found before the time is over.
-        let mut groups = VecDeque::from([open]);
+        let suspects = std::mem::take(&mut self.suspects);
+        let is_suspect = |decision: &&DirPath| suspects.iter().any(|group| group.contains(*decision));
+        let (_, others): (Vec<_>, Vec<_>) = open.iter().copied().partition(is_suspect);
+        let mut groups = VecDeque::from([others]);
+        groups.extend(
+            suspects.iter().map(|group| open.iter().copied().filter(|one| group.contains(*one)).collect()),
+        );
+        groups.retain(|group: &Vec<_>| !group.is_empty());
         let mut until = None;
         let mut plans = 0;
-        while let Some(group) = groups.pop_front().filter(|group| !group.is_empty()) {
+        while let Some(group) = groups.pop_front() {
             let may_plan = plans < PLANS_MAX && until.is_none_or(|until| Instant::now() < until);
             let mut reason = "too many other policies cannot be analysed either".to_owned();
             if may_plan {
@@ -94,6 +105,8 @@ impl Analyst {
                     continue;
                 };
                 self.opaque.insert(decision.clone(), (own_digest(modules, decision), reason.clone()));
+            } else {
+                self.suspects.push(group.iter().map(|decision| (*decision).clone()).collect());
             }
             found.add_opaque(compiler, modules, &group, &reason).await;
         }
@@ -127,8 +140,8 @@ async fn analyse(
     modules: &Modules<'_>,
     decisions: &[&DirPath],
 ) -> Result<Option<Reads>, Error> {
-    let Some(plan) = compiler.plan(modules, decisions).await? else { return Ok(None) };
-    Ok(Some(analyze::reads(&plan)?))
+    let Some(planned) = compiler.plan(modules, decisions).await? else { return Ok(None) };
+    Ok(Some(analyze::reads(&planned.plan)?))
 }
 
 /// What decisions read that cannot be analysed: all of what they name, and everything if that cannot be found either.
@@ -138,8 +151,25 @@ async fn named(compiler: &Compiler, modules: &Modules<'_>, decisions: &[&DirPath
         .filter(|(_, module)| decisions.iter().any(|decision| decision.is_within(&module.root)))
         .map(|(id, module)| Site { file: (*id).clone(), row: module.package_row(), col: 1 })
         .collect();
-    let paths = compiler.dependencies(modules, decisions).await.ok().flatten();
-    let paths = paths.unwrap_or_else(|| vec![Vec::new()]).into_iter();
-    let places = paths.map(|names| names.into_iter().map(|name| Step::Name(name.into())).collect());
+    let everything = || vec![Vec::new()];
+    let paths = match compiler.dependencies(modules, decisions).await {
+        Ok(Some(Dependencies { data, rules })) => {
+            // Rules lie in packages; the name of a rule may be dynamic, and a package longer than its root.
+            let is_used = |module: &Module| {
+                decisions.iter().any(|decision| meets(&module.root, decision.relative().split('/')))
+                    || rules.iter().any(|rule| meets(&module.root, rule.iter().map(String::as_str)))
+            };
+            let is_any = modules.values().any(|module| is_used(module) && module.names_all_data());
+            if is_any { everything() } else { data }
+        }
+        _ => everything(),
+    };
+    let places =
+        paths.into_iter().map(|names| names.into_iter().map(|name| Step::Name(name.into())).collect());
     Reads::of(places.map(|place| (place, Extent::Whole)), &sites)
+}
+
+/// Whether one of the two paths begins with the other.
+fn meets<'a>(root: &DirPath, path: impl Iterator<Item = &'a str>) -> bool {
+    root.relative().split('/').zip(path).all(|(one, other)| one == other)
 }

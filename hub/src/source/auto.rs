@@ -14,7 +14,7 @@ use crate::policy::check::{Compiler, Modules};
 use crate::readiness::Readiness;
 
 /// What [`Readiness`] calls it.
-const SUBJECT: &str = "--replicate-auto";
+pub const SUBJECT: &str = "--replicate-auto";
 
 /// See the module's text.
 pub struct Auto {

@@ -1,7 +1,8 @@
 //! The check beside the writer, with an OPA that fails.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::symlink;
+use std::fs::Permissions;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,8 +10,9 @@ use opa_hub::bundle::Bundle;
 use opa_hub::bundle::spec::Spec;
 use opa_hub::model::ObjectKey;
 use opa_hub::pipeline::{self, Said};
-use opa_hub::policy::check::{Compiler, Dialect};
+use opa_hub::policy::check::{Compiler, Dialect, Modules};
 use opa_hub::policy::modules::Module;
+use opa_hub::policy::reads::Analyst;
 use opa_hub::policy::settle::{CHECK_FAILED, Candidate, Candidates, Outcome, Progress, Refused, Texts};
 use opa_hub::readiness::Readiness;
 use tokio::sync::mpsc;
@@ -54,6 +56,7 @@ async fn run(script: impl AsyncFnOnce(Checks, &Path, &Readiness)) {
     let spec = Arc::new(Spec::of_feeds("main", Vec::new()));
     let bundle = Arc::new(Bundle::new("main".into(), None));
     let readiness = Readiness::default();
+    readiness.problem("--replicate-auto", Some("of the document before".into()));
     let checking = pipeline::check(compiler, queue, say, None, spec, bundle, readiness.clone());
     tokio::select! {
         () = checking => panic!("the check ended"),
@@ -79,6 +82,46 @@ async fn newer_edits_are_checked_after_an_opa_that_could_not_be_run() {
         assert!(readiness.problems().is_empty());
     })
     .await;
+}
+
+#[tokio::test]
+async fn an_opa_that_fails_at_everything_blames_nobody() {
+    run(async |mut checks, dir, readiness| {
+        std::fs::remove_file(dir.join("opa")).unwrap();
+        std::fs::write(dir.join("opa"), "#!/bin/sh\nexit 2\n").unwrap();
+        std::fs::set_permissions(dir.join("opa"), Permissions::from_mode(0o755)).unwrap();
+        let new = Candidate { wanted: Some(texts("a", "x")), ..Candidate::default() };
+        let candidates = Candidates::from([(key("a"), new)]);
+        let outcome = checks.settle(&candidates).await;
+        assert!(outcome.faults.is_empty() && outcome.untried.contains(&key("a")), "{outcome:?}");
+        assert!(readiness.problems()[0].message.contains("OPA ended with"), "{:?}", readiness.problems());
+        std::fs::remove_file(dir.join("opa")).unwrap();
+        install(dir);
+        let outcome = checks.settle(&candidates).await;
+        assert_eq!(outcome.accepted, BTreeMap::from([(key("a"), texts("a", "x"))]));
+    })
+    .await;
+}
+
+/// A hundred decisions take more plans than one analysis may make.
+#[tokio::test]
+async fn what_one_analysis_could_not_divide_the_next_ones_do() {
+    let dir = tempfile::tempdir().unwrap();
+    install(dir.path());
+    let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
+    let texts: Vec<_> = (0..100).map(|at| texts(&format!("p{at}"), "")).collect();
+    let modules: Modules = texts.iter().flat_map(|texts| &texts.modules).collect();
+    let log = dir.path().join("log");
+    let plans = || std::fs::read_to_string(&log).unwrap().lines().filter(|run| *run == "build").count();
+    let mut analyst = Analyst::default();
+    let mut counts = Vec::new();
+    while counts.last() != Some(&0) {
+        let before = plans();
+        let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
+        assert_eq!(found.opaque.len(), 100);
+        counts.push(plans() - before);
+    }
+    assert_eq!(counts, [64, 64, 64, 7, 0]);
 }
 
 #[tokio::test]
