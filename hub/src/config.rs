@@ -1,4 +1,5 @@
-//! Every bound of the hub, each with its unit and its reason, and what the command line is turned into.
+//! Bounds of the hub that several modules share, each with its unit and its reason, and what the command line is turned
+//! into.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -173,7 +174,7 @@ pub const TEST_SECONDS: u64 = 5;
 pub const TESTS_MAX: Duration = Duration::from_secs(30);
 /// Tests that took longer than one run of OPA may are run again after this time, or when their texts change.
 pub const TESTS_PAUSE: Duration = Duration::from_secs(600);
-/// Bundles of one hub: each has a thread, and policies of its own to be checked.
+/// Bundles of one hub: each has two threads, and policies of its own to be checked.
 pub const BUNDLES_MAX: usize = 200;
 /// A file of bundle documents is looked at this often.
 pub const DOCUMENTS_LOOK: Duration = Duration::from_secs(1);

@@ -540,12 +540,13 @@ async fn a_package_that_cannot_be_analysed_reads_whole_what_it_names() {
     let names =
         |at: usize| ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| format!("x{at}.{name}")).join(", ");
     let rule = |at: usize| {
-        let levels: String = (0..3).map(|at| format!("\tsome x{} in [{}]\n", at + 1, names(at))).collect();
+        let levels: Vec<_> = (0..3).map(|at| format!("\tsome x{} in [{}]\n", at + 1, names(at))).collect();
+        let levels = levels.concat();
         format!("g{at} := x3 if {{\n\tx0 := data.kubernetes.nodes.n1.r{at}\n{levels}}}\n")
     };
     let nested = format!(
         "package nested\n\nf(_) := 1\n\n{}\nallow if {{\n\txs := [[[{}]]]\n{}}}\n",
-        (0..8).map(rule).collect::<String>(),
+        (0..8).map(rule).collect::<Vec<_>>().concat(),
         (0..8).map(|at| format!("g{at}")).collect::<Vec<_>>().join(", "),
         "\tf(xs)\n".repeat(2000)
     );
