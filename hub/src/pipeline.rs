@@ -125,7 +125,7 @@ pub async fn check(
         // What policies read comes before them, and goes after them.
         let mut resources = None;
         if let Some(auto) = &mut auto {
-            resources = auto.reads(&compiler, &modules, &readiness).await;
+            resources = auto.reads(&compiler, &mut analyst, &modules, &readiness).await;
             if let Some(resources) = &resources {
                 auto.widen(resources, &said).await;
             }
@@ -189,14 +189,17 @@ struct Limits<'a> {
 
 impl Limits<'_> {
     async fn check(&mut self, selection: &Selection<'_>) -> Result<Vec<Fault>, check::Error> {
-        let good = || self.candidates.values().filter_map(|candidate| candidate.good.as_deref());
-        let before = match self.before {
-            Some(before) => before,
-            None => self.weigh(good().flat_map(|texts| &texts.modules).collect()).await?,
-        };
-        self.before = Some(before);
         let modules = selection.values().flat_map(|selected| &selected.texts.modules).collect();
         let bytes = self.weigh(modules).await?;
+        if self.scales.fits(bytes) {
+            return Ok(Vec::new());
+        }
+        let good = self.candidates.values().filter_map(|candidate| candidate.good.as_deref());
+        let before = match self.before {
+            Some(before) => before,
+            None => self.weigh(good.flat_map(|texts| &texts.modules).collect()).await?,
+        };
+        self.before = Some(before);
         let fault = self.scales.fault(bytes, before);
         Ok(fault.map(|message| Fault::new("over_limit", message)).into_iter().collect())
     }

@@ -124,9 +124,14 @@ impl<'a> Scales<'a> {
         bytes
     }
 
+    /// Whether the data may have so many bytes.
+    pub fn fits(&self, bytes: usize) -> bool {
+        bytes <= self.max
+    }
+
     /// What is wrong with policies that make the data so large, where those before made it `before`.
     pub fn fault(&self, bytes: usize, before: usize) -> Option<String> {
-        (bytes > self.max && bytes > before).then(|| {
+        (!self.fits(bytes) && bytes > before).then(|| {
             format!(
                 "with what it reads of replicated objects the data would have {bytes} bytes ({before} without it), more \
                  than the limit of {}: read fewer fields (opa-hub fields shows them), or raise maxBytes",

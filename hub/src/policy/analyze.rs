@@ -60,7 +60,7 @@ pub enum Extent {
 const SITES_MAX: usize = 8;
 
 /// What is read, and by whom.
-#[derive(Default, Debug)]
+#[derive(Clone, Default, Debug)]
 pub struct Reads(BTreeMap<Place, (Extent, BTreeSet<Site>)>);
 
 /// The analysis takes more time or memory than it may.

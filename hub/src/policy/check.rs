@@ -1,11 +1,11 @@
 //! Whether modules compile together: by a real OPA, `opa check` on all of them, or, where there is none, by a parser
 //! that sees the syntax of each alone.
 
+mod run;
 mod syntax;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,18 +13,16 @@ use opa_hub_proto::manifest::MANIFEST_FILE;
 use opa_hub_proto::path::DirPath;
 use serde::Deserialize;
 use serde_json::json;
-use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use self::run::{Output, run};
 use super::modules::Module;
 use super::plan::Plan;
 use super::settle::{CHECK_FAILED, Selected, Selection, TEST_FAILED, TESTS_NOT_RUN, TESTS_TOO_LONG, Texts};
 use super::verdict::{Fault, Location};
-use crate::config::{
-    CHECK_FAULTS_MAX, CHECK_MAX, CHECK_OUTPUT_MAX, TEST_RUN_MAX, TEST_SECONDS, TESTS_MAX, TESTS_PAUSE,
-};
+use crate::config::{CHECK_FAULTS_MAX, CHECK_MAX, TEST_RUN_MAX, TEST_SECONDS, TESTS_MAX, TESTS_PAUSE};
 use crate::model::ObjectKey;
 
 /// Why OPA returned no result.
@@ -190,30 +188,7 @@ impl Compiler {
     ) -> Result<Option<Dependencies>, Error> {
         match self {
             Self::Syntax(_) => Ok(None),
-            Self::Opa(opa) => opa.dependencies(modules, &query(decisions)).await.map(Some),
-        }
-    }
-
-    /// The names below `data.<root>` that the modules read; `*`: some that only an input decides. None: nobody here
-    /// can say.
-    pub async fn reads(
-        &self,
-        modules: &Modules<'_>,
-        root: &[&str],
-    ) -> Result<Option<BTreeSet<String>>, Error> {
-        match self {
-            Self::Syntax(_) => Ok(None),
-            Self::Opa(_) if modules.is_empty() => Ok(Some(BTreeSet::new())),
-            Self::Opa(opa) => {
-                let found = opa.dependencies(modules, "data").await?.data.into_iter().filter_map(|names| {
-                    // A path that ends above the root may lead anywhere in it.
-                    let shared = names.len().min(root.len());
-                    (names[..shared] == root[..shared])
-                        .then(|| names.into_iter().nth(root.len()).unwrap_or_else(|| "*".to_owned()))
-                });
-                let is_any = modules.values().any(|module| module.names_all_data());
-                Ok(Some(found.chain(is_any.then(|| "*".to_owned())).collect()))
-            }
+            Self::Opa(opa) => opa.dependencies(modules, decisions).await.map(Some),
         }
     }
 }
@@ -293,12 +268,6 @@ struct Term {
     #[serde(rename = "type")]
     kind: String,
     value: serde_json::Value,
-}
-
-struct Output {
-    status: std::process::ExitStatus,
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
 }
 
 impl Opa {
@@ -488,12 +457,16 @@ impl Opa {
             .collect())
     }
 
-    async fn dependencies(&self, modules: &Modules<'_>, query: &str) -> Result<Dependencies, Error> {
+    async fn dependencies(
+        &self,
+        modules: &Modules<'_>,
+        decisions: &[&DirPath],
+    ) -> Result<Dependencies, Error> {
         let folder = Folder::write(modules)?;
         // This command has no flag for the dialect; a bundle says it by itself.
         let manifest = json!({ "roots": [""], "rego_version": self.dialect.version() });
         std::fs::write(folder.dir.path().join(MANIFEST_FILE), manifest.to_string()).map_err(Error::Write)?;
-        let said = self.run(&folder, &["deps", "--format=json", "--bundle=."], &[query]).await?;
+        let said = self.run(&folder, &["deps", "--format=json", "--bundle=."], &[&query(decisions)]).await?;
         let found: Refs = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
         let names = |terms: Vec<Term>| {
             let mut terms = terms.into_iter();
@@ -550,28 +523,6 @@ impl Opa {
         let limit = if is_test { TEST_RUN_MAX } else { CHECK_MAX };
         run(Command::new(&self.program).args(command).current_dir(folder.dir.path()), limit).await
     }
-}
-
-/// Runs a command in an environment of its own: OPA takes flags from it.
-async fn run(command: &mut Command, limit: Duration) -> Result<Output, Error> {
-    command.env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    if let Some(path) = std::env::var_os("PATH") {
-        command.env("PATH", path);
-    }
-    let mut child = command.spawn().map_err(Error::Run)?;
-    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let out = child.stdout.take().expect("it is piped");
-    let err = child.stderr.take().expect("it is piped");
-    let (mut out, mut err) = (out.take(CHECK_OUTPUT_MAX), err.take(CHECK_OUTPUT_MAX));
-    let all = async {
-        tokio::try_join!(out.read_to_end(&mut stdout), err.read_to_end(&mut stderr))?;
-        // What is over the bound is not read, and must not hold the process.
-        drop((out, err));
-        child.wait().await
-    };
-    let status =
-        tokio::time::timeout(limit, all).await.map_err(|_| Error::TooLong(limit))?.map_err(Error::Run)?;
-    Ok(Output { status, stdout, stderr })
 }
 
 /// A fault of tests that do not compile.

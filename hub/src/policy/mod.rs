@@ -15,4 +15,6 @@ pub mod plan;
 
 pub mod analyze;
 
+pub mod divide;
+
 pub mod reads;

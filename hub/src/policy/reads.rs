@@ -2,8 +2,7 @@
 //! analysed, fewer are planned together: what one package does costs no other one its precision. A decision that cannot
 //! be analysed alone reads whole what it names.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::time::Duration;
+use std::collections::{BTreeMap, BTreeSet};
 
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, modules_digest};
@@ -11,17 +10,12 @@ use tokio::time::Instant;
 
 use super::analyze::{self, Extent, Reads, Step};
 use super::check::{self, Compiler, Dependencies, Modules};
+use super::divide::{self, Divider, RETRY_AFTER};
 use super::modules::Module;
 use super::plan::Site;
 
-/// Maximum time in which groups of decisions are divided. A group that is left then reads whole what it names.
-/// Data goes on meanwhile, and what is found is remembered.
-const DIVIDE_MAX: Duration = Duration::from_secs(60);
-/// Maximum number of plans that are made for one set of policies: enough to find three among a thousand packages.
-const PLANS_MAX: usize = 64;
-
 /// The data that policies read.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Found {
     /// What they read.
     pub reads: Reads,
@@ -29,29 +23,32 @@ pub struct Found {
     pub opaque: BTreeMap<DirPath, String>,
 }
 
-/// Why a group of decisions cannot be analysed.
-#[derive(Debug, thiserror::Error)]
-enum Error {
-    #[error(transparent)]
-    Plan(#[from] check::Error),
-    #[error(transparent)]
-    Analysis(#[from] analyze::TooComplex),
+/// Groups of decisions with what they depend on, and decisions of which that could not be found, with the reason.
+type Named<'a> = (Vec<(Vec<&'a DirPath>, Dependencies)>, BTreeMap<&'a DirPath, String>);
+
+/// Names below a path of data that policies read.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    /// The constant ones.
+    pub names: BTreeSet<String>,
+    /// Whether some are dynamic.
+    pub is_dynamic: bool,
+    /// Packages whose names could not be found, with the reason.
+    pub unknown: BTreeMap<DirPath, String>,
 }
 
 /// Analyses the policies of one bundle, again and again.
 #[derive(Default)]
 pub struct Analyst {
-    /// Decisions that cannot be analysed, with the digest of their modules, so that the next change of others does not
-    /// pay for it again.
-    opaque: BTreeMap<DirPath, (Digest, String)>,
-    /// Groups that were still to be divided when the time was over. They are divided further the next time, apart from
-    /// all others.
-    suspects: Vec<BTreeSet<DirPath>>,
+    plans: Divider,
+    dependencies: Divider,
+    /// The last result, with the digest of all modules and its time.
+    last: Option<(Digest, Instant, Found)>,
 }
 
 impl Analyst {
     /// The data that these modules read for `entrypoints`, or for all of their packages where there are none; `None`
-    /// without a real OPA.
+    /// without a real OPA. The entrypoints are the same in every call.
     pub async fn reads(
         &mut self,
         compiler: &Compiler,
@@ -61,109 +58,100 @@ impl Analyst {
         if modules.is_empty() {
             return Ok(Some(Found::default()));
         }
+        let digest = modules_digest(modules.iter().map(|(id, module)| (id.as_str(), module.digest)), None);
+        let is_same = |of: &Digest, at: &Instant| *of == digest && at.elapsed() < RETRY_AFTER;
+        if let Some((_, _, found)) = self.last.as_ref().filter(|(of, at, _)| is_same(of, at)) {
+            return Ok(Some(found.clone()));
+        }
         let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
-        let decisions: BTreeSet<&DirPath> = packages.chain(entrypoints).collect();
-        let is_known = |decision: &&DirPath| {
-            self.opaque.get(*decision).is_some_and(|(digest, _)| *digest == own_digest(modules, decision))
-        };
-        let (known, open): (Vec<_>, Vec<_>) = decisions.into_iter().partition(is_known);
+        let decisions = packages.chain(entrypoints).collect();
+        let analyse = async |group: &[&DirPath]| analyse(compiler, modules, group).await;
+        let Some(planned) = self.plans.divide(modules, decisions, analyse).await? else { return Ok(None) };
         let mut found = Found::default();
-        for decision in known {
-            let reason = self.opaque[decision].1.clone();
-            found.add_opaque(compiler, modules, &[decision], &reason).await;
+        planned.found.into_iter().for_each(|(_, reads)| found.reads.join(reads));
+        let opaque: BTreeSet<_> = planned.failed.keys().copied().collect();
+        let (named, unknown) = self.dependencies(compiler, modules, opaque).await?.unwrap_or_default();
+        for (decisions, dependencies) in &named {
+            found.reads.join(named_by(dependencies, modules, decisions));
         }
-        // Level by level, so that good halves are found before the time is over.
-        let suspects = std::mem::take(&mut self.suspects);
-        let is_suspect = |decision: &&DirPath| suspects.iter().any(|group| group.contains(*decision));
-        let (_, others): (Vec<_>, Vec<_>) = open.iter().copied().partition(is_suspect);
-        let mut groups = VecDeque::from([others]);
-        groups.extend(
-            suspects.iter().map(|group| open.iter().copied().filter(|one| group.contains(*one)).collect()),
-        );
-        groups.retain(|group: &Vec<_>| !group.is_empty());
-        let mut until = None;
-        let mut plans = 0;
-        while let Some(group) = groups.pop_front() {
-            let may_plan = plans < PLANS_MAX && until.is_none_or(|until| Instant::now() < until);
-            let mut reason = "too many other policies cannot be analysed either".to_owned();
-            if may_plan {
-                plans += 1;
-                match analyse(compiler, modules, &group).await {
-                    Ok(None) => return Ok(None),
-                    Ok(Some(reads)) => {
-                        found.reads.join(reads);
-                        continue;
-                    }
-                    // Nothing that a module holds makes OPA impossible to run.
-                    Err(Error::Plan(error)) if error.is_transient() => return Err(error),
-                    Err(error) => reason = error.to_string(),
-                }
-                until.get_or_insert_with(|| Instant::now() + DIVIDE_MAX);
-                let [decision] = group[..] else {
-                    let (one, other) = group.split_at(group.len() / 2);
-                    groups.extend([one.to_vec(), other.to_vec()]);
-                    continue;
-                };
-                self.opaque.insert(decision.clone(), (own_digest(modules, decision), reason.clone()));
-            } else {
-                self.suspects.push(group.iter().map(|decision| (*decision).clone()).collect());
-            }
-            found.add_opaque(compiler, modules, &group, &reason).await;
+        for decision in unknown.keys() {
+            found.reads.join(whole(vec![Vec::new()], modules, &[decision]));
         }
-        let is_there = |decision: &DirPath| modules.values().any(|module| decision.is_within(&module.root));
-        self.opaque.retain(|decision, _| is_there(decision));
+        let opaque = planned.failed.into_iter();
+        found.opaque = opaque.map(|(decision, reason)| (decision.clone(), reason)).collect();
+        let is_done = self.plans.is_done() && self.dependencies.is_done();
+        self.last = is_done.then(|| (digest, Instant::now(), found.clone()));
         Ok(Some(found))
     }
-}
 
-impl Found {
-    async fn add_opaque(
+    /// The names below `data.<root>` that these modules read; `None` without a real OPA.
+    pub async fn names(
         &mut self,
         compiler: &Compiler,
         modules: &Modules<'_>,
-        decisions: &[&DirPath],
-        reason: &str,
-    ) {
-        self.reads.join(named(compiler, modules, decisions).await);
-        self.opaque.extend(decisions.iter().map(|decision| ((*decision).clone(), reason.to_owned())));
+        root: &DirPath,
+    ) -> Result<Option<Names>, check::Error> {
+        let packages = modules.values().map(|module| &module.root).collect();
+        let Some((found, unknown)) = self.dependencies(compiler, modules, packages).await? else {
+            return Ok(None);
+        };
+        let mut names = Names::default();
+        let root: Vec<_> = root.relative().split('/').collect();
+        for path in found.into_iter().flat_map(|(_, dependencies)| dependencies.data) {
+            // A path that ends above the root may lead anywhere in it.
+            let shared = path.len().min(root.len());
+            if path[..shared] == root[..shared] {
+                match path.into_iter().nth(root.len()) {
+                    Some(name) => _ = names.names.insert(name),
+                    None => names.is_dynamic = true,
+                }
+            }
+        }
+        names.is_dynamic |= modules.values().any(|module| module.names_all_data());
+        names.unknown = unknown.into_iter().map(|(package, reason)| (package.clone(), reason)).collect();
+        Ok(Some(names))
     }
-}
 
-/// The digest of the modules of a decision's package.
-fn own_digest(modules: &Modules<'_>, decision: &DirPath) -> Digest {
-    let own = modules.iter().filter(|(_, module)| decision.is_within(&module.root));
-    modules_digest(own.map(|(id, module)| (id.as_str(), module.digest)), None)
+    async fn dependencies<'a>(
+        &mut self,
+        compiler: &Compiler,
+        modules: &Modules<'_>,
+        decisions: BTreeSet<&'a DirPath>,
+    ) -> Result<Option<Named<'a>>, check::Error> {
+        let work = async |group: &[&DirPath]| Ok(compiler.dependencies(modules, group).await?);
+        let divided = self.dependencies.divide(modules, decisions, work).await?;
+        Ok(divided.map(|divided| (divided.found, divided.failed)))
+    }
 }
 
 async fn analyse(
     compiler: &Compiler,
     modules: &Modules<'_>,
     decisions: &[&DirPath],
-) -> Result<Option<Reads>, Error> {
+) -> Result<Option<Reads>, divide::Error> {
     let Some(planned) = compiler.plan(modules, decisions).await? else { return Ok(None) };
     Ok(Some(analyze::reads(&planned.plan)?))
 }
 
-/// What decisions read that cannot be analysed: all of what they name, and everything if that cannot be found either.
-async fn named(compiler: &Compiler, modules: &Modules<'_>, decisions: &[&DirPath]) -> Reads {
+/// All of what decisions name, which is everything if they name data without a constant name.
+fn named_by(dependencies: &Dependencies, modules: &Modules<'_>, decisions: &[&DirPath]) -> Reads {
+    let Dependencies { data, rules } = dependencies;
+    // Rules lie in packages; the name of a rule may be dynamic, and a package longer than its root.
+    let is_used = |module: &Module| {
+        decisions.iter().any(|decision| meets(&module.root, decision.relative().split('/')))
+            || rules.iter().any(|rule| meets(&module.root, rule.iter().map(String::as_str)))
+    };
+    let is_any = modules.values().any(|module| is_used(module) && module.names_all_data());
+    whole(if is_any { vec![Vec::new()] } else { data.clone() }, modules, decisions)
+}
+
+/// All of the data at these paths, read by the modules of these decisions.
+fn whole(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &[&DirPath]) -> Reads {
     let sites: Vec<_> = modules
         .iter()
         .filter(|(_, module)| decisions.iter().any(|decision| decision.is_within(&module.root)))
         .map(|(id, module)| Site { file: (*id).clone(), row: module.package_row(), col: 1 })
         .collect();
-    let everything = || vec![Vec::new()];
-    let paths = match compiler.dependencies(modules, decisions).await {
-        Ok(Some(Dependencies { data, rules })) => {
-            // Rules lie in packages; the name of a rule may be dynamic, and a package longer than its root.
-            let is_used = |module: &Module| {
-                decisions.iter().any(|decision| meets(&module.root, decision.relative().split('/')))
-                    || rules.iter().any(|rule| meets(&module.root, rule.iter().map(String::as_str)))
-            };
-            let is_any = modules.values().any(|module| is_used(module) && module.names_all_data());
-            if is_any { everything() } else { data }
-        }
-        _ => everything(),
-    };
     let places =
         paths.into_iter().map(|names| names.into_iter().map(|name| Step::Name(name.into())).collect());
     Reads::of(places.map(|place| (place, Extent::Whole)), &sites)

@@ -11,6 +11,7 @@ use crate::config::{AUTO_FEEDS_MAX, AUTO_LIST_MAX};
 use crate::model::{Content, Feed, Resource, Scope};
 use crate::pipeline::Said;
 use crate::policy::check::{Compiler, Modules};
+use crate::policy::reads::{Analyst, Names};
 use crate::readiness::Readiness;
 
 /// What [`Readiness`] calls it.
@@ -38,27 +39,42 @@ impl Auto {
         }
     }
 
-    /// The resources that `modules` read; none when that cannot be told now, which is said.
+    /// The resources that `modules` read; `None` when that cannot be found now, which is a problem of the bundle. While
+    /// some package's are unknown, no resource goes.
     pub async fn reads(
         &self,
         compiler: &Compiler,
+        analyst: &mut Analyst,
         modules: &Modules<'_>,
         readiness: &Readiness,
     ) -> Option<BTreeSet<String>> {
-        let root: Vec<_> = self.path.relative().split('/').collect();
-        let (problem, reads) = match compiler.reads(modules, &root).await {
+        let (problem, reads) = match analyst.names(compiler, modules, &self.path).await {
             Err(error) => (Some(error.to_string()), None),
             Ok(None) => (Some("it needs a real OPA: give --opa-bin".into()), None),
-            Ok(Some(mut reads)) => {
+            Ok(Some(Names { mut names, is_dynamic, unknown })) => {
                 let place = self.path.relative().replace('/', ".");
-                let dynamic = format!(
-                    "a policy reads data.{place} by names that only an input decides: give --replicate for those"
-                );
-                let dynamic = reads.remove("*").then_some(dynamic);
-                reads.retain(|name| is_segment(name) && !self.given.contains(name));
-                let many = format!("policies read {} resources, more than {AUTO_FEEDS_MAX}", reads.len());
-                let many = (reads.len() > AUTO_FEEDS_MAX).then_some(many);
-                (many.or(dynamic), Some(reads.into_iter().take(AUTO_FEEDS_MAX).collect()))
+                names.retain(|name| is_segment(name) && !self.given.contains(name));
+                let many = names.len() > AUTO_FEEDS_MAX;
+                let problem = if many {
+                    Some(format!("policies read {} resources, more than {AUTO_FEEDS_MAX}", names.len()))
+                } else if is_dynamic {
+                    Some(format!(
+                        "a policy reads data.{place} by names that only an input decides: give --replicate for those"
+                    ))
+                } else {
+                    unknown.first_key_value().map(|(package, reason)| {
+                        format!(
+                            "the resources that data{package} reads cannot be found: {reason}; give --replicate for those"
+                        )
+                    })
+                };
+                let mut reads: BTreeSet<_> = names.into_iter().take(AUTO_FEEDS_MAX).collect();
+                if !unknown.is_empty() {
+                    let room = AUTO_FEEDS_MAX - reads.len();
+                    let others: Vec<_> = self.held.difference(&reads).take(room).cloned().collect();
+                    reads.extend(others);
+                }
+                (problem, Some(reads))
             }
         };
         if let Some(problem) = problem.as_ref().filter(|problem| readiness.is_news(SUBJECT, problem)) {

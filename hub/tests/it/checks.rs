@@ -1,6 +1,6 @@
 //! The check beside the writer, with an OPA that fails.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::Permissions;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
@@ -13,8 +13,12 @@ use opa_hub::pipeline::{self, Said};
 use opa_hub::policy::check::{Compiler, Dialect, Modules};
 use opa_hub::policy::modules::Module;
 use opa_hub::policy::reads::Analyst;
-use opa_hub::policy::settle::{CHECK_FAILED, Candidate, Candidates, Outcome, Progress, Refused, Texts};
+use opa_hub::policy::settle::{
+    CHECK_FAILED, Candidate, Candidates, Outcome, Progress, Refused, Selected, Selection, Texts,
+};
 use opa_hub::readiness::Readiness;
+use opa_hub_loadtest::lab::assets;
+use opa_hub_proto::path::DirPath;
 use tokio::sync::mpsc;
 
 /// What comes of candidates, one job after the other.
@@ -122,6 +126,56 @@ async fn what_one_analysis_could_not_divide_the_next_ones_do() {
         counts.push(plans() - before);
     }
     assert_eq!(counts, [64, 64, 64, 7, 0]);
+}
+
+/// The names and fields that other packages read are found as if it were not there, in one run each time.
+#[tokio::test]
+async fn a_package_whose_dependencies_cannot_be_found_costs_the_others_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    install(dir.path());
+    let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
+    let of = |names: &[&str]| names.iter().map(|name| texts(name, "")).collect::<Vec<_>>();
+    let (before, after) = (of(&["a", "b", "c", "stuck"]), of(&["a", "b", "d", "stuck"]));
+    let log = dir.path().join("log");
+    let runs = |what: &str| std::fs::read_to_string(&log).unwrap().lines().filter(|run| *run == what).count();
+    let (mut analyst, kubernetes) = (Analyst::default(), DirPath::new(["kubernetes"]).unwrap());
+    // [a b c stuck] [a b] [c stuck] [c] [stuck], then the others together.
+    for (texts, expected) in [(&before, 5), (&before, 1), (&after, 1)] {
+        let modules: Modules = texts.iter().flat_map(|texts| &texts.modules).collect();
+        let count = runs("deps");
+        let names = analyst.names(&compiler, &modules, &kubernetes).await.unwrap().unwrap();
+        assert_eq!(names.names, BTreeSet::from(["pods".to_owned()]));
+        assert!(!names.is_dynamic);
+        assert!(names.unknown.keys().eq([&DirPath::new(["stuck"]).unwrap()]), "{names:?}");
+        assert_eq!(runs("deps") - count, expected);
+    }
+    // No package can be planned: what they depend on is asked for once for all, and for the same policies never again.
+    let modules: Modules = after.iter().flat_map(|texts| &texts.modules).collect();
+    for expected in [1, 0] {
+        let count = runs("deps");
+        let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
+        assert_eq!((found.opaque.len(), runs("deps") - count), (4, expected));
+    }
+}
+
+/// Memory of a run of OPA is bounded: what takes more is refused like all that makes OPA fail.
+#[tokio::test]
+async fn policies_that_take_opa_all_memory_are_refused() {
+    let opa = tokio::task::spawn_blocking(assets::folder).await.unwrap().unwrap().join("opa");
+    let compiler = Compiler::find(Some(&opa), Dialect::Default).await.unwrap();
+    // 5,000 texts of 1 MB.
+    let test =
+        "test_x if count([s | some x in numbers.range(1, 5000); s := sprintf(\"%01000000d\", [x])]) > 0";
+    let module = |text: &str| Arc::new(Module::read(text).unwrap());
+    let texts = Texts {
+        modules: BTreeMap::from([("ns/a/m".to_owned(), module("package a\n\nx := 1\n"))]),
+        tests: BTreeMap::from([("ns/a/t".to_owned(), module(&format!("package a_test\n\n{test}\n")))]),
+    };
+    let key = key("a");
+    let selection = Selection::from([(&key, Selected { texts: &texts, is_changed: true })]);
+    let faults = compiler.check(&selection).await.unwrap();
+    assert_eq!(faults.len(), 1);
+    assert!(faults[0].message.contains("out of memory"), "{faults:?}");
 }
 
 #[tokio::test]
