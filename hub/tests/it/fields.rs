@@ -216,10 +216,17 @@ fn policy(random: &mut fastrand::Rng) -> String {
 
 fn pods(random: &mut fastrand::Rng) -> Value {
     let word = |random: &mut fastrand::Rng| ["web", "db", "p1", "a", ""][random.usize(..5)];
-    let mut namespaces = json!({});
+    let (mut namespaces, mut last) = (json!({}), None);
     for namespace in ["a", "b", "c"] {
         for name in ["p0", "p1", "p2", "p3"] {
             if random.u8(..5) == 0 {
+                continue;
+            }
+            // Replicas differ by their names only.
+            if let Some(replica) = last.clone().filter(|_| random.u8(..3) == 0) {
+                namespaces[namespace][name] = replica;
+                namespaces[namespace][name]["metadata"]["name"] = json!(name);
+                namespaces[namespace][name]["metadata"]["namespace"] = json!(namespace);
                 continue;
             }
             let mut pod = json!({
@@ -250,6 +257,7 @@ fn pods(random: &mut fastrand::Rng) -> Value {
             if random.bool() {
                 pod["status"] = json!({ "podIP": word(random), "phase": "Running", "list": [null, 1.50, "web"], "": { "deep": word(random), "x": 1 } });
             }
+            last = Some(pod.clone());
             namespaces[namespace][name] = pod;
         }
     }

@@ -22,6 +22,8 @@ pub struct Usage {
     pub peak: u64,
     /// Of one core, in steps of 10 ms (`USER_HZ` is 100 on Linux).
     pub cpu: Duration,
+    /// The same of its children that ended.
+    pub children: Duration,
 }
 
 /// See the module's text.
@@ -130,14 +132,18 @@ impl Usage {
             line.and_then(|line| line.trim_end_matches("kB").trim().parse::<u64>().ok())
         };
         let stat = file("stat")?;
-        // Behind the program's name, which may hold anything (proc_pid_stat(5): utime and stime are fields 14 and 15).
+        // Behind the program's name, which may hold anything (proc_pid_stat(5): utime, stime, cutime and cstime are fields 14 to
+        // 17).
         let fields: Vec<_> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
-        let ticks: u64 =
-            fields.get(11..13).context("no CPU times")?.iter().flat_map(|f| f.parse::<u64>()).sum();
+        let [own, children] = [11..13, 13..15].map(|range| {
+            let ticks = fields.get(range)?.iter().flat_map(|field| field.parse::<u64>());
+            Some(Duration::from_millis(ticks.sum::<u64>() * 10))
+        });
         Ok(Self {
             rss: kilobytes("VmRSS:").context("no VmRSS")? << 10,
             peak: kilobytes("VmHWM:").context("no VmHWM")? << 10,
-            cpu: Duration::from_millis(ticks * 10),
+            cpu: own.context("no CPU times")?,
+            children: children.context("no CPU times")?,
         })
     }
 }

@@ -137,7 +137,24 @@ impl Hub {
 
     /// What is served to whoever asks for this bundle from this namespace, and as which document.
     pub(super) fn part(&self, name: &str, namespace: &str) -> Option<(Arc<Bundle>, Document)> {
-        let part = self.served.get(name)?.of(Some(namespace)).unwrap();
+        let whole = self.served.get(name)?;
+        let part = whole.of(Some(namespace)).unwrap();
+        let heads = [&whole, &part].map(|bundle| bundle.head().borrow().clone());
+        if let [Some(of_whole), Some(of_part)] = heads {
+            for (path, dir) in of_part.view.dirs.iter() {
+                let same = of_whole.view.dirs.get(path).map(|dir| dir.digest);
+                assert_eq!(
+                    same,
+                    Some(dir.digest),
+                    "{name} {namespace}: {path} is not as in the whole bundle: part {} newest {}, whole {} newest {}, position {}",
+                    of_part.view.revision,
+                    of_part.newest(),
+                    of_whole.view.revision,
+                    of_whole.newest(),
+                    whole.position()
+                );
+            }
+        }
         Some((part, self.slots[name].running.document))
     }
 

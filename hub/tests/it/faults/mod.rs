@@ -26,7 +26,7 @@ use opa_hub::policy::candidates::LastGood;
 use self::agent::Agent;
 use self::document::{Document, FIELDS};
 use self::hub::Hub;
-use self::model::{Asked, units_of};
+use self::model::{Asked, let_others_run, units_of};
 use self::source::Source;
 
 const STEPS: usize = 3000;
@@ -226,9 +226,7 @@ impl Run {
         // Who was replaced or forgotten is dropped.
         for _ in 0..3 {
             tokio::time::advance(SCOPE_IDLE).await;
-            for _ in 0..8 {
-                tokio::task::yield_now().await;
-            }
+            let_others_run().await;
         }
         for hub in &mut *hubs {
             hub.streams.write(|| false);

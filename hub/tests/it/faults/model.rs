@@ -189,19 +189,32 @@ fn given<'a>(fields: &[&'a str]) -> Vec<Vec<&'a str>> {
 pub(super) const RECONCILES_MAX: usize = 2;
 
 pub(super) async fn archive(head: &Arc<Edition>, part: Part) -> Vec<u8> {
-    with_running_clock(head.archive(part)).await.pieces.concat()
+    in_no_time(head.archive(part)).await.pieces.concat()
 }
 
 pub(super) async fn answer(head: &Arc<Edition>, held: &Held) -> Vec<u8> {
-    with_running_clock(head.reconcile(held.reconcile())).await.unwrap().0.pieces.concat()
+    in_no_time(head.reconcile(held.reconcile())).await.unwrap().0.pieces.concat()
 }
 
-/// Awaits work on another thread. A paused clock may jump to the next timer meanwhile, by chance.
-async fn with_running_clock<T>(work: impl Future<Output = T>) -> T {
-    tokio::time::resume();
-    let done = work.await;
-    tokio::time::pause();
-    done
+/// Yields after which all tasks that could go on have done so.
+const YIELDS: usize = 8;
+
+/// Awaits work on other threads in no time: a paused clock stands while a thread for blocking work is busy. Other tasks go
+/// on until they wait, however long the work takes, so that a seed always does the same.
+async fn in_no_time<T>(work: impl Future<Output = T>) -> T {
+    let (done, busy) = std::sync::mpsc::channel::<()>();
+    let busy = tokio::task::spawn_blocking(move || _ = busy.recv());
+    let result = work.await;
+    drop(done);
+    busy.await.unwrap();
+    let_others_run().await;
+    result
+}
+
+pub(super) async fn let_others_run() {
+    for _ in 0..YIELDS {
+        tokio::task::yield_now().await;
+    }
 }
 
 impl std::fmt::Display for Asked {

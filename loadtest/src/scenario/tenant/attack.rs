@@ -1,0 +1,437 @@
+//! Tenant A: its attacks.
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use opa_hub_loadtest::cluster::DATA;
+use opa_hub_loadtest::lab::http;
+use reqwest::{RequestBuilder, StatusCode};
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use super::objects::{
+    A, ATTACK, MAX_BYTES, Put, SEIZED, TESTS, attacking_policy, definitions, key, limit_a,
+    multiplying_fields, slow_tests,
+};
+use super::site::{REQUEST_MAX, Site, runs_of_opa};
+
+/// Maximum time, after the last step, until an attack leaves a trace.
+const TRACE_MAX: Duration = Duration::from_secs(30);
+
+/// Maximum steps of an attack of edits, far above what the time of a phase allows.
+const STEPS_MAX: u64 = 10_000;
+/// A's writes to the API server at a time.
+const WRITERS: usize = 16;
+/// A's data ConfigMaps that are refused, and as many policies.
+const REFUSED: usize = 500;
+
+/// Keys of the large data ConfigMap. With three letters each, and again in managedFields, etcd accepts 70,000.
+const WIDE_KEYS: usize = 60_000;
+/// Reconcile requests at a time, and in all.
+const RECONCILES_AT_ONCE: u64 = 60;
+const RECONCILES_MAX: u64 = 12_000;
+/// Requests with an invented namespace at a time, and in all.
+const NAMESPACES_AT_ONCE: u64 = 50;
+const NAMESPACES_MAX: u64 = 2000;
+/// Pause between two volleys of requests, so that sending them leaves the cores to the hub.
+pub(super) const VOLLEY_PAUSE: Duration = Duration::from_millis(100);
+/// Connections that are opened and then silent.
+const SILENT: usize = 500;
+/// The beginnings of their requests.
+const HALVES: [&str; 2] = [
+    "GET /bundles/tenant-b/stream HTTP/1.1\r\nhost: hub\r\n",
+    "POST /bundles/tenant-a/reconcile?namespace=tenant-a HTTP/1.1\r\nhost: hub\r\ncontent-length: 1000000\r\n\r\n{",
+];
+
+/// What A does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Attack {
+    /// A policy whose fields multiply by six at each of twelve levels.
+    Fields,
+    /// Policies that `opa check` accepts and `opa build --target=plan` does not.
+    Plan,
+    /// Tests that each run until their timeout.
+    Tests,
+    /// A rule whose type is a union of 30,000 objects.
+    Definitions,
+    /// A policy that seems to read a resource, and its correction.
+    Typo,
+    /// Data below a package, and edits of many policies.
+    Refused,
+    /// Reconcile requests, no two alike.
+    Reconciles,
+    /// Requests for namespaces that do not exist.
+    Namespaces,
+    /// Connections with half a head, or with a body that does not arrive.
+    Silent,
+    /// A data ConfigMap all of whose keys change.
+    Wide,
+    /// A Bundle document with `maxBytes` and without.
+    Document,
+}
+
+pub(super) const ATTACKS: [(&str, Attack); 11] = [
+    ("fields that multiply", Attack::Fields),
+    ("no plan", Attack::Plan),
+    ("slow tests", Attack::Tests),
+    ("30,000 definitions", Attack::Definitions),
+    ("a typo for a resource", Attack::Typo),
+    ("refused data, 500 policies", Attack::Refused),
+    ("reconcile flood", Attack::Reconciles),
+    ("invented namespaces", Attack::Namespaces),
+    ("silent connections", Attack::Silent),
+    ("60,000 keys rewritten", Attack::Wide),
+    ("a document that changes", Attack::Document),
+];
+
+/// Progress of an attack.
+#[derive(Default)]
+pub(super) struct Counts {
+    pub(super) steps: AtomicU64,
+    pub(super) hits: AtomicU64,
+    pub(super) closed: AtomicU64,
+}
+
+impl Counts {
+    pub(super) fn step(&self) {
+        self.steps.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn hit(&self) {
+        self.hits.fetch_add(1, Relaxed);
+    }
+}
+
+impl Attack {
+    /// Whether it consists of ConfigMaps, and so loads the API server even where the hub does not select them.
+    pub(super) fn writes(self) -> bool {
+        !matches!(self, Self::Reconciles | Self::Namespaces | Self::Silent | Self::Document)
+    }
+
+    /// Attacks until then. Each step is bounded in time, so that the end is at most [`TRACE_MAX`] later.
+    pub(super) async fn run(self, site: Site, until: Instant, counts: Arc<Counts>) -> anyhow::Result<()> {
+        match self {
+            Self::Refused => refuse(&site, until, &counts).await,
+            Self::Silent => {
+                be_silent(&site, until, &counts).await;
+                Ok(())
+            }
+            Self::Document => change_document(&site, until, &counts).await,
+            Self::Reconciles => {
+                let client = http()?;
+                let url = format!("{}/bundles/{A}/reconcile?namespace={A}", site.hub);
+                let request = move |number: u64| {
+                    // A digest that the hub does not know: the answer is everything, and of all fields.
+                    let dirs = BTreeMap::from([(format!("/flood/{number}"), format!("{number:032x}"))]);
+                    client.post(&url).body(json!({ "dirs": dirs }).to_string())
+                };
+                flood(until, &counts, RECONCILES_AT_ONCE, RECONCILES_MAX, request).await;
+                Ok(())
+            }
+            Self::Namespaces => {
+                let client = http()?;
+                let url = format!("{}/bundles/{A}?namespace=invented", site.hub);
+                let request = move |number: u64| client.get(format!("{url}-{number}"));
+                flood(until, &counts, NAMESPACES_AT_ONCE, NAMESPACES_MAX, request).await;
+                Ok(())
+            }
+            _ => self.edit(&site, until, &counts).await,
+        }
+    }
+
+    /// Writes the ConfigMaps of one step after the other, and looks for traces of each.
+    pub(super) async fn edit(self, site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
+        let mut before = BTreeMap::new();
+        for step in 0..STEPS_MAX {
+            let now = Instant::now();
+            if now < until {
+                for put in self.configmaps(step) {
+                    site.put(put).await?;
+                }
+                counts.step();
+            } else if !site.is_selected || counts.hits.load(Relaxed) > 0 || now > until + TRACE_MAX {
+                break;
+            }
+            tokio::time::sleep(self.pause()).await;
+            let runs = runs_of_opa(site.process);
+            let is_at_work = match self {
+                Self::Tests => runs.values().any(|command| command == "test"),
+                // B's runs of OPA end sooner than the next look.
+                Self::Definitions => runs.keys().any(|run| before.contains_key(run)),
+                _ => false,
+            };
+            if is_at_work || site.has_verdict(self.configmap()).await {
+                counts.hit();
+            }
+            before = runs;
+        }
+        Ok(())
+    }
+
+    /// Pause between two steps: time enough for a check.
+    pub(super) fn pause(self) -> Duration {
+        match self {
+            Self::Definitions | Self::Typo | Self::Wide => Duration::from_secs(1),
+            _ => Duration::from_millis(500),
+        }
+    }
+
+    /// The ConfigMap whose verdict is a trace.
+    pub(super) fn configmap(self) -> &'static str {
+        match self {
+            Self::Fields => "fields",
+            Self::Plan => "entry",
+            Self::Tests => "tests",
+            Self::Definitions => "definitions",
+            Self::Typo => "typo",
+            _ => "wide",
+        }
+    }
+
+    pub(super) fn configmaps(self, step: u64) -> Vec<Put> {
+        let name = self.configmap();
+        match self {
+            Self::Fields => vec![attacking_policy(name, step, &multiplying_fields())],
+            Self::Plan => {
+                let roles = "package roles_of\n\nroles[x].q := 1 if {some x in [\"foo\"]}\n\n\
+                             roles[x].r := 2 if {some x in [\"foo\"]; roles[\"foo\"].q}\n";
+                let dynamic = "package dynamic\n\ndecision := data[input.name].p0\n";
+                vec![
+                    attacking_policy(name, step, "package opahub_entry\n\np0 := 1\n"),
+                    attacking_policy("roles", step, roles),
+                    attacking_policy("dynamic", step, dynamic),
+                ]
+            }
+            Self::Tests => {
+                let mut put = attacking_policy(name, step, "package slow\n\nx := 1\n");
+                put.labels.push(TESTS);
+                put.data.insert("slow_test.rego".into(), slow_tests());
+                vec![put]
+            }
+            Self::Definitions => vec![attacking_policy(name, step, &definitions())],
+            Self::Typo => {
+                let helper = "exempt contains \"admin\"\n\n";
+                let correction = if step.is_multiple_of(2) { "" } else { helper };
+                let deny = "deny contains \"x\" if not data.kubernetes.admission.exempt[input.name]\n";
+                vec![attacking_policy(
+                    name,
+                    step,
+                    &format!("package kubernetes.admission\n\n{correction}{deny}"),
+                )]
+            }
+            _ => {
+                let first = if step.is_multiple_of(2) { 0 } else { WIDE_KEYS };
+                let keys = (first..first + WIDE_KEYS).map(|number| (key(number), "{}".to_owned()));
+                let labels = vec![DATA, ATTACK];
+                vec![Put { namespace: A, name: name.to_owned(), labels, data: keys.collect() }]
+            }
+        }
+    }
+}
+
+/// Data below a package that A owns, then edits of as many policies, again and again.
+pub(super) async fn refuse(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
+    let owner = attacking_policy("owner", 0, &format!("package {SEIZED}\n\nx := 1\n"));
+    site.put(owner).await?;
+    counts.step();
+    // The package comes first, or the data would own its path.
+    while site.is_selected && Instant::now() < until && !site.has_verdict("owner").await {
+        tokio::time::sleep(VOLLEY_PAUSE).await;
+    }
+    let data = |at| Put {
+        namespace: SEIZED,
+        name: format!("data-{at}"),
+        labels: vec![DATA, ATTACK],
+        data: BTreeMap::from([("k".to_owned(), json!({ "at": at }).to_string())]),
+    };
+    put_all(site, until, counts, (0..REFUSED).map(data).collect()).await?;
+    for round in 0..STEPS_MAX {
+        if Instant::now() >= until {
+            break;
+        }
+        let policy = |at| {
+            attacking_policy(
+                &format!("policy-{at}"),
+                round,
+                &format!("package refused_p{at}\n\nx := {round}\n"),
+            )
+        };
+        put_all(site, until, counts, (0..REFUSED).map(policy).collect()).await?;
+    }
+    while site.is_selected && Instant::now() < until + TRACE_MAX {
+        let bundle = site.bundle_of_a().await.unwrap_or_default();
+        let verdicts = bundle["verdicts"].as_object().into_iter().flatten();
+        let refused =
+            verdicts.filter(|(key, verdict)| key.starts_with(SEIZED) && verdict["status"] == "error");
+        let refused = refused.count() as u64;
+        counts.hits.store(refused, Relaxed);
+        if refused > 0 {
+            break;
+        }
+        tokio::time::sleep(VOLLEY_PAUSE).await;
+    }
+    Ok(())
+}
+
+/// Writes these, some at a time, until then.
+pub(super) async fn put_all(
+    site: &Site,
+    until: Instant,
+    counts: &Counts,
+    puts: Vec<Put>,
+) -> anyhow::Result<()> {
+    let mut writing = JoinSet::new();
+    for put in puts {
+        if Instant::now() >= until {
+            break;
+        }
+        if writing.len() >= WRITERS
+            && let Some(written) = writing.join_next().await
+        {
+            written??;
+        }
+        let site = site.clone();
+        writing.spawn(async move { site.put(put).await });
+        counts.step();
+    }
+    while let Some(written) = writing.join_next().await {
+        written??;
+    }
+    Ok(())
+}
+
+/// Sends requests in volleys until then, so many at most. An answer, or a connection that the hub closes, is a trace.
+pub(super) async fn flood(
+    until: Instant,
+    counts: &Counts,
+    at_once: u64,
+    most: u64,
+    request: impl Fn(u64) -> RequestBuilder + Send,
+) {
+    let mut next = 0;
+    while next < most && Instant::now() < until {
+        let mut asking = JoinSet::new();
+        for number in next..next + at_once {
+            let request = request(number).timeout(REQUEST_MAX);
+            // The body is not read: the hub has made it all the same.
+            asking.spawn(async move { request.send().await.map(|answer| answer.status()) });
+            counts.step();
+        }
+        next += at_once;
+        while let Some(asked) = asking.join_next().await {
+            let (is_trace, is_closed) = match asked {
+                Ok(Ok(status)) => {
+                    let refusals = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS];
+                    (true, refusals.contains(&status))
+                }
+                Ok(Err(error)) => {
+                    let is_closed = !error.is_timeout() && !error.is_connect();
+                    (is_closed, is_closed)
+                }
+                Err(_aborted) => (false, false),
+            };
+            counts.hits.fetch_add(u64::from(is_trace), Relaxed);
+            counts.closed.fetch_add(u64::from(is_closed), Relaxed);
+        }
+        tokio::time::sleep(VOLLEY_PAUSE).await;
+    }
+}
+
+/// Opens connections and sends half a request on each, then nothing until then. Open files of the hub are the trace.
+pub(super) async fn be_silent(site: &Site, until: Instant, counts: &Counts) {
+    let files = || std::fs::read_dir(format!("/proc/{}/fd", site.process)).map_or(0, Iterator::count);
+    let before = files();
+    let mut open = Vec::new();
+    for half in HALVES.into_iter().cycle().take(SILENT) {
+        if Instant::now() >= until {
+            break;
+        }
+        counts.step();
+        let begin = async {
+            let mut tcp = TcpStream::connect(site.hub.trim_start_matches("http://")).await?;
+            tcp.write_all(half.as_bytes()).await?;
+            Ok::<_, std::io::Error>(tcp)
+        };
+        match tokio::time::timeout(REQUEST_MAX, begin).await {
+            Ok(Ok(tcp)) => open.push(tcp),
+            _ => _ = counts.closed.fetch_add(1, Relaxed),
+        }
+    }
+    let first = files();
+    tokio::time::sleep_until(until.into()).await;
+    let opened = first.max(files()).saturating_sub(before) as u64;
+    // An answer, e.g. 408, ends a connection too.
+    let waits = |tcp: &&TcpStream| {
+        let read = tcp.try_read(&mut [0]);
+        read.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+    };
+    let closed = open.len() - open.iter().filter(waits).count();
+    let closed = counts.closed.fetch_add(closed as u64, Relaxed) + closed as u64;
+    counts.hits.store(opened.max(closed), Relaxed);
+}
+
+/// Sets the limit of A's bundle and removes it again. A bundle that is published again is the trace.
+pub(super) async fn change_document(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
+    let mut before = Value::Null;
+    for step in 0..STEPS_MAX {
+        let now = Instant::now();
+        if now < until {
+            let limit = if step.is_multiple_of(2) { Value::Null } else { json!(MAX_BYTES) };
+            limit_a(&site.cluster, &limit).await?;
+            counts.step();
+        } else if counts.hits.load(Relaxed) > 0 || now > until + TRACE_MAX {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let published = match site.bundle_of_a().await {
+            Ok(mut bundle) => bundle["publishedUnixSeconds"].take(),
+            Err(_) => Value::Null,
+        };
+        if !published.is_null() && !before.is_null() && published != before {
+            counts.hit();
+        }
+        if !published.is_null() {
+            before = published;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// What the API server accepts of one ConfigMap.
+    const CONFIGMAP_BYTES_MAX: usize = 1 << 20;
+    /// What etcd accepts of one object.
+    const OBJECT_BYTES_MAX: usize = 3 << 19;
+
+    #[test]
+    fn configmaps_of_attacks_fit() {
+        for (name, attack) in ATTACKS {
+            for put in attack.configmaps(1) {
+                let bytes: usize = put.data.values().map(String::len).sum();
+                assert!(bytes < CONFIGMAP_BYTES_MAX, "{name}: {bytes} bytes");
+                // Each key and value with its tags, and each key once more in managedFields.
+                let bytes: usize = put.data.iter().map(|(key, value)| 2 * key.len() + value.len() + 14).sum();
+                assert!(bytes < OBJECT_BYTES_MAX, "{name}: {bytes} bytes in etcd");
+                assert!(put.labels.contains(&ATTACK), "{name}: {} would stay", put.name);
+            }
+        }
+    }
+
+    #[test]
+    fn each_step_changes_every_key() {
+        let keys = |step| Attack::Wide.configmaps(step).remove(0).data.into_keys().collect::<BTreeSet<_>>();
+        assert_eq!(keys(0).len(), WIDE_KEYS);
+        assert!(keys(0).is_disjoint(&keys(1)));
+        assert_eq!(keys(0), keys(2));
+    }
+}

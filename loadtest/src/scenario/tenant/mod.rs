@@ -1,0 +1,423 @@
+//! `tenant`: one hub with two bundles of the cluster. Tenant A attacks the hub with all that its rights allow, tenant B
+//! works as before. The scenario measures by how much later B sees its own changes, and the memory of the hub.
+
+#![expect(clippy::large_futures, reason = "one run at a time, which is awaited once")]
+mod attack;
+mod objects;
+mod site;
+mod work;
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+use opa_hub_loadtest::cluster::Cluster;
+use opa_hub_loadtest::eventually::{equal, eventually, within};
+use opa_hub_loadtest::lab::process::{Process, Usage};
+use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa, http};
+use reqwest::Client;
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use self::attack::{ATTACKS, Attack, Counts};
+use self::objects::{
+    A, B, BUNDLES, HEAVY_PODS, POD, SEIZED, SETTINGS, clean, cluster_put, document, heavy_pod, policy_of_a,
+    policy_of_b, settings, spec_of_a,
+};
+use self::site::{Site, get, in_time};
+use self::work::{LATE_MAX, POLICIES, Tenant, drain, revision};
+use super::{Common, at_least, command, megabytes};
+use crate::results::{Goal, Measured, Results};
+
+/// Maximum time of a start: the hub is built first, if it is older than its sources.
+const START_MAX: Duration = Duration::from_secs(600);
+
+/// Interval at which the hub's memory is sampled: a runaway grows by 1 GB/s, so by 25 MB.
+const GUARD_LOOK: Duration = Duration::from_millis(25);
+/// Bytes of memory at which the hub is stopped, so that the machine survives.
+const MEMORY_DEADLY: u64 = 2 << 30;
+
+/// Columns other than those of the attacks.
+const CALM: &str = "no attack";
+const WHOLE: &str = "the whole run";
+
+const WRITES: &str = "answer of the API server to B";
+/// Figures.
+const SLOWDOWN: &str = "slowdown of B (p99, the worst kind of work)";
+const DONE: &str = "edits and requests of B";
+const UNSEEN: &str = "of these never seen";
+const STEPS: &str = "steps of the attack";
+const HITS: &str = "of these with a trace in the hub";
+const CLOSED: &str = "requests and connections that the hub refused or closed";
+const CPU: [&str; 3] = ["CPU of the hub", "CPU of its runs of OPA that ended", "CPU of the API server"];
+const CONTROL: &str = "slowdown of B by the same writes, not selected by the hub";
+const MEMORY: &str = "hub memory, highest";
+const RESTARTS: &str = "times that the hub had to be started again";
+const DIFFERENCES: &str = "differences from B's expected content at the end";
+/// The goals.
+const SLOWDOWN_MAX: f64 = 2.0;
+const MEMORY_MAX_MB: f64 = 600.0;
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Length of a phase: one without an attack, then one of each attack
+    #[arg(long, default_value_t = 20, value_parser = at_least::<2>)]
+    seconds: usize,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Bytes of the hub's memory.
+#[derive(Default)]
+struct Memory {
+    /// The most of the current phase, as sampled.
+    phase: Cell<u64>,
+    /// The most of any hub, by the kernel's count.
+    peak: Cell<u64>,
+}
+
+/// Everything that runs.
+struct Lab {
+    tenant: Tenant,
+    _agent: Agent,
+    opa: Opa,
+    hub: Hub,
+    flags: Vec<String>,
+    cluster: Cluster,
+    plane: ControlPlane,
+    http: Client,
+    memory: Memory,
+    restarts: u64,
+    _reader_of_a: JoinSet<()>,
+}
+
+/// Results of a phase.
+struct Phase {
+    measured: Measured,
+    /// p99 of each kind of B's work, in seconds.
+    p99: [f64; 4],
+    unseen: u64,
+    failures: Vec<String>,
+}
+
+pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
+    let Options { seconds, common } = options;
+    let mut goals: Vec<_> =
+        ATTACKS.iter().map(|(name, _)| Goal::at_most(name, SLOWDOWN, SLOWDOWN_MAX)).collect();
+    goals.push(Goal::at_most(WHOLE, MEMORY, MEMORY_MAX_MB));
+    goals.extend([UNSEEN, RESTARTS, DIFFERENCES].map(|figure| Goal::at_most(WHOLE, figure, 0.0)));
+    let mut results = Results::new(
+        "tenant",
+        format!("Tenant B while tenant A attacks their hub in {} ways, {seconds} s each", ATTACKS.len()),
+        command("tenant", &[("seconds", seconds), ("runs", common.runs)]),
+        goals,
+    );
+    let mut failures = Vec::new();
+    for run in 0..common.runs {
+        eprintln!("run {} of {}", run + 1, common.runs);
+        let (measured, failed) = Box::pin(once(Duration::from_secs(seconds as u64))).await?;
+        results.push(measured, common.out.as_deref())?;
+        failures.extend(failed);
+    }
+    results.finish(common.out.as_deref());
+    ensure!(failures.is_empty(), "tenant B is not safe from tenant A:\n{}", failures.join("\n"));
+    Ok(())
+}
+
+async fn once(length: Duration) -> anyhow::Result<(Vec<Measured>, Vec<String>)> {
+    let mut lab = Lab::start().await?;
+    let (mut all, mut failures, mut unseen) = (Vec::new(), Vec::new(), 0);
+    let mut calm = [0.0; 4];
+    let attacks = ATTACKS.into_iter().map(|(name, attack)| (name, Some(attack)));
+    for (name, attack) in std::iter::once((CALM, None)).chain(attacks) {
+        // The same writes beside the hub come first.
+        let control = attack.is_some_and(Attack::writes).then_some(false);
+        let (mut slowdowns, mut measured) = (Vec::new(), Measured::new(name));
+        for is_selected in control.into_iter().chain([true]) {
+            let phase = Box::pin(lab.phase(name, attack, is_selected, length)).await.context(name)?;
+            unseen += phase.unseen;
+            failures.extend(phase.failures);
+            let ratios = phase.p99.iter().zip(calm).map(|(now, calm)| now / calm);
+            slowdowns.push(ratios.fold(0.0, f64::max));
+            measured = phase.measured;
+            if attack.is_none() {
+                calm = phase.p99;
+            }
+        }
+        if let Some(slowdown) = slowdowns.pop().filter(|_| attack.is_some()) {
+            eprintln!("  {name}: slowdown {slowdown:.1}");
+            measured.add(SLOWDOWN, "×", slowdown);
+        }
+        if let Some(control) = slowdowns.pop() {
+            measured.add(CONTROL, "×", control);
+        }
+        all.push(measured);
+    }
+    let differences = lab.differences().await?;
+    let mut whole = Measured::new(WHOLE);
+    whole.add(UNSEEN, "", unseen as f64);
+    whole.add(MEMORY, "MB", megabytes(lab.memory.peak.get()));
+    whole.add(RESTARTS, "", lab.restarts as f64);
+    whole.add(DIFFERENCES, "", differences.len() as f64);
+    all.push(whole);
+    failures.extend(differences.into_iter().map(|difference| format!("at the end: {difference}")));
+    Ok((all, failures))
+}
+
+impl Lab {
+    async fn start() -> anyhow::Result<Self> {
+        let plane = ControlPlane::start().await?;
+        ensure!(plane.is_own(), "this scenario attacks a hub, so it runs on the lab's own API server only");
+        let cluster = Cluster { client: plane.client().await? };
+        let definition: Value =
+            serde_saphyr::from_str(include_str!("../../../../deploy/kubernetes/bundles.yaml"))?;
+        cluster.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition).await?;
+        for namespace in [A, B, SEIZED] {
+            cluster.namespace(namespace).await?;
+        }
+        for at in 0..HEAVY_PODS {
+            cluster.create(&format!("/api/v1/namespaces/{A}/pods"), &heavy_pod(at)).await?;
+        }
+        cluster.pod(B, POD, &[("round", "0")]).await?;
+        for put in [policy_of_a(0), policy_of_b(0), settings(0)] {
+            cluster_put(&cluster, put).await?;
+        }
+        let spec_of_b = json!({
+            "policies": { "namespaces": [B] }, "data": { "namespaces": [B] },
+            "replicate": [{ "resource": "v1/pods", "namespaces": [B], "fields": "auto" }],
+        });
+        for document in [document(A, &spec_of_a()), document(B, &spec_of_b)] {
+            eventually("the definition of Bundle is served", async || {
+                cluster.create(BUNDLES, &document).await.map_err(|error| error.to_string())
+            })
+            .await?;
+        }
+        let kubeconfig = format!("--kubeconfig={}", plane.kubeconfig.display());
+        let others = ["--enable-policies=false", "--enable-data=false", "--log-level=error"];
+        let flags: Vec<String> = std::iter::once(kubeconfig).chain(others.map(Into::into)).collect();
+        let dir = plane.dir.path();
+        let refs: Vec<_> = flags.iter().map(String::as_str).collect();
+        let hub = in_time("the start of the hub", START_MAX, Hub::start(dir, &refs)).await?;
+        let opa = Opa::start(&plane.assets, dir, None, &[]).await?;
+        let flags_of_agent = ["--bundle", B];
+        let mut agent =
+            Agent::start(dir, &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &flags_of_agent)?;
+        in_time("the agent is ready", START_MAX, agent.wait_ready()).await?;
+        let http = http()?;
+        let tenant = Tenant::start(&http, &hub.url, &opa.url);
+        let mut reader_of_a = JoinSet::new();
+        reader_of_a.spawn(drain(http.clone(), hub.url.clone()));
+        let mut lab = Self {
+            tenant,
+            _agent: agent,
+            opa,
+            hub,
+            flags,
+            cluster,
+            plane,
+            http,
+            memory: Memory::default(),
+            restarts: 0,
+            _reader_of_a: reader_of_a,
+        };
+        lab.calm().await?.map_err(anyhow::Error::msg).context("before any attack")?;
+        Ok(lab)
+    }
+
+    fn site(&self, is_selected: bool) -> anyhow::Result<Site> {
+        let process = self.hub.process.as_ref().context("the hub was started")?.id();
+        Ok(Site {
+            cluster: self.cluster.clone(),
+            hub: self.hub.url.clone(),
+            process,
+            http: self.http.clone(),
+            is_selected,
+        })
+    }
+
+    /// B works for this long while A attacks, or writes as much that the hub does not select. Ends early when the hub
+    /// does.
+    async fn phase(
+        &mut self,
+        name: &str,
+        attack: Option<Attack>,
+        is_selected: bool,
+        length: Duration,
+    ) -> anyhow::Result<Phase> {
+        let (site, counts) = (self.site(is_selected)?, Arc::new(Counts::default()));
+        let mut attacking = JoinSet::new();
+        if let Some(attack) = attack {
+            attacking.spawn(attack.run(site.clone(), Instant::now() + length, Arc::clone(&counts)));
+        }
+        self.memory.phase.set(0);
+        let before = self.cpu();
+        let (tenant, ended) = (&self.tenant, self.tenant.ended.load(Relaxed));
+        let both = async {
+            if let Ok(worked) = tokio::time::timeout(length + LATE_MAX, tenant.work(&site, length)).await {
+                worked?;
+            }
+            while let Some(attacked) = attacking.join_next().await {
+                attacked??;
+            }
+            anyhow::Ok(())
+        };
+        let process = self.hub.process.as_mut().context("the hub was started")?;
+        let death = match guarded(process, &self.memory, both).await {
+            Ok(done) => done.map(|()| None)?,
+            Err(death) => Some(death),
+        };
+        attacking.abort_all();
+        let after = self.cpu();
+
+        let mut measured = Measured::new(name);
+        let (mut p99, mut done, mut seen) = ([0.0; 4], 0, 0);
+        for ((kind, rate, tracker), p99) in self.tenant.kinds().into_iter().zip(&mut p99) {
+            let (delays, seen_of_kind) = tracker.take();
+            measured.add_delays(kind, &delays);
+            *p99 = delays.percentile(99.0);
+            // As many as `at_rate` makes, even when the phase ended early.
+            done += (rate * length.as_secs_f64()) as u64;
+            seen += seen_of_kind;
+        }
+        measured.add_delays(WRITES, &self.tenant.writes.take().0);
+        // One curve an attack is as much as a picture shows.
+        measured.curves.retain(|kind, _| kind == POLICIES);
+        let unseen = done.saturating_sub(seen);
+        measured.add(DONE, "", done as f64);
+        measured.add(UNSEEN, "", unseen as f64);
+        measured.add("streams of B that ended", "", (self.tenant.ended.load(Relaxed) - ended) as f64);
+        let hits = counts.hits.load(Relaxed);
+        let mut failures = Vec::new();
+        if attack.is_some() {
+            measured.add(STEPS, "", counts.steps.load(Relaxed) as f64);
+            measured.add(HITS, "", hits as f64);
+            measured.add(CLOSED, "", counts.closed.load(Relaxed) as f64);
+            if is_selected && hits == 0 && death.is_none() {
+                failures.push("the attack left no trace in the hub, so nothing was measured".to_owned());
+            }
+        }
+        if unseen > 0 {
+            failures.push(format!("{unseen} of {done} edits and requests of B were never seen"));
+        }
+        // One that was started again counts from then.
+        for (name, (before, after)) in CPU.into_iter().zip(before.into_iter().zip(after)) {
+            measured.add(name, "s", after.saturating_sub(before).as_secs_f64());
+        }
+        failures.extend(self.recover(death).await?);
+        measured.add(MEMORY, "MB", megabytes(self.memory.phase.get()));
+        for failure in &mut failures {
+            failure.insert_str(0, &format!("{name}: "));
+            eprintln!("  {failure}");
+        }
+        Ok(Phase { measured, p99, unseen, failures })
+    }
+
+    /// CPU so far, as in [`CPU`]. Zero of what has ended.
+    fn cpu(&self) -> [Duration; 3] {
+        let hub = self.hub.process.as_ref().and_then(|process| process.usage().ok());
+        let apiserver = self.plane.usage();
+        let of = |usage: Option<Usage>| {
+            usage.map_or((Duration::ZERO, Duration::ZERO), |usage| (usage.cpu, usage.children))
+        };
+        let ((hub, runs), (apiserver, _)) = (of(hub), of(apiserver));
+        [hub, runs, apiserver]
+    }
+
+    /// Removes what the attack left. A hub that ended, or does not serve both tenants after that, is started again.
+    /// Returns why.
+    async fn recover(&mut self, death: Option<String>) -> anyhow::Result<Option<String>> {
+        let trouble = match death {
+            Some(death) => Some(format!("the attack killed the hub: {death}")),
+            None => self.calm().await?.err(),
+        };
+        if trouble.is_some() {
+            self.restarts += 1;
+            self.hub.kill();
+            clean(&self.cluster).await?;
+            self.hub.spawn()?;
+            in_time("the hub is ready again", START_MAX, self.hub.wait_ready()).await?;
+            self.calm().await?.map_err(anyhow::Error::msg).context("after the hub was started again")?;
+        }
+        Ok(trouble)
+    }
+
+    /// Removes what an attack left, and waits until the hub serves an edit of each tenant. The inner error is the hub's.
+    async fn calm(&mut self) -> anyhow::Result<Result<(), String>> {
+        let (site, tenant) = (self.site(true)?, &self.tenant);
+        let calm = async {
+            clean(&site.cluster).await?;
+            tenant.is_served(&site).await?;
+            site.serves_a().await
+        };
+        let process = self.hub.process.as_mut().context("the hub was started")?;
+        let calmed = guarded(process, &self.memory, calm).await;
+        Ok(calmed.and_then(|calmed| calmed.map_err(|error| format!("{error:#}"))))
+    }
+
+    /// Compares the values in B's OPA with those written last, and B's revision with that of a hub that saw no attack.
+    async fn differences(&self) -> anyhow::Result<Vec<String>> {
+        let mut differences = Vec::new();
+        for (path, tracker) in [
+            ("/shop/revision".to_owned(), &self.tenant.policies),
+            (format!("/kubernetes/pods/{B}/{POD}/metadata/labels/round"), &self.tenant.pods),
+            (format!("/{B}/{SETTINGS}/current/setting"), &self.tenant.edits),
+        ] {
+            let (url, expected) = (format!("{}/v1/data{path}", self.opa.url), tracker.due.len());
+            let same = within(LATE_MAX, format!("data{path} of B's OPA"), async || {
+                equal(&revision(&self.http, &url).await, &Some(expected))
+            });
+            differences.extend(same.await.err().map(|error| error.to_string()));
+        }
+        let dir = self.plane.dir.path().join("reference");
+        std::fs::create_dir_all(&dir)?;
+        let flags: Vec<_> = self.flags.iter().map(String::as_str).collect();
+        let reference = in_time("the start of another hub", START_MAX, Hub::start(&dir, &flags)).await?;
+        let [here, there] = [&self.hub, &reference].map(|hub| format!("{}/v1/bundles/{B}", hub.url));
+        let same = within(LATE_MAX, "the revision of B at a hub that saw no attack", async || {
+            let found = get(&self.http, &here).await.map_err(|error| error.to_string())?;
+            let expected = get(&self.http, &there).await.map_err(|error| error.to_string())?;
+            let expected = expected["revision"].as_str().ok_or("it has none yet")?;
+            equal(&found["revision"].as_str(), &Some(expected))
+        });
+        differences.extend(same.await.err().map(|error| error.to_string()));
+        Ok(differences)
+    }
+}
+
+impl Memory {
+    fn sample(&self, usage: Usage) {
+        self.phase.set(self.phase.get().max(usage.rss));
+        self.peak.set(self.peak.get().max(usage.peak));
+    }
+}
+
+/// Does this work while the hub runs within its memory. The error is how the hub ended.
+async fn guarded<T>(
+    process: &mut Process,
+    memory: &Memory,
+    work: impl Future<Output = T>,
+) -> Result<T, String> {
+    let death = async {
+        loop {
+            if let Some(ended) = process.has_ended() {
+                return format!("{ended:#}");
+            }
+            // Between its end and the next look there is no usage.
+            if let Ok(usage) = process.usage() {
+                memory.sample(usage);
+                if usage.rss > MEMORY_DEADLY {
+                    process.kill();
+                    return format!("it was stopped at {:.0} MB of memory", megabytes(usage.rss));
+                }
+            }
+            tokio::time::sleep(GUARD_LOOK).await;
+        }
+    };
+    tokio::select! {
+        done = work => Ok(done),
+        death = death => Err(death),
+    }
+}
