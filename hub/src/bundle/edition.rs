@@ -740,7 +740,8 @@ impl Edition {
         let gone = |dir: &DirPath| both.places().any(|place| !named.contains(place) && dir.is_within(place));
         let is_taken = |dir: &DirPath| {
             let mut outer = std::iter::successors(Some(dir.clone()), DirPath::parent);
-            outer.any(|outer| self.view.dirs.contains_key(&outer))
+            let has_inner = || within(&self.view.dirs, dir).next().is_some();
+            outer.any(|outer| self.view.dirs.contains_key(&outer)) || has_inner()
         };
         let stay = held.dirs.iter().filter(|(dir, _)| gone(dir) && !is_taken(dir));
         let stay: Vec<_> =

@@ -170,6 +170,8 @@ impl Held {
         let mut entries = BTreeMap::new();
         let mut rebuilt = json!({});
         for dir in self.dirs.keys() {
+            let is_inner = self.dirs.keys().any(|outer| outer != dir && dir.is_within(outer));
+            assert!(!is_inner, "{dir} lies in another directory");
             let found = self.data.pointer(dir.as_str()).and_then(Value::as_object);
             let found = found.unwrap_or_else(|| panic!("{dir} has a digest and no map"));
             *place(&mut rebuilt, dir.as_str()) = found.clone().into();

@@ -244,6 +244,50 @@ fn a_resource_without_a_place_comes_and_goes() {
     assert_eq!(writer.head().view.dirs.len(), 2);
 }
 
+/// A reader that holds other data in the place of a resource gives it up before it takes the objects, though its
+/// policies read what lies there.
+#[test]
+fn what_lay_in_the_place_of_a_resource_does_not_stay_around_its_objects() {
+    runtime().block_on(async {
+        let mut writer = listed(&auto());
+        let edit = |writer: &mut Writer, number: usize, reads: bool| {
+            let value = if reads { "data.kubernetes.pods" } else { "1" };
+            writer.policy(0, &format!("package a\nx := {value} # {number}"));
+            writer.pipeline.commit();
+        };
+        let taken = ObjectKey { namespace: "kubernetes".into(), name: "pods".into() };
+        writer.put(DATA, &taken, &json!({ "data": { "x": "{}" } }));
+        edit(&mut writer, 0, true);
+        _ = writer.open_pods();
+        writer.accept(None, Some(&["/kubernetes/pods"]));
+        let mut held = snapshot(&writer.head()).await;
+        assert!(held.data.pointer("/kubernetes/pods/x").is_some());
+
+        edit(&mut writer, 1, false);
+        writer.accept(None, Some(&[]));
+        writer.pipeline.narrow();
+        writer.store.apply((DATA, Event::Delete(taken), None));
+        edit(&mut writer, 2, true);
+        _ = writer.open_pods();
+        let pods = *writer.store.wanted().borrow().keys().last().unwrap();
+        writer.store.apply((pods, Event::Init, None));
+        writer.put(pods, &key(2, 0, 0), &json!({ "kind": "Pod" }));
+        writer.store.apply((pods, Event::InitDone, None));
+        writer.pipeline.commit();
+        writer.accept(None, Some(&["/kubernetes/pods"]));
+        edit(&mut writer, 3, false);
+        writer.accept(None, Some(&[]));
+        assert_eq!(writer.pods(), 1, "older policies still decide");
+
+        let head = writer.head();
+        for _ in 0..2 {
+            held.archive(&head.reconcile(held.reconcile()).await.unwrap().0.pieces.concat());
+            held.entries();
+        }
+        assert_eq!(held.revision(), head.view.revision);
+    });
+}
+
 /// I10: an object that is gone from the source and still in the view does not stay there with fewer fields than policies
 /// read.
 #[test]

@@ -23,6 +23,9 @@ const GIVEN_UP: usize = 2;
 /// Refusals by hubs that are behind after which an agent believes that the source went back: of all of them.
 const REFUSALS_MAX: usize = HUBS;
 
+/// What positions call policies.
+const POLICIES: &str = "policies";
+
 pub(super) struct Agent {
     pub(super) name: &'static str,
     pub(super) namespace: &'static str,
@@ -123,8 +126,9 @@ impl Agent {
         if head.lag(self.held.revision(), here, &there).is_some() {
             return false;
         }
-        head.tell_as_of(here, &there);
         for round in 0..RECONCILES_MAX {
+            // As each request for a stream does.
+            head.tell_as_of(here, &self.held.position);
             if !matches!(head.next(self.held.revision()), Next::Unknown) {
                 return true;
             }
@@ -193,9 +197,14 @@ impl Agent {
             let Message::Event { id, .. } = &message else { continue };
             let is_end = |under_way: &mut UnderWay| under_way.ends.pop_front_if(|end| end == id).is_some();
             let is_whole = wire.lock().unwrap().as_mut().is_some_and(is_end);
+            let policies = self.held.proven.of(POLICIES).unwrap_or(0);
             match self.held.take(message) {
                 Ok(()) => {
                     self.is_whole = is_whole;
+                    if !is_whole {
+                        // Its modules come last.
+                        self.held.proven.heard(POLICIES.into(), policies);
+                    }
                     world.seen.add("frames");
                     i10(&self.held);
                     if self.name == AUTO {
