@@ -56,8 +56,9 @@ pub const RECONCILE_CACHE_MAX: usize = 1024;
 pub const RECONCILE_CACHE_BYTES_MAX: usize = 64 << 20;
 /// Bytes of reconcile answers of one bundle that are cached or being sent. Above it no further answer is encoded.
 pub const RECONCILE_LIVE_MAX: usize = 128 << 20;
-/// Reconcile answers of one bundle that are encoded at a time: each may copy the whole view.
-pub const RECONCILE_ENCODES_MAX: usize = 2;
+/// Reconcile answers of one bundle that are encoded at a time: each may copy the whole view, and takes a core from what
+/// changes other bundles.
+pub const RECONCILE_ENCODES_MAX: usize = 1;
 /// Bytes of reconcile requests of one bundle that are read or wait for their answer: 280 clients with 3,000 directories.
 /// Parsed, a request takes two to three times its bytes.
 pub const RECONCILE_REQUESTS_MAX: usize = 64 << 20;

@@ -163,9 +163,11 @@ async fn a_package_whose_dependencies_cannot_be_found_costs_the_others_nothing()
 async fn policies_that_take_opa_all_memory_are_refused() {
     let opa = tokio::task::spawn_blocking(assets::folder).await.unwrap().unwrap().join("opa");
     let compiler = Compiler::find(Some(&opa), Dialect::Default).await.unwrap();
-    // 5,000 texts of 1 MB.
-    let test =
-        "test_x if count([s | some x in numbers.range(1, 5000); s := sprintf(\"%01000000d\", [x])]) > 0";
+    // Ten times as long a text nine times over: 10 GB.
+    let longer =
+        |at: usize| format!("\tx{} := concat(\"\", [{}])\n", at + 1, vec![format!("x{at}"); 10].join(", "));
+    let longer: String = (0..9).map(longer).collect();
+    let test = format!("test_x if {{\n\tx0 := \"0123456789\"\n{longer}\tcount(x9) > 0\n}}");
     let module = |text: &str| Arc::new(Module::read(text).unwrap());
     let texts = Texts {
         modules: BTreeMap::from([("ns/a/m".to_owned(), module("package a\n\nx := 1\n"))]),
