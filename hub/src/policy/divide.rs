@@ -1,5 +1,4 @@
-//! Division of decisions that OPA cannot work on together. What one package does costs no other one its precision, and
-//! costs time once only.
+//! Division of decisions that OPA cannot work on together. What one package does costs no other one its precision.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -10,12 +9,13 @@ use tokio::time::Instant;
 
 use super::analyze;
 use super::check::{self, Modules};
+use super::modules::Module;
 
 /// Maximum time in which groups of decisions are divided. Data goes on meanwhile, and other edits of policies wait.
 const DIVIDE_MAX: Duration = Duration::from_secs(30);
 /// Maximum number of runs for one set of policies: enough to find three failing ones among a thousand packages.
 const RUNS_MAX: usize = 64;
-/// Time after which a decision that failed is tried again: a machine that was busy may have failed it.
+/// Time after which the next edit tries a decision again that failed: a machine that was busy may have failed it.
 pub const RETRY_AFTER: Duration = Duration::from_secs(600);
 /// Reason of decisions that are left when the time or the runs are spent.
 const SPENT: &str = "too many other policies cannot be analysed either";
@@ -23,10 +23,10 @@ const SPENT: &str = "too many other policies cannot be analysed either";
 /// Failure of one group.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A run of OPA.
+    /// Failure of a run of OPA.
     #[error(transparent)]
     Opa(#[from] check::Error),
-    /// The analysis of its plan.
+    /// Failure of the analysis of its plan.
     #[error(transparent)]
     Analysis(#[from] analyze::TooComplex),
 }
@@ -42,10 +42,16 @@ pub struct Divider {
 }
 
 struct Failure {
-    /// Of the decision's own modules.
+    /// Digest of the decision's own modules.
     digest: Digest,
     reason: String,
     at: Instant,
+}
+
+impl Failure {
+    fn is_old(&self) -> bool {
+        self.at.elapsed() >= RETRY_AFTER
+    }
 }
 
 /// Result of all decisions.
@@ -70,16 +76,19 @@ impl Divider {
         decisions: BTreeSet<&'a DirPath>,
         mut work: impl AsyncFnMut(&[&'a DirPath]) -> Result<Option<T>, Error>,
     ) -> Result<Option<Divided<'a, T>>, check::Error> {
+        // Other selections of the same policies lack some of them.
         let is_there = |decision: &DirPath| modules.values().any(|module| decision.is_within(&module.root));
-        self.failed.retain(|decision, failure| failure.at.elapsed() < RETRY_AFTER && is_there(decision));
+        self.failed.retain(|decision, failure| !failure.is_old() || is_there(decision));
         let mut divided = Divided { found: Vec::new(), failed: BTreeMap::new() };
-        let mut others = Vec::new();
+        let (mut others, mut again) = (Vec::new(), Vec::new());
         for decision in decisions {
             match self.failed.get(decision) {
-                Some(failure) if failure.digest == own_digest(modules, decision) => {
+                Some(failure) if failure.digest == own_digest(modules, decision) && !failure.is_old() => {
                     divided.failed.insert(decision, failure.reason.clone());
                 }
-                _ => others.push(decision),
+                // It does not fail the others with it once more.
+                Some(_) => again.push(vec![decision]),
+                None => others.push(decision),
             }
         }
         let mut groups = VecDeque::new();
@@ -88,7 +97,10 @@ impl Divider {
             groups.push_back(group);
             others = rest;
         }
+        // Large ones first: they are apart from the small ones as soon as the group is divided.
+        others.sort_by_cached_key(|decision| std::cmp::Reverse(own_bytes(modules, decision)));
         groups.push_front(others);
+        groups.extend(again);
         groups.retain(|group: &Vec<_>| !group.is_empty());
         let (mut until, mut runs) = (None, 0);
         // Level by level, so that good halves are found before the time is over.
@@ -101,7 +113,10 @@ impl Divider {
             runs += 1;
             match work(&group).await {
                 Ok(None) => return Ok(None),
-                Ok(Some(found)) => divided.found.push((group, found)),
+                Ok(Some(found)) => {
+                    self.failed.retain(|decision, _| !group.contains(&decision));
+                    divided.found.push((group, found));
+                }
                 Err(Error::Opa(error)) if error.is_transient() => return Err(error),
                 Err(error) => {
                     until.get_or_insert_with(|| Instant::now() + DIVIDE_MAX);
@@ -112,7 +127,7 @@ impl Divider {
                         self.failed.insert(decision.clone(), failure);
                         divided.failed.insert(decision, reason);
                     } else {
-                        let (one, other) = group.split_at(group.len() / 2);
+                        let (one, other) = group.split_at(half(modules, &group));
                         groups.extend([one.to_vec(), other.to_vec()]);
                     }
                 }
@@ -122,8 +137,25 @@ impl Divider {
     }
 }
 
-/// The digest of the modules of a decision's package.
+/// The number of decisions at the beginning of `group` that have half of its text; at least one is left.
+fn half(modules: &Modules<'_>, group: &[&DirPath]) -> usize {
+    let bytes: Vec<_> = group.iter().map(|decision| own_bytes(modules, decision)).collect();
+    let all: usize = bytes.iter().sum();
+    let before = bytes.iter().scan(0, |sum, bytes| Some(std::mem::replace(sum, *sum + bytes)));
+    let count = before.take_while(|before| before * 2 < all).count();
+    count.clamp(1, group.len() - 1)
+}
+
 fn own_digest(modules: &Modules<'_>, decision: &DirPath) -> Digest {
-    let own = modules.iter().filter(|(_, module)| decision.is_within(&module.root));
-    modules_digest(own.map(|(id, module)| (id.as_str(), module.digest)), None)
+    modules_digest(own(modules, decision).map(|(id, module)| (id.as_str(), module.digest)), None)
+}
+
+fn own_bytes(modules: &Modules<'_>, decision: &DirPath) -> usize {
+    own(modules, decision).map(|(_, module)| module.text.len()).sum()
+}
+
+/// The modules of a decision's package, and of packages below it.
+fn own<'a>(modules: &'a Modules<'_>, decision: &DirPath) -> impl Iterator<Item = (&'a String, &'a Module)> {
+    let is_own = |module: &Module| decision.is_within(&module.root) || module.root.is_within(decision);
+    modules.iter().filter(move |(_, module)| is_own(module)).map(|(id, module)| (*id, &***module))
 }

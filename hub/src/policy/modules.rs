@@ -1,6 +1,8 @@
 //! One Rego text and what its package owns. Whether the text is right is for the [compiler](super::check) to say; the
 //! package is read here, since it decides what the bundle owns.
 
+use std::collections::BTreeSet;
+
 use opa_hub_proto::path::{DirPath, is_segment};
 use opa_hub_proto::revision::Digest;
 
@@ -57,29 +59,46 @@ impl Module {
         above as u64 + 1
     }
 
-    /// Whether the text has `data` without a constant name below it, as in `data[input.kind]` or `walk(data)`. `opa deps`
-    /// does not tell what such a term reads. True too for a template string: expressions in it are not looked at.
-    pub fn names_all_data(&self) -> bool {
-        let (mut rest, mut before) = (self.text.as_str(), ' ');
+    /// Whether the package lies below this path, and is not the path itself.
+    pub fn is_below(&self, path: &[String]) -> bool {
+        package(&self.text).is_ok_and(|package| package.len() > path.len() && package.starts_with(path))
+    }
+
+    /// Paths below `data` that the text names, each as far as its names are constant: none of `walk(data)`, `kubernetes`
+    /// of `data.kubernetes[input.kind]`. An imported name stands for its path. `None` where the text has a template
+    /// string, whose expressions are not looked at.
+    pub fn data_paths(&self) -> Option<BTreeSet<Vec<String>>> {
+        let mut imports = vec![("data".to_owned(), Vec::new())];
+        let mut paths = BTreeSet::new();
+        let (mut rest, mut before, mut is_import) = (self.text.as_str(), ' ', false);
         while let Some(c) = rest.chars().next() {
             let len = match c {
-                '$' => return true,
+                '$' => return None,
                 '#' => rest.find('\n').unwrap_or(rest.len()),
-                '"' | '`' => match quoted(rest) {
-                    Ok((_, after)) => rest.len() - after.len(),
-                    // No Rego: it is not looked at any further.
-                    Err(_) => return true,
-                },
+                // What is no Rego is not looked at any further.
+                '"' | '`' => rest.len() - quoted(rest).ok()?.1.len(),
                 c if is_of_name(c) => rest.find(|c| !is_of_name(c)).unwrap_or(rest.len()),
                 c => c.len_utf8(),
             };
-            let (token, after) = rest.split_at(len);
-            if token == "data" && before != '.' && !is_constant_step(after) {
-                return true;
+            let (token, mut after) = rest.split_at(len);
+            let named = imports.iter().find(|(name, _)| name == token && before != '.');
+            if let Some((_, path)) = named {
+                let mut path = path.clone();
+                if token == "data" || !is_import {
+                    after = constant_steps(after, &mut path);
+                }
+                if is_import && let Some(last) = path.last() {
+                    let (name, rest) = alias(after).unwrap_or((last, after));
+                    after = rest;
+                    imports.push((name.to_owned(), path));
+                } else {
+                    paths.insert(path);
+                }
             }
+            is_import = if c.is_whitespace() { is_import } else { token == "import" && before != '.' };
             (rest, before) = (after, c);
         }
-        false
+        Some(paths)
     }
 }
 
@@ -87,11 +106,31 @@ fn is_of_name(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
 
-/// Whether the text begins with `.name` or `["name"]`.
-fn is_constant_step(text: &str) -> bool {
-    match text.strip_prefix('[') {
-        Some(index) => quoted(index).is_ok_and(|(_, after)| after.starts_with(']')),
-        None => text.strip_prefix('.').is_some_and(|name| name.starts_with(is_of_name)),
+/// The name behind `as`, and what follows it.
+fn alias(text: &str) -> Option<(&str, &str)> {
+    let blank = |c| c == ' ' || c == '\t';
+    let name = text.trim_start_matches(blank).strip_prefix("as")?;
+    let name = name.strip_prefix(blank)?.trim_start_matches(blank);
+    Some(name.split_at(name.find(|c| !is_of_name(c)).unwrap_or(name.len())))
+}
+
+/// Adds each `.name` and `["name"]` at the beginning of `text` to `path`. Returns what follows.
+fn constant_steps<'a>(mut text: &'a str, path: &mut Vec<String>) -> &'a str {
+    loop {
+        let (name, after) = if let Some(index) = text.strip_prefix('[') {
+            let Ok((name, after)) = quoted(index) else { return text };
+            let Some(after) = after.strip_prefix(']') else { return text };
+            (name, after)
+        } else {
+            let name = text.strip_prefix('.').unwrap_or_default();
+            let (name, after) = name.split_at(name.find(|c| !is_of_name(c)).unwrap_or(name.len()));
+            (name.to_owned(), after)
+        };
+        if name.is_empty() {
+            return text;
+        }
+        path.push(name);
+        text = after;
     }
 }
 
@@ -192,26 +231,48 @@ mod tests {
     }
 
     #[test]
-    fn data_without_a_constant_name() {
+    fn paths_below_data() {
         for (body, expected) in [
-            ("x := data.a.b", false),
-            ("x := data[\"a\"][input.b]", false),
-            ("x := data[`a`]", false),
-            ("import data.a as b", false),
-            ("x := input.data", false),
-            ("x := \"data\" # data", false),
-            ("x := `data \" data`", false),
-            ("x := metadata[data_]", false),
-            ("x := data[input.a]", true),
-            ("x := data[\"a\" ]", true),
-            ("walk(data, x)", true),
-            ("import data as d", true),
-            ("x := $\"{data}\"", true),
-            ("x := \"\\\"\"; y := data[x]", true),
-            ("x := data", true),
+            ("x := data.a.b", &["a.b"][..]),
+            ("x := data[\"a\"][input.b]", &["a"]),
+            ("x := data[`a`].b[\"c\"] + data.d", &["a.b.c", "d"]),
+            ("import data.a as b", &[]),
+            ("import data.a as b\nx := b[input.c] + b.d", &["a", "a.d"]),
+            ("import data.a.b\nx := b.c + input.b", &["a.b.c"]),
+            ("import data.a\nassign := a[input.b]", &["a"]),
+            ("import data.x.a as a; y := a.b", &["x.a.b"]),
+            ("import input.data\nimport rego.v1", &[]),
+            ("x := input.data", &[]),
+            ("x := \"data\" # data", &[]),
+            ("x := `data \" data`", &[]),
+            ("x := metadata[data_]", &[]),
+            ("x := data[input.a]", &[""]),
+            ("x := data[\"a\" ]", &[""]),
+            ("walk(data, x)", &[""]),
+            ("import data as d", &[""]),
+            ("x := \"\\\"\"; y := data[x]", &[""]),
+            ("x := data", &[""]),
         ] {
             let module = Module::read(&format!("package m\n{body}")).unwrap();
-            assert_eq!(module.names_all_data(), expected, "{body}");
+            let paths: Vec<_> = module.data_paths().unwrap().iter().map(|path| path.join(".")).collect();
+            assert_eq!(paths, expected, "{body}");
+        }
+        assert_eq!(Module::read("package m\nx := $\"{data}\"").unwrap().data_paths(), None);
+    }
+
+    #[test]
+    fn packages_lie_below_paths() {
+        let path = |text: &str| text.split_terminator('.').map(str::to_owned).collect::<Vec<_>>();
+        for (package, above, expected) in [
+            ("a.b", "", true),
+            ("a.b", "a", true),
+            ("a.b", "a.b", false),
+            ("a.b", "b", false),
+            // No bundle root can be written for all of it.
+            ("a[\"b c\"]", "a", true),
+        ] {
+            let module = Module::read(&format!("package {package}")).unwrap();
+            assert_eq!(module.is_below(&path(above)), expected, "{package} {above}");
         }
     }
 
@@ -219,7 +280,7 @@ mod tests {
         /// I9: whatever a key holds, it is a module or none.
         #[test]
         fn i9_random_texts_do_not_panic(text in "(package )?[a-c\"`.\\[\\]\\\\#\n é]{0,24}") {
-            let _ = Module::read(&text).map(|module| module.names_all_data());
+            let _ = Module::read(&text).map(|module| module.data_paths());
         }
     }
 }

@@ -70,7 +70,9 @@ impl Analyst {
         let mut found = Found::default();
         planned.found.into_iter().for_each(|(_, reads)| found.reads.join(reads));
         let opaque: BTreeSet<_> = planned.failed.keys().copied().collect();
-        let (named, unknown) = self.dependencies(compiler, modules, opaque).await?.unwrap_or_default();
+        let Some((named, unknown)) = self.dependencies(compiler, modules, opaque).await? else {
+            return Ok(None);
+        };
         for (decisions, dependencies) in &named {
             found.reads.join(named_by(dependencies, modules, decisions));
         }
@@ -97,7 +99,8 @@ impl Analyst {
         };
         let mut names = Names::default();
         let root: Vec<_> = root.relative().split('/').collect();
-        for path in found.into_iter().flat_map(|(_, dependencies)| dependencies.data) {
+        let found = found.into_iter().flat_map(|(_, dependencies)| dependencies.data);
+        for path in found.chain(hidden_paths(modules, |_| true)) {
             // A path that ends above the root may lead anywhere in it.
             let shared = path.len().min(root.len());
             if path[..shared] == root[..shared] {
@@ -107,7 +110,6 @@ impl Analyst {
                 }
             }
         }
-        names.is_dynamic |= modules.values().any(|module| module.names_all_data());
         names.unknown = unknown.into_iter().map(|(package, reason)| (package.clone(), reason)).collect();
         Ok(Some(names))
     }
@@ -133,7 +135,7 @@ async fn analyse(
     Ok(Some(analyze::reads(&planned.plan)?))
 }
 
-/// All of what decisions name, which is everything if they name data without a constant name.
+/// All of what decisions name.
 fn named_by(dependencies: &Dependencies, modules: &Modules<'_>, decisions: &[&DirPath]) -> Reads {
     let Dependencies { data, rules } = dependencies;
     // Rules lie in packages; the name of a rule may be dynamic, and a package longer than its root.
@@ -141,8 +143,18 @@ fn named_by(dependencies: &Dependencies, modules: &Modules<'_>, decisions: &[&Di
         decisions.iter().any(|decision| meets(&module.root, decision.relative().split('/')))
             || rules.iter().any(|rule| meets(&module.root, rule.iter().map(String::as_str)))
     };
-    let is_any = modules.values().any(|module| is_used(module) && module.names_all_data());
-    whole(if is_any { vec![Vec::new()] } else { data.clone() }, modules, decisions)
+    let hidden = hidden_paths(modules, is_used);
+    whole(data.iter().cloned().chain(hidden).collect(), modules, decisions)
+}
+
+/// Paths in these modules at which `opa deps` tells of no data: packages lie below them (OPA v1/dependencies/deps.go,
+/// `base`).
+fn hidden_paths(modules: &Modules<'_>, is_used: impl Fn(&Module) -> bool) -> BTreeSet<Vec<String>> {
+    let used = modules.values().filter(|module| is_used(module));
+    let mut paths: BTreeSet<_> =
+        used.flat_map(|module| module.data_paths().unwrap_or_else(|| BTreeSet::from([Vec::new()]))).collect();
+    paths.retain(|path| modules.values().any(|module| module.is_below(path)));
+    paths
 }
 
 /// All of the data at these paths, read by the modules of these decisions.

@@ -68,12 +68,15 @@ impl Auto {
                         )
                     })
                 };
-                let mut reads: BTreeSet<_> = names.into_iter().take(AUTO_FEEDS_MAX).collect();
+                // Those that are there stay before others come, and while not all are known none goes.
+                let (there, new): (Vec<_>, Vec<_>) =
+                    names.into_iter().partition(|name| self.held.contains(name));
+                let mut reads: BTreeSet<_> = there.into_iter().collect();
                 if !unknown.is_empty() {
-                    let room = AUTO_FEEDS_MAX - reads.len();
-                    let others: Vec<_> = self.held.difference(&reads).take(room).cloned().collect();
-                    reads.extend(others);
+                    reads.extend(self.held.iter().cloned());
                 }
+                let room = AUTO_FEEDS_MAX.saturating_sub(reads.len());
+                reads.extend(new.into_iter().take(room));
                 (problem, Some(reads))
             }
         };

@@ -610,3 +610,30 @@ async fn a_package_that_cannot_be_analysed_reads_whole_what_it_names() {
         assert_eq!(kept.of(&nodes).to_string(), of_nodes, "{text}");
     }
 }
+
+/// `opa deps` tells nothing of data at a path with packages below it: the text does.
+#[tokio::test]
+async fn data_beside_packages_is_read_whole_by_what_cannot_be_analysed() {
+    let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
+    let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
+    for reader in ["data.kubernetes[input.kind]", "k[input.kind]"] {
+        let bad = multiplying("data.other.n1").replacen(
+            "\n\n",
+            &format!("\n\nimport data.kubernetes as k\n\ndeny if {reader}.n1.spec == 1\n\nused if k.admission.x\n\n"),
+            1,
+        );
+        let texts = ["package kubernetes.admission\n\nx := 1\n", &bad]
+            .map(|text| Arc::new(Module::read(text).unwrap()));
+        let ids = ["ns/good/p.rego", "ns/bad/p.rego"].map(str::to_owned);
+        let modules = ids.iter().zip(&texts).collect();
+        let mut analyst = Analyst::default();
+        let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
+        assert_eq!(found.opaque.keys().map(DirPath::as_str).collect::<Vec<_>>(), ["/multiplies"], "{bad}");
+        let nodes: DirPath = "/kubernetes/nodes".parse().unwrap();
+        let kept = Kept::of_reads(&found.reads, [(nodes.clone(), Some(true))]);
+        assert!(kept.of(&nodes).is_all(), "{kept:?}\n{bad}");
+        let names =
+            analyst.names(&compiler, &modules, &"/kubernetes".parse().unwrap()).await.unwrap().unwrap();
+        assert!(names.is_dynamic, "{names:?}\n{bad}");
+    }
+}

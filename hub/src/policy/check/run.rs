@@ -17,10 +17,12 @@ const MEMORY_MAX: u64 = 1 << 30;
 /// The size of its heap from which a run collects garbage before it allocates, as Go's runtime reads it: 3/4 of
 /// [`MEMORY_MAX`].
 const GO_MEMORY_LIMIT: &str = "768MiB";
+/// Maximum number of threads that work at a time: the stack of each counts 8 MB of [`MEMORY_MAX`].
+const THREADS_MAX: u64 = 8;
 /// Time after which a run gives way: a check of a hundred modules takes a tenth of it.
 const SHORT: Duration = Duration::from_secs(1);
-/// Priority of a run that gives way, as `nice` counts: the lowest.
-const LONG_NICE: i32 = 19;
+/// Priority of a run that gives way, as `nice` counts: a tenth of the share of one that does not, which still ends it.
+const LONG_NICE: i32 = 10;
 
 /// Result of a run.
 pub(super) struct Output {
@@ -34,16 +36,19 @@ pub(super) struct Output {
 
 /// Runs a command for this time at most, in an environment of its own: OPA takes flags from it.
 pub(super) async fn run(command: &mut Command, limit: Duration) -> Result<Output, Error> {
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get) as u64;
     command.env_clear().env("GOMEMLIMIT", GO_MEMORY_LIMIT).kill_on_drop(true);
+    command.env("GOMAXPROCS", cores.min(THREADS_MAX).to_string());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     if let Some(path) = std::env::var_os("PATH") {
         command.env("PATH", path);
     }
     let mut child = command.spawn().map_err(Error::Run)?;
     let pid = child.id().and_then(|id| Pid::from_raw(id.try_into().ok()?));
-    // A run whose hub was killed ends by the second limit. Without the limits it is as it would be elsewhere.
-    let cores = std::thread::available_parallelism().map_or(1, NonZero::get) as u64;
-    for (resource, max) in [(Resource::Data, MEMORY_MAX), (Resource::Cpu, cores * limit.as_secs() + 1)] {
+    // A run whose hub was killed ends by the limit of CPU. Without the limits it is as it would be elsewhere.
+    for (resource, max) in
+        [(Resource::Data, MEMORY_MAX), (Resource::Cpu, (cores + 1) * (limit.as_secs() + 1))]
+    {
         if pid.is_some() {
             _ = prlimit(pid, resource, Rlimit { current: Some(max), maximum: Some(max) });
         }
@@ -76,7 +81,7 @@ pub(super) async fn run(command: &mut Command, limit: Duration) -> Result<Output
     Ok(Output { status, stdout, stderr })
 }
 
-/// Gives all threads of the process the lowest priority; those that it starts later inherit it.
+/// Lowers the priority of all threads of the process; those that it starts later inherit it.
 fn give_way(process: Pid) {
     let threads = std::fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero()));
     let ids = threads
@@ -96,8 +101,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_run_is_bounded_and_gives_way() {
-        // Ends once its priority is the lowest, and prints the memory that it may have.
-        let script = "until [ \"$(nice)\" = 19 ]; do sleep 0.05; done; ulimit -d";
+        // Ends once its priority is lower, and prints the memory that it may have.
+        let script = "until [ \"$(nice)\" = 10 ]; do sleep 0.05; done; ulimit -d";
         let output = run(Command::new("sh").args(["-c", script]), Duration::from_secs(30)).await.unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), (MEMORY_MAX >> 10).to_string());
         let found = run(Command::new("sh").args(["-c", "sleep 30"]), Duration::from_millis(10)).await;
