@@ -129,9 +129,10 @@ impl<'a> Scales<'a> {
         bytes <= self.max
     }
 
-    /// What is wrong with policies that make the data so large, where those before made it `before`.
+    /// What is wrong with policies that make the data so large that it does not [fit](Self::fits), where those before made
+    /// it `before`.
     pub fn fault(&self, bytes: usize, before: usize) -> Option<String> {
-        (!self.fits(bytes) && bytes > before).then(|| {
+        (bytes > before).then(|| {
             format!(
                 "with what it reads of replicated objects the data would have {bytes} bytes ({before} without it), more \
                  than the limit of {}: read fewer fields (opa-hub fields shows them), or raise maxBytes",

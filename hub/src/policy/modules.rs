@@ -59,9 +59,10 @@ impl Module {
         above as u64 + 1
     }
 
-    /// Whether the package lies below this path, and is not the path itself.
-    pub fn is_below(&self, path: &[String]) -> bool {
-        package(&self.text).is_ok_and(|package| package.len() > path.len() && package.starts_with(path))
+    /// The paths that the package lies below, the empty one first.
+    pub fn paths_above(&self) -> impl Iterator<Item = Vec<String>> {
+        let package = package(&self.text).unwrap_or_default();
+        (0..package.len()).map(move |len| package[..len].to_vec())
     }
 
     /// Paths below `data` that the text names, each as far as its names are constant: none of `walk(data)`, `kubernetes`
@@ -272,7 +273,7 @@ mod tests {
             ("a[\"b c\"]", "a", true),
         ] {
             let module = Module::read(&format!("package {package}")).unwrap();
-            assert_eq!(module.is_below(&path(above)), expected, "{package} {above}");
+            assert_eq!(module.paths_above().any(|found| found == path(above)), expected, "{package} {above}");
         }
     }
 

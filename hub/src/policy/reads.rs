@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::analyze::{self, Extent, Reads, Step};
 use super::check::{self, Compiler, Dependencies, Modules};
-use super::divide::{self, Divider, RETRY_AFTER};
+use super::divide::{self, Divided, Divider, RETRY_AFTER};
 use super::modules::Module;
 use super::plan::Site;
 
@@ -22,9 +22,6 @@ pub struct Found {
     /// Decisions that could not be analysed, with the reason.
     pub opaque: BTreeMap<DirPath, String>,
 }
-
-/// Groups of decisions with what they depend on, and decisions of which that could not be found, with the reason.
-type Named<'a> = (Vec<(Vec<&'a DirPath>, Dependencies)>, BTreeMap<&'a DirPath, String>);
 
 /// Names below a path of data that policies read.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -70,13 +67,11 @@ impl Analyst {
         let mut found = Found::default();
         planned.found.into_iter().for_each(|(_, reads)| found.reads.join(reads));
         let opaque: BTreeSet<_> = planned.failed.keys().copied().collect();
-        let Some((named, unknown)) = self.dependencies(compiler, modules, opaque).await? else {
-            return Ok(None);
-        };
-        for (decisions, dependencies) in &named {
+        let Some(named) = self.dependencies(compiler, modules, opaque).await? else { return Ok(None) };
+        for (decisions, dependencies) in &named.found {
             found.reads.join(named_by(dependencies, modules, decisions));
         }
-        for decision in unknown.keys() {
+        for decision in named.failed.keys() {
             found.reads.join(whole(vec![Vec::new()], modules, &[decision]));
         }
         let opaque = planned.failed.into_iter();
@@ -94,12 +89,10 @@ impl Analyst {
         root: &DirPath,
     ) -> Result<Option<Names>, check::Error> {
         let packages = modules.values().map(|module| &module.root).collect();
-        let Some((found, unknown)) = self.dependencies(compiler, modules, packages).await? else {
-            return Ok(None);
-        };
+        let Some(named) = self.dependencies(compiler, modules, packages).await? else { return Ok(None) };
         let mut names = Names::default();
         let root: Vec<_> = root.relative().split('/').collect();
-        let found = found.into_iter().flat_map(|(_, dependencies)| dependencies.data);
+        let found = named.found.into_iter().flat_map(|(_, dependencies)| dependencies.data);
         for path in found.chain(hidden_paths(modules, |_| true)) {
             // A path that ends above the root may lead anywhere in it.
             let shared = path.len().min(root.len());
@@ -110,7 +103,7 @@ impl Analyst {
                 }
             }
         }
-        names.unknown = unknown.into_iter().map(|(package, reason)| (package.clone(), reason)).collect();
+        names.unknown = named.failed.into_iter().map(|(package, reason)| (package.clone(), reason)).collect();
         Ok(Some(names))
     }
 
@@ -119,10 +112,9 @@ impl Analyst {
         compiler: &Compiler,
         modules: &Modules<'_>,
         decisions: BTreeSet<&'a DirPath>,
-    ) -> Result<Option<Named<'a>>, check::Error> {
+    ) -> Result<Option<Divided<'a, Dependencies>>, check::Error> {
         let work = async |group: &[&DirPath]| Ok(compiler.dependencies(modules, group).await?);
-        let divided = self.dependencies.divide(modules, decisions, work).await?;
-        Ok(divided.map(|divided| (divided.found, divided.failed)))
+        self.dependencies.divide(modules, decisions, work).await
     }
 }
 
@@ -153,7 +145,8 @@ fn hidden_paths(modules: &Modules<'_>, is_used: impl Fn(&Module) -> bool) -> BTr
     let used = modules.values().filter(|module| is_used(module));
     let mut paths: BTreeSet<_> =
         used.flat_map(|module| module.data_paths().unwrap_or_else(|| BTreeSet::from([Vec::new()]))).collect();
-    paths.retain(|path| modules.values().any(|module| module.is_below(path)));
+    let above: BTreeSet<_> = modules.values().flat_map(|module| module.paths_above()).collect();
+    paths.retain(|path| above.contains(path));
     paths
 }
 

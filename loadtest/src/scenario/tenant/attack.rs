@@ -98,11 +98,11 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    pub(super) fn step(&self) {
+    fn step(&self) {
         self.steps.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn hit(&self) {
+    fn hit(&self) {
         self.hits.fetch_add(1, Relaxed);
     }
 }
@@ -145,7 +145,7 @@ impl Attack {
     }
 
     /// Writes the ConfigMaps of one step after the other, and looks for traces of each.
-    pub(super) async fn edit(self, site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
+    async fn edit(self, site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
         let mut before = BTreeMap::new();
         for step in 0..STEPS_MAX {
             let now = Instant::now();
@@ -174,7 +174,7 @@ impl Attack {
     }
 
     /// Pause between two steps: time enough for a check.
-    pub(super) fn pause(self) -> Duration {
+    fn pause(self) -> Duration {
         match self {
             Self::Definitions | Self::Typo | Self::Wide => Duration::from_secs(1),
             _ => Duration::from_millis(500),
@@ -235,7 +235,7 @@ impl Attack {
 }
 
 /// Data below a package that A owns, then edits of as many policies, again and again.
-pub(super) async fn refuse(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
+async fn refuse(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
     let owner = attacking_policy("owner", 0, &format!("package {SEIZED}\n\nx := 1\n"));
     site.put(owner).await?;
     counts.step();
@@ -279,12 +279,7 @@ pub(super) async fn refuse(site: &Site, until: Instant, counts: &Counts) -> anyh
 }
 
 /// Writes these, some at a time, until then.
-pub(super) async fn put_all(
-    site: &Site,
-    until: Instant,
-    counts: &Counts,
-    puts: Vec<Put>,
-) -> anyhow::Result<()> {
+async fn put_all(site: &Site, until: Instant, counts: &Counts, puts: Vec<Put>) -> anyhow::Result<()> {
     let mut writing = JoinSet::new();
     for put in puts {
         if Instant::now() >= until {
@@ -306,7 +301,7 @@ pub(super) async fn put_all(
 }
 
 /// Sends requests in volleys until then, so many at most. An answer, or a connection that the hub closes, is a trace.
-pub(super) async fn flood(
+async fn flood(
     until: Instant,
     counts: &Counts,
     at_once: u64,
@@ -343,7 +338,7 @@ pub(super) async fn flood(
 }
 
 /// Opens connections and sends half a request on each, then nothing until then. Open files of the hub are the trace.
-pub(super) async fn be_silent(site: &Site, until: Instant, counts: &Counts) {
+async fn be_silent(site: &Site, until: Instant, counts: &Counts) {
     let files = || std::fs::read_dir(format!("/proc/{}/fd", site.process)).map_or(0, Iterator::count);
     let before = files();
     let mut open = Vec::new();
@@ -376,7 +371,7 @@ pub(super) async fn be_silent(site: &Site, until: Instant, counts: &Counts) {
 }
 
 /// Sets the limit of A's bundle and removes it again. A bundle that is published again is the trace.
-pub(super) async fn change_document(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
+async fn change_document(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
     let mut before = Value::Null;
     for step in 0..STEPS_MAX {
         let now = Instant::now();

@@ -42,16 +42,16 @@ const ARCHIVES: &str = "B's archive";
 /// One kind of work: what was asked, what was seen, and how long each took.
 pub(super) struct Tracker {
     pub(super) due: Schedule,
-    pub(super) state: Mutex<State>,
+    state: Mutex<State>,
 }
 
-pub(super) struct State {
+struct State {
     /// The newest number that was seen.
-    pub(super) newest: u64,
+    newest: u64,
     /// Numbers that are awaited, each since the API server accepted it.
-    pub(super) open: Vec<(u64, Instant)>,
-    pub(super) seen: u64,
-    pub(super) delays: Histogram,
+    open: Vec<(u64, Instant)>,
+    seen: u64,
+    delays: Histogram,
 }
 
 /// B, with what reads its bundle.
@@ -123,27 +123,27 @@ impl Tenant {
         [&self.policies, &self.pods, &self.edits].into_iter().all(|tracker| tracker.is_done())
     }
 
-    pub(super) async fn edit_policy(&self, site: &Site, number: u64) -> anyhow::Result<()> {
+    async fn edit_policy(&self, site: &Site, number: u64) -> anyhow::Result<()> {
         self.timed(cluster_put(&site.cluster, policy_of_b(number))).await?;
         self.policies.expect(number);
         Ok(())
     }
 
-    pub(super) async fn change_pod(&self, site: &Site, number: u64) -> anyhow::Result<()> {
+    async fn change_pod(&self, site: &Site, number: u64) -> anyhow::Result<()> {
         let round = number.to_string();
         self.timed(site.cluster.label_pod(B, POD, &[("round", &round)])).await?;
         self.pods.expect(number);
         Ok(())
     }
 
-    pub(super) async fn edit_settings(&self, site: &Site, number: u64) -> anyhow::Result<()> {
+    async fn edit_settings(&self, site: &Site, number: u64) -> anyhow::Result<()> {
         self.timed(cluster_put(&site.cluster, settings(number))).await?;
         self.edits.expect(number);
         Ok(())
     }
 
     /// A write of B, as long as the API server takes for it.
-    pub(super) async fn timed(&self, write: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    async fn timed(&self, write: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
         let started = Instant::now();
         in_time("a write to the API server", WRITE_MAX, write).await?;
         self.writes.answer(started, true);
@@ -166,7 +166,7 @@ impl Tenant {
 }
 
 /// Asks B's OPA for the newest policy while one is awaited.
-pub(super) async fn ask(http: Client, url: String, policies: Arc<Tracker>) {
+async fn ask(http: Client, url: String, policies: Arc<Tracker>) {
     loop {
         if !policies.is_done()
             && let Some(number) = revision(&http, &url).await
@@ -183,7 +183,7 @@ pub(super) async fn revision(http: &Client, url: &str) -> Option<u64> {
 }
 
 /// Reads B's stream until it ends.
-pub(super) async fn follow(http: &Client, hub: &str, pods: &Tracker, edits: &Tracker) -> anyhow::Result<()> {
+async fn follow(http: &Client, hub: &str, pods: &Tracker, edits: &Tracker) -> anyhow::Result<()> {
     let arrive = |text: &str| {
         for (mark, tracker) in [("\"round\":\"", pods), ("\"setting\":\"", edits)] {
             if let Some(number) = newest(text, mark) {
@@ -216,7 +216,7 @@ pub(super) fn newest(text: &str, mark: &str) -> Option<u64> {
 }
 
 /// Asks for B's archive once.
-pub(super) async fn archive(site: Site, due: Instant, archives: Arc<Tracker>) {
+async fn archive(site: Site, due: Instant, archives: Arc<Tracker>) {
     let get = async {
         let request = site.http.get(format!("{}/bundles/{B}", site.hub)).timeout(LATE_MAX);
         anyhow::Ok(request.send().await?.error_for_status()?.bytes().await?)
@@ -242,7 +242,7 @@ impl Tracker {
         Self { due: Schedule::default(), state: Mutex::new(state) }
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
