@@ -97,8 +97,6 @@ impl Divider {
             groups.push_back(group);
             others = rest;
         }
-        // Large ones first: they are apart from the small ones as soon as the group is divided.
-        others.sort_by_cached_key(|decision| std::cmp::Reverse(own_bytes(modules, decision)));
         groups.push_front(others);
         groups.extend(again);
         groups.retain(|group: &Vec<_>| !group.is_empty());
@@ -127,8 +125,7 @@ impl Divider {
                         self.failed.insert(decision.clone(), failure);
                         divided.failed.insert(decision, reason);
                     } else {
-                        let (one, other) = group.split_at(half(modules, &group));
-                        groups.extend([one.to_vec(), other.to_vec()]);
+                        groups.extend(halves(modules, group));
                     }
                 }
             }
@@ -137,21 +134,20 @@ impl Divider {
     }
 }
 
-/// The number of decisions at the beginning of `group` that have half of its text; at least one is left.
-fn half(modules: &Modules<'_>, group: &[&DirPath]) -> usize {
-    let bytes: Vec<_> = group.iter().map(|decision| own_bytes(modules, decision)).collect();
-    let all: usize = bytes.iter().sum();
-    let before = bytes.iter().scan(0, |sum, bytes| Some(std::mem::replace(sum, *sum + bytes)));
-    let count = before.take_while(|before| before * 2 < all).count();
-    count.clamp(1, group.len() - 1)
+/// The large decisions, which have half of the group's text, and the small ones; one at least of each.
+fn halves<'a>(modules: &Modules<'_>, group: Vec<&'a DirPath>) -> [Vec<&'a DirPath>; 2] {
+    let bytes = |decision| own(modules, decision).map(|(_, module)| module.text.len()).sum::<usize>();
+    let mut group: Vec<_> = group.into_iter().map(|decision| (bytes(decision), decision)).collect();
+    group.sort_by_key(|(bytes, _)| std::cmp::Reverse(*bytes));
+    let all: usize = group.iter().map(|(bytes, _)| bytes).sum();
+    let before = group.iter().scan(0, |sum, (bytes, _)| Some(std::mem::replace(sum, *sum + bytes)));
+    let large = before.take_while(|before| before * 2 < all).count().clamp(1, group.len() - 1);
+    let small = group.split_off(large);
+    [group, small].map(|half| half.into_iter().map(|(_, decision)| decision).collect())
 }
 
 fn own_digest(modules: &Modules<'_>, decision: &DirPath) -> Digest {
     modules_digest(own(modules, decision).map(|(id, module)| (id.as_str(), module.digest)), None)
-}
-
-fn own_bytes(modules: &Modules<'_>, decision: &DirPath) -> usize {
-    own(modules, decision).map(|(_, module)| module.text.len()).sum()
 }
 
 /// The modules of a decision's package, and of packages below it.
