@@ -82,8 +82,14 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
     if good.is_empty() {
         bail!("no policies in {}: {}", dir.display(), problems.join("; "));
     }
-    let found = Analyst::default().reads(&compiler, &modules, &spec.fields.entrypoints).await?;
-    let Found { reads, opaque } = found.context("fields are found by a real OPA only: give --opa-bin")?;
+    let mut analyst = Analyst::default();
+    let Found { reads, opaque, .. } = loop {
+        let found = analyst.reads(&compiler, &modules, &spec.fields.entrypoints).await?;
+        let found = found.context("fields are found by a real OPA only: give --opa-bin")?;
+        if !found.is_partial {
+            break found;
+        }
+    };
 
     let mut text = String::new();
     for (id, feed) in (0..).map(FeedId).zip(&spec.feeds) {

@@ -2,10 +2,11 @@
 //! publishes once for all of it, so that a lone change travels at once and a storm is merged. Policies are checked
 //! beside it: data never waits for a compiler.
 
+mod checker;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::position::{Bounds, Position};
@@ -13,30 +14,23 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::bundle::kept::Kept;
-use crate::bundle::limit::Scales;
 use crate::bundle::log::Log;
 use crate::bundle::project::Projection;
 use crate::bundle::spec::Spec;
 use crate::bundle::view::{Batch, Changed, View};
 use crate::bundle::{Bundle, Reading};
-use crate::config::{self, CHECK_RETRY, NARROW_AFTER};
+use crate::config::{self, NARROW_AFTER};
 use crate::model::{Change, Content, Feed, FeedId, Scope, Version};
 use crate::policy::analyze::Reads;
 use crate::policy::candidates::LastGood;
-use crate::policy::check::{self, Compiler, Modules};
-use crate::policy::reads::Analyst;
-use crate::policy::settle::{self, Candidate, Candidates, Outcome, Progress, Selection};
-use crate::policy::verdict::Fault;
+use crate::policy::settle::{Candidates, Outcome, Progress};
 use crate::readiness::Readiness;
-use crate::source::auto::{self, Auto};
 use crate::store::{Store, Subscription, Taken};
 
-/// Time after which a hub that starts serves the last good policies, while the changes since then are being checked.
-const INTERIM_AFTER: Duration = Duration::from_secs(2);
+pub use checker::check;
+
 /// What [`Readiness`] calls the policies.
 pub const POLICIES: &str = "policies checked";
-/// What it calls the fields.
-const FIELDS: &str = "--fields auto";
 
 /// What the writer is told of policies.
 pub enum Said {
@@ -51,6 +45,8 @@ pub enum Said {
         /// Places of the resources that it reads and the spec does not name; `None` if that is not known, or not asked.
         resources: Option<BTreeSet<DirPath>>,
     },
+    /// More is known of what policies read than when they were checked.
+    Recheck,
     /// Resources that policies are about to read.
     Opened {
         /// Not open yet.
@@ -58,191 +54,6 @@ pub enum Said {
         /// Dropped once they were listed, or cannot be had.
         settled: oneshot::Sender<()>,
     },
-}
-
-/// Checks policies until the writer is gone. Where the compiler fails and no change is the cause, all stays as it was,
-/// and what is newest then is checked.
-pub async fn check(
-    compiler: Compiler,
-    mut jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
-    said: mpsc::Sender<Said>,
-    mut auto: Option<Auto>,
-    spec: Arc<Spec>,
-    bundle: Arc<Bundle>,
-    readiness: Readiness,
-) {
-    // Another document of the bundle may have asked for these.
-    if auto.is_none() {
-        readiness.problem(auto::SUBJECT, None);
-    }
-    if spec.fields.follows.is_nothing() {
-        readiness.problem(FIELDS, None);
-    }
-    let mut is_first = true;
-    let mut analyst = Analyst::default();
-    while let Some(candidates) = jobs.recv().await {
-        let started = Instant::now();
-        // What was good before a restart is served while what changed since takes long to check.
-        let is_restart = std::mem::take(&mut is_first) && candidates.values().any(|unit| unit.good.is_some());
-        let settled = tokio::select! {
-            settled = settle(&compiler, &candidates, &spec, &bundle, &mut analyst) => settled,
-            () = tokio::time::sleep(INTERIM_AFTER), if is_restart => {
-                match settle(&compiler, &unchanged(&candidates), &spec, &bundle, &mut analyst).await {
-                    Ok(good) if good.failure.is_none() => {
-                        let open = Outcome::unsettled(&candidates).untried;
-                        Ok(Outcome { untried: open, progress: Progress::Good, ..good })
-                    }
-                    _ => settle(&compiler, &candidates, &spec, &bundle, &mut analyst).await,
-                }
-            }
-        };
-        let (mut outcome, failure) = match settled {
-            Ok(mut outcome) => {
-                let failure = outcome.failure.take().map(|fault| fault.message);
-                (outcome, failure)
-            }
-            Err(error) => (Outcome::unsettled(&candidates), Some(error.to_string())),
-        };
-        if let Some(error) = failure {
-            tracing::warn!(error, "cannot check the policies");
-            readiness.failing(POLICIES, &error);
-            tokio::time::sleep(CHECK_RETRY).await;
-            if said.send(Said::Checked { outcome, reads: None, resources: None }).await.is_err() {
-                return;
-            }
-            continue;
-        }
-        readiness.problem(POLICIES, None);
-        if let Compiler::Syntax(_) = compiler {
-            for key in outcome.accepted.keys() {
-                let warning = Fault::new("unchecked", "only its syntax was checked: the hub has no opa");
-                outcome.warnings.entry(key.clone()).or_default().push(warning);
-            }
-        }
-        let took = started.elapsed();
-        tracing::debug!(checks = outcome.checks, ?took, "checked the policies");
-        let modules = outcome.accepted.values().flat_map(|texts| &texts.modules).collect();
-        // What policies read comes before them, and goes after them.
-        let mut resources = None;
-        if let Some(auto) = &mut auto {
-            resources = auto.reads(&compiler, &mut analyst, &modules, &readiness).await;
-            if let Some(resources) = &resources {
-                auto.widen(resources, &said).await;
-            }
-        }
-        let fields = &spec.fields;
-        let reads = if fields.follows.is_nothing() {
-            None
-        } else {
-            Some(read_by(&compiler, &mut analyst, &mut outcome, &fields.entrypoints, &readiness).await)
-        };
-        let resources = auto.as_mut().zip(resources).map(|(auto, resources)| auto.narrow(&resources));
-        if said.send(Said::Checked { outcome, reads, resources }).await.is_err() {
-            return;
-        }
-    }
-}
-
-/// The same candidates without any change.
-fn unchanged(candidates: &Candidates) -> Candidates {
-    let unchanged = candidates.iter().map(|(key, candidate)| {
-        let good = candidate.good.clone();
-        (key.clone(), Candidate { good: good.clone(), wanted: good, refused: None })
-    });
-    unchanged.collect()
-}
-
-/// Accepts as many candidates as compile together and keep the bundle within its size.
-async fn settle(
-    compiler: &Compiler,
-    candidates: &Candidates,
-    spec: &Spec,
-    bundle: &Bundle,
-    analyst: &mut Analyst,
-) -> Result<Outcome, check::Error> {
-    let entrypoints = &spec.fields.entrypoints[..];
-    let scales = Scales::new(spec, bundle);
-    let mut limits =
-        scales.map(move |scales| Limits { scales, compiler, candidates, entrypoints, analyst, before: None });
-    let check = async |selection: &Selection| {
-        let mut faults = compiler.check(selection).await?;
-        if let Some(limits) = &mut limits
-            && faults.iter().all(settle::is_of_tests)
-        {
-            faults.extend(limits.check(selection).await?);
-        }
-        Ok(faults)
-    };
-    settle::settle(candidates, check).await
-}
-
-/// Policies that read more than the bundle may hold.
-struct Limits<'a> {
-    scales: Scales<'a>,
-    compiler: &'a Compiler,
-    candidates: &'a Candidates,
-    entrypoints: &'a [DirPath],
-    analyst: &'a mut Analyst,
-    /// With what was good before.
-    before: Option<usize>,
-}
-
-impl Limits<'_> {
-    async fn check(&mut self, selection: &Selection<'_>) -> Result<Vec<Fault>, check::Error> {
-        let modules = selection.values().flat_map(|selected| &selected.texts.modules).collect();
-        let bytes = self.weigh(modules).await?;
-        if self.scales.fits(bytes) {
-            return Ok(Vec::new());
-        }
-        let good = self.candidates.values().filter_map(|candidate| candidate.good.as_deref());
-        let before = match self.before {
-            Some(before) => before,
-            None => self.weigh(good.flat_map(|texts| &texts.modules).collect()).await?,
-        };
-        self.before = Some(before);
-        let fault = self.scales.fault(bytes, before);
-        Ok(fault.map(|message| Fault::new("over_limit", message)).into_iter().collect())
-    }
-
-    /// Bytes of the data for these modules.
-    async fn weigh(&mut self, modules: Modules<'_>) -> Result<usize, check::Error> {
-        let found = self.analyst.reads(self.compiler, &modules, self.entrypoints).await?;
-        Ok(self.scales.weigh(&found.map_or_else(Reads::everything, |found| found.reads)))
-    }
-}
-
-/// The data that the accepted modules read: all of it where OPA cannot be asked, which is a problem of the bundle. A
-/// ConfigMap with a decision that cannot be analysed is warned.
-async fn read_by(
-    compiler: &Compiler,
-    analyst: &mut Analyst,
-    outcome: &mut Outcome,
-    entrypoints: &[DirPath],
-    readiness: &Readiness,
-) -> Reads {
-    let modules = outcome.accepted.values().flat_map(|texts| &texts.modules).collect();
-    let found = analyst.reads(compiler, &modules, entrypoints).await;
-    let problem = match &found {
-        Ok(Some(_)) => None,
-        Ok(None) => Some("it needs a real OPA: give --opa-bin; until then whole objects travel".to_owned()),
-        Err(error) => Some(format!("whole objects travel: {error}")),
-    };
-    if let Some(problem) = problem.as_ref().filter(|problem| readiness.is_news(FIELDS, problem)) {
-        tracing::warn!("{FIELDS}: {problem}");
-    }
-    readiness.problem(FIELDS, problem);
-    let Ok(Some(found)) = found else { return Reads::everything() };
-    for (decision, reason) in &found.opaque {
-        for (key, texts) in &outcome.accepted {
-            if texts.modules.values().any(|module| decision.is_within(&module.root)) {
-                let message = format!(
-                    "the fields that data{decision} reads cannot be found, so objects that it names travel whole: {reason}"
-                );
-                outcome.warnings.entry(key.clone()).or_default().push(Fault::new("fields_unknown", message));
-            }
-        }
-    }
-    found.reads
 }
 
 /// The writer.
@@ -409,6 +220,7 @@ impl Pipeline {
                     changed
                 });
             }
+            Said::Recheck => self.projection.recheck(),
             Said::Opened { feeds, settled } => {
                 for feed in &feeds {
                     self.open(feed);

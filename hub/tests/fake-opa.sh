@@ -13,7 +13,7 @@ members() {
 }
 
 case $1 in
-version) echo "Version: 1.2.3" ;;
+version) echo "Version: $(cat "$(dirname "$0")/version" 2> /dev/null || echo 1.22.2)" ;;
 capabilities) echo "{}" ;;
 check)
     grep -qw CRASH ./*.rego && kill -9 $$
@@ -26,7 +26,7 @@ check)
     ;;
 build) exit 1 ;;
 deps)
-    case $* in *'"stuck"'*) exit 1 ;; esac
+    case $* in *'stuck"'*) [ -e "$(dirname "$0")/calm" ] || exit 1 ;; esac
     printf '{"base":[[{"type":"var","value":"data"},%s,%s]]}' \
         '{"type":"string","value":"kubernetes"}' '{"type":"string","value":"pods"}'
     ;;

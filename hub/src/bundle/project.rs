@@ -229,6 +229,11 @@ impl Projection {
         self.policies.job(|root| check_root(feeds, closed, dirs, root).is_ok())
     }
 
+    /// Has all policies checked once more. Until then they are as the last check left them.
+    pub fn recheck(&mut self) {
+        self.policies.recheck();
+    }
+
     /// Whether all policies were checked.
     pub fn is_settled(&self) -> bool {
         self.policies.is_settled()

@@ -180,6 +180,15 @@ impl Compiler {
         }
     }
 
+    /// Reason why [`dependencies`](Self::dependencies) may lack some, if they may.
+    pub fn omission(&self) -> Option<String> {
+        let Self::Opa(Opa { version, .. }) = self else { return None };
+        let mut numbers = version.split('.').map_while(|number| number.parse().ok());
+        let is_new = [numbers.next(), numbers.next()].map(Option::unwrap_or_default) >= WHOLE_DEPENDENCIES;
+        let [major, minor] = WHOLE_DEPENDENCIES;
+        (!is_new).then(|| format!("OPA {version} omits data in `opa deps`; use OPA {major}.{minor} or later"))
+    }
+
     /// What these decisions depend on; `None` without a real OPA.
     pub async fn dependencies(
         &self,
@@ -192,6 +201,10 @@ impl Compiler {
         }
     }
 }
+
+/// First version of OPA, major and minor, whose `opa deps` tells of the data that `else` bodies and unused variables
+/// read (OPA CHANGELOG.md, 1.21.0, issue 4814).
+const WHOLE_DEPENDENCIES: [u32; 2] = [1, 21];
 
 /// The package of the rule that makes every package an entrypoint: OPA refuses one without rules as an entrypoint.
 const ENTRY: &str = "opahub_entry";
@@ -688,7 +701,7 @@ mod tests {
         let (dir, compiler) = fake().await;
         std::fs::remove_file(dir.path().join("opa")).unwrap();
         let other = compiler.with_dialect(Dialect::V1);
-        assert_eq!((compiler.name().as_str(), other.name()), ("OPA 1.2.3", compiler.name()));
+        assert_eq!((compiler.name().as_str(), other.name()), ("OPA 1.22.2", compiler.name()));
         assert!(matches!(other, Compiler::Opa(Opa { dialect: Dialect::V1, .. })));
         assert_eq!(runs(&dir), ["version", "capabilities"]);
     }

@@ -21,10 +21,12 @@ pub struct Found {
     pub reads: Reads,
     /// Decisions that could not be analysed, with the reason.
     pub opaque: BTreeMap<DirPath, String>,
+    /// Whether the time was too short for all decisions. Another call goes on there.
+    pub is_partial: bool,
 }
 
 /// Names below a path of data that policies read.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Names {
     /// The constant ones.
     pub names: BTreeSet<String>,
@@ -32,6 +34,8 @@ pub struct Names {
     pub is_dynamic: bool,
     /// Packages whose names could not be found, with the reason.
     pub unknown: BTreeMap<DirPath, String>,
+    /// Whether the time was too short for all packages. Another call goes on there.
+    pub is_partial: bool,
 }
 
 /// Analyses the policies of one bundle, again and again.
@@ -39,8 +43,28 @@ pub struct Names {
 pub struct Analyst {
     plans: Divider,
     dependencies: Divider,
-    /// The last result, with the digest of all modules and its time.
-    last: Option<(Digest, Instant, Found)>,
+    found: Option<Last<Found>>,
+    names: Option<Last<Names>>,
+}
+
+/// The last result.
+struct Last<T> {
+    /// Digest of all modules.
+    digest: Digest,
+    at: Instant,
+    result: T,
+}
+
+impl<T: Clone> Last<T> {
+    fn new(digest: Digest, result: &T) -> Self {
+        Self { digest, at: Instant::now(), result: result.clone() }
+    }
+
+    /// The result, while it is of these modules and nothing in it is to be tried again.
+    fn of(last: Option<&Self>, digest: Digest) -> Option<T> {
+        let last = last.filter(|last| last.digest == digest && last.at.elapsed() < RETRY_AFTER)?;
+        Some(last.result.clone())
+    }
 }
 
 impl Analyst {
@@ -55,10 +79,9 @@ impl Analyst {
         if modules.is_empty() {
             return Ok(Some(Found::default()));
         }
-        let digest = modules_digest(modules.iter().map(|(id, module)| (id.as_str(), module.digest)), None);
-        let is_same = |of: &Digest, at: &Instant| *of == digest && at.elapsed() < RETRY_AFTER;
-        if let Some((_, _, found)) = self.last.as_ref().filter(|(of, at, _)| is_same(of, at)) {
-            return Ok(Some(found.clone()));
+        let digest = digest(modules);
+        if let Some(found) = Last::of(self.found.as_ref(), digest) {
+            return Ok(Some(found));
         }
         let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
         let decisions = packages.chain(entrypoints).collect();
@@ -76,21 +99,26 @@ impl Analyst {
         }
         let opaque = planned.failed.into_iter();
         found.opaque = opaque.map(|(decision, reason)| (decision.clone(), reason)).collect();
-        let is_done = self.plans.is_done() && self.dependencies.is_done();
-        self.last = is_done.then(|| (digest, Instant::now(), found.clone()));
+        found.is_partial = planned.is_partial || named.is_partial;
+        self.found = (!found.is_partial).then(|| Last::new(digest, &found));
         Ok(Some(found))
     }
 
-    /// The names below `data.<root>` that these modules read; `None` without a real OPA.
+    /// The names below `data.<root>` that these modules read; `None` without a real OPA. The root is the same in every
+    /// call.
     pub async fn names(
         &mut self,
         compiler: &Compiler,
         modules: &Modules<'_>,
         root: &DirPath,
     ) -> Result<Option<Names>, check::Error> {
+        let digest = digest(modules);
+        if let Some(names) = Last::of(self.names.as_ref(), digest) {
+            return Ok(Some(names));
+        }
         let packages = modules.values().map(|module| &module.root).collect();
         let Some(named) = self.dependencies(compiler, modules, packages).await? else { return Ok(None) };
-        let mut names = Names::default();
+        let mut names = Names { is_partial: named.is_partial, ..Names::default() };
         let root: Vec<_> = root.relative().split('/').collect();
         let found = named.found.into_iter().flat_map(|(_, dependencies)| dependencies.data);
         for path in found.chain(hidden_paths(modules, |_| true)) {
@@ -104,6 +132,7 @@ impl Analyst {
             }
         }
         names.unknown = named.failed.into_iter().map(|(package, reason)| (package.clone(), reason)).collect();
+        self.names = (!names.is_partial).then(|| Last::new(digest, &names));
         Ok(Some(names))
     }
 
@@ -113,9 +142,17 @@ impl Analyst {
         modules: &Modules<'_>,
         decisions: BTreeSet<&'a DirPath>,
     ) -> Result<Option<Divided<'a, Dependencies>>, check::Error> {
+        if let Some(omission) = compiler.omission() {
+            let failed = decisions.into_iter().map(|decision| (decision, omission.clone())).collect();
+            return Ok(Some(Divided { found: Vec::new(), failed, is_partial: false }));
+        }
         let work = async |group: &[&DirPath]| Ok(compiler.dependencies(modules, group).await?);
         self.dependencies.divide(modules, decisions, work).await
     }
+}
+
+fn digest(modules: &Modules<'_>) -> Digest {
+    modules_digest(modules.iter().map(|(id, module)| (id.as_str(), module.digest)), None)
 }
 
 async fn analyse(

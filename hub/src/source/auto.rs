@@ -10,8 +10,8 @@ use crate::bundle::spec::AutoReplication;
 use crate::config::{AUTO_FEEDS_MAX, AUTO_LIST_MAX};
 use crate::model::{Content, Feed, Resource, Scope};
 use crate::pipeline::Said;
-use crate::policy::check::{Compiler, Modules};
-use crate::policy::reads::{Analyst, Names};
+use crate::policy::check;
+use crate::policy::reads::Names;
 use crate::readiness::Readiness;
 
 /// What [`Readiness`] calls it.
@@ -39,25 +39,29 @@ impl Auto {
         }
     }
 
-    /// The resources that `modules` read; `None` when that cannot be found now, which is a problem of the bundle. While
-    /// some package's are unknown, no resource goes.
-    pub async fn reads(
+    /// The path of all resources, without one's name.
+    pub fn path(&self) -> &DirPath {
+        &self.path
+    }
+
+    /// The resources among the names that policies read; `None` when those cannot be found now, which is a problem of
+    /// the bundle. While some package's are unknown, no resource goes.
+    pub fn reads(
         &self,
-        compiler: &Compiler,
-        analyst: &mut Analyst,
-        modules: &Modules<'_>,
+        names: &Result<Option<Names>, check::Error>,
         readiness: &Readiness,
     ) -> Option<BTreeSet<String>> {
-        let (problem, reads) = match analyst.names(compiler, modules, &self.path).await {
+        let (problem, reads) = match names {
             Err(error) => (Some(error.to_string()), None),
             Ok(None) => (Some("it needs a real OPA: give --opa-bin".into()), None),
-            Ok(Some(Names { mut names, is_dynamic, unknown })) => {
+            Ok(Some(Names { names, is_dynamic, unknown, .. })) => {
                 let place = self.path.relative().replace('/', ".");
-                names.retain(|name| is_segment(name) && !self.given.contains(name));
+                let is_resource = |name: &&String| is_segment(name) && !self.given.contains(*name);
+                let names: Vec<_> = names.iter().filter(is_resource).cloned().collect();
                 let many = names.len() > AUTO_FEEDS_MAX;
                 let problem = if many {
                     Some(format!("policies read {} resources, more than {AUTO_FEEDS_MAX}", names.len()))
-                } else if is_dynamic {
+                } else if *is_dynamic {
                     Some(format!(
                         "a policy reads data.{place} by names that only an input decides: give --replicate for those"
                     ))
@@ -121,5 +125,51 @@ impl Auto {
 
     fn place(&self, name: &str) -> DirPath {
         self.path.join(name).expect("a name that was read is a segment")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn resources_stay_while_names_are_unknown_and_new_ones_find_room() {
+        let path: DirPath = "/kubernetes".parse().unwrap();
+        let auto = |held: &[&str]| Auto {
+            held: held.iter().map(ToString::to_string).collect(),
+            ..Auto::new(AutoReplication { path: path.clone(), ignored: Vec::new() }, &[])
+        };
+        let unknown = BTreeMap::from([("/stuck".parse().unwrap(), "it is stuck".to_owned())]);
+        let many: Vec<_> = (0..=AUTO_FEEDS_MAX).map(|at| format!("r{at:03}")).collect();
+        let many: Vec<_> = many.iter().map(String::as_str).collect();
+        let cases = [
+            (&[][..], &["pods", "not/a segment"][..], false, &["pods"][..], None),
+            (&["nodes"], &["pods"], false, &["pods"], None),
+            (
+                &["nodes"],
+                &["pods"],
+                true,
+                &["nodes", "pods"],
+                Some("data/stuck reads cannot be found: it is stuck"),
+            ),
+            (&[], &many, false, &many[..AUTO_FEEDS_MAX], Some("policies read")),
+            (&many[1..], &many, false, &many[1..], Some("policies read")),
+            (&many[1..], &["pods"], true, &many[1..], Some("it is stuck")),
+        ];
+        for (held, names, is_unknown, expected, problem) in cases {
+            let readiness = Readiness::default();
+            let names = Names {
+                names: names.iter().map(ToString::to_string).collect(),
+                unknown: if is_unknown { unknown.clone() } else { BTreeMap::new() },
+                ..Names::default()
+            };
+            let reads = auto(held).reads(&Ok(Some(names)), &readiness).unwrap();
+            assert!(reads.iter().eq(expected), "{reads:?}");
+            let problems = readiness.problems();
+            assert_eq!(problems.is_empty(), problem.is_none(), "{problems:?}");
+            assert!(problem.is_none_or(|part| problems[0].message.contains(part)), "{problems:?}");
+        }
     }
 }

@@ -5,18 +5,22 @@ use std::fs::Permissions;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use opa_hub::bundle::Bundle;
-use opa_hub::bundle::spec::Spec;
+use opa_hub::bundle::kept::Kept;
+use opa_hub::bundle::spec::{AutoReplication, Spec};
 use opa_hub::model::ObjectKey;
 use opa_hub::pipeline::{self, Said};
 use opa_hub::policy::check::{Compiler, Dialect, Modules};
+use opa_hub::policy::divide::RETRY_AFTER;
 use opa_hub::policy::modules::Module;
 use opa_hub::policy::reads::Analyst;
 use opa_hub::policy::settle::{
     CHECK_FAILED, Candidate, Candidates, Outcome, Progress, Refused, Selected, Selection, Texts,
 };
 use opa_hub::readiness::Readiness;
+use opa_hub::source::auto::Auto;
 use opa_hub_loadtest::lab::assets;
 use opa_hub_proto::path::DirPath;
 use tokio::sync::mpsc;
@@ -30,9 +34,13 @@ struct Checks {
 impl Checks {
     async fn settle(&mut self, candidates: &Candidates) -> Outcome {
         self.jobs.send(Arc::new(candidates.clone())).unwrap();
-        match self.said.recv().await {
-            Some(Said::Checked { outcome, .. }) => outcome,
-            _ => panic!("nothing came of the check"),
+        loop {
+            match self.said.recv().await {
+                Some(Said::Checked { outcome, .. }) => return outcome,
+                // Resources are there as soon as they are asked for.
+                Some(Said::Opened { .. }) => {}
+                _ => panic!("nothing came of the check"),
+            }
         }
     }
 }
@@ -52,6 +60,10 @@ fn install(dir: &Path) {
 
 /// Runs `script` beside a check by the stand-in for OPA in a folder.
 async fn run(script: impl AsyncFnOnce(Checks, &Path, &Readiness)) {
+    run_with(None, script).await;
+}
+
+async fn run_with(auto: Option<Auto>, script: impl AsyncFnOnce(Checks, &Path, &Readiness)) {
     let dir = tempfile::tempdir().unwrap();
     install(dir.path());
     let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
@@ -61,7 +73,7 @@ async fn run(script: impl AsyncFnOnce(Checks, &Path, &Readiness)) {
     let bundle = Arc::new(Bundle::new("main".into(), None));
     let readiness = Readiness::default();
     readiness.problem("--replicate-auto", Some("of the document before".into()));
-    let checking = pipeline::check(compiler, queue, say, None, spec, bundle, readiness.clone());
+    let checking = pipeline::check(compiler, queue, say, auto, spec, bundle, readiness.clone());
     tokio::select! {
         () = checking => panic!("the check ended"),
         () = script(Checks { jobs, said }, dir.path(), &readiness) => {}
@@ -128,7 +140,7 @@ async fn what_one_analysis_could_not_divide_the_next_ones_do() {
     assert_eq!(counts, [64, 64, 64, 7, 0]);
 }
 
-/// The names and fields that other packages read are found as if it were not there, in one run each time.
+/// The names and fields that other packages read are found as if it were not there, in one run each change.
 #[tokio::test]
 async fn a_package_whose_dependencies_cannot_be_found_costs_the_others_nothing() {
     let dir = tempfile::tempdir().unwrap();
@@ -139,8 +151,8 @@ async fn a_package_whose_dependencies_cannot_be_found_costs_the_others_nothing()
     let log = dir.path().join("log");
     let runs = |what: &str| std::fs::read_to_string(&log).unwrap().lines().filter(|run| *run == what).count();
     let (mut analyst, kubernetes) = (Analyst::default(), DirPath::new(["kubernetes"]).unwrap());
-    // [a b c stuck] [a b] [c stuck] [c] [stuck], then the others together.
-    for (texts, expected) in [(&before, 5), (&before, 1), (&after, 1)] {
+    // [a b c stuck] [a b] [c stuck] [c] [stuck], nothing, then the others together.
+    for (texts, expected) in [(&before, 5), (&before, 0), (&after, 1)] {
         let modules: Modules = texts.iter().flat_map(|texts| &texts.modules).collect();
         let count = runs("deps");
         let names = analyst.names(&compiler, &modules, &kubernetes).await.unwrap().unwrap();
@@ -156,6 +168,86 @@ async fn a_package_whose_dependencies_cannot_be_found_costs_the_others_nothing()
         let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
         assert_eq!((found.opaque.len(), runs("deps") - count), (4, expected));
     }
+}
+
+fn auto() -> Auto {
+    let path = DirPath::new(["kubernetes"]).unwrap();
+    Auto::new(AutoReplication { path, ignored: Vec::new() }, &[])
+}
+
+/// Candidates of one package each.
+fn packages(names: impl IntoIterator<Item = String>) -> Candidates {
+    let candidate = |name: &str| Candidate { wanted: Some(texts(name, "")), ..Candidate::default() };
+    names.into_iter().map(|name| (key(&name), candidate(&name))).collect()
+}
+
+/// Good packages among many bad ones do not wait for an edit: the division goes on, and the bundle is checked again.
+#[tokio::test]
+async fn an_analysis_without_time_for_all_goes_on_by_itself() {
+    let names = (0..100).map(|at| format!("p{at:02}{}", if at % 2 == 0 { "" } else { "stuck" }));
+    let mut candidates = packages(names);
+    run_with(Some(auto()), async |mut checks, _, readiness| {
+        let problem = || readiness.problems()[0].message.clone();
+        let accepted = checks.settle(&candidates).await.accepted;
+        assert!(problem().contains("data/p00 reads cannot be found: too many other"), "{}", problem());
+        assert!(matches!(checks.said.recv().await, Some(Said::Recheck)));
+        for candidate in candidates.values_mut() {
+            candidate.good.clone_from(&candidate.wanted);
+        }
+        assert_eq!(checks.settle(&candidates).await.accepted, accepted);
+        assert!(problem().contains("data/p01stuck reads cannot be found: OPA ended"), "{}", problem());
+    })
+    .await;
+}
+
+/// A machine that was busy when the policies were checked costs them nothing for good.
+#[tokio::test]
+async fn an_analysis_that_failed_is_tried_again() {
+    let candidates = packages(["a".into(), "stuck".into()]);
+    run_with(Some(auto()), async |mut checks, dir, readiness| {
+        checks.settle(&candidates).await;
+        assert!(readiness.problems()[0].message.contains("data/stuck reads cannot be found"));
+        std::fs::write(dir.join("calm"), "").unwrap();
+        let checked = tokio::time::timeout(Duration::from_millis(200), checks.said.recv()).await;
+        assert!(checked.is_err(), "not before {RETRY_AFTER:?}");
+        tokio::time::pause();
+        tokio::time::advance(RETRY_AFTER).await;
+        tokio::time::resume();
+        assert!(matches!(checks.said.recv().await, Some(Said::Recheck)));
+        checks.settle(&candidates).await;
+        assert!(readiness.problems().is_empty(), "{:?}", readiness.problems());
+    })
+    .await;
+}
+
+/// The dependencies of an OPA that omits some are not asked for: resources are not known, and what cannot be planned
+/// reads everything.
+#[tokio::test]
+async fn an_opa_that_omits_dependencies_is_not_asked_for_them() {
+    let dir = tempfile::tempdir().unwrap();
+    install(dir.path());
+    let texts = texts("a", "");
+    let (modules, kubernetes) = (texts.modules.iter().collect(), DirPath::new(["kubernetes"]).unwrap());
+    for (version, is_whole) in
+        [("0.70.0", false), ("1.9.3", false), ("1.20.2", false), ("1.21.0-dev", true), ("2.0.0", true)]
+    {
+        std::fs::write(dir.path().join("version"), version).unwrap();
+        let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
+        let mut analyst = Analyst::default();
+        let names = analyst.names(&compiler, &modules, &kubernetes).await.unwrap().unwrap();
+        assert_eq!((names.names.len(), names.unknown.len()), (usize::from(is_whole), usize::from(!is_whole)));
+        assert!(is_whole || names.unknown.values().all(|reason| reason.contains("use OPA 1.21 or later")));
+        let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
+        let (all, pods) = (DirPath::new(["shop"]).unwrap(), DirPath::new(["kubernetes", "pods"]).unwrap());
+        assert!(Kept::of_reads(&found.reads, [(pods.clone(), None)]).of(&pods).is_all(), "{version}");
+        assert_eq!(
+            Kept::of_reads(&found.reads, [(all.clone(), None)]).of(&all).is_all(),
+            !is_whole,
+            "{version}"
+        );
+    }
+    let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+    assert_eq!(log.lines().filter(|run| *run == "deps").count(), 4, "two of each of the newer ones");
 }
 
 /// Memory of a run of OPA is bounded: what takes more is refused like all that makes OPA fail.

@@ -224,6 +224,26 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
     });
 }
 
+/// A bundle is served while its policies are checked once more, and does not change where nothing new is found.
+#[test]
+fn policies_are_checked_again_beside_readers() {
+    let mut writer = listed(&auto());
+    writer.policy(0, "package a");
+    writer.pipeline.commit();
+    writer.accept(None, Some(&[]));
+    let revision = writer.head().view.revision;
+    for _ in 0..2 {
+        writer.pipeline.hear(Said::Recheck);
+        writer.pipeline.commit();
+        assert_eq!(writer.head().view.revision, revision);
+    }
+    writer.accept(None, Some(&[]));
+    assert_eq!(writer.head().view.revision, revision);
+    writer.accept(None, Some(&[]));
+    assert!(writer.ends.jobs.try_recv().is_err(), "once for each word that came after the check began");
+    assert_eq!(writer.head().view.revision, revision);
+}
+
 /// A resource whose place is taken is not replicated. That its policies go hurts nothing.
 #[test]
 fn a_resource_without_a_place_comes_and_goes() {

@@ -163,11 +163,6 @@ impl Hub {
         self.slots.values().map(|slot| &slot.running)
     }
 
-    /// Whether one of its bundles serves pods whole because nobody knows what is read of them.
-    pub(super) fn reads_all(&self) -> bool {
-        self.bundles().any(Written::reads_all)
-    }
-
     /// All bundles.
     fn written(&mut self) -> impl Iterator<Item = &mut Written> {
         self.slots.values_mut().flat_map(Slot::all)

@@ -58,7 +58,7 @@ const AGENTS: [(&str, &str); 14] = [
 struct Seen(BTreeMap<&'static str, usize>);
 
 /// All that is to happen.
-const TRIED: [&str; 27] = [
+const TRIED: [&str; 28] = [
     "agents that go back",
     "answers to older policies",
     "bundles that are replaced",
@@ -77,6 +77,7 @@ const TRIED: [&str; 27] = [
     "objects that are left out",
     "openings",
     "places that are taken",
+    "rechecks",
     "reconciles",
     "refused policies",
     "resources that are not served",
@@ -215,10 +216,6 @@ impl Run {
         }
         if is_mended {
             world.source.mend();
-        }
-        // What a plan could not tell is asked again with the next edit.
-        if hubs.iter().any(Hub::reads_all) {
-            world.source.touch();
         }
         for hub in &mut *hubs {
             hub.settle(world);

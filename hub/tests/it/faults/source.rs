@@ -222,13 +222,6 @@ impl Source {
         self.put(Kind::Data, place_of_jobs(), None);
     }
 
-    /// Policies are edited: each hub checks them anew.
-    pub(super) fn touch(&mut self) {
-        let key = ObjectKey { namespace: "ns0".into(), name: "touched".into() };
-        let text = format!("package touched.k0\nx := {}", self.version);
-        self.put(Kind::Policies, key, Some(Arc::new(json!({ "data": { "k0": text } }))));
-    }
-
     /// People see to what is refused.
     pub(super) fn mend(&mut self) {
         for kind in Kind::ALL {

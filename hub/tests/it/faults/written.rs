@@ -64,11 +64,6 @@ impl Written {
         self.writer.ends.good.borrow().clone()
     }
 
-    /// Whether pods are served whole because nobody knows what is read of them.
-    pub(super) fn reads_all(&self) -> bool {
-        self.reads_all
-    }
-
     pub(super) fn is_live(&self) -> bool {
         self.bundle().head().borrow().is_some()
     }
@@ -104,6 +99,12 @@ impl Written {
             return true;
         }
         self.job = self.job.take().or_else(|| self.writer.ends.jobs.try_recv().ok());
+        if self.job.is_none() && self.reads_all && !self.plan_fails {
+            seen.add("rechecks");
+            self.writer.pipeline.hear(Said::Recheck);
+            self.commit(None);
+            self.job = self.writer.ends.jobs.try_recv().ok();
+        }
         if self.fails {
             seen.add_if(self.job.is_some(), "checks without a compiler");
             return false;

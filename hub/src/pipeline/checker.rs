@@ -1,0 +1,312 @@
+//! Check of policies, beside the writer: the accepted ones, and the data that they read.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use opa_hub_proto::path::DirPath;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::{POLICIES, Said};
+use crate::bundle::Bundle;
+use crate::bundle::limit::Scales;
+use crate::bundle::spec::Spec;
+use crate::config::CHECK_RETRY;
+use crate::model::ObjectKey;
+use crate::policy::analyze::Reads;
+use crate::policy::check::{self, Compiler, Modules};
+use crate::policy::divide::RETRY_AFTER;
+use crate::policy::reads::{Analyst, Found, Names};
+use crate::policy::settle::{self, Candidate, Candidates, Outcome, Progress, Selection, Texts};
+use crate::policy::verdict::Fault;
+use crate::readiness::Readiness;
+use crate::source::auto::{self, Auto};
+
+/// Time after which a hub that starts serves the last good policies, while the changes since then are being checked.
+const INTERIM_AFTER: Duration = Duration::from_secs(2);
+/// Name of the fields in [`Readiness`].
+const FIELDS: &str = "--fields auto";
+
+/// Checks policies until the writer is gone. Where the compiler fails and no change is the cause, all stays as it was,
+/// and what is newest then is checked.
+pub async fn check(
+    compiler: Compiler,
+    mut jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
+    said: mpsc::Sender<Said>,
+    mut auto: Option<Auto>,
+    spec: Arc<Spec>,
+    bundle: Arc<Bundle>,
+    readiness: Readiness,
+) {
+    // Another document of the bundle may have asked for these.
+    if auto.is_none() {
+        readiness.problem(auto::SUBJECT, None);
+    }
+    if spec.fields.follows.is_nothing() {
+        readiness.problem(FIELDS, None);
+    }
+    let mut is_first = true;
+    let mut analyst = Analyst::default();
+    let mut open: Option<(Question, Gaps)> = None;
+    loop {
+        let candidates = tokio::select! {
+            biased;
+            candidates = jobs.recv() => candidates,
+            () = async {
+                match &open {
+                    Some((question, gaps)) => question.ask_until_improved(gaps, &compiler, &mut analyst).await,
+                    None => std::future::pending().await,
+                }
+            } => {
+                open = None;
+                if said.send(Said::Recheck).await.is_err() {
+                    return;
+                }
+                continue;
+            }
+        };
+        let Some(candidates) = candidates else { return };
+        let started = Instant::now();
+        // What was good before a restart is served while what changed since takes long to check.
+        let is_restart = std::mem::take(&mut is_first) && candidates.values().any(|unit| unit.good.is_some());
+        let settled = tokio::select! {
+            settled = settle(&compiler, &candidates, &spec, &bundle, &mut analyst) => settled,
+            () = tokio::time::sleep(INTERIM_AFTER), if is_restart => {
+                match settle(&compiler, &unchanged(&candidates), &spec, &bundle, &mut analyst).await {
+                    Ok(good) if good.failure.is_none() => {
+                        let open = Outcome::unsettled(&candidates).untried;
+                        Ok(Outcome { untried: open, progress: Progress::Good, ..good })
+                    }
+                    _ => settle(&compiler, &candidates, &spec, &bundle, &mut analyst).await,
+                }
+            }
+        };
+        let (mut outcome, failure) = match settled {
+            Ok(mut outcome) => {
+                let failure = outcome.failure.take().map(|fault| fault.message);
+                (outcome, failure)
+            }
+            Err(error) => (Outcome::unsettled(&candidates), Some(error.to_string())),
+        };
+        if let Some(error) = failure {
+            tracing::warn!(error, "cannot check the policies");
+            readiness.failing(POLICIES, &error);
+            tokio::time::sleep(CHECK_RETRY).await;
+            if said.send(Said::Checked { outcome, reads: None, resources: None }).await.is_err() {
+                return;
+            }
+            continue;
+        }
+        readiness.problem(POLICIES, None);
+        if let Compiler::Syntax(_) = compiler {
+            for key in outcome.accepted.keys() {
+                let warning = Fault::new("unchecked", "only its syntax was checked: the hub has no opa");
+                outcome.warnings.entry(key.clone()).or_default().push(warning);
+            }
+        }
+        let took = started.elapsed();
+        tracing::debug!(checks = outcome.checks, ?took, "checked the policies");
+        let question = Question {
+            accepted: outcome.accepted.clone(),
+            path: auto.as_ref().map(|auto| auto.path().clone()),
+            entrypoints: (!spec.fields.follows.is_nothing()).then(|| spec.fields.entrypoints.clone()),
+        };
+        let analysis = question.ask(&compiler, &mut analyst).await;
+        // What policies read comes before them, and goes after them.
+        let mut resources = None;
+        if let (Some(auto), Some(names)) = (&mut auto, &analysis.names) {
+            resources = auto.reads(names, &readiness);
+            if let Some(resources) = &resources {
+                auto.widen(resources, &said).await;
+            }
+        }
+        let reads = analysis.found.as_ref().map(|found| read_by(found, &mut outcome, &readiness));
+        open = Some((question, analysis.gaps()));
+        let resources = auto.as_mut().zip(resources).map(|(auto, resources)| auto.narrow(&resources));
+        if said.send(Said::Checked { outcome, reads, resources }).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Question after the data that the accepted modules read.
+struct Question {
+    accepted: BTreeMap<ObjectKey, Arc<Texts>>,
+    /// Path below which names are asked for, where resources follow the policies.
+    path: Option<DirPath>,
+    /// Decisions, where fields follow the policies.
+    entrypoints: Option<Vec<DirPath>>,
+}
+
+type Answer<T> = Result<Option<T>, check::Error>;
+
+/// Answer to a [`Question`]; `None` for what was not asked.
+struct Analysis {
+    names: Option<Answer<Names>>,
+    found: Option<Answer<Found>>,
+}
+
+/// Parts of a question without an answer.
+#[derive(Default, PartialEq)]
+struct Gaps {
+    /// Whether OPA could not be asked.
+    has_failed: bool,
+    /// Whether the time was too short.
+    is_partial: bool,
+    /// Decisions that failed by themselves.
+    unknown: Vec<DirPath>,
+}
+
+impl Question {
+    async fn ask(&self, compiler: &Compiler, analyst: &mut Analyst) -> Analysis {
+        let modules = self.accepted.values().flat_map(|texts| &texts.modules).collect();
+        let (mut names, mut found) = (None, None);
+        if let Some(path) = &self.path {
+            names = Some(analyst.names(compiler, &modules, path).await);
+        }
+        if let Some(entrypoints) = &self.entrypoints {
+            found = Some(analyst.reads(compiler, &modules, entrypoints).await);
+        }
+        Analysis { names, found }
+    }
+
+    /// Asks again until an answer fills some of these gaps: at once where the time was too short, else later.
+    async fn ask_until_improved(&self, first: &Gaps, compiler: &Compiler, analyst: &mut Analyst) {
+        let mut last = None;
+        loop {
+            match last.as_ref().unwrap_or(first) {
+                Gaps { has_failed: true, .. } => tokio::time::sleep(CHECK_RETRY).await,
+                Gaps { is_partial: true, .. } => {}
+                Gaps { unknown, .. } if unknown.is_empty() => std::future::pending().await,
+                _ => tokio::time::sleep(RETRY_AFTER).await,
+            }
+            let gaps = self.ask(compiler, analyst).await.gaps();
+            if gaps.is_final() && gaps != *first {
+                return;
+            }
+            last = Some(gaps);
+        }
+    }
+}
+
+impl Analysis {
+    fn gaps(&self) -> Gaps {
+        let has_failed = matches!(self.names, Some(Err(_))) || matches!(self.found, Some(Err(_)));
+        let mut gaps = Gaps { has_failed, ..Gaps::default() };
+        if let Some(Ok(Some(names))) = &self.names {
+            gaps.is_partial |= names.is_partial;
+            gaps.unknown.extend(names.unknown.keys().cloned());
+        }
+        if let Some(Ok(Some(found))) = &self.found {
+            gaps.is_partial |= found.is_partial;
+            gaps.unknown.extend(found.opaque.keys().cloned());
+        }
+        gaps
+    }
+}
+
+impl Gaps {
+    /// Whether the same question soon finds the same.
+    fn is_final(&self) -> bool {
+        !self.has_failed && !self.is_partial
+    }
+}
+
+/// The same candidates without any change.
+fn unchanged(candidates: &Candidates) -> Candidates {
+    let unchanged = candidates.iter().map(|(key, candidate)| {
+        let good = candidate.good.clone();
+        (key.clone(), Candidate { good: good.clone(), wanted: good, refused: None })
+    });
+    unchanged.collect()
+}
+
+/// Accepts as many candidates as compile together and keep the bundle within its size.
+async fn settle(
+    compiler: &Compiler,
+    candidates: &Candidates,
+    spec: &Spec,
+    bundle: &Bundle,
+    analyst: &mut Analyst,
+) -> Result<Outcome, check::Error> {
+    let entrypoints = &spec.fields.entrypoints[..];
+    let scales = Scales::new(spec, bundle);
+    let mut limits =
+        scales.map(move |scales| Limits { scales, compiler, candidates, entrypoints, analyst, before: None });
+    let check = async |selection: &Selection| {
+        let mut faults = compiler.check(selection).await?;
+        if let Some(limits) = &mut limits
+            && faults.iter().all(settle::is_of_tests)
+        {
+            faults.extend(limits.check(selection).await?);
+        }
+        Ok(faults)
+    };
+    settle::settle(candidates, check).await
+}
+
+/// Policies that read more than the bundle may hold.
+struct Limits<'a> {
+    scales: Scales<'a>,
+    compiler: &'a Compiler,
+    candidates: &'a Candidates,
+    entrypoints: &'a [DirPath],
+    analyst: &'a mut Analyst,
+    /// With what was good before.
+    before: Option<usize>,
+}
+
+impl Limits<'_> {
+    async fn check(&mut self, selection: &Selection<'_>) -> Result<Vec<Fault>, check::Error> {
+        let modules = selection.values().flat_map(|selected| &selected.texts.modules).collect();
+        let bytes = self.weigh(modules).await?;
+        if self.scales.fits(bytes) {
+            return Ok(Vec::new());
+        }
+        let good = self.candidates.values().filter_map(|candidate| candidate.good.as_deref());
+        let before = match self.before {
+            Some(before) => before,
+            None => self.weigh(good.flat_map(|texts| &texts.modules).collect()).await?,
+        };
+        self.before = Some(before);
+        let fault = self.scales.fault(bytes, before);
+        Ok(fault.map(|message| Fault::new("over_limit", message)).into_iter().collect())
+    }
+
+    /// Bytes of the data for these modules.
+    async fn weigh(&mut self, modules: Modules<'_>) -> Result<usize, check::Error> {
+        let found = self.analyst.reads(self.compiler, &modules, self.entrypoints).await?;
+        Ok(self.scales.weigh(&found.map_or_else(Reads::everything, |found| found.reads)))
+    }
+}
+
+/// The data that the accepted modules read: all of it where OPA cannot be asked, which is a problem of the bundle. A
+/// ConfigMap with a decision that cannot be analysed is warned.
+fn read_by(
+    found: &Result<Option<Found>, check::Error>,
+    outcome: &mut Outcome,
+    readiness: &Readiness,
+) -> Reads {
+    let problem = match found {
+        Ok(Some(_)) => None,
+        Ok(None) => Some("it needs a real OPA: give --opa-bin; until then whole objects travel".to_owned()),
+        Err(error) => Some(format!("whole objects travel: {error}")),
+    };
+    if let Some(problem) = problem.as_ref().filter(|problem| readiness.is_news(FIELDS, problem)) {
+        tracing::warn!("{FIELDS}: {problem}");
+    }
+    readiness.problem(FIELDS, problem);
+    let Ok(Some(found)) = found else { return Reads::everything() };
+    for (decision, reason) in &found.opaque {
+        for (key, texts) in &outcome.accepted {
+            if texts.modules.values().any(|module| decision.is_within(&module.root)) {
+                let message = format!(
+                    "the fields that data{decision} reads cannot be found, so objects that it names travel whole: {reason}"
+                );
+                outcome.warnings.entry(key.clone()).or_default().push(Fault::new("fields_unknown", message));
+            }
+        }
+    }
+    found.reads.clone()
+}
