@@ -86,7 +86,7 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
     let Found { reads, opaque, .. } = loop {
         let found = analyst.reads(&compiler, &modules, &spec.fields.entrypoints).await?;
         let found = found.context("fields are found by a real OPA only: give --opa-bin")?;
-        if !found.is_partial {
+        if found.left.is_empty() {
             break found;
         }
     };

@@ -1,6 +1,6 @@
 //! Check of policies, beside the writer: the accepted ones, and the data that they read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +25,8 @@ use crate::source::auto::{self, Auto};
 
 /// Time after which a hub that starts serves the last good policies, while the changes since then are being checked.
 const INTERIM_AFTER: Duration = Duration::from_secs(2);
+/// Time after which no other call of the analysis begins to find out whether policies read too much.
+const WEIGH_MAX: Duration = Duration::from_secs(60);
 /// Name of the fields in [`Readiness`].
 const FIELDS: &str = "--fields auto";
 
@@ -48,18 +50,21 @@ pub async fn check(
     }
     let mut is_first = true;
     let mut analyst = Analyst::default();
+    // The last answer with gaps, and a better one.
     let mut open: Option<(Question, Gaps)> = None;
+    let mut improved: Option<(Question, Analysis)> = None;
     loop {
+        let better = async {
+            match &open {
+                Some((question, gaps)) => question.ask_until_improved(gaps, &compiler, &mut analyst).await,
+                None => std::future::pending().await,
+            }
+        };
         let candidates = tokio::select! {
             biased;
             candidates = jobs.recv() => candidates,
-            () = async {
-                match &open {
-                    Some((question, gaps)) => question.ask_until_improved(gaps, &compiler, &mut analyst).await,
-                    None => std::future::pending().await,
-                }
-            } => {
-                open = None;
+            better = better => {
+                improved = open.take().map(|(question, _)| (question, better));
                 if said.send(Said::Recheck).await.is_err() {
                     return;
                 }
@@ -67,6 +72,7 @@ pub async fn check(
             }
         };
         let Some(candidates) = candidates else { return };
+        open = None;
         let started = Instant::now();
         // What was good before a restart is served while what changed since takes long to check.
         let is_restart = std::mem::take(&mut is_first) && candidates.values().any(|unit| unit.good.is_some());
@@ -112,7 +118,10 @@ pub async fn check(
             path: auto.as_ref().map(|auto| auto.path().clone()),
             entrypoints: (!spec.fields.follows.is_nothing()).then(|| spec.fields.entrypoints.clone()),
         };
-        let analysis = question.ask(&compiler, &mut analyst).await;
+        let analysis = match improved.take() {
+            Some((same, better)) if same.accepted == question.accepted => better,
+            _ => question.ask(&compiler, &mut analyst).await,
+        };
         // What policies read comes before them, and goes after them.
         let mut resources = None;
         if let (Some(auto), Some(names)) = (&mut auto, &analysis.names) {
@@ -148,14 +157,24 @@ struct Analysis {
 }
 
 /// Parts of a question without an answer.
-#[derive(Default, PartialEq)]
+#[derive(Default)]
 struct Gaps {
     /// Whether OPA could not be asked.
     has_failed: bool,
     /// Whether the time was too short.
     is_partial: bool,
-    /// Decisions that failed by themselves.
-    unknown: Vec<DirPath>,
+    /// Decisions that failed by themselves, by the part of the analysis.
+    unknown: BTreeSet<(Part, DirPath)>,
+}
+
+#[derive(PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Part {
+    /// Names below the path.
+    Names,
+    /// Fields.
+    Fields,
+    /// Data that a decision with unknown fields names.
+    Data,
 }
 
 impl Question {
@@ -171,21 +190,18 @@ impl Question {
         Analysis { names, found }
     }
 
-    /// Asks again until an answer fills some of these gaps: at once where the time was too short, else later.
-    async fn ask_until_improved(&self, first: &Gaps, compiler: &Compiler, analyst: &mut Analyst) {
-        let mut last = None;
+    /// Asks again until an answer fills some of these gaps: soon where the time was too short, else later.
+    async fn ask_until_improved(&self, first: &Gaps, compiler: &Compiler, analyst: &mut Analyst) -> Analysis {
+        let mut pause = first.pause(Duration::ZERO);
         loop {
-            match last.as_ref().unwrap_or(first) {
-                Gaps { has_failed: true, .. } => tokio::time::sleep(CHECK_RETRY).await,
-                Gaps { is_partial: true, .. } => {}
-                Gaps { unknown, .. } if unknown.is_empty() => std::future::pending().await,
-                _ => tokio::time::sleep(RETRY_AFTER).await,
+            tokio::time::sleep(pause).await;
+            let started = Instant::now();
+            let analysis = self.ask(compiler, analyst).await;
+            let gaps = analysis.gaps();
+            if gaps.is_better_than(first) {
+                return analysis;
             }
-            let gaps = self.ask(compiler, analyst).await.gaps();
-            if gaps.is_final() && gaps != *first {
-                return;
-            }
-            last = Some(gaps);
+            pause = gaps.pause(started.elapsed());
         }
     }
 }
@@ -194,22 +210,42 @@ impl Analysis {
     fn gaps(&self) -> Gaps {
         let has_failed = matches!(self.names, Some(Err(_))) || matches!(self.found, Some(Err(_)));
         let mut gaps = Gaps { has_failed, ..Gaps::default() };
+        let mut add = |part: Part, decision: &DirPath| gaps.unknown.insert((part, decision.clone()));
         if let Some(Ok(Some(names))) = &self.names {
-            gaps.is_partial |= names.is_partial;
-            gaps.unknown.extend(names.unknown.keys().cloned());
+            gaps.is_partial |= !names.left.is_empty();
+            names.unknown.keys().for_each(|package| _ = add(Part::Names, package));
         }
         if let Some(Ok(Some(found))) = &self.found {
-            gaps.is_partial |= found.is_partial;
-            gaps.unknown.extend(found.opaque.keys().cloned());
+            gaps.is_partial |= !found.left.is_empty();
+            found.opaque.keys().for_each(|decision| _ = add(Part::Fields, decision));
+            found.unnamed.iter().for_each(|decision| _ = add(Part::Data, decision));
         }
         gaps
     }
 }
 
 impl Gaps {
-    /// Whether the same question soon finds the same.
+    /// Whether the same question finds the same for a while.
     fn is_final(&self) -> bool {
         !self.has_failed && !self.is_partial
+    }
+
+    fn is_better_than(&self, first: &Self) -> bool {
+        self.is_final() && (!first.is_final() || !first.unknown.is_subset(&self.unknown))
+    }
+
+    /// Time until the question is asked again; `took`: the time of the last answer.
+    fn pause(&self, took: Duration) -> Duration {
+        if self.has_failed {
+            CHECK_RETRY
+        } else if self.is_partial {
+            // Others have the machine as long.
+            took
+        } else if self.unknown.is_empty() {
+            Duration::MAX
+        } else {
+            RETRY_AFTER
+        }
     }
 }
 
@@ -259,25 +295,37 @@ struct Limits<'a> {
 
 impl Limits<'_> {
     async fn check(&mut self, selection: &Selection<'_>) -> Result<Vec<Fault>, check::Error> {
+        // What was good is not refused for what an analysis finds of it this time.
+        if !selection.values().any(|selected| selected.is_changed) {
+            return Ok(Vec::new());
+        }
         let modules = selection.values().flat_map(|selected| &selected.texts.modules).collect();
-        let bytes = self.weigh(modules).await?;
+        let bytes = self.weigh(&modules).await?;
         if self.scales.fits(bytes) {
             return Ok(Vec::new());
         }
         let good = self.candidates.values().filter_map(|candidate| candidate.good.as_deref());
         let before = match self.before {
             Some(before) => before,
-            None => self.weigh(good.flat_map(|texts| &texts.modules).collect()).await?,
+            None => self.weigh(&good.flat_map(|texts| &texts.modules).collect()).await?,
         };
         self.before = Some(before);
         let fault = self.scales.fault(bytes, before);
         Ok(fault.map(|message| Fault::new("over_limit", message)).into_iter().collect())
     }
 
-    /// Bytes of the data for these modules.
-    async fn weigh(&mut self, modules: Modules<'_>) -> Result<usize, check::Error> {
-        let found = self.analyst.reads(self.compiler, &modules, self.entrypoints).await?;
-        Ok(self.scales.weigh(&found.map_or_else(Reads::everything, |found| found.reads)))
+    /// Bytes of the data for these modules. Where the analysis takes several calls it goes on until they fit or are
+    /// known: a share of them may seem larger than all.
+    async fn weigh(&mut self, modules: &Modules<'_>) -> Result<usize, check::Error> {
+        let until = Instant::now() + WEIGH_MAX;
+        loop {
+            let found = self.analyst.reads(self.compiler, modules, self.entrypoints).await?;
+            let is_known = found.as_ref().is_none_or(|found| found.left.is_empty());
+            let bytes = self.scales.weigh(&found.map_or_else(Reads::everything, |found| found.reads));
+            if is_known || self.scales.fits(bytes) || Instant::now() >= until {
+                return Ok(bytes);
+            }
+        }
     }
 }
 
@@ -309,4 +357,29 @@ fn read_by(
         }
     }
     found.reads.clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_better_answer_has_policies_checked_again() {
+        let gaps = |has_failed, is_partial, unknown: &[&str]| {
+            let unknown = unknown.iter().map(|package| (Part::Fields, package.parse().unwrap()));
+            Gaps { has_failed, is_partial, unknown: unknown.collect() }
+        };
+        for (first, second, is_better) in [
+            (gaps(true, false, &[]), gaps(false, false, &[]), true),
+            (gaps(true, false, &[]), gaps(true, false, &[]), false),
+            (gaps(false, true, &[]), gaps(false, true, &["/a"]), false),
+            (gaps(false, true, &[]), gaps(false, false, &["/a", "/b"]), true),
+            (gaps(false, false, &["/a"]), gaps(false, false, &["/a"]), false),
+            (gaps(false, false, &["/a"]), gaps(false, false, &["/a", "/b"]), false),
+            (gaps(false, false, &["/a"]), gaps(false, true, &[]), false),
+            (gaps(false, false, &["/a", "/b"]), gaps(false, false, &["/b"]), true),
+        ] {
+            assert_eq!(second.is_better_than(&first), is_better, "{:?}, {:?}", first.unknown, second.unknown);
+        }
+    }
 }

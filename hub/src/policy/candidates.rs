@@ -16,10 +16,8 @@ use crate::model::ObjectKey;
 #[derive(Default)]
 pub struct Policies {
     units: BTreeMap<ObjectKey, Unit>,
-    /// Something changed that no check has seen.
+    /// Something changed that no check has seen, or all are to be checked once more.
     dirty: bool,
-    /// All are to be checked again, though nothing changed.
-    again: bool,
     checking: Option<Arc<Candidates>>,
     /// The packages that are served or may be soon: how many modules own each. Rejected modules own nothing.
     roots: BTreeMap<DirPath, usize>,
@@ -134,10 +132,10 @@ impl Policies {
     /// What is to be checked now, if anything is. Texts that were rejected before take part only where the places of
     /// their packages `may_own` data's, and while there is room for them.
     pub fn job(&mut self, may_own: impl Fn(&DirPath) -> bool) -> Option<Arc<Candidates>> {
-        if !(self.dirty || self.again) || self.checking.is_some() {
+        if !self.dirty || self.checking.is_some() {
             return None;
         }
-        (self.dirty, self.again, self.left_out) = (false, false, false);
+        (self.dirty, self.left_out) = (false, false);
         let mut room = MODULES_BYTES_MAX.saturating_sub(self.bytes);
         let mut candidates = Candidates::new();
         for (key, unit) in &self.units {
@@ -169,7 +167,7 @@ impl Policies {
 
     /// Has all of them checked once more.
     pub fn recheck(&mut self) {
-        self.again = true;
+        self.dirty = true;
     }
 
     /// Places became free: rejected texts that took no part in the last check may take part in the next.

@@ -20,9 +20,6 @@ const RUNS_MAX: usize = 64;
 pub const RETRY_AFTER: Duration = Duration::from_secs(600);
 /// Maximum number of doublings of [`RETRY_AFTER`]: 21 hours, so that a lasting failure costs next to nothing.
 const DOUBLINGS_MAX: u32 = 7;
-/// Reason of decisions that are left when the time or the runs are spent.
-const SPENT: &str = "too many other policies cannot be analysed either";
-
 /// Failure of one group.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -34,9 +31,12 @@ pub enum Error {
     Analysis(#[from] analyze::TooComplex),
 }
 
-/// Memory of decisions that failed.
-#[derive(Default)]
-pub struct Divider {
+/// Memory of results, so that the same question costs nothing and a longer one goes on where it ended.
+pub struct Divider<T> {
+    /// Digest of the last call's modules.
+    all: Option<Digest>,
+    /// Results of groups with those modules.
+    found: Vec<(BTreeSet<DirPath>, T)>,
     /// Decisions that failed alone.
     failed: BTreeMap<DirPath, Failure>,
     /// Groups without a result yet, each apart from all others: the call that divides them is under way, was dropped,
@@ -46,7 +46,9 @@ pub struct Divider {
 
 struct Failure {
     /// Digest of the decision's own modules.
-    digest: Digest,
+    own: Digest,
+    /// Digest of all modules.
+    all: Digest,
     reason: String,
     at: Instant,
     /// Number of failures before this one.
@@ -54,116 +56,150 @@ struct Failure {
 }
 
 impl Failure {
-    fn is_old(&self) -> bool {
-        self.at.elapsed() >= RETRY_AFTER * 2_u32.pow(self.before.min(DOUBLINGS_MAX))
+    fn is_old(&self, all: Digest) -> bool {
+        // Another module may have been the cause.
+        let doublings = if self.all == all { self.before.min(DOUBLINGS_MAX) } else { 0 };
+        self.at.elapsed() >= RETRY_AFTER * 2_u32.pow(doublings)
     }
 }
 
-/// Result of all decisions.
+/// Results of all decisions.
 pub struct Divided<'a, T> {
     /// Groups that succeeded.
-    pub found: Vec<(Vec<&'a DirPath>, T)>,
+    pub found: Vec<&'a (BTreeSet<DirPath>, T)>,
     /// Decisions that failed, with the reason.
-    pub failed: BTreeMap<&'a DirPath, String>,
-    /// Whether decisions are among the failed ones because the time or the runs were spent. Another call goes on there.
-    pub is_partial: bool,
+    pub failed: BTreeMap<DirPath, String>,
+    /// Decisions for which the time or the runs were too few. The same call goes on there.
+    pub left: BTreeSet<DirPath>,
 }
 
-impl Divider {
+impl<T> Default for Divider<T> {
+    fn default() -> Self {
+        Self { all: None, found: Vec::new(), failed: BTreeMap::new(), groups: Vec::new() }
+    }
+}
+
+impl<T> Divider<T> {
     /// Runs `work` on these decisions together, and on parts of them where that fails. `None` without a real OPA. An
-    /// error is no decision's doing. A call that is dropped loses one run.
-    pub async fn divide<'a, T>(
+    /// error is no decision's doing. A call that is dropped loses one run at most.
+    pub async fn divide(
         &mut self,
         modules: &Modules<'_>,
-        decisions: BTreeSet<&'a DirPath>,
-        mut work: impl AsyncFnMut(&[&'a DirPath]) -> Result<Option<T>, Error>,
-    ) -> Result<Option<Divided<'a, T>>, check::Error> {
+        decisions: &BTreeSet<&DirPath>,
+        mut work: impl AsyncFnMut(&[&DirPath]) -> Result<Option<T>, Error>,
+    ) -> Result<Option<Divided<'_, T>>, check::Error> {
+        let all = digest(modules.iter().map(|(id, module)| (*id, &***module)));
+        if self.all.replace(all) != Some(all) {
+            self.found.clear();
+        }
         // Other selections of the same policies lack some of them.
-        let is_there = |decision: &DirPath| modules.values().any(|module| decision.is_within(&module.root));
-        self.failed.retain(|decision, failure| !failure.is_old() || is_there(decision));
+        let is_there =
+            |decision: &DirPath| decisions.contains(decision) || own(modules, decision).next().is_some();
+        self.failed.retain(|decision, failure| !failure.is_old(all) || is_there(decision));
         self.groups.retain(|group| group.iter().any(is_there));
-        let mut divided = Divided { found: Vec::new(), failed: BTreeMap::new(), is_partial: false };
-        let (mut open, mut others, mut again) = (BTreeSet::new(), BTreeSet::new(), Vec::new());
-        for decision in decisions {
-            let failure = self.failed.get(decision);
-            if let Some(failure) = failure
-                && failure.digest == own_digest(modules, decision)
-                && !failure.is_old()
-            {
-                divided.failed.insert(decision, failure.reason.clone());
-                continue;
-            }
-            open.insert(decision);
-            let is_grouped = self.groups.iter().any(|group| group.contains(decision));
-            match failure {
-                _ if is_grouped => {}
-                // It does not fail the others with it once more.
-                Some(_) => again.push(BTreeSet::from([decision.clone()])),
-                None => _ = others.insert(decision.clone()),
+
+        let mut open = decisions.clone();
+        let mut used = vec![false; self.found.len()];
+        for ((group, _), is_used) in self.found.iter().zip(&mut used) {
+            *is_used = group.iter().all(|decision| open.contains(decision));
+            if *is_used {
+                open.retain(|decision| !group.contains(*decision));
             }
         }
-        self.groups.insert(0, others);
+        let mut divided = Divided { found: Vec::new(), failed: BTreeMap::new(), left: BTreeSet::new() };
+        open.retain(|decision| {
+            let failure = self.failed.get(*decision).filter(|failure| !failure.is_old(all));
+            let failure = failure.filter(|failure| failure.own == digest(own(modules, decision)));
+            let reason = failure.map(|failure| ((*decision).clone(), failure.reason.clone()));
+            let is_open = reason.is_none();
+            divided.failed.extend(reason);
+            is_open
+        });
+        let new = open.iter().filter(|decision| !self.groups.iter().any(|group| group.contains(**decision)));
+        // What failed once does not fail the others with it once more.
+        let (again, others): (Vec<&DirPath>, Vec<_>) =
+            new.partition(|decision| self.failed.contains_key(**decision));
+        let again: Vec<_> = again.into_iter().map(|decision| BTreeSet::from([decision.clone()])).collect();
+        let is_continued = !self.groups.is_empty();
+        self.groups.insert(0, others.into_iter().cloned().collect());
         self.groups.extend(again);
-        let (mut until, mut runs, mut at) = (None, 0, 0);
+
+        let mut until = is_continued.then(|| Instant::now() + DIVIDE_MAX);
+        let (mut runs, mut at) = (0, 0);
         // Level by level, so that good halves are found before the time is over.
         while let Some(group) = self.groups.get(at) {
-            let group: Vec<_> = open.iter().copied().filter(|decision| group.contains(*decision)).collect();
+            let (group, others): (BTreeSet<_>, BTreeSet<_>) =
+                group.iter().cloned().partition(|decision| open.contains(decision));
             if group.is_empty() {
                 at += 1;
                 continue;
             }
-            if runs >= RUNS_MAX || until.is_some_and(|until| Instant::now() >= until) {
-                divided.is_partial = true;
-                divided.failed.extend(group.into_iter().map(|decision| (decision, SPENT.to_owned())));
+            // One run at least, so that each call comes nearer to the end.
+            if runs >= RUNS_MAX || (runs > 0 && until.is_some_and(|until| Instant::now() >= until)) {
+                divided.left.extend(group);
                 at += 1;
                 continue;
             }
             runs += 1;
-            let result = match work(&group).await {
+            let result = match work(&group.iter().collect::<Vec<_>>()).await {
                 Err(Error::Opa(error)) if error.is_transient() => return Err(error),
                 result => result,
             };
-            self.groups.remove(at);
+            if others.is_empty() {
+                self.groups.remove(at);
+            } else {
+                self.groups[at] = others;
+                at += 1;
+            }
             match result {
                 Ok(None) => return Ok(None),
                 Ok(Some(found)) => {
-                    self.failed.retain(|decision, _| !group.contains(&decision));
-                    divided.found.push((group, found));
+                    self.failed.retain(|decision, _| !group.contains(decision));
+                    self.found.push((group, found));
+                    used.push(true);
                 }
                 Err(error) => {
                     until.get_or_insert_with(|| Instant::now() + DIVIDE_MAX);
-                    if let [decision] = group[..] {
-                        let reason = error.to_string();
-                        let digest = own_digest(modules, decision);
-                        let last = self.failed.get(decision).filter(|last| last.digest == digest);
+                    if group.len() > 1 {
+                        self.groups.extend(halves(modules, group));
+                        continue;
+                    }
+                    for decision in group {
+                        let own = digest(own(modules, &decision));
+                        let last =
+                            self.failed.get(&decision).filter(|last| (last.own, last.all) == (own, all));
                         let before = last.map_or(0, |last| last.before.saturating_add(1));
-                        let failure = Failure { digest, reason: reason.clone(), at: Instant::now(), before };
+                        let reason = error.to_string();
+                        let failure =
+                            Failure { own, all, reason: reason.clone(), at: Instant::now(), before };
                         self.failed.insert(decision.clone(), failure);
                         divided.failed.insert(decision, reason);
-                    } else {
-                        self.groups.extend(halves(modules, group));
                     }
                 }
             }
         }
+        divided
+            .found
+            .extend(self.found.iter().zip(used).filter(|(_, is_used)| *is_used).map(|(found, _)| found));
         Ok(Some(divided))
     }
 }
 
 /// The large decisions, which have half of the group's text, and the small ones; one at least of each.
-fn halves(modules: &Modules<'_>, group: Vec<&DirPath>) -> [BTreeSet<DirPath>; 2] {
-    let bytes = |decision| own(modules, decision).map(|(_, module)| module.text.len()).sum::<usize>();
-    let mut group: Vec<_> = group.into_iter().map(|decision| (bytes(decision), decision)).collect();
+fn halves(modules: &Modules<'_>, group: BTreeSet<DirPath>) -> [BTreeSet<DirPath>; 2] {
+    let bytes =
+        |decision: &DirPath| own(modules, decision).map(|(_, module)| module.text.len()).sum::<usize>();
+    let mut group: Vec<_> = group.into_iter().map(|decision| (bytes(&decision), decision)).collect();
     group.sort_by_key(|(bytes, _)| std::cmp::Reverse(*bytes));
     let all: usize = group.iter().map(|(bytes, _)| bytes).sum();
     let before = group.iter().scan(0, |sum, (bytes, _)| Some(std::mem::replace(sum, *sum + bytes)));
     let large = before.take_while(|before| before * 2 < all).count().clamp(1, group.len() - 1);
     let small = group.split_off(large);
-    [group, small].map(|half| half.into_iter().map(|(_, decision)| decision.clone()).collect())
+    [group, small].map(|half| half.into_iter().map(|(_, decision)| decision).collect())
 }
 
-fn own_digest(modules: &Modules<'_>, decision: &DirPath) -> Digest {
-    modules_digest(own(modules, decision).map(|(id, module)| (id.as_str(), module.digest)), None)
+fn digest<'a>(modules: impl Iterator<Item = (&'a String, &'a Module)>) -> Digest {
+    modules_digest(modules.map(|(id, module)| (id.as_str(), module.digest)), None)
 }
 
 /// The modules of a decision's package, and of packages below it.
@@ -178,9 +214,9 @@ mod tests {
 
     use super::*;
 
-    /// Divides packages of these names with these texts, of which those with `x` fail. Returns the groups of each run
-    /// and the failed decisions.
-    async fn divide(divider: &mut Divider, packages: &[(&str, &str)]) -> (Vec<String>, Vec<String>) {
+    /// Divides packages of these names with these texts: `x` fails, and more than three of `y` do. Returns the groups of
+    /// each run, and the decisions that failed and were left.
+    async fn divide(divider: &mut Divider<()>, packages: &[(&str, &str)]) -> [Vec<String>; 3] {
         let texts = packages.iter().map(|(name, text)| {
             let module = Module::read(&format!("package {name}\n# {text}")).unwrap();
             ((*name).to_owned(), Arc::new(module))
@@ -189,27 +225,24 @@ mod tests {
         let modules: Modules = texts.iter().map(|(id, module)| (id, module)).collect();
         let decisions = modules.values().map(|module| &module.root).collect();
         let mut runs = Vec::new();
-        let names = |group: &[&DirPath]| group.iter().map(|decision| decision.relative()).collect::<String>();
         let work = async |group: &[&DirPath]| {
-            runs.push(names(group));
-            let fails = |decision| own(&modules, decision).any(|(_, module)| module.text.contains('x'));
-            let failure = check::Error::PlanTooLarge(1);
-            if group.iter().any(|decision| fails(decision)) { Err(failure.into()) } else { Ok(Some(())) }
+            runs.push(group.iter().map(|decision| decision.relative()).collect::<String>());
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let all = group.iter().flat_map(|decision| own(&modules, decision));
+            let all: String = all.map(|(_, module)| module.text.lines().last().unwrap()).collect();
+            let fails = all.contains('x') || all.matches('y').count() > 3;
+            if fails { Err(check::Error::PlanTooLarge(1).into()) } else { Ok(Some(())) }
         };
-        let divided = divider.divide(&modules, decisions, work).await.unwrap().unwrap();
-        (runs, divided.failed.keys().map(|decision| decision.relative().to_owned()).collect())
+        let Divided { failed, left, .. } = divider.divide(&modules, &decisions, work).await.unwrap().unwrap();
+        let names = |decision: &DirPath| decision.relative().to_owned();
+        let (failed, left) = (failed.keys().map(names).collect(), left.iter().map(names).collect());
+        [runs, failed, left]
     }
 
-    async fn check(divider: &mut Divider, packages: &[(&str, &str)], runs: &[&str], failed: &[&str]) {
-        let (found, failures) = divide(divider, packages).await;
-        assert_eq!(
-            (found, failures),
-            (
-                runs.iter().map(ToString::to_string).collect(),
-                failed.iter().map(ToString::to_string).collect()
-            ),
-            "{packages:?}"
-        );
+    async fn check(divider: &mut Divider<()>, packages: &[(&str, &str)], runs: &[&str], failed: &[&str]) {
+        let expected =
+            [runs, failed, &[]].map(|names| names.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(divide(divider, packages).await, expected, "{packages:?}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -217,44 +250,80 @@ mod tests {
         let divider = &mut Divider::default();
         let before = [("a", "x"), ("b", ""), ("c", "")];
         check(divider, &before, &["abc", "ab", "c", "a", "b"], &["a"]).await;
-        check(divider, &before, &["bc"], &["a"]).await;
+        check(divider, &before, &[], &["a"]).await;
         check(divider, &[("a", "xx"), ("b", ""), ("c", "")], &["bc", "a"], &["a"]).await;
         check(divider, &[("a", ""), ("b", ""), ("c", "")], &["bc", "a"], &[]).await;
         check(divider, &before, &["abc", "ab", "c", "a", "b"], &["a"]).await;
         for waits in 0..=DOUBLINGS_MAX + 2 {
             let wait = RETRY_AFTER * 2_u32.pow(waits.min(DOUBLINGS_MAX));
-            tokio::time::advance(wait.checked_sub(Duration::from_secs(1)).unwrap()).await;
-            check(divider, &before, &["bc"], &["a"]).await;
-            tokio::time::advance(Duration::from_secs(1)).await;
-            check(divider, &before, &["bc", "a"], &["a"]).await;
+            tokio::time::advance(wait.checked_sub(Duration::from_secs(2)).unwrap()).await;
+            check(divider, &before, &[], &["a"]).await;
+            tokio::time::advance(Duration::from_secs(2)).await;
+            check(divider, &before, &["a"], &["a"]).await;
         }
         // Another selection of the policies does not forget it.
         check(divider, &before[1..], &["bc"], &[]).await;
         check(divider, &before, &["bc"], &["a"]).await;
+        // What another package did may be mended there.
+        check(divider, &[("a", "x"), ("b", "new"), ("c", "")], &["bc"], &["a"]).await;
+        tokio::time::advance(RETRY_AFTER).await;
+        check(divider, &[("a", "x"), ("b", "new"), ("c", "")], &["a"], &["a"]).await;
+    }
+
+    /// Each call comes nearer to the end, whatever fails together only, and takes its time and one run at most.
+    #[tokio::test(start_paused = true)]
+    async fn a_division_ends() {
+        let names: Vec<_> = (0..200).map(|at| format!("p{at:03}")).collect();
+        for bad in [0, 1, 40, 200] {
+            let text = |at| if at < bad { "x" } else { "y" };
+            let packages: Vec<_> =
+                names.iter().enumerate().map(|(at, name)| (name.as_str(), text(at))).collect();
+            let (divider, mut all) = (&mut Divider::default(), 0);
+            loop {
+                let started = Instant::now();
+                let [runs, failed, left] = divide(divider, &packages).await;
+                assert!(started.elapsed() <= DIVIDE_MAX + Duration::from_secs(1));
+                assert!(!runs.is_empty() && failed.len() <= bad);
+                all += runs.len();
+                if left.is_empty() {
+                    assert_eq!(failed.len(), bad);
+                    break;
+                }
+            }
+            assert!(all < 2 * packages.len(), "{bad}: {all} runs");
+            assert_eq!(divide(divider, &packages).await[0], [""; 0], "the same question costs nothing");
+        }
     }
 
     #[tokio::test]
-    async fn a_call_that_is_dropped_keeps_its_groups() {
+    async fn a_call_that_is_dropped_or_asks_for_some_keeps_the_groups() {
         let mut divider = Divider::default();
         let module = |name: &str| Arc::new(Module::read(&format!("package {name}")).unwrap());
-        let modules: Vec<_> = ["a", "b"].map(|name| (name.to_owned(), module(name))).into();
+        let modules: Vec<_> = ["a.x", "b", "c"].map(|name| (name.to_owned(), module(name))).into();
         let modules: Modules = modules.iter().map(|(id, module)| (id, module)).collect();
-        let decisions = || modules.values().map(|module| &module.root).collect::<BTreeSet<_>>();
-        let failure = || Error::from(check::Error::PlanTooLarge(1));
+        // One lies above its packages.
+        let decisions = ["a", "b", "c"].map(|name| DirPath::new([name]).unwrap());
         let mut runs = 0;
         let hangs = async |_: &[&DirPath]| {
             runs += 1;
-            if runs == 1 { Err::<Option<()>, _>(failure()) } else { std::future::pending().await }
+            let failure = check::Error::PlanTooLarge(1);
+            if runs == 1 { Err::<Option<()>, Error>(failure.into()) } else { std::future::pending().await }
         };
-        let divide = divider.divide(&modules, decisions(), hangs);
-        assert!(futures::FutureExt::now_or_never(divide).is_none());
-        let mut groups = Vec::new();
-        let work = async |group: &[&DirPath]| {
-            groups.push(group.len());
-            Ok(Some(()))
-        };
-        let divided = divider.divide(&modules, decisions(), work).await.unwrap().unwrap();
-        assert!(divided.failed.is_empty() && !divided.is_partial);
-        assert_eq!(groups, [1, 1], "the pair is known to fail");
+        let all = decisions.iter().collect();
+        assert!(futures::FutureExt::now_or_never(divider.divide(&modules, &all, hangs)).is_none());
+        for (decisions, expected) in
+            [(&decisions[1..], [1, 1]), (&decisions[..], [1, 0]), (&decisions[..], [0, 0])]
+        {
+            let mut groups = Vec::new();
+            let work = async |group: &[&DirPath]| {
+                groups.push(group.len());
+                Ok(Some(()))
+            };
+            let decisions = decisions.iter().collect();
+            let divided = divider.divide(&modules, &decisions, work).await.unwrap().unwrap();
+            assert!(divided.failed.is_empty() && divided.left.is_empty());
+            groups.resize(2, 0);
+            assert_eq!(groups, expected, "all three are known to fail");
+        }
     }
 }

@@ -5,12 +5,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use opa_hub_proto::path::DirPath;
-use opa_hub_proto::revision::{Digest, modules_digest};
-use tokio::time::Instant;
 
 use super::analyze::{self, Extent, Reads, Step};
 use super::check::{self, Compiler, Dependencies, Modules};
-use super::divide::{self, Divided, Divider, RETRY_AFTER};
+use super::divide::{self, Divided, Divider};
 use super::modules::Module;
 use super::plan::Site;
 
@@ -21,12 +19,14 @@ pub struct Found {
     pub reads: Reads,
     /// Decisions that could not be analysed, with the reason.
     pub opaque: BTreeMap<DirPath, String>,
-    /// Whether the time was too short for all decisions. Another call goes on there.
-    pub is_partial: bool,
+    /// Decisions of these of which not even the names are known: they read everything.
+    pub unnamed: BTreeSet<DirPath>,
+    /// Decisions that the analysis had no time for. Another call goes on there.
+    pub left: BTreeSet<DirPath>,
 }
 
 /// Names below a path of data that policies read.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Names {
     /// The constant ones.
     pub names: BTreeSet<String>,
@@ -34,42 +34,20 @@ pub struct Names {
     pub is_dynamic: bool,
     /// Packages whose names could not be found, with the reason.
     pub unknown: BTreeMap<DirPath, String>,
-    /// Whether the time was too short for all packages. Another call goes on there.
-    pub is_partial: bool,
+    /// Packages that the analysis had no time for. Another call goes on there.
+    pub left: BTreeSet<DirPath>,
 }
 
 /// Analyses the policies of one bundle, again and again.
 #[derive(Default)]
 pub struct Analyst {
-    plans: Divider,
-    dependencies: Divider,
-    found: Option<Last<Found>>,
-    names: Option<Last<Names>>,
-}
-
-/// The last result.
-struct Last<T> {
-    /// Digest of all modules.
-    digest: Digest,
-    at: Instant,
-    result: T,
-}
-
-impl<T: Clone> Last<T> {
-    fn new(digest: Digest, result: &T) -> Self {
-        Self { digest, at: Instant::now(), result: result.clone() }
-    }
-
-    /// The result, while it is of these modules and nothing in it is to be tried again.
-    fn of(last: Option<&Self>, digest: Digest) -> Option<T> {
-        let last = last.filter(|last| last.digest == digest && last.at.elapsed() < RETRY_AFTER)?;
-        Some(last.result.clone())
-    }
+    plans: Divider<Reads>,
+    dependencies: Divider<Dependencies>,
 }
 
 impl Analyst {
     /// The data that these modules read for `entrypoints`, or for all of their packages where there are none; `None`
-    /// without a real OPA. The entrypoints are the same in every call.
+    /// without a real OPA.
     pub async fn reads(
         &mut self,
         compiler: &Compiler,
@@ -79,48 +57,40 @@ impl Analyst {
         if modules.is_empty() {
             return Ok(Some(Found::default()));
         }
-        let digest = digest(modules);
-        if let Some(found) = Last::of(self.found.as_ref(), digest) {
-            return Ok(Some(found));
-        }
         let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
         let decisions = packages.chain(entrypoints).collect();
         let analyse = async |group: &[&DirPath]| analyse(compiler, modules, group).await;
-        let Some(planned) = self.plans.divide(modules, decisions, analyse).await? else { return Ok(None) };
-        let mut found = Found::default();
-        planned.found.into_iter().for_each(|(_, reads)| found.reads.join(reads));
-        let opaque: BTreeSet<_> = planned.failed.keys().copied().collect();
-        let Some(named) = self.dependencies(compiler, modules, opaque).await? else { return Ok(None) };
-        for (decisions, dependencies) in &named.found {
+        let Some(planned) = self.plans.divide(modules, &decisions, analyse).await? else { return Ok(None) };
+        let mut found = Found { opaque: planned.failed, left: planned.left, ..Found::default() };
+        planned.found.into_iter().for_each(|(_, reads)| found.reads.join(reads.clone()));
+        let unplanned = found.opaque.keys().chain(&found.left).collect();
+        let named = dependencies(&mut self.dependencies, compiler, modules, &unplanned).await?;
+        let Some(named) = named else { return Ok(None) };
+        for (decisions, dependencies) in named.found {
             found.reads.join(named_by(dependencies, modules, decisions));
         }
-        for decision in named.failed.keys() {
-            found.reads.join(whole(vec![Vec::new()], modules, &[decision]));
+        let unnamed: BTreeSet<_> = named.failed.into_keys().chain(named.left.iter().cloned()).collect();
+        if !unnamed.is_empty() {
+            found.reads.join(whole(vec![Vec::new()], modules, &unnamed));
         }
-        let opaque = planned.failed.into_iter();
-        found.opaque = opaque.map(|(decision, reason)| (decision.clone(), reason)).collect();
-        found.is_partial = planned.is_partial || named.is_partial;
-        self.found = (!found.is_partial).then(|| Last::new(digest, &found));
+        found.unnamed = unnamed;
+        found.left.extend(named.left);
         Ok(Some(found))
     }
 
-    /// The names below `data.<root>` that these modules read; `None` without a real OPA. The root is the same in every
-    /// call.
+    /// The names below `data.<root>` that these modules read; `None` without a real OPA.
     pub async fn names(
         &mut self,
         compiler: &Compiler,
         modules: &Modules<'_>,
         root: &DirPath,
     ) -> Result<Option<Names>, check::Error> {
-        let digest = digest(modules);
-        if let Some(names) = Last::of(self.names.as_ref(), digest) {
-            return Ok(Some(names));
-        }
         let packages = modules.values().map(|module| &module.root).collect();
-        let Some(named) = self.dependencies(compiler, modules, packages).await? else { return Ok(None) };
-        let mut names = Names { is_partial: named.is_partial, ..Names::default() };
+        let named = dependencies(&mut self.dependencies, compiler, modules, &packages).await?;
+        let Some(named) = named else { return Ok(None) };
+        let mut names = Names { unknown: named.failed, left: named.left, ..Names::default() };
         let root: Vec<_> = root.relative().split('/').collect();
-        let found = named.found.into_iter().flat_map(|(_, dependencies)| dependencies.data);
+        let found = named.found.into_iter().flat_map(|(_, dependencies)| dependencies.data.iter().cloned());
         for path in found.chain(hidden_paths(modules, |_| true)) {
             // A path that ends above the root may lead anywhere in it.
             let shared = path.len().min(root.len());
@@ -131,28 +101,23 @@ impl Analyst {
                 }
             }
         }
-        names.unknown = named.failed.into_iter().map(|(package, reason)| (package.clone(), reason)).collect();
-        self.names = (!names.is_partial).then(|| Last::new(digest, &names));
         Ok(Some(names))
-    }
-
-    async fn dependencies<'a>(
-        &mut self,
-        compiler: &Compiler,
-        modules: &Modules<'_>,
-        decisions: BTreeSet<&'a DirPath>,
-    ) -> Result<Option<Divided<'a, Dependencies>>, check::Error> {
-        if let Some(omission) = compiler.omission() {
-            let failed = decisions.into_iter().map(|decision| (decision, omission.clone())).collect();
-            return Ok(Some(Divided { found: Vec::new(), failed, is_partial: false }));
-        }
-        let work = async |group: &[&DirPath]| Ok(compiler.dependencies(modules, group).await?);
-        self.dependencies.divide(modules, decisions, work).await
     }
 }
 
-fn digest(modules: &Modules<'_>) -> Digest {
-    modules_digest(modules.iter().map(|(id, module)| (id.as_str(), module.digest)), None)
+/// What each of these decisions depends on; unknown of all of them where this OPA omits some.
+async fn dependencies<'a>(
+    divider: &'a mut Divider<Dependencies>,
+    compiler: &Compiler,
+    modules: &Modules<'_>,
+    decisions: &BTreeSet<&DirPath>,
+) -> Result<Option<Divided<'a, Dependencies>>, check::Error> {
+    if let Some(omission) = compiler.omission() {
+        let failed = decisions.iter().map(|decision| ((*decision).clone(), omission.clone())).collect();
+        return Ok(Some(Divided { found: Vec::new(), failed, left: BTreeSet::new() }));
+    }
+    let work = async |group: &[&DirPath]| Ok(compiler.dependencies(modules, group).await?);
+    divider.divide(modules, decisions, work).await
 }
 
 async fn analyse(
@@ -165,7 +130,7 @@ async fn analyse(
 }
 
 /// All of what decisions name.
-fn named_by(dependencies: &Dependencies, modules: &Modules<'_>, decisions: &[&DirPath]) -> Reads {
+fn named_by(dependencies: &Dependencies, modules: &Modules<'_>, decisions: &BTreeSet<DirPath>) -> Reads {
     let Dependencies { data, rules } = dependencies;
     // Rules lie in packages; the name of a rule may be dynamic, and a package longer than its root.
     let is_used = |module: &Module| {
@@ -188,7 +153,7 @@ fn hidden_paths(modules: &Modules<'_>, is_used: impl Fn(&Module) -> bool) -> BTr
 }
 
 /// All of the data at these paths, read by the modules of these decisions.
-fn whole(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &[&DirPath]) -> Reads {
+fn whole(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &BTreeSet<DirPath>) -> Reads {
     let sites: Vec<_> = modules
         .iter()
         .filter(|(_, module)| decisions.iter().any(|decision| decision.is_within(&module.root)))

@@ -54,7 +54,7 @@ impl Auto {
         let (problem, reads) = match names {
             Err(error) => (Some(error.to_string()), None),
             Ok(None) => (Some("it needs a real OPA: give --opa-bin".into()), None),
-            Ok(Some(Names { names, is_dynamic, unknown, .. })) => {
+            Ok(Some(Names { names, is_dynamic, unknown, left })) => {
                 let place = self.path.relative().replace('/', ".");
                 let is_resource = |name: &&String| is_segment(name) && !self.given.contains(*name);
                 let names: Vec<_> = names.iter().filter(is_resource).cloned().collect();
@@ -65,6 +65,8 @@ impl Auto {
                     Some(format!(
                         "a policy reads data.{place} by names that only an input decides: give --replicate for those"
                     ))
+                } else if !left.is_empty() {
+                    Some(format!("the analysis goes on: {} packages are left", left.len()))
                 } else {
                     unknown.first_key_value().map(|(package, reason)| {
                         format!(
@@ -76,7 +78,7 @@ impl Auto {
                 let (there, new): (Vec<_>, Vec<_>) =
                     names.into_iter().partition(|name| self.held.contains(name));
                 let mut reads: BTreeSet<_> = there.into_iter().collect();
-                if !unknown.is_empty() {
+                if !unknown.is_empty() || !left.is_empty() {
                     reads.extend(self.held.iter().cloned());
                 }
                 let room = AUTO_FEEDS_MAX.saturating_sub(reads.len());
@@ -141,30 +143,33 @@ mod tests {
             held: held.iter().map(ToString::to_string).collect(),
             ..Auto::new(AutoReplication { path: path.clone(), ignored: Vec::new() }, &[])
         };
-        let unknown = BTreeMap::from([("/stuck".parse().unwrap(), "it is stuck".to_owned())]);
+        let of = |names: &[&str]| Names {
+            names: names.iter().map(ToString::to_string).collect(),
+            ..Names::default()
+        };
+        let unknown = |names| Names {
+            unknown: BTreeMap::from([("/stuck".parse().unwrap(), "it is stuck".to_owned())]),
+            ..of(names)
+        };
+        let left = |names| Names { left: BTreeSet::from(["/slow".parse().unwrap()]), ..of(names) };
         let many: Vec<_> = (0..=AUTO_FEEDS_MAX).map(|at| format!("r{at:03}")).collect();
         let many: Vec<_> = many.iter().map(String::as_str).collect();
         let cases = [
-            (&[][..], &["pods", "not/a segment"][..], false, &["pods"][..], None),
-            (&["nodes"], &["pods"], false, &["pods"], None),
+            (&[][..], of(&["pods", "not/a segment"]), &["pods"][..], None),
+            (&["nodes"], of(&["pods"]), &["pods"], None),
             (
                 &["nodes"],
-                &["pods"],
-                true,
+                unknown(&["pods"]),
                 &["nodes", "pods"],
                 Some("data/stuck reads cannot be found: it is stuck"),
             ),
-            (&[], &many, false, &many[..AUTO_FEEDS_MAX], Some("policies read")),
-            (&many[1..], &many, false, &many[1..], Some("policies read")),
-            (&many[1..], &["pods"], true, &many[1..], Some("it is stuck")),
+            (&["nodes"], left(&["pods"]), &["nodes", "pods"], Some("goes on: 1 packages are left")),
+            (&[], of(&many), &many[..AUTO_FEEDS_MAX], Some("policies read")),
+            (&many[1..], of(&many), &many[1..], Some("policies read")),
+            (&many[1..], unknown(&["pods"]), &many[1..], Some("it is stuck")),
         ];
-        for (held, names, is_unknown, expected, problem) in cases {
+        for (held, names, expected, problem) in cases {
             let readiness = Readiness::default();
-            let names = Names {
-                names: names.iter().map(ToString::to_string).collect(),
-                unknown: if is_unknown { unknown.clone() } else { BTreeMap::new() },
-                ..Names::default()
-            };
             let reads = auto(held).reads(&Ok(Some(names)), &readiness).unwrap();
             assert!(reads.iter().eq(expected), "{reads:?}");
             let problems = readiness.problems();
