@@ -12,8 +12,8 @@ pub const PATCH_BYTES_MAX: usize = 256 << 10;
 pub const POLICY_BUNDLE_BYTES_MAX: usize = 16 << 20;
 /// Pieces of an archive that are decoded ahead of OPA.
 pub const DECODED_AHEAD_MAX: usize = 2;
-/// OPA is asked this often whether it still holds what it was given: an OPA that restarted is found within this time.
-pub const OPA_POLL: Duration = Duration::from_millis(250);
+/// Interval of the question whether OPA still holds what it was given: a restart of OPA is noticed within this time.
+pub const OPA_POLL: Duration = Duration::from_millis(500);
 /// OPA activates a policy bundle within about this time; until then nothing goes that older policies read.
 pub const ACTIVATION_MAX: Duration = Duration::from_secs(2);
 /// A request that writes to OPA: a directory of thousands of entries takes OPA a second.
@@ -37,6 +37,9 @@ pub const FRESH_ANSWER: Duration = Duration::from_secs(1);
 pub const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// … up to this, so that ten thousand agents come back spread over seconds.
 pub const RETRY_MAX: Duration = Duration::from_secs(5);
+/// Maximum time in which a poll by an OPA without policies is kept waiting for its data, where OPA grants no longer one:
+/// OPA waits 10 s for an answer (OPA v1/plugins/rest/rest.go, `defaultResponseHeaderTimeoutSeconds`).
+pub const GATE_MAX: Duration = Duration::from_secs(5);
 /// The longest long poll that is granted to OPA.
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(300);
 

@@ -4,6 +4,9 @@
 //! OPA checks after each REST write whether data and rules collide below the roots of the bundle that it activated
 //! last, and copies the data for it where a package lies beside it. So this one is given anew whenever OPA activated
 //! policies, and by then owns nothing to check.
+//!
+//! An OPA that says of no policy bundle that it activated it may have restarted, and then has no data either. It gets
+//! no policies before somebody looked: they would decide on nothing.
 
 use std::sync::Arc;
 
@@ -22,7 +25,7 @@ use opa_hub_proto::poll::{BUNDLE_TYPE, OPA_AGENT, entity_tags, wait};
 use opa_hub_proto::revision::Digest;
 use tokio::sync::watch;
 
-use crate::config::{ACTIVATION_MAX, LONG_POLL_MAX};
+use crate::config::{ACTIVATION_MAX, GATE_MAX, LONG_POLL_MAX};
 use crate::pull::PolicyBundle;
 use crate::status::Status;
 
@@ -35,6 +38,16 @@ struct Shared {
     status: Status,
     policy: watch::Sender<Option<PolicyBundle>>,
     data_only: watch::Sender<Option<PolicyBundle>>,
+    gate: watch::Sender<Gate>,
+}
+
+/// Polls by an OPA that has activated no policies, counted.
+#[derive(Clone, Copy, Default)]
+struct Gate {
+    /// All of them.
+    polls: u64,
+    /// Those after which OPA was seen to hold its data.
+    passed: u64,
 }
 
 impl Local {
@@ -45,7 +58,25 @@ impl Local {
             status,
             policy: watch::Sender::new(None),
             data_only: watch::Sender::new(None),
+            gate: watch::Sender::default(),
         }))
+    }
+
+    /// Number of polls so far by an OPA that has activated no policies.
+    pub fn polls(&self) -> u64 {
+        self.0.gate.borrow().polls
+    }
+
+    /// Waits until one of these polls has not passed.
+    pub async fn needs_data(&self) {
+        let mut gate = self.0.gate.subscribe();
+        // The sender lives as long as this.
+        _ = gate.wait_for(|gate| gate.passed < gate.polls).await;
+    }
+
+    /// Lets the first so many polls pass: OPA was seen to hold its data after they came.
+    pub fn pass(&self, polls: u64) {
+        self.0.gate.send_modify(|gate| gate.passed = gate.passed.max(polls));
     }
 
     /// The policy bundle that is served.
@@ -105,6 +136,19 @@ async fn policy(State(local): State<Local>, Path(name): Path<String>, headers: H
             .0
             .status
             .with(|status| status.activated = activated.as_deref().and_then(|etag| etag.parse().ok()));
+    }
+    if is_opa && activated.is_none() && name == local.0.bundle {
+        let mut poll = 0;
+        local.0.gate.send_modify(|gate| {
+            gate.polls += 1;
+            poll = gate.polls;
+        });
+        let mut gate = local.0.gate.subscribe();
+        let patience = wait(values(&headers, "prefer"), LONG_POLL_MAX).max(GATE_MAX);
+        let passed = tokio::time::timeout(patience, gate.wait_for(|gate| gate.passed >= poll)).await;
+        if passed.is_err() {
+            return (StatusCode::SERVICE_UNAVAILABLE, "the data is not there yet\n").into_response();
+        }
     }
     if let Some(etag) = activated.filter(|_| is_opa) {
         let anew = |served: &mut Option<PolicyBundle>| {

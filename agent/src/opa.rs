@@ -101,10 +101,24 @@ impl Opa {
         }
     }
 
-    /// The revision that OPA says it holds.
-    pub async fn revision(&self, bundle: &str) -> Result<Option<Revision>, Error> {
-        let path = Marker::path(bundle).join("revision").expect("a segment");
-        self.read(&path).await
+    /// Whether OPA holds this revision of `bundle`. Asked by partial evaluation, which no decision log shows (OPA
+    /// v1/server/server.go, `v1CompilePost`).
+    pub async fn holds(&self, bundle: &str, revision: Option<Revision>) -> Result<bool, Error> {
+        #[derive(Deserialize, Default)]
+        struct Partial {
+            #[serde(default)]
+            queries: Vec<serde::de::IgnoredAny>,
+        }
+        let Some(revision) = revision else { return Ok(false) };
+        let path = Marker::path(bundle).relative().replace('/', "\"][\"");
+        let query = format!("data[\"{path}\"].revision == \"{revision}\"");
+        let query = serde_json::json!({ "query": query }).to_string();
+        let what = "compile".to_owned();
+        let send = self.send(Method::POST, &what, Some(query.into()), |request| request.timeout(OPA_READ));
+        let body = send.await?.bytes().await?;
+        let answer: Answer<Partial> =
+            serde_json::from_slice(&body).map_err(|source| Error::Answer { what, source })?;
+        Ok(!answer.result.unwrap_or_default().queries.is_empty())
     }
 
     async fn read<T: serde::de::DeserializeOwned>(&self, path: &DirPath) -> Result<Option<T>, Error> {

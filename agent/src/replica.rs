@@ -217,6 +217,8 @@ impl Replica {
             },
         };
         self.trust = Trust::Whole;
+        // Without a hub too.
+        self.check_held(&held).await?;
         let mut stream = self.hubs.stream(held.revision(), &held.marker.position).await?;
         for _ in 0..RECONCILES_MAX {
             if stream.is_none() {
@@ -250,6 +252,10 @@ impl Replica {
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
+                biased;
+                // An OPA that restarted asks for policies at once.
+                () = self.local.needs_data() => self.check_held(&held).await?,
+                _ = poll.tick() => self.check_held(&held).await?,
                 message = stream.next() => {
                     match message? {
                         Message::Event { id, event, data } => {
@@ -288,14 +294,18 @@ impl Replica {
                         }
                     }
                 }
-                _ = poll.tick() => {
-                    let holds = self.applier.opa.revision(&self.applier.bundle).await?;
-                    if holds != held.marker.revision {
-                        return Err(Trouble::OpaChanged);
-                    }
-                }
             }
         }
+    }
+
+    /// Lets OPA have its policies, where it holds the data for them.
+    async fn check_held(&self, held: &Held) -> Result<(), Trouble> {
+        let polls = self.local.polls();
+        if !self.applier.opa.holds(&self.applier.bundle, held.marker.revision).await? {
+            return Err(Trouble::OpaChanged);
+        }
+        self.local.pass(polls);
+        Ok(())
     }
 
     /// A hub that has not heard its source for a while says so. Whoever hears it is better; where there is nobody, what

@@ -18,6 +18,8 @@ mod kube_mgmt;
 
 mod namespaces;
 
+mod opa_kills;
+
 mod policies;
 
 mod replicas;
