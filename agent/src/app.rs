@@ -56,7 +56,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         }
         None => None,
     };
-    let status = Status::new(config.delivery, config.grace);
+    let status = Status::new(config.delivery, config.unready_after);
     let local = Local::new(config.bundle.clone(), status.clone());
     let replica = Replica::new(&config, local.clone(), status)?;
     tracing::info!("health at http://{}/readyz", listener.local_addr()?);

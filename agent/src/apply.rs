@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::archive::{self, Piece};
 use crate::config::PATCH_BYTES_MAX;
-use crate::marker::{MARKERS, Marker};
+use crate::marker::{MARKERS, Marker, WRITER};
 use crate::opa::{self, Opa};
 use crate::rounds::{self, Turned};
 
@@ -27,6 +27,9 @@ pub enum Error {
     /// The archive failed.
     #[error(transparent)]
     Archive(#[from] archive::Error),
+    /// The marker is another session's, or gone.
+    #[error("OPA holds something else than it was given: it restarted, or somebody else writes to it")]
+    OtherWriter,
     /// An event that is none.
     #[error("the hub sent an event that does not parse: {0}")]
     Event(#[from] serde_json::Error),
@@ -60,6 +63,8 @@ pub struct Applier {
     pub opa: Opa,
     /// The bundle whose marker is kept.
     pub bundle: String,
+    /// Name of the session that may write to OPA.
+    pub writer: String,
 }
 
 /// What an archive left to be done.
@@ -87,6 +92,36 @@ impl Modules {
 }
 
 impl Applier {
+    /// Begins a session: from now on OPA refuses what earlier ones wrote and OPA has not yet applied. Returns what OPA
+    /// says that it holds; `None` when it was never loaded.
+    pub async fn claim(&mut self) -> Result<Option<Marker>, Error> {
+        self.writer = format!("{:016x}", fastrand::u64(..));
+        let mut patch = PatchWriter::default();
+        let writer = serde_json::json!({ &self.writer: true }).to_string();
+        patch.add(&Marker::path(&self.bundle), WRITER, writer.as_bytes());
+        match self.opa.patch(patch.into_array()).await {
+            Ok(()) => Ok(self.opa.marker(&self.bundle).await?),
+            Err(opa::Error::Missing(_)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Sends a patch that OPA applies while this session may write to it. OPA has no operation that tests a value, so the
+    /// value is a key that must exist.
+    async fn patch(&self, patch: PatchWriter) -> Result<(), Error> {
+        let mut guard = PatchWriter::default();
+        let place = Marker::path(&self.bundle).join(WRITER).expect("a segment");
+        guard.replace(&place, &self.writer, b"true");
+        match self.opa.patch(patch.into_array_after(&guard)).await {
+            Err(opa::Error::Missing(what)) if what.contains(&self.writer) => Err(Error::OtherWriter),
+            other => Ok(other?),
+        }
+    }
+
+    fn write(&self, marker: &Marker, patch: &mut PatchWriter) {
+        marker.write(patch, &self.bundle, &self.writer);
+    }
+
     /// Applies the event `delta`: one PATCH, the marker in it, unless there are more operations than OPA likes or
     /// places to be made first.
     pub async fn delta(&self, marker: &mut Marker, delta: &Delta<'_>) -> Result<(), Error> {
@@ -125,9 +160,9 @@ impl Applier {
                 patch.splice(op.get().as_bytes(), 1);
             }
             self.make_room(&mut patch, PATCH_BYTES_MAX).await?;
-            next.write(&mut patch, &self.bundle);
+            self.write(&next, &mut patch);
         }
-        self.opa.patch(patch.into_array()).await?;
+        self.patch(patch).await?;
         *marker = next;
         Ok(())
     }
@@ -146,10 +181,6 @@ impl Applier {
         let Head { data, modules, modules_digest: digest, reads, rego_version } = head;
         let mut found = Modules { put: BTreeMap::new(), all: modules, digest, reads };
         let data = data.ok_or(Error::NoHead)?;
-        if held.is_none() {
-            // Only here: everywhere else a missing marker must fail, since then OPA restarted meanwhile.
-            self.opa.ensure(&MARKERS.parse().expect("a path")).await?;
-        }
         let mut half = held.cloned().unwrap_or_default();
         half.revision = None;
         half.position = position.after(&half.position);
@@ -162,7 +193,12 @@ impl Applier {
                 missing.insert(dir);
             }
         }
-        self.mark(&half).await?;
+        // Everywhere else a missing marker must fail, since then OPA restarted meanwhile.
+        if held.is_some() {
+            self.mark(&half).await?;
+        } else {
+            self.mark_first(&half).await?;
+        }
         for prefix in &data.ensure {
             self.opa.ensure(prefix).await?;
         }
@@ -239,8 +275,8 @@ impl Applier {
         // The policies that this data is for come next, or a crash before them.
         marker.may_read(found.reads.clone());
         self.make_room(&mut patch, PATCH_BYTES_MAX).await?;
-        marker.write(&mut patch, &self.bundle);
-        self.opa.patch(patch.into_array()).await?;
+        self.write(&marker, &mut patch);
+        self.patch(patch).await?;
         Ok((marker, found))
     }
 
@@ -266,7 +302,7 @@ impl Applier {
             self.make_room(&mut intent, 0).await?;
             intent.add(&place, id, b"null");
         }
-        self.opa.patch(intent.into_array()).await?;
+        self.patch(intent).await?;
 
         let Turned { refused, absent } = rounds::turn(&self.opa, changes).await?;
         for (id, text) in changes.iter().filter(|(id, _)| !refused.contains_key(*id)) {
@@ -287,17 +323,25 @@ impl Applier {
         Ok(refused)
     }
 
-    /// Writes the marker by itself. Fails where OPA has none of any bundle: then it restarted meanwhile.
+    /// Writes the marker by itself.
     pub async fn mark(&self, marker: &Marker) -> Result<(), Error> {
         let mut patch = PatchWriter::default();
-        marker.write(&mut patch, &self.bundle);
+        self.write(marker, &mut patch);
+        self.patch(patch).await
+    }
+
+    /// Writes the first marker of an OPA that has none.
+    async fn mark_first(&self, marker: &Marker) -> Result<(), Error> {
+        self.opa.ensure(&MARKERS.parse().expect("a path")).await?;
+        let mut patch = PatchWriter::default();
+        self.write(marker, &mut patch);
         Ok(self.opa.patch(patch.into_array()).await?)
     }
 
     /// Sends the patch if there is no room in it for an operation of `bytes`.
     async fn make_room(&self, patch: &mut PatchWriter, bytes: usize) -> Result<(), Error> {
         if patch.ops() + 1 >= PATCH_OPS_MAX || !patch.is_empty() && patch.len() + bytes > PATCH_BYTES_MAX {
-            self.opa.patch(std::mem::take(patch).into_array()).await?;
+            self.patch(std::mem::take(patch)).await?;
         }
         Ok(())
     }

@@ -37,12 +37,13 @@ pub struct Cli {
     /// Serve health, and with --policy-delivery bundle the policies, here
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_AGENT_LISTEN", default_value = "127.0.0.1:8282")]
     listen: SocketAddr,
-    /// Serve /health, /livez and /readyz here too
+    /// Serve /health, /livez, /readyz and /metrics here too
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT")]
     health_endpoint: Option<SocketAddr>,
-    /// How many seconds /readyz stays true while no hub is reachable
-    #[arg(long, value_name = "SECONDS", env = "OPA_HUB_GRACE_SECONDS", default_value_t = 60)]
-    grace_seconds: u64,
+    /// Fail /readyz once OPA is out of step with its hub for so many seconds. Without this an OPA that was loaded stays
+    /// ready while no hub answers: an outage of the hub takes no application out of its Service
+    #[arg(long, value_name = "SECONDS", env = "OPA_HUB_UNREADY_AFTER")]
+    unready_after: Option<u64>,
 
     /// OPA's API
     #[arg(
@@ -157,7 +158,7 @@ impl Cli {
             delivery: self.policy_delivery,
             listen: self.listen,
             health: self.health_endpoint,
-            grace: Duration::from_secs(self.grace_seconds),
+            unready_after: self.unready_after.map(Duration::from_secs),
         })
     }
 }

@@ -60,8 +60,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where health is served besides.
     pub health: Option<SocketAddr>,
-    /// How long `/readyz` stays true without a hub.
-    pub grace: Duration,
+    /// Time for which OPA may be out of step before `/readyz` fails; `None`: for ever.
+    pub unready_after: Option<Duration>,
 }
 
 /// How OPA is reached.

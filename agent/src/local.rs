@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::Router;
-use axum::extract::{Path, State};
+use axum::extract::{Path, RawQuery, State};
 use axum::http::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH, USER_AGENT};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -110,21 +110,27 @@ impl Local {
             .merge(self.health())
     }
 
-    /// Whether the process answers, and whether OPA is in step. kube-mgmt's name for the first is `/health`.
+    /// Whether the process answers, whether OPA is loaded, and metrics. kube-mgmt's name for the first is `/health`.
     pub fn health(self) -> Router {
         let live = || async { "ok\n" };
         Router::new()
             .route("/health", get(live))
             .route("/livez", get(live))
             .route("/readyz", get(ready))
+            .route("/metrics", get(|State(local): State<Self>| async move { local.0.status.metrics() }))
             .with_state(self)
     }
 }
 
-async fn ready(State(local): State<Local>) -> impl IntoResponse {
+/// `?verbose`: with reasons.
+async fn ready(State(local): State<Local>, RawQuery(query): RawQuery) -> Response {
     let report = local.0.status.report();
     let status = if report.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(report))
+    match query.as_deref() {
+        Some("verbose") => (status, Json(report)).into_response(),
+        _ => (status, if report.ready { "ok\n".into() } else { report.because.join("\n") + "\n" })
+            .into_response(),
+    }
 }
 
 async fn policy(State(local): State<Local>, Path(name): Path<String>, headers: HeaderMap) -> Response {

@@ -37,6 +37,9 @@ pub struct Marker {
     pub reads: Vec<String>,
 }
 
+/// The key of a marker below which the session that may write to OPA has its name.
+pub const WRITER: &str = "writer";
+
 /// Where the markers of all bundles are.
 pub const MARKERS: &str = "/system/opahub";
 
@@ -82,9 +85,16 @@ impl Marker {
         self.reads.drain(..surplus);
     }
 
-    /// Writes the whole marker.
-    pub fn write(&self, patch: &mut PatchWriter, bundle: &str) {
-        let json = serde_json::to_vec(self).expect("a marker has text keys only");
+    /// Writes the whole marker, in a session of this name.
+    pub fn write(&self, patch: &mut PatchWriter, bundle: &str, writer: &str) {
+        #[derive(Serialize)]
+        struct Written<'a> {
+            #[serde(flatten)]
+            marker: &'a Marker,
+            writer: BTreeMap<&'a str, bool>,
+        }
+        let written = Written { marker: self, writer: BTreeMap::from([(writer, true)]) };
+        let json = serde_json::to_vec(&written).expect("a marker has text keys only");
         patch.add_dir(&Self::path(bundle), &json);
     }
 

@@ -164,6 +164,11 @@ impl Hubs {
     /// Moves on to the next hub, after a pause.
     pub async fn fail_over(&mut self) {
         self.move_on();
+        self.pause().await;
+    }
+
+    /// Waits, longer after each failure.
+    pub async fn pause(&mut self) {
         tokio::time::sleep(self.pause.mul_f64(fastrand::f64())).await;
         self.pause = (self.pause * 2).min(RETRY_MAX);
     }

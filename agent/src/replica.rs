@@ -28,7 +28,7 @@ use crate::config::{Delivery, FRESH_LOOK, FRESH_LOOK_MAX, LAG_MAX, OPA_POLL, RET
 use crate::local::Local;
 use crate::marker::Marker;
 use crate::pull::{self, Archive, Hubs, PolicyBundle, Stream};
-use crate::status::Status;
+use crate::status::{State, Status};
 use crate::{config, opa};
 
 /// See the module's text.
@@ -56,9 +56,6 @@ enum Trouble {
     /// OPA, or what was to be applied to it.
     #[error(transparent)]
     Apply(#[from] apply::Error),
-    /// OPA no longer holds what it held: it restarted.
-    #[error("OPA holds something else than it was given: it restarted, or somebody else writes to it")]
-    OpaChanged,
     /// Older policies would miss what goes.
     #[error("OPA has not activated its policies yet: fields that older ones read stay until then")]
     NotActivated,
@@ -113,7 +110,7 @@ impl Replica {
     pub fn new(config: &config::Config, local: Local, status: Status) -> anyhow::Result<Self> {
         let opa = opa::Opa::new(config.opa.clone())?;
         Ok(Self {
-            applier: Applier { opa, bundle: config.bundle.clone() },
+            applier: Applier { opa, bundle: config.bundle.clone(), writer: String::new() },
             hubs: Hubs::new(config.hubs.clone(), config.bundle.clone(), config.namespace.clone())?,
             delivery: config.delivery,
             local,
@@ -129,15 +126,19 @@ impl Replica {
     pub async fn run(mut self) {
         let mut opa_pause = RETRY_FIRST;
         loop {
+            let started = Instant::now();
             let Err(trouble) = self.session().await;
             self.status.with(|state| {
                 state.unconnected.get_or_insert_with(Instant::now);
                 state.failure = Some(trouble.to_string());
             });
             match trouble {
-                Trouble::OpaChanged => {
-                    tracing::warn!("{trouble}");
+                Trouble::Apply(error @ apply::Error::OtherWriter) => {
+                    tracing::warn!("{error}");
                     self.status.with(|state| state.held = None);
+                    if started.elapsed() < SESSION_MIN {
+                        self.hubs.pause().await;
+                    }
                 }
                 Trouble::NotActivated => {
                     tracing::warn!("{trouble}");
@@ -150,6 +151,9 @@ impl Replica {
                     let hub = self.hubs.current().to_string();
                     self.hubs.move_to(ready);
                     tracing::info!(hub, to = %self.hubs.current(), "the hub stops");
+                    if started.elapsed() < SESSION_MIN {
+                        self.hubs.pause().await;
+                    }
                 }
                 Trouble::Hub(error) => {
                     if let pull::Error::Lags(_) = error {
@@ -160,9 +164,11 @@ impl Replica {
                     tracing::warn!(hub = %self.hubs.current(), %error, "no stream");
                     self.hubs.fail_over().await;
                 }
-                Trouble::Apply(apply::Error::Opa(error @ opa::Error::Unreachable(_))) => {
+                Trouble::Apply(apply::Error::Opa(opa::Error::Unreachable(error))) => {
                     tracing::warn!(%error, "waiting for OPA");
-                    self.status.with(|state| state.held = None);
+                    // One that only is slow still has what it had.
+                    let is_gone = error.is_connect();
+                    self.status.with(|state| if is_gone { state.lost() } else { state.held = None });
                     tokio::time::sleep(opa_pause.mul_f64(fastrand::f64())).await;
                     opa_pause = (opa_pause * 2).min(OPA_RETRY_MAX);
                     continue;
@@ -186,7 +192,10 @@ impl Replica {
 
     /// From asking OPA what it holds to whatever ends that.
     async fn session(&mut self) -> Result<std::convert::Infallible, Trouble> {
-        let mut found = self.applier.opa.marker(&self.applier.bundle).await?;
+        let mut found = self.applier.claim().await?;
+        if found.is_none() {
+            self.status.with(State::lost);
+        }
         if let Some(marker) = &mut found {
             self.trust.apply(marker);
             if self.lags.is_some_and(|(first, last)| last - first > LAG_MAX) {
@@ -302,7 +311,7 @@ impl Replica {
     async fn check_held(&self, held: &Held) -> Result<(), Trouble> {
         let polls = self.local.polls();
         if !self.applier.opa.holds(&self.applier.bundle, held.marker.revision).await? {
-            return Err(Trouble::OpaChanged);
+            return Err(apply::Error::OtherWriter.into());
         }
         self.local.pass(polls);
         Ok(())
@@ -529,6 +538,9 @@ fn lags(lag: &Lag) -> pull::Error {
 /// Answers to reconcile that may be needed at a start: one that holds what older policies read too, and one without.
 const RECONCILES_MAX: usize = 2;
 
+/// Time below which a session that another writer or a hub that stops ended is followed by a pause: two agents of one
+/// OPA, or a hub that sends all away, would be met as fast as the network goes.
+const SESSION_MIN: Duration = Duration::from_secs(1);
 /// OPA starts within a second; it is looked for often, since until then nothing is decided.
 const OPA_RETRY_MAX: Duration = Duration::from_millis(500);
 const _: () = assert!(OPA_RETRY_MAX.as_millis() <= RETRY_MAX.as_millis());

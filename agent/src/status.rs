@@ -1,6 +1,7 @@
 //! What the agent knows of itself, for `/readyz` and for people.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,7 +18,11 @@ pub struct Status(Arc<Mutex<State>>);
 /// See [`Status`].
 pub struct State {
     delivery: Delivery,
-    grace: Duration,
+    unready_after: Option<Duration>,
+    /// Whether OPA has held one whole state since it started: it decides on that until it restarts.
+    loaded: bool,
+    /// Time since which OPA is not in step with the source; `None` while it is.
+    apart: Option<Instant>,
     /// What the hub last said.
     pub said: Option<Revision>,
     /// What OPA held when it was asked last; none when it did not answer or holds less.
@@ -50,13 +55,18 @@ pub struct Done {
     pub reconciles: u64,
 }
 
-/// What `/readyz` and `/v1/status` show.
+/// What `/v1/status` and `/readyz?verbose` show.
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Report {
-    /// Whether OPA holds what the hub last said, and the hub was heard lately.
+    /// Whether OPA decides on one whole state, and is not out of step for longer than it may be.
     pub ready: bool,
-    /// Why not.
+    /// Reasons why it is not.
     pub because: Vec<String>,
+    /// Whether OPA holds what the hub last said.
+    pub in_step: bool,
+    /// Reasons why OPA may not hold what the source has.
+    pub behind: Vec<String>,
     /// What the hub last said.
     pub said: Option<Revision>,
     /// What OPA holds.
@@ -67,10 +77,12 @@ pub struct Report {
 
 impl Status {
     /// Nothing is known yet.
-    pub fn new(delivery: Delivery, grace: Duration) -> Self {
+    pub fn new(delivery: Delivery, unready_after: Option<Duration>) -> Self {
         Self(Arc::new(Mutex::new(State {
             delivery,
-            grace,
+            unready_after,
+            loaded: false,
+            apart: Some(Instant::now()),
             said: None,
             held: None,
             activated: None,
@@ -85,7 +97,19 @@ impl Status {
 
     /// Changes or reads it.
     pub fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
-        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = f(&mut state);
+        state.loaded |= state.is_in_step();
+        state.apart = match state.apart {
+            _ if state.behind().is_empty() => None,
+            since => since.or_else(|| Some(Instant::now())),
+        };
+        result
+    }
+
+    /// Metrics in the text format of Prometheus.
+    pub fn metrics(&self) -> String {
+        self.with(|state| state.metrics())
     }
 
     /// What people and probes are shown.
@@ -95,6 +119,8 @@ impl Status {
             Report {
                 ready: because.is_empty(),
                 because,
+                in_step: state.is_in_step(),
+                behind: state.behind(),
                 said: state.said,
                 held: state.held,
                 done: state.done,
@@ -104,27 +130,85 @@ impl Status {
 }
 
 impl State {
+    /// OPA restarted: it holds nothing.
+    pub fn lost(&mut self) {
+        (self.loaded, self.held, self.activated) = (false, None, None);
+    }
+
+    /// Modules that OPA should have activated and has not.
+    fn is_activated(&self) -> bool {
+        self.delivery == Delivery::Rest || self.activated == self.said.map(|said| said.modules)
+    }
+
+    fn is_in_step(&self) -> bool {
+        self.held.is_some() && self.held == self.said && self.refused.is_empty() && self.is_activated()
+    }
+
     fn unready(&self) -> Vec<String> {
-        let mut because = Vec::new();
+        if !self.loaded {
+            return vec!["OPA is not loaded".to_owned()];
+        }
+        let apart = self.apart.map(|since| since.elapsed());
+        let apart = apart.filter(|apart| self.unready_after.is_some_and(|after| *apart >= after));
+        apart.map(|apart| format!("OPA is out of step for {} s", apart.as_secs())).into_iter().collect()
+    }
+
+    fn behind(&self) -> Vec<String> {
+        let mut behind = Vec::new();
         if self.held.is_none() || self.held != self.said {
-            because.push("OPA does not hold what the hub last said".to_owned());
+            behind.push("OPA does not hold what the hub last said".to_owned());
         }
-        if self.delivery == Delivery::Bundle && self.activated != self.said.map(|said| said.modules) {
-            because.push("OPA has not activated the policy bundle that the hub last said".to_owned());
+        if !self.is_activated() {
+            behind.push("OPA has not activated the policy bundle that the hub last said".to_owned());
         }
-        let too_long = |since: Option<Instant>| Some(since?.elapsed()).filter(|time| *time > self.grace);
-        if let Some(silent) = too_long(self.unconnected) {
-            because.push(format!("no stream from the hub for {} s", silent.as_secs()));
+        let seconds = |since: Instant| since.elapsed().as_secs();
+        if let Some(since) = self.unconnected {
+            behind.push(format!("no stream from the hub for {} s", seconds(since)));
         }
-        if let Some(behind) = too_long(self.behind) {
-            because.push(format!("the hub has more to say, for {} s", behind.as_secs()));
+        if let Some(since) = self.behind {
+            behind.push(format!("the hub has more to say, for {} s", seconds(since)));
         }
-        let stale = self.stale.as_ref().filter(|(since, _)| too_long(Some(*since)).is_some());
-        because.extend(stale.map(|(_, words)| format!("what the hub says may be old: {words}")));
-        because.extend(self.refused.iter().map(|(id, message)| format!("OPA refuses {id}: {message}")));
-        if !because.is_empty() {
-            because.extend(self.failure.clone());
+        if let Some((since, words)) = &self.stale {
+            behind.push(format!("what the hub says may be old, for {} s: {words}", seconds(*since)));
         }
-        because
+        behind.extend(self.refused.iter().map(|(id, message)| format!("OPA refuses {id}: {message}")));
+        if !behind.is_empty() {
+            behind.extend(self.failure.clone());
+        }
+        behind
+    }
+
+    /// Metrics in the text format of Prometheus.
+    fn metrics(&self) -> String {
+        let age = |since: Option<Instant>| since.map_or(0.0, |since| since.elapsed().as_secs_f64());
+        let Done { frames, snapshots, reconciles } = self.done;
+        let stale = self.stale.as_ref().map(|(since, _)| *since);
+        let gauges = [
+            (
+                "ready",
+                "Whether OPA decides on one whole state",
+                f64::from(u8::from(self.unready().is_empty())),
+            ),
+            ("in_step", "Whether OPA holds what the hub last sent", f64::from(u8::from(self.is_in_step()))),
+            ("out_of_step_seconds", "Time since OPA held what the source has", age(self.apart)),
+            ("disconnected_seconds", "Time since there was a stream from a hub", age(self.unconnected)),
+            ("stale_seconds", "Time since the hub lost its source", age(stale)),
+            ("refused_modules", "Modules that OPA refuses", self.refused.len() as f64),
+        ];
+        let counters = [
+            ("frames", "Frames applied", frames),
+            ("snapshots", "Loads of an OPA that held nothing", snapshots),
+            ("reconciles", "Repairs by digests", reconciles),
+        ];
+        let mut text = String::new();
+        for (name, help, value) in gauges {
+            let name = format!("opa_hub_agent_{name}");
+            _ = writeln!(text, "# HELP {name} {help}.\n# TYPE {name} gauge\n{name} {value}");
+        }
+        for (name, help, value) in counters {
+            let name = format!("opa_hub_agent_{name}_total");
+            _ = writeln!(text, "# HELP {name} {help}.\n# TYPE {name} counter\n{name} {value}");
+        }
+        text
     }
 }

@@ -40,7 +40,7 @@ pub(crate) async fn run() -> anyhow::Result<()> {
     let address = Agent::address()?;
     let started = Instant::now();
     let mut agent = Agent::start(dir, &address, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     step("an OPA, and an agent beside it", &"in step", Some(started.elapsed()));
 
     let started = Instant::now();

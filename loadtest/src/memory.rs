@@ -123,7 +123,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
     let opa = Opa::start(&world.assets, world.dir(), Some(&Agent::opa_config(&address)), &[]).await?;
     let started = Instant::now();
     let mut agent = Agent::start(world.dir(), &address, &[&hub.url], &opa.url, Delivery::Bundle, &[])?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     let load = started.elapsed();
     eprintln!("  OPA loaded after {:.1} s", load.as_secs_f64());
     tokio::time::sleep(OPA_SETTLES).await;
@@ -137,7 +137,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
     let after = (count("events").await?, count("changes").await?);
     let forecast = hub.json("/v1/bundles/main").await?["counts"]["opaBytes"].clone();
     let policy_edit = policy_edit(world, &opa, fields).await?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     let (hub_accounted, rss) = (hub.metric("opa_hub_memory_bytes").await?, usage(hub.process.as_ref())?.rss);
     let share = hub_accounted as f64 / rss as f64;
     anyhow::ensure!(

@@ -39,6 +39,12 @@ impl PatchWriter {
         self.text.push(b'}');
     }
 
+    /// Replaces one entry of `dir`, which must exist.
+    pub fn replace(&mut self, dir: &DirPath, key: &str, value: &[u8]) {
+        self.op("replace", dir, Some(key));
+        self.value(value);
+    }
+
     /// Appends operations that are already written: `ops` of them, with no brackets around.
     pub fn splice(&mut self, written: &[u8], ops: usize) {
         if !written.is_empty() {
@@ -65,8 +71,17 @@ impl PatchWriter {
 
     /// The patch as a JSON array.
     pub fn into_array(self) -> Vec<u8> {
-        let mut array = Vec::with_capacity(self.text.len() + 2);
+        self.into_array_after(&Self::default())
+    }
+
+    /// The patch as a JSON array, behind the operations of `first`.
+    pub fn into_array_after(self, first: &Self) -> Vec<u8> {
+        let mut array = Vec::with_capacity(first.text.len() + self.text.len() + 3);
         array.push(b'[');
+        array.extend_from_slice(&first.text);
+        if !first.is_empty() && !self.is_empty() {
+            array.push(b',');
+        }
         array.extend_from_slice(&self.text);
         array.push(b']');
         array
@@ -115,8 +130,9 @@ mod tests {
         patch.remove(&dir, "50%");
         patch.splice(br#"{"op":"remove","path":"/x"}"#, 1);
         patch.splice(b"", 0);
+        patch.replace(&dir, "k", b"1");
         patch.remove_dir(&dir);
-        assert_eq!(patch.ops(), 5);
+        assert_eq!(patch.ops(), 6);
         assert_eq!(
             String::from_utf8(patch.into_array()).unwrap(),
             concat!(
@@ -124,8 +140,21 @@ mod tests {
                 r#"{"op":"add","path":"/a/b/k~1\"1\"","value":{"x":1.50}},"#,
                 r#"{"op":"remove","path":"/a/b/50%25"},"#,
                 r#"{"op":"remove","path":"/x"},"#,
+                r#"{"op":"replace","path":"/a/b/k","value":1},"#,
                 r#"{"op":"remove","path":"/a/b"}]"#,
             )
         );
+        let patch = |paths: &[&str]| {
+            let mut patch = PatchWriter::default();
+            for path in paths {
+                patch.remove_dir(&path.parse().unwrap());
+            }
+            patch
+        };
+        for (first, second) in [(&["/a"][..], &["/b", "/c"][..]), (&[], &["/b"]), (&["/a"], &[]), (&[], &[])]
+        {
+            let both = patch(second).into_array_after(&patch(first));
+            assert_eq!(both, patch(&[first, second].concat()).into_array());
+        }
     }
 }

@@ -90,14 +90,22 @@ impl Agent {
         Ok(serde_json::from_slice(&answer.bytes().await?)?)
     }
 
-    /// Waits until `/readyz` says so.
-    pub async fn wait_ready(&mut self) -> anyhow::Result<()> {
+    /// Waits until its OPA holds what the hub last said.
+    pub async fn wait_in_step(&mut self) -> anyhow::Result<()> {
         let process = self.process.as_mut().context("the agent was started")?;
-        let ready = async || {
-            let answer =
-                self.http.get(format!("{}/readyz", self.url)).send().await.map_err(|e| e.to_string())?;
-            if answer.status().is_success() { Ok(()) } else { Err(answer.text().await.unwrap_or_default()) }
+        let url = format!("{}/v1/status", self.url);
+        let in_step = async || {
+            let answer = self.http.get(&url).send().await.map_err(|error| error.to_string())?;
+            let body = answer.bytes().await.map_err(|error| error.to_string())?;
+            let status: Value = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
+            if status["inStep"] == json!(true) { Ok(()) } else { Err(status.to_string()) }
         };
-        process.until("the agent is ready", ready).await
+        process.until("the agent is in step", in_step).await
+    }
+
+    /// Whether `/readyz` says so, and what it says.
+    pub async fn readiness(&self) -> anyhow::Result<(bool, String)> {
+        let answer = self.http.get(format!("{}/readyz", self.url)).send().await?;
+        Ok((answer.status().is_success(), answer.text().await?))
     }
 }

@@ -17,13 +17,18 @@ pub struct Valve {
 impl Valve {
     /// Forwards to `target` (`HOST:PORT`).
     pub async fn start(target: String) -> anyhow::Result<Self> {
+        Self::holding(target, b"").await
+    }
+
+    /// The same, but shut it holds back only what begins like this, as requests with one method do.
+    pub async fn holding(target: String, prefix: &'static [u8]) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
         let open = watch::Sender::new(true);
         let is_open = open.subscribe();
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(forward(client, target.clone(), is_open.clone()));
+                tokio::spawn(forward(client, target.clone(), prefix, is_open.clone()));
             }
         });
         Ok(Self { port, open, task })
@@ -42,24 +47,28 @@ impl Drop for Valve {
 }
 
 /// Until either side closes.
-async fn forward(client: TcpStream, target: String, open: watch::Receiver<bool>) {
+async fn forward(client: TcpStream, target: String, prefix: &'static [u8], open: watch::Receiver<bool>) {
     let Ok(server) = TcpStream::connect(target).await else { return };
     let (mut client_read, mut client_write) = client.into_split();
     let (mut server_read, mut server_write) = server.into_split();
     tokio::select! {
-        () = copy(&mut client_read, &mut server_write, open.clone()) => {}
-        () = copy(&mut server_read, &mut client_write, open) => {}
+        () = copy(&mut client_read, &mut server_write, prefix, open.clone()) => {}
+        () = copy(&mut server_read, &mut client_write, prefix, open) => {}
     }
 }
 
 async fn copy(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
+    prefix: &[u8],
     mut open: watch::Receiver<bool>,
 ) {
     let mut buffer = vec![0; 16 << 10];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        if open.wait_for(|open| *open).await.is_err() || to.write_all(&buffer[..count]).await.is_err() {
+        if buffer[..count].starts_with(prefix) && open.wait_for(|open| *open).await.is_err() {
+            return;
+        }
+        if to.write_all(&buffer[..count]).await.is_err() {
             return;
         }
     }

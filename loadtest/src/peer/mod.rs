@@ -157,7 +157,7 @@ impl Peer {
             all = all => drop(all?),
             ended = ends(&mut sidecars) => return Err(ended),
         }
-        try_join_all(agents.iter_mut().map(Agent::wait_ready)).await?;
+        try_join_all(agents.iter_mut().map(Agent::wait_in_step)).await?;
         let cold = started.elapsed();
         let swarm = match &hub {
             Some(hub) if matches!(self, Self::HubAndMany | Self::HubAutoAndMany) => {

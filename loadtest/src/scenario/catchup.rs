@@ -58,7 +58,7 @@ async fn once(changes: usize, pods: usize) -> anyhow::Result<Measured> {
     let hub = hub_over(&stub, dir.path()).await?;
     let opa = Opa::start(&assets, dir.path(), None, &[]).await?;
     let mut agent = Agent::start(dir.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     agent.kill();
     let changed: Vec<_> = (0..pods).filter(|pod| pod % 100 < CHANGED).collect();
     for number in 0..changes {

@@ -89,7 +89,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
             real.push((opa, agent));
         }
         for (_, agent) in &mut real {
-            agent.wait_ready().await?;
+            agent.wait_in_step().await?;
         }
         let due = Schedule::default();
         let addresses: Vec<_> = known.iter().map(|hub| address(&hubs[*hub])).collect::<Result<_, _>>()?;
@@ -127,7 +127,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
                 equal(&opa.data(&path).await.map_err(|error| error.to_string())?, &json!(number.to_string()))
             })
             .await?;
-            agent.wait_ready().await?;
+            agent.wait_in_step().await?;
             loads += agent.status().await?["done"]["snapshots"].as_u64().context("a count")?;
         }
         of.add(LOADED, "", loads as f64 - opas as f64);

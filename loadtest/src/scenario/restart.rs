@@ -79,7 +79,7 @@ async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
         let mut of = Measured::new(name);
         of.add(ALL, "ms", took.as_secs_f64() * 1000.0);
         for agent in &mut running.agents {
-            agent.wait_ready().await?;
+            agent.wait_in_step().await?;
         }
         let loaded = snapshots(&running).await?;
         // Agents that were started again count from nothing.

@@ -34,7 +34,7 @@ async fn follow(dir: &Path, hub: &Hub, bundle: &str) -> anyhow::Result<(Opa, Age
     let address = Agent::address()?;
     let flags = ["--bundle", bundle];
     let mut agent = Agent::start(dir, &address, &[&hub.url], &opa.url, Delivery::Rest, &flags)?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     Ok((opa, agent))
 }
 

@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 use opa_hub_loadtest::eventually::{PATIENCE, equal, eventually};
 use opa_hub_loadtest::lab::cut::Cut;
+use opa_hub_loadtest::lab::valve::Valve;
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
@@ -128,7 +130,7 @@ async fn check(from_empty: bool, hub_restarts: bool) -> anyhow::Result<()> {
         let opa = Opa::start(&assets, work.path(), None, &[]).await?;
         if !from_empty {
             let mut agent = start(&hub, &opa.url)?;
-            agent.wait_ready().await?;
+            agent.wait_in_step().await?;
             holds(&opa, &BEFORE)
                 .await
                 .map_err(|error| anyhow::anyhow!("at the start of round {cut}: {error}"))?;
@@ -174,7 +176,7 @@ async fn check(from_empty: bool, hub_restarts: bool) -> anyhow::Result<()> {
         .await?;
         let mut agent = start(&hub, &opa.url)?;
         eventually(format!("cut at {bytes} of {whole} bytes"), async || holds(&opa, &AFTER).await).await?;
-        agent.wait_ready().await?;
+        agent.wait_in_step().await?;
         holds(&opa, &AFTER)
             .await
             .map_err(|error| anyhow::anyhow!("cut at {bytes} of {whole} bytes: {error}"))?;
@@ -201,4 +203,66 @@ async fn while_it_applies_a_frame() -> anyhow::Result<()> {
 #[tokio::test]
 async fn while_it_reconciles() -> anyhow::Result<()> {
     check(false, true).await
+}
+
+/// A request that OPA carries out after its agent is gone is refused: its successor does not know of it.
+#[tokio::test]
+async fn what_an_agent_sent_before_it_died_comes_too_late() -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let write = |keys: &[&str]| {
+        let data: serde_json::Map<_, _> = keys.iter().map(|key| ((*key).to_owned(), json!("{}"))).collect();
+        let labels = json!({ "openpolicyagent.org/data": "opa" });
+        let metadata = json!({ "name": "m", "namespace": "ns", "labels": labels });
+        let configmap =
+            json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data });
+        write_manifest(manifests.path(), "m.json", &configmap)
+    };
+    write(&["a"])?;
+    let hub = Hub::start(work.path(), &["--manifests", &manifests.path().display().to_string()]).await?;
+    let opa = Opa::start(&assets, work.path(), None, &[]).await?;
+    let revision = async || anyhow::Ok(hub.json("/v1/bundles/main").await?["revision"].clone());
+    let holds = async |expected: &[&str]| {
+        eventually("OPA holds the keys", async || {
+            let found = opa.data("/ns/m").await.map_err(|error| error.to_string())?;
+            let found: Vec<_> = found.as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect();
+            equal(&found, &expected.iter().map(ToString::to_string).collect())
+        })
+        .await
+    };
+    let start =
+        |opa: &str| Agent::start(work.path(), &Agent::address()?, &[&hub.url], opa, Delivery::Rest, &[]);
+    for round in 0..5 {
+        let address = opa.url.trim_start_matches("http://").to_owned();
+        let valve = Valve::holding(address, b"PATCH").await?;
+        let mut first = start(&format!("http://127.0.0.1:{}", valve.port))?;
+        first.wait_in_step().await?;
+        holds(&["a"]).await?;
+        let before = revision().await?;
+        valve.set_open(false);
+        write(&["a", "late"])?;
+        eventually("the agent was told", async || {
+            let status = first.status().await.map_err(|error| error.to_string())?;
+            if status["said"] == status["held"] { Err(status.to_string()) } else { Ok(()) }
+        })
+        .await?;
+        first.kill();
+        write(&["a"])?;
+        eventually("the hub is as before", async || {
+            equal(&revision().await.map_err(|error| error.to_string())?, &before)
+        })
+        .await?;
+        let mut second = start(&opa.url)?;
+        second.wait_in_step().await?;
+        valve.set_open(true);
+        write(&["a", "new"])?;
+        holds(&["a", "new"]).await?;
+        second.wait_in_step().await?;
+        // It stays so: what was held back has long been read.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        holds(&["a", "new"]).await?;
+        write(&["a"])?;
+        holds(&["a"]).await.map_err(|error| error.context(format!("round {round}")))?;
+    }
+    Ok(())
 }

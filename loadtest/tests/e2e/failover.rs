@@ -25,10 +25,10 @@ async fn holds(opa: &Opa, value: u64) -> anyhow::Result<()> {
     .map(drop)
 }
 
-async fn is_unready(agent: &Agent, because: &str) -> anyhow::Result<()> {
-    eventually(format!("not ready: {because}"), async || {
+async fn is_behind(agent: &Agent, because: &str) -> anyhow::Result<()> {
+    eventually(format!("behind: {because}"), async || {
         let status = agent.status().await.map_err(|error| error.to_string())?;
-        if status["because"].to_string().contains(because) { Ok(()) } else { Err(status.to_string()) }
+        if status["behind"].to_string().contains(because) { Ok(()) } else { Err(status.to_string()) }
     })
     .await
     .map(drop)
@@ -48,9 +48,9 @@ async fn an_agent_moves_on_and_keeps_what_it_has() -> anyhow::Result<()> {
     let mut opa = Opa::start(&assets, work.path(), None, &[]).await?;
     let urls = [hubs[0].url.clone(), hubs[1].url.clone()];
     let urls = urls.each_ref().map(String::as_str);
-    let flags = ["--grace-seconds", "1"];
+    let flags = ["--unready-after", "1"];
     let mut agent = Agent::start(work.path(), &Agent::address()?, &urls, &opa.url, Delivery::Rest, &flags)?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     holds(&opa, 0).await?;
 
     // Whichever it follows goes: it resumes by frame at the other one.
@@ -58,23 +58,64 @@ async fn an_agent_moves_on_and_keeps_what_it_has() -> anyhow::Result<()> {
     hubs[followed].kill();
     write(manifests.path(), 1)?;
     holds(&opa, 1).await?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     let done = &agent.status().await?["done"];
     assert_eq!((&done["snapshots"], &done["reconciles"]), (&json!(1), &json!(0)), "{done}");
 
-    // Both go: what OPA holds stays, and after its grace the agent says that it may be old.
+    // Both go: what OPA holds stays, and the agent says that it may be old.
     hubs[1 - followed].kill();
-    is_unready(&agent, "no stream from the hub").await?;
+    is_behind(&agent, "no stream from the hub").await?;
+    has_readiness(&agent, false, "OPA is out of step for").await?;
     assert_eq!(opa.data("/ns/m/k/value").await?, json!(1));
     // OPA goes too: it is empty, and the agent says so.
     opa.process = None;
     opa.restart().await?;
-    is_unready(&agent, "OPA does not hold what the hub last said").await?;
+    is_behind(&agent, "OPA does not hold what the hub last said").await?;
     assert_eq!(opa.data("/ns/m").await?, Value::Null);
     // One hub comes back: so does everything else.
     hubs[followed].spawn()?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     holds(&opa, 1).await
+}
+
+async fn has_readiness(agent: &Agent, is_ready: bool, words: &str) -> anyhow::Result<()> {
+    eventually(format!("readiness: {is_ready}, {words}"), async || {
+        let found = agent.readiness().await.map_err(|error| error.to_string())?;
+        if found.0 == is_ready && found.1.contains(words) { Ok(()) } else { Err(format!("{found:?}")) }
+    })
+    .await
+    .map(drop)
+}
+
+/// An outage of the hub takes no application out of its Service: an OPA that was loaded is ready until it restarts.
+#[tokio::test]
+async fn an_opa_that_was_loaded_stays_ready() -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    write(manifests.path(), 0)?;
+    let mut hub = Hub::start(work.path(), &["--manifests", &manifests.path().display().to_string()]).await?;
+    let mut opa = Opa::start(&assets, work.path(), None, &[]).await?;
+    let mut agent =
+        Agent::start(work.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
+    agent.wait_in_step().await?;
+    hub.kill();
+    is_behind(&agent, "no stream from the hub").await?;
+    has_readiness(&agent, true, "ok").await?;
+    // An agent that restarts meanwhile finds what OPA holds.
+    agent.kill();
+    agent.spawn()?;
+    has_readiness(&agent, true, "ok").await?;
+    is_behind(&agent, "no stream from the hub").await?;
+    assert_eq!(agent.readiness().await?, (true, "ok\n".to_owned()));
+    let metrics = reqwest::get(format!("{}/metrics", agent.url)).await?.text().await?;
+    assert!(metrics.contains("\nopa_hub_agent_ready 1\n"), "{metrics}");
+    assert!(!metrics.contains("\nopa_hub_agent_disconnected_seconds 0\n"), "{metrics}");
+    opa.process = None;
+    opa.restart().await?;
+    has_readiness(&agent, false, "OPA is not loaded").await?;
+    hub.spawn()?;
+    has_readiness(&agent, true, "ok").await?;
+    agent.wait_in_step().await
 }
 
 /// A hub that hangs says nothing and closes nothing: silence is what tells.
@@ -92,7 +133,7 @@ async fn a_hub_that_hangs_is_left() -> anyhow::Result<()> {
     let opa = Opa::start(&assets, work.path(), None, &[]).await?;
     let urls = hubs.each_ref().map(|hub| hub.url.as_str());
     let mut agent = Agent::start(work.path(), &Agent::address()?, &urls, &opa.url, Delivery::Rest, &[])?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     let followed = usize::from(hubs[1].metric("opa_hub_agents").await? == 1);
     hubs[followed].process.as_ref().expect("it runs").suspend()?;
     write(manifests.path(), 1)?;
@@ -116,21 +157,21 @@ async fn what_others_remove_from_opa_comes_back() -> anyhow::Result<()> {
     let opa = Opa::start(&assets, work.path(), None, &[]).await?;
     let mut agent =
         Agent::start(work.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     let http = opa_hub_loadtest::lab::http()?;
     for (value, path) in [(1, "/system/opahub/main"), (2, "/system/opahub"), (3, "/ns/m"), (4, "/ns")] {
         http.delete(format!("{}/v1/data{path}", opa.url)).send().await?.error_for_status()?;
         write(manifests.path(), value)?;
         holds(&opa, value).await?;
         holds_other(&opa).await?;
-        agent.wait_ready().await?;
+        agent.wait_in_step().await?;
     }
     // A marker that no agent wrote is none.
     let marker = http.put(format!("{}/v1/data/system/opahub/main", opa.url)).body("{\"revision\": 5}");
     marker.send().await?.error_for_status()?;
     write(manifests.path(), 5)?;
     holds(&opa, 5).await?;
-    agent.wait_ready().await
+    agent.wait_in_step().await
 }
 
 /// The other directory is whole, whatever happened to the first.

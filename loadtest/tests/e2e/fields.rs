@@ -30,7 +30,7 @@ async fn only_these_fields_travel() -> anyhow::Result<()> {
     let opa = Opa::start(&assets, work.path(), None, &[]).await?;
     let mut agent =
         Agent::start(work.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     let seen = |app: &str| -> Value {
         json!({ "metadata": { "labels": { "app": app } }, "spec": { "containers": [{ "image": "i" }] } })
     };
@@ -123,7 +123,7 @@ async fn i10_no_policy_decides_on_less_than_it_reads(hubs: usize) -> anyhow::Res
         let config = (delivery == Delivery::Bundle).then(|| Agent::opa_config(&address));
         let opa = Opa::start(&assets, work.path(), config.as_ref(), &[]).await?;
         let mut agent = Agent::start(work.path(), &address, &urls, &opa.url, delivery, &[])?;
-        agent.wait_ready().await?;
+        agent.wait_in_step().await?;
         opas.push(opa);
         agents.push(agent);
     }

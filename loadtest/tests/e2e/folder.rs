@@ -73,7 +73,7 @@ async fn check(way: Way) -> anyhow::Result<()> {
             holds(&opa, pods_path, &expected).await?;
         }
         if let Some(agent) = &mut agent {
-            agent.wait_ready().await?;
+            agent.wait_in_step().await?;
         }
     }
     // The last object of a cluster-scoped resource leaves an empty map, however OPA learns of it.

@@ -212,7 +212,7 @@ async fn protected_opa(world: &World) -> anyhow::Result<()> {
     .await?;
     drop(stranger);
     let mut agent = start(&["--opa-auth-token-file", &token])?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     let policy = [("p.rego", "package protected\n\nx := 1")];
     world.cluster.configmap("opa", "protected", Some(POLICY), &policy).await?;
     decides(&opa, "/protected/x", json!({}), json!(1)).await?;

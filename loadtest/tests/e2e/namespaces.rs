@@ -31,7 +31,7 @@ async fn an_agent_holds_nothing_of_another_namespace() -> anyhow::Result<()> {
         let opa = Opa::start(&assets, work.path(), config.as_ref(), &[]).await?;
         let flags = ["--namespace", namespace];
         let mut agent = Agent::start(work.path(), &address, &[&hub.url], &opa.url, delivery, &flags)?;
-        agent.wait_ready().await?;
+        agent.wait_in_step().await?;
         agents.push((namespace, opa, agent));
     }
     let pod = |namespace: &str, value: u64| json!({ "kind": "Pod", "apiVersion": "v1", "metadata": { "name": "p", "namespace": namespace }, "value": value });

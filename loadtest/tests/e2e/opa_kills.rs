@@ -128,7 +128,7 @@ async fn the_decision_log_shows_decisions() -> anyhow::Result<()> {
     let opa = Opa::start(&assets, work.path(), Some(&config), &[]).await?;
     let mut agent =
         Agent::start(work.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     let decisions = || opa.process.as_ref().expect("it runs").log().matches("decision_id").count();
     let before = decisions();
     tokio::time::sleep(IDLE).await;

@@ -206,7 +206,7 @@ async fn modules_that_swap_their_rules_arrive() -> anyhow::Result<()> {
     policy.send().await?.error_for_status()?;
     let mut agent =
         Agent::start(work.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     let holds = async |a: &str, b: &str| {
         eventually("both modules", async || {
             let mut texts = opa.texts().await.map_err(|error| error.to_string())?;
@@ -219,7 +219,7 @@ async fn modules_that_swap_their_rules_arrive() -> anyhow::Result<()> {
     holds(x, y).await?;
     write(y, x)?;
     holds(y, x).await?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     assert_eq!(agent.status().await?["refused"], Value::Null, "nothing is refused");
     // The marker says what OPA really holds.
     let marker = opa.marker("main").await?;

@@ -35,9 +35,9 @@ impl Replicas {
         let hubs = [hub(&valves[0]).await?, hub(&valves[1]).await?];
         let opa = Opa::start(&plane.assets, dir, None, &[]).await?;
         let urls = hubs.each_ref().map(|hub| hub.url.as_str());
-        let flags = ["--grace-seconds", "1"];
+        let flags = ["--unready-after", "1"];
         let mut agent = Agent::start(dir, &Agent::address()?, &urls, &opa.url, Delivery::Rest, &flags)?;
-        agent.wait_ready().await?;
+        agent.wait_in_step().await?;
         Ok(Self { _plane: plane, cluster, valves, hubs, opa, agent })
     }
 
@@ -98,10 +98,10 @@ impl Replicas {
         Ok((count("snapshots")?, count("reconciles")?))
     }
 
-    async fn is_unready(&self, because: &str) -> anyhow::Result<()> {
-        eventually(format!("not ready: {because}"), async || {
+    async fn is_behind(&self, because: &str) -> anyhow::Result<()> {
+        eventually(format!("behind: {because}"), async || {
             let status = self.agent.status().await.map_err(|error| error.to_string())?;
-            if status["because"].to_string().contains(because) { Ok(()) } else { Err(status.to_string()) }
+            if status["behind"].to_string().contains(because) { Ok(()) } else { Err(status.to_string()) }
         })
         .await
         .map(drop)
@@ -126,7 +126,7 @@ async fn agents_go_to_another_replica_and_back_by_frames() -> anyhow::Result<()>
         world.hubs[followed].spawn()?;
         world.hubs[followed].wait_ready().await?;
     }
-    world.agent.wait_ready().await?;
+    world.agent.wait_in_step().await?;
     // The hub that came back knows one revision only: it may be asked for the rest once.
     let (snapshots, reconciles) = world.done().await?;
     assert!(snapshots == 1 && reconciles <= 1, "{snapshots} snapshots, {reconciles} reconciles");
@@ -142,7 +142,7 @@ async fn agents_go_to_another_replica_and_back_by_frames() -> anyhow::Result<()>
         equal(&found, &json!({ "n": { "k": {} } }))
     })
     .await?;
-    world.agent.wait_ready().await?;
+    world.agent.wait_in_step().await?;
     assert_eq!(world.done().await?, (1, before + 1));
     Ok(())
 }
@@ -178,9 +178,9 @@ async fn a_hub_that_stops_says_where_to_go() -> anyhow::Result<()> {
         &[&url],
         &opa.url,
         Delivery::Rest,
-        &["--grace-seconds", "1"],
+        &["--unready-after", "1"],
     )?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     let holds = async |value: u64| {
         eventually(format!("{value} reaches OPA"), async || {
             equal(&opa.data("/opa/m/k/value").await.map_err(|error| error.to_string())?, &json!(value))
@@ -198,7 +198,7 @@ async fn a_hub_that_stops_says_where_to_go() -> anyhow::Result<()> {
     hubs[0].spawn()?;
     write(3)?;
     holds(3).await?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     assert_eq!(agent.status().await?["done"]["snapshots"], json!(1));
     Ok(())
 }
@@ -219,11 +219,11 @@ async fn a_replica_that_lags_takes_nobody_back() -> anyhow::Result<()> {
     world.write(2).await?;
     world.holds(2).await?;
     world.hubs[followed].kill();
-    world.is_unready("back in time").await?;
+    world.is_behind("back in time").await?;
     assert_eq!(world.value().await?, json!(2));
     assert_eq!(world.hubs[1 - followed].metric("opa_hub_agents").await?, 0);
     world.valves[1 - followed].set_open(true);
-    world.agent.wait_ready().await?;
+    world.agent.wait_in_step().await?;
     assert_eq!(world.value().await?, json!(2));
     world.write(3).await?;
     world.holds(3).await
@@ -249,11 +249,11 @@ async fn a_hub_that_is_cut_off_is_left() -> anyhow::Result<()> {
 
     // The other one is cut off too: there is nowhere to go, so the agent stays and says so.
     world.valves[1 - followed].set_open(false);
-    world.is_unready("what the hub says may be old").await?;
+    world.is_behind("what the hub says may be old").await?;
     assert_eq!(world.hubs[1 - followed].metric("opa_hub_agents").await?, 1);
     assert_eq!(world.value().await?, json!(1));
     world.valves.iter().for_each(|valve| valve.set_open(true));
-    world.agent.wait_ready().await?;
+    world.agent.wait_in_step().await?;
     world.write(2).await?;
     world.holds(2).await
 }

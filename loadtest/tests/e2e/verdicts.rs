@@ -77,7 +77,7 @@ async fn one_write_an_edit_whatever_the_number_of_agents() -> anyhow::Result<()>
         opas.push(opa);
     }
     for agent in &mut agents {
-        agent.wait_ready().await?;
+        agent.wait_in_step().await?;
     }
     assert_eq!(watches(&cluster).await?, alone, "agents watch nothing");
 

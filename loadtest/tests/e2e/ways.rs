@@ -131,7 +131,7 @@ async fn opa_killed(world: &mut World) -> anyhow::Result<()> {
     world.decides("/authz/allow", json!({ "user": "bob" }), json!(true)).await?;
     world.mirrors_pods(&["ignored"]).await?;
     if let Some(agent) = &mut world.agent {
-        agent.wait_ready().await?;
+        agent.wait_in_step().await?;
     }
     Ok(())
 }
@@ -142,7 +142,7 @@ async fn agent_killed(world: &mut World) -> anyhow::Result<()> {
     world.cluster.pod("opa", "while-the-agent-was-away", &[]).await?;
     world.cluster.configmap("opa", "authz", Some(POLICY), &[("allow.rego", &allow("dora"))]).await?;
     agent.spawn()?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     world.decides("/authz/allow", json!({ "user": "dora" }), json!(true)).await?;
     world.mirrors_pods(&["ignored"]).await?;
     let done = &world.agent.as_ref().expect("there is one").status().await?["done"];

@@ -96,7 +96,7 @@ pub(crate) async fn consumer(
     let config = (way == Way::Bundle).then(|| Agent::opa_config(&address));
     let opa = Opa::start(assets, dir, config.as_ref(), &[]).await?;
     let mut agent = Agent::start(dir, &address, &[&hub.url], &opa.url, delivery, &[])?;
-    agent.wait_ready().await?;
+    agent.wait_in_step().await?;
     Ok((opa, Some(agent)))
 }
 

@@ -205,7 +205,7 @@ impl Lab {
         let flags_of_agent = ["--bundle", B];
         let mut agent =
             Agent::start(dir, &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &flags_of_agent)?;
-        in_time("the agent is ready", START_MAX, agent.wait_ready()).await?;
+        in_time("the agent is ready", START_MAX, agent.wait_in_step()).await?;
         let http = http()?;
         let tenant = Tenant::start(&http, &hub.url, &opa.url);
         let mut reader_of_a = JoinSet::new();
