@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
@@ -16,6 +17,9 @@ use crate::policy::check::Compiler;
 use crate::policy::reads::{Analyst, Found};
 use crate::policy::settle::settle;
 use crate::source::folder::{self, Contents};
+
+/// Time until the analysis of many packages tells how far it is.
+const ANALYSIS_TURN: Duration = Duration::from_secs(10);
 
 /// The report, for people: by bundle and resource what is read and by whom, and how many bytes that leaves.
 pub async fn report(config: &Config) -> anyhow::Result<String> {
@@ -82,13 +86,15 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
     if good.is_empty() {
         bail!("no policies in {}: {}", dir.display(), problems.join("; "));
     }
-    let mut analyst = Analyst::default();
+    let mut analyst = Analyst::new(ANALYSIS_TURN);
     let Found { reads, opaque, .. } = loop {
         let found = analyst.reads(&compiler, &modules, &spec.fields.entrypoints).await?;
         let found = found.context("fields are found by a real OPA only: give --opa-bin")?;
         if found.left.is_empty() {
             break found;
         }
+        eprintln!("{} packages are still to be analysed", found.left.len());
+        analyst.allow(ANALYSIS_TURN);
     };
 
     let mut text = String::new();

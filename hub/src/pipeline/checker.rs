@@ -25,8 +25,12 @@ use crate::source::auto::{self, Auto};
 
 /// Time after which a hub that starts serves the last good policies, while the changes since then are being checked.
 const INTERIM_AFTER: Duration = Duration::from_secs(2);
-/// Time after which no other call of the analysis begins to find out whether policies read too much.
-const WEIGH_MAX: Duration = Duration::from_secs(60);
+/// Maximum time in which runs of the analysis begin to find out whether policies read too much, for one check.
+const WEIGH_MAX: Duration = Duration::from_secs(30);
+/// The same, to find out what accepted policies read. Edits wait so long; the rest is found beside them.
+const ANALYSE_MAX: Duration = Duration::from_secs(15);
+/// Pause between checks that publish what was found meanwhile.
+const PUBLISH_AFTER: Duration = Duration::from_secs(60);
 /// Name of the fields in [`Readiness`].
 const FIELDS: &str = "--fields auto";
 
@@ -49,7 +53,7 @@ pub async fn check(
         readiness.problem(FIELDS, None);
     }
     let mut is_first = true;
-    let mut analyst = Analyst::default();
+    let mut analyst = Analyst::new(ANALYSE_MAX);
     // The last answer with gaps, and a better one.
     let mut open: Option<(Question, Gaps)> = None;
     let mut improved: Option<(Question, Analysis)> = None;
@@ -74,6 +78,7 @@ pub async fn check(
         let Some(candidates) = candidates else { return };
         open = None;
         let started = Instant::now();
+        analyst.allow(WEIGH_MAX);
         // What was good before a restart is served while what changed since takes long to check.
         let is_restart = std::mem::take(&mut is_first) && candidates.values().any(|unit| unit.good.is_some());
         let settled = tokio::select! {
@@ -118,6 +123,7 @@ pub async fn check(
             path: auto.as_ref().map(|auto| auto.path().clone()),
             entrypoints: (!spec.fields.follows.is_nothing()).then(|| spec.fields.entrypoints.clone()),
         };
+        analyst.allow(if outcome.progress == Progress::Good { INTERIM_AFTER } else { ANALYSE_MAX });
         let analysis = match improved.take() {
             Some((same, better)) if same.accepted == question.accepted => better,
             _ => question.ask(&compiler, &mut analyst).await,
@@ -161,9 +167,9 @@ struct Analysis {
 struct Gaps {
     /// Whether OPA could not be asked.
     has_failed: bool,
-    /// Whether the time was too short.
-    is_partial: bool,
-    /// Decisions that failed by themselves, by the part of the analysis.
+    /// Decisions for which the time was too short.
+    left: BTreeSet<(Part, DirPath)>,
+    /// Decisions that failed by themselves.
     unknown: BTreeSet<(Part, DirPath)>,
 }
 
@@ -192,13 +198,16 @@ impl Question {
 
     /// Asks again until an answer fills some of these gaps: soon where the time was too short, else later.
     async fn ask_until_improved(&self, first: &Gaps, compiler: &Compiler, analyst: &mut Analyst) -> Analysis {
+        let since = Instant::now();
         let mut pause = first.pause(Duration::ZERO);
         loop {
             tokio::time::sleep(pause).await;
             let started = Instant::now();
+            analyst.allow(ANALYSE_MAX);
             let analysis = self.ask(compiler, analyst).await;
             let gaps = analysis.gaps();
-            if gaps.is_better_than(first) {
+            let is_due = gaps.left.is_empty() || since.elapsed() >= PUBLISH_AFTER;
+            if is_due && gaps.is_better_than(first) {
                 return analysis;
             }
             pause = gaps.pause(started.elapsed());
@@ -210,35 +219,35 @@ impl Analysis {
     fn gaps(&self) -> Gaps {
         let has_failed = matches!(self.names, Some(Err(_))) || matches!(self.found, Some(Err(_)));
         let mut gaps = Gaps { has_failed, ..Gaps::default() };
-        let mut add = |part: Part, decision: &DirPath| gaps.unknown.insert((part, decision.clone()));
         if let Some(Ok(Some(names))) = &self.names {
-            gaps.is_partial |= !names.left.is_empty();
-            names.unknown.keys().for_each(|package| _ = add(Part::Names, package));
+            gaps.left.extend(names.left.iter().map(|package| (Part::Names, package.clone())));
+            gaps.unknown.extend(names.unknown.keys().map(|package| (Part::Names, package.clone())));
         }
         if let Some(Ok(Some(found))) = &self.found {
-            gaps.is_partial |= !found.left.is_empty();
-            found.opaque.keys().for_each(|decision| _ = add(Part::Fields, decision));
-            found.unnamed.iter().for_each(|decision| _ = add(Part::Data, decision));
+            gaps.left.extend(found.left.iter().map(|decision| (Part::Fields, decision.clone())));
+            gaps.unknown.extend(found.opaque.keys().map(|decision| (Part::Fields, decision.clone())));
+            gaps.unknown.extend(found.unnamed.iter().map(|decision| (Part::Data, decision.clone())));
         }
         gaps
     }
 }
 
 impl Gaps {
-    /// Whether the same question finds the same for a while.
-    fn is_final(&self) -> bool {
-        !self.has_failed && !self.is_partial
-    }
-
+    /// Whether something is known that was not.
     fn is_better_than(&self, first: &Self) -> bool {
-        self.is_final() && (!first.is_final() || !first.unknown.is_subset(&self.unknown))
+        let is_open = |gap| self.left.contains(gap) || self.unknown.contains(gap);
+        let is_filled = |gap| !is_open(gap);
+        // A decision that failed once all of its time was given is known to fail.
+        let is_decided = |gap| !self.left.contains(gap);
+        !self.has_failed
+            && (first.has_failed || first.left.iter().any(is_decided) || first.unknown.iter().any(is_filled))
     }
 
     /// Time until the question is asked again; `took`: the time of the last answer.
     fn pause(&self, took: Duration) -> Duration {
         if self.has_failed {
-            CHECK_RETRY
-        } else if self.is_partial {
+            CHECK_RETRY.max(took)
+        } else if !self.left.is_empty() {
             // Others have the machine as long.
             took
         } else if self.unknown.is_empty() {
@@ -300,30 +309,29 @@ impl Limits<'_> {
             return Ok(Vec::new());
         }
         let modules = selection.values().flat_map(|selected| &selected.texts.modules).collect();
-        let bytes = self.weigh(&modules).await?;
-        if self.scales.fits(bytes) {
+        let Some(bytes) = self.weigh(&modules).await?.filter(|bytes| !self.scales.fits(*bytes)) else {
             return Ok(Vec::new());
-        }
-        let good = self.candidates.values().filter_map(|candidate| candidate.good.as_deref());
-        let before = match self.before {
-            Some(before) => before,
-            None => self.weigh(&good.flat_map(|texts| &texts.modules).collect()).await?,
         };
-        self.before = Some(before);
-        let fault = self.scales.fault(bytes, before);
+        let good = self.candidates.values().filter_map(|candidate| candidate.good.as_deref());
+        if self.before.is_none() {
+            self.before = self.weigh(&good.flat_map(|texts| &texts.modules).collect()).await?;
+        }
+        let fault = self.before.and_then(|before| self.scales.fault(bytes, before));
         Ok(fault.map(|message| Fault::new("over_limit", message)).into_iter().collect())
     }
 
-    /// Bytes of the data for these modules. Where the analysis takes several calls it goes on until they fit or are
-    /// known: a share of them may seem larger than all.
-    async fn weigh(&mut self, modules: &Modules<'_>) -> Result<usize, check::Error> {
-        let until = Instant::now() + WEIGH_MAX;
+    /// Bytes of the data for these modules; `None` where the time is over before they are known: no policy is refused
+    /// for what is not known.
+    async fn weigh(&mut self, modules: &Modules<'_>) -> Result<Option<usize>, check::Error> {
         loop {
             let found = self.analyst.reads(self.compiler, modules, self.entrypoints).await?;
             let is_known = found.as_ref().is_none_or(|found| found.left.is_empty());
             let bytes = self.scales.weigh(&found.map_or_else(Reads::everything, |found| found.reads));
-            if is_known || self.scales.fits(bytes) || Instant::now() >= until {
-                return Ok(bytes);
+            if is_known || self.scales.fits(bytes) {
+                return Ok(Some(bytes));
+            }
+            if self.analyst.is_spent() {
+                return Ok(None);
             }
         }
     }
@@ -337,7 +345,11 @@ fn read_by(
     readiness: &Readiness,
 ) -> Reads {
     let problem = match found {
-        Ok(Some(_)) => None,
+        Ok(Some(found)) => {
+            let left = found.left.len();
+            (left > 0)
+                .then(|| format!("the analysis goes on: what {left} packages name travels whole until then"))
+        }
         Ok(None) => Some("it needs a real OPA: give --opa-bin; until then whole objects travel".to_owned()),
         Err(error) => Some(format!("whole objects travel: {error}")),
     };
@@ -365,19 +377,26 @@ mod tests {
 
     #[test]
     fn only_a_better_answer_has_policies_checked_again() {
-        let gaps = |has_failed, is_partial, unknown: &[&str]| {
-            let unknown = unknown.iter().map(|package| (Part::Fields, package.parse().unwrap()));
-            Gaps { has_failed, is_partial, unknown: unknown.collect() }
+        let of = |packages: &[&str]| {
+            packages.iter().map(|package| (Part::Fields, package.parse().unwrap())).collect::<BTreeSet<_>>()
+        };
+        let gaps = |has_failed, left: &[&str], unknown: &[&str]| Gaps {
+            has_failed,
+            left: of(left),
+            unknown: of(unknown),
         };
         for (first, second, is_better) in [
-            (gaps(true, false, &[]), gaps(false, false, &[]), true),
-            (gaps(true, false, &[]), gaps(true, false, &[]), false),
-            (gaps(false, true, &[]), gaps(false, true, &["/a"]), false),
-            (gaps(false, true, &[]), gaps(false, false, &["/a", "/b"]), true),
-            (gaps(false, false, &["/a"]), gaps(false, false, &["/a"]), false),
-            (gaps(false, false, &["/a"]), gaps(false, false, &["/a", "/b"]), false),
-            (gaps(false, false, &["/a"]), gaps(false, true, &[]), false),
-            (gaps(false, false, &["/a", "/b"]), gaps(false, false, &["/b"]), true),
+            (gaps(true, &[], &[]), gaps(false, &[], &[]), true),
+            (gaps(true, &[], &[]), gaps(false, &["/a"], &[]), true),
+            (gaps(true, &[], &[]), gaps(true, &[], &[]), false),
+            (gaps(false, &["/a", "/b"], &[]), gaps(false, &["/a", "/b"], &[]), false),
+            (gaps(false, &["/a", "/b"], &[]), gaps(false, &["/a"], &[]), true),
+            (gaps(false, &["/a"], &[]), gaps(false, &[], &["/a"]), true),
+            (gaps(false, &["/a"], &[]), gaps(true, &[], &[]), false),
+            (gaps(false, &[], &["/a"]), gaps(false, &[], &["/a"]), false),
+            (gaps(false, &[], &["/a"]), gaps(false, &[], &["/a", "/b"]), false),
+            (gaps(false, &[], &["/a"]), gaps(false, &["/a"], &[]), false),
+            (gaps(false, &[], &["/a", "/b"]), gaps(false, &["/c"], &["/b"]), true),
         ] {
             assert_eq!(second.is_better_than(&first), is_better, "{:?}, {:?}", first.unknown, second.unknown);
         }

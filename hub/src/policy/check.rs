@@ -5,6 +5,7 @@ mod run;
 mod syntax;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -64,7 +65,12 @@ pub enum Error {
 impl Error {
     /// Whether no module can be the cause: OPA was not even started.
     pub fn is_transient(&self) -> bool {
-        !matches!(self, Self::TooLong(_) | Self::Failed { .. } | Self::PlanTooLarge(_))
+        match self {
+            Self::TooLong(_) | Self::Failed { .. } | Self::PlanTooLarge(_) => false,
+            // Its query names too many packages.
+            Self::Run(error) => error.kind() != io::ErrorKind::ArgumentListTooLong,
+            _ => true,
+        }
     }
 }
 

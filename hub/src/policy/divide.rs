@@ -11,15 +11,16 @@ use super::analyze;
 use super::check::{self, Modules};
 use super::modules::Module;
 
-/// Maximum time in which groups of decisions are divided. Data goes on meanwhile, and other edits of policies wait.
-const DIVIDE_MAX: Duration = Duration::from_secs(30);
-/// Maximum number of runs for one set of policies: enough to find three failing ones among a thousand packages.
+/// Maximum number of runs in one call: enough to find three failing ones among a thousand packages.
 const RUNS_MAX: usize = 64;
 /// Time after which a decision that failed is tried again: a machine that was busy may have failed it. It doubles with
 /// each failure, [`DOUBLINGS_MAX`] times at most.
 pub const RETRY_AFTER: Duration = Duration::from_secs(600);
 /// Maximum number of doublings of [`RETRY_AFTER`]: 21 hours, so that a lasting failure costs next to nothing.
 const DOUBLINGS_MAX: u32 = 7;
+/// Number of groups beside twice those of the last call from which others are forgotten.
+const UNUSED_MAX: usize = 16;
+
 /// Failure of one group.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -80,12 +81,13 @@ impl<T> Default for Divider<T> {
 }
 
 impl<T> Divider<T> {
-    /// Runs `work` on these decisions together, and on parts of them where that fails. `None` without a real OPA. An
-    /// error is no decision's doing. A call that is dropped loses one run at most.
+    /// Runs `work` on these decisions together, and on parts of them where that fails, while runs may begin: until
+    /// then. `None` without a real OPA. An error is no decision's doing. A call that is dropped loses one run at most.
     pub async fn divide(
         &mut self,
         modules: &Modules<'_>,
         decisions: &BTreeSet<&DirPath>,
+        until: Instant,
         mut work: impl AsyncFnMut(&[&DirPath]) -> Result<Option<T>, Error>,
     ) -> Result<Option<Divided<'_, T>>, check::Error> {
         let all = digest(modules.iter().map(|(id, module)| (*id, &***module)));
@@ -120,11 +122,9 @@ impl<T> Divider<T> {
         let (again, others): (Vec<&DirPath>, Vec<_>) =
             new.partition(|decision| self.failed.contains_key(**decision));
         let again: Vec<_> = again.into_iter().map(|decision| BTreeSet::from([decision.clone()])).collect();
-        let is_continued = !self.groups.is_empty();
         self.groups.insert(0, others.into_iter().cloned().collect());
         self.groups.extend(again);
 
-        let mut until = is_continued.then(|| Instant::now() + DIVIDE_MAX);
         let (mut runs, mut at) = (0, 0);
         // Level by level, so that good halves are found before the time is over.
         while let Some(group) = self.groups.get(at) {
@@ -134,8 +134,7 @@ impl<T> Divider<T> {
                 at += 1;
                 continue;
             }
-            // One run at least, so that each call comes nearer to the end.
-            if runs >= RUNS_MAX || (runs > 0 && until.is_some_and(|until| Instant::now() >= until)) {
+            if runs >= RUNS_MAX || Instant::now() >= until {
                 divided.left.extend(group);
                 at += 1;
                 continue;
@@ -158,12 +157,8 @@ impl<T> Divider<T> {
                     self.found.push((group, found));
                     used.push(true);
                 }
+                Err(_) if group.len() > 1 => self.groups.extend(halves(modules, group)),
                 Err(error) => {
-                    until.get_or_insert_with(|| Instant::now() + DIVIDE_MAX);
-                    if group.len() > 1 {
-                        self.groups.extend(halves(modules, group));
-                        continue;
-                    }
                     for decision in group {
                         let own = digest(own(modules, &decision));
                         let last =
@@ -177,6 +172,12 @@ impl<T> Divider<T> {
                     }
                 }
             }
+        }
+        let count = used.iter().filter(|is_used| **is_used).count();
+        if self.found.len() > 2 * count + UNUSED_MAX {
+            let mut is_used = used.into_iter();
+            self.found.retain(|_| is_used.next() == Some(true));
+            used = vec![true; count];
         }
         divided
             .found
@@ -202,7 +203,7 @@ fn digest<'a>(modules: impl Iterator<Item = (&'a String, &'a Module)>) -> Digest
     modules_digest(modules.map(|(id, module)| (id.as_str(), module.digest)), None)
 }
 
-/// The modules of a decision's package, and of packages below it.
+/// The modules of a decision's package, and of packages above and below it.
 fn own<'a>(modules: &'a Modules<'_>, decision: &DirPath) -> impl Iterator<Item = (&'a String, &'a Module)> {
     let is_own = |module: &Module| decision.is_within(&module.root) || module.root.is_within(decision);
     modules.iter().filter(move |(_, module)| is_own(module)).map(|(id, module)| (*id, &***module))
@@ -213,6 +214,8 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+
+    const DIVIDE_MAX: Duration = Duration::from_secs(30);
 
     /// Divides packages of these names with these texts: `x` fails, and more than three of `y` do. Returns the groups of
     /// each run, and the decisions that failed and were left.
@@ -233,7 +236,9 @@ mod tests {
             let fails = all.contains('x') || all.matches('y').count() > 3;
             if fails { Err(check::Error::PlanTooLarge(1).into()) } else { Ok(Some(())) }
         };
-        let Divided { failed, left, .. } = divider.divide(&modules, &decisions, work).await.unwrap().unwrap();
+        let until = Instant::now() + DIVIDE_MAX;
+        let divided = divider.divide(&modules, &decisions, until, work).await;
+        let Divided { failed, left, .. } = divided.unwrap().unwrap();
         let names = |decision: &DirPath| decision.relative().to_owned();
         let (failed, left) = (failed.keys().map(names).collect(), left.iter().map(names).collect());
         [runs, failed, left]
@@ -282,7 +287,7 @@ mod tests {
             loop {
                 let started = Instant::now();
                 let [runs, failed, left] = divide(divider, &packages).await;
-                assert!(started.elapsed() <= DIVIDE_MAX + Duration::from_secs(1));
+                assert!(started.elapsed() <= DIVIDE_MAX);
                 assert!(!runs.is_empty() && failed.len() <= bad);
                 all += runs.len();
                 if left.is_empty() {
@@ -310,7 +315,15 @@ mod tests {
             if runs == 1 { Err::<Option<()>, Error>(failure.into()) } else { std::future::pending().await }
         };
         let all = decisions.iter().collect();
-        assert!(futures::FutureExt::now_or_never(divider.divide(&modules, &all, hangs)).is_none());
+        assert!(
+            futures::FutureExt::now_or_never(divider.divide(
+                &modules,
+                &all,
+                Instant::now() + DIVIDE_MAX,
+                hangs
+            ))
+            .is_none()
+        );
         for (decisions, expected) in
             [(&decisions[1..], [1, 1]), (&decisions[..], [1, 0]), (&decisions[..], [0, 0])]
         {
@@ -320,7 +333,8 @@ mod tests {
                 Ok(Some(()))
             };
             let decisions = decisions.iter().collect();
-            let divided = divider.divide(&modules, &decisions, work).await.unwrap().unwrap();
+            let until = Instant::now() + DIVIDE_MAX;
+            let divided = divider.divide(&modules, &decisions, until, work).await.unwrap().unwrap();
             assert!(divided.failed.is_empty() && divided.left.is_empty());
             groups.resize(2, 0);
             assert_eq!(groups, expected, "all three are known to fail");

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use opa_hub_proto::path::DirPath;
+use tokio::time::{Duration, Instant};
 
 use super::analyze::{self, Extent, Reads, Step};
 use super::check::{self, Compiler, Dependencies, Modules};
@@ -19,7 +20,7 @@ pub struct Found {
     pub reads: Reads,
     /// Decisions that could not be analysed, with the reason.
     pub opaque: BTreeMap<DirPath, String>,
-    /// Decisions of these of which not even the names are known: they read everything.
+    /// Decisions without a plan of which not even the names are known: they read everything.
     pub unnamed: BTreeSet<DirPath>,
     /// Decisions that the analysis had no time for. Another call goes on there.
     pub left: BTreeSet<DirPath>,
@@ -39,13 +40,29 @@ pub struct Names {
 }
 
 /// Analyses the policies of one bundle, again and again.
-#[derive(Default)]
 pub struct Analyst {
     plans: Divider<Reads>,
     dependencies: Divider<Dependencies>,
+    /// Time after which no run begins.
+    until: Instant,
 }
 
 impl Analyst {
+    /// An analyst with this time for all questions until it gets more.
+    pub fn new(time: Duration) -> Self {
+        Self { plans: Divider::default(), dependencies: Divider::default(), until: Instant::now() + time }
+    }
+
+    /// Gives it this time, from now, for all questions until it gets more.
+    pub fn allow(&mut self, time: Duration) {
+        self.until = Instant::now() + time;
+    }
+
+    /// Whether its time is over.
+    pub fn is_spent(&self) -> bool {
+        Instant::now() >= self.until
+    }
+
     /// The data that these modules read for `entrypoints`, or for all of their packages where there are none; `None`
     /// without a real OPA.
     pub async fn reads(
@@ -60,11 +77,13 @@ impl Analyst {
         let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
         let decisions = packages.chain(entrypoints).collect();
         let analyse = async |group: &[&DirPath]| analyse(compiler, modules, group).await;
-        let Some(planned) = self.plans.divide(modules, &decisions, analyse).await? else { return Ok(None) };
+        let Some(planned) = self.plans.divide(modules, &decisions, self.until, analyse).await? else {
+            return Ok(None);
+        };
         let mut found = Found { opaque: planned.failed, left: planned.left, ..Found::default() };
         planned.found.into_iter().for_each(|(_, reads)| found.reads.join(reads.clone()));
         let unplanned = found.opaque.keys().chain(&found.left).collect();
-        let named = dependencies(&mut self.dependencies, compiler, modules, &unplanned).await?;
+        let named = dependencies(&mut self.dependencies, compiler, modules, &unplanned, self.until).await?;
         let Some(named) = named else { return Ok(None) };
         for (decisions, dependencies) in named.found {
             found.reads.join(named_by(dependencies, modules, decisions));
@@ -78,7 +97,8 @@ impl Analyst {
         Ok(Some(found))
     }
 
-    /// The names below `data.<root>` that these modules read; `None` without a real OPA.
+    /// The names below `data.<root>` that these modules read, and where some packages' cannot be found also those that
+    /// stand in the texts; `None` without a real OPA.
     pub async fn names(
         &mut self,
         compiler: &Compiler,
@@ -86,12 +106,15 @@ impl Analyst {
         root: &DirPath,
     ) -> Result<Option<Names>, check::Error> {
         let packages = modules.values().map(|module| &module.root).collect();
-        let named = dependencies(&mut self.dependencies, compiler, modules, &packages).await?;
+        let named = dependencies(&mut self.dependencies, compiler, modules, &packages, self.until).await?;
         let Some(named) = named else { return Ok(None) };
         let mut names = Names { unknown: named.failed, left: named.left, ..Names::default() };
         let root: Vec<_> = root.relative().split('/').collect();
         let found = named.found.into_iter().flat_map(|(_, dependencies)| dependencies.data.iter().cloned());
-        for path in found.chain(hidden_paths(modules, |_| true)) {
+        // Where OPA tells nothing, the text does: a policy must not decide before its data is there.
+        let is_known = names.unknown.is_empty() && names.left.is_empty();
+        let written = modules.values().filter(|_| !is_known).flat_map(|module| written_paths(module));
+        for path in found.chain(hidden_paths(modules, |_| true)).chain(written) {
             // A path that ends above the root may lead anywhere in it.
             let shared = path.len().min(root.len());
             if path[..shared] == root[..shared] {
@@ -111,13 +134,14 @@ async fn dependencies<'a>(
     compiler: &Compiler,
     modules: &Modules<'_>,
     decisions: &BTreeSet<&DirPath>,
+    until: Instant,
 ) -> Result<Option<Divided<'a, Dependencies>>, check::Error> {
     if let Some(omission) = compiler.omission() {
         let failed = decisions.iter().map(|decision| ((*decision).clone(), omission.clone())).collect();
         return Ok(Some(Divided { found: Vec::new(), failed, left: BTreeSet::new() }));
     }
     let work = async |group: &[&DirPath]| Ok(compiler.dependencies(modules, group).await?);
-    divider.divide(modules, decisions, work).await
+    divider.divide(modules, decisions, until, work).await
 }
 
 async fn analyse(
@@ -145,11 +169,15 @@ fn named_by(dependencies: &Dependencies, modules: &Modules<'_>, decisions: &BTre
 /// `base`).
 fn hidden_paths(modules: &Modules<'_>, is_used: impl Fn(&Module) -> bool) -> BTreeSet<Vec<String>> {
     let used = modules.values().filter(|module| is_used(module));
-    let mut paths: BTreeSet<_> =
-        used.flat_map(|module| module.data_paths().unwrap_or_else(|| BTreeSet::from([Vec::new()]))).collect();
+    let mut paths: BTreeSet<_> = used.flat_map(|module| written_paths(module)).collect();
     let above: BTreeSet<_> = modules.values().flat_map(|module| module.paths_above()).collect();
     paths.retain(|path| above.contains(path));
     paths
+}
+
+/// Paths below `data` that stand in the text of a module.
+fn written_paths(module: &Module) -> BTreeSet<Vec<String>> {
+    module.data_paths().unwrap_or_else(|| BTreeSet::from([Vec::new()]))
 }
 
 /// All of the data at these paths, read by the modules of these decisions.

@@ -375,7 +375,8 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
         let texts = [&text, LIBRARY].map(|text| Arc::new(Module::read(text).unwrap()));
         let modules = ids.iter().zip(&texts).collect();
         let asked = ["/t".parse().unwrap()];
-        let found = Analyst::default().reads(&compiler, &modules, &asked).await.unwrap().unwrap();
+        let found =
+            Analyst::new(Duration::from_secs(60)).reads(&compiler, &modules, &asked).await.unwrap().unwrap();
         assert!(found.opaque.is_empty(), "seed {seed}: {:?}\n{text}", found.opaque);
         let places = ["pods", "nodes"].map(|name| format!("/kubernetes/{name}").parse::<DirPath>().unwrap());
         let kept = Kept::of_reads(&found.reads, places.iter().cloned().zip([Some(false), Some(true)]));
@@ -443,7 +444,8 @@ async fn i7_policies_from_life_decide_the_same() {
     for modules in each.chain([others().collect()]) {
         let asked: Vec<DirPath> =
             if modules.contains_key(&HELD.to_owned()) { vec![ASKED.parse().unwrap()] } else { Vec::new() };
-        let found = Analyst::default().reads(&compiler, &modules, &asked).await.unwrap().unwrap();
+        let found =
+            Analyst::new(Duration::from_secs(60)).reads(&compiler, &modules, &asked).await.unwrap().unwrap();
         let kept = Kept::of_reads(&found.reads, [(place.clone(), Some(false))]);
         let names: Vec<_> = modules.keys().collect();
         assert!(!kept.of(&place).is_all(), "{names:?} read whole pods");
@@ -595,7 +597,7 @@ async fn a_package_that_cannot_be_analysed_reads_whole_what_it_names() {
         let ids = ["ns/good/p.rego", "ns/bad/p.rego"].map(str::to_owned);
         let modules = ids.iter().zip(&texts).collect();
         let started = Instant::now();
-        let found = Analyst::default().reads(&compiler, &modules, &[]).await.unwrap().unwrap();
+        let found = Analyst::new(Duration::from_secs(60)).reads(&compiler, &modules, &[]).await.unwrap().unwrap();
         let took = started.elapsed();
         let decisions: Vec<_> = found.opaque.keys().map(DirPath::as_str).collect();
         assert_eq!(decisions, opaque, "{:?}\n{text}", found.opaque);
@@ -626,7 +628,7 @@ async fn data_beside_packages_is_read_whole_by_what_cannot_be_analysed() {
             .map(|text| Arc::new(Module::read(text).unwrap()));
         let ids = ["ns/good/p.rego", "ns/bad/p.rego"].map(str::to_owned);
         let modules = ids.iter().zip(&texts).collect();
-        let mut analyst = Analyst::default();
+        let mut analyst = Analyst::new(Duration::from_secs(60));
         let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
         assert_eq!(found.opaque.keys().map(DirPath::as_str).collect::<Vec<_>>(), ["/multiplies"], "{bad}");
         let nodes: DirPath = "/kubernetes/nodes".parse().unwrap();
