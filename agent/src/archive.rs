@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use crate::config::{DECODED_AHEAD_MAX, PATCH_BYTES_MAX};
 
 /// What an archive is made of, in this order: a head, modules, directories.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Piece {
     /// What the receiver holds when all is applied.
     Head(Head),

@@ -40,6 +40,10 @@ pub struct Cli {
     /// Serve /health, /livez, /readyz and /metrics here too
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT")]
     health_endpoint: Option<SocketAddr>,
+    /// Keep the last good data and policies in this directory, so that OPA and agent restart without a hub. A volume that
+    /// lasts as long as the pod will do
+    #[arg(long, value_name = "DIR", env = "OPA_HUB_STATE_DIR")]
+    state_dir: Option<PathBuf>,
     /// Fail /readyz once OPA is out of step with its hub for so many seconds. Without this an OPA that was loaded stays
     /// ready while no hub answers: an outage of the hub takes no application out of its Service
     #[arg(long, value_name = "SECONDS", env = "OPA_HUB_UNREADY_AFTER")]
@@ -158,6 +162,7 @@ impl Cli {
             delivery: self.policy_delivery,
             listen: self.listen,
             health: self.health_endpoint,
+            state_dir: self.state_dir.clone(),
             unready_after: self.unready_after.map(Duration::from_secs),
         })
     }

@@ -40,6 +40,8 @@ pub const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Maximum time in which a poll by an OPA without policies is kept waiting for its data, where OPA grants no longer one:
 /// OPA waits 10 s for an answer (OPA v1/plugins/rest/rest.go, `defaultResponseHeaderTimeoutSeconds`).
 pub const GATE_MAX: Duration = Duration::from_secs(5);
+/// Time in which a hub must begin to answer an agent that has a last good state. Then OPA begins with that.
+pub const HUB_FIRST: Duration = Duration::from_millis(300);
 /// The longest long poll that is granted to OPA.
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(300);
 
@@ -60,6 +62,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where health is served besides.
     pub health: Option<SocketAddr>,
+    /// Directory of the last good state; `None`: it is not kept.
+    pub state_dir: Option<PathBuf>,
     /// Time for which OPA may be out of step before `/readyz` fails; `None`: for ever.
     pub unready_after: Option<Duration>,
 }

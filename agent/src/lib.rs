@@ -27,6 +27,8 @@ pub mod apply;
 
 pub mod replica;
 
+pub mod state;
+
 pub mod status;
 
 pub mod local;

@@ -20,15 +20,19 @@ use opa_hub_proto::position::{Judge, Lag, Position};
 use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, modules_digest};
 use opa_hub_proto::sse::{Message, Word};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::apply::{self, Applier, Modules};
 use crate::archive;
-use crate::config::{Delivery, FRESH_LOOK, FRESH_LOOK_MAX, LAG_MAX, OPA_POLL, RETRY_FIRST, RETRY_MAX};
+use crate::config::{
+    Delivery, FRESH_LOOK, FRESH_LOOK_MAX, HUB_FIRST, LAG_MAX, OPA_POLL, RETRY_FIRST, RETRY_MAX,
+};
 use crate::local::Local;
 use crate::marker::Marker;
 use crate::pull::{self, Archive, Hubs, PolicyBundle, Stream};
-use crate::status::{State, Status};
+use crate::state::{Content, Meta, State};
+use crate::status::{self, Status};
 use crate::{config, opa};
 
 /// See the module's text.
@@ -45,6 +49,12 @@ pub struct Replica {
     lags: Option<(Instant, Instant)>,
     /// When a hub that hears its source is looked for, and how long after that again.
     look: (Instant, Duration),
+    /// Last good state on disk.
+    state: Option<State>,
+    /// Revision of its last commit.
+    saved: Option<Revision>,
+    /// Policy bundle of the state that OPA begins with.
+    restored: Option<PolicyBundle>,
 }
 
 /// What ends a session.
@@ -119,6 +129,12 @@ impl Replica {
             trust: Trust::Whole,
             lags: None,
             look: (Instant::now(), FRESH_LOOK),
+            state: match &config.state_dir {
+                Some(dir) => Some(State::open(dir, &config.bundle, config.namespace.as_deref())?),
+                None => None,
+            },
+            saved: None,
+            restored: None,
         })
     }
 
@@ -194,7 +210,7 @@ impl Replica {
     async fn session(&mut self) -> Result<std::convert::Infallible, Trouble> {
         let mut found = self.applier.claim().await?;
         if found.is_none() {
-            self.status.with(State::lost);
+            self.status.with(status::State::lost);
         }
         if let Some(marker) = &mut found {
             self.trust.apply(marker);
@@ -204,6 +220,9 @@ impl Replica {
                 );
                 marker.position = Position::default();
             }
+        }
+        if let Some(marker) = &mut found {
+            self.compare_with_state(marker).await;
         }
         let whole = found.as_ref().filter(|marker| self.believed(marker).is_some());
         self.status.with(|state| {
@@ -241,6 +260,34 @@ impl Replica {
         tracing::info!(hub = %self.hubs.current(), revision = %held.revision(), "following");
         self.status.with(|state| (state.unconnected, state.failure) = (None, None));
         self.follow(stream, held).await
+    }
+
+    /// Leaves of `marker` what the state has too, where they differ: after a crash, or in a directory that is new.
+    async fn compare_with_state(&mut self, marker: &mut Marker) {
+        let Some(state) = &mut self.state else { return };
+        state.abort().await;
+        if self.saved.is_none() || self.saved != marker.revision {
+            let content = state.content().await;
+            self.saved = content.meta.as_ref().map(|meta| meta.revision);
+            if self.saved.is_none() || self.saved != marker.revision {
+                content.intersect(marker);
+            }
+        }
+    }
+
+    /// Makes what OPA holds now the last good state.
+    async fn save(&mut self, held: &Held) {
+        let Some(state) = &mut self.state else { return };
+        let meta = Meta {
+            revision: held.revision(),
+            position: held.marker.position.clone(),
+            ensure: held.marker.ensure.clone(),
+            rego_version: held.marker.rego_version,
+            reads: held.marker.reads.last().cloned(),
+            etag: (self.delivery == Delivery::Bundle).then(|| held.modules.to_string()),
+        };
+        self.saved = Some(meta.revision);
+        state.commit(meta).await;
     }
 
     /// What the hub says was taken, or that there is no more. Opening a stream proves nothing: its first frame may be older
@@ -361,6 +408,9 @@ impl Replica {
                     self.local.activated(held.modules).await.ok_or(Trouble::NotActivated)?;
                 }
                 self.applier.delta(&mut held.marker, &delta).await?;
+                if let Some(state) = &mut self.state {
+                    state.delta(&delta).await;
+                }
             }
             POLICY_EVENT => {
                 half(said.map(|said| said.data), held.revision().data)?;
@@ -373,6 +423,11 @@ impl Replica {
                 match self.delivery {
                     Delivery::Rest => {
                         held.modules = policy.to;
+                        if let Some(state) = &mut self.state {
+                            let put = policy.put.iter().map(|(id, text)| (id.clone(), Some(text.clone())));
+                            let removed = policy.remove.iter().map(|id| (id.clone(), None));
+                            state.modules(put.chain(removed).collect()).await;
+                        }
                         let mut changes = std::mem::take(&mut held.refused);
                         changes.extend(policy.put.into_iter().map(|(id, text)| (id, Some(text))));
                         changes.extend(policy.remove.into_iter().map(|id| (id, None)));
@@ -384,20 +439,52 @@ impl Replica {
             // A hub newer than this agent may say more.
             _ => return Ok(()),
         }
+        self.save(held).await;
         self.status.with(|state| state.done.frames += 1);
         Ok(())
     }
 
-    /// Loads an OPA that has no marker.
+    /// Loads an OPA that has no marker: from the hub, or, where that does not answer soon, from the last good state.
     async fn load(&mut self) -> Result<Held, Trouble> {
         let started = Instant::now();
-        let archive = match self.delivery {
-            Delivery::Rest => self.hubs.whole().await?,
-            Delivery::Bundle => self.hubs.data().await?,
+        let content = match &mut self.state {
+            Some(state) => {
+                state.abort().await;
+                state.content().await
+            }
+            None => Content::default(),
+        };
+        let archive = async {
+            match self.delivery {
+                Delivery::Rest => self.hubs.whole().await,
+                Delivery::Bundle => self.hubs.data().await,
+            }
+        };
+        let archive = match content.meta {
+            None => archive.await?,
+            Some(meta) => match tokio::time::timeout(HUB_FIRST, archive).await {
+                Ok(Ok(archive)) => archive,
+                _ => return self.restore(meta).await,
+            },
         };
         let held = self.take_archive(None, archive).await?;
         self.status.with(|state| state.done.snapshots += 1);
         tracing::info!(revision = %held.revision(), took = ?started.elapsed(), "loaded OPA");
+        Ok(held)
+    }
+
+    /// Loads an OPA from the last good state.
+    async fn restore(&mut self, meta: Meta) -> Result<Held, Trouble> {
+        let started = Instant::now();
+        let Some(state) = &mut self.state else { return Err(apply::Error::NoHead.into()) };
+        let (mut pieces, bundle) = state.read().await;
+        self.restored = bundle;
+        let (marker, found) = self.applier.archive(None, false, meta.position, &mut pieces).await?;
+        let held = self.take_policies(marker, found).await?;
+        self.saved = Some(held.revision());
+        self.status.with(|state| state.done.restores += 1);
+        self.note(&held);
+        tracing::warn!(revision = %held.revision(), took = ?started.elapsed(), "no hub answers: loaded OPA from disk");
         Ok(held)
     }
 
@@ -429,7 +516,34 @@ impl Replica {
     async fn take_archive(&mut self, marker: Option<&Marker>, archive: Archive) -> Result<Held, Trouble> {
         let Archive { chunks, position } = archive;
         let mut pieces = archive::read(chunks);
-        let (marker, found) = self.applier.archive(marker, self.modules_first, position, &mut pieces).await?;
+        let (applier, modules_first) = (&self.applier, self.modules_first);
+        let (marker, found) = match &mut self.state {
+            None => applier.archive(marker, modules_first, position, &mut pieces).await?,
+            Some(state) => {
+                let (out, mut copy) = mpsc::channel(1);
+                let keep = async {
+                    while let Some(piece) = pieces.recv().await {
+                        if let Ok(piece) = &piece {
+                            state.piece(piece).await;
+                        }
+                        if out.send(piece).await.is_err() {
+                            break;
+                        }
+                    }
+                    drop(out);
+                };
+                let apply = async move { applier.archive(marker, modules_first, position, &mut copy).await };
+                let ((), applied) = tokio::join!(keep, apply);
+                applied?
+            }
+        };
+        let held = self.take_policies(marker, found).await?;
+        self.save(&held).await;
+        Ok(held)
+    }
+
+    /// The policies that OPA's data is for.
+    async fn take_policies(&mut self, marker: Marker, found: Modules) -> Result<Held, Trouble> {
         let mut held = Held { marker, modules: modules_digest([], None), refused: BTreeMap::new() };
         match self.delivery {
             Delivery::Rest => self.take_modules(&mut held, found).await?,
@@ -476,6 +590,9 @@ impl Replica {
         held.modules = modules;
         held.marker.revision = Some(held.revision());
         self.applier.mark(&held.marker).await?;
+        if let Some(state) = &mut self.state {
+            state.bundle(policy.clone()).await;
+        }
         self.local.serve(policy);
         Ok(())
     }
@@ -483,8 +600,9 @@ impl Replica {
     /// The policy bundle of these modules, if the hub still has it.
     async fn policy_bundle(&self, modules: Digest) -> Result<Option<PolicyBundle>, Trouble> {
         let is_it = |policy: &PolicyBundle| policy.etag == modules.to_string();
-        Ok(match self.local.served().filter(is_it) {
-            Some(served) => Some(served),
+        let known = self.local.served().filter(is_it).or_else(|| self.restored.clone().filter(is_it));
+        Ok(match known {
+            Some(known) => Some(known),
             None => Some(self.hubs.policy_bundle().await?).filter(is_it),
         })
     }

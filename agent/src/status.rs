@@ -53,6 +53,8 @@ pub struct Done {
     pub snapshots: u64,
     /// Times that an OPA was repaired by digests.
     pub reconciles: u64,
+    /// Times that an OPA without a marker was loaded from the last good state on disk.
+    pub restores: u64,
 }
 
 /// What `/v1/status` and `/readyz?verbose` show.
@@ -181,7 +183,7 @@ impl State {
     /// Metrics in the text format of Prometheus.
     fn metrics(&self) -> String {
         let age = |since: Option<Instant>| since.map_or(0.0, |since| since.elapsed().as_secs_f64());
-        let Done { frames, snapshots, reconciles } = self.done;
+        let Done { frames, snapshots, reconciles, restores } = self.done;
         let stale = self.stale.as_ref().map(|(since, _)| *since);
         let gauges = [
             (
@@ -199,6 +201,7 @@ impl State {
             ("frames", "Frames applied", frames),
             ("snapshots", "Loads of an OPA that held nothing", snapshots),
             ("reconciles", "Repairs by digests", reconciles),
+            ("restores", "Loads from the last good state on disk", restores),
         ];
         let mut text = String::new();
         for (name, help, value) in gauges {

@@ -77,6 +77,14 @@ pub fn escape(key: &str) -> Cow<'_, str> {
     Cow::Owned(key.replace('~', "~0").replace('/', "~1").replace('%', "%25"))
 }
 
+/// The key that a token made by [`escape`] stands for.
+pub fn unescape(token: &str) -> Cow<'_, str> {
+    if !token.contains(['~', '%']) {
+        return Cow::Borrowed(token);
+    }
+    Cow::Owned(token.replace("%25", "%").replace("~1", "/").replace("~0", "~"))
+}
+
 impl FromStr for DirPath {
     type Err = InvalidPath;
 

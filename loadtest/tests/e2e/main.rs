@@ -16,6 +16,8 @@ mod folder;
 
 mod kube_mgmt;
 
+mod last_good;
+
 mod namespaces;
 
 mod opa_kills;

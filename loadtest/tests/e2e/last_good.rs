@@ -1,0 +1,183 @@
+//! The last good state on the agent's disk: OPA and agent restart while hub and source are away, and decide again.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
+use serde_json::{Value, json};
+
+use crate::world::write_manifest;
+
+/// Pods: as many as the promise is for.
+const PODS: usize = 3000;
+/// Time from the start of agent and OPA to the first right decision. On a busy machine most of it is OPA's own start.
+const DECIDES_MAX: Duration = Duration::from_secs(5);
+/// Time after which a change is on disk.
+const SYNCED: Duration = Duration::from_millis(1500);
+
+/// Right on one whole state only: all pods, and the newest of both values.
+const POLICY: &str = "package count
+
+pods := count([1 | some pod in data.kubernetes.pods.big; pod.metadata.name])
+
+generation := data.ns.one.k.at if data.ns.one.k.at == data.ns.other.k.at
+";
+
+fn write(dir: &Path, generation: usize) -> anyhow::Result<()> {
+    let configmap = |name: &str, label: (&str, &str), key: &str, text: String| {
+        json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "data": { key: text },
+            "metadata": { "name": name, "namespace": "ns", "labels": { label.0: label.1 } },
+        })
+    };
+    let data = |name| {
+        configmap(name, ("openpolicyagent.org/data", "opa"), "k", json!({ "at": generation }).to_string())
+    };
+    let policy = configmap("count", ("openpolicyagent.org/policy", "rego"), "p.rego", POLICY.to_owned());
+    let items = [data("one"), data("other"), policy];
+    write_manifest(dir, "maps.json", &json!({ "apiVersion": "v1", "kind": "List", "items": items }))
+}
+
+struct World {
+    work: tempfile::TempDir,
+    manifests: tempfile::TempDir,
+    hub: Hub,
+    opa: Opa,
+    agent: Agent,
+}
+
+impl World {
+    async fn start(delivery: Delivery) -> anyhow::Result<Self> {
+        let assets = tokio::task::spawn_blocking(assets::folder).await??;
+        let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+        let pod = |at| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{at}"), "namespace": "big" }, "text": "x".repeat(1000) });
+        let pods: Vec<_> = (0..PODS).map(pod).collect();
+        write_manifest(
+            manifests.path(),
+            "pods.json",
+            &json!({ "apiVersion": "v1", "kind": "List", "items": pods }),
+        )?;
+        write(manifests.path(), 0)?;
+        let folder = manifests.path().display().to_string();
+        let flags =
+            ["--manifests", &folder, "--replicate", "v1/pods", "--fields", "auto", "--log-level", "error"];
+        let hub = Hub::start(work.path(), &flags).await?;
+        let address = Agent::address()?;
+        let config = (delivery == Delivery::Bundle).then(|| Agent::opa_config(&address));
+        let opa = Opa::start(&assets, work.path(), config.as_ref(), &[]).await?;
+        let state = work.path().join("state").display().to_string();
+        let flags = ["--state-dir", state.as_str()];
+        let mut agent = Agent::start(work.path(), &address, &[&hub.url], &opa.url, delivery, &flags)?;
+        agent.wait_in_step().await?;
+        Ok(Self { work, manifests, hub, opa, agent })
+    }
+
+    async fn decides(&self, generation: usize) -> anyhow::Result<()> {
+        for (rule, expected) in [("generation", json!(generation)), ("pods", json!(PODS))] {
+            eventually(format!("{rule} is right"), async || {
+                let found = self.opa.decide(&format!("/count/{rule}"), &json!({})).await;
+                equal(&found.map_err(|error| error.to_string())?, &expected)
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// Kills all, and starts OPA and its agent. Returns the time until they run.
+    async fn restart_without_hub(&mut self) -> anyhow::Result<Instant> {
+        self.hub.kill();
+        self.agent.kill();
+        self.opa.process = None;
+        let started = Instant::now();
+        self.agent.spawn()?;
+        self.opa.restart().await?;
+        Ok(started)
+    }
+}
+
+async fn check(delivery: Delivery) -> anyhow::Result<()> {
+    let mut world = World::start(delivery).await?;
+    world.decides(0).await?;
+    for generation in 1..=3 {
+        // Comes as a frame, behind the archive.
+        write(world.manifests.path(), generation)?;
+        world.decides(generation).await?;
+        tokio::time::sleep(SYNCED).await;
+        let started = world.restart_without_hub().await?;
+        world.decides(generation).await?;
+        let took = started.elapsed();
+        println!("{delivery:?}: decides again after {took:?}");
+        assert!(took < DECIDES_MAX, "{took:?}");
+        let (is_ready, words) = world.agent.readiness().await?;
+        assert!(is_ready, "{words}");
+        let done = world.agent.status().await?["done"].clone();
+        assert_eq!((&done["snapshots"], &done["restores"]), (&json!(0), &json!(1)), "{done}");
+        // The hub comes back with something newer.
+        write(world.manifests.path(), generation + 10)?;
+        world.hub.spawn()?;
+        world.decides(generation + 10).await?;
+        world.agent.wait_in_step().await?;
+    }
+    // OPA alone restarts, without a hub.
+    tokio::time::sleep(SYNCED).await;
+    world.hub.kill();
+    world.opa.process = None;
+    world.opa.restart().await?;
+    world.decides(13).await?;
+    // What is on disk is damaged: it is no state, and that is told.
+    world.agent.kill();
+    let file = world.work.path().join("state/main.redb");
+    let bytes = std::fs::read(&file)?;
+    std::fs::write(&file, bytes.iter().map(|byte| byte ^ 0x55).collect::<Vec<_>>())?;
+    world.restart_without_hub().await?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(world.opa.decide("/count/pods", &json!({})).await?, Value::Null);
+    let log = world.agent.process.as_ref().expect("it runs").log();
+    assert!(log.contains("state is damaged, removing it"), "{log}");
+    world.hub.spawn()?;
+    world.decides(13).await?;
+    tokio::time::sleep(SYNCED).await;
+    world.restart_without_hub().await?;
+    world.decides(13).await
+}
+
+#[tokio::test]
+async fn opa_and_agent_restart_without_a_hub_with_rest() -> anyhow::Result<()> {
+    check(Delivery::Rest).await
+}
+
+#[tokio::test]
+async fn opa_and_agent_restart_without_a_hub_with_bundle() -> anyhow::Result<()> {
+    check(Delivery::Bundle).await
+}
+
+/// All are killed in the middle of changes: the state is whole, and not much older than the last that was seen.
+#[tokio::test]
+async fn a_state_is_whole_wherever_the_agent_was_killed() -> anyhow::Result<()> {
+    let mut world = World::start(Delivery::Rest).await?;
+    let mut random = fastrand::Rng::with_seed(3);
+    let mut generation = 0;
+    for round in 0..6 {
+        let before = generation;
+        let until = Instant::now() + Duration::from_millis(random.u64(300..2500));
+        while Instant::now() < until {
+            generation += 1;
+            write(world.manifests.path(), generation)?;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        world.restart_without_hub().await?;
+        let found = eventually("it decides on one whole state", async || {
+            let found = world.opa.decide("/count/generation", &json!({})).await;
+            let found = found.map_err(|error| error.to_string())?.as_u64();
+            found.and_then(|found| usize::try_from(found).ok()).ok_or_else(|| "undefined".to_owned())
+        });
+        let (found, _) = found.await.map_err(|error| error.context(format!("round {round}")))?;
+        assert!(found >= before && found <= generation, "round {round}: {found} of {before} to {generation}");
+        world.hub.spawn()?;
+        world.decides(generation).await?;
+        world.agent.wait_in_step().await?;
+        tokio::time::sleep(SYNCED).await;
+    }
+    Ok(())
+}
