@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!  hub ─archive, events→ pull ─→ replica ─→ apply ─PATCH→ opa
-//!                                   └─────→ local (policy bundle, health) ←─ OPA, kubelet
+//!                                   ├─────→ local (policy bundle, health) ←─ OPA, kubelet
+//!                                   └─────→ state (last good, on disk)
 //! ```
 //!
-//! The agent holds digests, never data: what OPA holds is written in OPA itself, in the same transaction as the
+//! The agent has digests in memory, never data: what OPA holds is written in OPA itself, in the same transaction as the
 //! data (`data.system.opahub.<bundle>`). An OPA that restarted has no such marker and is loaded again; an agent that
 //! restarted reads it and resumes.
 
