@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, CommandFactory as _, Parser};
+use opa_hub_proto::flag::{boolean, listen_address};
 use opa_hub_proto::path::is_segment;
 use reqwest::Url;
 
@@ -20,7 +21,7 @@ use crate::config::{Config, Delivery, OpaConfig, Token};
 ///     main: {service: agent, resource: bundles/main, polling: {long_polling_timeout_seconds: 30}}
 ///     data: {service: agent, resource: bundles/main/data-only, polling: {long_polling_timeout_seconds: 30}}
 #[derive(Parser, Debug)]
-#[command(version, name = "opa-hub-agent", verbatim_doc_comment)]
+#[command(version, name = "opa-hub-agent", verbatim_doc_comment, args_override_self = true)]
 pub struct Cli {
     /// The hub; several, separated by commas, when there are replicas to fail over to
     #[arg(long, value_name = "URL,…", env = "OPA_HUB_URL", value_delimiter = ',', required = true)]
@@ -35,10 +36,10 @@ pub struct Cli {
     #[arg(long, value_name = "HOW", env = "OPA_HUB_POLICY_DELIVERY", default_value = "rest")]
     policy_delivery: Delivery,
     /// Serve health, and with --policy-delivery bundle the policies, here
-    #[arg(long, value_name = "ADDR", env = "OPA_HUB_AGENT_LISTEN", default_value = "127.0.0.1:8282")]
+    #[arg(long, value_name = "ADDR", env = "OPA_HUB_AGENT_LISTEN", default_value = "127.0.0.1:8282", value_parser = listen_address)]
     listen: SocketAddr,
     /// Serve /health, /livez, /readyz and /metrics here too
-    #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT")]
+    #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT", value_parser = listen_address)]
     health_endpoint: Option<SocketAddr>,
     /// Keep the last good data and policies in this directory, so that OPA and agent restart without a hub. A volume that
     /// lasts as long as the pod will do
@@ -76,7 +77,7 @@ pub struct Cli {
     opa_ca_file: Option<PathBuf>,
     /// Take whatever certificate OPA shows
     #[arg(long, value_name = "BOOL", env = "OPA_ALLOW_INSECURE", default_value_t = false, num_args = 0..=1,
-          default_missing_value = "true", require_equals = true, action = ArgAction::Set, help_heading = "OPA")]
+          default_missing_value = "true", require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "OPA")]
     opa_allow_insecure: bool,
 
     /// What is logged: error, warn, info, debug, trace
@@ -103,6 +104,15 @@ pub enum Error {
     /// One of them would be for nothing.
     #[error("--opa-ca-file and --opa-allow-insecure cannot be used together: give only one of them")]
     CaUnused,
+    /// A URL with a user: it would be in logs.
+    #[error("{flag}: write a URL without user and password")]
+    UserInfo {
+        /// The flag.
+        flag: &'static str,
+    },
+    /// A URL of OPA that is not its API's.
+    #[error("--opa-url {0}: write the URL of OPA's API, which ends in /v1")]
+    OpaUrl(String),
     /// A URL that is no place to send requests to.
     #[error("{flag} {url}: write http://HOST[:PORT] or https://HOST[:PORT]")]
     Url {
@@ -132,9 +142,11 @@ impl Cli {
                 ours.push(arg);
                 continue;
             }
-            // A value in an argument of its own, as kube-mgmt's parser takes it.
-            let value = if arg.contains('=') { None } else { args.next_if(|next| !next.starts_with('-')) };
-            others.push(value.map_or(arg.clone(), |value| format!("{arg} {value}")));
+            // A value in an argument of its own, as kube-mgmt's parser takes it. It may be a token, and is not told.
+            if !arg.contains('=') {
+                args.next_if(|next| !next.starts_with('-'));
+            }
+            others.push(arg.split('=').next().unwrap_or_default().to_owned());
         }
         Ok((Self::try_parse_from(ours)?, others))
     }
@@ -148,13 +160,17 @@ impl Cli {
             return Err(Error::CaUnused);
         }
         let hubs = self.hub.iter().map(|url| folder("--hub", url)).collect::<Result<_, _>>()?;
+        let opa_url = folder("--opa-url", &self.opa_url)?;
+        if !opa_url.path().ends_with("/v1/") {
+            return Err(Error::OpaUrl(self.opa_url.to_string()));
+        }
         let file = self.opa_auth_token_file.clone().map(Token::File);
         Ok(Config {
             hubs,
             bundle: self.bundle.clone(),
             namespace: self.namespace.clone().filter(|namespace| !namespace.is_empty()),
             opa: OpaConfig {
-                url: folder("--opa-url", &self.opa_url)?,
+                url: opa_url,
                 token: self.opa_auth_token.clone().map(Token::Text).or(file),
                 ca_file: self.opa_ca_file.clone(),
                 allow_insecure: self.opa_allow_insecure,
@@ -183,6 +199,9 @@ fn folder(flag: &'static str, url: &Url) -> Result<Url, Error> {
     if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
         return Err(Error::Url { flag, url: url.to_string() });
     }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(Error::UserInfo { flag });
+    }
     let mut url = url.clone();
     if !url.path().ends_with('/') {
         url.set_path(&format!("{}/", url.path()));
@@ -209,13 +228,29 @@ mod tests {
         let args = "opa-hub-agent --replicate v1/pods --hub http://a --enable-data --policies=x --log-level warning \
                     --opa-allow-insecure=true --require-policy-label";
         let (cli, others) = Cli::parse_tolerantly(args.split_whitespace().map(str::to_owned)).unwrap();
-        assert_eq!(
-            others,
-            ["--replicate v1/pods", "--enable-data", "--policies=x", "--require-policy-label"]
-        );
+        assert_eq!(others, ["--replicate", "--enable-data", "--policies", "--require-policy-label"]);
         assert_eq!((cli.opa_allow_insecure, cli.log_level), (true, tracing::Level::WARN));
+        let secret = "opa-hub-agent --hub http://a --opa-token=secret --opa-auth-tokne secret";
+        let (_, others) = Cli::parse_tolerantly(secret.split_whitespace().map(str::to_owned)).unwrap();
+        assert_eq!(others, ["--opa-token", "--opa-auth-tokne"], "values may be secrets");
         let missing = Cli::parse_tolerantly(["opa-hub-agent".to_owned(), "--replicate".to_owned()]);
         assert!(missing.unwrap_err().to_string().contains("--hub"));
+    }
+
+    #[test]
+    fn flags_are_spelled_as_for_kube_mgmt() {
+        for flags in [
+            "--opa-allow-insecure=1",
+            "--opa-allow-insecure=T",
+            "--opa-allow-insecure",
+            "--opa-allow-insecure=0 --opa-allow-insecure",
+        ] {
+            assert!(config(&format!("--hub http://a {flags}")).unwrap().opa.allow_insecure, "{flags}");
+        }
+        for (flag, expected) in [("localhost:8000", "127.0.0.1:8000"), (":8000", "0.0.0.0:8000")] {
+            let config = config(&format!("--hub http://a --health-endpoint={flag}")).unwrap();
+            assert_eq!(config.health, Some(expected.parse().unwrap()));
+        }
     }
 
     #[test]
@@ -225,5 +260,11 @@ mod tests {
         assert_eq!(config.opa.url.as_str(), "http://127.0.0.1:8181/v1/");
         assert!(matches!(super::tests::config("--hub unix:/x"), Err(Error::Url { .. })));
         assert!(matches!(super::tests::config("--hub http://a --bundle a/b"), Err(Error::BundleName(_))));
+        let error = super::tests::config("--hub http://me:secret@a").err().unwrap();
+        assert!(matches!(error, Error::UserInfo { .. }) && !error.to_string().contains("secret"));
+        for url in ["http://a:8181", "http://a:8181/v1/data"] {
+            let found = super::tests::config(&format!("--hub http://a --opa-url {url}"));
+            assert!(matches!(found, Err(Error::OpaUrl(_))), "{url}");
+        }
     }
 }

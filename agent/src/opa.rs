@@ -4,6 +4,7 @@ use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::Revision;
 use reqwest::header::{AUTHORIZATION, IF_NONE_MATCH};
+use reqwest::redirect::Policy;
 use reqwest::{Body, Client, Method, RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 
@@ -14,7 +15,7 @@ use crate::marker::Marker;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The client could not be made.
-    #[error("cannot talk to OPA with --opa-ca-file: {0}")]
+    #[error("making a client for OPA failed: {0}; check --opa-ca-file and the certificates of the image")]
     Client(String),
     /// The token file cannot be read.
     #[error("cannot read the token for OPA: {0}")]
@@ -76,7 +77,8 @@ struct Answer<T> {
 impl Opa {
     /// A client for the OPA at `config`.
     pub fn new(config: OpaConfig) -> Result<Self, Error> {
-        let mut builder = Client::builder().no_proxy().tcp_nodelay(true).pool_max_idle_per_host(2);
+        let mut builder =
+            Client::builder().no_proxy().redirect(Policy::none()).tcp_nodelay(true).pool_max_idle_per_host(2);
         if let Some(file) = &config.ca_file {
             let wrap = |error: &dyn std::fmt::Display| Error::Client(format!("{}: {error}", file.display()));
             let pem = std::fs::read(file).map_err(|error| wrap(&error))?;
@@ -86,7 +88,12 @@ impl Opa {
         if config.allow_insecure {
             builder = builder.tls_danger_accept_invalid_certs(true);
         }
-        Ok(Self { client: builder.build()?, config })
+        if config.url.scheme() == "http" {
+            // An image without certificates of authorities will do.
+            builder = builder.tls_certs_only([]);
+        }
+        let client = builder.build().map_err(|error| Error::Client(error.to_string()))?;
+        Ok(Self { client, config })
     }
 
     /// What OPA says that it holds of `bundle`; none when it was never loaded.

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use opa_hub_proto::flag::{boolean, listen_address};
 use opa_hub_proto::path::{DirPath, is_segment};
 
 use crate::bundle::fields::{Fields, InvalidField};
@@ -62,10 +63,10 @@ pub struct Flags {
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
     /// Serve bundles, streams, the dashboard and metrics here
-    #[arg(long, value_name = "ADDR", env = "OPA_HUB_LISTEN", default_value = "127.0.0.1:8080")]
+    #[arg(long, value_name = "ADDR", env = "OPA_HUB_LISTEN", default_value = "127.0.0.1:8080", value_parser = listen_address)]
     listen: SocketAddr,
     /// Serve /health, /livez and /readyz here too
-    #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT")]
+    #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT", value_parser = listen_address)]
     health_endpoint: Option<SocketAddr>,
     /// The replicas of this hub, this one among them or not, as agents reach them. When it stops it tells its agents
     /// which of them are ready. A name with many addresses, such as that of a headless Service, stands for all of them
@@ -86,7 +87,7 @@ pub struct Flags {
     namespaces: Vec<String>,
     /// Take policies from labelled ConfigMaps
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
-          require_equals = true, action = ArgAction::Set, help_heading = "Policies and data")]
+          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Policies and data")]
     enable_policies: bool,
     /// The label that marks a ConfigMap with policies
     #[arg(
@@ -101,7 +102,7 @@ pub struct Flags {
     policy_value: String,
     /// Take JSON data from labelled ConfigMaps
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
-          require_equals = true, action = ArgAction::Set, help_heading = "Policies and data")]
+          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Policies and data")]
     enable_data: bool,
     /// The label that marks a ConfigMap with data; it wins where both labels are set
     #[arg(
@@ -134,7 +135,7 @@ pub struct Flags {
     /// Replicate the resources that policies read below data.PATH too, for as long as one does: which they are is asked
     /// of OPA, which group serves a name of the API server
     #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1,
-          require_equals = true, action = ArgAction::Set, help_heading = "Replication")]
+          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Replication")]
     replicate_auto: bool,
     /// Where below data the resources go: data.PATH.resource.namespace.name
     #[arg(long, value_name = "PATH", default_value = "kubernetes", help_heading = "Replication")]
@@ -184,7 +185,7 @@ pub struct Flags {
     state_dir: Option<PathBuf>,
     /// Write to each ConfigMap what was said of it, as kube-mgmt does, and as an Event when it is refused
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
-          require_equals = true, action = ArgAction::Set, help_heading = "Checking policies")]
+          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Checking policies")]
     write_verdicts: bool,
     /// The hub's own namespace, for its Lease and its last good policies [default: the pod's, or the kubeconfig's]
     #[arg(long, value_name = "NS", env = "POD_NAMESPACE", help_heading = "Checking policies")]

@@ -37,3 +37,5 @@ pub mod head;
 pub mod reconcile;
 
 pub mod poll;
+
+pub mod flag;

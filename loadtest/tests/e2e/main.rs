@@ -14,6 +14,8 @@ mod fields;
 
 mod folder;
 
+mod images;
+
 mod kube_mgmt;
 
 mod last_good;
