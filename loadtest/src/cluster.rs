@@ -1,12 +1,18 @@
 //! Objects on the API server: ConfigMaps, pods, namespaces.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
+use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
 use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::core::{PartialObjectMeta, WatchEvent};
 use kube::{Api, Client};
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
 use crate::pods;
 
@@ -26,6 +32,25 @@ const ACCOUNT_COMES: Duration = Duration::from_secs(10);
 /// Whether it is an answer of the API server with this status.
 pub fn has_code(error: &anyhow::Error, code: u16) -> bool {
     matches!(error.downcast_ref(), Some(kube::Error::Api(status)) if status.code == code)
+}
+
+/// Changes of pods that the API server produced.
+pub struct PodEvents {
+    count: Arc<AtomicU64>,
+    task: JoinHandle<()>,
+}
+
+impl PodEvents {
+    /// Changes until now.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for PodEvents {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 /// Writes objects.
@@ -218,6 +243,28 @@ impl Cluster {
         // Large ones come as `1.2e+06`.
         let sum: f64 = samples.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
         Ok(format!("{sum:.0}").parse()?)
+    }
+
+    /// Counts the changes of pods from now on, by a watch of its own.
+    pub async fn count_pod_events(&self) -> anyhow::Result<PodEvents> {
+        const PODS: &str = "/api/v1/pods";
+        let request = http::Request::get(format!("{PODS}?limit=1")).body(Vec::new())?;
+        let list: Value = self.client.request(request).await?;
+        let version = list["metadata"]["resourceVersion"].as_str().context("a list has a version")?;
+        let watch = format!("{PODS}?watch=1&resourceVersion={version}");
+        let request = http::Request::get(watch).body(Vec::new())?;
+        let mut events = Box::pin(self.client.request_events::<PartialObjectMeta<Pod>>(request).await?);
+        let count = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&count);
+        let task = tokio::spawn(async move {
+            while let Some(Ok(event)) = events.next().await {
+                // A deletion is told twice: that it begins, and that it is done.
+                let begins =
+                    matches!(&event, WatchEvent::Modified(pod) if pod.metadata.deletion_timestamp.is_some());
+                counted.fetch_add(u64::from(!begins), Ordering::Relaxed);
+            }
+        });
+        Ok(PodEvents { count, task })
     }
 
     /// All pods as they should lie at `data.kubernetes.pods`: by namespace and name, without managedFields.

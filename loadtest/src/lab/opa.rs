@@ -82,6 +82,13 @@ impl Opa {
         Ok(answer["result"].take())
     }
 
+    /// Adds a module.
+    pub async fn put_policy(&self, id: &str, text: &str) -> anyhow::Result<()> {
+        let request = self.http.put(format!("{}/v1/policies/{id}", self.url)).body(text.to_owned());
+        request.send().await?.error_for_status()?;
+        Ok(())
+    }
+
     /// The ids of its modules, sorted.
     pub async fn modules(&self) -> anyhow::Result<Vec<String>> {
         Ok(self.texts().await?.into_keys().collect())

@@ -17,6 +17,7 @@ use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
 
 use self::watches::Watches;
+use crate::probe::RULE;
 use crate::scenario::{address, hub_flags};
 use crate::swarm::{Schedule, Start, Swarm};
 
@@ -50,12 +51,10 @@ pub(crate) struct Scale {
     pub(crate) agents: usize,
 }
 
-/// A policy that reads as much as is measured.
+/// The policy that OPAs are asked to decide by.
 pub(crate) async fn policy(cluster: &Cluster) -> anyhow::Result<()> {
-    const READS: &str = "package load\n\nround[ns][name] := data.kubernetes.pods[ns][name].metadata.labels.round\n\n\
-                         app[ns][name] := data.kubernetes.pods[ns][name].metadata.labels.app\n";
     let namespace = Nth(0).namespace();
-    cluster.configmap(&namespace, "load", Some(POLICY), &[("load.rego", READS)]).await
+    cluster.configmap(&namespace, "load", Some(POLICY), &[("load.rego", RULE)]).await
 }
 
 /// The peer that is measured with this program; without one it is left out, with a word.
@@ -149,6 +148,11 @@ impl Peer {
                     sidecars.push(Process::start(&format!("kube-mgmt-{at}"), dir, &mut command)?);
                 }
                 _ => {}
+            }
+        }
+        if matches!(self, Self::Sidecars(_)) {
+            for opa in &opas {
+                opa.put_policy("load", RULE).await?;
             }
         }
         let patience = if sidecars.is_empty() { PATIENCE } else { PATIENCE_WITH_SIDECARS };

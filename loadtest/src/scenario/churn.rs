@@ -2,6 +2,7 @@
 //! decides by it.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,10 @@ use crate::swarm::{Schedule, Start, Swarm};
 const CYCLE: u64 = 10;
 const SETTLE: Duration = Duration::from_secs(5);
 
+/// Phases until now, of all runs.
+static PHASE: AtomicU64 = AtomicU64::new(0);
+
+const EVENTS: &str = "events";
 const CPU: &str = "API server CPU a change";
 const WATCHES: &str = "watches on the API server";
 const DECISION: &str = "change to decision";
@@ -126,25 +131,26 @@ async fn once(
     let due = Schedule::of_each(CYCLE);
     let idle = idle(cluster).await?;
     // Or an OPA that is late would show the number of whoever was measured before.
-    label(cluster, Nth(0), 0).await?;
+    label(cluster, Nth(0), "0").await?;
+    let phase = PHASE.fetch_add(1, Relaxed);
     let mut running = peer.start(plane, scale, &due).await?;
     tokio::time::sleep(SETTLE).await;
     let mut measured = Measured::new(peer.name());
     let urls: Vec<_> = running.opas.iter().map(|opa| opa.url.clone()).collect();
     let hot = Nth(0);
-    let path = format!("/kubernetes/pods/{}/{}/metadata/labels/round", hot.namespace(), hot.name());
-    let probes = Probes::start(&urls, &path)?;
+    let probes = Probes::start(&urls, hot)?;
     let watching = watches(cluster).await?.saturating_sub(idle);
     let hub = running.hub.as_ref().map(usage).transpose()?;
     let received = running.received();
+    let events = cluster.count_pod_events().await?;
     let server = plane.usage();
     let (mut probed, mut changing) = (0, JoinSet::new());
     // On a busy API server one change of that pod would pass another, and the last number would never be seen.
-    let (hot, mut numbers) = unbounded_channel();
+    let (hot, mut numbers) = unbounded_channel::<u64>();
     let of_hot = cluster.clone();
     changing.spawn(async move {
         while let Some(number) = numbers.recv().await {
-            label(&of_hot, Nth(0), number).await?;
+            label(&of_hot, Nth(0), &number.to_string()).await?;
         }
         Ok(())
     });
@@ -155,7 +161,7 @@ async fn once(
             probed = number;
         } else {
             // None waits for the one before: what is late is late for everybody.
-            changing.spawn(change(cluster.clone(), scale.pods, number));
+            changing.spawn(change(cluster.clone(), scale.pods, phase, number));
         }
         Ok(())
     })
@@ -165,6 +171,9 @@ async fn once(
         changed??;
     }
     let served = plane.usage();
+    // A change that is none costs nobody anything.
+    eventually("the API server has told all changes", async || equal(&events.count(), &last)).await?;
+    measured.add(EVENTS, "", events.count() as f64);
     if let Some(swarm) = &mut running.swarm {
         swarm.reach(last - last % CYCLE, 0).await?;
     }
@@ -232,7 +241,7 @@ async fn astray(swarm: &Swarm, cluster: &Cluster, peer: &Peer, hub: Option<&Hub>
 
 /// One change of ten makes a pod and the next but four removes it; one is of the first pod, elsewhere, and one each of seven
 /// others.
-async fn change(cluster: Cluster, pods: usize, number: u64) -> anyhow::Result<()> {
+async fn change(cluster: Cluster, pods: usize, phase: u64, number: u64) -> anyhow::Result<()> {
     let extra = Nth(pods + (number / CYCLE) as usize);
     match number % CYCLE {
         3 => {
@@ -246,12 +255,13 @@ async fn change(cluster: Cluster, pods: usize, number: u64) -> anyhow::Result<()
             }
         }
         8 => remove(&cluster, extra).await,
-        _ => label(&cluster, Nth(1 + number as usize % (pods - 1)), number).await,
+        // Another value in each phase, and none that an agent takes for a change that it is asked for.
+        _ => label(&cluster, Nth(1 + number as usize % (pods - 1)), &format!("{phase}-{number}")).await,
     }
 }
 
-async fn label(cluster: &Cluster, nth: Nth, number: u64) -> anyhow::Result<()> {
-    cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", &number.to_string())]).await
+async fn label(cluster: &Cluster, nth: Nth, round: &str) -> anyhow::Result<()> {
+    cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", round)]).await
 }
 
 /// It may be a busy API server's that is to make it yet.

@@ -15,6 +15,7 @@ use serde_json::json;
 use super::{ASTRAY, Common, address, at_least, cluster_of, command, hub_flags};
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Schedule, Start, Swarm};
+use crate::{peer, probe};
 
 const SETTLE: Duration = Duration::from_secs(3);
 const ALL: &str = "from the kill until every agent has a change made right after it";
@@ -66,13 +67,14 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 
 async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
     let (plane, cluster) = cluster_of(pods).await?;
+    peer::policy(&cluster).await?;
     let mut flags = hub_flags(&plane);
     flags.push(FIELDS.into());
     let flags: Vec<_> = flags.iter().map(String::as_str).collect();
     let dir = plane.dir.path();
     let mut hubs = [Hub::start(dir, &flags).await?, Hub::start(dir, &flags).await?];
     let hot = Nth(0);
-    let path = format!("/kubernetes/pods/{}/{}/metadata/labels/round", hot.namespace(), hot.name());
+    let input = probe::input(hot);
     let mut measured = Vec::new();
     for (who, dies, stays) in [(OTHER, 0, 1), (SAME, 0, 0)] {
         if hubs[dies].process.is_none() {
@@ -123,8 +125,9 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
         of.add("requests refused meanwhile", "", swarm.counts().refused.load(Relaxed) as f64);
         let mut loads = 0;
         for (opa, agent) in &mut real {
-            eventually("a real OPA has the change", async || {
-                equal(&opa.data(&path).await.map_err(|error| error.to_string())?, &json!(number.to_string()))
+            eventually("a real OPA decides by the change", async || {
+                let found = opa.decide(probe::DECISION, &input).await.map_err(|error| error.to_string())?;
+                equal(&found, &json!(number.to_string()))
             })
             .await?;
             agent.wait_in_step().await?;

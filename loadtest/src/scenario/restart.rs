@@ -11,7 +11,8 @@ use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
 
 use super::{Common, at_least, cluster_of, command};
-use crate::peer::{Peer, Running, Scale};
+use crate::peer::{self, Peer, Running, Scale};
+use crate::probe;
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::Schedule;
 
@@ -62,6 +63,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 
 async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
     let (mut plane, cluster) = cluster_of(pods).await?;
+    peer::policy(&cluster).await?;
     let mut running = Peer::Hub.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
     let parts = [
         ("the hub", Part::Hub),
@@ -123,10 +125,11 @@ async fn kill(
             label(round).await?;
         }
     }
-    let path = format!("/kubernetes/pods/{}/{}/metadata/labels/round", nth.namespace(), nth.name());
+    let input = probe::input(nth);
     for opa in &running.opas {
-        eventually("OPA has the change", async || {
-            equal(&opa.data(&path).await.map_err(|error| error.to_string())?, &json!(round.to_string()))
+        eventually("OPA decides by the change", async || {
+            let found = opa.decide(probe::DECISION, &input).await.map_err(|error| error.to_string())?;
+            equal(&found, &json!(round.to_string()))
         })
         .await?;
     }
