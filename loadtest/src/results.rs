@@ -164,7 +164,7 @@ impl Goal {
         let (low, high) =
             found.iter().fold((f64::MAX, f64::MIN), |(low, high), f| (low.min(*f), high.max(*f)));
         // Both sides of a ratio were disturbed alike; a limit is one in each run.
-        let decisive = if self.relative_to.is_some() { middle } else { high };
+        let decisive = if unit == "×" { middle } else { high };
         let verdict = if decisive <= self.at_most { Verdict::Met } else { Verdict::Missed };
         let spread =
             if found.len() > 1 { format!(" ({} to {})", digits(low), digits(high)) } else { String::new() };
