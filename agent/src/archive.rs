@@ -68,7 +68,7 @@ pub fn read(chunks: Chunks) -> mpsc::Receiver<Result<Piece, Error>> {
 /// Reads an archive, giving its pieces to `take` until it wants no more.
 pub fn pieces_of(reader: impl Read, take: &mut dyn FnMut(Piece) -> bool) -> Result<(), Error> {
     let mut archive = tar::Archive::new(GzDecoder::new(reader));
-    let mut modules_bytes = 0;
+    let mut modules_bytes: usize = 0;
     for entry in archive.entries()? {
         let mut entry = entry?;
         let file = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
@@ -81,8 +81,8 @@ pub fn pieces_of(reader: impl Read, take: &mut dyn FnMut(Piece) -> bool) -> Resu
             let json = whole(&mut entry, size, HEAD_BYTES_MAX).map_err(|error| wrong(&error))?;
             take(Piece::Head(serde_json::from_slice(&json).map_err(|error| wrong(&error))?))
         } else if let Some(id) = module_id(&file) {
-            modules_bytes += size;
-            let text = whole(&mut entry, size, MODULES_BYTES_MAX.saturating_sub(modules_bytes - size));
+            let text = whole(&mut entry, size, MODULES_BYTES_MAX.saturating_sub(modules_bytes));
+            modules_bytes = modules_bytes.saturating_add(size);
             let text =
                 String::from_utf8(text.map_err(|error| wrong(&error))?).map_err(|error| wrong(&error))?;
             take(Piece::Module { id: id.to_owned(), text })

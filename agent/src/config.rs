@@ -40,6 +40,8 @@ pub const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Maximum time in which a poll by an OPA without policies is kept waiting for its data, where OPA grants no longer one:
 /// OPA waits 10 s for an answer (OPA v1/plugins/rest/rest.go, `defaultResponseHeaderTimeoutSeconds`).
 pub const GATE_MAX: Duration = Duration::from_secs(5);
+/// Maximum bytes of an answer of OPA: a marker of 20,000 directories, or the keys of the largest one.
+pub const ANSWER_BYTES_MAX: usize = 16 << 20;
 /// Time in which a hub must begin to answer an agent that has a last good state. Then OPA begins with that.
 pub const HUB_FIRST: Duration = Duration::from_millis(300);
 /// The longest long poll that is granted to OPA.

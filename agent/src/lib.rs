@@ -14,6 +14,8 @@ pub mod config;
 
 pub mod cli;
 
+pub mod body;
+
 pub mod pull;
 
 pub mod archive;

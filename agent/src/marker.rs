@@ -49,6 +49,16 @@ impl Marker {
         format!("{MARKERS}/{bundle}").parse().expect("a bundle's name is a segment")
     }
 
+    /// The names in a marker that does not parse, of another version, say: what they name may lie in OPA because of us.
+    /// `None` where there are none.
+    pub fn of_names(json: &serde_json::Value) -> Option<Self> {
+        let keys = |part: &str| json[part].as_object().into_iter().flat_map(|names| names.keys());
+        let dirs = keys("dirs").filter_map(|dir| Some((dir.parse().ok()?, None))).collect();
+        let modules = keys("modules").map(|id| (id.clone(), None)).collect();
+        let marker = Self { dirs, modules, ..Self::default() };
+        (marker != Self::default()).then_some(marker)
+    }
+
     /// The directories that are surely there.
     pub fn dirs(&self) -> impl Iterator<Item = (&DirPath, Digest)> {
         self.dirs.iter().filter_map(|(path, digest)| Some((path, (*digest)?)))
@@ -119,4 +129,24 @@ impl Marker {
 
 fn quoted(value: &impl std::fmt::Display) -> String {
     format!("\"{value}\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn names_of_what_may_be_there_are_kept() {
+        let json =
+            json!({ "revision": 5, "dirs": { "/a/b": 7, "no path": null }, "modules": { "x/y.rego": [] } });
+        let marker = Marker::of_names(&json).unwrap();
+        assert!(marker.dirs.into_iter().eq([("/a/b".parse().unwrap(), None)]));
+        assert!(marker.modules.into_iter().eq([("x/y.rego".to_owned(), None)]));
+        for json in [json!({ "revision": 5 }), json!([]), json!(null), json!({ "dirs": [], "modules": "x" })]
+        {
+            assert_eq!(Marker::of_names(&json), None, "{json}");
+        }
+    }
 }

@@ -8,7 +8,8 @@ use reqwest::redirect::Policy;
 use reqwest::{Body, Client, Method, RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 
-use crate::config::{OPA_READ, OPA_WRITE, OpaConfig, Token};
+use crate::body;
+use crate::config::{ANSWER_BYTES_MAX, OPA_READ, OPA_WRITE, OpaConfig, Token};
 use crate::marker::Marker;
 
 /// Why OPA did not do what it was asked.
@@ -97,12 +98,13 @@ impl Opa {
     }
 
     /// What OPA says that it holds of `bundle`; none when it was never loaded.
-    /// A marker that does not parse (another version's, somebody else's) is none.
+    /// Of a marker that does not parse (another version's, somebody else's) only the names are believed.
     pub async fn marker(&self, bundle: &str) -> Result<Option<Marker>, Error> {
         match self.read(&Marker::path(bundle)).await {
             Err(error @ Error::Answer { .. }) => {
-                tracing::warn!(%error, "loading OPA anew");
-                Ok(None)
+                tracing::warn!(%error, "marker does not parse, repairing what it names");
+                let json: Option<serde_json::Value> = self.read(&Marker::path(bundle)).await?;
+                Ok(json.as_ref().and_then(Marker::of_names))
             }
             other => other,
         }
@@ -122,7 +124,7 @@ impl Opa {
         let query = serde_json::json!({ "query": query }).to_string();
         let what = "compile".to_owned();
         let send = self.send(Method::POST, &what, Some(query.into()), |request| request.timeout(OPA_READ));
-        let body = send.await?.bytes().await?;
+        let body = body::read(send.await?, ANSWER_BYTES_MAX).await?;
         let answer: Answer<Partial> =
             serde_json::from_slice(&body).map_err(|source| Error::Answer { what, source })?;
         Ok(!answer.result.unwrap_or_default().queries.is_empty())
@@ -131,7 +133,7 @@ impl Opa {
     async fn read<T: serde::de::DeserializeOwned>(&self, path: &DirPath) -> Result<Option<T>, Error> {
         let what = format!("data{path}");
         let answer = self.send(Method::GET, &what, None, |request| request.timeout(OPA_READ)).await?;
-        let body = answer.bytes().await?;
+        let body = body::read(answer, ANSWER_BYTES_MAX).await?;
         let answer: Answer<T> =
             serde_json::from_slice(&body).map_err(|source| Error::Answer { what, source })?;
         Ok(answer.result)
@@ -160,7 +162,7 @@ impl Opa {
         let what = format!("policies/{id}");
         let answer = match self.send(Method::GET, &what, None, |request| request).await {
             Err(Error::Missing(_)) => return Ok(None),
-            other => other?.bytes().await?,
+            other => body::read(other?, ANSWER_BYTES_MAX).await?,
         };
         let answer: Answer<Policy> =
             serde_json::from_slice(&answer).map_err(|source| Error::Answer { what, source })?;
@@ -193,7 +195,7 @@ impl Opa {
             serde_json::json!({ "query": format!("keys = object.keys(data[\"{path}\"])") }).to_string();
         let what = "query".to_owned();
         let answer = self.send(Method::POST, &what, Some(query.into()), |request| request).await?;
-        let body = answer.bytes().await?;
+        let body = body::read(answer, ANSWER_BYTES_MAX).await?;
         let answer: Answer<Vec<Binding>> =
             serde_json::from_slice(&body).map_err(|source| Error::Answer { what, source })?;
         Ok(answer.result.into_iter().flatten().flat_map(|binding| binding.keys).collect())
@@ -226,8 +228,7 @@ impl Opa {
         if status.is_success() || status == StatusCode::NOT_MODIFIED {
             return Ok(response);
         }
-        let message = response.text().await.unwrap_or_default();
-        let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+        let message = body::words(response).await;
         let what = format!("{method} /v1/{what}");
         if status == StatusCode::NOT_FOUND {
             return Err(Error::Missing(format!("{what}: {message}")));

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::archive::Chunks;
+use crate::body;
 use crate::config::{
     FRESH_ANSWER, HUB_ANSWER, POLICY_BUNDLE_BYTES_MAX, RETRY_FIRST, RETRY_MAX, STREAM_SILENCE,
 };
@@ -251,11 +252,11 @@ impl Hubs {
         if status.is_success() {
             return Ok(response);
         }
-        let message = in_time(response.text()).await.unwrap_or_default();
+        let message = tokio::time::timeout(STREAM_SILENCE, body::words(response)).await.unwrap_or_default();
         if status == StatusCode::PRECONDITION_FAILED {
-            return Err(Error::Lags(message.trim().to_owned()));
+            return Err(Error::Lags(message));
         }
-        Err(Error::Refused { what: what.to_owned(), status, message: message.trim().to_owned() })
+        Err(Error::Refused { what: what.to_owned(), status, message })
     }
 }
 

@@ -2,7 +2,7 @@
 //! restart while no hub answers begin with it.
 //!
 //! The file is a database (redb) of one whole state: a commit takes all of a change or nothing. Each page has a checksum,
-//! and all are verified before a file is believed. A thread of its own writes and syncs, at most once a [`SYNC_AFTER`]: a
+//! and all are verified before a file is believed. A thread of its own writes and syncs, at most once a second: a
 //! crash costs that time. What cannot be written is given up and told: no disk stops an OPA.
 
 use std::collections::{BTreeMap, BTreeSet};

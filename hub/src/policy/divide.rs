@@ -14,7 +14,7 @@ use super::modules::Module;
 /// Maximum number of runs in one call: enough to find three failing ones among a thousand packages.
 const RUNS_MAX: usize = 64;
 /// Time after which a decision that failed is tried again: a machine that was busy may have failed it. It doubles with
-/// each failure, [`DOUBLINGS_MAX`] times at most.
+/// each failure, seven times at most.
 pub const RETRY_AFTER: Duration = Duration::from_secs(600);
 /// Maximum number of doublings of [`RETRY_AFTER`]: 21 hours, so that a lasting failure costs next to nothing.
 const DOUBLINGS_MAX: u32 = 7;

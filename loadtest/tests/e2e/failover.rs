@@ -166,11 +166,16 @@ async fn what_others_remove_from_opa_comes_back() -> anyhow::Result<()> {
         holds_other(&opa).await?;
         agent.wait_in_step().await?;
     }
-    // A marker that no agent wrote is none.
-    let marker = http.put(format!("{}/v1/data/system/opahub/main", opa.url)).body("{\"revision\": 5}");
-    marker.send().await?.error_for_status()?;
-    write(manifests.path(), 5)?;
-    holds(&opa, 5).await?;
+    // Of a marker that no agent wrote the names are believed.
+    for (value, marker) in [(5, "{\"revision\": 5}"), (6, "{\"revision\": 5, \"dirs\": {\"/ns/gone\": 1}}")] {
+        for (path, body) in [("ns/gone", "{\"k\": 1}"), ("system/opahub/main", marker)] {
+            let put = http.put(format!("{}/v1/data/{path}", opa.url)).body(body.to_owned());
+            put.send().await?.error_for_status()?;
+        }
+        write(manifests.path(), value)?;
+        holds(&opa, value).await?;
+    }
+    assert_eq!(opa.data("/ns/gone").await?, Value::Null);
     agent.wait_in_step().await
 }
 
