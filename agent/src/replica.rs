@@ -31,7 +31,7 @@ use crate::config::{
 use crate::local::Local;
 use crate::marker::Marker;
 use crate::pull::{self, Archive, Hubs, PolicyBundle, Stream};
-use crate::state::{Content, Meta, State};
+use crate::state::{Meta, State};
 use crate::status::{self, Status};
 use crate::{config, opa};
 
@@ -130,7 +130,11 @@ impl Replica {
             lags: None,
             look: (Instant::now(), FRESH_LOOK),
             state: match &config.state_dir {
-                Some(dir) => Some(State::open(dir, &config.bundle, config.namespace.as_deref())?),
+                Some(dir) => {
+                    let opened = State::open(dir, &config.bundle, config.namespace.as_deref());
+                    // No disk stops an OPA.
+                    opened.inspect_err(|error| tracing::error!(%error, "no last good state is kept")).ok()
+                }
                 None => None,
             },
             saved: None,
@@ -221,15 +225,22 @@ impl Replica {
                 marker.position = Position::default();
             }
         }
-        if let Some(marker) = &mut found {
-            self.compare_with_state(marker).await;
-        }
         let whole = found.as_ref().filter(|marker| self.believed(marker).is_some());
         self.status.with(|state| {
             state.held = whole.and_then(|marker| marker.revision);
             // An agent that restarted knows what the hub said from OPA.
             state.said = state.said.or(state.held);
         });
+        let is_whole = whole.is_some();
+        if let Some(marker) = &mut found {
+            let before = marker.clone();
+            self.compare_with_state(marker).await;
+            if let Some(modules) = self.believed(&before) {
+                // Without a hub too.
+                self.known_bundle(modules).into_iter().for_each(|policy| self.local.serve(policy));
+                self.check_held(before.revision).await?;
+            }
+        }
         if self.modules_first && self.delivery == Delivery::Bundle {
             self.local.serve(self.hubs.policy_bundle().await?);
         }
@@ -241,12 +252,18 @@ impl Replica {
                     self.status.with(|state| state.refused.clear());
                     Held { marker, modules, refused: BTreeMap::new() }
                 }
-                None => self.reconcile(marker).await?,
+                None => match self.reconcile(marker.clone()).await {
+                    // A load that broke off, and no hub to go on with.
+                    Err(Trouble::Hub(error)) if !is_whole => match self.last_good().await {
+                        Some(meta) => self.restore(Some(&marker), meta).await?,
+                        None => return Err(error.into()),
+                    },
+                    other => other?,
+                },
             },
         };
         self.trust = Trust::Whole;
-        // Without a hub too.
-        self.check_held(&held).await?;
+        self.check_held(held.marker.revision).await?;
         let mut stream = self.hubs.stream(held.revision(), &held.marker.position).await?;
         for _ in 0..RECONCILES_MAX {
             if stream.is_none() {
@@ -267,7 +284,8 @@ impl Replica {
         let Some(state) = &mut self.state else { return };
         state.abort().await;
         if self.saved.is_none() || self.saved != marker.revision {
-            let content = state.content().await;
+            let mut content = state.content().await;
+            self.restored = content.bundle.take();
             self.saved = content.meta.as_ref().map(|meta| meta.revision);
             if self.saved.is_none() || self.saved != marker.revision {
                 content.intersect(marker);
@@ -310,8 +328,8 @@ impl Replica {
             tokio::select! {
                 biased;
                 // An OPA that restarted asks for policies at once.
-                () = self.local.needs_data() => self.check_held(&held).await?,
-                _ = poll.tick() => self.check_held(&held).await?,
+                () = self.local.needs_data() => self.check_held(held.marker.revision).await?,
+                _ = poll.tick() => self.check_held(held.marker.revision).await?,
                 message = stream.next() => {
                     match message? {
                         Message::Event { id, event, data } => {
@@ -355,9 +373,9 @@ impl Replica {
     }
 
     /// Lets OPA have its policies, where it holds the data for them.
-    async fn check_held(&self, held: &Held) -> Result<(), Trouble> {
+    async fn check_held(&self, held: Option<Revision>) -> Result<(), Trouble> {
         let polls = self.local.polls();
-        if !self.applier.opa.holds(&self.applier.bundle, held.marker.revision).await? {
+        if !self.applier.opa.holds(&self.applier.bundle, held).await? {
             return Err(apply::Error::OtherWriter.into());
         }
         self.local.pass(polls);
@@ -447,24 +465,18 @@ impl Replica {
     /// Loads an OPA that has no marker: from the hub, or, where that does not answer soon, from the last good state.
     async fn load(&mut self) -> Result<Held, Trouble> {
         let started = Instant::now();
-        let content = match &mut self.state {
-            Some(state) => {
-                state.abort().await;
-                state.content().await
-            }
-            None => Content::default(),
-        };
+        let last_good = self.last_good().await;
         let archive = async {
             match self.delivery {
                 Delivery::Rest => self.hubs.whole().await,
                 Delivery::Bundle => self.hubs.data().await,
             }
         };
-        let archive = match content.meta {
+        let archive = match last_good {
             None => archive.await?,
             Some(meta) => match tokio::time::timeout(HUB_FIRST, archive).await {
                 Ok(Ok(archive)) => archive,
-                _ => return self.restore(meta).await,
+                _ => return self.restore(None, meta).await,
             },
         };
         let held = self.take_archive(None, archive).await?;
@@ -473,13 +485,22 @@ impl Replica {
         Ok(held)
     }
 
-    /// Loads an OPA from the last good state.
-    async fn restore(&mut self, meta: Meta) -> Result<Held, Trouble> {
+    /// The last good state, where there is one that was written with this delivery.
+    async fn last_good(&mut self) -> Option<Meta> {
+        let state = self.state.as_mut()?;
+        state.abort().await;
+        let content = state.content().await;
+        self.restored = content.bundle;
+        content.meta.filter(|meta| meta.etag.is_some() == (self.delivery == Delivery::Bundle))
+    }
+
+    /// Loads an OPA, which may hold a part of something else, from the last good state.
+    async fn restore(&mut self, marker: Option<&Marker>, meta: Meta) -> Result<Held, Trouble> {
         let started = Instant::now();
         let Some(state) = &mut self.state else { return Err(apply::Error::NoHead.into()) };
-        let (mut pieces, bundle) = state.read().await;
-        self.restored = bundle;
-        let (marker, found) = self.applier.archive(None, false, meta.position, &mut pieces).await?;
+        let mut pieces = state.read().await;
+        let (marker, found) =
+            self.applier.archive(marker, self.modules_first, meta.position, &mut pieces).await?;
         let held = self.take_policies(marker, found).await?;
         self.saved = Some(held.revision());
         self.status.with(|state| state.done.restores += 1);
@@ -599,12 +620,17 @@ impl Replica {
 
     /// The policy bundle of these modules, if the hub still has it.
     async fn policy_bundle(&self, modules: Digest) -> Result<Option<PolicyBundle>, Trouble> {
-        let is_it = |policy: &PolicyBundle| policy.etag == modules.to_string();
-        let known = self.local.served().filter(is_it).or_else(|| self.restored.clone().filter(is_it));
-        Ok(match known {
-            Some(known) => Some(known),
-            None => Some(self.hubs.policy_bundle().await?).filter(is_it),
-        })
+        if let Some(known) = self.known_bundle(modules) {
+            return Ok(Some(known));
+        }
+        let newest = self.hubs.policy_bundle().await?;
+        Ok(Some(newest).filter(|policy| policy.etag == modules.to_string()))
+    }
+
+    /// The policy bundle of these modules, if it is here.
+    fn known_bundle(&self, modules: Digest) -> Option<PolicyBundle> {
+        let known = self.local.served().into_iter().chain(self.restored.clone());
+        known.into_iter().find(|policy| policy.etag == modules.to_string())
     }
 
     /// Whether OPA has these modules, or can have them from here.

@@ -8,6 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -78,6 +80,21 @@ pub enum Error {
     Incomplete(String),
 }
 
+impl Error {
+    /// Whether the file is none of a whole state, and not only out of reach.
+    fn is_damage(&self) -> bool {
+        match self {
+            Self::Database(redb::Error::Io(error)) => {
+                matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
+            }
+            Self::Database(error) => {
+                matches!(error, redb::Error::Corrupted(_) | redb::Error::UpgradeRequired(_))
+            }
+            _ => false,
+        }
+    }
+}
+
 macro_rules! from_redb {
     ($($error:ty),*) => { $(impl From<$error> for Error {
         fn from(error: $error) -> Self {
@@ -122,6 +139,8 @@ pub struct Content {
     pub dirs: BTreeMap<DirPath, Digest>,
     /// Modules.
     pub modules: BTreeMap<String, Digest>,
+    /// The policy bundle, where OPA loads one.
+    pub bundle: Option<PolicyBundle>,
 }
 
 impl Content {
@@ -146,13 +165,15 @@ enum Change {
     Commit(Box<Meta>),
     Abort,
     Ask(oneshot::Sender<Result<Content, Error>>),
-    Read(mpsc::Sender<Result<Piece, archive::Error>>, oneshot::Sender<Option<PolicyBundle>>),
+    Read(mpsc::Sender<Result<Piece, archive::Error>>),
 }
 
 /// See the module's text.
 pub struct State {
     /// `None` once it was given up.
     changes: Option<SyncSender<Change>>,
+    /// Whether changes were lost, so that the file is no longer what OPA was given.
+    is_lost: Arc<AtomicBool>,
 }
 
 impl State {
@@ -163,8 +184,7 @@ impl State {
         let name = namespace.map_or_else(|| bundle.to_owned(), |namespace| format!("{bundle}@{namespace}"));
         let path = dir.join(format!("{name}.redb"));
         let database = match open(&path) {
-            Err(Error::Database(error @ redb::Error::DatabaseAlreadyOpen)) => return Err(error.into()),
-            Err(error) if path.exists() => {
+            Err(error) if error.is_damage() => {
                 tracing::warn!(path = %path.display(), %error, "state is damaged, removing it");
                 std::fs::remove_file(&path).map_err(wrong)?;
                 open(&path)
@@ -172,17 +192,22 @@ impl State {
             other => other,
         }?;
         let (changes, queue) = sync_channel(WAITING_MAX);
+        let is_lost = Arc::new(AtomicBool::new(false));
+        let lost = Arc::clone(&is_lost);
         let run = move || {
             let mut file = File { database, open: None, unsynced: None };
-            if let Err(error) = file.run(&queue) {
+            let ended = file.run(&queue);
+            if let Err(error) = &ended {
                 tracing::error!(%error, "state given up: a restart without a hub begins with nothing");
-                drop(file);
+            }
+            drop(file);
+            if ended.is_err() || lost.load(Ordering::Relaxed) {
                 // What it holds is not what OPA is given from now on.
                 _ = std::fs::remove_file(&path);
             }
         };
         std::thread::Builder::new().name("state".into()).spawn(run).map_err(wrong)?;
-        Ok(Self { changes: Some(changes) })
+        Ok(Self { changes: Some(changes), is_lost })
     }
 
     async fn send(&mut self, mut change: Change) {
@@ -194,6 +219,7 @@ impl State {
                 Err(error) => {
                     if let TrySendError::Full(_) = error {
                         tracing::error!("state given up: the disk took no change for {WRITE_MAX:?}");
+                        self.is_lost.store(true, Ordering::Relaxed);
                     }
                     self.changes = None;
                     return;
@@ -210,12 +236,11 @@ impl State {
         content.await.ok().and_then(Result::ok).unwrap_or_default()
     }
 
-    /// All that it holds, as a hub sends it, and the policy bundle.
-    pub async fn read(&mut self) -> (mpsc::Receiver<Result<Piece, archive::Error>>, Option<PolicyBundle>) {
+    /// All that it holds, as a hub sends it.
+    pub async fn read(&mut self) -> mpsc::Receiver<Result<Piece, archive::Error>> {
         let (out, pieces) = mpsc::channel(DECODED_AHEAD_MAX);
-        let (answer, bundle) = oneshot::channel();
-        self.send(Change::Read(out, answer)).await;
-        (pieces, bundle.await.ok().flatten())
+        self.send(Change::Read(out)).await;
+        pieces
     }
 
     /// Takes a piece of an archive.
@@ -321,9 +346,8 @@ impl File {
                 _ = answer.send(content(&self.database.begin_read()?));
                 Ok(())
             }
-            Change::Read(out, answer) => {
+            Change::Read(out) => {
                 let read = self.database.begin_read()?;
-                _ = answer.send(bundle(&read)?);
                 // The reader may end first.
                 let sent = pieces(&read, &mut |piece| out.blocking_send(Ok(piece)).is_ok());
                 if let Err(error) = &sent {
@@ -514,7 +538,7 @@ fn meta(read: &ReadTransaction) -> Result<Option<Meta>, Error> {
 
 fn content(read: &ReadTransaction) -> Result<Content, Error> {
     let Some(meta) = meta(read)? else { return Ok(Content::default()) };
-    let mut content = Content { meta: Some(meta), ..Content::default() };
+    let mut content = Content { meta: Some(meta), bundle: bundle(read)?, ..Content::default() };
     content.dirs = digests(&read.open_table(DIRS)?)?;
     for entry in read.open_table(MODULES)?.iter()? {
         let (id, text) = entry?;
@@ -532,7 +556,7 @@ fn bundle(read: &ReadTransaction) -> Result<Option<PolicyBundle>, Error> {
 
 /// Gives all of it to `take`, until that wants no more.
 fn pieces(read: &ReadTransaction, take: &mut dyn FnMut(Piece) -> bool) -> Result<(), Error> {
-    let Content { meta: Some(meta), dirs, modules } = content(read)? else { return Ok(()) };
+    let Content { meta: Some(meta), dirs, modules, .. } = content(read)? else { return Ok(()) };
     let Meta { revision, ensure, rego_version, reads, .. } = meta;
     let data = Some(DataHead { dirs: dirs.clone(), ensure });
     let head =
@@ -639,7 +663,7 @@ mod tests {
 
     /// All that is read back: data by directory, and texts of modules.
     async fn read(state: &mut State) -> Value {
-        let (mut pieces, _) = state.read().await;
+        let mut pieces = state.read().await;
         let (mut all, mut large) = (json!({}), None);
         while let Some(piece) = pieces.recv().await {
             match piece.unwrap() {

@@ -95,9 +95,14 @@ async fn an_opa_that_was_loaded_stays_ready() -> anyhow::Result<()> {
     write(manifests.path(), 0)?;
     let mut hub = Hub::start(work.path(), &["--manifests", &manifests.path().display().to_string()]).await?;
     let mut opa = Opa::start(&assets, work.path(), None, &[]).await?;
+    let state = work.path().join("state").display().to_string();
+    let flags = ["--state-dir", state.as_str()];
     let mut agent =
-        Agent::start(work.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
+        Agent::start(work.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &flags)?;
     agent.wait_in_step().await?;
+    // Not on disk yet when all is killed.
+    write(manifests.path(), 1)?;
+    holds(&opa, 1).await?;
     hub.kill();
     is_behind(&agent, "no stream from the hub").await?;
     has_readiness(&agent, true, "ok").await?;
@@ -110,6 +115,10 @@ async fn an_opa_that_was_loaded_stays_ready() -> anyhow::Result<()> {
     let metrics = reqwest::get(format!("{}/metrics", agent.url)).await?.text().await?;
     assert!(metrics.contains("\nopa_hub_agent_ready 1\n"), "{metrics}");
     assert!(!metrics.contains("\nopa_hub_agent_disconnected_seconds 0\n"), "{metrics}");
+    agent.kill();
+    std::fs::remove_dir_all(&state)?;
+    agent.spawn()?;
+    has_readiness(&agent, true, "ok").await?;
     opa.process = None;
     opa.restart().await?;
     has_readiness(&agent, false, "OPA is not loaded").await?;

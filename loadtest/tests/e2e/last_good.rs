@@ -96,6 +96,15 @@ impl World {
     }
 }
 
+async fn is_ready(agent: &Agent) -> anyhow::Result<()> {
+    eventually("the agent is ready", async || match agent.readiness().await {
+        Ok((true, _)) => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await
+    .map(drop)
+}
+
 async fn check(delivery: Delivery) -> anyhow::Result<()> {
     let mut world = World::start(delivery).await?;
     world.decides(0).await?;
@@ -109,8 +118,7 @@ async fn check(delivery: Delivery) -> anyhow::Result<()> {
         let took = started.elapsed();
         println!("{delivery:?}: decides again after {took:?}");
         assert!(took < DECIDES_MAX, "{took:?}");
-        let (is_ready, words) = world.agent.readiness().await?;
-        assert!(is_ready, "{words}");
+        is_ready(&world.agent).await?;
         let done = world.agent.status().await?["done"].clone();
         assert_eq!((&done["snapshots"], &done["restores"]), (&json!(0), &json!(1)), "{done}");
         // The hub comes back with something newer.
@@ -125,6 +133,20 @@ async fn check(delivery: Delivery) -> anyhow::Result<()> {
     world.opa.process = None;
     world.opa.restart().await?;
     world.decides(13).await?;
+    // The agent alone does.
+    world.agent.kill();
+    world.agent.spawn()?;
+    is_ready(&world.agent).await?;
+    world.decides(13).await?;
+    // Both do, and a load before that broke off.
+    world.agent.kill();
+    world.opa.process = None;
+    world.opa.restart().await?;
+    let marker = opa_hub_loadtest::lab::http()?.put(format!("{}/v1/data/system/opahub/main", world.opa.url));
+    marker.body("{\"revision\": null, \"dirs\": {\"/ns/one\": null}}").send().await?.error_for_status()?;
+    world.agent.spawn()?;
+    world.decides(13).await?;
+    is_ready(&world.agent).await?;
     // What is on disk is damaged: it is no state, and that is told.
     world.agent.kill();
     let file = world.work.path().join("state/main.redb");
