@@ -114,7 +114,9 @@ pub(crate) fn direct_config(hub: &str, resource: &str) -> Value {
 pub(crate) async fn has_done(agent: &Agent, expected: Value) -> anyhow::Result<()> {
     eventually("the agent has counted", async || {
         let status = agent.status().await.map_err(|error| error.to_string())?;
-        equal(&status["done"], &expected)
+        let mut found = status["done"].clone();
+        found.as_object_mut().ok_or("no counts")?.retain(|name, _| expected.get(name).is_some());
+        equal(&found, &expected)
     })
     .await
     .map(drop)
