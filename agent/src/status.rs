@@ -103,7 +103,7 @@ impl Status {
         let result = f(&mut state);
         state.loaded |= state.is_in_step();
         state.apart = match state.apart {
-            _ if state.behind().is_empty() => None,
+            _ if !state.is_behind() => None,
             since => since.or_else(|| Some(Instant::now())),
         };
         result
@@ -144,6 +144,12 @@ impl State {
 
     fn is_in_step(&self) -> bool {
         self.held.is_some() && self.held == self.said && self.refused.is_empty() && self.is_activated()
+    }
+
+    /// Whether OPA may not hold what the source has.
+    fn is_behind(&self) -> bool {
+        let since = [self.unconnected, self.behind, self.stale.as_ref().map(|(since, _)| *since)];
+        !self.is_in_step() || since.iter().any(Option::is_some)
     }
 
     fn unready(&self) -> Vec<String> {
