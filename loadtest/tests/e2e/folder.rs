@@ -1,12 +1,10 @@
 //! From a folder of manifests, with no cluster: names that need escapes, large directories, all three ways.
 
-use std::path::Path;
-
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Hub, Opa, assets};
 use serde_json::{Map, Value, json};
 
-use crate::world::{Way, consumer, direct_config, write_manifest};
+use crate::world::{Way, consumer, direct_config, write_list};
 
 const FLAGS: [&str; 4] =
     ["--replicate", "v1/pods", "--replicate-cluster", "rbac.authorization.k8s.io/v1/clusterroles"];
@@ -14,11 +12,6 @@ const ODD_NAMES: [&str; 6] = ["system:a", "50%", "a/b~c", "~1", "\"quoted\"", "Ã
 
 /// Enough pods in one namespace that their directory goes to OPA in several PATCHes.
 const PODS: usize = 1500;
-
-fn write(dir: &Path, file: &str, objects: &[Value]) -> anyhow::Result<()> {
-    let list = json!({ "apiVersion": "v1", "kind": "List", "items": objects });
-    write_manifest(dir, file, &list)
-}
 
 fn roles(generation: usize) -> Vec<Value> {
     let role = |name: &&str| json!({ "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": { "name": name }, "generation": generation });
@@ -43,8 +36,8 @@ async fn check(way: Way) -> anyhow::Result<()> {
     let work = tempfile::tempdir()?;
     let manifests = tempfile::tempdir()?;
     let folder = manifests.path().display().to_string();
-    write(manifests.path(), "roles.json", &roles(0))?;
-    write(manifests.path(), "pods.json", &pods(PODS, 0))?;
+    write_list(manifests.path(), "roles.json", &roles(0))?;
+    write_list(manifests.path(), "pods.json", &pods(PODS, 0))?;
     let flags: Vec<_> = ["--manifests", &folder].into_iter().chain(FLAGS).collect();
     let hub = Hub::start(work.path(), &flags).await?;
     let (mut opa, mut agent) = consumer(way, &assets, work.path(), &hub).await?;
@@ -58,12 +51,12 @@ async fn check(way: Way) -> anyhow::Result<()> {
     // One change of all, one of a single object, one that makes it few, one that makes it many again, none, and back.
     for generation in 0..6 {
         let count = [PODS, PODS, 3, PODS, 0, 1][generation];
-        write(manifests.path(), "roles.json", &roles(generation))?;
+        write_list(manifests.path(), "roles.json", &roles(generation))?;
         let mut objects = pods(count, if generation < 2 { 0 } else { generation });
         if generation == 1 {
             objects[7]["text"] = json!("changed");
         }
-        write(manifests.path(), "pods.json", &objects)?;
+        write_list(manifests.path(), "pods.json", &objects)?;
         holds(&opa, roles_path, &by_name(roles(generation))).await?;
         let expected = if count == 0 { Value::Null } else { by_name(objects) };
         holds(&opa, pods_path, &expected).await?;
@@ -77,7 +70,7 @@ async fn check(way: Way) -> anyhow::Result<()> {
         }
     }
     // The last object of a cluster-scoped resource leaves an empty map, however OPA learns of it.
-    write(manifests.path(), "roles.json", &[])?;
+    write_list(manifests.path(), "roles.json", &[])?;
     holds(&opa, roles_path, &json!({})).await?;
     Ok(())
 }
@@ -113,7 +106,7 @@ async fn a_place_changes_hands(way: Way) -> anyhow::Result<()> {
     let moved =
         configmap("policies", ("openpolicyagent.org/policy", "rego"), "m.rego", "package elsewhere\nk := 1");
     let data = configmap("team", ("openpolicyagent.org/data", "opa"), "k", "{\"a\": 2}");
-    write(manifests.path(), "a.json", std::slice::from_ref(&package))?;
+    write_list(manifests.path(), "a.json", std::slice::from_ref(&package))?;
     let hub = Hub::start(work.path(), &["--manifests", &manifests.path().display().to_string()]).await?;
     let (opa, _agent) = consumer(way, &assets, work.path(), &hub).await?;
     let steps: [(&[Value], Value); 5] = [
@@ -124,7 +117,7 @@ async fn a_place_changes_hands(way: Way) -> anyhow::Result<()> {
         (std::slice::from_ref(&package), json!(1)),
     ];
     for (step, (objects, expected)) in steps.iter().enumerate() {
-        write(manifests.path(), "a.json", objects)?;
+        write_list(manifests.path(), "a.json", objects)?;
         eventually(format!("{way:?}: step {step}"), async || {
             equal(&opa.data("/team/roles/k").await.map_err(|error| error.to_string())?, expected)
         })
@@ -150,14 +143,14 @@ async fn native_deltas() -> anyhow::Result<()> {
     let work = tempfile::tempdir()?;
     let manifests = tempfile::tempdir()?;
     let folder = manifests.path().display().to_string();
-    write(manifests.path(), "roles.json", &roles(0))?;
+    write_list(manifests.path(), "roles.json", &roles(0))?;
     let flags: Vec<_> = ["--manifests", &folder].into_iter().chain(FLAGS).collect();
     let hub = Hub::start(work.path(), &flags).await?;
     let opa =
         Opa::start(&assets, work.path(), Some(&direct_config(&hub.url, "bundles/main?delta=true")), &[])
             .await?;
     for generation in [0, 1, 2, 3] {
-        write(manifests.path(), "roles.json", &roles(generation))?;
+        write_list(manifests.path(), "roles.json", &roles(generation))?;
         eventually(format!("generation {generation}"), async || {
             let found = opa.data("/kubernetes/clusterroles").await.map_err(|error| error.to_string())?;
             equal(&found, &by_name(roles(generation)))

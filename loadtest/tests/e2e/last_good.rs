@@ -7,7 +7,7 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
-use crate::world::write_manifest;
+use crate::world::write_list;
 
 /// Pods: as many as the promise is for.
 const PODS: usize = 3000;
@@ -36,7 +36,7 @@ fn write(dir: &Path, generation: usize) -> anyhow::Result<()> {
     };
     let policy = configmap("count", ("openpolicyagent.org/policy", "rego"), "p.rego", POLICY.to_owned());
     let items = [data("one"), data("other"), policy];
-    write_manifest(dir, "maps.json", &json!({ "apiVersion": "v1", "kind": "List", "items": items }))
+    write_list(dir, "maps.json", &items)
 }
 
 struct World {
@@ -53,11 +53,7 @@ impl World {
         let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
         let pod = |at| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{at}"), "namespace": "big" }, "text": "x".repeat(1000) });
         let pods: Vec<_> = (0..PODS).map(pod).collect();
-        write_manifest(
-            manifests.path(),
-            "pods.json",
-            &json!({ "apiVersion": "v1", "kind": "List", "items": pods }),
-        )?;
+        write_list(manifests.path(), "pods.json", &pods)?;
         write(manifests.path(), 0)?;
         let folder = manifests.path().display().to_string();
         let flags =

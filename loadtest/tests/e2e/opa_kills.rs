@@ -9,7 +9,7 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
-use crate::world::{Way, consumer, write_manifest};
+use crate::world::{Way, consumer, write_list};
 
 /// Pods: enough that their load takes several requests.
 const PODS: usize = 1500;
@@ -63,11 +63,7 @@ async fn check(way: Way) -> anyhow::Result<()> {
         "metadata": { "name": "count", "namespace": "opa", "labels": { "openpolicyagent.org/policy": "rego" } },
     });
     let items: Vec<_> = (0..PODS).map(pod).chain([policy]).collect();
-    write_manifest(
-        manifests.path(),
-        "all.json",
-        &json!({ "apiVersion": "v1", "kind": "List", "items": items }),
-    )?;
+    write_list(manifests.path(), "all.json", &items)?;
     let folder = manifests.path().display().to_string();
     let mut hub =
         Hub::start(work.path(), &["--manifests", &folder, "--replicate", "v1/pods", "--log-level", "error"])

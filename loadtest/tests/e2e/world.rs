@@ -128,6 +128,11 @@ pub(crate) fn write_manifest(dir: &Path, file: &str, content: &Value) -> anyhow:
     Ok(std::fs::rename(dir.join(".draft"), dir.join(file))?)
 }
 
+/// Writes objects as one manifest.
+pub(crate) fn write_list(dir: &Path, file: &str, objects: &[Value]) -> anyhow::Result<()> {
+    write_manifest(dir, file, &json!({ "apiVersion": "v1", "kind": "List", "items": objects }))
+}
+
 fn without_empty_maps(value: Value) -> Value {
     match value {
         Value::Object(map) => {
