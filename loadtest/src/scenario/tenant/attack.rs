@@ -370,29 +370,25 @@ async fn be_silent(site: &Site, until: Instant, counts: &Counts) {
     counts.hits.store(opened.max(closed), Relaxed);
 }
 
-/// Sets the limit of A's bundle and removes it again. A bundle that is published again is the trace.
+/// Sets the limit of A's bundle and removes it again, until a trace is found. A bundle that is published again is the
+/// trace.
 async fn change_document(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
-    let mut before = Value::Null;
+    let published = async || site.bundle_of_a().await.ok()?.get("publishedUnixSeconds").cloned();
+    let mut before = published().await;
     for step in 0..STEPS_MAX {
         let now = Instant::now();
-        if now < until {
-            let limit = if step.is_multiple_of(2) { Value::Null } else { json!(MAX_BYTES) };
-            limit_a(&site.cluster, &limit).await?;
-            counts.step();
-        } else if counts.hits.load(Relaxed) > 0 || now > until + TRACE_MAX {
+        if now > until && (counts.hits.load(Relaxed) > 0 || now > until + TRACE_MAX) {
             break;
         }
+        let limit = if step.is_multiple_of(2) { Value::Null } else { json!(MAX_BYTES) };
+        limit_a(&site.cluster, &limit).await?;
+        counts.step();
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let published = match site.bundle_of_a().await {
-            Ok(mut bundle) => bundle["publishedUnixSeconds"].take(),
-            Err(_) => Value::Null,
-        };
-        if !published.is_null() && !before.is_null() && published != before {
+        let now = published().await;
+        if before.as_ref().zip(now.as_ref()).is_some_and(|(before, now)| before != now) {
             counts.hit();
         }
-        if !published.is_null() {
-            before = published;
-        }
+        before = now.or(before);
     }
     Ok(())
 }
