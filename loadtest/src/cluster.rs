@@ -14,6 +14,8 @@ use kube::{Api, Client};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
+use crate::eventually::within;
+use crate::lab::process::Usage;
 use crate::pods;
 
 /// The label that marks policies.
@@ -28,6 +30,11 @@ const GUESTS: &str = "opahub.dev/load";
 
 /// A new namespace gets its default account within this time.
 const ACCOUNT_COMES: Duration = Duration::from_secs(10);
+/// Maximum time for the removal of namespaces: the cluster waits half a minute for pods alone, and removes the objects of a
+/// run at its own rate.
+const REMOVAL: Duration = Duration::from_secs(600);
+/// Pause between two looks at namespaces that are being removed, to spare the user's API server.
+const REMOVAL_LOOK: Duration = Duration::from_millis(500);
 
 /// Whether it is an answer of the API server with this status.
 pub fn has_code(error: &anyhow::Error, code: u16) -> bool {
@@ -131,15 +138,28 @@ impl Cluster {
         }
     }
 
-    /// Removes the namespaces of the guests of this prefix, and all that is in them.
+    /// Removes the namespaces of the guests of this prefix, and waits until they are gone with all that is in them.
     pub async fn remove_guests(&self, prefix: &str) -> anyhow::Result<()> {
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
         let theirs = ListParams::default().labels(&format!("{GUESTS}={prefix}"));
         for namespace in namespaces.list(&theirs).await? {
-            let name = namespace.metadata.name.unwrap_or_default();
-            namespaces.delete(&name, &DeleteParams::default()).await?;
+            if namespace.metadata.deletion_timestamp.is_none() {
+                let name = namespace.metadata.name.unwrap_or_default();
+                namespaces.delete(&name, &DeleteParams::default()).await?;
+            }
         }
-        Ok(())
+        let gone = async || {
+            let left = namespaces.list(&theirs).await.map_err(|error| error.to_string())?.items.len();
+            if left == 0 {
+                return Ok(());
+            }
+            tokio::time::sleep(REMOVAL_LOOK).await;
+            Err(format!("{left} are left"))
+        };
+        let removed = within(REMOVAL, "namespaces of the run are removed", gone).await.map(drop);
+        removed.with_context(|| {
+            format!("cleaning up failed; repeat it with `kubectl delete namespaces -l {GUESTS}`")
+        })
     }
 
     /// Makes or replaces a ConfigMap.
@@ -230,10 +250,28 @@ impl Cluster {
         Ok(events.map(|e| [text(e, "type"), text(e, "reason"), text(e, "note")].join(" ")).collect())
     }
 
+    async fn metrics(&self) -> anyhow::Result<String> {
+        Ok(self.client.request_text(http::Request::get("/metrics").body(Vec::new())?).await?)
+    }
+
+    /// Start time of the API server's instance that answers, and its CPU and memory, by its own metrics.
+    pub async fn server_usage(&self) -> anyhow::Result<(String, Usage)> {
+        let text = self.metrics().await?;
+        let value = |name: &str| {
+            let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            value.with_context(|| format!("the API server has no metric {name}"))
+        };
+        // Numbers come as `1.2e+06`.
+        let memory: f64 = value("process_resident_memory_bytes")?.parse()?;
+        let rss: u64 = format!("{memory:.0}").parse()?;
+        let cpu = Duration::try_from_secs_f64(value("process_cpu_seconds_total")?.parse()?)?;
+        let started = value("process_start_time_seconds")?.to_owned();
+        Ok((started, Usage { rss, peak: rss, cpu, children: Duration::ZERO, kernel: 0 }))
+    }
+
     /// The sum of the API server's own metric over the samples with these labels; 0 where it has none of them.
     pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<u64> {
-        let request = http::Request::get("/metrics").body(Vec::new())?;
-        let text = self.client.request_text(request).await?;
+        let text = self.metrics().await?;
         anyhow::ensure!(text.contains(&format!("# TYPE {name} ")), "the API server has no metric {name}");
         let labels: Vec<_> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
         let samples = text.lines().filter(|line| {

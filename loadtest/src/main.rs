@@ -30,10 +30,14 @@ use self::scenario::{catchup, churn, failover, fanout, restart, slow, soak, star
 #[derive(Parser)]
 #[command(version, name = "opa-hub-loadtest")]
 struct Cli {
-    /// Use the cluster of this file, kind included, instead of the lab's. Pods are made in namespaces of their own, where
-    /// nothing schedules them, and are removed in the end. What is measured of its API server is what it tells of itself
+    /// Use the cluster of this file, kind included, instead of the lab's; needs --create-pods. Its API server is measured
+    /// by its own metrics
     #[arg(long, global = true, value_name = "FILE")]
     kubeconfig: Option<std::path::PathBuf>,
+    /// Create pods in the cluster of --kubeconfig, in namespaces of their own, which are removed in the end. Nothing
+    /// schedules them, but all that watches pods of all namespaces receives them, production OPAs included
+    #[arg(long, global = true)]
+    create_pods: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -95,7 +99,7 @@ async fn main() -> ExitCode {
 
 async fn run() -> anyhow::Result<()> {
     rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
-    let Cli { kubeconfig, command } = Cli::parse();
+    let Cli { kubeconfig, create_pods, command } = Cli::parse();
     if let Command::Raw { listen, bytes } = command {
         return peer::raw::serve(listen, bytes);
     }
@@ -108,7 +112,11 @@ async fn run() -> anyhow::Result<()> {
             uses_it,
             "--kubeconfig is for churn, start, restart and failover: the others make their own"
         );
-        ControlPlane::use_cluster(kubeconfig);
+        anyhow::ensure!(
+            create_pods,
+            "--kubeconfig needs --create-pods: thousands of pods become visible to all that watches pods there"
+        );
+        ControlPlane::use_cluster(kubeconfig).await?;
     }
     let is_lab = matches!(command, Command::Lab);
     let ended = tokio::select! {
@@ -116,8 +124,13 @@ async fn run() -> anyhow::Result<()> {
         stopped = signal() => stopped.and_then(|()| if is_lab { Ok(()) } else { Err(anyhow::anyhow!("stopped")) }),
     };
     // Whatever came of it, nothing stays behind.
-    ControlPlane::renew_guests().await?;
-    ended
+    let removed = ControlPlane::renew_guests().await;
+    if ended.is_err()
+        && let Err(error) = &removed
+    {
+        eprintln!("opa-hub-loadtest: {error:#}");
+    }
+    ended.and(removed)
 }
 
 async fn perform(command: Command) -> anyhow::Result<()> {

@@ -1,6 +1,7 @@
 //! Pods as an API server serves them, about 10 KB each: a Deployment's, with two containers, probes, environment,
 //! volumes, conditions and the bookkeeping of three writers. A number makes a pod; the same number, the same pod.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
 
@@ -26,6 +27,19 @@ pub fn guests() -> Option<String> {
     GUESTS.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
+/// Beginning of the names of the namespaces that pods are made in.
+pub fn prefix() -> String {
+    guests().unwrap_or_else(|| "team".to_owned())
+}
+
+/// Members of a map by namespace whose namespaces pods are made in: a user's cluster has others.
+pub fn own(by_namespace: &Value) -> BTreeMap<&str, &Value> {
+    let prefix = prefix();
+    let all = by_namespace.as_object().into_iter().flatten();
+    let own = all.filter(|(namespace, _)| namespace.starts_with(&prefix));
+    own.map(|(namespace, value)| (namespace.as_str(), value)).collect()
+}
+
 /// Which pod: a number from 0.
 #[derive(Clone, Copy, Debug)]
 pub struct Nth(pub usize);
@@ -33,8 +47,7 @@ pub struct Nth(pub usize);
 impl Nth {
     /// Its namespace, shared by [`PODS_A_NAMESPACE`] pods.
     pub fn namespace(self) -> String {
-        let prefix = guests().unwrap_or_else(|| "team".to_owned());
-        format!("{prefix}-{:03}", self.0 / PODS_A_NAMESPACE)
+        format!("{}-{:03}", prefix(), self.0 / PODS_A_NAMESPACE)
     }
 
     /// Its name.
@@ -52,7 +65,12 @@ impl Nth {
 
     /// Its own address.
     pub fn address(self) -> String {
-        format!("10.{}.{}.{}", 64 + self.0 / 65536 % 64, self.0 / 256 % 256, self.0 % 256)
+        // RFC 2544 keeps 198.18.0.0/15 for benchmarks: in a user's cluster it is nobody's address.
+        let (first, second) = match guests() {
+            Some(_) => (198, 18 + self.0 / 65536 % 2),
+            None => (10, 64 + self.0 / 65536 % 64),
+        };
+        format!("{first}.{second}.{}.{}", self.0 / 256 % 256, self.0 % 256)
     }
 
     /// What a controller posts.
@@ -105,6 +123,8 @@ impl Nth {
             pod["spec"]["serviceAccountName"] = json!("default");
             pod["spec"]["automountServiceAccountToken"] = json!(false);
             pod["spec"]["schedulingGates"] = json!([{ "name": "opahub.dev/load" }]);
+            // The Pod Security Standard "restricted" requires it.
+            pod["spec"]["securityContext"]["seccompProfile"] = json!({ "type": "RuntimeDefault" });
         }
         pod
     }
@@ -143,11 +163,16 @@ impl Nth {
                 "restartCount": 0, "lastState": {}, "state": { "running": { "startedAt": time } },
             })
         };
+        let host = match guests() {
+            // RFC 5737: an address for documentation.
+            Some(_) => "192.0.2.1".to_owned(),
+            None => format!("192.168.{}.{}", self.0 / 100 / 250, self.0 / 100 % 250),
+        };
         let conditions =
             ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
         json!({
             "phase": "Running", "qosClass": "Burstable", "startTime": time,
-            "hostIP": format!("192.168.{}.{}", self.0 / 100 / 250, self.0 / 100 % 250),
+            "hostIP": host,
             "podIP": self.address(), "podIPs": [{ "ip": self.address() }],
             "conditions": conditions.iter().map(condition).collect::<Value>(),
             "containerStatuses": [container(self.app()), container("proxy")],

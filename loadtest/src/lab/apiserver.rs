@@ -1,4 +1,4 @@
-//! The control plane: etcd and kube-apiserver, or the cluster that the environment names.
+//! The control plane: etcd and kube-apiserver, or a cluster that belongs to the user.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::etcd::Etcd;
 use super::process::{Process, Usage};
 use super::valve::Valve;
-use super::{assets, free_port};
+use super::{assets, free_port, given};
 use crate::cluster::Cluster;
 use crate::pods;
 
@@ -33,10 +33,23 @@ pub struct ControlPlane {
     /// For [`PLAIN_USER`]; none in a cluster that was there before.
     pub plain_kubeconfig: Option<PathBuf>,
     own: Option<Own>,
+    /// Start time of the API server that was measured first, where it is not ours.
+    measured: OnceLock<String>,
 }
 
-/// The cluster that was there before.
-static EXISTING: OnceLock<PathBuf> = OnceLock::new();
+/// A cluster that belongs to the user.
+pub(super) struct Existing {
+    kubeconfig: PathBuf,
+    /// As `v1.37.2`.
+    pub(super) version: String,
+}
+
+static EXISTING: OnceLock<Existing> = OnceLock::new();
+
+/// The user's cluster; `None` if the lab starts its own.
+pub(super) fn existing() -> Option<&'static Existing> {
+    EXISTING.get()
+}
 
 /// What we started ourselves.
 struct Own {
@@ -47,24 +60,27 @@ struct Own {
 }
 
 impl ControlPlane {
-    /// Takes the cluster of this file from now on, wherever a control plane would be started. Pods are guests there.
-    pub fn use_cluster(kubeconfig: &Path) {
-        _ = EXISTING.set(kubeconfig.to_owned());
+    /// Uses the cluster of this file from now on, wherever a control plane would be started. Fails if the cluster or
+    /// the user's rights there do not suffice. Pods are guests there.
+    pub async fn use_cluster(kubeconfig: &Path) -> anyhow::Result<()> {
+        super::init();
+        let version = given::check(&client(kubeconfig).await?).await?;
+        _ = EXISTING.set(Existing { kubeconfig: kubeconfig.to_owned(), version });
+        Self::renew_guests().await
     }
 
-    /// Takes what was made there away again, and chooses names that nobody has.
+    /// Removes what was created there, and chooses names that nobody has.
     pub async fn renew_guests() -> anyhow::Result<()> {
-        let Some(kubeconfig) = EXISTING.get() else { return Ok(()) };
-        super::init();
+        let Some(existing) = existing() else { return Ok(()) };
         if let Some(prefix) = pods::guests() {
-            Cluster { client: client(kubeconfig).await? }.remove_guests(&prefix).await?;
+            Cluster { client: client(&existing.kubeconfig).await? }.remove_guests(&prefix).await?;
         }
         let name = std::iter::repeat_with(fastrand::alphanumeric).take(6).collect::<String>();
         pods::be_guests(format!("opa-hub-load-{}", name.to_lowercase()));
         Ok(())
     }
 
-    /// Starts a control plane, or takes the cluster that `KUBECONFIG` names when `USE_EXISTING_CLUSTER=true`.
+    /// Starts a control plane, unless [`use_cluster`](Self::use_cluster) named one.
     pub async fn start() -> anyhow::Result<Self> {
         Self::start_with(&[]).await
     }
@@ -75,8 +91,10 @@ impl ControlPlane {
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
         let mut dir = TempDir::with_prefix("opa-hub-lab-")?;
         dir.disable_cleanup(std::env::var_os("OPA_HUB_LAB_KEEP").is_some());
-        if let Some(kubeconfig) = existing()? {
-            return Ok(Self { dir, assets, kubeconfig, plain_kubeconfig: None, own: None });
+        if let Some(existing) = existing() {
+            let kubeconfig = existing.kubeconfig.clone();
+            let measured = OnceLock::new();
+            return Ok(Self { dir, assets, kubeconfig, plain_kubeconfig: None, own: None, measured });
         }
         let port = free_port()?;
         credentials(dir.path())?;
@@ -85,7 +103,8 @@ impl ControlPlane {
         let etcd = Etcd::start(&assets, dir.path())?;
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
         let own = Own { apiserver: None, etcd, port, flags };
-        let mut plane = Self { dir, assets, kubeconfig, plain_kubeconfig: Some(plain), own: Some(own) };
+        let (own, plain_kubeconfig, measured) = (Some(own), Some(plain), OnceLock::new());
+        let mut plane = Self { dir, assets, kubeconfig, plain_kubeconfig, own, measured };
         plane.start_apiserver().await?;
         Ok(plane)
     }
@@ -109,6 +128,16 @@ impl ControlPlane {
     /// What the API server has taken so far; none where it is not ours.
     pub fn usage(&self) -> Option<Usage> {
         self.own.as_ref()?.apiserver.as_ref()?.usage().ok()
+    }
+
+    /// CPU and memory of the API server until now, by its own metrics where it is not ours; `None` if another instance
+    /// of it answers than before.
+    pub async fn reported_usage(&self) -> anyhow::Result<Option<Usage>> {
+        if self.is_own() {
+            return Ok(self.usage());
+        }
+        let (started, usage) = Cluster { client: self.client().await? }.server_usage().await?;
+        Ok((*self.measured.get_or_init(|| started.clone()) == started).then_some(usage))
     }
 
     /// Whether [`stop_apiserver`](Self::stop_apiserver) is possible.
@@ -206,18 +235,6 @@ fn credentials(dir: &Path) -> anyhow::Result<()> {
     )?;
     fs::write(dir.join("ca.crt"), ca.pem())?;
     Ok(())
-}
-
-fn existing() -> anyhow::Result<Option<PathBuf>> {
-    if let Some(kubeconfig) = EXISTING.get() {
-        return Ok(Some(kubeconfig.clone()));
-    }
-    if std::env::var("USE_EXISTING_CLUSTER").is_ok_and(|value| value == "true") {
-        let kubeconfig =
-            std::env::var_os("KUBECONFIG").context("USE_EXISTING_CLUSTER=true needs KUBECONFIG")?;
-        return Ok(Some(kubeconfig.into()));
-    }
-    Ok(None)
 }
 
 fn kubeconfig(dir: &Path, port: u16, user: &str) -> anyhow::Result<PathBuf> {

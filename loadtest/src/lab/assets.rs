@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use sha2::{Digest, Sha256};
 
+use super::apiserver::existing;
+
 const GO_MOD: &str = include_str!("../../lab/go.mod");
 const GO_SUM: &str = include_str!("../../lab/go.sum");
-/// The components, each with the Go package that it is built from.
+/// The components, each with the Go package that it is built from. OPA is the first: a cluster of the user needs no other.
 const COMPONENTS: [(&str, &str); 4] = [
     ("opa", "github.com/open-policy-agent/opa"),
     ("etcd", "go.etcd.io/etcd/server/v3"),
@@ -22,13 +24,20 @@ const COMPONENTS: [(&str, &str); 4] = [
 /// Between two lines of progress.
 const PROGRESS: Duration = Duration::from_secs(10);
 
-/// The folder that holds `etcd`, `kube-apiserver`, `kubectl` and `opa`. Blocks; the first time it may build for ten
-/// minutes, and says so on stderr.
+/// The folder that holds `etcd`, `kube-apiserver`, `kubectl` and `opa`, or `opa` alone beside a cluster of the user.
+/// Blocks; the first time it may build for ten minutes, and says so on stderr.
 pub fn folder() -> anyhow::Result<PathBuf> {
     let cache = cache()?;
     let given: Vec<_> = COMPONENTS.iter().map(|(name, _)| given(name)).collect();
     let key = key(&given);
-    let folder = cache.join(&key);
+    let whole = cache.join(&key);
+    if whole.is_dir() {
+        return Ok(whole);
+    }
+    let (folder, components) = match existing() {
+        Some(_) => (cache.join(format!("{key}-opa")), &COMPONENTS[..1]),
+        None => (whole, &COMPONENTS[..]),
+    };
     if folder.is_dir() {
         return Ok(folder);
     }
@@ -42,10 +51,10 @@ pub fn folder() -> anyhow::Result<PathBuf> {
     if folder.is_dir() {
         return Ok(folder);
     }
-    let scratch = cache.join(format!("{key}.partial"));
+    let scratch = folder.with_extension("partial");
     _ = fs::remove_dir_all(&scratch);
     fs::create_dir_all(&scratch)?;
-    for ((name, package), given) in COMPONENTS.iter().zip(&given) {
+    for ((name, package), given) in components.iter().zip(&given) {
         match given {
             Some(path) => symlink(path, scratch.join(name))?,
             None => build(&cache, &scratch, name, package)?,
@@ -61,6 +70,9 @@ pub fn versions() -> String {
         Some(path) => format!("{name} of {}", path.display()),
         None => format!("{name} {}", version(package).unwrap_or("of no version")),
     };
+    if let Some(existing) = existing() {
+        return format!("{}, API server {} of a cluster of its own", name(&COMPONENTS[0]), existing.version);
+    }
     COMPONENTS.iter().filter(|(name, _)| *name != "kubectl").map(name).collect::<Vec<_>>().join(", ")
 }
 

@@ -8,6 +8,8 @@ pub mod etcd;
 
 pub mod apiserver;
 
+mod given;
+
 pub mod opa;
 
 pub mod hub;

@@ -82,6 +82,15 @@ impl Opa {
         Ok(answer["result"].take())
     }
 
+    /// Number of pods that it holds in namespaces that begin with `prefix`.
+    pub async fn count_pods(&self, prefix: &str) -> anyhow::Result<u64> {
+        const QUERY: &str = "n := sum([count(pods) | pods := data.kubernetes.pods[namespace]; startswith(namespace, input.prefix)])";
+        let body = serde_json::to_vec(&json!({ "query": QUERY, "input": { "prefix": prefix } }))?;
+        let answer = self.http.post(format!("{}/v1/query", self.url)).body(body).send().await?;
+        let answer: Value = serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?;
+        answer["result"][0]["n"].as_u64().with_context(|| format!("counting pods in OPA failed: {answer}"))
+    }
+
     /// Adds a module.
     pub async fn put_policy(&self, id: &str, text: &str) -> anyhow::Result<()> {
         let request = self.http.put(format!("{}/v1/policies/{id}", self.url)).body(text.to_owned());

@@ -13,6 +13,9 @@ use crate::eventually::eventually;
 /// Lines of the log that a failure shows.
 const TAIL: usize = 12;
 
+/// Bytes of a page in `/proc/net/sockstat`: what x86-64 has, and what most kernels for ARM are built with.
+const PAGE: u64 = 4096;
+
 /// What a process takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Usage {
@@ -24,6 +27,9 @@ pub struct Usage {
     pub cpu: Duration,
     /// The same of its children that ended.
     pub children: Duration,
+    /// Bytes that the kernel holds for sockets and other objects, of all processes of the machine: a process's share
+    /// shows only in a cgroup of its own. Zero if it runs elsewhere.
+    pub kernel: u64,
 }
 
 /// See the module's text.
@@ -144,8 +150,20 @@ impl Usage {
             peak: kilobytes("VmHWM:").context("no VmHWM")? << 10,
             cpu: own.context("no CPU times")?,
             children: children.context("no CPU times")?,
+            kernel: kernel_memory().context("no kernel memory in /proc/meminfo and /proc/net/sockstat")?,
         })
     }
+}
+
+/// Bytes of slabs (a socket's structures) and of socket buffers.
+fn kernel_memory() -> Option<u64> {
+    let number = |file: &str, line: &str, field: &str| {
+        let text = fs::read_to_string(file).ok()?;
+        let line = text.lines().find(|text| text.starts_with(line))?;
+        line.split_whitespace().skip_while(|word| *word != field).nth(1)?.parse::<u64>().ok()
+    };
+    let slabs = number("/proc/meminfo", "Slab:", "Slab:")? << 10;
+    Some(slabs + number("/proc/net/sockstat", "TCP:", "mem")? * PAGE)
 }
 
 impl Drop for Process {

@@ -43,9 +43,7 @@ async fn everything(way: Way) -> anyhow::Result<()> {
         agent_killed(&mut world).await?;
     }
     hub_restarted(&mut world).await?;
-    if world.plane.is_own() {
-        apiserver_restarted(&mut world).await?;
-    }
+    apiserver_restarted(&mut world).await?;
     churn(&world).await
 }
 
