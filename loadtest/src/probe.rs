@@ -23,6 +23,8 @@ round := data.kubernetes.pods[input.namespace][input.name].metadata.labels.round
 
 app := data.kubernetes.pods[input.namespace][input.name].metadata.labels.app
 ";
+/// Fields that these rules read, as JSON pointers into a pod.
+pub(crate) const READS: &[&str] = &["/metadata/labels/round", "/metadata/labels/app"];
 /// Where that rule is asked for.
 pub(crate) const DECISION: &str = "/load/round";
 

@@ -14,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use futures::{Stream, StreamExt as _, stream};
+use opa_hub_loadtest::pods::Nth;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -33,7 +34,10 @@ pub(crate) struct Stub {
 #[derive(Clone)]
 struct Pods(Arc<Shared>);
 
+type Make = fn(usize, u64, u64) -> Value;
+
 struct Shared {
+    make: Make,
     state: Mutex<World>,
     /// How many events there are.
     events: watch::Sender<usize>,
@@ -61,7 +65,12 @@ impl World {
 impl Stub {
     /// Serves this many pods of about 300 bytes in namespaces of 100.
     pub(crate) async fn start(dir: &Path, pods: usize) -> anyhow::Result<Self> {
-        let shared = Shared { state: Mutex::default(), events: watch::Sender::new(0) };
+        Self::of(dir, pods, object).await
+    }
+
+    /// Serves this many pods that `make` makes of their number, that of their last change, and their version.
+    pub(crate) async fn of(dir: &Path, pods: usize, make: Make) -> anyhow::Result<Self> {
+        let shared = Shared { make, state: Mutex::default(), events: watch::Sender::new(0) };
         let served = Pods(Arc::new(shared));
         (0..pods).for_each(|pod| served.put(pod, 0));
         let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -94,6 +103,13 @@ impl Stub {
         all
     }
 
+    /// Path of the status of `pod` below `data`, in OPA.
+    pub(crate) fn path(&self, pod: usize) -> String {
+        let object = (self.pods.0.make)(pod, 0, 0);
+        let of = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
+        format!("/kubernetes/pods/{}/{}/status", of("namespace"), of("name"))
+    }
+
     /// Gives `pod` the number of the change that this is.
     pub(crate) fn change(&self, pod: usize, number: u64) {
         self.pods.put(pod, number);
@@ -109,7 +125,7 @@ impl Drop for Stub {
 impl Pods {
     fn put(&self, pod: usize, number: u64) {
         let mut world = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let object = object(pod, number, world.version() as u64 + 1);
+        let object = (self.0.make)(pod, number, world.version() as u64 + 1);
         let kind = if world.pods.contains_key(&pod) { "MODIFIED" } else { "ADDED" };
         // In the order that API servers write.
         world.events.push_back(format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n").into());
@@ -145,6 +161,16 @@ pub(crate) fn object(pod: usize, number: u64, version: u64) -> Value {
         },
         "status": { "phase": "Running", "podIP": format!("10.0.{}.{}", pod / 256, pod % 256) },
     })
+}
+
+/// A pod of 10 KB that shows the `number` of its last change.
+pub(crate) fn large_object(pod: usize, number: u64, version: u64) -> Value {
+    let mut object = Nth(pod).served();
+    object["metadata"]["resourceVersion"] = version.to_string().into();
+    object["metadata"]["labels"]["round"] = number.to_string().into();
+    // The hub leaves them out.
+    object["metadata"].as_object_mut().and_then(|metadata| metadata.remove("managedFields"));
+    object
 }
 
 async fn resources() -> Json<Value> {

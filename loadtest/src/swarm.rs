@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use opa_hub_loadtest::pods;
 use opa_hub_proto::head::DataHead;
 use opa_hub_proto::position::{POSITION_HEADER, Position};
 use opa_hub_proto::revision::Revision;
@@ -28,6 +29,13 @@ use crate::histogram::Histogram;
 const OPENING: usize = 256;
 /// Witnesses of a swarm.
 const WITNESSES: usize = 20;
+
+/// Whole objects, for [`Swarm::astray`].
+pub(crate) const WHOLE: &[&str] = &[""];
+/// Maximum time until the witnesses have what is under way.
+const SETTLE: Duration = Duration::from_secs(5);
+/// Pause between two comparisons meanwhile.
+const COMPARE: Duration = Duration::from_millis(50);
 
 /// How an agent reads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -86,6 +94,8 @@ pub(crate) struct Schedule {
 pub(crate) struct Counts {
     pub(crate) open: AtomicUsize,
     pub(crate) frames: AtomicU64,
+    /// Operations in those.
+    pub(crate) operations: AtomicU64,
     /// Those of agents that stalled.
     pub(crate) frames_of_stalled: AtomicU64,
     pub(crate) bytes: AtomicU64,
@@ -189,13 +199,32 @@ impl Swarm {
         std::mem::replace(&mut delays, Arc::new(Histogram::new()))
     }
 
-    /// How many witnesses hold other pods than these, by namespace and name.
-    pub(crate) fn astray(&self, pods: &Value) -> usize {
+    /// Number of witnesses that do not hold the source's pods, by namespace and name, as far as the run made them: each
+    /// pod is a part of the source's, with all that is at these JSON pointers.
+    pub(crate) fn astray(&self, source: &Value, fields: &[&str]) -> usize {
+        let source = pods::own(source);
+        let is_right = |held: &Value, source: &Value| {
+            fields.iter().all(|field| held.pointer(field) == source.pointer(field)) && is_part(held, source)
+        };
         let holds = |content: &Mutex<Value>| {
             let content = content.lock().unwrap_or_else(PoisonError::into_inner);
-            content["kubernetes"]["pods"] == *pods
+            let held = pods::own(&content["kubernetes"]["pods"]);
+            held.keys().eq(source.keys())
+                && held.values().zip(source.values()).all(|(held, source)| is_alike(held, source, is_right))
         };
         self.shared.contents.values().filter(|content| !holds(content)).count()
+    }
+
+    /// Number of witnesses that are [astray](Self::astray) once what is under way has arrived.
+    pub(crate) async fn settle(&self, source: &Value, fields: &[&str]) -> usize {
+        let until = Instant::now() + SETTLE;
+        loop {
+            let astray = self.astray(source, fields);
+            if astray == 0 || Instant::now() > until {
+                return astray;
+            }
+            tokio::time::sleep(COMPARE).await;
+        }
     }
 
     /// How many of the agents from `first` on have the change `number`.
@@ -235,5 +264,49 @@ impl Swarm {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         Ok(())
+    }
+}
+
+/// Whether two maps have the same keys, with values that `is_right`.
+fn is_alike(held: &Value, source: &Value, is_right: impl Fn(&Value, &Value) -> bool) -> bool {
+    let (Some(held), Some(source)) = (held.as_object(), source.as_object()) else { return false };
+    let right = |(key, held)| source.get(key).is_some_and(|source| is_right(held, source));
+    held.len() == source.len() && held.iter().all(right)
+}
+
+/// Whether `held` is `source`, members of objects left out.
+fn is_part(held: &Value, source: &Value) -> bool {
+    match (held, source) {
+        (Value::Object(held), Value::Object(source)) => {
+            held.iter().all(|(key, held)| source.get(key).is_some_and(|source| is_part(held, source)))
+        }
+        (Value::Array(held), Value::Array(source)) => {
+            held.len() == source.len() && held.iter().zip(source).all(|(held, source)| is_part(held, source))
+        }
+        _ => held == source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_an_object_are_told_from_stale_ones() {
+        let source =
+            json!({ "labels": { "app": "a", "round": "2" }, "images": [{ "name": "x", "image": "i" }] });
+        for part in
+            [json!({}), json!({ "labels": { "round": "2" } }), json!({ "images": [{ "image": "i" }] })]
+        {
+            assert!(is_part(&part, &source), "{part}");
+        }
+        for other in [
+            json!({ "labels": { "round": "1" } }),
+            json!({ "labels": { "gone": "1" } }),
+            json!({ "images": [] }),
+            json!({ "labels": "2" }),
+        ] {
+            assert!(!is_part(&other, &source), "{other}");
+        }
     }
 }

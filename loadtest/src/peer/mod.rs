@@ -3,17 +3,17 @@
 pub(crate) mod raw;
 pub(crate) mod watches;
 
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
-use opa_hub_loadtest::cluster::{Cluster, POLICY};
+use opa_hub_loadtest::cluster::Cluster;
 use opa_hub_loadtest::eventually::{PATIENCE, within};
 use opa_hub_loadtest::lab::process::Process;
 use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa};
-use opa_hub_loadtest::pods::Nth;
+use opa_hub_loadtest::pods::{self, Nth};
 use serde_json::json;
 
 use self::watches::Watches;
@@ -34,12 +34,23 @@ pub(crate) enum Peer {
     HubAuto,
     /// The same, and many agents more.
     HubAutoAndMany,
+    /// One hub, an agent beside each OPA, and a policy whose package shares its first segment with the pods, as
+    /// kube-mgmt documents it.
+    HubShared,
     /// OPAs that load the hub's bundle themselves.
     Bundles,
     /// Raw watches, and no OPA.
     Watches,
-    /// kube-mgmt beside each OPA: this program.
-    Sidecars(PathBuf),
+    /// kube-mgmt beside each OPA.
+    Sidecars(Sidecar),
+}
+
+/// A program that is kube-mgmt.
+#[derive(Clone)]
+pub(crate) struct Sidecar {
+    program: PathBuf,
+    /// Name and version, for tables.
+    name: String,
 }
 
 /// How many there are of what.
@@ -51,18 +62,54 @@ pub(crate) struct Scale {
     pub(crate) agents: usize,
 }
 
-/// The policy that OPAs are asked to decide by.
+/// Label of the run's policies. No default of kube-mgmt or of a hub selects it.
+pub(crate) const POLICY_LABEL: &str = "opahub.dev/load-policy";
+/// Value of that label for the policy that OPAs are asked to decide by.
+pub(crate) const DECISIONS: &str = "decisions";
+/// Value of that label for the same policy and [`ADMISSION`].
+const DECISIONS_AND_ADMISSION: &str = "decisions-and-admission";
+/// Module whose package shares its first segment with `data.kubernetes.pods`.
+const ADMISSION: &str = "package kubernetes.admission
+
+deny contains \"label app is missing\" if not input.request.object.metadata.labels.app
+";
+
+/// Creates the policies of all peers; each hub selects its own.
 pub(crate) async fn policy(cluster: &Cluster) -> anyhow::Result<()> {
     let namespace = Nth(0).namespace();
-    cluster.configmap(&namespace, "load", Some(POLICY), &[("load.rego", RULE)]).await
+    for (name, modules) in [
+        (DECISIONS, &[("load.rego", RULE)][..]),
+        (DECISIONS_AND_ADMISSION, &[("load.rego", RULE), ("admission.rego", ADMISSION)][..]),
+    ] {
+        cluster.configmap(&namespace, name, Some((POLICY_LABEL, name)), modules).await?;
+    }
+    Ok(())
 }
 
 /// The peer that is measured with this program; without one it is left out, with a word.
 pub(crate) fn sidecars(kube_mgmt: Option<PathBuf>) -> Option<Peer> {
-    if kube_mgmt.is_none() {
+    let Some(program) = kube_mgmt else {
         eprintln!("sidecars are left out: --kube-mgmt says where the program is");
-    }
-    kube_mgmt.map(Peer::Sidecars)
+        return None;
+    };
+    let name = format!("kube-mgmt {}", version(&program));
+    Some(Peer::Sidecars(Sidecar { program, name }))
+}
+
+/// Version of a kube-mgmt: that of its module or of its release, else its commit.
+fn version(program: &Path) -> String {
+    let lines = |command: &mut Command| -> Vec<String> {
+        let output = command.stdin(Stdio::null()).output().map(|output| output.stdout).unwrap_or_default();
+        String::from_utf8_lossy(&output).lines().map(|line| line.trim().to_owned()).collect()
+    };
+    let build = lines(Command::new("go").args(["version", "-m"]).arg(program));
+    let module = build.iter().find(|line| line.starts_with("mod\t")).and_then(|line| line.split('\t').nth(2));
+    let commit = build.iter().find_map(|line| line.split_once("vcs.revision=")).map(|(_, commit)| commit);
+    let said = lines(Command::new(program).arg("--version"));
+    let release = said.iter().find_map(|line| line.strip_prefix("Version:")).map(str::trim);
+    let known =
+        module.filter(|module| *module != "(devel)").or(release.filter(|release| !release.is_empty()));
+    known.or(commit).unwrap_or("of unknown version").to_owned()
 }
 
 /// Gone when it is dropped.
@@ -78,7 +125,7 @@ pub(crate) struct Running {
 }
 
 impl Peer {
-    pub(crate) fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &str {
         match self {
             Self::Nothing => "nobody",
             Self::Hub => "opa-hub",
@@ -87,17 +134,18 @@ impl Peer {
             Self::HubAutoAndMany => "opa-hub, fields auto, and many agents",
             Self::Bundles => "bundles",
             Self::Watches => "watches",
-            Self::Sidecars(_) => "sidecars",
+            Self::HubShared => "opa-hub, package kubernetes.admission",
+            Self::Sidecars(sidecar) => &sidecar.name,
         }
     }
 
-    /// Whether what is measured is this project, or nothing at all.
-    pub(crate) fn is_ours(&self) -> bool {
-        self.has_agents() || matches!(self, Self::Nothing)
+    /// Whether its failure ends the run: a layout that OPA itself is slow with may fail, as other programs may.
+    pub(crate) fn must_succeed(&self) -> bool {
+        matches!(self, Self::Nothing) || self.has_agents() && !matches!(self, Self::HubShared)
     }
 
     fn has_agents(&self) -> bool {
-        matches!(self, Self::Hub | Self::HubAndMany | Self::HubAuto | Self::HubAutoAndMany)
+        matches!(self, Self::Hub | Self::HubAndMany | Self::HubAuto | Self::HubAutoAndMany | Self::HubShared)
     }
 
     /// Starts it, and waits until every OPA has every pod.
@@ -109,7 +157,8 @@ impl Peer {
     ) -> anyhow::Result<Running> {
         let dir = plane.dir.path();
         let kubeconfig = plane.kubeconfig.display().to_string();
-        let mut flags = hub_flags(plane);
+        let policies = if matches!(self, Self::HubShared) { DECISIONS_AND_ADMISSION } else { DECISIONS };
+        let mut flags = hub_flags(plane, policies);
         let is_auto = matches!(self, Self::HubAuto | Self::HubAutoAndMany);
         flags.push(if is_auto { "--fields=auto" } else { "--fields=all" }.into());
         let flags: Vec<_> = flags.iter().map(String::as_str).collect();
@@ -139,11 +188,11 @@ impl Peer {
                         Agent::start(dir, &Agent::address()?, &[&url], &opa.url, Delivery::Rest, &[])?;
                     agents.push(agent);
                 }
-                Self::Sidecars(program) => {
-                    let mut command = Command::new(program);
+                Self::Sidecars(sidecar) => {
+                    let mut command = Command::new(&sidecar.program);
                     command.arg(format!("--opa-url={}/v1", opa.url)).arg("--replicate=v1/pods");
                     // Only pods are measured, and nobody's ConfigMaps are written to.
-                    command.arg("--enable-policies=false");
+                    command.args(["--enable-policies=false", "--enable-data=false"]);
                     command.arg(format!("--kubeconfig={kubeconfig}"));
                     sidecars.push(Process::start(&format!("kube-mgmt-{at}"), dir, &mut command)?);
                 }
@@ -232,9 +281,10 @@ async fn ends(processes: &mut [Process]) -> anyhow::Error {
     }
 }
 
-/// Waits until `opa` has the first of the pods, the last, and one between.
-async fn has_pods(opa: &Opa, pods: usize, patience: Duration) -> anyhow::Result<()> {
-    for nth in [Nth(0), Nth(pods / 2), Nth(pods - 1)] {
+/// Waits until `opa` has the first of the pods, the last, one between, and then as many as there are: to count is work
+/// for OPA.
+async fn has_pods(opa: &Opa, count: usize, patience: Duration) -> anyhow::Result<()> {
+    for nth in [Nth(0), Nth(count / 2), Nth(count - 1)] {
         let path = format!("/kubernetes/pods/{}/{}/metadata/labels/app", nth.namespace(), nth.name());
         within(patience, "OPA has every pod", async || match opa.data(&path).await {
             Ok(found) if found.is_string() => Ok(()),
@@ -243,5 +293,11 @@ async fn has_pods(opa: &Opa, pods: usize, patience: Duration) -> anyhow::Result<
         })
         .await?;
     }
-    Ok(())
+    let (prefix, wanted) = (pods::prefix(), count as u64);
+    let counted = async || match opa.count_pods(&prefix).await {
+        Ok(found) if found >= wanted => Ok(()),
+        Ok(found) => Err(format!("it has {found} of {wanted}")),
+        Err(error) => Err(error.to_string()),
+    };
+    within(patience, "OPA has every pod", counted).await.map(drop)
 }

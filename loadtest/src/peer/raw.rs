@@ -1,8 +1,9 @@
-//! The socket limit: as many threads as cores that write the same bytes to every connection, and do nothing else. What a
-//! hub takes beyond it is the hub's own. Their readers cannot tell them from a hub: the frames are whole, and so is the
-//! work that they make.
+//! The socket limit: as many threads as cores that encode frames of the same size and write them to every connection.
+//! What a hub takes beyond it is the hub's own. Their readers cannot tell them from a hub: the frames are whole, and so
+//! is the work that they make. A reader that is behind gets one merged frame, as from a hub.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -116,28 +117,37 @@ fn write(tasks: &Receiver<Task>, bytes: usize) -> anyhow::Result<()> {
     for task in tasks {
         match task {
             Task::Join(tcp) => readers.push(Reader { tcp, at: 0, rest: Vec::new() }),
-            Task::Round(number) => {
-                while !round(&mut readers, number, bytes)? {
-                    std::thread::sleep(Duration::from_millis(1));
+            Task::Round(mut newest) => loop {
+                // Rounds that came meanwhile are merged into this one.
+                for task in tasks.try_iter() {
+                    match task {
+                        Task::Join(tcp) => readers.push(Reader { tcp, at: 0, rest: Vec::new() }),
+                        Task::Round(number) => newest = number,
+                    }
                 }
-            }
+                if round(&mut readers, newest, bytes)? {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            },
         }
     }
     Ok(())
 }
 
-/// Writes to everybody whose socket takes it, and says whether all have it.
+/// Writes to every reader whose socket has room, and returns whether all have it.
 fn round(readers: &mut [Reader], number: u64, bytes: usize) -> anyhow::Result<bool> {
-    let mut newest = (0, Vec::new());
+    let mut frames: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
     let mut all = true;
     for reader in readers {
         if reader.rest.is_empty() && reader.at < number {
-            if newest.1.is_empty() || newest.0 != reader.at {
-                newest = (reader.at, frame(reader.at, number, bytes)?);
-            }
-            let written = push(&mut reader.tcp, &newest.1)?;
+            let frame = match frames.entry(reader.at) {
+                Entry::Occupied(frame) => frame.into_mut(),
+                Entry::Vacant(missing) => missing.insert(frame(reader.at, number, bytes)?),
+            };
+            let written = push(&mut reader.tcp, frame)?;
             if written > 0 {
-                (reader.at, reader.rest) = (number, newest.1[written..].to_vec());
+                (reader.at, reader.rest) = (number, frame[written..].to_vec());
             }
         } else if !reader.rest.is_empty() {
             let written = push(&mut reader.tcp, &reader.rest)?;

@@ -1,7 +1,10 @@
 //! `catchup`: an agent that was away for thousands of changes, and resumes from what its OPA says that it holds. How
-//! many frames and PATCHes it takes, and how long its OPA's queries wait meanwhile.
+//! many frames and PATCHes it takes, and how long its OPA's queries wait meanwhile: after a burst, which is a few commits,
+//! after as many commits as changes, and with objects of 10 KB.
 
 use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -9,10 +12,11 @@ use clap::Args;
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Opa, assets};
 
-use super::{Common, at_least, command, hub_over};
+use super::{Common, address, at_least, at_rate, command, hub_over};
 use crate::histogram::Histogram;
 use crate::results::{Goal, Measured, Results};
-use crate::stub::Stub;
+use crate::stub::{Stub, large_object, object};
+use crate::swarm::{Schedule, Start, Swarm};
 
 /// Between two queries.
 const QUERY: Duration = Duration::from_millis(2);
@@ -20,7 +24,16 @@ const QUERY: Duration = Duration::from_millis(2);
 const ALONE: Duration = Duration::from_secs(2);
 /// Of the pods of a namespace so many in a hundred change: of more the whole namespace is sent, in fewer operations.
 const CHANGED: usize = 40;
+/// Changes a second of the phase that spreads them: few enough that the hub commits nearly each by itself, as a log's
+/// bound needs, and not the minutes that a cluster's rate would take.
+const SPREAD_RATE: f64 = 500.0;
+/// Share of pods and changes in the phase with pods of 10 KB: an OPA takes 90 KB of memory for one of them.
+const LARGE_SHARE: usize = 10;
 const FRAMES: &str = "frames";
+const RECONCILES: &str = "reconciles";
+const BURST: &str = "opa-hub";
+const SPREAD: &str = "opa-hub, changes spread";
+const LARGE: &str = "opa-hub, pods of 10 KB";
 const WAITS: &str = "query of OPA meanwhile";
 
 #[derive(Args)]
@@ -39,43 +52,71 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { changes, pods, common } = options;
     let mut results = Results::new(
         "catchup",
-        format!("An agent {changes} changes behind, of {pods} pods of 300 bytes"),
+        format!(
+            "An agent {changes} changes behind, of {pods} pods of 300 bytes; a tenth of both with pods of 10 KB"
+        ),
         command("catchup", &[("changes", changes), ("pods", pods), ("runs", common.runs)]),
-        vec![Goal::at_most("opa-hub", FRAMES, 1.0), Goal::at_most("opa-hub", &format!("{WAITS}, max"), 50.0)],
+        vec![
+            Goal::at_most(BURST, FRAMES, 1.0),
+            Goal::at_most(BURST, &format!("{WAITS}, max"), 50.0),
+            // Beyond the log, and beyond the size of a frame, one repair by digests has to do.
+            Goal::at_most(SPREAD, RECONCILES, 1.0),
+            Goal::at_most(SPREAD, &format!("{WAITS}, max"), 50.0),
+            Goal::at_most(LARGE, RECONCILES, 1.0),
+            Goal::at_most(LARGE, &format!("{WAITS}, max"), 50.0),
+        ],
     );
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        results.push(vec![once(changes, pods).await?], common.out.as_deref())?;
+        let mut measured = Vec::new();
+        for who in [BURST, SPREAD, LARGE] {
+            let share = if who == LARGE { LARGE_SHARE } else { 1 };
+            measured.push(once(who, (changes / share).max(1), pods / share).await?);
+        }
+        results.push(measured, common.out.as_deref())?;
     }
     results.finish(common.out.as_deref());
     Ok(())
 }
 
-async fn once(changes: usize, pods: usize) -> anyhow::Result<Measured> {
+async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let dir = tempfile::tempdir()?;
-    let stub = Stub::start(dir.path(), pods).await?;
+    let make = if who == LARGE { large_object } else { object };
+    let stub = Stub::of(dir.path(), pods, make).await?;
     let hub = hub_over(&stub, dir.path()).await?;
     let opa = Opa::start(&assets, dir.path(), None, &[]).await?;
     let mut agent = Agent::start(dir.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
     agent.wait_in_step().await?;
     agent.kill();
+    let start = Arc::new(Start::of(&hub.url).await?);
+    let commits = hub.metric("opa_hub_view_changes_total").await?;
     let changed: Vec<_> = (0..pods).filter(|pod| pod % 100 < CHANGED).collect();
-    for number in 0..changes {
-        stub.change(changed[number % changed.len()], number as u64 + 1);
+    let change = |number: u64| stub.change(changed[number as usize % changed.len()], number);
+    if who == SPREAD {
+        let time = Duration::from_secs_f64((changes as f64 + 0.5) / SPREAD_RATE);
+        at_rate(&Schedule::default(), SPREAD_RATE, time, async |number, _| {
+            change(number);
+            Ok(())
+        })
+        .await?;
+    } else {
+        (1..=changes as u64).for_each(change);
     }
     eventually("the hub has the last change", async || {
         let events = hub.metric("opa_hub_source_events_total").await.map_err(|error| error.to_string())?;
         equal(&(events >= (pods + changes) as u64), &true)
     })
     .await?;
+    let commits = hub.metric("opa_hub_view_changes_total").await? - commits;
     let alone = Histogram::new();
     let stop = Cell::new(false);
     let pause = async {
         tokio::time::sleep(ALONE).await;
         stop.set(true);
     };
-    tokio::join!(ask(&opa, &alone, &stop), pause).0?;
+    let asked = stub.path(1);
+    tokio::join!(ask(&opa, &asked, &alone, &stop), pause).0?;
     let before = patches(&opa).await?;
     let (queries, started) = (Histogram::new(), Instant::now());
     stop.set(false);
@@ -90,18 +131,24 @@ async fn once(changes: usize, pods: usize) -> anyhow::Result<Measured> {
         stop.set(true);
         arrived
     };
-    let (asked, arrived) = tokio::join!(ask(&opa, &queries, &stop), arrives);
-    asked?;
-    let mut measured = Measured::new("opa-hub");
+    let (answered, arrived) = tokio::join!(ask(&opa, &asked, &queries, &stop), arrives);
+    answered?;
+    let mut measured = Measured::new(who);
+    measured.add("commits that it missed", "", commits as f64);
     measured.add("until OPA has all that the hub has", "ms", arrived?.as_secs_f64() * 1000.0);
     let held = opa.data("/kubernetes/pods").await?;
     ensure!(held == stub.pods(), "OPA holds other pods than the source");
     let done = &agent.status().await?["done"];
     let count = |name: &str| done[name].as_u64().with_context(|| format!("a count of {name}"));
     measured.add(FRAMES, "", count("frames")? as f64);
-    measured.add("operations in it", "", changes.min(changed.len()) as f64);
+    if count("frames")? > 0 {
+        // A second agent gets the same frame, and tells what is in it.
+        let mut second = Swarm::open(start, vec![address(&hub)?], Schedule::default(), 1, &[]).await?;
+        second.reach(changes as u64, 0).await?;
+        measured.add("operations in it", "", second.counts().operations.load(Relaxed) as f64);
+    }
     measured.add("PATCHes", "", patches(&opa).await? - before);
-    measured.add("reconciles", "", count("reconciles")? as f64);
+    measured.add(RECONCILES, "", count("reconciles")? as f64);
     measured.add_delays("query of OPA before", &alone);
     measured.add_delays(WAITS, &queries);
     Ok(measured)
@@ -117,10 +164,10 @@ async fn patches(opa: &Opa) -> anyhow::Result<f64> {
 }
 
 /// Asks OPA of a pod again and again, when it is due, whatever the query before takes.
-async fn ask(opa: &Opa, queries: &Histogram, stop: &Cell<bool>) -> anyhow::Result<()> {
+async fn ask(opa: &Opa, path: &str, queries: &Histogram, stop: &Cell<bool>) -> anyhow::Result<()> {
     let mut due = Instant::now();
     while !stop.get() {
-        let pod = opa.data("/kubernetes/pods/team-000/web-00001/status").await?;
+        let pod = opa.data(path).await?;
         ensure!(!pod.is_null(), "OPA lost a pod");
         queries.record(due.elapsed());
         due += QUERY;

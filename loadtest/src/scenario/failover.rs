@@ -1,6 +1,7 @@
-//! `failover`: a hub dies. How long until every agent has what changed then, by another replica, and by the same hub
-//! started again with empty memory.
+//! `failover`: a hub dies, or the network to it goes silent. How long until every agent has what changed then, by another
+//! replica, and by the same hub started again with empty memory.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::Args;
 use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::valve::Valve;
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa};
 use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
@@ -18,13 +20,27 @@ use crate::swarm::{Schedule, Start, Swarm};
 use crate::{peer, probe};
 
 const SETTLE: Duration = Duration::from_secs(3);
-const ALL: &str = "from the kill until every agent has a change made right after it";
+const ALL: &str = "from the fault until every agent has a change made right after it";
 const RECONCILES: &str = "agents that had to reconcile";
 const LOADED: &str = "real agents that loaded their OPA anew";
 const OTHER: &str = "another replica";
 const SAME: &str = "the same hub, restarted";
+const SILENT: &str = "another replica, packets dropped";
 /// What travels of a pod, a fifth of its 10 KB.
 const FIELDS: &str = "--fields=metadata.labels,spec.containers[*].image,status.podIP";
+/// Those of them that lie at one place, as JSON pointers into a pod.
+const POINTERS: &[&str] = &["/metadata/labels", "/status/podIP"];
+
+/// Fault of the hub that agents are connected to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// `kill -9`: the kernel closes its connections.
+    Killed,
+    /// `kill -9`, and a start at the same address with empty memory.
+    Restarted,
+    /// The network to it forwards nothing and closes nothing.
+    Silent,
+}
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -45,7 +61,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let settings = [("agents", agents), ("pods", pods), ("opas", opas), ("runs", common.runs)];
     let mut results = Results::new(
         "failover",
-        format!("{agents} agents and {opas} real ones with {pods} pods: kill -9 of their hub"),
+        format!("{agents} agents and {opas} real ones with {pods} pods: their hub is killed, or cut off"),
         command("failover", &settings),
         vec![
             Goal::at_most(OTHER, ALL, 2000.0),
@@ -55,6 +71,11 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most(SAME, ALL, 5000.0),
             Goal::at_most(SAME, LOADED, 0.0),
             Goal::at_most(SAME, ASTRAY, 0.0),
+            // An agent leaves a hub that it has not heard for 15 s.
+            Goal::at_most(SILENT, ALL, 20_000.0),
+            Goal::at_most(SILENT, RECONCILES, 0.0),
+            Goal::at_most(SILENT, LOADED, 0.0),
+            Goal::at_most(SILENT, ASTRAY, 0.0),
         ],
     );
     for run in 0..common.runs {
@@ -68,7 +89,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
     let (plane, cluster) = cluster_of(pods).await?;
     peer::policy(&cluster).await?;
-    let mut flags = hub_flags(&plane);
+    let mut flags = hub_flags(&plane, peer::DECISIONS);
     flags.push(FIELDS.into());
     let flags: Vec<_> = flags.iter().map(String::as_str).collect();
     let dir = plane.dir.path();
@@ -76,17 +97,24 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
     let hot = Nth(0);
     let input = probe::input(hot);
     let mut measured = Vec::new();
-    for (who, dies, stays) in [(OTHER, 0, 1), (SAME, 0, 0)] {
-        if hubs[dies].process.is_none() {
-            hubs[dies].spawn()?;
-            hubs[dies].wait_ready().await?;
+    for (who, fault) in [(OTHER, Fault::Killed), (SAME, Fault::Restarted), (SILENT, Fault::Silent)] {
+        let [first, second] = &mut hubs;
+        if first.process.is_none() {
+            first.spawn()?;
+            first.wait_ready().await?;
         }
-        let mut known = vec![dies];
-        known.extend((dies != stays).then_some(stays));
+        let valve = Valve::start(address(first)?.to_string()).await?;
+        let mut known = match fault {
+            Fault::Silent => vec![format!("http://127.0.0.1:{}", valve.port)],
+            Fault::Killed | Fault::Restarted => vec![first.url.clone()],
+        };
+        if fault != Fault::Restarted {
+            known.push(second.url.clone());
+        }
+        let urls: Vec<_> = known.iter().map(String::as_str).collect();
         let mut real = Vec::new();
         for _ in 0..opas {
             let opa = Opa::start(&plane.assets, dir, None, &[]).await?;
-            let urls: Vec<_> = known.iter().map(|hub| hubs[*hub].url.as_str()).collect();
             let agent = Agent::start(dir, &Agent::address()?, &urls, &opa.url, Delivery::Rest, &[])?;
             real.push((opa, agent));
         }
@@ -94,8 +122,9 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
             agent.wait_in_step().await?;
         }
         let due = Schedule::default();
-        let addresses: Vec<_> = known.iter().map(|hub| address(&hubs[*hub])).collect::<Result<_, _>>()?;
-        let start = Arc::new(Start::of(&hubs[dies].url).await?);
+        let addresses = urls.iter().map(|url| url.trim_start_matches("http://").parse::<SocketAddr>());
+        let addresses: Vec<_> = addresses.collect::<Result<_, _>>()?;
+        let start = Arc::new(Start::of(&first.url).await?);
         let mut swarm = Swarm::open(start, addresses, due.clone(), agents, &[]).await?;
         tokio::time::sleep(SETTLE).await;
         let change = async |number: u64| {
@@ -106,21 +135,25 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
         change(number).await?;
         swarm.reach(number, 0).await?;
         swarm.take_delays();
-        let encodes = if dies == stays { 0 } else { answers(&hubs[stays]).await? };
+        let encodes = if fault == Fault::Restarted { 0 } else { answers(second).await? };
 
         let number = due.push(Instant::now());
-        hubs[dies].kill();
+        match fault {
+            Fault::Killed | Fault::Restarted => first.kill(),
+            Fault::Silent => valve.set_open(false),
+        }
         change(number).await?;
-        if dies == stays {
-            hubs[dies].spawn()?;
+        if fault == Fault::Restarted {
+            first.spawn()?;
         }
         swarm.reach(number, 0).await?;
         let delays = swarm.take_delays();
         let mut of = Measured::new(who);
         of.add(ALL, "ms", delays.percentile(100.0) * 1000.0);
-        of.add_delays("from the kill to a change at an agent", &delays);
+        of.add_delays("from the fault to a change at an agent", &delays);
         of.add(RECONCILES, "", swarm.counts().reconciles.load(Relaxed) as f64);
-        let encodes = answers(&hubs[stays]).await? - encodes;
+        let stays = if fault == Fault::Restarted { first } else { second };
+        let encodes = answers(stays).await? - encodes;
         of.add("answers to those encoded", "", encodes as f64);
         of.add("requests refused meanwhile", "", swarm.counts().refused.load(Relaxed) as f64);
         let mut loads = 0;
@@ -134,10 +167,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
             loads += agent.status().await?["done"]["snapshots"].as_u64().context("a count")?;
         }
         of.add(LOADED, "", loads as f64 - opas as f64);
-        // What the hub serves is what a witness must hold, however it came there. Archives trail by a second.
-        tokio::time::sleep(SETTLE).await;
-        let served = Start::of(&hubs[stays].url).await?.content["kubernetes"]["pods"].take();
-        of.add(ASTRAY, "", swarm.astray(&served) as f64);
+        of.add(ASTRAY, "", swarm.settle(&cluster.pods(&[]).await?, POINTERS).await as f64);
         eprintln!("  {who}: {:.0} ms", delays.percentile(100.0) * 1000.0);
         measured.push(of);
     }

@@ -13,10 +13,10 @@ use clap::Args;
 use opa_hub_loadtest::lab::free_port;
 use opa_hub_loadtest::lab::process::{Process, Usage};
 
-use super::{ASTRAY, Common, Crowd, at_least, command, seconds};
+use super::{ASTRAY, Common, Crowd, at_least, command, kernel_growth, seconds};
 use crate::peer::raw;
 use crate::results::{Goal, Measured, Results};
-use crate::swarm::{Schedule, Swarm};
+use crate::swarm::{Schedule, Swarm, WHOLE};
 
 /// Between two changes: everybody is idle again.
 const PAUSE: Duration = Duration::from_millis(300);
@@ -97,7 +97,7 @@ async fn ours(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(M
     let encodes = hub.metric("opa_hub_frame_encodes_total").await? - encodes;
     measured.add(ENCODES, "", encodes as f64 / rounds as f64);
     sustained(&mut measured, swarm, process, due.len(), time, change).await?;
-    measured.add(ASTRAY, "", swarm.astray(&stub.pods()) as f64);
+    measured.add(ASTRAY, "", swarm.astray(&stub.pods(), WHOLE) as f64);
     anyhow::ensure!(swarm.counts().ended.load(Relaxed) == 0, "an agent lost its stream");
     Ok((measured, bytes))
 }
@@ -154,6 +154,7 @@ async fn one_by_one(
     measured.add_delays(DELAY, &swarm.take_delays());
     measured.add(CPU, "µs", cpu * 1e6);
     measured.add(MEMORY, "B", idle.rss.saturating_sub(before.rss) as f64 / agents as f64);
+    measured.add("kernel memory an idle agent, both ends", "B", kernel_growth(before, idle) / agents as f64);
     let bytes = received as f64 / agents as f64;
     measured.add("bytes an agent and change", "B", bytes);
     Ok(bytes.round() as usize)

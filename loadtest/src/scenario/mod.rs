@@ -24,6 +24,7 @@ use opa_hub_loadtest::pods::{self, Nth};
 use tempfile::TempDir;
 
 use crate::memory;
+use crate::peer::POLICY_LABEL;
 use crate::stub::Stub;
 use crate::swarm::{Pace, Schedule, Start, Swarm};
 
@@ -37,6 +38,9 @@ pub(crate) struct Common {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
 }
+
+/// Kernel memory of connections: of the server's end and of the load test's, which nothing tells apart.
+pub(crate) const KERNEL: &str = "kernel memory of the connections, both ends";
 
 /// The figure of what was lost or wrong, see [`Swarm::astray`].
 pub(crate) const ASTRAY: &str = "witnesses that hold something else in the end";
@@ -53,8 +57,13 @@ pub(crate) fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> 
 /// The scenario's command, as far as it matters for what comes out.
 pub(crate) fn command(name: &str, options: &[(&str, usize)]) -> String {
     let options = options.iter().map(|(name, value)| format!(" --{name} {value}"));
-    let guests = if pods::guests().is_some() { " --kubeconfig FILE" } else { "" };
+    let guests = if pods::guests().is_some() { " --kubeconfig FILE --create-pods" } else { "" };
     format!("opa-hub-loadtest {name}{}{guests}", options.collect::<String>())
+}
+
+/// Bytes that the kernel's memory grew by.
+pub(crate) fn kernel_growth(from: Usage, to: Usage) -> f64 {
+    to.kernel as f64 - from.kernel as f64
 }
 
 /// The lab's API server, or the user's, with this many pods.
@@ -67,8 +76,9 @@ pub(crate) async fn cluster_of(pods: usize) -> anyhow::Result<(ControlPlane, Clu
     Ok((plane, cluster))
 }
 
-/// The flags of a hub that replicates pods, and leaves alone what else is in the cluster.
-pub(crate) fn hub_flags(plane: &ControlPlane) -> Vec<String> {
+/// Flags of a hub that replicates pods, takes the run's policies whose label has this value, and leaves alone what else
+/// is in the cluster.
+pub(crate) fn hub_flags(plane: &ControlPlane, policies: &str) -> Vec<String> {
     let own = Nth(0).namespace();
     let state = plane.dir.path().display();
     vec![
@@ -77,6 +87,9 @@ pub(crate) fn hub_flags(plane: &ControlPlane) -> Vec<String> {
         "--log-level=error".into(),
         format!("--namespaces={own}"),
         format!("--namespace={own}"),
+        format!("--policy-label={POLICY_LABEL}"),
+        format!("--policy-value={policies}"),
+        "--data-label=opahub.dev/load-data".into(),
         "--write-verdicts=false".into(),
         format!("--state-dir={state}"),
     ]

@@ -1,25 +1,29 @@
-//! `slow`: some agents do not read, some read a few bytes now and then. What that costs the others, and the hub.
+//! `slow`: some agents do not read, some read a few bytes now and then. What that costs the others, and the hub. Each
+//! phase has a base of as many steady agents alone, since readers cost the cores that they share with the hub.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use clap::Args;
 
-use super::{ASTRAY, Common, Crowd, at_least, at_rate, command, usage};
+use super::{ASTRAY, Common, Crowd, KERNEL, at_least, at_rate, command, kernel_growth, usage};
 use crate::results::{Goal, Measured, Results};
-use crate::swarm::Pace;
+use crate::swarm::{Pace, WHOLE};
 
 const PODS: usize = 1000;
 const SETTLE: Duration = Duration::from_secs(3);
 const DELAY: &str = "change at the steady agents";
 const GROWTH: &str = "hub memory that changes took";
 const MEMORY: &str = "more hub memory a slow agent";
+const KERNEL_MEMORY: &str = "more kernel memory a slow agent, both ends";
 const ENDED: &str = "streams that ended";
 const SLOW: &str = "1 % stalled, 1 % trickling";
 /// What 200 slow agents cost is less than what a process's memory varies by.
 const SLOWER: &str = "10 % stalled, 10 % trickling";
-const STEADY: &str = "all steady";
+const STEADY: &str = "the 98 % steady alone";
+const FEWER_STEADY: &str = "the 80 % steady alone";
+/// Each base, and the phase that is compared with it: of the agents, one in so many is stalled and one trickling.
+const PHASES: [(&str, &str, usize); 2] = [(STEADY, SLOW, 100), (FEWER_STEADY, SLOWER, 10)];
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -52,39 +56,51 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     );
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        let mut who = [(STEADY, 0), (SLOW, agents / 100), (SLOWER, agents / 10)];
-        // Who comes later meets another machine than who is first.
-        let first = run % who.len();
-        who.rotate_left(first);
-        let mut of = BTreeMap::new();
-        for (name, each) in who {
-            of.insert(each, once(name, agents, each, rate, seconds).await?);
+        let mut measured = Vec::new();
+        for (base, name, share) in PHASES {
+            let each = agents / share;
+            let steady = agents - 2 * each;
+            // The machine differs for whichever comes first.
+            let (mut alone, mut slow) = (None, None);
+            for is_slow in [run % 2 == 1, run % 2 == 0] {
+                if is_slow {
+                    slow = Some(once(name, agents, each, rate, seconds).await?);
+                } else {
+                    alone = Some(once(base, steady, 0, rate, seconds).await?);
+                }
+            }
+            let (Some((alone, base)), Some((mut slow, grown))) = (alone, slow) else { continue };
+            let more = |grown: f64, base: f64| (grown - base) / 1024.0 / (2 * each) as f64;
+            slow.add(MEMORY, "KB", more(grown.resident, base.resident));
+            slow.add(KERNEL_MEMORY, "KB", more(grown.kernel, base.kernel));
+            measured.extend([alone, slow]);
         }
-        let base = of.get(&0).map_or(f64::NAN, |(_, grown)| *grown);
-        let measured = of.into_iter().map(|(each, (mut measured, grown))| {
-            // Nobody is slow among the steady.
-            measured.add(MEMORY, "KB", (grown - base) / 1024.0 / (2 * each) as f64);
-            measured
-        });
-        results.push(measured.collect(), common.out.as_deref())?;
+        results.push(measured, common.out.as_deref())?;
     }
     results.finish(common.out.as_deref());
     Ok(())
 }
 
-/// What was measured, and the bytes that the hub's memory grew by while changes came.
+/// Bytes that memory grew by while changes came.
+struct Growth {
+    /// The hub's resident memory.
+    resident: f64,
+    /// The kernel's, with that of the agents' ends.
+    kernel: f64,
+}
+
 async fn once(
     who: &str,
     agents: usize,
     each: usize,
     rate: usize,
     time: usize,
-) -> anyhow::Result<(Measured, f64)> {
+) -> anyhow::Result<(Measured, Growth)> {
     let paces = [(Pace::Stalled, each), (Pace::Trickling, each)];
-    let Crowd { stub, hub, due, swarm, .. } = &mut Crowd::start(PODS, agents, &paces).await?;
+    let Crowd { stub, hub, due, swarm, before: alone, .. } = &mut Crowd::start(PODS, agents, &paces).await?;
     tokio::time::sleep(SETTLE).await;
     swarm.take_delays();
-    let before = usage(hub)?.rss;
+    let before = usage(hub)?;
     let last = at_rate(due, rate as f64, Duration::from_secs(time as u64), async |number, _| {
         stub.change(number as usize % PODS, number);
         swarm.check()
@@ -93,8 +109,11 @@ async fn once(
     swarm.reach(last, 2 * each).await?;
     let mut measured = Measured::new(who);
     measured.add_delays(DELAY, &swarm.take_delays());
-    let grown = usage(hub)?.rss as f64 - before as f64;
-    measured.add(GROWTH, "MB", grown / f64::from(1 << 20));
+    let after = usage(hub)?;
+    let resident = after.rss as f64 - before.rss as f64;
+    let grown = Growth { resident, kernel: kernel_growth(before, after) };
+    measured.add(GROWTH, "MB", grown.resident / f64::from(1 << 20));
+    measured.add(KERNEL, "MB", kernel_growth(*alone, after) / f64::from(1 << 20));
     swarm.wake();
     swarm.reach(last, 0).await?;
     if each > 0 {
@@ -103,7 +122,7 @@ async fn once(
         measured.add("changes that there were", "", last as f64);
     }
     measured.add(ENDED, "", swarm.counts().ended.load(Relaxed) as f64);
-    measured.add(ASTRAY, "", swarm.astray(&stub.pods()) as f64);
+    measured.add(ASTRAY, "", swarm.astray(&stub.pods(), WHOLE) as f64);
     eprintln!("  {}: {last} changes", measured.who);
     Ok((measured, grown))
 }

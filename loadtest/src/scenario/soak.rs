@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{ASTRAY, Common, Crowd, at_least, at_rate, command, megabytes, seconds, usage};
+use super::{
+    ASTRAY, Common, Crowd, KERNEL, at_least, at_rate, command, kernel_growth, megabytes, seconds, usage,
+};
 use crate::histogram::Histogram;
 use crate::results::{Goal, Measured, Results};
+use crate::swarm::WHOLE;
 
 const PODS: usize = 3000;
 /// After the last change: who has not got it by then has fallen behind.
@@ -54,7 +57,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 
 async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measured> {
     const PARTS: usize = 10;
-    let Crowd { stub, hub, due, swarm, .. } = &mut Crowd::start(PODS, agents, &[]).await?;
+    let Crowd { stub, hub, due, swarm, before: alone, .. } = &mut Crowd::start(PODS, agents, &[]).await?;
     let before = usage(hub)?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
     let mut measured = Measured::new("opa-hub");
@@ -83,7 +86,7 @@ async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measure
     measured.add("p99 of the last tenth", "ms", p99[PARTS - 1]);
     measured.add(SLOPE, "×", p99[PARTS - 1] / p99[0]);
     measured.add(BEHIND, "", behind as f64);
-    measured.add(ASTRAY, "", swarm.astray(&stub.pods()) as f64);
+    measured.add(ASTRAY, "", swarm.astray(&stub.pods(), WHOLE) as f64);
     measured.add("streams that ended", "", counts.ended.load(Relaxed) as f64);
     measured.add("changes in a frame", "", deliveries / frames);
     let encodes = hub.metric("opa_hub_frame_encodes_total").await? - encodes;
@@ -92,5 +95,6 @@ async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measure
     measured.add("hub CPU", "% of a core", seconds(before, after) / time as f64 * 100.0);
     measured.add("hub memory before", "MB", megabytes(before.rss));
     measured.add("hub memory after", "MB", megabytes(after.rss));
+    measured.add(KERNEL, "MB", kernel_growth(*alone, after) / f64::from(1 << 20));
     Ok(measured)
 }

@@ -9,7 +9,9 @@ use futures::future::try_join_all;
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::http;
 
-use super::{Common, at_least, cluster_of, command, hub_over, seconds, usage};
+use super::{
+    Common, KERNEL, at_least, cluster_of, command, hub_over, kernel_growth, megabytes, seconds, usage,
+};
 use crate::peer::{self, Peer, Scale};
 use crate::results::{Goal, Measured, Results};
 use crate::stub::Stub;
@@ -91,9 +93,13 @@ async fn join(measured: &mut Measured, joins: usize, pods: usize) -> anyhow::Res
     let hub = hub_over(&stub, dir.path()).await?;
     let (http, url) = (http()?, format!("{}/bundles/main/data", hub.url));
     let get = async || anyhow::Ok(http.get(&url).send().await?.error_for_status()?.bytes().await?.len());
-    let started = Instant::now();
+    let (started, alone) = (Instant::now(), usage(&hub)?);
     let lengths = try_join_all((0..joins).map(|_| get())).await?;
-    measured.add("all that join have their snapshot", "s", started.elapsed().as_secs_f64());
+    measured.add("all that join have downloaded their snapshot", "s", started.elapsed().as_secs_f64());
+    let joined = usage(&hub)?;
+    measured.add("hub memory before they join", "MB", megabytes(alone.rss));
+    measured.add("hub memory, highest until they have joined", "MB", megabytes(joined.peak));
+    measured.add(KERNEL, "MB", kernel_growth(alone, joined) / f64::from(1 << 20));
     measured.add(ENCODES, "", hub.metric("opa_hub_snapshot_encodes_total").await? as f64);
     measured.add("snapshot", "KB", lengths[0] as f64 / 1024.0);
     let mut cpu = 0.0;

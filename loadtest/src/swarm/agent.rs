@@ -154,6 +154,7 @@ impl Agent {
         let said: Revision = id.parse()?;
         if event == DELTA_EVENT {
             let mut delta: Delta = serde_json::from_slice(data)?;
+            self.shared.counts.operations.fetch_add(delta.ops as u64, Relaxed);
             ensure!(delta.from == held.data, "a frame from {}, while {} is held", delta.from, held.data);
             if judge.pass(&delta.position, delta.dirs.keys(), false).is_err() {
                 return Ok(false);
