@@ -267,14 +267,14 @@ impl Swarm {
     }
 }
 
-/// Whether two maps have the same keys, with values that `is_right`.
+/// Returns true if two maps have the same keys, with values that `is_right`.
 fn is_alike(held: &Value, source: &Value, is_right: impl Fn(&Value, &Value) -> bool) -> bool {
     let (Some(held), Some(source)) = (held.as_object(), source.as_object()) else { return false };
-    let right = |(key, held)| source.get(key).is_some_and(|source| is_right(held, source));
-    held.len() == source.len() && held.iter().all(right)
+    held.len() == source.len()
+        && held.iter().all(|(key, held)| source.get(key).is_some_and(|source| is_right(held, source)))
 }
 
-/// Whether `held` is `source`, members of objects left out.
+/// Returns true if `held` is `source`, with members of objects left out.
 fn is_part(held: &Value, source: &Value) -> bool {
     match (held, source) {
         (Value::Object(held), Value::Object(source)) => {

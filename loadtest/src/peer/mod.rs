@@ -139,7 +139,7 @@ impl Peer {
         }
     }
 
-    /// Whether its failure ends the run: a layout that OPA itself is slow with may fail, as other programs may.
+    /// Returns true if its failure ends the run: a layout that OPA itself is slow with may fail, as other programs may.
     pub(crate) fn must_succeed(&self) -> bool {
         matches!(self, Self::Nothing) || self.has_agents() && !matches!(self, Self::HubShared)
     }
