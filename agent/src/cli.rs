@@ -42,6 +42,9 @@ pub struct Cli {
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT", value_parser = listen_address)]
     health_endpoint: Option<SocketAddr>,
     /// Keep the last good data and policies in this directory, so that OPA and agent restart without a hub. A volume that
+    /// The authority that signed the certificates of https hubs, as PEM, besides those of the system. It is read once
+    #[arg(long, value_name = "FILE", env = "OPA_HUB_CA_FILE")]
+    hub_ca_file: Option<PathBuf>,
     /// lasts as long as the pod will do
     #[arg(long, value_name = "DIR", env = "OPA_HUB_STATE_DIR")]
     state_dir: Option<PathBuf>,
@@ -72,7 +75,7 @@ pub struct Cli {
     /// A file whose first line is the bearer token; it may change
     #[arg(long, value_name = "FILE", env = "OPA_AUTH_TOKEN_FILE", help_heading = "OPA")]
     opa_auth_token_file: Option<PathBuf>,
-    /// The authority that signed OPA's certificate, as PEM
+    /// The authority that signed OPA's certificate, as PEM, besides those of the system. It is read once
     #[arg(long, value_name = "FILE", env = "OPA_CA_FILE", help_heading = "OPA")]
     opa_ca_file: Option<PathBuf>,
     /// Take whatever certificate OPA shows
@@ -168,6 +171,7 @@ impl Cli {
         Ok(Config {
             hubs,
             bundle: self.bundle.clone(),
+            hub_ca_file: self.hub_ca_file.clone(),
             namespace: self.namespace.clone().filter(|namespace| !namespace.is_empty()),
             opa: OpaConfig {
                 url: opa_url,

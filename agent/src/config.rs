@@ -63,6 +63,8 @@ pub struct Config {
     /// Where health and the policy bundle are served.
     pub listen: SocketAddr,
     /// Where health is served besides.
+    /// The authority that signed the certificates of https hubs.
+    pub hub_ca_file: Option<PathBuf>,
     pub health: Option<SocketAddr>,
     /// Directory of the last good state; `None`: it is not kept.
     pub state_dir: Option<PathBuf>,

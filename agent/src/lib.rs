@@ -16,6 +16,8 @@ pub mod cli;
 
 pub mod body;
 
+pub mod authorities;
+
 pub mod pull;
 
 pub mod archive;

@@ -121,7 +121,12 @@ impl Replica {
         let opa = opa::Opa::new(config.opa.clone())?;
         Ok(Self {
             applier: Applier { opa, bundle: config.bundle.clone(), writer: String::new() },
-            hubs: Hubs::new(config.hubs.clone(), config.bundle.clone(), config.namespace.clone())?,
+            hubs: Hubs::new(
+                config.hubs.clone(),
+                config.hub_ca_file.as_deref(),
+                config.bundle.clone(),
+                config.namespace.clone(),
+            )?,
             delivery: config.delivery,
             local,
             status,
