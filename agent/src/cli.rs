@@ -32,7 +32,8 @@ pub struct Cli {
     /// The namespace whose objects are wanted, where the hub gives them out by namespace
     #[arg(long, value_name = "NS", env = "OPA_HUB_NAMESPACE")]
     namespace: Option<String>,
-    /// How policies reach OPA
+    /// How policies reach OPA. Where a package shares its first name with replicated data (kubernetes.admission beside
+    /// data.kubernetes), rest makes OPA copy that data at every change: give bundle
     #[arg(long, value_name = "HOW", env = "OPA_HUB_POLICY_DELIVERY", default_value = "rest")]
     policy_delivery: Delivery,
     /// Serve health, and with --policy-delivery bundle the policies, here
@@ -41,10 +42,10 @@ pub struct Cli {
     /// Serve /health, /livez, /readyz and /metrics here too
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT", value_parser = listen_address)]
     health_endpoint: Option<SocketAddr>,
-    /// Keep the last good data and policies in this directory, so that OPA and agent restart without a hub. A volume that
     /// The authority that signed the certificates of https hubs, as PEM, besides those of the system. It is read once
     #[arg(long, value_name = "FILE", env = "OPA_HUB_CA_FILE")]
     hub_ca_file: Option<PathBuf>,
+    /// Keep the last good data and policies in this directory, so that OPA and agent restart without a hub. A volume that
     /// lasts as long as the pod will do
     #[arg(long, value_name = "DIR", env = "OPA_HUB_STATE_DIR")]
     state_dir: Option<PathBuf>,
@@ -170,8 +171,8 @@ impl Cli {
         let file = self.opa_auth_token_file.clone().map(Token::File);
         Ok(Config {
             hubs,
-            bundle: self.bundle.clone(),
             hub_ca_file: self.hub_ca_file.clone(),
+            bundle: self.bundle.clone(),
             namespace: self.namespace.clone().filter(|namespace| !namespace.is_empty()),
             opa: OpaConfig {
                 url: opa_url,

@@ -30,6 +30,8 @@ pub mod rounds;
 
 pub mod apply;
 
+pub mod layout;
+
 pub mod replica;
 
 pub mod state;
@@ -37,5 +39,7 @@ pub mod state;
 pub mod status;
 
 pub mod local;
+
+pub mod server;
 
 pub mod app;
