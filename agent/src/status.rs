@@ -64,7 +64,7 @@ pub struct Done {
 pub enum Detail {
     /// Names of modules, and the words of OPA and of the hub.
     Full,
-    /// Counts instead: for whoever the cluster's network lets in.
+    /// Counts instead, for a listener that the whole cluster may reach.
     Counts,
 }
 
