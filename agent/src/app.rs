@@ -9,6 +9,7 @@ use crate::cli::Cli;
 use crate::config::Config;
 use crate::local::Local;
 use crate::replica::Replica;
+use crate::server;
 use crate::status::Status;
 
 /// Runs the agent as the command line says until it is told to stop.
@@ -64,13 +65,13 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let router = local.clone().health();
     let also_health = async {
         match health {
-            Some(listener) => axum::serve(listener, router).await,
+            Some(listener) => server::serve(listener, router).await,
             None => std::future::pending().await,
         }
     };
     tokio::select! {
-        served = axum::serve(listener, local.router()) => served.context("cannot serve"),
-        served = also_health => served.context("cannot serve health"),
+        () = server::serve(listener, local.router()) => unreachable!("it serves for ever"),
+        () = also_health => unreachable!("it serves for ever"),
         () = replica.run() => unreachable!("it runs for ever"),
         _ = terminate.recv() => Ok(()),
         _ = tokio::signal::ctrl_c() => Ok(()),

@@ -32,7 +32,8 @@ pub struct Cli {
     /// The namespace whose objects are wanted, where the hub gives them out by namespace
     #[arg(long, value_name = "NS", env = "OPA_HUB_NAMESPACE")]
     namespace: Option<String>,
-    /// How policies reach OPA
+    /// How policies reach OPA. Where a package shares its first name with replicated data (kubernetes.admission beside
+    /// data.kubernetes), rest makes OPA copy that data at every change: give bundle
     #[arg(long, value_name = "HOW", env = "OPA_HUB_POLICY_DELIVERY", default_value = "rest")]
     policy_delivery: Delivery,
     /// Serve health, and with --policy-delivery bundle the policies, here
@@ -41,6 +42,9 @@ pub struct Cli {
     /// Serve /health, /livez, /readyz and /metrics here too
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT", value_parser = listen_address)]
     health_endpoint: Option<SocketAddr>,
+    /// The authority that signed the certificates of https hubs, as PEM, besides those of the system. It is read once
+    #[arg(long, value_name = "FILE", env = "OPA_HUB_CA_FILE")]
+    hub_ca_file: Option<PathBuf>,
     /// Keep the last good data and policies in this directory, so that OPA and agent restart without a hub. A volume that
     /// lasts as long as the pod will do
     #[arg(long, value_name = "DIR", env = "OPA_HUB_STATE_DIR")]
@@ -72,7 +76,7 @@ pub struct Cli {
     /// A file whose first line is the bearer token; it may change
     #[arg(long, value_name = "FILE", env = "OPA_AUTH_TOKEN_FILE", help_heading = "OPA")]
     opa_auth_token_file: Option<PathBuf>,
-    /// The authority that signed OPA's certificate, as PEM
+    /// The authority that signed OPA's certificate, as PEM, besides those of the system. It is read once
     #[arg(long, value_name = "FILE", env = "OPA_CA_FILE", help_heading = "OPA")]
     opa_ca_file: Option<PathBuf>,
     /// Take whatever certificate OPA shows
@@ -167,6 +171,7 @@ impl Cli {
         let file = self.opa_auth_token_file.clone().map(Token::File);
         Ok(Config {
             hubs,
+            hub_ca_file: self.hub_ca_file.clone(),
             bundle: self.bundle.clone(),
             namespace: self.namespace.clone().filter(|namespace| !namespace.is_empty()),
             opa: OpaConfig {

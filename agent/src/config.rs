@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use reqwest::Url;
 
-/// Bytes of one PATCH: what OPA decodes at once, and what the agent holds.
+/// Maximum bytes of one PATCH of an archive, and of a frame that takes several: what OPA decodes at once, and what the
+/// agent holds. A frame of fewer operations than one PATCH may have is one PATCH of its own size.
 pub const PATCH_BYTES_MAX: usize = 256 << 10;
 /// Bytes of a policy bundle that the agent holds for its OPA.
 pub const POLICY_BUNDLE_BYTES_MAX: usize = 16 << 20;
@@ -44,6 +45,16 @@ pub const GATE_MAX: Duration = Duration::from_secs(5);
 pub const ANSWER_BYTES_MAX: usize = 16 << 20;
 /// Time in which a hub must begin to answer an agent that has a last good state. Then OPA begins with that.
 pub const HUB_FIRST: Duration = Duration::from_millis(300);
+/// Maximum number of connections to one of the agent's listeners: OPA, a kubelet and a few scrapers. Beyond, the kernel's
+/// queue holds them.
+pub const CONNECTIONS_MAX: usize = 64;
+/// Maximum time for the head of a request, also between two requests: a client that sends none makes room for a probe
+/// within this time.
+pub const REQUEST_HEAD_MAX: Duration = Duration::from_secs(5);
+/// Maximum time in which written bytes are acknowledged. It ends a connection of a client that does not read.
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Pause after a connection could not be accepted: file descriptors are freed by what ends.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The longest long poll that is granted to OPA.
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(300);
 
@@ -52,6 +63,8 @@ pub const LONG_POLL_MAX: Duration = Duration::from_secs(300);
 pub struct Config {
     /// Hubs, each as good as the other.
     pub hubs: Vec<Url>,
+    /// The authority that signed the certificates of https hubs.
+    pub hub_ca_file: Option<PathBuf>,
     /// The bundle to keep.
     pub bundle: String,
     /// Whose objects are wanted.

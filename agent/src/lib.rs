@@ -16,6 +16,8 @@ pub mod cli;
 
 pub mod body;
 
+pub mod authorities;
+
 pub mod pull;
 
 pub mod archive;
@@ -28,6 +30,8 @@ pub mod rounds;
 
 pub mod apply;
 
+pub mod layout;
+
 pub mod replica;
 
 pub mod state;
@@ -35,5 +39,7 @@ pub mod state;
 pub mod status;
 
 pub mod local;
+
+pub mod server;
 
 pub mod app;

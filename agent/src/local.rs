@@ -27,7 +27,7 @@ use tokio::sync::watch;
 
 use crate::config::{ACTIVATION_MAX, GATE_MAX, LONG_POLL_MAX};
 use crate::pull::PolicyBundle;
-use crate::status::Status;
+use crate::status::{Detail, Report, Status};
 
 /// What the handlers share.
 #[derive(Clone)]
@@ -104,15 +104,23 @@ impl Local {
             .route("/bundles/{name}/data-only", get(data_only))
             .route(
                 "/v1/status",
-                get(|State(local): State<Self>| async move { Json(local.0.status.report()) }),
+                get(|State(local): State<Self>| async move { Json(local.0.status.report(Detail::Full)) }),
             )
             .with_state(self.clone())
-            .merge(self.health())
+            .merge(self.probes(Detail::Full))
+    }
+
+    /// Health for a listener that the cluster reaches.
+    pub fn health(self) -> Router {
+        self.probes(Detail::Counts)
     }
 
     /// Whether the process answers, whether OPA is loaded, and metrics. kube-mgmt's name for the first is `/health`.
-    pub fn health(self) -> Router {
+    fn probes(self, detail: Detail) -> Router {
         let live = || async { "ok\n" };
+        let ready = move |State(local): State<Self>, RawQuery(query): RawQuery| async move {
+            ready(&local.0.status.report(detail), query.as_deref())
+        };
         Router::new()
             .route("/health", get(live))
             .route("/livez", get(live))
@@ -123,10 +131,9 @@ impl Local {
 }
 
 /// `?verbose`: with reasons.
-async fn ready(State(local): State<Local>, RawQuery(query): RawQuery) -> Response {
-    let report = local.0.status.report();
+fn ready(report: &Report, query: Option<&str>) -> Response {
     let status = if report.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    match query.as_deref() {
+    match query {
         Some("verbose") => (status, Json(report)).into_response(),
         _ => (status, if report.ready { "ok\n".into() } else { report.because.join("\n") + "\n" })
             .into_response(),

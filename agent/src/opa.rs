@@ -8,6 +8,7 @@ use reqwest::redirect::Policy;
 use reqwest::{Body, Client, Method, RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 
+use crate::authorities::authorities;
 use crate::body;
 use crate::config::{ANSWER_BYTES_MAX, OPA_READ, OPA_WRITE, OpaConfig, Token};
 use crate::marker::Marker;
@@ -81,10 +82,7 @@ impl Opa {
         let mut builder =
             Client::builder().no_proxy().redirect(Policy::none()).tcp_nodelay(true).pool_max_idle_per_host(2);
         if let Some(file) = &config.ca_file {
-            let wrap = |error: &dyn std::fmt::Display| Error::Client(format!("{}: {error}", file.display()));
-            let pem = std::fs::read(file).map_err(|error| wrap(&error))?;
-            let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| wrap(&error))?;
-            builder = builder.tls_certs_merge(certificates);
+            builder = builder.tls_certs_merge(authorities(file).map_err(Error::Client)?);
         }
         if config.allow_insecure {
             builder = builder.tls_danger_accept_invalid_certs(true);

@@ -1,6 +1,7 @@
 //! Connections to the hub: archives, reconcile, the stream. Several hubs are as good as each other; a failure moves
 //! on to the next after a pause drawn from nothing up to a doubling bound, so that many agents come back spread out.
 
+use std::path::Path;
 use std::time::Duration;
 
 use futures::TryStreamExt;
@@ -16,6 +17,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::archive::Chunks;
+use crate::authorities::authorities;
 use crate::body;
 use crate::config::{
     FRESH_ANSWER, HUB_ANSWER, POLICY_BUNDLE_BYTES_MAX, RETRY_FIRST, RETRY_MAX, STREAM_SILENCE,
@@ -25,8 +27,8 @@ use crate::config::{
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The client could not be made.
-    #[error("cannot make a client for the hub: {0}")]
-    Client(reqwest::Error),
+    #[error("making a client for the hub failed: {0}; check --hub-ca-file and the certificates of the image")]
+    Client(String),
     /// No connection, or one that broke.
     #[error("the hub does not answer: {0}")]
     Unreachable(#[from] reqwest::Error),
@@ -104,7 +106,12 @@ pub struct Stream {
 
 impl Hubs {
     /// Starts with any of `urls`, so that agents spread over them.
-    pub fn new(urls: Vec<Url>, bundle: String, namespace: Option<String>) -> Result<Self, Error> {
+    pub fn new(
+        urls: Vec<Url>,
+        ca_file: Option<&Path>,
+        bundle: String,
+        namespace: Option<String>,
+    ) -> Result<Self, Error> {
         // A stream on a connection of its own is cheaper to the hub. A proxy would buffer it, and a redirect leads to who
         // was not asked.
         let mut builder = Client::builder()
@@ -113,11 +120,14 @@ impl Hubs {
             .tcp_nodelay(true)
             .pool_max_idle_per_host(0)
             .connect_timeout(OPEN);
+        if let Some(file) = ca_file {
+            builder = builder.tls_certs_merge(authorities(file).map_err(Error::Client)?);
+        }
         if urls.iter().all(|url| url.scheme() == "http") {
             // An image without certificates of authorities will do.
             builder = builder.tls_certs_only([]);
         }
-        let client = builder.build().map_err(Error::Client)?;
+        let client = builder.build().map_err(|error| Error::Client(error.to_string()))?;
         let current = fastrand::usize(..urls.len());
         Ok(Self { client, urls, replica: None, bundle, namespace, current, pause: RETRY_FIRST })
     }

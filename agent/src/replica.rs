@@ -28,6 +28,7 @@ use crate::archive;
 use crate::config::{
     Delivery, FRESH_LOOK, FRESH_LOOK_MAX, HUB_FIRST, LAG_MAX, OPA_POLL, RETRY_FIRST, RETRY_MAX,
 };
+use crate::layout::Layout;
 use crate::local::Local;
 use crate::marker::Marker;
 use crate::pull::{self, Archive, Hubs, PolicyBundle, Stream};
@@ -55,6 +56,8 @@ pub struct Replica {
     saved: Option<Revision>,
     /// Policy bundle of the state that OPA begins with.
     restored: Option<PolicyBundle>,
+    /// Packages that OPA was given by REST.
+    layout: Layout,
 }
 
 /// What ends a session.
@@ -121,7 +124,12 @@ impl Replica {
         let opa = opa::Opa::new(config.opa.clone())?;
         Ok(Self {
             applier: Applier { opa, bundle: config.bundle.clone(), writer: String::new() },
-            hubs: Hubs::new(config.hubs.clone(), config.bundle.clone(), config.namespace.clone())?,
+            hubs: Hubs::new(
+                config.hubs.clone(),
+                config.hub_ca_file.as_deref(),
+                config.bundle.clone(),
+                config.namespace.clone(),
+            )?,
             delivery: config.delivery,
             local,
             status,
@@ -139,6 +147,7 @@ impl Replica {
             },
             saved: None,
             restored: None,
+            layout: Layout::default(),
         })
     }
 
@@ -274,6 +283,10 @@ impl Replica {
         // A hub that does not know what it gave us a moment ago: after a pause, another.
         let stream = stream.ok_or(pull::Error::Closed)?;
         self.modules_first = false;
+        if self.delivery == Delivery::Rest {
+            self.layout.read(&self.applier.opa, &held.marker).await;
+            self.note_layout(&held.marker);
+        }
         tracing::info!(hub = %self.hubs.current(), revision = %held.revision(), "following");
         self.status.with(|state| (state.unconnected, state.failure) = (None, None));
         self.follow(stream, held).await
@@ -592,6 +605,10 @@ impl Replica {
         reads: Option<String>,
     ) -> Result<(), Trouble> {
         let refused = self.applier.modules(&mut held.marker, &changes, reads).await?;
+        for (id, text) in &changes {
+            self.layout.record(id, text.as_deref());
+        }
+        self.note_layout(&held.marker);
         held.refused = changes.into_iter().filter(|(id, _)| refused.contains_key(id)).collect();
         self.status.with(|state| state.refused = refused);
         Ok(())
@@ -664,6 +681,19 @@ impl Replica {
             self.policy_bundle(modules).await?.into_iter().for_each(|policy| self.local.serve(policy));
         }
         Ok(Some(modules))
+    }
+
+    /// Warns, once, where packages make OPA slow at taking data.
+    fn note_layout(&self, marker: &Marker) {
+        let notice = self.layout.notice(marker);
+        let is_news = self.status.with(|state| {
+            let is_news = state.notice != notice;
+            state.notice.clone_from(&notice);
+            is_news
+        });
+        if let Some(notice) = notice.filter(|_| is_news) {
+            tracing::warn!("{notice}");
+        }
     }
 
     fn note(&self, held: &Held) {

@@ -39,6 +39,8 @@ pub struct State {
     pub refused: BTreeMap<String, String>,
     /// The failure that is being waited out.
     pub failure: Option<String>,
+    /// What an operator should know although nothing fails.
+    pub notice: Option<String>,
     /// What was done since the start.
     pub done: Done,
 }
@@ -57,6 +59,15 @@ pub struct Done {
     pub restores: u64,
 }
 
+/// How much a report shows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Detail {
+    /// Names of modules, and the words of OPA and of the hub.
+    Full,
+    /// Counts instead, for a listener that the whole cluster may reach.
+    Counts,
+}
+
 /// What `/v1/status` and `/readyz?verbose` show.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -69,6 +80,8 @@ pub struct Report {
     pub in_step: bool,
     /// Reasons why OPA may not hold what the source has.
     pub behind: Vec<String>,
+    /// What an operator should know although nothing fails.
+    pub notices: Vec<String>,
     /// What the hub last said.
     pub said: Option<Revision>,
     /// What OPA holds.
@@ -93,6 +106,7 @@ impl Status {
             stale: None,
             refused: BTreeMap::new(),
             failure: None,
+            notice: None,
             done: Done::default(),
         })))
     }
@@ -115,14 +129,15 @@ impl Status {
     }
 
     /// What people and probes are shown.
-    pub fn report(&self) -> Report {
+    pub fn report(&self, detail: Detail) -> Report {
         self.with(|state| {
             let because = state.unready();
             Report {
                 ready: because.is_empty(),
                 because,
                 in_step: state.is_in_step(),
-                behind: state.behind(),
+                behind: state.behind(detail),
+                notices: state.notice.iter().cloned().collect(),
                 said: state.said,
                 held: state.held,
                 done: state.done,
@@ -161,7 +176,7 @@ impl State {
         apart.map(|apart| format!("OPA is out of step for {} s", apart.as_secs())).into_iter().collect()
     }
 
-    fn behind(&self) -> Vec<String> {
+    fn behind(&self, detail: Detail) -> Vec<String> {
         let mut behind = Vec::new();
         if self.held.is_none() || self.held != self.said {
             behind.push("OPA does not hold what the hub last said".to_owned());
@@ -177,7 +192,13 @@ impl State {
             behind.push(format!("the hub has more to say, for {} s", seconds(since)));
         }
         if let Some((since, words)) = &self.stale {
-            behind.push(format!("what the hub says may be old, for {} s: {words}", seconds(*since)));
+            let words = if detail == Detail::Full { format!(": {words}") } else { String::new() };
+            behind.push(format!("what the hub says may be old, for {} s{words}", seconds(*since)));
+        }
+        if detail == Detail::Counts {
+            let refused = self.refused.len();
+            behind.extend((refused > 0).then(|| format!("OPA refuses modules: {refused}")));
+            return behind;
         }
         behind.extend(self.refused.iter().map(|(id, message)| format!("OPA refuses {id}: {message}")));
         if !behind.is_empty() {
@@ -219,5 +240,28 @@ impl State {
             _ = writeln!(text, "# HELP {name} {help}.\n# TYPE {name} counter\n{name} {value}");
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_name_no_module_and_repeat_no_error() {
+        let status = Status::new(Delivery::Rest, None);
+        status.with(|state| {
+            state
+                .refused
+                .insert("shop/authz/a.rego".to_owned(), "rego_parse_error in secret.rego".to_owned());
+            state.failure = Some("OPA refuses PUT /v1/policies/shop".to_owned());
+            state.stale = Some((Instant::now(), "v1/pods: forbidden".to_owned()));
+        });
+        let behind = |detail| status.report(detail).behind.join("\n");
+        let (full, counts) = (behind(Detail::Full), behind(Detail::Counts));
+        for part in ["shop/authz/a.rego", "secret.rego", "/v1/policies/shop", "forbidden"] {
+            assert!(full.contains(part) && !counts.contains(part), "{part}: {full}, {counts}");
+        }
+        assert!(counts.contains("OPA refuses modules: 1"), "{counts}");
     }
 }

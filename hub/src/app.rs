@@ -23,6 +23,10 @@ use crate::writeback::last_good::{self, Place};
 use crate::writeback::{lease, statuses, verdicts};
 use crate::{fields_of, serve, telemetry, writeback};
 
+/// The notice of a hub without an OPA.
+const NOT_COMPILED: &str = "policies are parsed, not compiled: no opa program was found; put opa on the PATH, or set \
+                            OPA_BIN to it";
+
 /// What runs as long as the hub does; each ends with its name.
 type Tasks = JoinSet<anyhow::Result<&'static str>>;
 
@@ -77,10 +81,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let checked_by = compiler.name();
     tracing::info!(by = checked_by, "checking policies");
     if let Compiler::Syntax(_) = compiler {
-        let warning = "no opa found: only the syntax of policies is checked, and one that does not compile reaches \
-                       OPAs; give --opa-bin";
-        tracing::warn!("{warning}");
-        readiness.problem("opa", Some(warning.into()));
+        tracing::warn!("{NOT_COMPILED}");
+        readiness.notice("opa", NOT_COMPILED.into());
     }
     let stop = CancellationToken::new();
     let mut tasks = Tasks::new();

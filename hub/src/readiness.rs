@@ -1,4 +1,4 @@
-//! What the hub still waits for, by name, and what its sources could not read.
+//! What the hub still waits for, by name, what is wrong, and what an operator should know although nothing is wrong.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +21,7 @@ type Name = (String, Option<WatchId>);
 struct State {
     pending: BTreeMap<Name, String>,
     problems: BTreeMap<Name, String>,
+    notices: BTreeMap<Name, String>,
 }
 
 impl Readiness {
@@ -41,6 +42,7 @@ impl Readiness {
         self.with(|state| {
             state.pending.retain(|(name, _), _| !name.starts_with(&*self.of));
             state.problems.retain(|(subject, _), _| !subject.starts_with(&*self.of));
+            state.notices.retain(|(subject, _), _| !subject.starts_with(&*self.of));
         });
     }
 
@@ -64,6 +66,11 @@ impl Readiness {
             Some(message) => state.problems.insert(self.name(subject), message),
             None => state.problems.remove(&self.name(subject)),
         });
+    }
+
+    /// Notes about `subject` that it works with less than it could. Nothing is rejected and nothing fails.
+    pub fn notice(&self, subject: &str, message: String) {
+        self.with(|state| state.notices.insert(self.name(subject), message));
     }
 
     /// Whether `message` is not already what is wrong about `subject`.
@@ -97,15 +104,23 @@ impl Readiness {
 
     /// What the sources could not read.
     pub fn problems(&self) -> Vec<Problem> {
-        self.with(|state| {
-            let problems = state.problems.iter();
-            problems
-                .map(|((subject, _), message)| Problem { subject: subject.clone(), message: message.clone() })
-                .collect()
-        })
+        self.with(|state| listed(&state.problems))
+    }
+
+    /// All [notices](Self::notice).
+    pub fn notices(&self) -> Vec<Problem> {
+        self.with(|state| listed(&state.notices))
     }
 
     fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
         f(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+fn listed(messages: &BTreeMap<Name, String>) -> Vec<Problem> {
+    let problem = |((subject, _), message): (&Name, &String)| Problem {
+        subject: subject.clone(),
+        message: message.clone(),
+    };
+    messages.iter().map(problem).collect()
 }

@@ -17,6 +17,12 @@ fn says_what_is_wrong_and_what_to_do() {
         (&["--hub", "http://127.0.0.1:1", "--bundle", "a/b"], "--bundle \"a/b\""),
         (&["--hub", "http://127.0.0.1:1", "--opa-ca-file", "/nowhere"], "/nowhere"),
         (
+            &["--hub", "http://127.0.0.1:1", "--opa-ca-file", "/dev/null"],
+            "/dev/null: the file has no certificate",
+        ),
+        (&["--hub", "https://127.0.0.1:1", "--hub-ca-file", "/nowhere"], "/nowhere"),
+        (&["--hub", "https://127.0.0.1:1", "--hub-ca-file", "/dev/null"], "check --hub-ca-file"),
+        (
             &["--hub", "http://127.0.0.1:1", "--opa-auth-token", "a", "--opa-auth-token-file", "b"],
             "cannot be used with",
         ),

@@ -112,7 +112,7 @@ pub async fn check(
         readiness.problem(POLICIES, None);
         if let Compiler::Syntax(_) = compiler {
             for key in outcome.accepted.keys() {
-                let warning = Fault::new("unchecked", "only its syntax was checked: the hub has no opa");
+                let warning = Fault::new("unchecked", "parsed, not compiled: the hub found no opa program");
                 outcome.warnings.entry(key.clone()).or_default().push(warning);
             }
         }

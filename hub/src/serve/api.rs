@@ -24,7 +24,8 @@ pub(super) async fn list(State(hub): State<Hub>) -> Json<Value> {
         let own = about(&bundle.name, &problems);
         problems.drain(own);
     }
-    Json(json!({ "bundles": bundles, "pending": pending, "problems": problems }))
+    let notices = hub.0.readiness.notices();
+    Json(json!({ "bundles": bundles, "pending": pending, "problems": problems, "notices": notices }))
 }
 
 pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Result<Json<Value>, Error> {

@@ -56,6 +56,7 @@ pub(super) async fn ready(State(hub): State<Hub>, Query(options): Query<Options>
             "pending": pending,
             "stale": stale,
             "problems": hub.0.readiness.problems(),
+            "notices": hub.0.readiness.notices(),
             "checkedBy": hub.0.checked_by,
         })),
     )

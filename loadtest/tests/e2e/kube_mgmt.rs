@@ -8,15 +8,8 @@ use serde_json::{Value, json};
 use crate::world::{Way, World, consumer};
 
 const TOKEN: &str = "the-agents-token";
-/// Everybody reads; only the agent writes.
-const AUTHZ: &str = r#"package system.authz
-
-default allow := false
-
-allow if input.method in {"GET", "POST"}
-
-allow if input.identity == "the-agents-token"
-"#;
+/// The documented rights of an agent.
+const AUTHZ: &str = include_str!("../../../deploy/kubernetes/opa-authz.rego");
 
 #[tokio::test]
 async fn with_rest() -> anyhow::Result<()> {
@@ -194,7 +187,12 @@ async fn custom_labels(world: &World) -> anyhow::Result<()> {
 /// An OPA that lets only the agent write, by its token.
 async fn protected_opa(world: &World) -> anyhow::Result<()> {
     let (plane, dir) = (&world.plane, world.plane.dir.path());
-    std::fs::write(dir.join("authz.rego"), AUTHZ)?;
+    // The test reads modules too.
+    let authz = AUTHZ.replace("opa.runtime().env.AGENT_TOKEN", &format!("{TOKEN:?}"));
+    let authz = format!(
+        "{authz}\nallow if {{\n\tinput.method == \"GET\"\n\tinput.path == [\"v1\", \"policies\"]\n}}\n"
+    );
+    std::fs::write(dir.join("authz.rego"), authz)?;
     std::fs::write(dir.join("token"), format!("{TOKEN}\n"))?;
     let authz = dir.join("authz.rego").display().to_string();
     let delivery = if world.way == Way::Rest { Delivery::Rest } else { Delivery::Bundle };

@@ -20,6 +20,8 @@ mod kube_mgmt;
 
 mod last_good;
 
+mod layout;
+
 mod namespaces;
 
 mod opa_kills;
