@@ -49,7 +49,7 @@ const FIELDS: [&str; 14] = [
     "nothing.at.all",
 ];
 /// Every construct that the analysis claims to follow, and every one that it must give up on. Each body is a rule's.
-const BODIES: [&str; 68] = [
+const BODIES: [&str; 136] = [
     "if $p.$f",
     "if not $p.$f",
     ":= $p.$f",
@@ -117,6 +117,77 @@ const BODIES: [&str; 68] = [
     ":= pod.$f if { h.running[pod]; pod.spec.hostNetwork }",
     "if h.known[input.labels]",
     ":= count(h.known)",
+    // Paths with dynamic and odd elements.
+    ":= object.get(pods, [input.ns, input.name, \"status\", \"podIP\"], \"none\")",
+    ":= object.get(pods, [input.ns, input.odd, \"spec\", \"nodeName\"], \"none\")",
+    ":= object.get($p, [\"metadata\", input.odd, \"app\"], \"none\")",
+    ":= object.get($p, [\"spec\", \"containers\", input.odd, \"image\"], input.value)",
+    ":= object.get($p, [\"status\", \"list\", 2], \"web\") == \"web\"",
+    ":= object.get($p, [\"status\", null, [\"list\"], 1.5, true], \"none\")",
+    ":= object.get($p, [$p.$f, \"app\"], \"none\")",
+    ":= object.get($p, [], \"none\")",
+    ":= object.get($p, [\"spec\", \"nodeName\", \"deeper\"], {\"no\": 1})",
+    ":= object.get($p, {\"metadata\"}, \"none\")",
+    ":= object.get($p, the_path, \"none\")",
+    ":= x if { list := [\"spec\", \"nodeName\"]; x := object.get($p, list, \"none\") }",
+    ":= x if { list := array.concat([\"spec\"], [\"nodeName\"]); x := object.get($p, list, \"none\") }",
+    ":= x if { list := [word | some word in input.words]; x := object.get($p, list, \"none\") }",
+    ":= object.get(object.get(pods, input.ns, {}), input.name, {}).$f",
+    ":= object.get(object.get(pods, input.odd, {}), input.odd, {}).$f",
+    ":= object.get(object.get(pods.a, \"p1\", {}), [\"metadata\", input.key], {})",
+    ":= object.get(object.get($p, \"metadata\", {}), input.odd, {\"app\": 1}).app",
+    ":= object.get($p.$f, \"app\", $p.metadata).labels",
+    "if object.get($p, [\"metadata\", input.key], $p.$f) == $p.$g",
+    // Names that range over constants.
+    ":= x if { some f in [\"nodeName\", \"hostNetwork\"]; x := $p.spec[f] }",
+    ":= x if { some f in {\"nodeName\", \"containers\"}; x := $p.spec[f] }",
+    ":= x if { some f in names; x := $p.spec[f] }",
+    ":= x if { name_set[f]; x := $p.spec[f] }",
+    ":= x if { f := names[_]; x := $p.spec[f] }",
+    ":= x if { x := $p.spec[names[input.index]] }",
+    ":= x if { some f in array.concat(names, [\"containers\"]); x := $p.spec[f] }",
+    ":= x if { some f in (name_set | {input.key}); x := $p.spec[f] }",
+    ":= x if { some f in odd_names; x := $p.spec[f] }",
+    ":= x if { odd_set[f]; x := $p.spec[f] }",
+    ":= x if { some f in [g | some g in names; g != input.value]; x := $p.spec[f] }",
+    ":= x if { some part, f in {\"spec\": \"nodeName\", \"status\": \"podIP\"}; x := $p[part][f] }",
+    ":= x if { some [part, f] in [[\"spec\", \"nodeName\"], [\"status\", \"podIP\"]]; x := $p[part][f] }",
+    ":= x if { some deep in [[[\"nodeName\"]]]; x := $p.spec[deep[_][_]] }",
+    ":= x if { some i, _ in [\"a\", \"b\"]; x := $p.spec.containers[i].image }",
+    ":= x if { some f in by_kind[input.key]; x := $p[f] }",
+    ":= x if { some f in deep_names[input.key]; x := $p.spec[f] }",
+    ":= of_field($p, \"nodeName\")",
+    ":= of_field($p.spec, of_field($p, \"nodeName\"))",
+    ":= of_field($p, input.key)",
+    ":= x if { some f in names; x := of_field($p.spec, f) }",
+    ":= x if { some f in object.get({\"a\": names}, input.value, [\"hostNetwork\"]); x := $p.spec[f] }",
+    ":= x if { x := chosen($p) with input.key as \"nodeName\" }",
+    ":= x if { x := whole_input(1) with input as names }",
+    ":= x if { f := object.get($p.metadata, \"name\", \"nodeName\"); x := $p.spec[f] }",
+    "if { some f in names; not $p.spec[f] }",
+    "if every f in names { $p.spec[f] != input.value }",
+    ":= json.filter($p, [sprintf(\"spec/%s\", [f]) | some f in names])",
+    // The kind of a value, not what is in it.
+    "if is_array($p.$f)",
+    "if is_string($p.$f)",
+    "if is_boolean($p.$f)",
+    "if is_number($p.$f)",
+    "if is_null($p.$f)",
+    "if not is_object($p.$f)",
+    ":= type_name($p.$f)",
+    ":= type_name($p)",
+    ":= [type_name($p.$f), count($p.$f)]",
+    ":= [type_name($p.$f), $p.$f.app]",
+    "if { is_object($p.metadata); $p.metadata.labels.app == \"web\" }",
+    "if { is_array($p.spec.containers); $p.spec.containers[_].image == \"i0\" }",
+    "if { c := $p.spec.containers; is_array(c); is_object(c[input.index]) }",
+    ":= {type_name(x) | some x in $p.$f}",
+    ":= type_name({x | some x in $p.spec.containers})",
+    ":= [type_name(x) | some x in {x | some x in $p.spec.containers}]",
+    "if is_set({x | some x in $p.$f})",
+    ":= type_name(object.get($p, [\"spec\", \"hostNetwork\"], null))",
+    ":= x if { some x in $p.$f; is_string(x) }",
+    ":= {k: type_name(v) | some k, v in $p}",
     // Names may be empty.
     ":= json.filter($p, [\"status//deep\", \"metadata/labels/\"])",
     ":= json.filter($p.$f, [\"\"])",
@@ -185,6 +256,28 @@ labels contains label if { some ns, name; label := pods[ns][name].metadata.label
 by_name[name] contains pod.status.podIP if { some ns; some name, pod in pods[ns] }
 
 nested[ns][name] := true if { some ns; some name, pod in pods[ns]; pod.spec.hostNetwork }
+
+names := ["nodeName", "hostNetwork"]
+
+name_set := {"nodeName", "hostNetwork"}
+
+odd_names := ["nodeName", 1, null, ["hostNetwork"], {"hostNetwork": 1}]
+
+odd_set := {"nodeName", 1, null, ["hostNetwork"], {"hostNetwork": 1}}
+
+the_path := ["spec", "nodeName"]
+
+by_kind := {"app": ["spec", "status"], "key": ["metadata"]}
+
+deep_names[kind] contains name if { some kind in ["app", "key"]; some name in names }
+
+of_field(value, name) := value[name] if is_object(value)
+
+of_field(value, name) := value.spec[name] if is_object(value.spec)
+
+chosen(pod) := pod.spec[input.key]
+
+whole_input(_) := [x | some f in input; x := pods.a.p0.spec[f]]
 
 nodes := [node.spec.zone | some node in data.kubernetes.nodes]
 "#;
@@ -274,9 +367,13 @@ fn pods(random: &mut fastrand::Rng) -> Value {
 
 fn input(random: &mut fastrand::Rng) -> Value {
     let pick = |random: &mut fastrand::Rng, from: &[&str]| json!(from[random.usize(..from.len())]);
+    let any = |random: &mut fastrand::Rng, from: &[Value]| from[random.usize(..from.len())].clone();
+    let odd = json!(["labels", "app", "p1", 0, 1.5, null, ["a", "p0", "metadata"], ["app"], [], {}]);
+    let words = json!([["spec", "nodeName"], ["metadata", "labels"], []]);
     json!({
         "ns": pick(random, &["a", "b", "c", "none"]), "name": pick(random, &["p0", "p1", "p2", "p3"]),
         "key": pick(random, &["app", "key", "containers", "labels", "status"]), "index": random.u8(..3),
+        "odd": any(random, odd.as_array().unwrap()), "words": any(random, words.as_array().unwrap()),
         "value": pick(random, &["web", "db", "i0", ""]), "path": pick(random, &["status", "spec/containers"]), "table": { "web": 1, "": 2 },
         "labels": { "app": pick(random, &["web", "db"]), "key": pick(random, &["web", "db"]) },
         "container": { "image": pick(random, &["i0", "i1"]), "args": [pick(random, &["web", "db"])] },
