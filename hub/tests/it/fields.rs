@@ -637,6 +637,104 @@ async fn fields_are_shown_without_a_server() {
     assert_eq!(lines, expected, "{said}{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// The fields of pods that these modules read for `asked`, one a line, and the modules that no entrypoint uses.
+async fn fields_of_pods(compiler: &Compiler, texts: &[&str], asked: &[DirPath]) -> (String, Vec<String>) {
+    let texts: Vec<_> =
+        (0..).zip(texts).map(|(at, text)| (format!("ns/m/{at}"), Module::read(text).unwrap())).collect();
+    let texts: Vec<_> = texts.into_iter().map(|(id, module)| (id, Arc::new(module))).collect();
+    let modules = texts.iter().map(|(id, module)| (id, module)).collect();
+    let found =
+        Analyst::new(Duration::from_secs(60)).reads(compiler, &modules, asked).await.unwrap().unwrap();
+    assert!(found.opaque.is_empty() && found.left.is_empty(), "{:?}", found.opaque);
+    let pods: DirPath = "/kubernetes/pods".parse().unwrap();
+    let kept = Kept::of_reads(&found.reads, [(pods.clone(), Some(false))]);
+    (kept.of(&pods).to_string(), found.unused.into_iter().collect())
+}
+
+/// What follows from each construct, so that none of them reads more than it did.
+#[tokio::test]
+async fn constructs_read_what_they_name() {
+    let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
+    let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
+    let library = "fields := [\"nodeName\", \"schedulerName\"]\n\nkinds := {\"Pod\": fields}\n\n\
+                   of(value, name) := value[name]\n\n\
+                   p := data.kubernetes.pods[input.ns][input.name] if input.asks_for_pods\n";
+    for (body, expected) in [
+        (
+            "object.get(data.kubernetes.pods, [input.ns, input.name, \"status\", \"podIP\"], \"\") == \"x\"",
+            "status.podIP\n",
+        ),
+        ("object.get(p, [\"metadata\", \"labels\", input.key], \"\") == \"x\"", "metadata.labels[*]\n"),
+        ("{ path := [\"status\", \"podIP\"]; object.get(p, path, \"\") == \"x\" }", "status.podIP\n"),
+        ("object.get(object.get(p, \"spec\", {}), \"nodeName\", \"\") == \"x\"", "spec.nodeName\n"),
+        // The key may be a path of any depth.
+        ("object.get(object.get(data.kubernetes.pods, input.ns, {}), input.name, {}).kind == \"x\"", "…\n"),
+        ("object.get(p.spec, input.key, \"\") == \"x\"", "spec…\n"),
+        (
+            "{ some f in [\"nodeName\", \"schedulerName\"]; p.spec[f] == \"x\" }",
+            "spec.nodeName\nspec.schedulerName\n",
+        ),
+        (
+            "{ some f in {\"nodeName\", \"schedulerName\"}; p.spec[f] == \"x\" }",
+            "spec.nodeName\nspec.schedulerName\n",
+        ),
+        ("{ some f in fields; p.spec[f] == \"x\" }", "spec.nodeName\nspec.schedulerName\n"),
+        ("{ some f in kinds[input.kind]; p.spec[f] == \"x\" }", "spec.nodeName\nspec.schedulerName\n"),
+        ("{ {\"nodeName\"}[f]; p.spec[f] == \"x\" }", "spec.nodeName\n"),
+        ("{ some f in fields; object.get(p.spec, f, \"\") == \"x\" }", "spec.nodeName\nspec.schedulerName\n"),
+        ("of(p.spec, \"nodeName\") == \"x\"", "spec.nodeName\n"),
+        ("{ some f in array.concat(fields, [\"a\"]); p.spec[f] == \"x\" }", "spec[*]\n"),
+        ("{ some f in [\"nodeName\", input.key]; p.spec[f] == \"x\" }", "spec[*]\n"),
+        ("is_object(p.spec)", "spec\n"),
+        ("type_name(p.spec.containers) == \"array\"", "spec.containers\n"),
+        ("{ is_object(p.spec); p.spec.nodeName == \"x\" }", "spec.nodeName\n"),
+    ] {
+        let text = format!("package t\n\n{library}\nallow if {body}\n");
+        let asked = ["/t/allow".parse().unwrap()];
+        let (fields, _) = fields_of_pods(&compiler, &[&text], &asked).await;
+        assert_eq!(fields, expected, "{body}");
+    }
+}
+
+/// Rules that annotations make entrypoints are asked for, beside those that flags or a document name.
+#[tokio::test]
+async fn annotations_name_entrypoints() {
+    let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
+    let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
+    let entrypoint = "# METADATA\n# entrypoint: true\n";
+    let pod = "pod := data.kubernetes.pods[input.ns][input.name]\n";
+    let of = |above_package: &str, above_rule: &str| {
+        format!(
+            "{above_package}package a\n\n{pod}\n{above_rule}allow if pod.spec.nodeName == \"x\"\n\nuser := [allow, pod]\n"
+        )
+    };
+    let (none, rule, package) = (of("", ""), of("", entrypoint), of(entrypoint, ""));
+    let document = of("", &entrypoint.replace("METADATA\n", "METADATA\n# scope: document\n"));
+    let only_a_word = of("# entrypoint: true\n", "");
+    let [none, rule, package, document, only_a_word] =
+        [&none, &rule, &package, &document, &only_a_word].map(String::as_str);
+    let other = "package b[\"c-d\"]\n\nlabels := data.kubernetes.pods[_][_].metadata.labels.app\n";
+    let uses = "package b\n\nimport data.a\n\nx := a.user\n";
+    let phase = "package c\n\nx := data.kubernetes.pods[_][_].status.phase\n";
+    let with_phase = "spec.nodeName\nstatus.phase…\n";
+    for (texts, asked, expected, unused) in [
+        (vec![none], None, "…\n", &[][..]),
+        (vec![only_a_word], None, "…\n", &[]),
+        (vec![rule], None, "spec.nodeName\n", &[]),
+        (vec![document], None, "spec.nodeName\n", &[]),
+        (vec![package], None, "…\n", &[]),
+        // One counts for all modules, and those that only use it are not asked for.
+        (vec![rule, other, uses], None, "spec.nodeName\n", &["ns/m/1", "ns/m/2"]),
+        (vec![rule, phase], Some("/c/x"), with_phase, &[]),
+        (vec![none, phase], Some("/c/x"), "status.phase…\n", &[]),
+    ] {
+        let asked: Vec<DirPath> = asked.iter().map(|path| path.parse().unwrap()).collect();
+        let found = fields_of_pods(&compiler, &texts, &asked).await;
+        let unused: Vec<_> = unused.iter().map(ToString::to_string).collect();
+        assert_eq!(found, (expected.to_owned(), unused), "{texts:?}");
+    }
+}
+
 /// Twelve levels of six names each are 6¹² places.
 fn multiplying(first: &str) -> String {
     let names = |at: usize| ["a", "b", "c", "d", "e", "f"].map(|name| format!("x{at}.{name}")).join(", ");
