@@ -155,7 +155,8 @@ pub struct Flags {
         help_heading = "Replication"
     )]
     fields: Vec<String>,
-    /// With --fields auto: only what these decisions come to read, e.g. authz/allow; every rule, when not given
+    /// With --fields auto: only what these decisions and those annotated as entrypoints come to read, e.g. authz/allow;
+    /// every rule, when there are none
     #[arg(long, value_name = "PATH,…", value_delimiter = ',', help_heading = "Replication")]
     entrypoints: Vec<String>,
     /// Refuse what would make the data of the bundle larger than this, as JSON: plain bytes, or e.g. 64Mi

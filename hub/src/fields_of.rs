@@ -87,7 +87,7 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
         bail!("no policies in {}: {}", dir.display(), problems.join("; "));
     }
     let mut analyst = Analyst::new(ANALYSIS_TURN);
-    let Found { reads, opaque, .. } = loop {
+    let Found { reads, opaque, unused, .. } = loop {
         let found = analyst.reads(&compiler, &modules, &spec.fields.entrypoints).await?;
         let found = found.context("fields are found by a real OPA only: give --opa-bin")?;
         if found.left.is_empty() {
@@ -121,6 +121,9 @@ async fn bundle(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<Stri
     }
     for (decision, reason) in opaque {
         writeln!(text, "unknown: the fields that data{decision} reads, so objects travel whole: {reason}")?;
+    }
+    for id in unused {
+        writeln!(text, "unused: no entrypoint uses {id}, so fields that only its rules read are left out")?;
     }
     for problem in problems {
         writeln!(text, "refused: {problem}")?;

@@ -311,8 +311,8 @@ impl Projection {
             let (resource, megabytes) = (&self.feeds[feed.0], self.limit.bytes_of(*feed) >> 20);
             let bytes = if megabytes == 0 { "less than 1 MB".into() } else { format!("{megabytes} MB of JSON") };
             Some(format!(
-                "{site} takes {resource} whole, so all their fields travel, {bytes}; read fields, or if nobody asks for \
-                 this rule name those that are asked for with --entrypoints: {line}"
+                "{site} takes {resource} whole, so all their fields travel, {bytes}; read fields, or if only other rules \
+                 use this one, annotate those that are asked for with \"entrypoint: true\": {line}"
             ))
         })
     }

@@ -338,7 +338,7 @@ impl Limits<'_> {
 }
 
 /// The data that the accepted modules read: all of it where OPA cannot be asked, which is a problem of the bundle. A
-/// ConfigMap with a decision that cannot be analysed is warned.
+/// ConfigMap with a decision that cannot be analysed, or without a rule that an entrypoint uses, is warned.
 fn read_by(
     found: &Result<Option<Found>, check::Error>,
     outcome: &mut Outcome,
@@ -366,6 +366,15 @@ fn read_by(
                 );
                 outcome.warnings.entry(key.clone()).or_default().push(Fault::new("fields_unknown", message));
             }
+        }
+    }
+    for (key, texts) in &outcome.accepted {
+        for id in texts.modules.keys().filter(|id| found.unused.contains(*id)) {
+            let message = format!(
+                "no entrypoint uses {id}, so fields that only its rules read are left out; annotate the rules that are \
+                 asked for with \"entrypoint: true\""
+            );
+            outcome.warnings.entry(key.clone()).or_default().push(Fault::new("not_an_entrypoint", message));
         }
     }
     found.reads.clone()

@@ -4,6 +4,8 @@
 //! lies there; whoever takes a value whole (compares, returns, prints it, hands it to a builtin) reads all below it.
 //! Nothing is guessed: what the pass does not know reads everything that it is given.
 //!
+//! Texts are followed too: a step by a name that is one of a few constants reads the fields of these names only.
+//!
 //! OPA compares whole values in three more places. A set compares its members, so whatever enters a set is read whole.
 //! A complete rule and an object compare the values that they get twice: two objects of Kubernetes differ if and only
 //! if their identities do, other values are read whole.
@@ -29,6 +31,10 @@ const STORED_STEPS_MAX: usize = 1_000_000;
 const WORK_MAX: usize = 4_000_000;
 /// Containers in containers whose elements are followed.
 const NESTING_MAX: usize = 8;
+/// Maximum number of texts that one value may be. Lists of field names are shorter, lists of images are no names.
+const TEXTS_MAX: usize = 64;
+/// Maximum number of elements of a list whose positions are followed. Paths are shorter.
+const LIST_MAX: usize = 256;
 /// Fields in which any two objects of Kubernetes differ, wherever they lie.
 const IDENTITY: [&[&str]; 4] =
     [&["apiVersion"], &["kind"], &["metadata", "name"], &["metadata", "namespace"]];
@@ -48,7 +54,7 @@ pub type Place = Vec<Step>;
 /// How much is read at a place.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Extent {
-    /// Whether there is something, and the value itself where it is no container.
+    /// Whether there is something, its kind, and the value itself where it is no container.
     Shallow,
     /// Enough to tell two objects of one resource apart.
     Identity,
@@ -155,18 +161,47 @@ impl Reads {
 struct Flow {
     /// Places that it may come from.
     places: BTreeSet<Place>,
-    /// Whether it may also be a value that does not lie below `data`.
+    /// Texts that it may be.
+    texts: BTreeSet<Arc<str>>,
+    /// Whether it may also be any other value that does not lie below `data`.
     mixed: bool,
     /// What its elements may be, when it was built of others.
     elements: Option<Box<Flow>>,
-    /// The texts that it is for certain one of; none: anything.
-    texts: Option<BTreeSet<Arc<str>>>,
+    /// Whether what was built may be an array or an object, not only a set.
+    keyed: bool,
 }
 
 impl Flow {
-    /// A value that does not lie below `data`.
+    /// A value of which nothing is known but that it does not lie below `data`.
     fn other() -> Self {
         Self { mixed: true, ..Self::default() }
+    }
+
+    /// A container of these elements.
+    fn built(elements: Self, keyed: bool) -> Self {
+        Self { elements: Some(Box::new(elements)), keyed, ..Self::default() }
+    }
+
+    /// Whether it can only be one of its texts.
+    fn is_text(&self) -> bool {
+        self.places.is_empty() && !self.mixed && self.elements.is_none()
+    }
+
+    /// The steps that it may be as a key.
+    fn steps(&self) -> Vec<Step> {
+        if self.is_text() { self.texts.iter().cloned().map(Step::Name).collect() } else { vec![Step::Any] }
+    }
+
+    /// The keys that a scan of it finds. Those of a set are its members, which were read whole when they came.
+    fn keys(&self) -> Self {
+        if self.mixed || self.keyed || !self.places.is_empty() {
+            return Self::other();
+        }
+        match &self.elements {
+            Some(members) if members.is_text() => Self { texts: members.texts.clone(), ..Self::default() },
+            Some(_) => Self::other(),
+            None => Self::default(),
+        }
     }
 
     /// Whether all places can be objects of one resource: they differ in their last step only.
@@ -177,37 +212,50 @@ impl Flow {
         len >= 3 && first[..len - 2].iter().all(is_name) && self.places.iter().all(is_alike)
     }
 
-    /// Places and containers.
+    /// Places, texts and containers.
     fn size(&self) -> usize {
-        1 + self.places.len() + self.elements.as_ref().map_or(0, |elements| elements.size())
+        1 + self.places.len()
+            + self.texts.len()
+            + self.elements.as_ref().map_or(0, |elements| elements.size())
     }
 
-    /// Steps of all its places.
-    fn steps(&self) -> usize {
-        let below = self.elements.as_ref().map_or(0, |elements| elements.steps());
-        self.places.iter().map(Vec::len).sum::<usize>() + below
+    /// Steps of all its places, and its texts.
+    fn stored(&self) -> usize {
+        let below = self.elements.as_ref().map_or(0, |elements| elements.stored());
+        self.places.iter().map(Vec::len).sum::<usize>() + self.texts.len() + below
     }
 
     fn is_empty(&self) -> bool {
         self.places.is_empty() && self.elements.as_ref().is_none_or(|elements| elements.is_empty())
     }
 
+    /// Differs after a [`join`](Self::join) that was news, but for news of the elements.
+    fn outline(&self) -> (usize, usize, bool, bool, bool) {
+        (self.places.len(), self.texts.len(), self.mixed, self.keyed, self.elements.is_some())
+    }
+
     /// Takes what `other` may be too. Says whether that was news. What lies too deep to be followed is `lost`, and must
     /// be taken to be read whole.
     fn join(&mut self, other: &Self, depth: usize, lost: &mut BTreeSet<Place>) -> bool {
-        let before = self.places.len();
+        let before = self.outline();
+        let mut news = false;
         self.places.extend(other.places.iter().cloned());
-        let mut news = self.places.len() > before || other.mixed && !self.mixed;
+        self.texts.extend(other.texts.iter().cloned());
         self.mixed |= other.mixed;
+        self.keyed |= other.keyed;
         if let Some(elements) = &other.elements {
             if depth < NESTING_MAX {
-                news |= self.elements.is_none();
-                news |= self.elements.get_or_insert_default().join(elements, depth + 1, lost);
+                news = self.elements.get_or_insert_default().join(elements, depth + 1, lost);
             } else {
                 elements.all_places(lost);
+                self.mixed = true;
             }
         }
-        news
+        if self.mixed || self.texts.len() > TEXTS_MAX {
+            self.mixed = true;
+            self.texts.clear();
+        }
+        news || self.outline() != before
     }
 
     fn all_places(&self, into: &mut BTreeSet<Place>) {
@@ -226,6 +274,8 @@ pub fn reads(plan: &Plan) -> Result<Reads, TooComplex> {
         flows: HashMap::new(),
         begun: HashMap::new(),
         lists: HashMap::new(),
+        changed: Vec::new(),
+        depth: 0,
         returns: HashMap::new(),
         returned: BTreeMap::new(),
         reads: Reads::default(),
@@ -240,6 +290,7 @@ pub fn reads(plan: &Plan) -> Result<Reads, TooComplex> {
         pass.news = false;
         for (at, blocks) in plan.entries().enumerate() {
             let scope = format!("entrypoint {at}");
+            pass.set((scope.clone(), 0, 0), &Flow::other());
             pass.set((scope.clone(), 1, 0), &data());
             pass.body(&scope, blocks);
         }
@@ -265,14 +316,27 @@ fn data() -> Flow {
 /// numbers for other things. Parameters begin before the first.
 type Local = (String, u32, usize);
 
+/// A list or set that statements of one block build.
+#[derive(Clone)]
+struct List {
+    /// Depth of that block.
+    depth: usize,
+    /// The steps that each element may be as a key.
+    steps: Vec<Vec<Step>>,
+}
+
 struct Pass<'a> {
     plan: &'a Plan,
     functions: HashMap<&'a str, &'a Function>,
     flows: HashMap<Local, Flow>,
     /// In which block of the function under way a local last began anew.
     begun: HashMap<u32, usize>,
-    /// The lists and sets of nothing but texts that were built so far in the block under way.
-    lists: HashMap<u32, Vec<Arc<str>>>,
+    /// The lists and sets that were built so far in the blocks under way.
+    lists: HashMap<u32, List>,
+    /// Those of them that came, grew or went, block by block.
+    changed: Vec<u32>,
+    /// Blocks around the statement under way.
+    depth: usize,
     returns: HashMap<String, Flow>,
     /// The rule that first returned what may come from a place.
     returned: BTreeMap<Place, Site>,
@@ -331,44 +395,66 @@ impl Pass<'_> {
 
     fn blocks(&mut self, scope: &str, blocks: &[Block]) {
         for block in blocks {
-            let before = self.lists.clone();
+            let first = self.changed.len();
+            self.depth += 1;
             for stmt in &block.stmts {
-                self.work += 1 + before.len();
+                self.work += 1;
                 if self.is_over() {
                     return;
                 }
-                self.build(stmt);
+                self.build(scope, stmt);
                 self.stmt(scope, stmt);
             }
+            self.depth -= 1;
             // Whether the block runs to its end is not known: what it built or changed is not known behind it.
-            self.lists.retain(|local, list| before.get(local) == Some(list));
+            self.work += self.changed.len() - first;
+            for local in &self.changed[first..] {
+                self.lists.remove(local);
+            }
+            if self.depth == 0 {
+                self.changed.clear();
+            }
         }
     }
 
-    /// Follows the building of lists and sets of texts.
-    fn build(&mut self, stmt: &Stmt) {
-        for target in stmt.targets() {
-            self.lists.remove(&target);
-        }
-        let (made, grown) = match stmt.kind.as_str() {
-            "MakeArrayStmt" | "MakeSetStmt" => (stmt.local("target"), None),
-            "ArrayAppendStmt" => (None, stmt.local("array")),
-            "SetAddStmt" => (None, stmt.local("set")),
-            _ => (None, None),
+    /// Follows the building of lists and sets.
+    fn build(&mut self, scope: &str, stmt: &Stmt) {
+        let plan = self.plan;
+        let depth = self.depth;
+        let made = match stmt.kind.as_str() {
+            "MakeArrayStmt" | "MakeSetStmt" => Some(Vec::new()),
+            "AssignVarStmt" => self.list(plan.operand(stmt, "source")),
+            _ => None,
         };
-        self.lists.extend(made.map(|local| (local, Vec::new())));
-        if let Some((local, mut list)) = grown.and_then(|local| self.lists.remove_entry(&local))
-            && let Some(Operand::Text(text)) = self.plan.operand(stmt, "value")
-        {
-            list.push(text.into());
-            self.lists.insert(local, list);
+        for target in stmt.targets() {
+            if self.lists.remove(&target).is_some() {
+                self.changed.push(target);
+            }
+        }
+        if let (Some(steps), Some(target)) = (made, stmt.local("target")) {
+            self.work += steps.len();
+            self.changed.push(target);
+            self.lists.insert(target, List { depth, steps });
+        }
+        let grown = match stmt.kind.as_str() {
+            "ArrayAppendStmt" => stmt.local("array"),
+            "SetAddStmt" => stmt.local("set"),
+            _ => None,
+        };
+        if let Some((local, mut list)) = grown.and_then(|local| self.lists.remove_entry(&local)) {
+            self.changed.push(local);
+            // One that an inner block adds to may grow any number of times.
+            if list.depth == depth && list.steps.len() < LIST_MAX {
+                list.steps.push(self.flow(scope, plan.operand(stmt, "value")).steps());
+                self.lists.insert(local, list);
+            }
         }
     }
 
-    /// The texts of a list or set, if it is for certain one of these.
-    fn texts(&self, operand: Option<&Operand>) -> Option<Vec<Arc<str>>> {
+    /// The steps that each element of a list or set may be, if it is known which elements it has.
+    fn list(&self, operand: Option<Operand>) -> Option<Vec<Vec<Step>>> {
         match operand {
-            Some(Operand::Local(local)) => self.lists.get(local).cloned(),
+            Some(Operand::Local(local)) => self.lists.get(&local).map(|list| list.steps.clone()),
             _ => None,
         }
     }
@@ -376,20 +462,19 @@ impl Pass<'_> {
     fn stmt(&mut self, scope: &str, stmt: &Stmt) {
         let plan = self.plan;
         let site = plan.site(stmt);
-        let operand = |name: &str| plan.operand(stmt, name);
         let flow = |pass: &mut Self, name: &str| pass.flow(scope, plan.operand(stmt, name));
         match stmt.kind.as_str() {
             "NopStmt" | "BreakStmt" | "ResetLocalStmt" | "IsArrayStmt" | "IsObjectStmt" | "IsSetStmt"
             | "IsDefinedStmt" | "IsUndefinedStmt" => {}
-            "MakeNullStmt" | "MakeNumberIntStmt" | "MakeNumberRefStmt" | "AssignIntStmt"
-            | "MakeArrayStmt" | "MakeObjectStmt" | "MakeSetStmt" => {
+            "MakeNullStmt" | "MakeNumberIntStmt" | "MakeNumberRefStmt" | "AssignIntStmt" => {
                 self.assign(scope, stmt, "target", &Flow::other());
             }
+            "MakeArrayStmt" | "MakeObjectStmt" | "MakeSetStmt" => {
+                let empty = Flow::built(Flow::default(), stmt.kind != "MakeSetStmt");
+                self.assign(scope, stmt, "target", &empty);
+            }
             "AssignVarStmt" | "AssignVarOnceStmt" => {
-                let mut source = flow(self, "source");
-                if let Some(Operand::Text(text)) = operand("source") {
-                    source.texts = Some(BTreeSet::from([text.into()]));
-                }
+                let source = flow(self, "source");
                 self.assign(scope, stmt, "target", &source);
                 if stmt.kind == "AssignVarOnceStmt" && self.may_repeat(scope, stmt, "target") {
                     let all = flow(self, "target");
@@ -399,14 +484,13 @@ impl Pass<'_> {
             "DotStmt" => {
                 let (source, key) = (flow(self, "source"), flow(self, "key"));
                 self.whole(&key, site.as_ref());
-                let target = self.dot(&source, &self.steps(scope, operand("key")), site.as_ref());
+                let target = self.dot(&source, &key.steps(), site.as_ref());
                 self.assign(scope, stmt, "target", &target);
             }
             "ScanStmt" => {
                 let source = flow(self, "source");
                 let value = self.dot(&source, &[Step::Any], site.as_ref());
-                // Of a set this is the member, which was read whole when it came.
-                self.assign(scope, stmt, "key", &Flow::other());
+                self.assign(scope, stmt, "key", &source.keys());
                 self.assign(scope, stmt, "value", &value);
                 self.scans += 1;
                 self.blocks(scope, &stmt.blocks);
@@ -439,7 +523,8 @@ impl Pass<'_> {
                 let mut lost = BTreeSet::new();
                 merged.join(&flow(self, "b"), 0, &mut lost);
                 self.lose(lost);
-                (merged.texts, merged.mixed) = (None, true);
+                merged.texts.clear();
+                merged.mixed = true;
                 self.assign(scope, stmt, "target", &merged);
             }
             "BlockStmt" | "NotStmt" => self.blocks(scope, &stmt.blocks),
@@ -498,6 +583,10 @@ impl Pass<'_> {
         let operands = self.plan.operands(stmt, "args");
         let args: Vec<Flow> = operands.iter().map(|operand| self.flow(scope, Some(*operand))).collect();
         if let Some(function) = self.functions.get(name).copied() {
+            if function.params.len() != args.len() {
+                // A plan that is not as expected.
+                self.whole(&data(), site);
+            }
             for (param, arg) in function.params.iter().zip(&args) {
                 self.set((name.to_owned(), *param, 0), arg);
             }
@@ -509,19 +598,16 @@ impl Pass<'_> {
         let result = match (name, &args[..]) {
             ("object.get", [object, key, default]) => {
                 self.whole(key, site);
-                let steps = match operands.get(1) {
-                    Some(Operand::Text(text)) => Some(vec![(*text).into()]),
-                    list => self.texts(list),
-                };
-                if let Some(steps) = steps {
+                // A key that is an array is a path.
+                let one_name = || key.is_text().then(|| vec![key.steps()]);
+                if let Some(path) = self.list(operands.get(1).copied()).or_else(one_name) {
                     let mut result = object.clone();
-                    for step in steps {
-                        result = self.dot(&result, &[Step::Name(step)], site);
+                    for steps in path {
+                        result = self.dot(&result, &steps, site);
                     }
                     let mut lost = BTreeSet::new();
                     result.join(default, 0, &mut lost);
                     self.lose(lost);
-                    result.texts = None;
                     result
                 } else {
                     self.whole(object, site);
@@ -531,7 +617,7 @@ impl Pass<'_> {
             }
             ("json.filter" | "object.filter", [object, kept]) => {
                 self.whole(kept, site);
-                match self.texts(operands.get(1)) {
+                match self.list(operands.get(1).copied()).and_then(names) {
                     None => self.whole(object, site),
                     Some(paths) => {
                         for path in paths {
@@ -549,6 +635,12 @@ impl Pass<'_> {
                 }
                 Flow::other()
             }
+            // The kind of a value is read with every step to it.
+            (
+                "is_array" | "is_boolean" | "is_null" | "is_number" | "is_object" | "is_set" | "is_string"
+                | "type_name",
+                [_],
+            ) => Flow::other(),
             ("count" | "object.keys", [source]) => {
                 self.dot(source, &[Step::Any], site);
                 Flow::other()
@@ -567,18 +659,6 @@ impl Pass<'_> {
     fn lose(&mut self, lost: BTreeSet<Place>) {
         for place in lost {
             self.news |= self.reads.add(&place, Extent::Whole, None);
-        }
-    }
-
-    /// The steps that a key may be.
-    fn steps(&self, scope: &str, key: Option<Operand>) -> Vec<Step> {
-        match key {
-            Some(Operand::Text(text)) => vec![Step::Name(text.into())],
-            Some(Operand::Local(local)) => match self.flows.get(&self.local(scope, local)) {
-                Some(Flow { texts: Some(texts), .. }) => texts.iter().cloned().map(Step::Name).collect(),
-                _ => vec![Step::Any],
-            },
-            _ => vec![Step::Any],
         }
     }
 
@@ -624,7 +704,7 @@ impl Pass<'_> {
 
     /// Reads what it takes to tell whether two values are equal.
     fn compare(&mut self, flow: &Flow) {
-        if flow.mixed || flow.elements.is_some() || !flow.is_of_one_resource() {
+        if flow.mixed || !flow.texts.is_empty() || flow.elements.is_some() || !flow.is_of_one_resource() {
             return self.whole(flow, None);
         }
         for place in &flow.places {
@@ -645,13 +725,22 @@ impl Pass<'_> {
     }
 
     fn flow(&mut self, scope: &str, operand: Option<Operand>) -> Flow {
-        let local = match operand {
-            Some(Operand::Local(local)) => self.flows.get(&self.local(scope, local)).cloned(),
-            _ => None,
+        let flow = match operand {
+            Some(Operand::Local(local)) => match self.flows.get(&self.local(scope, local)) {
+                Some(flow) => flow.clone(),
+                // No call of the function was seen so far.
+                None if self.is_param(scope, local) => Flow::default(),
+                None => Flow::other(),
+            },
+            Some(Operand::Text(text)) => Flow { texts: BTreeSet::from([text.into()]), ..Flow::default() },
+            _ => Flow::other(),
         };
-        let flow = local.unwrap_or_else(Flow::other);
         self.work += flow.size();
         flow
+    }
+
+    fn is_param(&self, scope: &str, local: u32) -> bool {
+        self.functions.get(scope).is_some_and(|function| function.params.contains(&local))
     }
 
     fn assign(&mut self, scope: &str, stmt: &Stmt, name: &str, flow: &Flow) {
@@ -670,21 +759,15 @@ impl Pass<'_> {
             Entry::Vacant(place) => {
                 place.insert(flow.clone());
                 self.news = true;
-                self.stored += flow.steps();
+                self.stored += flow.stored();
             }
             Entry::Occupied(mut held) => {
                 let held = held.get_mut();
                 if held.join(flow, 0, &mut lost) {
                     self.news = true;
-                    self.stored += flow.steps();
+                    self.stored += flow.stored();
                     self.is_over |= held.size() > FLOW_PLACES_MAX;
                 }
-                // It is one of these texts for certain only if it is so wherever it comes from.
-                let before = held.texts.take();
-                if let (Some(one), Some(other)) = (&before, &flow.texts) {
-                    held.texts = Some(one | other);
-                }
-                self.news |= held.texts != before;
             }
         }
         self.lose(lost);
@@ -697,7 +780,7 @@ impl Pass<'_> {
         elements.join(&value, 1, &mut lost);
         match stmt.local(container) {
             Some(local) => {
-                let built = Flow { elements: Some(Box::new(elements)), mixed: true, ..Flow::default() };
+                let built = Flow::built(elements, container != "set");
                 let local = self.local(scope, local);
                 self.set(local, &built);
             }
@@ -705,6 +788,15 @@ impl Pass<'_> {
         }
         self.lose(lost);
     }
+}
+
+/// The names that a list holds, if it holds nothing else.
+fn names(list: Vec<Vec<Step>>) -> Option<Vec<Arc<str>>> {
+    let name = |step| match step {
+        Step::Name(name) => Some(name),
+        Step::Any => None,
+    };
+    list.into_iter().flatten().map(name).collect()
 }
 
 /// The names in a path as `json.filter` takes it (OPA v1/topdown/json.go, `parsePath`): a JSON pointer that may lack

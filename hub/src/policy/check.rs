@@ -174,7 +174,8 @@ impl Compiler {
         }
     }
 
-    /// The plan of these decisions, packages or rules; `None` without a real OPA. Waits until no other plan is in memory.
+    /// The plan of these decisions, packages or rules, and of those that annotations make entrypoints; `None` without a
+    /// real OPA. Waits until no other plan is in memory.
     pub async fn plan(
         &self,
         modules: &Modules<'_>,
@@ -233,6 +234,8 @@ pub type Modules<'a> = BTreeMap<&'a String, &'a Arc<Module>>;
 pub struct Planned {
     /// The plan.
     pub plan: Plan,
+    /// Whether annotations name entrypoints.
+    pub is_annotated: bool,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -506,9 +509,13 @@ impl Opa {
         }
         let rules =
             decisions.iter().enumerate().map(|(at, decision)| format!("p{at} := {}\n", query(&[decision])));
-        let entry: Vec<_> = std::iter::once(format!("package {package}\n")).chain(rules).collect();
+        // One rule there is always: no decision may be asked for but those that annotations name.
+        let head = format!("package {package}\n\nnone := true\n");
+        let entry: Vec<_> = std::iter::once(head).chain(rules).collect();
         std::fs::write(folder.dir.path().join("entry.rego"), entry.join("\n")).map_err(Error::Write)?;
-        let command = ["build", "--target=plan", "--entrypoint", &package, "--output=.plan.tar.gz"];
+        // OPA adds the entrypoints that annotations name, and without the second flag all rules that use one of them.
+        let command =
+            ["build", "--target=plan", "--prune-unused", "--entrypoint", &package, "--output=.plan.tar.gz"];
         let said = self.run(&folder, &command, &["."]).await?;
         if !said.status.success() {
             let text = folder.rename(&String::from_utf8_lossy(&said.stderr));
@@ -526,7 +533,8 @@ impl Opa {
                 let mut plan: Plan = serde_json::from_reader(std::io::BufReader::new(entry))
                     .map_err(|error| Error::Failed { status: "a plan".into(), output: error.to_string() })?;
                 plan.rename_files(|file| folder.id(file).map(str::to_owned));
-                return Ok(Planned { plan, _permit: permit });
+                let is_annotated = plan.entrypoints().any(|name| name != package);
+                return Ok(Planned { plan, is_annotated, _permit: permit });
             }
         }
         Err(Error::Failed { status: said.status.to_string(), output: "no plan".into() })

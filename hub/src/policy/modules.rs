@@ -52,6 +52,22 @@ impl Module {
         self.root.relative().replace('/', ".")
     }
 
+    /// The package as a reference below `data`, as OPA writes it: `.kubernetes["shop-1"]`.
+    pub fn reference(&self) -> String {
+        let is_word = |name: &str| {
+            name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+                && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+        };
+        let step = |name: &String| {
+            if is_word(name) {
+                format!(".{name}")
+            } else {
+                format!("[{}]", serde_json::Value::from(name.as_str()))
+            }
+        };
+        package(&self.text).unwrap_or_default().iter().map(step).collect()
+    }
+
     /// Row of the package's declaration, from 1.
     pub fn package_row(&self) -> u64 {
         let is_package = |line: &str| line.trim_start_matches('\u{feff}').trim_start().starts_with("package");
@@ -259,6 +275,19 @@ mod tests {
             assert_eq!(paths, expected, "{body}");
         }
         assert_eq!(Module::read("package m\nx := $\"{data}\"").unwrap().data_paths(), None);
+    }
+
+    #[test]
+    fn packages_are_written_as_references() {
+        for (package, expected) in [
+            ("a", ".a"),
+            ("a.b_1", ".a.b_1"),
+            ("a[\"b-c\"].d", ".a[\"b-c\"].d"),
+            ("a[\"1b\"]", ".a[\"1b\"]"),
+            ("a[`\"`]", ".a[\"\\\"\"]"),
+        ] {
+            assert_eq!(Module::read(&format!("package {package}")).unwrap().reference(), expected);
+        }
     }
 
     #[test]

@@ -36,6 +36,8 @@ struct Plans {
 
 #[derive(Deserialize)]
 struct Entry {
+    #[serde(default)]
+    name: String,
     blocks: Vec<Block>,
 }
 
@@ -124,6 +126,11 @@ impl Plan {
     /// The blocks of every entrypoint; their local 0 is `input`, local 1 `data`.
     pub fn entries(&self) -> impl Iterator<Item = &Vec<Block>> {
         self.plans.plans.iter().map(|entry| &entry.blocks)
+    }
+
+    /// The names of the entrypoints: `kubernetes/admission/deny`.
+    pub fn entrypoints(&self) -> impl Iterator<Item = &str> {
+        self.plans.plans.iter().map(|entry| entry.name.as_str())
     }
 
     /// Gives files other names; those for which there is none are nobody's.

@@ -3,15 +3,17 @@
 //! be analysed alone reads whole what it names.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 
 use opa_hub_proto::path::DirPath;
+use opa_hub_proto::revision::{Digest, modules_digest};
 use tokio::time::{Duration, Instant};
 
 use super::analyze::{self, Extent, Reads, Step};
 use super::check::{self, Compiler, Dependencies, Modules};
 use super::divide::{self, Divided, Divider};
 use super::modules::Module;
-use super::plan::Site;
+use super::plan::{Plan, Site};
 
 /// The data that policies read.
 #[derive(Clone, Debug, Default)]
@@ -24,6 +26,8 @@ pub struct Found {
     pub unnamed: BTreeSet<DirPath>,
     /// Decisions that the analysis had no time for. Another call goes on there.
     pub left: BTreeSet<DirPath>,
+    /// Modules of which no entrypoint uses a rule, where annotations name the entrypoints.
+    pub unused: BTreeSet<String>,
 }
 
 /// Names below a path of data that policies read.
@@ -39,10 +43,15 @@ pub struct Names {
     pub left: BTreeSet<DirPath>,
 }
 
+/// Word that stands in each annotation that makes a rule or a package an entrypoint.
+const ENTRYPOINT: &str = "entrypoint";
+
 /// Analyses the policies of one bundle, again and again.
 pub struct Analyst {
     plans: Divider<Reads>,
     dependencies: Divider<Dependencies>,
+    /// Digest of the modules that were last looked at for annotations, and the data that their entrypoints read.
+    annotated: Option<(Digest, Option<Found>)>,
     /// Time after which no run begins.
     until: Instant,
 }
@@ -50,7 +59,8 @@ pub struct Analyst {
 impl Analyst {
     /// An analyst with this time for all questions until it gets more.
     pub fn new(time: Duration) -> Self {
-        Self { plans: Divider::default(), dependencies: Divider::default(), until: Instant::now() + time }
+        let (plans, dependencies) = (Divider::default(), Divider::default());
+        Self { plans, dependencies, annotated: None, until: Instant::now() + time }
     }
 
     /// Gives it this time, from now, for all questions until it gets more.
@@ -63,8 +73,8 @@ impl Analyst {
         Instant::now() >= self.until
     }
 
-    /// The data that these modules read for `entrypoints`, or for all of their packages where there are none; `None`
-    /// without a real OPA.
+    /// The data that these modules read for `entrypoints` and for those that annotations name, or for all of their
+    /// packages where there are none; `None` without a real OPA.
     pub async fn reads(
         &mut self,
         compiler: &Compiler,
@@ -73,6 +83,11 @@ impl Analyst {
     ) -> Result<Option<Found>, check::Error> {
         if modules.is_empty() {
             return Ok(Some(Found::default()));
+        }
+        if entrypoints.is_empty()
+            && let Some(found) = self.annotated(compiler, modules).await?
+        {
+            return Ok(Some(found));
         }
         let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
         let decisions = packages.chain(entrypoints).collect();
@@ -95,6 +110,39 @@ impl Analyst {
         found.unnamed = unnamed;
         found.left.extend(named.left);
         Ok(Some(found))
+    }
+
+    /// The data that is read for the entrypoints that annotations name; `None` where they name none, or where these
+    /// cannot be analysed together: all packages are asked for then.
+    async fn annotated(
+        &mut self,
+        compiler: &Compiler,
+        modules: &Modules<'_>,
+    ) -> Result<Option<Found>, check::Error> {
+        if !modules.values().any(|module| module.text.contains(ENTRYPOINT)) {
+            return Ok(None);
+        }
+        let all = modules_digest(modules.iter().map(|(id, module)| (id.as_str(), module.digest)), None);
+        if let Some((digest, found)) = &self.annotated
+            && *digest == all
+        {
+            return Ok(found.clone());
+        }
+        if self.is_spent() {
+            return Ok(None);
+        }
+        let found = match compiler.plan(modules, &[]).await {
+            Ok(Some(planned)) if planned.is_annotated => {
+                let unused = unused(&planned.plan, modules);
+                analyze::reads(&planned.plan).ok().map(|reads| Found { reads, unused, ..Found::default() })
+            }
+            Ok(_) => None,
+            Err(error) if error.is_transient() => return Err(error),
+            // The next question tries again: a machine that was busy may have failed it.
+            Err(_) => return Ok(None),
+        };
+        self.annotated = Some((all, found.clone()));
+        Ok(found)
     }
 
     /// The names below `data.<root>` that these modules read, and where some packages' cannot be found also those that
@@ -126,6 +174,23 @@ impl Analyst {
         }
         Ok(Some(names))
     }
+}
+
+/// Modules of which the plan has no rule.
+fn unused(plan: &Plan, modules: &Modules<'_>) -> BTreeSet<String> {
+    let functions = plan.functions();
+    // A function is named by a number and its rule: `g0.data.shop.allow`.
+    let rules = functions.keys().filter_map(|name| Some(name.split_once(".data")?.1));
+    let rules: BTreeSet<&str> = rules.collect();
+    let has_rule = |package: &str| {
+        ['.', '['].into_iter().any(|next| {
+            let prefix = format!("{package}{next}");
+            let from: (Bound<&str>, Bound<&str>) = (Bound::Included(&prefix), Bound::Unbounded);
+            rules.range::<str, _>(from).next().is_some_and(|rule| rule.starts_with(&prefix))
+        })
+    };
+    let unused = modules.iter().filter(|(_, module)| !has_rule(&module.reference()));
+    unused.map(|(id, _)| (*id).clone()).collect()
 }
 
 /// What each of these decisions depends on; unknown of all of them where this OPA omits some.

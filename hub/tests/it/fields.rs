@@ -49,7 +49,7 @@ const FIELDS: [&str; 14] = [
     "nothing.at.all",
 ];
 /// Every construct that the analysis claims to follow, and every one that it must give up on. Each body is a rule's.
-const BODIES: [&str; 68] = [
+const BODIES: [&str; 136] = [
     "if $p.$f",
     "if not $p.$f",
     ":= $p.$f",
@@ -117,6 +117,77 @@ const BODIES: [&str; 68] = [
     ":= pod.$f if { h.running[pod]; pod.spec.hostNetwork }",
     "if h.known[input.labels]",
     ":= count(h.known)",
+    // Paths with dynamic and odd elements.
+    ":= object.get(pods, [input.ns, input.name, \"status\", \"podIP\"], \"none\")",
+    ":= object.get(pods, [input.ns, input.odd, \"spec\", \"nodeName\"], \"none\")",
+    ":= object.get($p, [\"metadata\", input.odd, \"app\"], \"none\")",
+    ":= object.get($p, [\"spec\", \"containers\", input.odd, \"image\"], input.value)",
+    ":= object.get($p, [\"status\", \"list\", 2], \"web\") == \"web\"",
+    ":= object.get($p, [\"status\", null, [\"list\"], 1.5, true], \"none\")",
+    ":= object.get($p, [$p.$f, \"app\"], \"none\")",
+    ":= object.get($p, [], \"none\")",
+    ":= object.get($p, [\"spec\", \"nodeName\", \"deeper\"], {\"no\": 1})",
+    ":= object.get($p, {\"metadata\"}, \"none\")",
+    ":= object.get($p, the_path, \"none\")",
+    ":= x if { list := [\"spec\", \"nodeName\"]; x := object.get($p, list, \"none\") }",
+    ":= x if { list := array.concat([\"spec\"], [\"nodeName\"]); x := object.get($p, list, \"none\") }",
+    ":= x if { list := [word | some word in input.words]; x := object.get($p, list, \"none\") }",
+    ":= object.get(object.get(pods, input.ns, {}), input.name, {}).$f",
+    ":= object.get(object.get(pods, input.odd, {}), input.odd, {}).$f",
+    ":= object.get(object.get(pods.a, \"p1\", {}), [\"metadata\", input.key], {})",
+    ":= object.get(object.get($p, \"metadata\", {}), input.odd, {\"app\": 1}).app",
+    ":= object.get($p.$f, \"app\", $p.metadata).labels",
+    "if object.get($p, [\"metadata\", input.key], $p.$f) == $p.$g",
+    // Names that range over constants.
+    ":= x if { some f in [\"nodeName\", \"hostNetwork\"]; x := $p.spec[f] }",
+    ":= x if { some f in {\"nodeName\", \"containers\"}; x := $p.spec[f] }",
+    ":= x if { some f in names; x := $p.spec[f] }",
+    ":= x if { name_set[f]; x := $p.spec[f] }",
+    ":= x if { f := names[_]; x := $p.spec[f] }",
+    ":= x if { x := $p.spec[names[input.index]] }",
+    ":= x if { some f in array.concat(names, [\"containers\"]); x := $p.spec[f] }",
+    ":= x if { some f in (name_set | {input.key}); x := $p.spec[f] }",
+    ":= x if { some f in odd_names; x := $p.spec[f] }",
+    ":= x if { odd_set[f]; x := $p.spec[f] }",
+    ":= x if { some f in [g | some g in names; g != input.value]; x := $p.spec[f] }",
+    ":= x if { some part, f in {\"spec\": \"nodeName\", \"status\": \"podIP\"}; x := $p[part][f] }",
+    ":= x if { some [part, f] in [[\"spec\", \"nodeName\"], [\"status\", \"podIP\"]]; x := $p[part][f] }",
+    ":= x if { some deep in [[[\"nodeName\"]]]; x := $p.spec[deep[_][_]] }",
+    ":= x if { some i, _ in [\"a\", \"b\"]; x := $p.spec.containers[i].image }",
+    ":= x if { some f in by_kind[input.key]; x := $p[f] }",
+    ":= x if { some f in deep_names[input.key]; x := $p.spec[f] }",
+    ":= of_field($p, \"nodeName\")",
+    ":= of_field($p.spec, of_field($p, \"nodeName\"))",
+    ":= of_field($p, input.key)",
+    ":= x if { some f in names; x := of_field($p.spec, f) }",
+    ":= x if { some f in object.get({\"a\": names}, input.value, [\"hostNetwork\"]); x := $p.spec[f] }",
+    ":= x if { x := chosen($p) with input.key as \"nodeName\" }",
+    ":= x if { x := whole_input(1) with input as names }",
+    ":= x if { f := object.get($p.metadata, \"name\", \"nodeName\"); x := $p.spec[f] }",
+    "if { some f in names; not $p.spec[f] }",
+    "if every f in names { $p.spec[f] != input.value }",
+    ":= json.filter($p, [sprintf(\"spec/%s\", [f]) | some f in names])",
+    // The kind of a value, not what is in it.
+    "if is_array($p.$f)",
+    "if is_string($p.$f)",
+    "if is_boolean($p.$f)",
+    "if is_number($p.$f)",
+    "if is_null($p.$f)",
+    "if not is_object($p.$f)",
+    ":= type_name($p.$f)",
+    ":= type_name($p)",
+    ":= [type_name($p.$f), count($p.$f)]",
+    ":= [type_name($p.$f), $p.$f.app]",
+    "if { is_object($p.metadata); $p.metadata.labels.app == \"web\" }",
+    "if { is_array($p.spec.containers); $p.spec.containers[_].image == \"i0\" }",
+    "if { c := $p.spec.containers; is_array(c); is_object(c[input.index]) }",
+    ":= {type_name(x) | some x in $p.$f}",
+    ":= type_name({x | some x in $p.spec.containers})",
+    ":= [type_name(x) | some x in {x | some x in $p.spec.containers}]",
+    "if is_set({x | some x in $p.$f})",
+    ":= type_name(object.get($p, [\"spec\", \"hostNetwork\"], null))",
+    ":= x if { some x in $p.$f; is_string(x) }",
+    ":= {k: type_name(v) | some k, v in $p}",
     // Names may be empty.
     ":= json.filter($p, [\"status//deep\", \"metadata/labels/\"])",
     ":= json.filter($p.$f, [\"\"])",
@@ -185,6 +256,28 @@ labels contains label if { some ns, name; label := pods[ns][name].metadata.label
 by_name[name] contains pod.status.podIP if { some ns; some name, pod in pods[ns] }
 
 nested[ns][name] := true if { some ns; some name, pod in pods[ns]; pod.spec.hostNetwork }
+
+names := ["nodeName", "hostNetwork"]
+
+name_set := {"nodeName", "hostNetwork"}
+
+odd_names := ["nodeName", 1, null, ["hostNetwork"], {"hostNetwork": 1}]
+
+odd_set := {"nodeName", 1, null, ["hostNetwork"], {"hostNetwork": 1}}
+
+the_path := ["spec", "nodeName"]
+
+by_kind := {"app": ["spec", "status"], "key": ["metadata"]}
+
+deep_names[kind] contains name if { some kind in ["app", "key"]; some name in names }
+
+of_field(value, name) := value[name] if is_object(value)
+
+of_field(value, name) := value.spec[name] if is_object(value.spec)
+
+chosen(pod) := pod.spec[input.key]
+
+whole_input(_) := [x | some f in input; x := pods.a.p0.spec[f]]
 
 nodes := [node.spec.zone | some node in data.kubernetes.nodes]
 "#;
@@ -274,9 +367,13 @@ fn pods(random: &mut fastrand::Rng) -> Value {
 
 fn input(random: &mut fastrand::Rng) -> Value {
     let pick = |random: &mut fastrand::Rng, from: &[&str]| json!(from[random.usize(..from.len())]);
+    let any = |random: &mut fastrand::Rng, from: &[Value]| from[random.usize(..from.len())].clone();
+    let odd = json!(["labels", "app", "p1", 0, 1.5, null, ["a", "p0", "metadata"], ["app"], [], {}]);
+    let words = json!([["spec", "nodeName"], ["metadata", "labels"], []]);
     json!({
         "ns": pick(random, &["a", "b", "c", "none"]), "name": pick(random, &["p0", "p1", "p2", "p3"]),
         "key": pick(random, &["app", "key", "containers", "labels", "status"]), "index": random.u8(..3),
+        "odd": any(random, odd.as_array().unwrap()), "words": any(random, words.as_array().unwrap()),
         "value": pick(random, &["web", "db", "i0", ""]), "path": pick(random, &["status", "spec/containers"]), "table": { "web": 1, "": 2 },
         "labels": { "app": pick(random, &["web", "db"]), "key": pick(random, &["web", "db"]) },
         "container": { "image": pick(random, &["i0", "i1"]), "args": [pick(random, &["web", "db"])] },
@@ -538,6 +635,104 @@ async fn fields_are_shown_without_a_server() {
         "spec.zone… 0 ns/m/p.rego:5:16".into(),
     ];
     assert_eq!(lines, expected, "{said}{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The fields of pods that these modules read for `asked`, one a line, and the modules that no entrypoint uses.
+async fn fields_of_pods(compiler: &Compiler, texts: &[&str], asked: &[DirPath]) -> (String, Vec<String>) {
+    let texts: Vec<_> =
+        (0..).zip(texts).map(|(at, text)| (format!("ns/m/{at}"), Module::read(text).unwrap())).collect();
+    let texts: Vec<_> = texts.into_iter().map(|(id, module)| (id, Arc::new(module))).collect();
+    let modules = texts.iter().map(|(id, module)| (id, module)).collect();
+    let found =
+        Analyst::new(Duration::from_secs(60)).reads(compiler, &modules, asked).await.unwrap().unwrap();
+    assert!(found.opaque.is_empty() && found.left.is_empty(), "{:?}", found.opaque);
+    let pods: DirPath = "/kubernetes/pods".parse().unwrap();
+    let kept = Kept::of_reads(&found.reads, [(pods.clone(), Some(false))]);
+    (kept.of(&pods).to_string(), found.unused.into_iter().collect())
+}
+
+/// What follows from each construct, so that none of them reads more than it did.
+#[tokio::test]
+async fn constructs_read_what_they_name() {
+    let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
+    let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
+    let library = "fields := [\"nodeName\", \"schedulerName\"]\n\nkinds := {\"Pod\": fields}\n\n\
+                   of(value, name) := value[name]\n\n\
+                   p := data.kubernetes.pods[input.ns][input.name] if input.asks_for_pods\n";
+    for (body, expected) in [
+        (
+            "object.get(data.kubernetes.pods, [input.ns, input.name, \"status\", \"podIP\"], \"\") == \"x\"",
+            "status.podIP\n",
+        ),
+        ("object.get(p, [\"metadata\", \"labels\", input.key], \"\") == \"x\"", "metadata.labels[*]\n"),
+        ("{ path := [\"status\", \"podIP\"]; object.get(p, path, \"\") == \"x\" }", "status.podIP\n"),
+        ("object.get(object.get(p, \"spec\", {}), \"nodeName\", \"\") == \"x\"", "spec.nodeName\n"),
+        // The key may be a path of any depth.
+        ("object.get(object.get(data.kubernetes.pods, input.ns, {}), input.name, {}).kind == \"x\"", "…\n"),
+        ("object.get(p.spec, input.key, \"\") == \"x\"", "spec…\n"),
+        (
+            "{ some f in [\"nodeName\", \"schedulerName\"]; p.spec[f] == \"x\" }",
+            "spec.nodeName\nspec.schedulerName\n",
+        ),
+        (
+            "{ some f in {\"nodeName\", \"schedulerName\"}; p.spec[f] == \"x\" }",
+            "spec.nodeName\nspec.schedulerName\n",
+        ),
+        ("{ some f in fields; p.spec[f] == \"x\" }", "spec.nodeName\nspec.schedulerName\n"),
+        ("{ some f in kinds[input.kind]; p.spec[f] == \"x\" }", "spec.nodeName\nspec.schedulerName\n"),
+        ("{ {\"nodeName\"}[f]; p.spec[f] == \"x\" }", "spec.nodeName\n"),
+        ("{ some f in fields; object.get(p.spec, f, \"\") == \"x\" }", "spec.nodeName\nspec.schedulerName\n"),
+        ("of(p.spec, \"nodeName\") == \"x\"", "spec.nodeName\n"),
+        ("{ some f in array.concat(fields, [\"a\"]); p.spec[f] == \"x\" }", "spec[*]\n"),
+        ("{ some f in [\"nodeName\", input.key]; p.spec[f] == \"x\" }", "spec[*]\n"),
+        ("is_object(p.spec)", "spec\n"),
+        ("type_name(p.spec.containers) == \"array\"", "spec.containers\n"),
+        ("{ is_object(p.spec); p.spec.nodeName == \"x\" }", "spec.nodeName\n"),
+    ] {
+        let text = format!("package t\n\n{library}\nallow if {body}\n");
+        let asked = ["/t/allow".parse().unwrap()];
+        let (fields, _) = fields_of_pods(&compiler, &[&text], &asked).await;
+        assert_eq!(fields, expected, "{body}");
+    }
+}
+
+/// Rules that annotations make entrypoints are asked for, beside those that flags or a document name.
+#[tokio::test]
+async fn annotations_name_entrypoints() {
+    let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
+    let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
+    let entrypoint = "# METADATA\n# entrypoint: true\n";
+    let pod = "pod := data.kubernetes.pods[input.ns][input.name]\n";
+    let of = |above_package: &str, above_rule: &str| {
+        format!(
+            "{above_package}package a\n\n{pod}\n{above_rule}allow if pod.spec.nodeName == \"x\"\n\nuser := [allow, pod]\n"
+        )
+    };
+    let (none, rule, package) = (of("", ""), of("", entrypoint), of(entrypoint, ""));
+    let document = of("", &entrypoint.replace("METADATA\n", "METADATA\n# scope: document\n"));
+    let only_a_word = of("# entrypoint: true\n", "");
+    let [none, rule, package, document, only_a_word] =
+        [&none, &rule, &package, &document, &only_a_word].map(String::as_str);
+    let other = "package b[\"c-d\"]\n\nlabels := data.kubernetes.pods[_][_].metadata.labels.app\n";
+    let uses = "package b\n\nimport data.a\n\nx := a.user\n";
+    let phase = "package c\n\nx := data.kubernetes.pods[_][_].status.phase\n";
+    let with_phase = "spec.nodeName\nstatus.phase…\n";
+    for (texts, asked, expected, unused) in [
+        (vec![none], None, "…\n", &[][..]),
+        (vec![only_a_word], None, "…\n", &[]),
+        (vec![rule], None, "spec.nodeName\n", &[]),
+        (vec![document], None, "spec.nodeName\n", &[]),
+        (vec![package], None, "…\n", &[]),
+        // One counts for all modules, and those that only use it are not asked for.
+        (vec![rule, other, uses], None, "spec.nodeName\n", &["ns/m/1", "ns/m/2"]),
+        (vec![rule, phase], Some("/c/x"), with_phase, &[]),
+        (vec![none, phase], Some("/c/x"), "status.phase…\n", &[]),
+    ] {
+        let asked: Vec<DirPath> = asked.iter().map(|path| path.parse().unwrap()).collect();
+        let found = fields_of_pods(&compiler, &texts, &asked).await;
+        let unused: Vec<_> = unused.iter().map(ToString::to_string).collect();
+        assert_eq!(found, (expected.to_owned(), unused), "{texts:?}");
+    }
 }
 
 /// Twelve levels of six names each are 6¹² places.
