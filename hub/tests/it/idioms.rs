@@ -27,7 +27,7 @@ const END: &str = "<!-- end of table -->";
 /// The environment variable that has the table written.
 const REWRITE: &str = "OPA_HUB_WRITE_TABLES";
 
-/// A policy, and what its comments say of it.
+/// A policy with its comments, parsed.
 struct Idiom {
     file: String,
     /// `# Idiom:`

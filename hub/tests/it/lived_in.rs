@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 /// Resources of the cluster, and whether their objects belong to no namespace.
 pub(crate) const RESOURCES: [(&str, bool); 4] =
     [("pods", false), ("services", false), ("nodes", true), ("namespaces", true)];
-/// Applications that pods are of, in their order.
+/// Number of applications that pods take in turn.
 const APPS: usize = 8;
-/// When everything was made.
+/// Creation time of what does not bring its own.
 const TIME: &str = "2026-11-20T08:00:00Z";
 
 /// The path of a resource below `data`.

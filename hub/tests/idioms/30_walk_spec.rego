@@ -1,6 +1,6 @@
-# Idiom: `walk` on the whole pod for every image
+# Idiom: `walk` on the whole spec, for every image
 # Reads: spec.containers[*].image spec.initContainers[*].image
-package idioms.walk_pod
+package idioms.walk_spec
 
 outside contains image if {
 	walk(data.kubernetes.pods[input.namespace][input.pod].spec, [path, image])
