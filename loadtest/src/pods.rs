@@ -55,7 +55,8 @@ impl Nth {
         format!("{}-{}-{:05}", self.app(), self.hash(), self.0)
     }
 
-    fn app(self) -> &'static str {
+    /// Its application, one of eight.
+    pub fn app(self) -> &'static str {
         APPS[self.0 % APPS.len()]
     }
 

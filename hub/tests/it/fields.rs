@@ -7,15 +7,15 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use opa_hub::bundle::fields::Fields;
 use opa_hub::bundle::kept::Kept;
 use opa_hub::policy::check::{Compiler, Dialect};
 use opa_hub::policy::modules::Module;
 use opa_hub::policy::reads::Analyst;
 use opa_hub_loadtest::lab::opa::Opa;
-use opa_hub_loadtest::pods::Nth;
 use opa_hub_proto::path::DirPath;
 use serde_json::{Value, json};
+
+use crate::lived_in::{cut, cut_all, lived_in};
 
 /// Rounds, each of other rules, fields, objects and inputs. `OPA_HUB_FIELD_ROUNDS` asks for more.
 const ROUNDS: u64 = 240;
@@ -397,12 +397,6 @@ fn decide(opa: &Path, dir: &Path, package: &str, data: &Value) -> Value {
     decisions
 }
 
-fn cut(fields: &Fields, object: &Value) -> Value {
-    let mut out = Vec::new();
-    fields.cut(&object.to_string(), &mut out).unwrap();
-    serde_json::from_slice(&out).unwrap()
-}
-
 /// An OPA with the policies of one round, and the pods as they are or cut down.
 struct Decider {
     opa: Opa,
@@ -534,7 +528,7 @@ async fn i7_policies_from_life_decide_the_same() {
         }
     }
     let random = &mut fastrand::Rng::with_seed(1);
-    let (pods, inputs) = lived_in(random);
+    let (kubernetes, inputs) = lived_in(random);
     let place: DirPath = "/kubernetes/pods".parse().unwrap();
     let others = || texts.iter().filter(|(id, _)| *id != HELD);
     let each = texts.iter().map(|(id, module)| BTreeMap::from([(id, module)]));
@@ -550,11 +544,8 @@ async fn i7_policies_from_life_decide_the_same() {
         for (at, module) in modules.values().enumerate() {
             std::fs::write(dir.path().join(format!("{at}.rego")), &module.text).unwrap();
         }
-        let whole = json!({ "kubernetes": { "pods": pods }, "inputs": inputs });
-        let mut less = whole.clone();
-        for pod in less["kubernetes"]["pods"].as_object_mut().unwrap().values_mut().flat_map(members) {
-            *pod = cut(kept.of(&place), pod);
-        }
+        let whole = json!({ "kubernetes": kubernetes, "inputs": inputs });
+        let less = json!({ "kubernetes": cut_all(&kubernetes, &kept), "inputs": inputs });
         let asked = asked.iter().map(|path| path.relative().replace('/', "."));
         let packages = modules.values().map(|module| module.package());
         let decisions: Vec<_> = if asked.len() > 0 { asked.collect() } else { packages.collect() };
@@ -565,36 +556,6 @@ async fn i7_policies_from_life_decide_the_same() {
             assert!(expected.iter().any(|one| *one != expected[0]), "{package} decides always the same");
         }
     }
-}
-
-fn members(value: &mut Value) -> impl Iterator<Item = &mut Value> {
-    value.as_object_mut().unwrap().values_mut()
-}
-
-/// Pods as they are served, some of them odd, and questions about them.
-fn lived_in(random: &mut fastrand::Rng) -> (Value, Vec<Value>) {
-    let (mut pods, mut inputs) = (json!({}), Vec::new());
-    for nth in (0..12).chain(300..304).map(Nth) {
-        let mut pod = nth.served();
-        match random.u8(..6) {
-            0 => pod["metadata"]["labels"] = json!({ "app": "Odd", "team": 1 }),
-            1 => pod["spec"]["containers"][0]["securityContext"] = json!({ "privileged": true }),
-            2 => pod["spec"]["initContainers"] = json!([{ "name": "init", "image": "other/init:latest" }]),
-            3 => pod["status"] = json!({ "phase": "Pending", "podIP": Nth(0).address() }),
-            4 => _ = pod["metadata"].as_object_mut().unwrap().remove("ownerReferences"),
-            _ => pod["spec"]["containers"][1]["resources"]["limits"] = json!({ "cpu": "2", "memory": "1Gi" }),
-        }
-        pods[nth.namespace()][nth.name()] = pod;
-        let of = |nth: Nth| json!({ "namespace": nth.namespace(), "name": nth.name() });
-        for role in ["read", "write", "reader"] {
-            let other = Nth(random.usize(..12));
-            inputs.push(json!({
-                "namespace": nth.namespace(), "pod": nth.name(), "source": other.address(), "role": role,
-                "from": of(nth), "to": of(other), "registry": if role == "read" { "other/" } else { "registry.example.com/" }, "destination": nth.address(),
-            }));
-        }
-    }
-    (pods, inputs)
 }
 
 /// `opa-hub fields`, as people run it.

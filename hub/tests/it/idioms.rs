@@ -1,0 +1,222 @@
+//! I7 for policies as people write them, `tests/idioms`: each decides on the fields that are sent as on whole objects.
+//! The table in docs/fields.md compares these fields with those that a person reads in the policy.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use opa_hub::bundle::fields::Fields;
+use opa_hub::bundle::kept::Kept;
+use opa_hub::policy::analyze::Extent;
+use opa_hub::policy::check::{Compiler, Dialect};
+use opa_hub::policy::modules::Module;
+use opa_hub::policy::reads::Analyst;
+use opa_hub_loadtest::lab::opa::Opa;
+use opa_hub_proto::path::DirPath;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::lived_in::{RESOURCES, cut_all, lived_in, objects, place};
+
+/// The page with the table, from the hub's folder.
+const PAGE: &str = "../docs/fields.md";
+const BEGIN: &str = "<!-- table: cargo test -p opa-hub --test it idioms -->\n";
+const END: &str = "<!-- end of table -->";
+/// The environment variable that has the table written.
+const REWRITE: &str = "OPA_HUB_WRITE_TABLES";
+
+/// A policy with its comments, parsed.
+struct Idiom {
+    file: String,
+    /// `# Idiom:`
+    phrase: String,
+    /// `# Asked:`, else its package.
+    asked: Vec<DirPath>,
+    /// `# Reads:`
+    read: Kept,
+    module: Arc<Module>,
+}
+
+impl Idiom {
+    fn parse(path: &Path) -> Self {
+        let text = std::fs::read_to_string(path).unwrap();
+        let comment = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
+        let module = Module::read(&text).unwrap();
+        let asked = comment("# Asked: ").unwrap_or(module.root.as_str());
+        Self {
+            file: path.file_name().unwrap().to_str().unwrap().to_owned(),
+            phrase: comment("# Idiom: ").unwrap().to_owned(),
+            asked: asked.split(' ').map(|path| path.parse().unwrap()).collect(),
+            read: parse_fields(comment("# Reads: ").unwrap()),
+            module: Arc::new(module),
+        }
+    }
+
+    /// The fields that the hub sends of each resource for this policy alone.
+    async fn sent(&self, compiler: &Compiler) -> Kept {
+        let is_annotated = self.module.text.contains("# entrypoint: true");
+        let entrypoints: &[DirPath] = if is_annotated { &[] } else { &self.asked[..] };
+        let id = format!("ns/m/{}", self.file);
+        let modules = BTreeMap::from([(&id, &self.module)]);
+        let mut analyst = Analyst::new(Duration::from_secs(60));
+        let found = analyst.reads(compiler, &modules, entrypoints).await.unwrap().unwrap();
+        assert!(found.opaque.is_empty(), "{id}: {:?}", found.opaque);
+        Kept::of_reads(&found.reads, RESOURCES.map(|(name, is_cluster)| (place(name), Some(is_cluster))))
+    }
+}
+
+/// Fields as they print, with spaces between them. Those of other resources than pods begin with `resource:`.
+fn parse_fields(text: &str) -> Kept {
+    let mut places: BTreeMap<DirPath, Fields> = BTreeMap::new();
+    for path in text.split(' ') {
+        let (resource, path) = path.split_once(':').unwrap_or(("pods", path));
+        let (path, extent) = match path.strip_suffix('…') {
+            Some(path) => (path, Extent::Whole),
+            None => (path, Extent::Shallow),
+        };
+        let fields = places.entry(place(resource)).or_default();
+        for (steps, _) in Fields::parse([path]).unwrap().paths() {
+            fields.insert(&steps, extent);
+        }
+    }
+    Kept::new(places, Fields::default())
+}
+
+fn print_fields(kept: &Kept) -> String {
+    let mut fields = Vec::new();
+    for (resource, _) in RESOURCES {
+        let prefix = if resource == "pods" { String::new() } else { format!("{resource}:") };
+        let printed = kept.of(&place(resource)).to_string();
+        fields.extend(printed.lines().map(|path| format!("`{prefix}{path}`")));
+    }
+    fields.join(" ")
+}
+
+/// An OPA with all idioms.
+struct Decider {
+    opa: Opa,
+    http: reqwest::Client,
+}
+
+impl Decider {
+    async fn send(&self, method: Method, path: &str, body: &Value) -> Value {
+        let request = self.http.request(method, format!("{}/v1/{path}", self.opa.url)).body(body.to_string());
+        let answer = request.send().await.unwrap();
+        let (status, text) = (answer.status(), answer.text().await.unwrap());
+        assert!(status.is_success(), "{path}: {text}");
+        // The answer to a write is empty.
+        serde_json::from_str(&text).unwrap_or_default()
+    }
+
+    /// The decisions of an idiom by input, each in a list that is empty where it is undefined.
+    async fn decide(&self, idiom: &Idiom) -> Vec<Value> {
+        let name = |path: &DirPath| path.relative().replace('/', ".");
+        let decision = |path: &DirPath| format!("[v | v := data.{} with input as i]", name(path));
+        let decisions: Vec<_> = idiom.asked.iter().map(decision).collect();
+        let query = format!("x := [d | some i in data.inputs; d := [{}]]", decisions.join(", "));
+        let mut answer = self.send(Method::POST, "query", &json!({ "query": query })).await;
+        serde_json::from_value(answer["result"][0]["x"].take()).unwrap()
+    }
+
+    /// Compares the decisions on the fields that a person reads and on those that are sent with the decisions on whole
+    /// objects. Returns the row of the table, and whether at most a tenth more is sent than a person reads.
+    async fn check(
+        &self,
+        compiler: &Compiler,
+        idiom: &Idiom,
+        whole: &Value,
+        expected: &[Value],
+    ) -> (String, bool) {
+        let Idiom { file, phrase, read, .. } = idiom;
+        assert!(expected.iter().any(|one| *one != expected[0]), "{file} decides always the same");
+        let sent = idiom.sent(compiler).await;
+        let is_used =
+            |name: &str| [read, &sent].iter().any(|kept| *kept.of(&place(name)) != Fields::default());
+        let mut bytes = [0; 2];
+        for (bytes, kept) in bytes.iter_mut().zip([read, &sent]) {
+            let mut less = cut_all(whole, kept);
+            self.send(Method::PUT, "data/kubernetes", &less).await;
+            assert_eq!(self.decide(idiom).await, expected, "{file} on {}", print_fields(kept));
+            *bytes = bytes_a_pod(&mut less, is_used);
+        }
+        let [of_read, of_sent] = bytes;
+        let ratio = of_sent as f64 / of_read as f64;
+        let fields = print_fields(&sent);
+        let row = format!(
+            "| [{phrase}](../hub/tests/idioms/{file}) | {of_read} | {of_sent} | {ratio:.1} | {fields} |\n"
+        );
+        (row, of_sent * 10 <= of_read * 11)
+    }
+}
+
+/// Bytes of all objects of these resources, a pod.
+fn bytes_a_pod(kubernetes: &mut Value, is_used: impl Fn(&str) -> bool) -> usize {
+    let (mut bytes, mut pods) = (0, 0);
+    for (resource, is_cluster_scoped) in RESOURCES {
+        let objects = objects(kubernetes, resource, is_cluster_scoped);
+        if resource == "pods" {
+            pods = objects.len();
+        }
+        if is_used(resource) {
+            bytes += objects.iter().map(|object| object.to_string().len()).sum::<usize>();
+        }
+    }
+    bytes / pods
+}
+
+#[tokio::test]
+async fn i7_idioms_decide_the_same() {
+    let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
+    let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = root.join("tests/idioms");
+    let mut files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect();
+    files.sort_unstable();
+    let idioms: Vec<_> = files.iter().map(|path| Idiom::parse(path)).collect();
+
+    let dir = tempfile::tempdir().unwrap();
+    let opa = Opa::start(&assets, dir.path(), None, &[folder.to_str().unwrap()]).await.unwrap();
+    let decider = Decider { opa, http: opa_hub_loadtest::lab::http().unwrap() };
+    let (mut whole, inputs) = lived_in(&mut fastrand::Rng::with_seed(1));
+    decider.send(Method::PUT, "data/inputs", &json!(inputs)).await;
+    decider.send(Method::PUT, "data/kubernetes", &whole).await;
+    let mut expected = Vec::new();
+    for idiom in &idioms {
+        let decisions = decider.decide(idiom).await;
+        assert_eq!(decisions.len(), inputs.len(), "{}", idiom.file);
+        expected.push(decisions);
+    }
+    let (mut rows, mut exact) = (String::new(), 0);
+    for (idiom, expected) in idioms.iter().zip(&expected) {
+        let (row, is_exact) = decider.check(&compiler, idiom, &whole, expected).await;
+        rows.push_str(&row);
+        exact += usize::from(is_exact);
+    }
+
+    let mut table = String::new();
+    let all = bytes_a_pod(&mut whole, |resource| resource == "pods");
+    writeln!(
+        table,
+        "A whole pod has {all} bytes. For {exact} of {} idioms the hub sends what a person reads, or up to a tenth more.\n",
+        idioms.len()
+    )
+    .unwrap();
+    table.push_str("| idiom | a person reads, bytes | sent, bytes | ratio | fields that are sent |\n");
+    table.push_str("|---|--:|--:|--:|---|\n");
+    table.push_str(&rows);
+    let page = std::fs::read_to_string(root.join(PAGE)).unwrap();
+    let (before, rest) = page.split_once(BEGIN).unwrap();
+    let (_, after) = rest.split_once(END).unwrap();
+    let written = format!("{before}{BEGIN}\n{table}\n{END}{after}");
+    if std::env::var_os(REWRITE).is_some() {
+        std::fs::write(root.join(PAGE), written).unwrap();
+    } else {
+        let command = format!("{REWRITE}=1 cargo test -p opa-hub --test it idioms");
+        assert!(
+            written == page,
+            "the table in docs/fields.md is out of date: {command} writes it anew\n{table}"
+        );
+    }
+}

@@ -1,0 +1,191 @@
+//! A small cluster as the hub sends it: its objects, some of them odd, and inputs about them.
+
+use opa_hub::bundle::fields::Fields;
+use opa_hub::bundle::kept::Kept;
+use opa_hub_loadtest::pods::Nth;
+use opa_hub_proto::path::DirPath;
+use serde_json::{Value, json};
+
+/// Resources of the cluster, and whether their objects belong to no namespace.
+pub(crate) const RESOURCES: [(&str, bool); 4] =
+    [("pods", false), ("services", false), ("nodes", true), ("namespaces", true)];
+/// Number of applications that pods take in turn.
+const APPS: usize = 8;
+/// Creation time of what does not bring its own.
+const TIME: &str = "2026-11-20T08:00:00Z";
+
+/// The path of a resource below `data`.
+pub(crate) fn place(resource: &str) -> DirPath {
+    format!("/kubernetes/{resource}").parse().unwrap()
+}
+
+/// Objects by resource, and inputs.
+pub(crate) fn lived_in(random: &mut fastrand::Rng) -> (Value, Vec<Value>) {
+    let (mut kubernetes, mut inputs) = (json!({}), Vec::new());
+    for nth in (0..12).chain(300..304).map(Nth) {
+        let mut pod = nth.served();
+        // The hub does not send them.
+        pod["metadata"].as_object_mut().unwrap().remove("managedFields");
+        match random.u8(..6) {
+            0 => pod["metadata"]["labels"] = json!({ "app": "Odd", "team": 1 }),
+            1 => pod["spec"]["containers"][0]["securityContext"] = json!({ "privileged": true }),
+            2 => pod["spec"]["initContainers"] = json!([{ "name": "init", "image": "other/init:latest" }]),
+            3 => pod["status"] = json!({ "phase": "Pending", "podIP": Nth(0).address() }),
+            4 => _ = pod["metadata"].as_object_mut().unwrap().remove("ownerReferences"),
+            _ => pod["spec"]["containers"][1]["resources"]["limits"] = json!({ "cpu": "2", "memory": "1Gi" }),
+        }
+        kubernetes["pods"][nth.namespace()][nth.name()] = pod;
+        for asked in 0..3 {
+            inputs.push(input(nth, Nth(random.usize(..12)), asked));
+        }
+    }
+    for (at, nth) in [Nth(0), Nth(300)].into_iter().enumerate() {
+        kubernetes["nodes"][nth.node()] = node(&nth.node(), at);
+        kubernetes["namespaces"][nth.namespace()] = namespace(&nth.namespace(), at);
+        for app in 0..APPS {
+            let name = Nth(app).app();
+            kubernetes["services"][nth.namespace()][name] = service(name, &nth.namespace(), at * APPS + app);
+        }
+    }
+    (kubernetes, inputs)
+}
+
+/// One of three inputs about a pod and another one.
+fn input(nth: Nth, other: Nth, asked: usize) -> Value {
+    let of = |nth: Nth| json!({ "namespace": nth.namespace(), "name": nth.name() });
+    let (namespace, app) = (other.namespace(), other.app());
+    let selectors = [
+        json!({ "app": app }),
+        json!({ "tier": "front" }),
+        json!({ "app": nth.app(), "team": nth.namespace() }),
+    ];
+    let pick = |of: [&'static str; 3]| of[asked];
+    let ports = [8080, 80, 15090];
+    json!({
+        "namespace": nth.namespace(), "pod": nth.name(), "source": other.address(), "destination": nth.address(),
+        "from": of(nth), "to": of(other), "node": nth.node(), "account": app, "index": asked,
+        "role": pick(["read", "write", "reader"]),
+        "registry": pick(["other/", "registry.example.com/", "registry.example.com/"]),
+        "key": pick(["app", "team", "tier"]), "field": pick(["nodeName", "schedulerName", "serviceAccountName"]),
+        "spiffe": format!("spiffe://cluster.local/ns/{namespace}/sa/{app}"),
+        "port": ports[asked], "cidr": pick(["10.64.0.0/29", "10.64.0.8/30", "10.64.1.0/24"]),
+        "now": pick(["2026-11-20T08:45:00Z", "2026-11-20T10:00:00Z", "2026-11-22T00:00:00Z"]),
+        "selector": selectors[asked],
+    })
+}
+
+fn metadata(name: &str, at: usize, labels: &Value) -> Value {
+    json!({
+        "name": name, "uid": format!("0d8a3c5e-6f1b-4c2a-9e7d-{at:012}"), "resourceVersion": (900 + at).to_string(),
+        "creationTimestamp": TIME, "labels": labels,
+    })
+}
+
+fn node(name: &str, at: usize) -> Value {
+    let pick = |of: [&'static str; 2]| of[at];
+    let labels = json!({
+        "kubernetes.io/arch": "amd64", "kubernetes.io/hostname": name, "kubernetes.io/os": "linux",
+        "node.kubernetes.io/instance-type": "m6i.2xlarge", "topology.kubernetes.io/region": "eu-1",
+        "topology.kubernetes.io/zone": pick(["eu-1a", "eu-1b"]),
+    });
+    let taints = [
+        json!([{ "key": "dedicated", "value": "shop", "effect": "NoSchedule" }]),
+        json!([{ "key": "node.kubernetes.io/unreachable", "effect": "NoExecute", "timeAdded": TIME }]),
+    ];
+    let size = json!({
+        "cpu": pick(["8", "1500m"]), "ephemeral-storage": "101430960Ki", "hugepages-2Mi": "0",
+        "memory": pick(["32Gi", "2Gi"]), "pods": "110",
+    });
+    let condition = |kind: &str, status: &str| {
+        json!({
+            "type": kind, "status": status, "reason": format!("Kubelet{kind}"), "lastHeartbeatTime": TIME,
+            "lastTransitionTime": TIME, "message": format!("kubelet reports {kind}"),
+        })
+    };
+    let image = |app: &str| {
+        let image = format!("registry.example.com/shop/{app}");
+        json!({ "names": [format!("{image}@sha256:{}", "0123456789abcdef".repeat(4)), format!("{image}:2.14.0")], "sizeBytes": 51_234_567 })
+    };
+    json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": metadata(name, at, &labels),
+        "spec": {
+            "podCIDR": format!("10.64.{at}.0/24"), "podCIDRs": [format!("10.64.{at}.0/24")],
+            "providerID": format!("cloud:///eu-1/{name}"), "taints": taints[at],
+        },
+        "status": {
+            "addresses": [{ "type": "InternalIP", "address": format!("192.168.0.{at}") }, { "type": "Hostname", "address": name }],
+            "allocatable": size, "capacity": size,
+            "conditions": [
+                condition("MemoryPressure", "False"), condition("DiskPressure", "False"),
+                condition("PIDPressure", "False"), condition("Ready", pick(["True", "Unknown"])),
+            ],
+            "daemonEndpoints": { "kubeletEndpoint": { "Port": 10250 } },
+            "images": (0..APPS).map(|app| image(Nth(app).app())).collect::<Value>(),
+            "nodeInfo": {
+                "architecture": "amd64", "containerRuntimeVersion": "containerd://2.1.4", "kernelVersion": "6.12.0",
+                "kubeletVersion": pick(["v1.34.1", "v1.33.4"]), "operatingSystem": "linux", "osImage": "Linux",
+            },
+        },
+    })
+}
+
+fn namespace(name: &str, at: usize) -> Value {
+    let pick = |of: [&'static str; 2]| of[at];
+    let labels = json!({
+        "kubernetes.io/metadata.name": name, "environment": pick(["production", "staging"]),
+        "pod-security.kubernetes.io/enforce": pick(["restricted", "baseline"]),
+    });
+    json!({
+        "apiVersion": "v1", "kind": "Namespace", "metadata": metadata(name, at, &labels),
+        "spec": { "finalizers": ["kubernetes"] }, "status": { "phase": "Active" },
+    })
+}
+
+fn service(app: &str, namespace: &str, at: usize) -> Value {
+    let mut metadata = metadata(app, at, &json!({ "app": app }));
+    metadata["namespace"] = json!(namespace);
+    let address = format!("10.96.1.{at}");
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": metadata, "status": { "loadBalancer": {} },
+        "spec": {
+            "type": "ClusterIP", "clusterIP": address, "clusterIPs": [address], "internalTrafficPolicy": "Cluster",
+            "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack", "sessionAffinity": "None", "selector": { "app": app },
+            "ports": [
+                { "name": "web", "port": 80, "targetPort": "http", "protocol": "TCP" },
+                { "name": "proxy", "port": 15090, "targetPort": 15090, "protocol": "TCP" },
+            ],
+        },
+    })
+}
+
+fn members(value: &mut Value) -> impl Iterator<Item = &mut Value> {
+    value.as_object_mut().unwrap().values_mut()
+}
+
+/// All objects of a resource.
+pub(crate) fn objects<'a>(
+    kubernetes: &'a mut Value,
+    resource: &str,
+    is_cluster_scoped: bool,
+) -> Vec<&'a mut Value> {
+    let names = members(&mut kubernetes[resource]);
+    if is_cluster_scoped { names.collect() } else { names.flat_map(members).collect() }
+}
+
+/// An object cut down to these fields.
+pub(crate) fn cut(fields: &Fields, object: &Value) -> Value {
+    let mut out = Vec::new();
+    fields.cut(&object.to_string(), &mut out).unwrap();
+    serde_json::from_slice(&out).unwrap()
+}
+
+/// Every object cut down to the fields that are kept of its resource.
+pub(crate) fn cut_all(kubernetes: &Value, kept: &Kept) -> Value {
+    let mut less = kubernetes.clone();
+    for (resource, is_cluster_scoped) in RESOURCES {
+        for object in objects(&mut less, resource, is_cluster_scoped) {
+            *object = cut(kept.of(&place(resource)), object);
+        }
+    }
+    less
+}
