@@ -5,6 +5,7 @@
 //! and all are verified before a file is believed. A thread of its own writes and syncs, at most once a second: a
 //! crash costs that time. What cannot be written is given up and told: no disk stops an OPA.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -403,11 +404,11 @@ impl Open {
             }
             Piece::Directory(dir, json) => {
                 self.missing.remove(dir.as_str());
-                self.replace(&dir, &json)
+                self.replace(dir.as_str(), &json)
             }
             Piece::Begin(dir) => {
                 self.missing.remove(dir.as_str());
-                self.clear(&dir)?;
+                self.clear(dir.as_str())?;
                 self.current = Some(dir);
                 Ok(())
             }
@@ -438,7 +439,7 @@ impl Open {
             dirs.remove(dir.as_str())?;
         }
         drop(dirs);
-        gone.drain(..).try_for_each(|dir| self.clear(&dir))?;
+        gone.drain(..).try_for_each(|dir| self.clear(dir.as_str()))?;
         let mut modules = self.write.open_table(MODULES)?;
         let all = head.modules.unwrap_or_default();
         modules.retain(|id, text| all.get(id) == Some(&Digest::of(text.as_bytes())))?;
@@ -461,18 +462,18 @@ impl Open {
         Ok(())
     }
 
-    fn clear(&self, dir: &DirPath) -> Result<(), Error> {
+    fn clear(&self, dir: &str) -> Result<(), Error> {
         let end = format!("{dir}\0");
-        self.write.open_table(ENTRIES)?.retain_in((dir.as_str(), "")..(end.as_str(), ""), |_, _| false)?;
+        self.write.open_table(ENTRIES)?.retain_in((dir, "")..(end.as_str(), ""), |_, _| false)?;
         Ok(())
     }
 
-    fn replace(&self, dir: &DirPath, json: &[u8]) -> Result<(), Error> {
+    fn replace(&self, dir: &str, json: &[u8]) -> Result<(), Error> {
         self.clear(dir)?;
         let entries: BTreeMap<String, &RawValue> = serde_json::from_slice(json)?;
         let mut table = self.write.open_table(ENTRIES)?;
         for (key, value) in entries {
-            table.insert((dir.as_str(), key.as_str()), value.get().as_bytes())?;
+            table.insert((dir, key.as_str()), value.get().as_bytes())?;
         }
         Ok(())
     }
@@ -485,20 +486,27 @@ impl Open {
             value: Option<&'a RawValue>,
         }
         for Op { path, value } in serde_json::from_str::<Vec<Op>>(patch.get())? {
-            // A path of a directory is the whole of it; any other one is an entry's.
-            let dir: Option<DirPath> = path.parse().ok().filter(|dir| dirs.contains_key(dir));
-            match (dir, value) {
-                (Some(dir), Some(value)) => self.replace(&dir, value.get().as_bytes())?,
-                (Some(dir), None) => self.clear(&dir)?,
-                (None, value) => {
-                    let Some((dir, key)) = path.rsplit_once('/') else { continue };
-                    let key = unescape(key);
-                    let mut table = self.write.open_table(ENTRIES)?;
-                    match value {
-                        Some(value) => drop(table.insert((dir, key.as_ref()), value.get().as_bytes())?),
-                        None => drop(table.remove((dir, key.as_ref()))?),
-                    }
+            // An operation belongs to the innermost directory. Those that go are cleared below.
+            let ends = path.match_indices('/').map(|(at, _)| at).chain([path.len()]).rev();
+            let mut inner = ends.map(|end| path.split_at(end));
+            let Some((dir, below)) = inner.find(|(dir, _)| stays(dirs, dir)) else { continue };
+            let mut tokens = below.split('/').skip(1).map(unescape);
+            let Some(key) = tokens.next() else {
+                match value {
+                    Some(value) => self.replace(dir, value.get().as_bytes())?,
+                    None => self.clear(dir)?,
                 }
+                continue;
+            };
+            let mut table = self.write.open_table(ENTRIES)?;
+            let tokens: Vec<_> = tokens.collect();
+            let edited = match table.get((dir, key.as_ref()))? {
+                Some(held) if !tokens.is_empty() => Some(edited(held.value(), &tokens, value)?),
+                _ => None,
+            };
+            match edited.as_deref().or(value.map(RawValue::get)) {
+                Some(value) => drop(table.insert((dir, key.as_ref()), value.as_bytes())?),
+                None => drop(table.remove((dir, key.as_ref()))?),
             }
         }
         let mut table = self.write.open_table(DIRS)?;
@@ -507,11 +515,34 @@ impl Open {
                 table.insert(dir.as_str(), digest.to_string().as_str())?;
             } else {
                 table.remove(dir.as_str())?;
-                self.clear(dir)?;
+                self.clear(dir.as_str())?;
             }
         }
         Ok(())
     }
+}
+
+fn stays(dirs: &BTreeMap<DirPath, Option<Digest>>, dir: &str) -> bool {
+    dir.parse().is_ok_and(|dir: DirPath| dirs.get(&dir).is_some_and(Option::is_some))
+}
+
+/// The JSON object `object` with the member at the end of `path` set to `value`, or removed.
+fn edited(object: &[u8], path: &[Cow<'_, str>], value: Option<&RawValue>) -> serde_json::Result<String> {
+    let mut members: BTreeMap<Cow<'_, str>, &RawValue> = serde_json::from_slice(object)?;
+    let inner;
+    let (name, rest) = path.split_first().expect("a path of a member");
+    let value = match members.get(name) {
+        Some(member) if !rest.is_empty() => {
+            inner = RawValue::from_string(edited(member.get().as_bytes(), rest, value)?)?;
+            Some(&*inner)
+        }
+        _ => value,
+    };
+    match value {
+        Some(value) => drop(members.insert(name.clone(), value)),
+        None => drop(members.remove(name)),
+    }
+    serde_json::to_string(&members)
 }
 
 fn digests(
@@ -717,12 +748,15 @@ mod tests {
             { "op": "add", "path": "/pods/a/y~1z", "value": { "v": 1.50 } },
             { "op": "add", "path": "/pods/c", "value": { "k": 1 } },
             { "op": "add", "path": "/pods/b/small", "value": 3 },
+            { "op": "add", "path": "/pods/a/y~1z/m", "value": { "50%": 2.50, "n": {} } },
+            { "op": "add", "path": "/pods/a/y~1z/m/n/o", "value": [1] },
+            { "op": "remove", "path": "/pods/a/y~1z/m/50%25" },
         ]);
         delta(&mut state, &[("/pods/a", Some(2)), ("/pods/b", Some(2)), ("/pods/c", Some(1))], &ops).await;
         state.modules(BTreeMap::from([("m".into(), Some("2".into())), ("n".into(), None)])).await;
         state.commit(meta(2)).await;
         let mut expected = json!({
-            "m": "2", "/pods": { "ab": {} }, "/pods/a": { "x": 1, "y/z": { "v": 1.50 } },
+            "m": "2", "/pods": { "ab": {} }, "/pods/a": { "x": 1, "y/z": { "v": 1.50, "m": { "n": { "o": [1] } } } },
             "/pods/b": { "large": large, "small": 3 }, "/pods/c": { "k": 1 },
         });
         assert_eq!(read(&mut state).await, expected);

@@ -20,6 +20,8 @@ pub struct BundleLimits {
     pub log_commits_max: usize,
     /// Maximum number of keys in the log over all its commits: 64 Ki × about 150 bytes = 10 MB.
     pub log_keys_max: usize,
+    /// Maximum bytes of edits in the log over all its commits.
+    pub log_edit_bytes_max: usize,
     /// Maximum number of events in one commit.
     pub commit_events_max: usize,
     /// Maximum number of directories of one view: their digests travel in every archive's head (8 MiB).
@@ -31,6 +33,7 @@ impl Default for BundleLimits {
         Self {
             log_commits_max: 4096,
             log_keys_max: 1 << 16,
+            log_edit_bytes_max: 8 << 20,
             commit_events_max: COMMIT_EVENTS_MAX,
             directories_max: 20_000,
         }

@@ -283,8 +283,11 @@ impl Cluster {
         Ok(format!("{sum:.0}").parse()?)
     }
 
-    /// Counts the changes of pods from now on, by a watch of its own.
-    pub async fn count_pod_events(&self) -> anyhow::Result<PodEvents> {
+    /// Counts the changes of pods from now on, by a watch of its own, and shows each pod that was made or changed.
+    pub async fn count_pod_events(
+        &self,
+        show: impl Fn(&ObjectMeta) + Send + 'static,
+    ) -> anyhow::Result<PodEvents> {
         const PODS: &str = "/api/v1/pods";
         let request = http::Request::get(format!("{PODS}?limit=1")).body(Vec::new())?;
         let list: Value = self.client.request(request).await?;
@@ -300,6 +303,9 @@ impl Cluster {
                 let begins =
                     matches!(&event, WatchEvent::Modified(pod) if pod.metadata.deletion_timestamp.is_some());
                 counted.fetch_add(u64::from(!begins), Ordering::Relaxed);
+                if let WatchEvent::Added(pod) | WatchEvent::Modified(pod) = &event {
+                    show(&pod.metadata);
+                }
             }
         });
         Ok(PodEvents { count, task })

@@ -128,6 +128,12 @@ impl Schedule {
         self.due.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
 
+    /// When the change `number` was due.
+    pub(crate) fn at(&self, number: u64) -> Option<Instant> {
+        let at = usize::try_from(number.checked_sub(1)?).ok()?;
+        self.due.lock().unwrap_or_else(PoisonError::into_inner).get(at).copied()
+    }
+
     fn since(&self, from: u64, to: u64, now: Instant, delays: &Histogram) {
         let due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
         for (number, due) in (1..=to).zip(&*due).skip(usize::try_from(from).unwrap_or(usize::MAX)) {

@@ -39,6 +39,17 @@ impl PatchWriter {
         self.text.push(b'}');
     }
 
+    /// Adds or replaces (`Some`) a member of one entry of `dir`, or removes it. `below` leads from the entry to the member,
+    /// escaped, with a leading slash.
+    pub fn member(&mut self, dir: &DirPath, key: &str, below: &str, value: Option<&[u8]>) {
+        let op = if value.is_some() { "add" } else { "remove" };
+        self.begin(op, &format!("{dir}/{}{below}", escape(key)));
+        match value {
+            Some(value) => self.value(value),
+            None => self.text.push(b'}'),
+        }
+    }
+
     /// Replaces one entry of `dir`, which must exist.
     pub fn replace(&mut self, dir: &DirPath, key: &str, value: &[u8]) {
         self.op("replace", dir, Some(key));
@@ -94,15 +105,19 @@ impl PatchWriter {
     }
 
     fn op(&mut self, op: &str, dir: &DirPath, key: Option<&str>) {
+        match key {
+            None => self.begin(op, dir.as_str()),
+            Some(key) => self.begin(op, &format!("{dir}/{}", escape(key))),
+        }
+    }
+
+    fn begin(&mut self, op: &str, path: &str) {
         self.comma();
         self.ops += 1;
         self.text.extend_from_slice(b"{\"op\":\"");
         self.text.extend_from_slice(op.as_bytes());
         self.text.extend_from_slice(b"\",\"path\":");
-        match key {
-            None => push_json_string(&mut self.text, dir.as_str()),
-            Some(key) => push_json_string(&mut self.text, &format!("{dir}/{}", escape(key))),
-        }
+        push_json_string(&mut self.text, path);
     }
 
     fn value(&mut self, value: &[u8]) {

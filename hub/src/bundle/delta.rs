@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 use super::archive::{Archive, Segment, push_file};
 use super::edition::Part;
 use super::frame::enclosing;
-use super::log::Log;
+use super::log::{Log, SinceKey};
 use super::snapshot::roots;
 use super::view::View;
 
@@ -55,7 +55,7 @@ pub fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Ar
             }
             continue;
         };
-        for (key, was) in keys {
+        for (key, SinceKey { existed: was, .. }) in keys {
             let path = format!("{path}/{}", escape(key));
             match dir.get(key) {
                 None if *was => ops.push(Op { name: "remove", path, value: None }),

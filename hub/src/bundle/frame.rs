@@ -9,8 +9,12 @@ use opa_hub_proto::position::{Bounds, Position};
 use opa_hub_proto::revision::{Digest, Revision};
 use serde_json::value::RawValue;
 
+use super::edit;
 use super::log::{Log, Since};
 use super::view::{View, within};
+
+/// Maximum number of keys of a frame with edits: OPA takes many operations in more than proportional time.
+const EDITED_KEYS_MAX: usize = 64;
 
 /// The events that lead from `from` to `view`, which lies within `bounds`: data first, then the modules that may read
 /// it. None when the log no longer reaches back to `from`, when the events are larger than an agent may hold, or when
@@ -39,6 +43,7 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
     let mut patch = PatchWriter::default();
     let mut ensure = Vec::new();
     let mut digests = BTreeMap::new();
+    let is_edited = since.dirs.values().map(|(_, keys)| keys.len()).sum::<usize>() <= EDITED_KEYS_MAX;
     // What goes makes room first, inner directories before outer ones: what comes may lie above or below.
     for (path, _) in
         since.dirs.iter().rev().filter(|(path, (existed, _))| *existed && !view.dirs.contains_key(*path))
@@ -56,7 +61,7 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
             (true, None) => {}
             (existed, Some(dir)) => {
                 let differ = |key: &str, was: bool| was || dir.get(key).is_some();
-                let ops = keys.iter().filter(|(key, was)| differ(key, **was)).count();
+                let ops = keys.iter().filter(|(key, since)| differ(key, since.existed)).count();
                 if !existed && enclosing(view, path).is_none() {
                     ensure.push(path.clone());
                 }
@@ -69,11 +74,15 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
                     dir.write_json(&mut json);
                     patch.add_dir(path, &json);
                 } else {
-                    for (key, was) in keys {
-                        match dir.get(key) {
-                            Some(entry) => patch.add(path, key, &entry.value),
-                            None if *was => patch.remove(path, key),
-                            None => {}
+                    for (key, since) in keys {
+                        let edits = since.edits.as_deref().filter(|_| is_edited);
+                        match (dir.get(key), edits) {
+                            (Some(entry), Some(edits)) if edit::are_worth(edits, &entry.value) => {
+                                edit::write(&mut patch, path, key, edits);
+                            }
+                            (Some(entry), _) => patch.add(path, key, &entry.value),
+                            (None, _) if since.existed => patch.remove(path, key),
+                            (None, _) => {}
                         }
                     }
                 }

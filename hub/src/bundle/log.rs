@@ -1,4 +1,4 @@
-//! A bounded ring of what changed between two revisions: keys, never values.
+//! A bounded ring of what changed between two revisions: keys, and small edits of their values.
 //!
 //! A frame is computed from the head's values when somebody at an older revision asks, so a slow agent costs its
 //! position and nothing else. A broadcast queue for each agent would hold every value once more and would have to
@@ -10,7 +10,8 @@ use std::sync::Arc;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Revision};
 
-use super::view::Changed;
+use super::edit::Edit;
+use super::view::{Changed, ChangedKey};
 use crate::config::BundleLimits;
 
 /// See the module's text. Cloning copies pointers.
@@ -18,6 +19,7 @@ use crate::config::BundleLimits;
 pub struct Log {
     commits: VecDeque<Arc<Commit>>,
     keys: usize,
+    edit_bytes: usize,
     limits: BundleLimits,
 }
 
@@ -35,14 +37,22 @@ pub struct Commit {
 pub struct Since {
     /// Whether fields went that older modules read.
     pub narrows: bool,
-    /// Directories: whether each existed then, and the changed keys with whether each existed then.
-    pub dirs: BTreeMap<DirPath, (bool, BTreeMap<Arc<str>, bool>)>,
+    /// Directories: whether each existed then, and the changed keys.
+    pub dirs: BTreeMap<DirPath, (bool, BTreeMap<Arc<str>, SinceKey>)>,
+}
+
+/// A key that changed since an older content.
+pub struct SinceKey {
+    /// Whether it existed then.
+    pub existed: bool,
+    /// The edits that lead from the value then to the one now, the oldest first. `None` where one is missing.
+    pub edits: Option<Vec<Arc<Edit>>>,
 }
 
 impl Log {
     /// A log of nothing yet.
     pub fn new(limits: BundleLimits) -> Self {
-        Self { commits: VecDeque::new(), keys: 0, limits }
+        Self { commits: VecDeque::new(), keys: 0, edit_bytes: 0, limits }
     }
 
     /// A log with the same bounds that remembers nothing.
@@ -54,16 +64,21 @@ impl Log {
     /// Remembers that `changed` led from the revision `before` to the next, and whether it `narrows` what objects hold.
     pub fn push(&mut self, before: Revision, changed: Changed, narrows: bool) {
         self.keys += changed.len();
+        self.edit_bytes += changed.edit_bytes();
         self.commits.push_back(Arc::new(Commit { before, changed, narrows }));
-        while self.commits.len() > self.limits.log_commits_max || self.keys > self.limits.log_keys_max {
+        while self.commits.len() > self.limits.log_commits_max
+            || self.keys > self.limits.log_keys_max
+            || self.edit_bytes > self.limits.log_edit_bytes_max
+        {
             let Some(oldest) = self.commits.pop_front() else { break };
             self.keys -= oldest.changed.len();
+            self.edit_bytes -= oldest.changed.edit_bytes();
         }
     }
 
     /// Bytes of all commits.
     pub fn memory(&self) -> usize {
-        self.keys * size_of::<(Arc<str>, bool)>() + self.commits.len() * size_of::<Commit>()
+        self.keys * size_of::<ChangedKey>() + self.edit_bytes + self.commits.len() * size_of::<Commit>()
     }
 
     /// The commit that led from `before` to the head; `None` if that is not remembered.
@@ -77,10 +92,15 @@ impl Log {
         let narrows = self.commits.range(from..).any(|commit| commit.narrows);
         let mut since = Since { narrows, ..Since::default() };
         for dir in self.commits.range(from..).flat_map(|commit| &commit.changed.dirs) {
-            // The first word on a key says how it was then.
+            // The first commit of a key says how it was then.
             let (_, keys) = since.dirs.entry(dir.path.clone()).or_insert((dir.existed, BTreeMap::new()));
-            for (key, existed) in &dir.keys {
-                keys.entry(Arc::clone(key)).or_insert(*existed);
+            for ChangedKey { key, existed, edit } in &dir.keys {
+                let since = || SinceKey { existed: *existed, edits: Some(Vec::new()) };
+                let since = keys.entry(Arc::clone(key)).or_insert_with(since);
+                match (edit, &mut since.edits) {
+                    (Some(edit), Some(edits)) => edits.push(Arc::clone(edit)),
+                    _ => since.edits = None,
+                }
             }
         }
         Some(since)

@@ -16,6 +16,8 @@ pub mod forecast;
 
 pub mod view;
 
+pub mod edit;
+
 pub mod log;
 
 pub mod frame;

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Hasher, Revision, data_digest, modules_digest};
 
+use super::edit::Edit;
 use crate::policy::modules::Module;
 use crate::store::ALLOCATION_BYTES;
 
@@ -88,8 +89,19 @@ pub struct ChangedDirectory {
     pub path: DirPath,
     /// Whether it existed before.
     pub existed: bool,
-    /// The keys, with whether each existed before.
-    pub keys: Vec<(Arc<str>, bool)>,
+    /// The keys.
+    pub keys: Vec<ChangedKey>,
+}
+
+/// One key that changed.
+#[derive(Clone)]
+pub struct ChangedKey {
+    /// Which.
+    pub key: Arc<str>,
+    /// Whether it existed before.
+    pub existed: bool,
+    /// The edit that leads from the old value to the new one, where it is less than the new one.
+    pub edit: Option<Arc<Edit>>,
 }
 
 impl View {
@@ -107,9 +119,8 @@ impl View {
         let mut dirs = Arc::clone(&self.dirs);
         for (path, keys) in batch.dirs {
             let old = dirs.get(&path);
-            let existed = |key: &str| old.is_some_and(|dir| dir.get(key).is_some());
-            let unchanged = |key: &str, value: &Option<Bytes>| match (old.and_then(|dir| dir.get(key)), value)
-            {
+            let find = |key: &str| old.and_then(|dir| dir.get(key));
+            let unchanged = |key: &str, value: &Option<Bytes>| match (find(key), value) {
                 (None, None) => true,
                 (Some(entry), Some(value)) => entry.value == *value,
                 _ => false,
@@ -122,7 +133,10 @@ impl View {
             changed.dirs.push(ChangedDirectory {
                 path: path.clone(),
                 existed: old.is_some(),
-                keys: keys.keys().map(|key| (key.clone(), existed(key))).collect(),
+                keys: keys
+                    .iter()
+                    .map(|(key, value)| ChangedKey::of(key, find(key), value.as_ref()))
+                    .collect(),
             });
             let new = Directory::next(old.map(AsRef::as_ref), keys);
             let dirs = Arc::make_mut(&mut dirs);
@@ -350,10 +364,23 @@ impl Batch {
     }
 }
 
+impl ChangedKey {
+    fn of(key: &Arc<str>, old: Option<&Entry>, new: Option<&Bytes>) -> Self {
+        let edit = old.zip(new).and_then(|(old, new)| Edit::between(&old.value, new));
+        Self { key: Arc::clone(key), existed: old.is_some(), edit: edit.map(Arc::new) }
+    }
+}
+
 impl Changed {
     /// How many keys and modules.
     pub fn len(&self) -> usize {
         self.dirs.iter().map(|dir| dir.keys.len()).sum::<usize>() + self.modules.len()
+    }
+
+    /// Bytes of the edits.
+    pub fn edit_bytes(&self) -> usize {
+        let keys = self.dirs.iter().flat_map(|dir| &dir.keys);
+        keys.filter_map(|key| key.edit.as_ref()).map(|edit| edit.bytes()).sum()
     }
 
     /// Never true of a change between two views.

@@ -2,10 +2,12 @@
 //! decides by it.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use clap::Args;
 use opa_hub_loadtest::cluster::{Cluster, has_code};
 use opa_hub_loadtest::eventually::{PATIENCE, equal, eventually};
@@ -15,6 +17,7 @@ use tokio::sync::mpsc::unbounded_channel;
 use tokio::task::JoinSet;
 
 use super::{ASTRAY, Common, at_least, at_rate, cluster_of, command, megabytes, seconds, usage};
+use crate::histogram::Histogram;
 use crate::peer::{self, Peer, Scale};
 use crate::probe::{self, Probes};
 use crate::results::{Goal, Measured, Results};
@@ -29,7 +32,9 @@ static PHASE: AtomicU64 = AtomicU64::new(0);
 
 const EVENTS: &str = "events";
 const CPU: &str = "API server CPU a change";
+const HUB_CPU: &str = "hub CPU a change";
 const WATCHES: &str = "watches on the API server";
+const EVENT: &str = "change to event of a watch";
 const DECISION: &str = "change to decision";
 const MANY: &str = "opa-hub and many agents";
 const AUTO_AND_MANY: &str = "opa-hub, fields auto, and many agents";
@@ -90,6 +95,10 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most(AUTO_AND_MANY, CPU, 1.03).times("nobody"),
             Goal::at_most(MANY, CPU, 1.03).times("nobody"),
             Goal::at_most(MANY, WATCHES, 3.0),
+            Goal::at_most(AUTO_AND_MANY, HUB_CPU, 3.0),
+            Goal::at_most(MANY, HUB_CPU, 3.0),
+            Goal::at_most(AUTO_AND_MANY, &format!("{DECISION}, p99"), 60.0),
+            Goal::at_most(MANY, &format!("{DECISION}, p99"), 60.0),
             Goal::at_most("opa-hub", &format!("{DECISION}, p99"), 30.0),
             Goal::at_most("opa-hub, fields auto", &format!("{DECISION}, p99"), 30.0),
             Goal::at_most(MANY, ASTRAY, 0.0),
@@ -138,27 +147,37 @@ async fn once(
     tokio::time::sleep(SETTLE).await;
     let mut measured = Measured::new(peer.name());
     let urls: Vec<_> = running.opas.iter().map(|opa| opa.url.clone()).collect();
-    let hot = Nth(0);
-    let probes = Probes::start(&urls, hot)?;
+    let probes = Arc::new(Probes::start(&urls, Nth(0))?);
     let watching = watches(cluster).await?.saturating_sub(idle);
     let hub = running.hub.as_ref().map(usage).transpose()?;
     let received = running.received();
-    let events = cluster.count_pod_events().await?;
+    // The part of a delay that is the API server's.
+    let delays = Arc::new(Histogram::new());
+    let (due_of_events, of_events) = (due.clone(), Arc::clone(&delays));
+    let events = cluster.count_pod_events(move |pod| {
+        let is_hot = pod.name == Some(Nth(0).name());
+        let round = pod.labels.iter().flatten().find(|(key, _)| is_hot && *key == "round");
+        if let Some(at) = round.and_then(|(_, number)| due_of_events.at(number.parse().ok()?)) {
+            of_events.record(at.elapsed());
+        }
+    });
+    let events = events.await?;
     let server = plane.reported_usage().await?;
     let (mut probed, mut changing) = (0, JoinSet::new());
     // On a busy API server one change of that pod would pass another, and the last number would never be seen.
     let (hot, mut numbers) = unbounded_channel::<u64>();
-    let of_hot = cluster.clone();
+    let (of_hot, due_of_hot, asked) = (cluster.clone(), due.clone(), Arc::clone(&probes));
     changing.spawn(async move {
         while let Some(number) = numbers.recv().await {
             label(&of_hot, Nth(0), &number.to_string()).await?;
+            // No OPA has it before, and questions take time from the API server.
+            asked.expect(number, due_of_hot.at(number).context("a change is due")?);
         }
         Ok(())
     });
-    let last = at_rate(&due, rate as f64, Duration::from_secs(time as u64), async |number, at| {
+    let last = at_rate(&due, rate as f64, Duration::from_secs(time as u64), async |number, _| {
         if number % CYCLE == 0 {
             hot.send(number)?;
-            probes.expect(number, at);
             probed = number;
         } else {
             // None waits for the one before: what is late is late for everybody.
@@ -175,11 +194,12 @@ async fn once(
     // A change that is none costs nobody anything.
     eventually("the API server has told all changes", async || equal(&events.count(), &last)).await?;
     measured.add(EVENTS, "", events.count() as f64);
+    measured.add_delays(EVENT, &delays);
     if let Some(swarm) = &mut running.swarm {
         swarm.reach(last - last % CYCLE, 0).await?;
     }
     if let (Some(before), Some(hub)) = (hub, &running.hub) {
-        measured.add("hub CPU a change", "ms", seconds(before, usage(hub)?) / last as f64 * 1000.0);
+        measured.add(HUB_CPU, "ms", seconds(before, usage(hub)?) / last as f64 * 1000.0);
         measured.add("hub memory", "MB", megabytes(usage(hub)?.rss));
         measured.add("frames encoded", "", hub.metric("opa_hub_frame_encodes_total").await? as f64);
         measured.add("snapshots encoded", "", hub.metric("opa_hub_snapshot_encodes_total").await? as f64);

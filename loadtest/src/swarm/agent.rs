@@ -1,6 +1,8 @@
 //! One agent: a stream that is read at its pace, resumed, reconciled and failed over as a real agent does it.
 
+use std::cell::RefCell;
 use std::fmt::Write as _;
+use std::io::ErrorKind;
 use std::net::Ipv4Addr;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
@@ -31,6 +33,13 @@ const SILENCE: Duration = Duration::from_secs(15);
 const TRICKLE: (usize, Duration) = (64, Duration::from_millis(100));
 /// What stalled and trickling agents have room for.
 const LITTLE: u32 = 4096;
+/// Bytes of one read: of a frame with a pod of 10 KB all.
+const READ_MAX: usize = 64 * 1024;
+
+thread_local! {
+    /// One for all agents of a thread, so that each costs little.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_MAX]);
+}
 
 pub(super) struct Agent {
     shared: Arc<Shared>,
@@ -112,7 +121,6 @@ impl Agent {
         let mut decoder = Decoder::new(FRAME_BYTES_MAX);
         decoder.push(first);
         let mut judge = Judge::new(self.position.clone());
-        let mut bytes = [0; 4096];
         loop {
             while let Some(message) = decoder.next()? {
                 match message {
@@ -127,7 +135,7 @@ impl Agent {
                     }
                 }
             }
-            let mut most = bytes.len();
+            let mut most = READ_MAX;
             match self.pace {
                 Pace::Stalled => _ = self.shared.is_awake.subscribe().wait_for(|is_awake| *is_awake).await?,
                 Pace::Trickling if !*self.shared.is_awake.borrow() => {
@@ -136,10 +144,19 @@ impl Agent {
                 }
                 _ => {}
             }
-            let read = tokio::time::timeout(SILENCE, tcp.read(&mut bytes[..most])).await;
-            let Ok(Ok(length @ 1..)) = read else { return Ok(End::Broken) };
-            self.shared.counts.bytes.fetch_add(length as u64, Relaxed);
-            decoder.push(&bytes[..length]);
+            if !matches!(tokio::time::timeout(SILENCE, tcp.readable()).await, Ok(Ok(()))) {
+                return Ok(End::Broken);
+            }
+            let read = BUFFER.with_borrow_mut(|buffer| {
+                let length = tcp.try_read(&mut buffer[..most])?;
+                decoder.push(&buffer[..length]);
+                std::io::Result::Ok(length)
+            });
+            match read {
+                Ok(length @ 1..) => _ = self.shared.counts.bytes.fetch_add(length as u64, Relaxed),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                _ => return Ok(End::Broken),
+            }
         }
     }
 

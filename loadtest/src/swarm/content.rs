@@ -23,9 +23,11 @@ pub(super) fn digest(data: &DataHead) -> Digest {
     data_digest(data.dirs.iter().map(|(dir, digest)| (dir, *digest)), &data.ensure)
 }
 
-/// The newest change that `text` shows, of each so many: objects carry the number of theirs in a label.
+/// The newest change that `text` shows, of each so many: objects carry the number of theirs in a label, which an edit
+/// sets by its path.
 pub(super) fn number(text: &str, every: u64) -> Option<u64> {
-    let numbers = text.split("\"round\":\"").skip(1);
+    let numbers =
+        ["\"round\":\"", "/round\",\"value\":\""].into_iter().flat_map(|label| text.split(label).skip(1));
     let numbers = numbers.filter_map(|rest| rest.split('"').next()?.parse().ok());
     numbers.filter(|number: &u64| number.is_multiple_of(every)).max()
 }

@@ -194,7 +194,8 @@ impl Agent {
         };
         decoder.push(&bytes);
         while let Some(message) = decoder.next().unwrap() {
-            let Message::Event { id, .. } = &message else { continue };
+            let Message::Event { id, data, .. } = &message else { continue };
+            let has_edits = String::from_utf8_lossy(data).contains("/metadata/labels/");
             let is_end = |under_way: &mut UnderWay| under_way.ends.pop_front_if(|end| end == id).is_some();
             let is_whole = wire.lock().unwrap().as_mut().is_some_and(is_end);
             let policies = self.held.proven.of(POLICIES).unwrap_or(0);
@@ -206,6 +207,7 @@ impl Agent {
                         self.held.proven.heard(POLICIES.into(), policies);
                     }
                     world.seen.add("frames");
+                    world.seen.add_if(has_edits, "edits");
                     i10(&self.held);
                     if self.name == AUTO {
                         i10_auto(&self.held);

@@ -58,7 +58,7 @@ const AGENTS: [(&str, &str); 14] = [
 struct Seen(BTreeMap<&'static str, usize>);
 
 /// All that is to happen.
-const TRIED: [&str; 28] = [
+const TRIED: [&str; 29] = [
     "agents that go back",
     "answers to older policies",
     "bundles that are replaced",
@@ -68,6 +68,7 @@ const TRIED: [&str; 28] = [
     "closings",
     "cuts",
     "directories that are left out",
+    "edits",
     "frames",
     "kills",
     "lags",

@@ -296,9 +296,13 @@ fn data(rng: &mut Rng) -> Value {
     json!({ "data": texts })
 }
 
-/// One in eight is large.
+/// One in eight is large, and three have what makes an edit worth it.
 fn object(rng: &mut Rng) -> Value {
-    let padding = if rng.u8(..8) == 0 { rng.usize(..600) } else { 0 };
+    let padding = match rng.u8(..8) {
+        0 => rng.usize(..600),
+        1..=3 => 300,
+        _ => 0,
+    };
     json!({
         "kind": "x",
         "metadata": { "labels": { "app": rng.u8(..3), "tier": rng.u8(..3) } },
