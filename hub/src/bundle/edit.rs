@@ -4,9 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use opa_hub_proto::patch::PatchWriter;
-use opa_hub_proto::path::{DirPath, escape};
+use opa_hub_proto::path::escape;
 use serde_json::value::RawValue;
+
+use crate::store::ALLOCATION_BYTES;
 
 /// Minimum bytes of a value that is edited. A smaller one is replaced for about as many bytes.
 const VALUE_BYTES_MIN: usize = 256;
@@ -16,8 +17,8 @@ const EDIT_BYTES_MAX: usize = 1024;
 const EDIT_OPS_MAX: usize = 8;
 /// Maximum depth of a member. Each level reads its part of the value again.
 const DEPTH_MAX: usize = 8;
-/// Maximum number of operations that successive edits of one key make in a frame.
-const KEY_OPS_MAX: usize = 16;
+/// Maximum number of keys of a commit with edits: what changes so much is re-cut, or listed again.
+pub const EDITED_KEYS_MAX: usize = 64;
 
 /// The operations that turn one value into the next.
 pub struct Edit {
@@ -31,6 +32,8 @@ struct Op {
     path: Box<str>,
     /// JSON; `None` removes.
     value: Option<Box<str>>,
+    /// Whether the member was there before.
+    existed: bool,
 }
 
 impl Edit {
@@ -44,9 +47,9 @@ impl Edit {
         (edit.bytes * 2 <= new.len()).then_some(edit)
     }
 
-    /// Bytes of paths and values.
-    pub fn bytes(&self) -> usize {
-        self.bytes
+    /// Bytes in memory.
+    pub fn memory(&self) -> usize {
+        size_of::<Self>() + self.bytes + self.ops.len() * (size_of::<Op>() + 2 * ALLOCATION_BYTES)
     }
 
     fn compare(
@@ -76,34 +79,45 @@ impl Edit {
             });
             match inner {
                 Some((before, value)) => self.compare(&before, &value, at, depth - 1)?,
-                None => self.push(at, value)?,
+                None => self.push(at, value, before.is_some())?,
             }
             at.truncate(end);
         }
         Some(())
     }
 
-    fn push(&mut self, path: &str, value: Option<&RawValue>) -> Option<()> {
+    fn push(&mut self, path: &str, value: Option<&RawValue>, existed: bool) -> Option<()> {
         self.bytes += path.len() + value.map_or(0, |value| value.get().len());
         if self.bytes > EDIT_BYTES_MAX || self.ops.len() == EDIT_OPS_MAX {
             return None;
         }
-        self.ops.push(Op { path: path.into(), value: value.map(|value| value.get().into()) });
+        self.ops.push(Op { path: path.into(), value: value.map(|value| value.get().into()), existed });
         Some(())
     }
 }
 
-/// Whether these edits, one after the other, cost less than `value`, which they lead to.
-pub fn are_worth(edits: &[Arc<Edit>], value: &[u8]) -> bool {
-    edits.iter().map(|edit| edit.ops.len()).sum::<usize>() <= KEY_OPS_MAX
-        && edits.iter().map(|edit| edit.bytes).sum::<usize>() * 2 <= value.len()
-}
-
-/// Writes edits of one entry of `dir`, the oldest first.
-pub fn write(patch: &mut PatchWriter, dir: &DirPath, key: &str, edits: &[Arc<Edit>]) {
-    for Op { path, value } in edits.iter().flat_map(|edit| &edit.ops) {
-        patch.member(dir, key, path, value.as_deref().map(str::as_bytes));
+/// The operations that successive edits of one value amount to: one for each path, since OPA looks up the second
+/// operation on a path in the data from before the patch (v1/storage/inmem/txn.go). `None` where they are no less than
+/// `value`, which they lead to.
+pub fn merge<'a>(edits: &'a [Arc<Edit>], value: &[u8]) -> Option<Vec<(&'a str, Option<&'a str>)>> {
+    let mut merged: Vec<(&Op, bool)> = Vec::new();
+    for op in edits.iter().flat_map(|edit| &edit.ops) {
+        let mut existed = op.existed;
+        merged.retain(|(earlier, was)| match earlier.path.strip_prefix(&*op.path) {
+            Some("") => {
+                existed = *was;
+                false
+            }
+            below => !below.is_some_and(|below| below.starts_with('/')),
+        });
+        if op.value.is_some() || existed {
+            merged.push((op, existed));
+        }
     }
+    let ops = merged.into_iter().map(|(op, _)| (&*op.path, op.value.as_deref()));
+    let ops: Vec<_> = ops.collect();
+    let bytes: usize = ops.iter().map(|(path, value)| path.len() + value.map_or(0, str::len)).sum();
+    (bytes * 2 <= value.len()).then_some(ops)
 }
 
 /// The members of a JSON object; `None` of anything else.
@@ -116,68 +130,6 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-
-    fn object(random: &mut fastrand::Rng, depth: usize) -> Value {
-        let names = ["a", "b~c", "d/e", "f%", "0", "-", "é"];
-        let mut object = json!({});
-        for name in names {
-            object[name] = match random.u8(..8) {
-                0 => continue,
-                1 | 2 if depth > 0 => self::object(random, depth - 1),
-                3 => json!([random.u8(..3), { "x": random.u8(..3) }]),
-                4 => json!(null),
-                5 => json!({}),
-                _ => json!(random.u8(..3)),
-            };
-        }
-        object
-    }
-
-    fn apply(value: &mut Value, edits: &[Arc<Edit>]) {
-        let mut patch = PatchWriter::default();
-        write(&mut patch, &"/d".parse().unwrap(), "k", edits);
-        // OPA decodes percents, a JSON patch does not.
-        let text = String::from_utf8(patch.into_array()).unwrap().replace("%25", "%");
-        let mut data = json!({ "d": { "k": value } });
-        let patch: json_patch::Patch = serde_json::from_str(&text).unwrap();
-        json_patch::patch(&mut data, &patch).unwrap();
-        *value = data["d"]["k"].take();
-    }
-
-    #[test]
-    fn edits_lead_to_the_new_value_one_by_one_and_in_a_row() {
-        let random = &mut fastrand::Rng::with_seed(1);
-        let (mut edited, mut rows) = (0, 0);
-        for _ in 0..20_000 {
-            // What stays makes an edit worth it.
-            let mut first = object(random, 3);
-            first["rest"] = "x".repeat(2000).into();
-            let mut last = first.clone();
-            let mut edits = Vec::new();
-            for _ in 0..3 {
-                let mut next = last.clone();
-                let (name, other) = (["a", "d/e", "f%", "0"][random.usize(..4)], object(random, 2));
-                match random.u8(..3) {
-                    0 => next[name] = other,
-                    1 if next[name].is_object() => next[name]["b~c"] = other,
-                    _ => _ = next.as_object_mut().unwrap().remove(name),
-                }
-                let text = |value: &Value| value.to_string().into_bytes();
-                let Some(edit) = Edit::between(&text(&last), &text(&next)) else { break };
-                let mut value = last.clone();
-                let edit = Arc::new(edit);
-                apply(&mut value, &[Arc::clone(&edit)]);
-                assert!(value == next, "from {last}");
-                edited += usize::from(!edit.ops.is_empty());
-                last = next;
-                edits.push(edit);
-            }
-            rows += usize::from(edits.len() == 3);
-            apply(&mut first, &edits);
-            assert!(first == last, "to {last}");
-        }
-        assert!(edited > 10_000 && rows > 5_000, "{edited} edits, {rows} rows");
-    }
 
     #[test]
     fn values_are_replaced_where_an_edit_is_no_less() {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, FRAME_BYTES_MAX, POLICY_EVENT, Policy, write_event};
-use opa_hub_proto::patch::PatchWriter;
+use opa_hub_proto::patch::{PATCH_OPS_MAX, PatchWriter};
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::position::{Bounds, Position};
 use opa_hub_proto::revision::{Digest, Revision};
@@ -13,8 +13,8 @@ use super::edit;
 use super::log::{Log, Since};
 use super::view::{View, within};
 
-/// Maximum number of keys of a frame with edits: OPA takes many operations in more than proportional time.
-const EDITED_KEYS_MAX: usize = 64;
+/// Maximum number of keys and of operations that edit them in a frame, so that it stays one PATCH of an agent.
+const EDIT_OPS_MAX: usize = PATCH_OPS_MAX / 2;
 
 /// The events that lead from `from` to `view`, which lies within `bounds`: data first, then the modules that may read
 /// it. None when the log no longer reaches back to `from`, when the events are larger than an agent may hold, or when
@@ -43,7 +43,8 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
     let mut patch = PatchWriter::default();
     let mut ensure = Vec::new();
     let mut digests = BTreeMap::new();
-    let is_edited = since.dirs.values().map(|(_, keys)| keys.len()).sum::<usize>() <= EDITED_KEYS_MAX;
+    let keys: usize = since.dirs.values().map(|(_, keys)| keys.len()).sum();
+    let mut edit_ops = EDIT_OPS_MAX.saturating_sub(keys);
     // What goes makes room first, inner directories before outer ones: what comes may lie above or below.
     for (path, _) in
         since.dirs.iter().rev().filter(|(path, (existed, _))| *existed && !view.dirs.contains_key(*path))
@@ -60,8 +61,15 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
             (false, None) => continue,
             (true, None) => {}
             (existed, Some(dir)) => {
+                let edits = keys.iter().filter_map(|(key, since)| {
+                    let ops = edit::merge(since.edits.as_deref()?, &dir.get(key)?.value)?;
+                    edit_ops = edit_ops.checked_sub(ops.len())?;
+                    Some((key, ops))
+                });
+                let edits: BTreeMap<_, _> = edits.collect();
                 let differ = |key: &str, was: bool| was || dir.get(key).is_some();
-                let ops = keys.iter().filter(|(key, since)| differ(key, since.existed)).count();
+                let whole = keys.iter().filter(|(key, _)| !edits.contains_key(key));
+                let ops = whole.filter(|(key, since)| differ(key, since.existed)).count();
                 if !existed && enclosing(view, path).is_none() {
                     ensure.push(path.clone());
                 }
@@ -75,14 +83,13 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
                     patch.add_dir(path, &json);
                 } else {
                     for (key, since) in keys {
-                        let edits = since.edits.as_deref().filter(|_| is_edited);
-                        match (dir.get(key), edits) {
-                            (Some(entry), Some(edits)) if edit::are_worth(edits, &entry.value) => {
-                                edit::write(&mut patch, path, key, edits);
-                            }
-                            (Some(entry), _) => patch.add(path, key, &entry.value),
-                            (None, _) if since.existed => patch.remove(path, key),
-                            (None, _) => {}
+                        match (edits.get(key), dir.get(key)) {
+                            (Some(ops), _) => ops.iter().for_each(|(below, value)| {
+                                patch.member(path, key, below, value.map(str::as_bytes));
+                            }),
+                            (None, Some(entry)) => patch.add(path, key, &entry.value),
+                            (None, None) if since.existed => patch.remove(path, key),
+                            (None, None) => {}
                         }
                     }
                 }

@@ -30,6 +30,7 @@ pub struct Commit {
     pub changed: Changed,
     /// Whether it took fields that older modules read.
     pub narrows: bool,
+    edit_bytes: usize,
 }
 
 /// Everything that changed since an older content, with how it was then.
@@ -63,16 +64,23 @@ impl Log {
 
     /// Remembers that `changed` led from the revision `before` to the next, and whether it `narrows` what objects hold.
     pub fn push(&mut self, before: Revision, changed: Changed, narrows: bool) {
+        let edit_bytes = changed.edit_bytes();
         self.keys += changed.len();
-        self.edit_bytes += changed.edit_bytes();
-        self.commits.push_back(Arc::new(Commit { before, changed, narrows }));
-        while self.commits.len() > self.limits.log_commits_max
-            || self.keys > self.limits.log_keys_max
-            || self.edit_bytes > self.limits.log_edit_bytes_max
-        {
+        self.edit_bytes += edit_bytes;
+        self.commits.push_back(Arc::new(Commit { before, changed, narrows, edit_bytes }));
+        while self.commits.len() > self.limits.log_commits_max || self.keys > self.limits.log_keys_max {
             let Some(oldest) = self.commits.pop_front() else { break };
             self.keys -= oldest.changed.len();
-            self.edit_bytes -= oldest.changed.edit_bytes();
+            self.edit_bytes -= oldest.edit_bytes;
+        }
+        // The keys of the oldest commits stay: values are sent for them.
+        let mut edited = self.commits.iter_mut().filter(|commit| commit.edit_bytes > 0);
+        while self.edit_bytes > self.limits.log_edit_bytes_max {
+            let Some(oldest) = edited.next() else { break };
+            self.edit_bytes -= oldest.edit_bytes;
+            let Commit { before, changed, narrows, .. } = &**oldest;
+            let (before, narrows, changed) = (*before, *narrows, changed.without_edits());
+            *oldest = Arc::new(Commit { before, changed, narrows, edit_bytes: 0 });
         }
     }
 

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Hasher, Revision, data_digest, modules_digest};
 
-use super::edit::Edit;
+use super::edit::{EDITED_KEYS_MAX, Edit};
 use crate::policy::modules::Module;
 use crate::store::ALLOCATION_BYTES;
 
@@ -130,12 +130,13 @@ impl View {
             if keys.is_empty() {
                 continue;
             }
+            let is_edited = keys.len() <= EDITED_KEYS_MAX;
             changed.dirs.push(ChangedDirectory {
                 path: path.clone(),
                 existed: old.is_some(),
                 keys: keys
                     .iter()
-                    .map(|(key, value)| ChangedKey::of(key, find(key), value.as_ref()))
+                    .map(|(key, value)| ChangedKey::of(key, find(key), value.as_ref(), is_edited))
                     .collect(),
             });
             let new = Directory::next(old.map(AsRef::as_ref), keys);
@@ -365,8 +366,8 @@ impl Batch {
 }
 
 impl ChangedKey {
-    fn of(key: &Arc<str>, old: Option<&Entry>, new: Option<&Bytes>) -> Self {
-        let edit = old.zip(new).and_then(|(old, new)| Edit::between(&old.value, new));
+    fn of(key: &Arc<str>, old: Option<&Entry>, new: Option<&Bytes>, is_edited: bool) -> Self {
+        let edit = old.zip(new).filter(|_| is_edited).and_then(|(old, new)| Edit::between(&old.value, new));
         Self { key: Arc::clone(key), existed: old.is_some(), edit: edit.map(Arc::new) }
     }
 }
@@ -380,7 +381,15 @@ impl Changed {
     /// Bytes of the edits.
     pub fn edit_bytes(&self) -> usize {
         let keys = self.dirs.iter().flat_map(|dir| &dir.keys);
-        keys.filter_map(|key| key.edit.as_ref()).map(|edit| edit.bytes()).sum()
+        keys.filter_map(|key| key.edit.as_ref()).map(|edit| edit.memory()).sum()
+    }
+
+    /// The same change without edits.
+    #[must_use]
+    pub fn without_edits(&self) -> Self {
+        let mut dirs = self.dirs.clone();
+        dirs.iter_mut().flat_map(|dir| &mut dir.keys).for_each(|key| key.edit = None);
+        Self { dirs, modules: self.modules.clone() }
     }
 
     /// Never true of a change between two views.

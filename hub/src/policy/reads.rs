@@ -90,14 +90,18 @@ impl Analyst {
             return Ok(Some(found));
         }
         let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
-        let decisions = packages.chain(entrypoints).collect();
+        let decisions = packages.chain(entrypoints).chain(asked_by_opa(modules)).collect();
         let analyse = async |group: &[&DirPath]| analyse(compiler, modules, group).await;
         let Some(planned) = self.plans.divide(modules, &decisions, self.until, analyse).await? else {
             return Ok(None);
         };
         let mut found = Found { opaque: planned.failed, left: planned.left, ..Found::default() };
         planned.found.into_iter().for_each(|(_, reads)| found.reads.join(reads.clone()));
-        let unplanned = found.opaque.keys().chain(&found.left).collect();
+        let is_whole = found.opaque.is_empty() && found.left.is_empty();
+        // Annotated rules are in no decision but in each plan.
+        let annotated = modules.values().filter(|module| !is_whole && module.text.contains(ENTRYPOINT));
+        let unplanned = found.opaque.keys().chain(&found.left).chain(annotated.map(|module| &module.root));
+        let unplanned = unplanned.collect();
         let named = dependencies(&mut self.dependencies, compiler, modules, &unplanned, self.until).await?;
         let Some(named) = named else { return Ok(None) };
         for (decisions, dependencies) in named.found {
@@ -131,7 +135,7 @@ impl Analyst {
         if self.is_spent() {
             return Ok(None);
         }
-        let found = match compiler.plan(modules, &[]).await {
+        let found = match compiler.plan(modules, &asked_by_opa(modules).collect::<Vec<_>>()).await {
             Ok(Some(planned)) if planned.is_annotated => {
                 let unused = unused(&planned.plan, modules);
                 analyze::reads(&planned.plan).ok().map(|reads| Found { reads, unused, ..Found::default() })
@@ -174,6 +178,12 @@ impl Analyst {
         }
         Ok(Some(names))
     }
+}
+
+/// Packages below `system`: OPA asks for decisions such as `system.authz.allow` by itself (v1/runtime, v1/server).
+fn asked_by_opa<'a>(modules: &'a Modules<'_>) -> impl Iterator<Item = &'a DirPath> {
+    let roots = modules.values().map(|module| &module.root);
+    roots.filter(|root| root.relative().split('/').next() == Some("system"))
 }
 
 /// Modules of which the plan has no rule.

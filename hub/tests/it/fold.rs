@@ -1,6 +1,6 @@
 //! A reader of everything the hub serves, on plain JSON values: what an agent and its OPA would hold.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 
 use flate2::read::GzDecoder;
@@ -151,6 +151,9 @@ impl Held {
         let patch: json_patch::Patch = serde_json::from_str(&delta.patch.get().replace("%25", "%")).unwrap();
         assert_eq!(patch.0.len(), delta.ops);
         assert!(!patch.0.is_empty(), "an event that does nothing");
+        // OPA takes the second operation on a path for one on the data from before the patch.
+        let paths: BTreeSet<_> = patch.0.iter().map(|op| op.path().to_string()).collect();
+        assert_eq!(paths.len(), patch.0.len(), "two operations on a path: {}", delta.patch);
         json_patch::patch(&mut self.data, &patch).unwrap_or_else(|error| {
             panic!("{error}: {} onto {} with {:?}", delta.patch, self.data, self.dirs)
         });

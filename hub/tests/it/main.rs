@@ -4,6 +4,7 @@
 
 mod checks;
 mod connections;
+mod edits;
 mod faults;
 mod fields;
 mod fold;

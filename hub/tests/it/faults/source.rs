@@ -303,9 +303,14 @@ fn object(rng: &mut Rng) -> Value {
         1..=3 => 300,
         _ => 0,
     };
+    let mut labels = json!({ "app": rng.u8(..3), "tier": rng.u8(..3) });
+    if rng.bool() {
+        // Comes and goes.
+        labels["flag"] = Value::Null;
+    }
     json!({
         "kind": "x",
-        "metadata": { "labels": { "app": rng.u8(..3), "tier": rng.u8(..3) } },
+        "metadata": { "labels": labels },
         "padding": "x".repeat(padding),
         // Objects that never were there before, too.
         "round": rng.u16(..),
