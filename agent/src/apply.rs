@@ -2,6 +2,7 @@
 //! one by one. Decisions never see less than before or after: nothing is blanked first.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::Bound;
 
 use opa_hub_proto::frame::Delta;
 use opa_hub_proto::head::{DataHead, Head};
@@ -11,12 +12,13 @@ use opa_hub_proto::position::Position;
 use opa_hub_proto::revision::{Digest, Revision};
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::archive::{self, Piece};
-use crate::config::PATCH_BYTES_MAX;
+use crate::config::{FRAME_PATCH_BYTES_MAX, PATCH_BYTES_MAX, VERIFY_INTERVAL};
 use crate::marker::{MARKERS, Marker, WRITER};
 use crate::opa::{self, Opa};
-use crate::rounds::{self, Turned};
+use crate::rounds::{Rounds, Turned};
 
 /// Why OPA does not hold what the hub said.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +66,10 @@ pub struct Applier {
     /// The bundle whose marker is kept.
     pub bundle: String,
     /// Name of the session that may write to OPA.
-    pub writer: String,
+    writer: String,
+    rounds: Rounds,
+    /// Directory that was looked for last, and when.
+    verified: (Option<DirPath>, Instant),
 }
 
 /// What an archive left to be done.
@@ -92,6 +97,12 @@ impl Modules {
 }
 
 impl Applier {
+    /// An applier without a session.
+    pub fn new(opa: Opa, bundle: String) -> Self {
+        let verified = (None, Instant::now());
+        Self { opa, bundle, writer: String::new(), rounds: Rounds::default(), verified }
+    }
+
     /// Begins a session: from now on OPA refuses what earlier ones wrote and OPA has not yet applied. Returns what OPA
     /// says that it holds; `None` when it was never loaded.
     pub async fn claim(&mut self) -> Result<Option<Marker>, Error> {
@@ -100,10 +111,35 @@ impl Applier {
         let writer = serde_json::json!({ &self.writer: true }).to_string();
         patch.add(&Marker::path(&self.bundle), WRITER, writer.as_bytes());
         match self.opa.patch(patch.into_array()).await {
-            Ok(()) => Ok(self.opa.marker(&self.bundle).await?),
-            Err(opa::Error::Missing(_)) => Ok(None),
-            Err(error) => Err(error.into()),
+            Ok(()) => {}
+            Err(opa::Error::Missing(_)) => {
+                self.rounds.forget();
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
         }
+        // The marker names what OPA refuses to take back.
+        self.rounds.put_back(&self.opa).await?;
+        Ok(self.opa.marker(&self.bundle).await?)
+    }
+
+    /// Looks, once in [`VERIFY_INTERVAL`], whether the next directory of `marker` is in OPA.
+    pub async fn verify(&mut self, marker: &Marker) -> Result<(), Error> {
+        let (last, at) = &self.verified;
+        if at.elapsed() < VERIFY_INTERVAL {
+            return Ok(());
+        }
+        let next = last.as_ref().and_then(|last| {
+            marker.dirs.range::<DirPath, _>((Bound::Excluded(last), Bound::Unbounded)).next()
+        });
+        let dir = next.or_else(|| marker.dirs.first_key_value()).map(|(dir, _)| dir.clone());
+        if let Some(dir) = &dir
+            && !self.opa.ensure(dir).await?
+        {
+            return Err(opa::Error::Missing(format!("data{dir}")).into());
+        }
+        self.verified = (dir, Instant::now());
+        Ok(())
     }
 
     /// Sends a patch that OPA applies while this session may write to it. OPA has no operation that tests a value, so the
@@ -122,56 +158,54 @@ impl Applier {
         marker.write(patch, &self.bundle, &self.writer);
     }
 
-    /// Applies the event `delta`: one PATCH, the marker in it, unless there are more operations than OPA likes or
-    /// places to be made first.
+    /// Applies the event `delta`: one PATCH, the marker in it, unless it is more than OPA likes or there are places to be
+    /// made first. After an error `marker` says nothing.
     pub async fn delta(&self, marker: &mut Marker, delta: &Delta<'_>) -> Result<(), Error> {
-        let revision = marker.revision.unwrap_or_else(|| unreachable!("only a whole marker is followed"));
-        if delta.from != revision.data {
-            return Err(Error::NotHeld { from: delta.from, held: revision.data });
+        let held = marker.revision.unwrap_or_else(|| unreachable!("only a whole marker is followed"));
+        if delta.from != held.data {
+            return Err(Error::NotHeld { from: delta.from, held: held.data });
         }
-        let to = Revision { data: delta.to, ..revision };
-        let mut dirs = marker.dirs.clone();
-        for (dir, digest) in &delta.dirs {
-            match digest {
-                Some(digest) => _ = dirs.insert(dir.clone(), Some(*digest)),
-                None => _ = dirs.remove(dir),
-            }
-        }
+        let revision = Revision { data: delta.to, ..held };
         let position = delta.after(&marker.position);
-        let next = Marker { revision: Some(to), dirs, position, ..marker.clone() };
-        if next.data_digest() != delta.to {
-            return Err(Error::Diverged { to: delta.to, held: next.data_digest() });
-        }
+        let ops = delta.patch.get();
+        let is_small = delta.ops + delta.dirs.len() < PATCH_OPS_MAX && ops.len() <= FRAME_PATCH_BYTES_MAX;
+        let is_one = is_small && delta.ensure.is_empty();
         let mut patch = PatchWriter::default();
-        if delta.ensure.is_empty() && delta.ops + delta.dirs.len() < PATCH_OPS_MAX {
-            let ops = delta.patch.get();
+        if is_one {
             patch.splice(ops.trim_start_matches('[').trim_end_matches(']').as_bytes(), delta.ops);
-            marker.write_delta(&mut patch, &self.bundle, delta, &next);
-        } else {
+            marker.write_delta(&mut patch, &self.bundle, delta, revision, &position);
+        }
+        marker.take_dirs(delta);
+        if marker.data_digest() != delta.to {
+            return Err(Error::Diverged { to: delta.to, held: marker.data_digest() });
+        }
+        marker.position = position;
+        if !is_one {
             // Some of what is new may be there after a crash: it must not be taken back.
-            let mut half = Marker { revision: None, position: next.position.clone(), ..marker.clone() };
-            half.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
-            self.mark(&half).await?;
+            marker.revision = None;
+            marker.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
+            self.mark(marker).await?;
             for dir in &delta.ensure {
                 self.opa.ensure(dir).await?;
             }
-            for op in serde_json::from_str::<Vec<&RawValue>>(delta.patch.get())? {
+            for op in serde_json::from_str::<Vec<&RawValue>>(ops)? {
                 self.make_room(&mut patch, op.get().len()).await?;
                 patch.splice(op.get().as_bytes(), 1);
             }
             self.make_room(&mut patch, PATCH_BYTES_MAX).await?;
-            self.write(&next, &mut patch);
+            marker.take_dirs(delta);
+            marker.revision = Some(revision);
+            self.write(marker, &mut patch);
         }
-        self.patch(patch).await?;
-        *marker = next;
-        Ok(())
+        marker.revision = Some(revision);
+        self.patch(patch).await
     }
 
     /// Applies an archive, which is as of `position`, onto what `held` says that OPA holds, or onto an OPA that never
     /// heard of us. The marker that results names no revision, until its modules are there. `modules_first`: the
     /// archive's modules are put before its data, which may take a place that a package leaves.
     pub async fn archive(
-        &self,
+        &mut self,
         held: Option<&Marker>,
         modules_first: bool,
         position: Position,
@@ -283,7 +317,7 @@ impl Applier {
     /// Puts (`Some`) and removes (`None`) modules in an order that OPA takes. Says which it refuses, and why; `marker`
     /// says what OPA really holds. The modules that result are said to read `reads`.
     pub async fn modules(
-        &self,
+        &mut self,
         marker: &mut Marker,
         changes: &BTreeMap<String, Option<String>>,
         reads: Option<String>,
@@ -304,7 +338,7 @@ impl Applier {
         }
         self.patch(intent).await?;
 
-        let Turned { refused, absent } = rounds::turn(&self.opa, changes).await?;
+        let Turned { refused, absent } = self.rounds.turn(&self.opa, changes).await?;
         for (id, text) in changes.iter().filter(|(id, _)| !refused.contains_key(*id)) {
             match text {
                 Some(text) => _ = marker.modules.insert(id.clone(), Some(Digest::of(text.as_bytes()))),

@@ -64,6 +64,10 @@ impl Error {
     }
 }
 
+/// Beginning of the syntax tree in OPA's answer with a module, many times as large as the text before it. A text of JSON
+/// has no such quote without a backslash (OPA v1/server/types/types.go, `PolicyV1`).
+const SYNTAX_TREE: &[u8] = b",\"ast\":";
+
 /// The client.
 #[derive(Clone)]
 pub struct Opa {
@@ -142,13 +146,14 @@ impl Opa {
         self.send(Method::PATCH, "data", Some(patch.into()), |request| request).await.map(drop)
     }
 
-    /// Makes `dir` a map if nothing is there. Parents are made too.
-    pub async fn ensure(&self, dir: &DirPath) -> Result<(), Error> {
+    /// Makes `dir` a map if nothing is there. Parents are made too. Returns whether something was there: OPA finds out
+    /// without reading it, and without a decision (OPA v1/server/server.go, `v1DataPut`).
+    pub async fn ensure(&self, dir: &DirPath) -> Result<bool, Error> {
         let what = format!("data{dir}");
         let body = Bytes::from_static(b"{}");
-        self.send(Method::PUT, &what, Some(body), |request| request.header(IF_NONE_MATCH, "*"))
-            .await
-            .map(drop)
+        let answer =
+            self.send(Method::PUT, &what, Some(body), |request| request.header(IF_NONE_MATCH, "*")).await?;
+        Ok(answer.status() == StatusCode::NOT_MODIFIED)
     }
 
     /// The text of a module; none when there is no such module.
@@ -158,10 +163,13 @@ impl Opa {
             raw: String,
         }
         let what = format!("policies/{id}");
-        let answer = match self.send(Method::GET, &what, None, |request| request).await {
+        let mut answer = match self.send(Method::GET, &what, None, |request| request).await {
             Err(Error::Missing(_)) => return Ok(None),
-            other => body::read(other?, ANSWER_BYTES_MAX).await?,
+            other => body::read_until(other?, SYNTAX_TREE, ANSWER_BYTES_MAX).await?,
         };
+        if let Some(text) = answer.strip_suffix(SYNTAX_TREE) {
+            answer = [text, b"}}"].concat();
+        }
         let answer: Answer<Policy> =
             serde_json::from_slice(&answer).map_err(|source| Error::Answer { what, source })?;
         Ok(answer.result.map(|policy| policy.raw))

@@ -24,7 +24,7 @@ use redb::{
     Builder, Database, Durability, ReadTransaction, ReadableDatabase as _, ReadableTable as _,
     TableDefinition, TableError, WriteTransaction,
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use tokio::sync::{mpsc, oneshot};
 
@@ -482,8 +482,12 @@ impl Open {
         #[derive(Deserialize)]
         struct Op<'a> {
             path: String,
-            #[serde(borrow, default)]
+            #[serde(borrow, default, deserialize_with = "present")]
             value: Option<&'a RawValue>,
+        }
+        /// Keeps `null`, which is a value: only an operation without one removes.
+        fn present<'de, D: Deserializer<'de>>(value: D) -> Result<Option<&'de RawValue>, D::Error> {
+            <&RawValue>::deserialize(value).map(Some)
         }
         for Op { path, value } in serde_json::from_str::<Vec<Op>>(patch.get())? {
             // An operation belongs to the innermost directory. Those that go are cleared below.
