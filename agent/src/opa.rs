@@ -242,3 +242,33 @@ impl Opa {
         Err(Error::Refused { what, status, message })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::fake_opa::FakeOpa;
+
+    #[tokio::test]
+    async fn answers_are_read() {
+        let (fake, opa) = FakeOpa::start().await;
+        let dir: DirPath = "/a/b".parse().unwrap();
+        assert!(opa.keys(&dir).await.unwrap().is_empty());
+        assert!(!opa.ensure(&dir).await.unwrap() && opa.ensure(&dir).await.unwrap());
+        fake.with(|world| world.data["a"]["b"] = json!({ "x": null, "y": 1 }));
+        assert_eq!(opa.keys(&dir).await.unwrap(), ["x", "y"]);
+        assert_eq!(opa.module("n/c/m.rego").await.unwrap(), None);
+        // The text looks like what follows it in OPA's answer.
+        let text = "has \",\"ast\":{\n";
+        opa.put_module("n/c/m.rego", text.to_owned()).await.unwrap();
+        assert_eq!(opa.module("n/c/m.rego").await.unwrap().as_deref(), Some(text));
+        let error = opa.put_module("n/c/o.rego", "odd".to_owned()).await.unwrap_err();
+        assert!(error.is_verdict() && error.words().contains("undefined function odd"));
+        opa.delete_module("n/c/m.rego").await.unwrap();
+        opa.delete_module("n/c/m.rego").await.unwrap();
+        fake.with(|world| world.fails_after = Some(0));
+        assert!(!opa.delete_module("n/c/m.rego").await.unwrap_err().is_verdict());
+        assert!(matches!(opa.patch(b"[]".to_vec()).await, Err(Error::Refused { .. })));
+    }
+}
