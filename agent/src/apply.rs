@@ -2,6 +2,7 @@
 //! one by one. Decisions never see less than before or after: nothing is blanked first.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::Bound;
 
 use opa_hub_proto::frame::Delta;
 use opa_hub_proto::head::{DataHead, Head};
@@ -11,12 +12,13 @@ use opa_hub_proto::position::Position;
 use opa_hub_proto::revision::{Digest, Revision};
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::archive::{self, Piece};
-use crate::config::PATCH_BYTES_MAX;
+use crate::config::{FRAME_PATCH_BYTES_MAX, PATCH_BYTES_MAX, VERIFY_INTERVAL};
 use crate::marker::{MARKERS, Marker, WRITER};
 use crate::opa::{self, Opa};
-use crate::rounds::{self, Turned};
+use crate::rounds::{Rounds, Turned};
 
 /// Why OPA does not hold what the hub said.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +66,10 @@ pub struct Applier {
     /// The bundle whose marker is kept.
     pub bundle: String,
     /// Name of the session that may write to OPA.
-    pub writer: String,
+    writer: String,
+    rounds: Rounds,
+    /// Directory that was looked for last, and when.
+    verified: (Option<DirPath>, Instant),
 }
 
 /// What an archive left to be done.
@@ -92,6 +97,12 @@ impl Modules {
 }
 
 impl Applier {
+    /// An applier without a session.
+    pub fn new(opa: Opa, bundle: String) -> Self {
+        let verified = (None, Instant::now());
+        Self { opa, bundle, writer: String::new(), rounds: Rounds::default(), verified }
+    }
+
     /// Begins a session: from now on OPA refuses what earlier ones wrote and OPA has not yet applied. Returns what OPA
     /// says that it holds; `None` when it was never loaded.
     pub async fn claim(&mut self) -> Result<Option<Marker>, Error> {
@@ -100,10 +111,35 @@ impl Applier {
         let writer = serde_json::json!({ &self.writer: true }).to_string();
         patch.add(&Marker::path(&self.bundle), WRITER, writer.as_bytes());
         match self.opa.patch(patch.into_array()).await {
-            Ok(()) => Ok(self.opa.marker(&self.bundle).await?),
-            Err(opa::Error::Missing(_)) => Ok(None),
-            Err(error) => Err(error.into()),
+            Ok(()) => {}
+            Err(opa::Error::Missing(_)) => {
+                self.rounds.forget();
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
         }
+        // The marker names what OPA refuses to take back.
+        self.rounds.put_back(&self.opa).await?;
+        Ok(self.opa.marker(&self.bundle).await?)
+    }
+
+    /// Looks, once in [`VERIFY_INTERVAL`], whether the next directory of `marker` is in OPA.
+    pub async fn verify(&mut self, marker: &Marker) -> Result<(), Error> {
+        let (last, at) = &self.verified;
+        if at.elapsed() < VERIFY_INTERVAL {
+            return Ok(());
+        }
+        let next = last.as_ref().and_then(|last| {
+            marker.dirs.range::<DirPath, _>((Bound::Excluded(last), Bound::Unbounded)).next()
+        });
+        let dir = next.or_else(|| marker.dirs.first_key_value()).map(|(dir, _)| dir.clone());
+        if let Some(dir) = &dir
+            && !self.opa.ensure(dir).await?
+        {
+            return Err(opa::Error::Missing(format!("data{dir}")).into());
+        }
+        self.verified = (dir, Instant::now());
+        Ok(())
     }
 
     /// Sends a patch that OPA applies while this session may write to it. OPA has no operation that tests a value, so the
@@ -122,56 +158,54 @@ impl Applier {
         marker.write(patch, &self.bundle, &self.writer);
     }
 
-    /// Applies the event `delta`: one PATCH, the marker in it, unless there are more operations than OPA likes or
-    /// places to be made first.
+    /// Applies the event `delta`: one PATCH, the marker in it, unless it is more than OPA likes or there are places to be
+    /// made first. After an error `marker` says nothing.
     pub async fn delta(&self, marker: &mut Marker, delta: &Delta<'_>) -> Result<(), Error> {
-        let revision = marker.revision.unwrap_or_else(|| unreachable!("only a whole marker is followed"));
-        if delta.from != revision.data {
-            return Err(Error::NotHeld { from: delta.from, held: revision.data });
+        let held = marker.revision.unwrap_or_else(|| unreachable!("only a whole marker is followed"));
+        if delta.from != held.data {
+            return Err(Error::NotHeld { from: delta.from, held: held.data });
         }
-        let to = Revision { data: delta.to, ..revision };
-        let mut dirs = marker.dirs.clone();
-        for (dir, digest) in &delta.dirs {
-            match digest {
-                Some(digest) => _ = dirs.insert(dir.clone(), Some(*digest)),
-                None => _ = dirs.remove(dir),
-            }
-        }
+        let revision = Revision { data: delta.to, ..held };
         let position = delta.after(&marker.position);
-        let next = Marker { revision: Some(to), dirs, position, ..marker.clone() };
-        if next.data_digest() != delta.to {
-            return Err(Error::Diverged { to: delta.to, held: next.data_digest() });
-        }
+        let ops = delta.patch.get();
+        let is_small = delta.ops + delta.dirs.len() < PATCH_OPS_MAX && ops.len() <= FRAME_PATCH_BYTES_MAX;
+        let is_one = is_small && delta.ensure.is_empty();
         let mut patch = PatchWriter::default();
-        if delta.ensure.is_empty() && delta.ops + delta.dirs.len() < PATCH_OPS_MAX {
-            let ops = delta.patch.get();
+        if is_one {
             patch.splice(ops.trim_start_matches('[').trim_end_matches(']').as_bytes(), delta.ops);
-            marker.write_delta(&mut patch, &self.bundle, delta, &next);
-        } else {
+            marker.write_delta(&mut patch, &self.bundle, delta, revision, &position);
+        }
+        marker.take_dirs(delta);
+        if marker.data_digest() != delta.to {
+            return Err(Error::Diverged { to: delta.to, held: marker.data_digest() });
+        }
+        marker.position = position;
+        if !is_one {
             // Some of what is new may be there after a crash: it must not be taken back.
-            let mut half = Marker { revision: None, position: next.position.clone(), ..marker.clone() };
-            half.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
-            self.mark(&half).await?;
+            marker.revision = None;
+            marker.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
+            self.mark(marker).await?;
             for dir in &delta.ensure {
                 self.opa.ensure(dir).await?;
             }
-            for op in serde_json::from_str::<Vec<&RawValue>>(delta.patch.get())? {
+            for op in serde_json::from_str::<Vec<&RawValue>>(ops)? {
                 self.make_room(&mut patch, op.get().len()).await?;
                 patch.splice(op.get().as_bytes(), 1);
             }
             self.make_room(&mut patch, PATCH_BYTES_MAX).await?;
-            self.write(&next, &mut patch);
+            marker.take_dirs(delta);
+            marker.revision = Some(revision);
+            self.write(marker, &mut patch);
         }
-        self.patch(patch).await?;
-        *marker = next;
-        Ok(())
+        marker.revision = Some(revision);
+        self.patch(patch).await
     }
 
     /// Applies an archive, which is as of `position`, onto what `held` says that OPA holds, or onto an OPA that never
     /// heard of us. The marker that results names no revision, until its modules are there. `modules_first`: the
     /// archive's modules are put before its data, which may take a place that a package leaves.
     pub async fn archive(
-        &self,
+        &mut self,
         held: Option<&Marker>,
         modules_first: bool,
         position: Position,
@@ -283,7 +317,7 @@ impl Applier {
     /// Puts (`Some`) and removes (`None`) modules in an order that OPA takes. Says which it refuses, and why; `marker`
     /// says what OPA really holds. The modules that result are said to read `reads`.
     pub async fn modules(
-        &self,
+        &mut self,
         marker: &mut Marker,
         changes: &BTreeMap<String, Option<String>>,
         reads: Option<String>,
@@ -304,7 +338,7 @@ impl Applier {
         }
         self.patch(intent).await?;
 
-        let Turned { refused, absent } = rounds::turn(&self.opa, changes).await?;
+        let Turned { refused, absent } = self.rounds.turn(&self.opa, changes).await?;
         for (id, text) in changes.iter().filter(|(id, _)| !refused.contains_key(*id)) {
             match text {
                 Some(text) => _ = marker.modules.insert(id.clone(), Some(Digest::of(text.as_bytes()))),
@@ -380,5 +414,184 @@ impl Applier {
             gone.extend(dirs.filter(is_gone));
         }
         Ok(gone)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::fake_opa::FakeOpa;
+
+    fn path(path: &str) -> DirPath {
+        path.parse().unwrap()
+    }
+
+    fn raw(value: &Value) -> Box<RawValue> {
+        RawValue::from_string(value.to_string()).unwrap()
+    }
+
+    /// A delta from `marker` that gives `/shop/a` another digest.
+    fn delta<'a>(marker: &Marker, ops: usize, patch: &'a RawValue) -> Delta<'a> {
+        let mut next = marker.clone();
+        let digest = Some(Digest::of(patch.get().as_bytes()));
+        next.dirs.insert(path("/shop/a"), digest);
+        Delta {
+            from: marker.data_digest(),
+            to: next.data_digest(),
+            position: Position::default(),
+            newest: None,
+            ensure: Vec::new(),
+            dirs: BTreeMap::from([(path("/shop/a"), digest)]),
+            narrows: false,
+            ops,
+            patch,
+        }
+    }
+
+    /// An OPA that was loaded with one directory.
+    async fn loaded() -> (FakeOpa, Applier, Marker) {
+        let (fake, opa) = FakeOpa::start().await;
+        let mut applier = Applier::new(opa, "main".to_owned());
+        assert_eq!(applier.claim().await.unwrap(), None);
+        let dirs = BTreeMap::from([(path("/shop/a"), Digest::of(b"1"))]);
+        let head = Head { data: Some(DataHead { dirs, ensure: Vec::new() }), ..Head::default() };
+        let (out, mut pieces) = mpsc::channel(2);
+        out.try_send(Ok(Piece::Head(head))).unwrap();
+        let json = br#"{"k":{"n":null},"l":1}"#.to_vec();
+        out.try_send(Ok(Piece::Directory(path("/shop/a"), json))).unwrap();
+        drop(out);
+        let (mut marker, _) = applier.archive(None, false, Position::default(), &mut pieces).await.unwrap();
+        assert_eq!(marker.revision, None);
+        applier.modules(&mut marker, &BTreeMap::new(), None).await.unwrap();
+        assert_eq!(
+            fake.with(|world| world.data["shop"].clone()),
+            json!({ "a": { "k": { "n": null }, "l": 1 } })
+        );
+        assert_marked(&applier, &marker).await;
+        fake.log();
+        (fake, applier, marker)
+    }
+
+    async fn assert_marked(applier: &Applier, marker: &Marker) {
+        assert_eq!(applier.opa.marker("main").await.unwrap().as_ref(), Some(marker));
+        assert!(applier.opa.holds("main", marker.revision).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_frame_is_one_patch_with_its_marker() {
+        let (fake, applier, mut marker) = loaded().await;
+        let patch = raw(&json!([
+            { "op": "add", "path": "/shop/a/m", "value": null },
+            { "op": "add", "path": "/shop/a/k/n", "value": [null] },
+            { "op": "remove", "path": "/shop/a/l" },
+        ]));
+        let frame = delta(&marker, 3, &patch);
+        applier.delta(&mut marker, &frame).await.unwrap();
+        assert_eq!(marker.revision.unwrap().data, frame.to);
+        assert_eq!(fake.log(), ["PATCH data 204"]);
+        assert_eq!(
+            fake.with(|world| world.data["shop"]["a"].clone()),
+            json!({ "k": { "n": [null] }, "m": null })
+        );
+        assert_marked(&applier, &marker).await;
+        // It is not what OPA holds any more.
+        let error = applier.delta(&mut marker, &frame).await.unwrap_err();
+        assert!(matches!(error, Error::NotHeld { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_large_frame_is_bounded_patches() {
+        let (fake, applier, mut marker) = loaded().await;
+        let value = "x".repeat(PATCH_BYTES_MAX / 2);
+        let ops: Vec<_> = (0..FRAME_PATCH_BYTES_MAX / value.len())
+            .map(|at| json!({ "op": "add", "path": format!("/shop/a/{at}"), "value": value }))
+            .collect();
+        let patch = raw(&json!(ops));
+        let frame = delta(&marker, ops.len(), &patch);
+        applier.delta(&mut marker, &frame).await.unwrap();
+        let log = fake.log();
+        assert!(log.len() > 4 && log.iter().all(|request| request == "PATCH data 204"), "{log:?}");
+        let held = fake.with(|world| world.data["shop"]["a"].as_object().map(serde_json::Map::len));
+        assert_eq!(held, Some(ops.len() + 2));
+        assert_marked(&applier, &marker).await;
+        // Cut off in the middle: the marker in OPA names no revision.
+        let frame = delta(&marker, ops.len(), &patch);
+        fake.with(|world| world.fails_after = Some(2));
+        applier.delta(&mut marker, &frame).await.unwrap_err();
+        fake.with(|world| world.fails_after = None);
+        let held = applier.opa.marker("main").await.unwrap().unwrap();
+        assert_eq!((held.revision, held.dirs[&path("/shop/a")]), (None, None));
+    }
+
+    #[tokio::test]
+    async fn what_another_session_or_a_restart_came_before_is_refused() {
+        let patch = raw(&json!([{ "op": "add", "path": "/shop/a/m", "value": 1 }]));
+        for is_restart in [true, false] {
+            let (fake, applier, mut marker) = loaded().await;
+            if is_restart {
+                fake.with(|world| world.data = json!({}));
+            } else {
+                Applier::new(applier.opa.clone(), "main".to_owned()).claim().await.unwrap();
+            }
+            let before = fake.with(|world| world.data.clone());
+            let frame = delta(&marker, 1, &patch);
+            let error = applier.delta(&mut marker, &frame).await.unwrap_err();
+            assert!(matches!(error, Error::OtherWriter), "{error}");
+            assert_eq!(fake.with(|world| world.data.clone()), before);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_others_removed_is_noticed() {
+        let (fake, mut applier, marker) = loaded().await;
+        applier.verified.1 = Instant::now();
+        applier.verify(&marker).await.unwrap();
+        assert!(fake.log().is_empty(), "it is not time yet");
+        for is_there in [true, false] {
+            if !is_there {
+                fake.with(|world| world.data["shop"] = json!({}));
+            }
+            applier.verified.1 = Instant::now().checked_sub(VERIFY_INTERVAL).unwrap();
+            let result = applier.verify(&marker).await;
+            assert_eq!(result.is_ok(), is_there, "{result:?}");
+        }
+        assert_eq!(fake.log(), ["PUT data/shop/a 304", "PUT data/shop/a 204"]);
+    }
+
+    /// A5: modules that this OPA refuses take no good ones out, at later changes neither.
+    #[tokio::test]
+    async fn refused_modules_leave_the_marker_and_the_others() {
+        let (fake, mut applier, mut marker) = loaded().await;
+        let texts = |texts: &[(&str, &str)]| -> BTreeMap<_, _> {
+            texts.iter().map(|(id, text)| ((*id).to_owned(), Some((*text).to_owned()))).collect()
+        };
+        applier.modules(&mut marker, &texts(&[("a", "has x"), ("b", "has y")]), None).await.unwrap();
+        let before = marker.clone();
+        fake.log();
+        for _ in 0..2 {
+            let changes = texts(&[("a", "has x\nodd"), ("b", "has y\nodd")]);
+            let refused = applier.modules(&mut marker, &changes, None).await.unwrap();
+            assert_eq!(refused.len(), 2);
+            assert_eq!(marker, before);
+        }
+        let log = fake.log();
+        assert_eq!(log.iter().filter(|request| request.contains("policies/")).count(), 2, "{log:?}");
+        assert_eq!(fake.with(|world| world.modules["a"].clone()), "has x");
+        assert_marked(&applier, &marker).await;
+        // OPA restarts, and may be another one.
+        fake.with(|world| world.data = json!({}));
+        assert_eq!(applier.claim().await.unwrap(), None);
+        assert!(
+            applier
+                .rounds
+                .turn(&applier.opa, &texts(&[("a", "odd")]))
+                .await
+                .unwrap()
+                .refused
+                .contains_key("a")
+        );
+        assert!(fake.log().contains(&"PUT policies/a 400".to_owned()));
     }
 }

@@ -12,6 +12,9 @@ use tokio::sync::mpsc;
 
 use crate::config::{DECODED_AHEAD_MAX, PATCH_BYTES_MAX};
 
+/// Maximum bytes of a name in an archive, as of a path on Linux: namespace, ConfigMap and key have 570 at most.
+const NAME_BYTES_MAX: usize = 4 << 10;
+
 /// What an archive is made of, in this order: a head, modules, directories.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Piece {
@@ -69,13 +72,25 @@ pub fn read(chunks: Chunks) -> mpsc::Receiver<Result<Piece, Error>> {
 pub fn pieces_of(reader: impl Read, take: &mut dyn FnMut(Piece) -> bool) -> Result<(), Error> {
     let mut archive = tar::Archive::new(GzDecoder::new(reader));
     let mut modules_bytes: usize = 0;
-    for entry in archive.entries()? {
+    let mut long_name = None;
+    // Raw: `tar` by itself reads long names and extensions whole, however large they are.
+    for entry in archive.entries()?.raw(true) {
         let mut entry = entry?;
-        let file = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        let kind = entry.header().entry_type();
+        if kind.is_gnu_longname() {
+            let size = usize::try_from(entry.size()).unwrap_or(usize::MAX);
+            long_name = Some(whole(&mut entry, size, NAME_BYTES_MAX)?);
+            continue;
+        }
+        let name = long_name.take().unwrap_or_else(|| entry.path_bytes().into_owned());
+        let file = String::from_utf8_lossy(name.strip_suffix(b"\0").unwrap_or(&name)).into_owned();
         let wrong = |problem: &dyn std::fmt::Display| Error::Content {
             file: file.clone(),
             problem: problem.to_string(),
         };
+        if !kind.is_file() {
+            return Err(wrong(&"the hub sends files only"));
+        }
         let size = usize::try_from(entry.size()).map_err(|error| wrong(&error))?;
         let goes_on = if file == HEAD_FILE {
             let json = whole(&mut entry, size, HEAD_BYTES_MAX).map_err(|error| wrong(&error))?;
@@ -307,6 +322,28 @@ mod tests {
         }
         let huge = format!("{{\"a\":\"{}\"}}", "x".repeat(ENTRY_BYTES_MAX));
         assert!(read(&archive(&[("a/data.json", huge.as_bytes())])).is_err());
+    }
+
+    #[test]
+    fn i9_headers_are_bounded() {
+        let name = |bytes: usize| format!("{}/data.json", "n".repeat(bytes));
+        assert_eq!(read(&archive(&[(&name(200), b"{}")])).unwrap().len(), 1);
+        assert!(read(&archive(&[(&name(NAME_BYTES_MAX), b"{}")])).is_err());
+        for kind in [b'L', b'K', b'x', b'g', b'S'] {
+            let gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            let mut tar = tar::Builder::new(gzip);
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(tar::EntryType::new(kind));
+            header.set_size(1 << 40);
+            header.set_cksum();
+            tar.append(&header, std::io::empty()).unwrap();
+            let bytes = tar.into_inner().unwrap().finish().unwrap();
+            let error = read(&bytes).unwrap_err().to_string();
+            assert!(error.contains("may have") || error.contains("files only"), "{kind}: {error}");
+        }
+        let whole = "x".repeat(MODULES_BYTES_MAX / 2 + 1);
+        let modules = [("a.rego", whole.as_bytes()), ("b.rego", whole.as_bytes())];
+        assert!(read(&archive(&modules)).unwrap_err().to_string().contains("b.rego"));
     }
 
     proptest! {

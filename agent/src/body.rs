@@ -17,6 +17,24 @@ pub async fn read(mut response: Response, max: usize) -> reqwest::Result<Vec<u8>
     Ok(body)
 }
 
+/// Reads a body up to and with `end`, `max` bytes of it at most.
+pub async fn read_until(mut response: Response, end: &[u8], max: usize) -> reqwest::Result<Vec<u8>> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await? {
+        // The end may have begun in the chunk before.
+        let from = body.len().saturating_sub(end.len());
+        body.extend_from_slice(&chunk[..chunk.len().min(max - body.len())]);
+        if let Some(at) = body[from..].windows(end.len()).position(|bytes| bytes == end) {
+            body.truncate(from + at + end.len());
+            break;
+        }
+        if body.len() == max {
+            break;
+        }
+    }
+    Ok(body)
+}
+
 /// What an answer says of a refusal, on one line; nothing where it breaks off.
 pub async fn words(response: Response) -> String {
     let body = read(response, WORDS_MAX).await.unwrap_or_default();
@@ -48,5 +66,12 @@ mod tests {
         let words = words(client.get(&url).send().await.unwrap()).await;
         assert!(words.starts_with("sorry, no sorry,") && words.len() <= WORDS_MAX, "{words}");
         assert_eq!(read(client.get(&url).send().await.unwrap(), 100_000).await.unwrap().len(), 100_000);
+        for (end, max, expected) in
+            [("\n  n", 100, "sorry,\n  n"), ("o\nso", 100, "sorry,\n  no\nso"), ("?", 4, "sorr")]
+        {
+            let response = client.get(&url).send().await.unwrap();
+            let body = read_until(response, end.as_bytes(), max).await.unwrap();
+            assert_eq!(String::from_utf8(body).unwrap(), expected);
+        }
     }
 }

@@ -7,8 +7,14 @@ use std::time::Duration;
 use reqwest::Url;
 
 /// Maximum bytes of one PATCH of an archive, and of a frame that takes several: what OPA decodes at once, and what the
-/// agent holds. A frame of fewer operations than one PATCH may have is one PATCH of its own size.
+/// agent holds. An operation that is larger is a PATCH of its own.
 pub const PATCH_BYTES_MAX: usize = 256 << 10;
+/// Maximum bytes of the operations of a frame that is one PATCH, so that decisions see all of it or nothing. The agent
+/// holds them three times.
+pub const FRAME_PATCH_BYTES_MAX: usize = 1 << 20;
+/// Interval between two looks at directories in OPA, one directory a look: others may have removed it. A look costs OPA
+/// as much as a poll, and 1,000 directories are looked at in 84 minutes.
+pub const VERIFY_INTERVAL: Duration = Duration::from_secs(5);
 /// Bytes of a policy bundle that the agent holds for its OPA.
 pub const POLICY_BUNDLE_BYTES_MAX: usize = 16 << 20;
 /// Pieces of an archive that are decoded ahead of OPA.

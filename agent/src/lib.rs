@@ -26,6 +26,9 @@ pub mod marker;
 
 pub mod opa;
 
+#[cfg(test)]
+mod fake_opa;
+
 pub mod rounds;
 
 pub mod apply;

@@ -108,8 +108,15 @@ impl Marker {
         patch.add_dir(&Self::path(bundle), &json);
     }
 
-    /// Writes what `delta` changes, which makes `next`.
-    pub fn write_delta(&self, patch: &mut PatchWriter, bundle: &str, delta: &Delta, next: &Self) {
+    /// Writes what `delta` changes, which makes `revision` as of `position`.
+    pub fn write_delta(
+        &self,
+        patch: &mut PatchWriter,
+        bundle: &str,
+        delta: &Delta,
+        revision: Revision,
+        position: &Position,
+    ) {
         let marker = Self::path(bundle);
         let place = marker.join("dirs").expect("a segment");
         for (dir, digest) in &delta.dirs {
@@ -119,11 +126,20 @@ impl Marker {
                 None => {}
             }
         }
-        if !next.position.is_empty() {
-            patch.add(&marker, "position", next.position.to_string().as_bytes());
+        if !position.is_empty() {
+            patch.add(&marker, "position", position.to_string().as_bytes());
         }
-        let revision = serde_json::to_vec(&next.revision).expect("a text");
-        patch.add(&marker, "revision", &revision);
+        patch.add(&marker, "revision", quoted(&revision).as_bytes());
+    }
+
+    /// Records the directories that `delta` changes.
+    pub fn take_dirs(&mut self, delta: &Delta) {
+        for (dir, digest) in &delta.dirs {
+            match digest {
+                Some(digest) => _ = self.dirs.insert(dir.clone(), Some(*digest)),
+                None => _ = self.dirs.remove(dir),
+            }
+        }
     }
 }
 

@@ -64,6 +64,10 @@ impl Error {
     }
 }
 
+/// Beginning of the syntax tree in OPA's answer with a module, many times as large as the text before it. A text of JSON
+/// has no such quote without a backslash (OPA v1/server/types/types.go, `PolicyV1`).
+const SYNTAX_TREE: &[u8] = b",\"ast\":";
+
 /// The client.
 #[derive(Clone)]
 pub struct Opa {
@@ -142,13 +146,14 @@ impl Opa {
         self.send(Method::PATCH, "data", Some(patch.into()), |request| request).await.map(drop)
     }
 
-    /// Makes `dir` a map if nothing is there. Parents are made too.
-    pub async fn ensure(&self, dir: &DirPath) -> Result<(), Error> {
+    /// Makes `dir` a map if nothing is there. Parents are made too. Returns whether something was there: OPA finds out
+    /// without reading it, and without a decision (OPA v1/server/server.go, `v1DataPut`).
+    pub async fn ensure(&self, dir: &DirPath) -> Result<bool, Error> {
         let what = format!("data{dir}");
         let body = Bytes::from_static(b"{}");
-        self.send(Method::PUT, &what, Some(body), |request| request.header(IF_NONE_MATCH, "*"))
-            .await
-            .map(drop)
+        let answer =
+            self.send(Method::PUT, &what, Some(body), |request| request.header(IF_NONE_MATCH, "*")).await?;
+        Ok(answer.status() == StatusCode::NOT_MODIFIED)
     }
 
     /// The text of a module; none when there is no such module.
@@ -158,10 +163,13 @@ impl Opa {
             raw: String,
         }
         let what = format!("policies/{id}");
-        let answer = match self.send(Method::GET, &what, None, |request| request).await {
+        let mut answer = match self.send(Method::GET, &what, None, |request| request).await {
             Err(Error::Missing(_)) => return Ok(None),
-            other => body::read(other?, ANSWER_BYTES_MAX).await?,
+            other => body::read_until(other?, SYNTAX_TREE, ANSWER_BYTES_MAX).await?,
         };
+        if let Some(text) = answer.strip_suffix(SYNTAX_TREE) {
+            answer = [text, b"}}"].concat();
+        }
         let answer: Answer<Policy> =
             serde_json::from_slice(&answer).map_err(|source| Error::Answer { what, source })?;
         Ok(answer.result.map(|policy| policy.raw))
@@ -232,5 +240,35 @@ impl Opa {
             return Err(Error::Missing(format!("{what}: {message}")));
         }
         Err(Error::Refused { what, status, message })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::fake_opa::FakeOpa;
+
+    #[tokio::test]
+    async fn answers_are_read() {
+        let (fake, opa) = FakeOpa::start().await;
+        let dir: DirPath = "/a/b".parse().unwrap();
+        assert!(opa.keys(&dir).await.unwrap().is_empty());
+        assert!(!opa.ensure(&dir).await.unwrap() && opa.ensure(&dir).await.unwrap());
+        fake.with(|world| world.data["a"]["b"] = json!({ "x": null, "y": 1 }));
+        assert_eq!(opa.keys(&dir).await.unwrap(), ["x", "y"]);
+        assert_eq!(opa.module("n/c/m.rego").await.unwrap(), None);
+        // The text looks like what follows it in OPA's answer.
+        let text = "has \",\"ast\":{\n";
+        opa.put_module("n/c/m.rego", text.to_owned()).await.unwrap();
+        assert_eq!(opa.module("n/c/m.rego").await.unwrap().as_deref(), Some(text));
+        let error = opa.put_module("n/c/o.rego", "odd".to_owned()).await.unwrap_err();
+        assert!(error.is_verdict() && error.words().contains("undefined function odd"));
+        opa.delete_module("n/c/m.rego").await.unwrap();
+        opa.delete_module("n/c/m.rego").await.unwrap();
+        fake.with(|world| world.fails_after = Some(0));
+        assert!(!opa.delete_module("n/c/m.rego").await.unwrap_err().is_verdict());
+        assert!(matches!(opa.patch(b"[]".to_vec()).await, Err(Error::Refused { .. })));
     }
 }

@@ -123,7 +123,7 @@ impl Replica {
     pub fn new(config: &config::Config, local: Local, status: Status) -> anyhow::Result<Self> {
         let opa = opa::Opa::new(config.opa.clone())?;
         Ok(Self {
-            applier: Applier { opa, bundle: config.bundle.clone(), writer: String::new() },
+            applier: Applier::new(opa, config.bundle.clone()),
             hubs: Hubs::new(
                 config.hubs.clone(),
                 config.hub_ca_file.as_deref(),
@@ -342,7 +342,10 @@ impl Replica {
                 biased;
                 // An OPA that restarted asks for policies at once.
                 () = self.local.needs_data() => self.check_held(held.marker.revision).await?,
-                _ = poll.tick() => self.check_held(held.marker.revision).await?,
+                _ = poll.tick() => {
+                    self.check_held(held.marker.revision).await?;
+                    self.applier.verify(&held.marker).await?;
+                }
                 message = stream.next() => {
                     match message? {
                         Message::Event { id, event, data } => {
@@ -550,7 +553,7 @@ impl Replica {
     async fn take_archive(&mut self, marker: Option<&Marker>, archive: Archive) -> Result<Held, Trouble> {
         let Archive { chunks, position } = archive;
         let mut pieces = archive::read(chunks);
-        let (applier, modules_first) = (&self.applier, self.modules_first);
+        let (applier, modules_first) = (&mut self.applier, self.modules_first);
         let (marker, found) = match &mut self.state {
             None => applier.archive(marker, modules_first, position, &mut pieces).await?,
             Some(state) => {

@@ -1,55 +1,198 @@
 //! Modules one by one into an OPA that takes each only if it compiles with all that it has then.
 //!
-//! A module may need one that comes later, so it goes round while there is progress. Two that take over each other's
-//! rules go in no order: then the old one of a pair is taken out first, and for that moment its rules are undefined.
+//! A module may need one that comes later, so rounds go on while there is progress. Two modules that exchange rules go in
+//! no order. OPA's refusal of one then names the other: the old text of the named one is removed first, and for that
+//! moment its rules are undefined. Unless its new text goes in then, everything is put back.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use opa_hub_proto::revision::Digest;
+use serde::Deserialize;
+
 use crate::opa::{Error, Opa};
 
-/// What is to be: texts to put (`Some`) and ids to remove (`None`).
+/// Texts to put (`Some`) and ids to remove (`None`).
 pub type Changes = BTreeMap<String, Option<String>>;
 
-/// What came of it.
-#[derive(Default)]
+/// Changes that OPA has not taken yet.
+type Open<'a> = BTreeMap<&'a str, Option<&'a str>>;
+
+/// Result of a change of modules.
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Turned {
-    /// What OPA refuses to the end, and why. It keeps what it had.
+    /// Modules that OPA refuses, and its words. It keeps the old ones.
     pub refused: BTreeMap<String, String>,
-    /// Of these, what it does not have any more: it refused to take the old one back.
+    /// Modules of these that OPA has lost: it refused to take the old one back.
     pub absent: BTreeSet<String>,
 }
 
-/// Makes `changes` in an order that OPA takes.
-pub async fn turn(opa: &Opa, changes: &Changes) -> Result<Turned, Error> {
-    let mut open: BTreeMap<&String, &Option<String>> = changes.iter().collect();
-    let mut refused = round_and_round(opa, &mut open).await?;
-    let mut aside: BTreeMap<String, String> = BTreeMap::new();
-    let stuck: Vec<_> = open.iter().filter(|(_, text)| text.is_some()).map(|(id, _)| (*id).clone()).collect();
-    for id in stuck.iter().filter(|_| stuck.len() > 1) {
-        if !open.contains_key(id) {
-            continue;
-        }
-        let Some(old) = opa.module(id).await? else { continue };
-        match opa.delete_module(id).await {
-            Ok(()) => _ = aside.insert(id.clone(), old),
-            Err(error) if error.is_verdict() => continue,
-            Err(error) => return Err(error),
-        }
-        tracing::warn!(module = id, "no order lets the new modules in: taken out for a moment");
-        refused = round_and_round(opa, &mut open).await?;
+/// State of the modules of one OPA between changes.
+#[derive(Default)]
+pub struct Rounds {
+    /// Changes that OPA refused last.
+    refused: BTreeMap<String, Refusal>,
+    /// Modules as they were before the trial that is under way or that an error ended.
+    aside: Changes,
+}
+
+/// A change that OPA refuses.
+struct Refusal {
+    /// Digest of the text; `None`: OPA refuses to remove the module.
+    text: Option<Digest>,
+    words: String,
+}
+
+fn digest(text: Option<&str>) -> Option<Digest> {
+    text.map(|text| Digest::of(text.as_bytes()))
+}
+
+fn open_of(changes: &Changes) -> Open<'_> {
+    changes.iter().map(|(id, text)| (id.as_str(), text.as_deref())).collect()
+}
+
+impl Rounds {
+    /// Makes `changes` in an order that OPA takes. A change that OPA refused before is tried again only where other modules
+    /// may be the reason and some change with it, or where data may be.
+    pub async fn turn(&mut self, opa: &Opa, changes: &Changes) -> Result<Turned, Error> {
+        let mut refused = BTreeMap::new();
+        let mut open = open_of(changes);
+        let is_news = open.iter().any(|(id, text)| self.known(id, *text).is_none());
+        open.retain(|id, text| match self.known(id, *text) {
+            Some(refusal) if is_final(&refusal.words) || !is_news && !is_for_data(&refusal.words) => {
+                refused.insert((*id).to_owned(), refusal.words.clone());
+                false
+            }
+            _ => true,
+        });
+        let (stuck, absent) = self.apply(opa, &mut open).await?;
+        refused.extend(stuck);
+        let refusal = |(id, words): (&String, &String)| {
+            (id.clone(), Refusal { text: digest(changes[id].as_deref()), words: words.clone() })
+        };
+        self.refused = refused.iter().map(refusal).collect();
+        Ok(Turned { refused, absent })
     }
-    aside.retain(|id, _| open.contains_key(id));
-    let back: Changes = aside.into_iter().map(|(id, text)| (id, Some(text))).collect();
-    let mut absent = back.iter().collect();
-    round_and_round(opa, &mut absent).await?;
-    Ok(Turned { refused, absent: absent.into_keys().cloned().collect() })
+
+    /// Puts back what a trial changed, also one that an error ended. Returns the modules that OPA refuses to take back.
+    pub async fn put_back(&mut self, opa: &Opa) -> Result<BTreeSet<String>, Error> {
+        let mut open = open_of(&self.aside);
+        go_round(opa, &mut open).await?;
+        if !open.is_empty() {
+            // New texts of the trial may keep the old ones out.
+            for id in open.keys() {
+                match opa.delete_module(id).await {
+                    Err(error) if !error.is_verdict() => return Err(error),
+                    _ => {}
+                }
+            }
+            go_round(opa, &mut open).await?;
+        }
+        let absent =
+            open.into_iter().filter(|(_, text)| text.is_some()).map(|(id, _)| id.to_owned()).collect();
+        self.aside.clear();
+        Ok(absent)
+    }
+
+    /// Forgets all: OPA restarted.
+    pub fn forget(&mut self) {
+        *self = Self::default();
+    }
+
+    /// The refusal of this change; `None` where OPA was never given it.
+    fn known(&self, id: &str, text: Option<&str>) -> Option<&Refusal> {
+        self.refused.get(id).filter(|refusal| refusal.text == digest(text))
+    }
+
+    /// Makes the changes in `open`. Returns the changes that OPA refuses, and modules that it has lost.
+    async fn apply<'a>(
+        &mut self,
+        opa: &Opa,
+        open: &mut Open<'a>,
+    ) -> Result<(BTreeMap<String, String>, BTreeSet<String>), Error> {
+        let mut absent = BTreeSet::new();
+        let mut tried: BTreeSet<&'a str> = BTreeSet::new();
+        let mut stuck = go_round(opa, open).await?;
+        while let Some(id) = blocker(open, &stuck, &tried) {
+            tried.insert(id);
+            if let Some(words) = self.make_way(opa, id, open).await? {
+                self.aside.clear();
+                open.retain(|id, _| words.contains_key(*id));
+                stuck = words;
+            } else {
+                absent.extend(self.put_back(opa).await?);
+            }
+        }
+        Ok((stuck, absent))
+    }
+
+    /// Removes the module `id` and goes round. Returns what OPA still refuses; `None` where that is the new text of `id`
+    /// too, so that all is to be put back.
+    async fn make_way(
+        &mut self,
+        opa: &Opa,
+        id: &str,
+        open: &Open<'_>,
+    ) -> Result<Option<BTreeMap<String, String>>, Error> {
+        let mut before = Changes::new();
+        for id in open.keys() {
+            before.insert((*id).to_owned(), opa.module(id).await?);
+        }
+        self.aside = before;
+        match opa.delete_module(id).await {
+            // Modules that stay need it.
+            Err(error) if error.is_verdict() => {
+                self.aside.clear();
+                return Ok(None);
+            }
+            other => other?,
+        }
+        tracing::warn!(module = id, "module removed for a moment: another one may take over its rules");
+        let mut open = open.clone();
+        let words = go_round(opa, &mut open).await?;
+        Ok((!open.contains_key(id)).then_some(words))
+    }
+}
+
+/// A module to put that the refusal of another one names.
+fn blocker<'a>(
+    open: &Open<'a>,
+    refused: &BTreeMap<String, String>,
+    tried: &BTreeSet<&str>,
+) -> Option<&'a str> {
+    let is_named = |id: &str| {
+        let name = format!("\"{id}\"");
+        refused.iter().any(|(other, words)| other != id && words.contains(&name))
+    };
+    let mut modules = open.iter().filter(|(_, text)| text.is_some()).map(|(id, _)| *id);
+    modules.find(|id| !tried.contains(id) && is_named(id))
+}
+
+/// Whether OPA refuses a text for itself alone: one that does not parse, or calls a built-in function that this OPA lacks.
+fn is_final(words: &str) -> bool {
+    #[derive(Deserialize)]
+    struct Refused {
+        errors: Vec<Cause>,
+    }
+    #[derive(Deserialize)]
+    struct Cause {
+        code: String,
+        message: String,
+    }
+    let is_alone = |cause: &Cause| {
+        let function = cause.message.strip_prefix("undefined function ");
+        cause.code == "rego_parse_error" || function.is_some_and(|name| !name.starts_with("data."))
+    };
+    let parsed = serde_json::from_str::<Refused>(words);
+    parsed.is_ok_and(|refused| !refused.errors.is_empty() && refused.errors.iter().all(is_alone))
+}
+
+/// Whether OPA refuses a module for data that lies in its place: data changes too (OPA v1/ast/conflicts.go).
+fn is_for_data(words: &str) -> bool {
+    words.contains("conflicting rule for data path")
 }
 
 /// Goes round until nothing is open or nothing moves. What stays open is what OPA refuses, with its words.
-async fn round_and_round(
-    opa: &Opa,
-    open: &mut BTreeMap<&String, &Option<String>>,
-) -> Result<BTreeMap<String, String>, Error> {
+async fn go_round(opa: &Opa, open: &mut Open<'_>) -> Result<BTreeMap<String, String>, Error> {
     loop {
         let before = open.len();
         let mut refused = BTreeMap::new();
@@ -59,18 +202,134 @@ async fn round_and_round(
                 open.iter().filter(|(_, text)| text.is_none() == removing).map(|(id, _)| *id).collect();
             for id in turn {
                 let result = match open[id] {
-                    Some(text) => opa.put_module(id, text.clone()).await,
+                    Some(text) => opa.put_module(id, text.to_owned()).await,
                     None => opa.delete_module(id).await,
                 };
                 match result {
                     Ok(()) => _ = open.remove(id),
                     Err(error) if !error.is_verdict() => return Err(error),
-                    Err(error) => _ = refused.insert(id.clone(), error.words()),
+                    Err(error) => _ = refused.insert(id.to_owned(), error.words()),
                 }
             }
         }
         if open.is_empty() || open.len() == before {
             return Ok(refused);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake_opa::FakeOpa;
+
+    type Texts<'a> = &'a [(&'a str, &'a str)];
+
+    fn put(texts: Texts) -> Changes {
+        texts.iter().map(|(id, text)| ((*id).to_owned(), Some((*text).to_owned()))).collect()
+    }
+
+    fn ids(texts: &BTreeMap<String, String>) -> Vec<&str> {
+        texts.keys().map(String::as_str).collect()
+    }
+
+    /// An OPA that holds these modules.
+    async fn opa_with(texts: Texts<'_>) -> (FakeOpa, Opa) {
+        let (fake, opa) = FakeOpa::start().await;
+        let modules = texts.iter().map(|(id, text)| ((*id).to_owned(), (*text).to_owned()));
+        fake.with(|world| world.modules = modules.collect());
+        (fake, opa)
+    }
+
+    async fn check(held: Texts<'_>, wanted: Texts<'_>, refused: &[&str], removals: &[&str]) {
+        let (fake, opa) = opa_with(held).await;
+        let turned = Rounds::default().turn(&opa, &put(wanted)).await.unwrap();
+        assert_eq!(ids(&turned.refused), refused, "{held:?} {wanted:?}");
+        assert_eq!(turned.absent, BTreeSet::new(), "{held:?} {wanted:?}");
+        let mut expected: BTreeMap<&str, &str> = held.iter().copied().collect();
+        expected.extend(wanted.iter().copied().filter(|(id, _)| !refused.contains(id)));
+        fake.with(|world| {
+            let texts = world.modules.iter().map(|(id, text)| (id.as_str(), text.as_str()));
+            assert!(texts.eq(expected), "{held:?} {wanted:?}: {:?}", world.modules);
+            let removed = world.log.iter().filter_map(|request| request.strip_prefix("DELETE policies/"));
+            let removed: Vec<_> = removed.filter_map(|request| request.strip_suffix(" 200")).collect();
+            assert_eq!(removed, removals, "{held:?} {wanted:?}");
+        });
+    }
+
+    #[tokio::test]
+    async fn modules_go_in_and_refused_ones_take_no_others_out() {
+        let pair: Texts = &[("a", "has x"), ("b", "has y")];
+        // One needs the other, which comes later.
+        check(&[], &[("a", "calls y"), ("b", "has y")], &[], &[]).await;
+        check(&[("a", "has x")], &[("a", "calls y"), ("b", "has y")], &[], &[]).await;
+        // Both are refused for themselves.
+        check(pair, &[("a", "has x\nodd"), ("b", "has y\nodd")], &["a", "b"], &[]).await;
+        check(pair, &[("a", "has x\ncalls z"), ("b", "has y\nodd"), ("c", "has q")], &["a", "b"], &[]).await;
+        // A module that does not change has the rule.
+        check(pair, &[("c", "has x"), ("d", "has y")], &["c", "d"], &[]).await;
+        // They exchange rules.
+        check(pair, &[("a", "has y"), ("b", "has x")], &[], &["a"]).await;
+        check(
+            &[("a", "has x"), ("b", "has y"), ("c", "has z")],
+            &[("a", "has z"), ("b", "has x"), ("c", "has y")],
+            &[],
+            &["a"],
+        )
+        .await;
+        // A function and its caller get another name.
+        check(&[("a", "calls f"), ("b", "has f")], &[("a", "calls g"), ("b", "has g")], &[], &["a"]).await;
+        // One takes over a rule of another one, which is refused for itself: both stay as they were.
+        let wanted: Texts = &[("a", "has z\nodd"), ("b", "has y\nhas x")];
+        check(&[("a", "has x\nhas z"), ("b", "has y")], wanted, &["a", "b"], &["a"]).await;
+    }
+
+    #[tokio::test]
+    async fn refused_changes_are_tried_again_only_where_that_may_help() {
+        let (fake, opa) = opa_with(&[("a", "has x"), ("b", "has y")]).await;
+        let mut rounds = Rounds::default();
+        let mut changes = put(&[("a", "odd"), ("b", "calls z")]);
+        for _ in 0..2 {
+            let turned = rounds.turn(&opa, &changes).await.unwrap();
+            assert_eq!(ids(&turned.refused), ["a", "b"]);
+        }
+        assert_eq!(fake.log(), ["PUT policies/a 400", "PUT policies/b 400"]);
+        changes.extend(put(&[("c", "has q")]));
+        rounds.turn(&opa, &changes).await.unwrap();
+        let log = fake.log();
+        assert!(log.iter().all(|request| !request.contains("policies/a")), "{log:?}");
+        assert!(log.contains(&"PUT policies/b 400".to_owned()), "{log:?}");
+        changes.extend(put(&[("c", "has z")]));
+        assert_eq!(ids(&rounds.turn(&opa, &changes).await.unwrap().refused), ["a"]);
+        changes.extend(put(&[("a", "has x\ncalls y")]));
+        assert_eq!(ids(&rounds.turn(&opa, &changes).await.unwrap().refused), ["a"]);
+        fake.log();
+        rounds.forget();
+        rounds.turn(&opa, &changes).await.unwrap();
+        assert!(fake.log().contains(&"PUT policies/a 400".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn an_error_leaves_nothing_removed() {
+        let held: Texts = &[("a", "has x\nhas q"), ("b", "has y"), ("c", "has z")];
+        for wanted in [&[("a", "has y"), ("b", "has x")][..], &[("a", "has q\nodd"), ("b", "has y\nhas x")]] {
+            let mut errors = 0;
+            loop {
+                let (fake, opa) = opa_with(held).await;
+                fake.with(|world| world.fails_after = Some(errors));
+                let mut rounds = Rounds::default();
+                let result = rounds.turn(&opa, &put(wanted)).await;
+                if result.is_ok() {
+                    break;
+                }
+                fake.with(|world| world.fails_after = None);
+                assert_eq!(rounds.put_back(&opa).await.unwrap(), BTreeSet::new());
+                let texts = fake.with(|world| world.modules.clone());
+                let texts = texts.iter().map(|(id, text)| (id.as_str(), text.as_str()));
+                assert!(texts.eq(held.iter().copied()), "after {errors} requests");
+                errors += 1;
+            }
+            assert!(errors > 5, "{wanted:?}: {errors} requests are no trial");
         }
     }
 }

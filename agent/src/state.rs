@@ -24,7 +24,7 @@ use redb::{
     Builder, Database, Durability, ReadTransaction, ReadableDatabase as _, ReadableTable as _,
     TableDefinition, TableError, WriteTransaction,
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use tokio::sync::{mpsc, oneshot};
 
@@ -482,8 +482,12 @@ impl Open {
         #[derive(Deserialize)]
         struct Op<'a> {
             path: String,
-            #[serde(borrow, default)]
+            #[serde(borrow, default, deserialize_with = "present")]
             value: Option<&'a RawValue>,
+        }
+        /// Keeps `null`, which is a value: only an operation without one removes.
+        fn present<'de, D: Deserializer<'de>>(value: D) -> Result<Option<&'de RawValue>, D::Error> {
+            <&RawValue>::deserialize(value).map(Some)
         }
         for Op { path, value } in serde_json::from_str::<Vec<Op>>(patch.get())? {
             // An operation belongs to the innermost directory. Those that go are cleared below.
@@ -751,12 +755,15 @@ mod tests {
             { "op": "add", "path": "/pods/a/y~1z/m", "value": { "50%": 2.50, "n": {} } },
             { "op": "add", "path": "/pods/a/y~1z/m/n/o", "value": [1] },
             { "op": "remove", "path": "/pods/a/y~1z/m/50%25" },
+            { "op": "add", "path": "/pods/a/null", "value": null },
+            { "op": "add", "path": "/pods/a/y~1z/w", "value": null },
         ]);
         delta(&mut state, &[("/pods/a", Some(2)), ("/pods/b", Some(2)), ("/pods/c", Some(1))], &ops).await;
         state.modules(BTreeMap::from([("m".into(), Some("2".into())), ("n".into(), None)])).await;
         state.commit(meta(2)).await;
         let mut expected = json!({
-            "m": "2", "/pods": { "ab": {} }, "/pods/a": { "x": 1, "y/z": { "v": 1.50, "m": { "n": { "o": [1] } } } },
+            "m": "2", "/pods": { "ab": {} },
+            "/pods/a": { "null": null, "x": 1, "y/z": { "v": 1.50, "m": { "n": { "o": [1] } }, "w": null } },
             "/pods/b": { "large": large, "small": 3 }, "/pods/c": { "k": 1 },
         });
         assert_eq!(read(&mut state).await, expected);

@@ -1,0 +1,236 @@
+//! An OPA for tests: data, patches and modules behave as at OPA's REST API (OPA v1/server/server.go,
+//! v1/storage/inmem/txn.go).
+//!
+//! A module is lines: `has x` is a rule, `calls x` needs a rule of any module, `odd` calls a built-in function that this OPA
+//! lacks. Refusals have the places that OPA 1.22 gives: two rules of one name are told at the first module in the order of
+//! ids, a missing function at its caller.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{HeaderMap, Method, StatusCode, Uri};
+use bytes::Bytes;
+use opa_hub_proto::path::unescape;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tokio::net::TcpListener;
+
+use crate::config::OpaConfig;
+use crate::opa::Opa;
+
+/// State of the OPA.
+pub(crate) struct World {
+    pub(crate) data: Value,
+    pub(crate) modules: BTreeMap<String, String>,
+    /// Requests as `METHOD path status`.
+    pub(crate) log: Vec<String>,
+    /// Number of requests after which all fail.
+    pub(crate) fails_after: Option<usize>,
+}
+
+/// Handle of the OPA.
+#[derive(Clone)]
+pub(crate) struct FakeOpa(Arc<Mutex<World>>);
+
+type Answer = (StatusCode, String);
+
+impl FakeOpa {
+    /// Starts an empty one. Returns it with a client.
+    pub(crate) async fn start() -> (Self, Opa) {
+        let world = World { data: json!({}), modules: BTreeMap::new(), log: Vec::new(), fails_after: None };
+        let fake = Self(Arc::new(Mutex::new(world)));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/v1/", listener.local_addr().unwrap()).parse().unwrap();
+        let router =
+            Router::new().fallback(answer).layer(DefaultBodyLimit::disable()).with_state(fake.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        // Another test may have done so.
+        _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let opa = Opa::new(OpaConfig { url, token: None, ca_file: None, allow_insecure: false }).unwrap();
+        (fake, opa)
+    }
+
+    /// Reads or changes its state.
+    pub(crate) fn with<T>(&self, f: impl FnOnce(&mut World) -> T) -> T {
+        f(&mut self.0.lock().unwrap())
+    }
+
+    /// Requests since the last call.
+    pub(crate) fn log(&self) -> Vec<String> {
+        self.with(|world| std::mem::take(&mut world.log))
+    }
+}
+
+async fn answer(
+    State(fake): State<FakeOpa>,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Answer {
+    let path = uri.path().strip_prefix("/v1/").unwrap_or_default().to_owned();
+    let if_none = headers.contains_key("if-none-match");
+    fake.with(|world| {
+        let (status, body) = match world.fails_after {
+            Some(0) => (StatusCode::SERVICE_UNAVAILABLE, "not now".to_owned()),
+            _ => world.answer(&method, &path, if_none, &body),
+        };
+        world.fails_after = world.fails_after.map(|left| left.saturating_sub(1));
+        world.log.push(format!("{method} {path} {}", status.as_u16()));
+        (status, body)
+    })
+}
+
+impl World {
+    fn answer(&mut self, method: &Method, path: &str, if_none: bool, body: &[u8]) -> Answer {
+        let text = || String::from_utf8(body.to_vec()).unwrap();
+        let (api, rest) = path.split_once('/').unwrap_or((path, ""));
+        match (method.as_str(), api) {
+            ("PATCH", "data") => self.patch(body),
+            ("PUT", "data") => self.put(rest, if_none, serde_json::from_slice(body).unwrap()),
+            ("GET", "data") => {
+                let value = self.data.pointer(&format!("/{rest}"));
+                ok(value.map_or(json!({}), |value| json!({ "result": value })).to_string())
+            }
+            ("POST", "query") => {
+                let keys = self.data.pointer(&pointer(&text())).and_then(Value::as_object);
+                let bindings = keys.map(|map| json!({ "keys": map.keys().collect::<Vec<_>>() }));
+                ok(json!({ "result": bindings.into_iter().collect::<Vec<_>>() }).to_string())
+            }
+            ("POST", "compile") => {
+                let query: Value = serde_json::from_slice(body).unwrap();
+                let query = query["query"].as_str().unwrap();
+                let (place, revision) = query.split_once(".revision == ").unwrap();
+                let held = self.data.pointer(&pointer(place)).map(|marker| marker["revision"].to_string());
+                let queries = if held.as_deref() == Some(revision) { json!([[]]) } else { json!([]) };
+                ok(json!({ "result": { "queries": queries } }).to_string())
+            }
+            ("GET", "policies") => match self.modules.get(rest) {
+                // The order is OPA's.
+                Some(raw) => ok(format!(r#"{{"result":{{"id":"{rest}","raw":{},"ast":{{}}}}}}"#, json!(raw))),
+                None => not_found(rest),
+            },
+            ("PUT", "policies") => {
+                let mut modules = self.modules.clone();
+                modules.insert(rest.to_owned(), text());
+                self.compile(modules)
+            }
+            ("DELETE", "policies") => {
+                let mut modules = self.modules.clone();
+                match modules.remove(rest) {
+                    Some(_) => self.compile(modules),
+                    None => not_found(rest),
+                }
+            }
+            _ => panic!("{method} {path} is not OPA's"),
+        }
+    }
+
+    fn patch(&mut self, body: &[u8]) -> Answer {
+        #[derive(Deserialize)]
+        struct Op {
+            op: String,
+            path: String,
+            #[serde(default)]
+            value: Value,
+        }
+        let mut data = self.data.clone();
+        for Op { op, path, value } in serde_json::from_slice::<Vec<Op>>(body).unwrap() {
+            let tokens = tokens(&path);
+            let Some((map, key)) = place(&mut data, &tokens) else { return not_found(&path) };
+            match op.as_str() {
+                "add" => _ = map.insert(key.clone(), value),
+                "replace" if map.contains_key(key) => _ = map.insert(key.clone(), value),
+                "remove" if map.contains_key(key) => _ = map.remove(key),
+                _ => return not_found(&path),
+            }
+        }
+        self.data = data;
+        (StatusCode::NO_CONTENT, String::new())
+    }
+
+    fn put(&mut self, path: &str, if_none: bool, value: Value) -> Answer {
+        let tokens = tokens(path);
+        if if_none && self.data.pointer(&format!("/{path}")).is_some() {
+            return (StatusCode::NOT_MODIFIED, String::new());
+        }
+        for end in 1..tokens.len() {
+            let Some((map, key)) = place(&mut self.data, &tokens[..end]) else { return not_found(path) };
+            map.entry(key.clone()).or_insert_with(|| json!({}));
+        }
+        let Some((map, key)) = place(&mut self.data, &tokens) else { return not_found(path) };
+        map.insert(key.clone(), value);
+        (StatusCode::NO_CONTENT, String::new())
+    }
+
+    /// Takes these modules if they compile together.
+    fn compile(&mut self, modules: BTreeMap<String, String>) -> Answer {
+        let error = |message: String, file: &str| json!({ "code": "rego_type_error", "message": message, "location": { "file": file, "row": 1, "col": 1 } });
+        let mut rules: BTreeMap<&str, &str> = BTreeMap::new();
+        let mut errors = Vec::new();
+        let lines =
+            || modules.iter().flat_map(|(id, text)| text.lines().map(move |line| (id.as_str(), line)));
+        for (id, line) in lines() {
+            let Some(rule) = line.strip_prefix("has ") else { continue };
+            match rules.get(rule) {
+                Some(first) => errors.push(error(format!("conflicting rules data.{rule} found"), first)),
+                None => _ = rules.insert(rule, id),
+            }
+        }
+        // OPA ends with the first stage that fails.
+        let has_conflicts = !errors.is_empty();
+        for (id, line) in lines().filter(|_| !has_conflicts) {
+            match line.strip_prefix("calls ") {
+                Some(rule) if !rules.contains_key(rule) => {
+                    errors.push(error(format!("undefined function data.{rule}"), id));
+                }
+                None if line == "odd" => errors.push(error("undefined function odd".to_owned(), id)),
+                _ => {}
+            }
+        }
+        if errors.is_empty() {
+            self.modules = modules;
+            return ok("{}".to_owned());
+        }
+        let message = "error(s) occurred while compiling module(s)";
+        let refusal = json!({ "code": "invalid_parameter", "message": message, "errors": errors });
+        (StatusCode::BAD_REQUEST, format!("{refusal:#}"))
+    }
+}
+
+fn ok(body: String) -> Answer {
+    (StatusCode::OK, body)
+}
+
+fn not_found(path: &str) -> Answer {
+    let message = format!("storage_not_found_error: {path}: document does not exist");
+    (StatusCode::NOT_FOUND, json!({ "code": "resource_not_found", "message": message }).to_string())
+}
+
+fn tokens(path: &str) -> Vec<String> {
+    path.trim_matches('/').split('/').map(|token| unescape(token).into_owned()).collect()
+}
+
+/// The map that holds the last token, and that token.
+fn place<'a>(data: &'a mut Value, tokens: &'a [String]) -> Option<(&'a mut Map<String, Value>, &'a String)> {
+    let (last, dirs) = tokens.split_last()?;
+    let mut at = data;
+    for token in dirs {
+        at = at.as_object_mut()?.get_mut(token)?;
+    }
+    Some((at.as_object_mut()?, last))
+}
+
+/// The pointer to the reference `data["a"]["b"]` in a query.
+fn pointer(query: &str) -> String {
+    let query = query.replace('\\', "");
+    let (_, names) = query.split_once("data[").unwrap();
+    names
+        .split(['"', '[', ']', ')', '}', ' '])
+        .filter(|name| !name.is_empty())
+        .fold(String::new(), |path, name| path + "/" + name)
+}
