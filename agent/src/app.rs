@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 
 use crate::cli::Cli;
-use crate::config::Config;
+use crate::config::{Config, RESOLVERS_MAX};
 use crate::local::Local;
 use crate::replica::Replica;
 use crate::server;
@@ -33,9 +33,11 @@ pub fn main() -> ExitCode {
         let (opa, bundle, delivery) = (&config.opa.url, &config.bundle, config.delivery);
         tracing::info!(hubs = hubs.join(","), %opa, bundle, ?delivery, "starting");
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
-        // One thread for everything but the decoding of archives: each thread costs an arena of the allocator.
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(2).build()?;
+        // One thread for everything but archives, the state and names: each thread costs an arena of the allocator.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(RESOLVERS_MAX)
+            .build()?;
         runtime.block_on(run(config))
     };
     match run() {
@@ -69,11 +71,15 @@ async fn run(config: Config) -> anyhow::Result<()> {
             None => std::future::pending().await,
         }
     };
+    let stop = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+    };
     tokio::select! {
         () = server::serve(listener, local.router()) => unreachable!("it serves for ever"),
         () = also_health => unreachable!("it serves for ever"),
-        () = replica.run() => unreachable!("it runs for ever"),
-        _ = terminate.recv() => Ok(()),
-        _ = tokio::signal::ctrl_c() => Ok(()),
+        () = replica.run(stop) => Ok(()),
     }
 }

@@ -56,16 +56,18 @@ pub enum Error {
 /// Bytes as they come from the network.
 pub type Chunks = mpsc::Receiver<io::Result<Bytes>>;
 
-/// Starts reading `chunks` on a thread of its own. The receiver gets pieces until the archive ends or fails.
-pub fn read(chunks: Chunks) -> mpsc::Receiver<Result<Piece, Error>> {
+/// Starts reading `chunks` on a thread of its own, beside the runtime's few for names of hosts: neither waits for the
+/// other. The receiver gets pieces until the archive ends or fails. The thread ends with `chunks` or the receiver.
+pub fn read(chunks: Chunks) -> Result<mpsc::Receiver<Result<Piece, Error>>, Error> {
     let (out, pieces) = mpsc::channel(DECODED_AHEAD_MAX);
-    tokio::task::spawn_blocking(move || {
+    let run = move || {
         let reader = ChunkReader { chunks, current: Bytes::new() };
         if let Err(error) = pieces_of(reader, &mut |piece| out.blocking_send(Ok(piece)).is_ok()) {
             _ = out.blocking_send(Err(error));
         }
-    });
-    pieces
+    };
+    std::thread::Builder::new().name("archive".into()).spawn(run)?;
+    Ok(pieces)
 }
 
 /// Reads an archive, giving its pieces to `take` until it wants no more.
@@ -280,6 +282,23 @@ mod tests {
             true
         })?;
         Ok(pieces)
+    }
+
+    /// A15.
+    #[test]
+    fn threads_that_resolve_names_keep_no_archive() {
+        let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+        let (end, blocked) = std::sync::mpsc::channel::<()>();
+        let pieces = runtime.block_on(async {
+            drop(tokio::task::spawn_blocking(move || blocked.recv()));
+            let (out, chunks) = mpsc::channel(1);
+            let mut pieces = super::read(chunks).unwrap();
+            out.send(Ok(archive(&[("opahub.json", b"{}")]).into())).await.unwrap();
+            drop(out);
+            pieces.recv().await
+        });
+        assert_eq!(pieces.unwrap().unwrap(), Piece::Head(Head::default()));
+        drop(end);
     }
 
     #[test]

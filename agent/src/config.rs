@@ -31,6 +31,26 @@ pub const OPA_READ: Duration = Duration::from_secs(5);
 pub const HUB_ANSWER: Duration = Duration::from_secs(10);
 /// The hub sends something every 5 s: a stream that is silent for this long is dead.
 pub const STREAM_SILENCE: Duration = Duration::from_secs(15);
+/// Time in which a body of the hub must bring [`BODY_BYTES_MIN`]; time that its reader takes does not count.
+pub const BODY_WINDOW: Duration = Duration::from_secs(10);
+/// Minimum bytes of a body in one [`BODY_WINDOW`]: a thousandth of what any network within a cluster carries. A hub that
+/// is slower is left for another one.
+pub const BODY_BYTES_MIN: usize = 64 << 10;
+/// Maximum time from the first bytes of an event to its end: an event has 4 MiB at most.
+pub const EVENT_MAX: Duration = Duration::from_secs(30);
+/// Maximum time that a hub may announce an event without sending one. Another one may be quicker.
+pub const WAIT_MAX: Duration = Duration::from_secs(60);
+/// Maximum number of final refusals of a reconcile request in a row. Then OPA is loaded anew: each hub of two may refuse
+/// one while it is replaced.
+pub const REFUSALS_MAX: u32 = 3;
+/// Pause between two repairs of an OPA that does not activate its policies. The policies that it has need newer data, and
+/// each repair costs the hub an answer of its own.
+pub const UNACTIVATED_PAUSE: Duration = Duration::from_secs(5);
+/// Maximum number of threads that resolve names. An outage of DNS blocks one for up to 30 s for each try of a hub, and
+/// OPA's name must be resolved beside them.
+pub const RESOLVERS_MAX: usize = 8;
+/// Maximum time for the last sync of the state at the end: a kubelet waits 30 s before it kills.
+pub const CLOSE_MAX: Duration = Duration::from_secs(5);
 /// While no hub is as new as what OPA holds, OPA keeps that for this long. Then the source itself went back, as a
 /// cluster does that is restored from a backup.
 pub const LAG_MAX: Duration = Duration::from_secs(60);

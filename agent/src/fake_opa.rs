@@ -133,16 +133,17 @@ impl World {
     fn patch(&mut self, body: &[u8]) -> Answer {
         #[derive(Deserialize)]
         struct Op {
-            op: String,
+            #[serde(rename = "op")]
+            name: String,
             path: String,
             #[serde(default)]
             value: Value,
         }
         let mut data = self.data.clone();
-        for Op { op, path, value } in serde_json::from_slice::<Vec<Op>>(body).unwrap() {
+        for Op { name, path, value } in serde_json::from_slice::<Vec<Op>>(body).unwrap() {
             let tokens = tokens(&path);
             let Some((map, key)) = place(&mut data, &tokens) else { return not_found(&path) };
-            match op.as_str() {
+            match name.as_str() {
                 "add" => _ = map.insert(key.clone(), value),
                 "replace" if map.contains_key(key) => _ = map.insert(key.clone(), value),
                 "remove" if map.contains_key(key) => _ = map.remove(key),

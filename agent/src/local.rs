@@ -7,6 +7,9 @@
 //!
 //! An OPA that says of no policy bundle that it activated it may have restarted, and then has no data either. It gets
 //! no policies before somebody looked: they would decide on nothing.
+//!
+//! A poll is the only word on what OPA has activated. It counts until OPA is given something else or is lost: polls in
+//! flight end then, and OPA polls again.
 
 use std::sync::Arc;
 
@@ -25,9 +28,9 @@ use opa_hub_proto::poll::{BUNDLE_TYPE, OPA_AGENT, entity_tags, wait};
 use opa_hub_proto::revision::Digest;
 use tokio::sync::watch;
 
-use crate::config::{ACTIVATION_MAX, GATE_MAX, LONG_POLL_MAX};
+use crate::config::{GATE_MAX, LONG_POLL_MAX};
 use crate::pull::PolicyBundle;
-use crate::status::{Detail, Report, Status};
+use crate::status::{self, Detail, Report, Status};
 
 /// What the handlers share.
 #[derive(Clone)]
@@ -39,6 +42,8 @@ struct Shared {
     policy: watch::Sender<Option<PolicyBundle>>,
     data_only: watch::Sender<Option<PolicyBundle>>,
     gate: watch::Sender<Gate>,
+    /// Changed whenever OPA is lost.
+    losses: watch::Sender<()>,
 }
 
 /// Polls by an OPA that has activated no policies, counted.
@@ -59,6 +64,7 @@ impl Local {
             policy: watch::Sender::new(None),
             data_only: watch::Sender::new(None),
             gate: watch::Sender::default(),
+            losses: watch::Sender::default(),
         }))
     }
 
@@ -84,17 +90,24 @@ impl Local {
         self.0.policy.borrow().clone()
     }
 
-    /// Waits a moment until OPA says that it activated these modules.
-    pub async fn activated(&self, modules: Digest) -> Option<()> {
-        let etag = modules.to_string();
-        let mut activated = self.0.data_only.subscribe();
-        let is_it = activated.wait_for(|served| served.as_ref().is_some_and(|served| served.etag == etag));
-        tokio::time::timeout(ACTIVATION_MAX, is_it).await.ok()?.ok().map(|_| ())
+    /// Waits until OPA says that it activated these modules.
+    pub async fn activated(&self, modules: Digest) {
+        // Each poll that says so sends this, the same or not.
+        let mut said = self.0.data_only.subscribe();
+        let is_it = |_: &Option<PolicyBundle>| self.0.status.with(|status| status.activated) == Some(modules);
+        // The sender lives as long as this.
+        _ = said.wait_for(is_it).await;
     }
 
-    /// Serves this policy bundle from now on.
-    pub fn serve(&self, policy: PolicyBundle) {
-        self.0.policy.send_replace(Some(policy));
+    /// Serves this policy bundle from now on; `None` if that of OPA's data is not known.
+    pub fn serve(&self, policy: Option<PolicyBundle>) {
+        self.0.policy.send_replace(policy);
+    }
+
+    /// Forgets what OPA said: it restarted, or may have.
+    pub fn lost(&self) {
+        self.0.status.with(status::State::lost);
+        self.0.losses.send_replace(());
     }
 
     /// All that the agent answers.
@@ -164,16 +177,30 @@ async fn policy(State(local): State<Local>, Path(name): Path<String>, headers: H
         }
     }
     if let Some(etag) = activated.filter(|_| is_opa) {
-        let anew = |served: &mut Option<PolicyBundle>| {
-            let changed = served.as_ref().is_none_or(|served| served.etag != etag);
-            if changed {
-                *served = Some(PolicyBundle { archive: empty_bundle(&local.0.bundle, &etag), etag });
+        let mut lost = local.0.losses.subscribe();
+        local.0.data_only.send_modify(|served| {
+            if served.as_ref().is_none_or(|served| served.etag != etag) {
+                let archive = empty_bundle(&local.0.bundle, &etag);
+                *served = Some(PolicyBundle { archive, etag: etag.clone() });
             }
-            changed
+        });
+        let answer = tokio::select! {
+            biased;
+            _ = lost.changed() => not_modified(&etag),
+            answer = poll(&local, &name, &headers, local.0.policy.subscribe()) => answer,
         };
-        local.0.data_only.send_if_modified(anew);
+        if answer.status() == StatusCode::OK {
+            // Until the next poll OPA decides by this or by what it was given now.
+            let said: Option<Digest> = etag.parse().ok();
+            local.0.status.with(|status| _ = status.activated.take_if(|activated| Some(*activated) == said));
+        }
+        return answer;
     }
     poll(&local, &name, &headers, local.0.policy.subscribe()).await
+}
+
+fn not_modified(tag: &str) -> Response {
+    (StatusCode::NOT_MODIFIED, [(ETAG, format!("\"{tag}\""))]).into_response()
 }
 
 async fn data_only(State(local): State<Local>, Path(name): Path<String>, headers: HeaderMap) -> Response {
@@ -204,7 +231,7 @@ async fn poll(
         None if tags.is_empty() => {
             (StatusCode::SERVICE_UNAVAILABLE, "no bundle from the hub yet\n").into_response()
         }
-        None => (StatusCode::NOT_MODIFIED, [(ETAG, format!("\"{}\"", tags[0]))]).into_response(),
+        None => not_modified(&tags[0]),
     }
 }
 
@@ -230,4 +257,53 @@ fn empty_bundle(bundle: &str, revision: &str) -> Bytes {
     let mut tar = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
     tar.append_data(&mut header, MANIFEST_FILE, &manifest[..]).expect("written into memory");
     tar.into_inner().and_then(GzEncoder::finish).expect("written into memory").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use axum::http::HeaderValue;
+    use futures::poll;
+
+    use super::*;
+    use crate::config::Delivery;
+
+    fn bundle(modules: Digest) -> Option<PolicyBundle> {
+        Some(PolicyBundle { etag: modules.to_string(), archive: Bytes::from_static(b"archive") })
+    }
+
+    /// A poll by an OPA that has activated these modules.
+    async fn ask(local: &Local, modules: Digest) -> StatusCode {
+        let mut headers = HeaderMap::new();
+        headers.insert(USER_AGENT, HeaderValue::from_static("Open-Policy-Agent/1"));
+        headers.insert(IF_NONE_MATCH, HeaderValue::try_from(format!("\"{modules}\"")).unwrap());
+        headers.insert("prefer", HeaderValue::from_static("wait=30"));
+        policy(State(local.clone()), Path("main".to_owned()), headers).await.status()
+    }
+
+    /// M4: a poll in flight says nothing of the OPA that comes after a loss, nor of what its answer brings.
+    #[tokio::test]
+    async fn what_opa_has_activated_is_forgotten_when_it_is_lost_or_given_more() {
+        let (first, second) = (Digest::of(b"1"), Digest::of(b"2"));
+        let status = Status::new(Delivery::Bundle, None);
+        let local = Local::new("main".to_owned(), status.clone());
+        let activated = || status.with(|status| status.activated);
+        local.serve(bundle(first));
+        let mut flight = pin!(ask(&local, first));
+        assert!(poll!(&mut flight).is_pending());
+        local.activated(first).await;
+        local.lost();
+        assert!(poll!(pin!(local.activated(first))).is_pending(), "the next OPA has activated nothing yet");
+        assert_eq!(flight.await, StatusCode::NOT_MODIFIED, "OPA is to poll again");
+        assert_eq!(activated(), None);
+
+        let mut flight = pin!(ask(&local, first));
+        assert!(poll!(&mut flight).is_pending());
+        assert_eq!(activated(), Some(first));
+        local.serve(bundle(second));
+        assert_eq!(flight.await, StatusCode::OK);
+        local.serve(bundle(first));
+        assert!(poll!(pin!(local.activated(first))).is_pending(), "it may be activating the second");
+    }
 }

@@ -1,5 +1,7 @@
 //! A tiny client of OPA's REST API (OPA v1/server/server.go).
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::Revision;
@@ -68,6 +70,12 @@ impl Error {
 /// has no such quote without a backslash (OPA v1/server/types/types.go, `PolicyV1`).
 const SYNTAX_TREE: &[u8] = b",\"ast\":";
 
+/// OPA's usual host, which needs no thread to be resolved. The port is that of the URL.
+const LOCALHOST: [SocketAddr; 2] = [
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0),
+];
+
 /// The client.
 #[derive(Clone)]
 pub struct Opa {
@@ -83,8 +91,12 @@ struct Answer<T> {
 impl Opa {
     /// A client for the OPA at `config`.
     pub fn new(config: OpaConfig) -> Result<Self, Error> {
-        let mut builder =
-            Client::builder().no_proxy().redirect(Policy::none()).tcp_nodelay(true).pool_max_idle_per_host(2);
+        let mut builder = Client::builder()
+            .no_proxy()
+            .redirect(Policy::none())
+            .resolve_to_addrs("localhost", &LOCALHOST)
+            .tcp_nodelay(true)
+            .pool_max_idle_per_host(2);
         if let Some(file) = &config.ca_file {
             builder = builder.tls_certs_merge(authorities(file).map_err(Error::Client)?);
         }
@@ -112,17 +124,27 @@ impl Opa {
         }
     }
 
-    /// Whether OPA holds this revision of `bundle`. Asked by partial evaluation, which no decision log shows (OPA
-    /// v1/server/server.go, `v1CompilePost`).
+    /// Whether OPA holds this revision of `bundle`.
     pub async fn holds(&self, bundle: &str, revision: Option<Revision>) -> Result<bool, Error> {
+        let Some(revision) = revision else { return Ok(false) };
+        self.is_true(bundle, &format!(".revision == \"{revision}\"")).await
+    }
+
+    /// Whether OPA holds anything of `bundle`: it has not restarted since it was first given some.
+    pub async fn has_marker(&self, bundle: &str) -> Result<bool, Error> {
+        self.is_true(bundle, "").await
+    }
+
+    /// Whether `condition` is true of the marker. Asked by partial evaluation, which no decision log shows (OPA
+    /// v1/server/server.go, `v1CompilePost`).
+    async fn is_true(&self, bundle: &str, condition: &str) -> Result<bool, Error> {
         #[derive(Deserialize, Default)]
         struct Partial {
             #[serde(default)]
             queries: Vec<serde::de::IgnoredAny>,
         }
-        let Some(revision) = revision else { return Ok(false) };
         let path = Marker::path(bundle).relative().replace('/', "\"][\"");
-        let query = format!("data[\"{path}\"].revision == \"{revision}\"");
+        let query = format!("data[\"{path}\"]{condition}");
         let query = serde_json::json!({ "query": query }).to_string();
         let what = "compile".to_owned();
         let send = self.send(Method::POST, &what, Some(query.into()), |request| request.timeout(OPA_READ));

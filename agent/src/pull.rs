@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use futures::TryStreamExt;
+use bytes::Bytes;
 use opa_hub_proto::frame::FRAME_BYTES_MAX;
 use opa_hub_proto::position::{POSITION_BYTES_MAX, POSITION_HEADER, Position};
 use opa_hub_proto::reconcile::Reconcile;
@@ -15,12 +15,14 @@ use reqwest::redirect::Policy;
 use reqwest::{Client, RequestBuilder, Response, StatusCode, Url};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::archive::Chunks;
 use crate::authorities::authorities;
 use crate::body;
 use crate::config::{
-    FRESH_ANSWER, HUB_ANSWER, POLICY_BUNDLE_BYTES_MAX, RETRY_FIRST, RETRY_MAX, STREAM_SILENCE,
+    BODY_BYTES_MIN, BODY_WINDOW, EVENT_MAX, FRESH_ANSWER, HUB_ANSWER, POLICY_BUNDLE_BYTES_MAX, RETRY_FIRST,
+    RETRY_MAX, STREAM_SILENCE,
 };
 
 /// Why the hub gave nothing. Each is tried again, on the next hub.
@@ -35,6 +37,12 @@ pub enum Error {
     /// No first byte in time, or none for too long on a stream.
     #[error("the hub was silent for {} s", .0.as_secs())]
     Silent(Duration),
+    /// A body that comes, but hardly.
+    #[error("the hub sent less than {BODY_BYTES_MIN} bytes in {} s; another one is asked", BODY_WINDOW.as_secs())]
+    Trickles,
+    /// Announcements of an event, and no event.
+    #[error("the hub announced an event and sent none for {} s; another one is asked", .0.as_secs())]
+    Waits(Duration),
     /// The hub says no.
     #[error("the hub answers {what} with {status}: {message}")]
     Refused {
@@ -68,6 +76,19 @@ pub enum Error {
     TooLarge,
 }
 
+impl Error {
+    /// Whether the hub would refuse the same request again: it takes no request of this kind, or this one is too large.
+    pub fn is_final(&self) -> bool {
+        let passes = [
+            StatusCode::NOT_FOUND,
+            StatusCode::REQUEST_TIMEOUT,
+            StatusCode::GONE,
+            StatusCode::TOO_MANY_REQUESTS,
+        ];
+        matches!(self, Self::Refused { status, .. } if status.is_client_error() && !passes.contains(status))
+    }
+}
+
 /// The hubs, one of which is asked.
 pub struct Hubs {
     client: Client,
@@ -95,6 +116,8 @@ pub struct Archive {
     pub chunks: Chunks,
     /// As of when.
     pub position: Position,
+    /// The task that receives it, which ends with this.
+    pub download: AbortOnDropHandle<()>,
 }
 
 /// A stream that is open.
@@ -102,6 +125,17 @@ pub struct Stream {
     response: Response,
     decoder: Decoder,
     heard: Instant,
+    /// Time of the first bytes of an event that is not complete.
+    begun: Option<Instant>,
+}
+
+/// A body that is neither silent nor slow.
+struct Body {
+    response: Response,
+    /// Time that the current window was waited for.
+    waited: Duration,
+    /// Bytes that came in it.
+    bytes: usize,
 }
 
 impl Hubs {
@@ -143,7 +177,7 @@ impl Hubs {
     }
 
     /// Moves on to the next hub.
-    fn move_on(&mut self) {
+    pub fn move_on(&mut self) {
         if self.replica.take().is_none() {
             self.current = (self.current + 1) % self.urls.len();
         }
@@ -179,12 +213,6 @@ impl Hubs {
         false
     }
 
-    /// Moves on to the next hub, after a pause.
-    pub async fn fail_over(&mut self) {
-        self.move_on();
-        self.pause().await;
-    }
-
     /// Waits, longer after each failure.
     pub async fn pause(&mut self) {
         tokio::time::sleep(self.pause.mul_f64(fastrand::f64())).await;
@@ -206,11 +234,12 @@ impl Hubs {
     /// The newest policy bundle.
     pub async fn policy_bundle(&self) -> Result<PolicyBundle, Error> {
         let request = self.client.get(self.url("/policy"));
-        let mut response = self.send("the policies", request).await?;
+        let response = self.send("the policies", request).await?;
         let etag = response.headers().get(ETAG).and_then(|etag| etag.to_str().ok()).unwrap_or_default();
         let etag = etag.trim_matches('"').to_owned();
         let mut archive = Vec::new();
-        while let Some(chunk) = in_time(response.chunk()).await? {
+        let mut body = Body::new(response);
+        while let Some(chunk) = body.chunk().await? {
             archive.extend_from_slice(&chunk);
             if archive.len() > POLICY_BUNDLE_BYTES_MAX {
                 return Err(Error::TooLarge);
@@ -238,9 +267,7 @@ impl Hubs {
     pub async fn stream(&self, held: Revision, position: &Position) -> Result<Option<Stream>, Error> {
         let request = self.client.get(self.url("/stream")).header("last-event-id", held.to_string());
         match self.send("the stream", at(request, position)).await {
-            Ok(response) => {
-                Ok(Some(Stream { response, decoder: Decoder::new(FRAME_BYTES_MAX), heard: Instant::now() }))
-            }
+            Ok(response) => Ok(Some(Stream::new(response))),
             Err(Error::Refused { status: StatusCode::GONE, .. }) => Ok(None),
             Err(error) => Err(error),
         }
@@ -273,13 +300,33 @@ impl Hubs {
 /// A hub on the same network answers a connection within milliseconds.
 const OPEN: Duration = Duration::from_secs(5);
 
-/// What comes within the time that a hub may be silent.
-async fn in_time<T>(answer: impl Future<Output = reqwest::Result<T>>) -> Result<T, Error> {
-    let answer = tokio::time::timeout(STREAM_SILENCE, answer).await;
-    Ok(answer.map_err(|_| Error::Silent(STREAM_SILENCE))??)
+impl Body {
+    fn new(response: Response) -> Self {
+        Self { response, waited: Duration::ZERO, bytes: 0 }
+    }
+
+    async fn chunk(&mut self) -> Result<Option<Bytes>, Error> {
+        let asked = Instant::now();
+        let chunk = tokio::time::timeout(STREAM_SILENCE, self.response.chunk()).await;
+        let chunk = chunk.map_err(|_| Error::Silent(STREAM_SILENCE))??;
+        self.waited += asked.elapsed();
+        self.bytes += chunk.as_ref().map_or(0, Bytes::len);
+        if self.waited >= BODY_WINDOW {
+            if chunk.is_some() && self.bytes < BODY_BYTES_MIN {
+                return Err(Error::Trickles);
+            }
+            (self.waited, self.bytes) = (Duration::ZERO, 0);
+        }
+        Ok(chunk)
+    }
 }
 
 impl Stream {
+    fn new(response: Response) -> Self {
+        let decoder = Decoder::new(FRAME_BYTES_MAX);
+        Self { response, decoder, heard: Instant::now(), begun: None }
+    }
+
     /// The reader was busy: silence counts from now.
     pub fn heard_now(&mut self) {
         self.heard = Instant::now();
@@ -294,13 +341,19 @@ impl Stream {
     pub async fn next(&mut self) -> Result<Message, Error> {
         loop {
             if let Some(message) = self.decoder.next()? {
+                self.begun = None;
                 return Ok(message);
             }
             // From when the hub was heard, not from when this was called: callers come back before it ends.
-            let chunk = tokio::time::timeout_at(self.heard + STREAM_SILENCE, self.response.chunk());
-            match chunk.await.map_err(|_| Error::Silent(STREAM_SILENCE))?? {
+            let silent = self.heard + STREAM_SILENCE;
+            let until = self.begun.map_or(silent, |begun| silent.min(begun + EVENT_MAX));
+            let chunk = tokio::time::timeout_at(until, self.response.chunk()).await;
+            let late =
+                || if until < silent { Error::Waits(EVENT_MAX) } else { Error::Silent(STREAM_SILENCE) };
+            match chunk.map_err(|_| late())?? {
                 Some(chunk) => {
                     self.heard = Instant::now();
+                    self.begun.get_or_insert(self.heard);
                     self.decoder.push(&chunk);
                 }
                 None => return Err(Error::Closed),
@@ -320,23 +373,91 @@ fn archive(response: Response) -> Archive {
     let position = response.headers().get(POSITION_HEADER).and_then(|position| position.to_str().ok());
     // A hub that says none keeps nobody from anything.
     let position = position.and_then(|position| position.parse().ok()).unwrap_or_default();
-    Archive { position, chunks: chunks(response) }
-}
-
-/// Hands the body on, one chunk ahead.
-fn chunks(response: Response) -> Chunks {
+    // Handed on one chunk ahead.
     let (out, chunks) = mpsc::channel(1);
-    tokio::spawn(async move {
-        let mut body = response.bytes_stream().map_err(std::io::Error::other);
-        loop {
-            let next = tokio::time::timeout(STREAM_SILENCE, body.try_next()).await;
-            let chunk = next.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())).transpose();
-            let Some(chunk) = chunk else { return };
+    let download = tokio::spawn(async move {
+        let mut body = Body::new(response);
+        while let Some(chunk) = body.chunk().await.map_err(std::io::Error::other).transpose() {
             let failed = chunk.is_err();
             if out.send(chunk).await.is_err() || failed {
                 return;
             }
         }
     });
-    chunks
+    Archive { chunks, position, download: AbortOnDropHandle::new(download) }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::stream;
+
+    use super::*;
+
+    /// An answer that sends `chunk` after each `pause`.
+    fn answer(chunk: impl Into<Bytes>, pause: Duration) -> Response {
+        let chunk = chunk.into();
+        let chunks = stream::unfold(chunk, move |chunk| async move {
+            tokio::time::sleep(pause).await;
+            Some((Ok::<_, std::io::Error>(chunk.clone()), chunk))
+        });
+        axum::http::Response::new(reqwest::Body::wrap_stream(chunks)).into()
+    }
+
+    /// A14: bytes that come now and then keep nobody.
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_trickles_ends() {
+        let mut body = Body::new(answer(&b"x"[..], Duration::from_secs(14)));
+        assert!(matches!(body.chunk().await, Err(Error::Trickles)));
+        let mut body = Body::new(answer(vec![0; BODY_BYTES_MIN], Duration::from_secs(9)));
+        for _ in 0..20 {
+            // The reader may take its time.
+            tokio::time::sleep(BODY_WINDOW * 2).await;
+            assert!(body.chunk().await.unwrap().is_some());
+        }
+        let Archive { mut chunks, download, .. } = archive(answer(&b"x"[..], Duration::from_secs(3)));
+        let error = loop {
+            match chunks.recv().await.unwrap() {
+                Ok(_) => {}
+                Err(error) => break error,
+            }
+        };
+        assert!(error.to_string().contains("another one is asked"), "{error}");
+        drop(download);
+    }
+
+    /// A14: so does an event without an end.
+    #[tokio::test(start_paused = true)]
+    async fn an_event_that_trickles_ends_the_stream() {
+        let mut stream = Stream::new(answer(b"data: x\n", Duration::from_secs(4)));
+        let opened = Instant::now();
+        assert!(matches!(stream.next().await, Err(Error::Waits(_))));
+        assert!(opened.elapsed() <= EVENT_MAX + STREAM_SILENCE);
+        let mut stream = Stream::new(answer(b": here\n", Duration::from_secs(14)));
+        for _ in 0..20 {
+            assert_eq!(stream.next().await.unwrap(), Message::Comment("here".into()));
+        }
+    }
+
+    /// A10.
+    #[test]
+    fn final_refusals_are_told_from_those_that_pass() {
+        for (status, expected) in [
+            (400, true),
+            (401, true),
+            (403, true),
+            (404, false),
+            (408, false),
+            (409, true),
+            (410, false),
+            (413, true),
+            (422, true),
+            (429, false),
+            (500, false),
+            (503, false),
+        ] {
+            let status = StatusCode::from_u16(status).unwrap();
+            let error = Error::Refused { what: String::new(), status, message: String::new() };
+            assert_eq!(error.is_final(), expected, "{status}");
+        }
+    }
 }

@@ -21,19 +21,21 @@ use opa_hub_proto::reconcile::Reconcile;
 use opa_hub_proto::revision::{Digest, Revision, modules_digest};
 use opa_hub_proto::sse::{Message, Word};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::{Instant, MissedTickBehavior, timeout};
 
 use crate::apply::{self, Applier, Modules};
 use crate::archive;
 use crate::config::{
-    Delivery, FRESH_LOOK, FRESH_LOOK_MAX, HUB_FIRST, LAG_MAX, OPA_POLL, RETRY_FIRST, RETRY_MAX,
+    ACTIVATION_MAX, Delivery, FRESH_LOOK, FRESH_LOOK_MAX, HUB_FIRST, LAG_MAX, OPA_POLL, REFUSALS_MAX,
+    RETRY_FIRST, RETRY_MAX, UNACTIVATED_PAUSE, WAIT_MAX,
 };
 use crate::layout::Layout;
 use crate::local::Local;
 use crate::marker::Marker;
+use crate::opa::Opa;
 use crate::pull::{self, Archive, Hubs, PolicyBundle, Stream};
 use crate::state::{Meta, State};
-use crate::status::{self, Status};
+use crate::status::Status;
 use crate::{config, opa};
 
 /// See the module's text.
@@ -58,6 +60,86 @@ pub struct Replica {
     restored: Option<PolicyBundle>,
     /// Packages that OPA was given by REST.
     layout: Layout,
+    /// What OPA shows of this session until it restarts.
+    shown: Shown,
+    /// Whether OPA does not activate the policies that frames lead to: data comes by reconcile until it does.
+    is_held_back: bool,
+    /// Reconcile requests in a row that hubs refused for good.
+    refusals: u32,
+}
+
+/// What OPA shows until it restarts.
+#[derive(Clone, Copy)]
+enum Shown {
+    /// Nothing yet: a restart takes nothing away.
+    Nothing,
+    /// A marker.
+    Marker,
+    /// The marker of this revision, for which it may have its policies.
+    Revision(Revision),
+}
+
+impl Shown {
+    fn of(marker: &Marker) -> Self {
+        marker.revision.map_or(Self::Marker, Self::Revision)
+    }
+}
+
+/// Looks at OPA while something else is waited for.
+struct Look<'a> {
+    opa: Opa,
+    bundle: String,
+    local: &'a Local,
+    shown: Shown,
+}
+
+impl<'a> Look<'a> {
+    fn new(applier: &Applier, local: &'a Local, shown: Shown) -> Self {
+        Self { opa: applier.opa.clone(), bundle: applier.bundle.clone(), local, shown }
+    }
+
+    /// The result of `wait`, unless OPA restarts before: then OPA needs its last good state at once, whatever hubs do.
+    async fn during<T>(&self, wait: impl Future<Output = T>) -> Result<T, Trouble> {
+        tokio::select! {
+            biased;
+            result = wait => Ok(result),
+            trouble = self.restart() => Err(trouble),
+        }
+    }
+
+    /// Waits for a restart of OPA. Lets OPA have its policies as long as it holds the data for them.
+    async fn restart(&self) -> Trouble {
+        let Self { opa, bundle, .. } = self;
+        let mut poll = tokio::time::interval_at(Instant::now() + OPA_POLL, OPA_POLL);
+        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let mut polls = 0;
+            if matches!(self.shown, Shown::Revision(_)) {
+                // An OPA that restarted asks for policies at once.
+                tokio::select! {
+                    () = self.local.needs_data() => {}
+                    _ = poll.tick() => {}
+                }
+                polls = self.local.polls();
+            } else {
+                poll.tick().await;
+            }
+            let seen = match self.shown {
+                Shown::Nothing => std::future::pending().await,
+                Shown::Marker => opa.has_marker(bundle).await,
+                Shown::Revision(revision) => opa.holds(bundle, Some(revision)).await,
+            };
+            match seen {
+                Ok(true) => self.local.pass(polls),
+                Ok(false) => return apply::Error::OtherWriter.into(),
+                Err(opa::Error::Unreachable(error)) if error.is_connect() => {
+                    return opa::Error::Unreachable(error).into();
+                }
+                // A busy OPA answers late. This wait is not for it.
+                Err(_) => _ = poll.tick().await,
+            }
+        }
+    }
 }
 
 /// What ends a session.
@@ -148,11 +230,24 @@ impl Replica {
             saved: None,
             restored: None,
             layout: Layout::default(),
+            shown: Shown::Nothing,
+            is_held_back: false,
+            refusals: 0,
         })
     }
 
-    /// Keeps OPA in step, for ever.
-    pub async fn run(mut self) {
+    /// Keeps OPA in step until `stop`, and syncs the last good state.
+    pub async fn run(mut self, stop: impl Future<Output = ()>) {
+        tokio::select! {
+            () = self.keep() => unreachable!("it runs for ever"),
+            () = stop => {}
+        }
+        if let Some(state) = self.state {
+            state.close().await;
+        }
+    }
+
+    async fn keep(&mut self) {
         let mut opa_pause = RETRY_FIRST;
         loop {
             let started = Instant::now();
@@ -165,13 +260,26 @@ impl Replica {
                 Trouble::Apply(error @ apply::Error::OtherWriter) => {
                     tracing::warn!("{error}");
                     self.status.with(|state| state.held = None);
+                    // Another writer's marker stays.
+                    self.shown = Shown::Marker;
                     if started.elapsed() < SESSION_MIN {
-                        self.hubs.pause().await;
+                        self.pause().await;
                     }
                 }
                 Trouble::NotActivated => {
                     tracing::warn!("{trouble}");
-                    tokio::time::sleep(RETRY_FIRST).await;
+                    self.is_held_back = true;
+                    let served: Option<Digest> =
+                        self.local.served().and_then(|served| served.etag.parse().ok());
+                    let activated = async {
+                        match served {
+                            Some(modules) => self.local.activated(modules).await,
+                            None => std::future::pending().await,
+                        }
+                    };
+                    let pause = UNACTIVATED_PAUSE.mul_f64(0.5 + fastrand::f64() / 2.0);
+                    // The next session says why it ended.
+                    _ = self.look().during(timeout(pause, activated)).await;
                 }
                 Trouble::Hub(error @ pull::Error::Stale(_)) => {
                     tracing::warn!(to = %self.hubs.current(), %error, "moving");
@@ -181,7 +289,7 @@ impl Replica {
                     self.hubs.move_to(ready);
                     tracing::info!(hub, to = %self.hubs.current(), "the hub stops");
                     if started.elapsed() < SESSION_MIN {
-                        self.hubs.pause().await;
+                        self.pause().await;
                     }
                 }
                 Trouble::Hub(error) => {
@@ -191,13 +299,18 @@ impl Replica {
                         self.lags = Some((held.map_or(now, |(first, _)| first), now));
                     }
                     tracing::warn!(hub = %self.hubs.current(), %error, "no stream");
-                    self.hubs.fail_over().await;
+                    self.hubs.move_on();
+                    self.pause().await;
                 }
                 Trouble::Apply(apply::Error::Opa(opa::Error::Unreachable(error))) => {
                     tracing::warn!(%error, "waiting for OPA");
                     // One that only is slow still has what it had.
                     let is_gone = error.is_connect();
-                    self.status.with(|state| if is_gone { state.lost() } else { state.held = None });
+                    if is_gone {
+                        self.local.lost();
+                    } else {
+                        self.status.with(|state| state.held = None);
+                    }
                     tokio::time::sleep(opa_pause.mul_f64(fastrand::f64())).await;
                     opa_pause = (opa_pause * 2).min(OPA_RETRY_MAX);
                     continue;
@@ -212,18 +325,33 @@ impl Replica {
                         apply::Error::Opa(opa::Error::Missing(_)) => Trust::Names,
                         _ => Trust::Digests,
                     };
-                    self.hubs.fail_over().await;
+                    self.hubs.move_on();
+                    self.pause().await;
                 }
             }
             opa_pause = RETRY_FIRST;
         }
     }
 
+    fn look(&self) -> Look<'_> {
+        Look::new(&self.applier, &self.local, self.shown)
+    }
+
+    /// Waits before the next try, at most until OPA restarts.
+    async fn pause(&mut self) {
+        let look = Look::new(&self.applier, &self.local, self.shown);
+        // The next session says why it ended.
+        _ = look.during(self.hubs.pause()).await;
+    }
+
     /// From asking OPA what it holds to whatever ends that.
     async fn session(&mut self) -> Result<std::convert::Infallible, Trouble> {
+        self.shown = Shown::Nothing;
         let mut found = self.applier.claim().await?;
         if found.is_none() {
-            self.status.with(status::State::lost);
+            self.local.lost();
+        } else {
+            self.shown = Shown::Marker;
         }
         if let Some(marker) = &mut found {
             self.trust.apply(marker);
@@ -246,42 +374,57 @@ impl Replica {
             self.compare_with_state(marker).await;
             if let Some(modules) = self.believed(&before) {
                 // Without a hub too.
-                self.known_bundle(modules).into_iter().for_each(|policy| self.local.serve(policy));
+                self.local.serve(self.known_bundle(modules));
+                self.shown = Shown::of(&before);
                 self.check_held(before.revision).await?;
             }
         }
         if self.modules_first && self.delivery == Delivery::Bundle {
-            self.local.serve(self.hubs.policy_bundle().await?);
+            let policy = self.look().during(self.hubs.policy_bundle()).await??;
+            self.local.serve(Some(policy));
         }
-        let mut held = match found {
-            None => self.load().await?,
-            Some(marker) => match self.resumable(&marker).await? {
-                Some(modules) => {
-                    // It has these; what leads on may be refused again.
-                    self.status.with(|state| state.refused.clear());
-                    Held { marker, modules, refused: BTreeMap::new() }
-                }
-                None => match self.reconcile(marker.clone()).await {
-                    // A load that broke off, and no hub to go on with.
-                    Err(Trouble::Hub(error)) if !is_whole => match self.last_good().await {
-                        Some(meta) => self.restore(Some(&marker), meta).await?,
-                        None => return Err(error.into()),
+        let resumable = match &found {
+            // No frames lead on while OPA has not activated the policies for them.
+            Some(marker) if !self.is_held_back => self.resumable(marker).await?,
+            _ => None,
+        };
+        let mut held = match (found, resumable) {
+            (Some(marker), Some(modules)) => {
+                // It has these; what leads on may be refused again.
+                self.status.with(|state| state.refused.clear());
+                Held { marker, modules, refused: BTreeMap::new() }
+            }
+            (found, _) => {
+                let held = match found {
+                    None => self.load().await?,
+                    Some(marker) => match self.reconcile(marker.clone()).await {
+                        // A load that broke off, and no hub to go on with.
+                        Err(Trouble::Hub(error)) if !is_whole => match self.last_good().await {
+                            Some(meta) => self.restore(Some(&marker), meta).await?,
+                            None => return Err(error.into()),
+                        },
+                        other => other?,
                     },
-                    other => other?,
-                },
-            },
+                };
+                self.check_held(held.marker.revision).await?;
+                held
+            }
         };
         self.trust = Trust::Whole;
-        self.check_held(held.marker.revision).await?;
-        let mut stream = self.hubs.stream(held.revision(), &held.marker.position).await?;
+        let mut stream = self.stream(&held).await?;
         for _ in 0..RECONCILES_MAX {
-            if stream.is_none() {
+            if stream.is_none() && !self.is_held_back {
                 held = self.reconcile(held.marker).await?;
-                stream = self.hubs.stream(held.revision(), &held.marker.position).await?;
+                stream = self.stream(&held).await?;
             }
         }
-        // A hub that does not know what it gave us a moment ago: after a pause, another.
-        let stream = stream.ok_or(pull::Error::Closed)?;
+        self.is_held_back = false;
+        let Some(stream) = stream else {
+            // Data that older policies read too is no revision of a hub.
+            let is_wider = self.delivery == Delivery::Bundle && held.marker.reads.len() > 1;
+            // Else a hub does not know what it gave us a moment ago: after a pause, another.
+            return Err(if is_wider { Trouble::NotActivated } else { pull::Error::Closed.into() });
+        };
         self.modules_first = false;
         if self.delivery == Delivery::Rest {
             self.layout.read(&self.applier.opa, &held.marker).await;
@@ -290,6 +433,11 @@ impl Replica {
         tracing::info!(hub = %self.hubs.current(), revision = %held.revision(), "following");
         self.status.with(|state| (state.unconnected, state.failure) = (None, None));
         self.follow(stream, held).await
+    }
+
+    /// The stream from what OPA holds on; `None` if the hub does not know that.
+    async fn stream(&self, held: &Held) -> Result<Option<Stream>, Trouble> {
+        Ok(self.look().during(self.hubs.stream(held.revision(), &held.marker.position)).await??)
     }
 
     /// Leaves of `marker` what the state has too, where they differ: after a crash, or in a directory that is new.
@@ -335,6 +483,8 @@ impl Replica {
         mut held: Held,
     ) -> Result<std::convert::Infallible, Trouble> {
         let mut judge = Judge::new(held.marker.position.clone());
+        // Time of the first announcement of an event that has not come.
+        let mut announced = None;
         let mut poll = tokio::time::interval(OPA_POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -349,6 +499,7 @@ impl Replica {
                 message = stream.next() => {
                     match message? {
                         Message::Event { id, event, data } => {
+                            announced = None;
                             // What is said is not held until OPA took it.
                             let said = id.parse().ok();
                             self.status.with(|state| state.said = said);
@@ -368,10 +519,14 @@ impl Replica {
                                 }
                                 Word::Wait => {
                                     self.status.with(|state| _ = state.behind.get_or_insert_with(Instant::now));
+                                    let since = *announced.get_or_insert_with(Instant::now);
+                                    if since.elapsed() > WAIT_MAX {
+                                        return Err(pull::Error::Waits(WAIT_MAX).into());
+                                    }
                                     stream.heard_now();
                                     continue;
                                 }
-                                Word::Here | Word::Stale(_) => {}
+                                Word::Here | Word::Stale(_) => announced = None,
                             }
                             // This was all, so far, and these policies are not what OPA is offered.
                             if !self.is_offered(held.modules) {
@@ -400,7 +555,7 @@ impl Replica {
 
     /// A hub that has not heard its source for a while says so. Whoever hears it is better; where there is nobody, what
     /// it says is the best there is.
-    async fn note_freshness(&mut self, words: &str) -> Result<(), pull::Error> {
+    async fn note_freshness(&mut self, words: &str) -> Result<(), Trouble> {
         let Word::Stale(words) = Word::of(words) else {
             self.status.with(|state| state.stale = None);
             self.look = (Instant::now(), FRESH_LOOK);
@@ -417,7 +572,9 @@ impl Replica {
             return Ok(());
         }
         self.look = (now + pause.mul_f64(0.5 + fastrand::f64()), (pause * 2).min(FRESH_LOOK_MAX));
-        if self.hubs.move_to_fresh().await { Err(pull::Error::Stale(words)) } else { Ok(()) }
+        let look = Look::new(&self.applier, &self.local, self.shown);
+        let is_moved = look.during(self.hubs.move_to_fresh()).await?;
+        if is_moved { Err(pull::Error::Stale(words).into()) } else { Ok(()) }
     }
 
     /// Applies an event that leads to `said`: half of that is what is held.
@@ -439,7 +596,8 @@ impl Replica {
                 let delta: Delta = serde_json::from_slice(data).map_err(apply::Error::from)?;
                 judge.pass(&delta.position, delta.dirs.keys(), false).map_err(|lag| lags(&lag))?;
                 if delta.narrows && self.delivery == Delivery::Bundle {
-                    self.local.activated(held.modules).await.ok_or(Trouble::NotActivated)?;
+                    let activated = timeout(ACTIVATION_MAX, self.local.activated(held.modules));
+                    self.look().during(activated).await?.map_err(|_| Trouble::NotActivated)?;
                 }
                 self.applier.delta(&mut held.marker, &delta).await?;
                 if let Some(state) = &mut self.state {
@@ -473,6 +631,7 @@ impl Replica {
             // A hub newer than this agent may say more.
             _ => return Ok(()),
         }
+        self.shown = Shown::of(&held.marker);
         self.save(held).await;
         self.status.with(|state| state.done.frames += 1);
         Ok(())
@@ -490,7 +649,7 @@ impl Replica {
         };
         let archive = match last_good {
             None => archive.await?,
-            Some(meta) => match tokio::time::timeout(HUB_FIRST, archive).await {
+            Some(meta) => match timeout(HUB_FIRST, archive).await {
                 Ok(Ok(archive)) => archive,
                 _ => return self.restore(None, meta).await,
             },
@@ -517,6 +676,7 @@ impl Replica {
         let mut pieces = state.read().await;
         let (marker, found) =
             self.applier.archive(marker, self.modules_first, meta.position, &mut pieces).await?;
+        self.shown = Shown::Marker;
         let held = self.take_policies(marker, found).await?;
         self.saved = Some(held.revision());
         self.status.with(|state| state.done.restores += 1);
@@ -530,11 +690,15 @@ impl Replica {
         let started = Instant::now();
         self.status.with(|state| state.held = None);
         let modules = match self.delivery {
+            _ if self.refusals >= REFUSALS_MAX => return self.replace(marker).await,
             Delivery::Rest => Some(marker.modules().map(|(id, digest)| (id.to_owned(), digest)).collect()),
             Delivery::Bundle => {
-                if let (Some(offered), true) = (marker.revision, marker.reads.len() > 1) {
+                if let (Some(offered), true) = (marker.revision, marker.reads.len() > 1)
+                    && !self.is_held_back
+                {
                     // A moment's patience saves an answer that holds what older policies read.
-                    self.local.activated(offered.modules).await;
+                    let activated = timeout(ACTIVATION_MAX, self.local.activated(offered.modules));
+                    _ = self.look().during(activated).await?;
                 }
                 self.forget_replaced(&mut marker);
                 None
@@ -542,20 +706,57 @@ impl Replica {
         };
         let dirs = marker.dirs().map(|(dir, digest)| (dir.clone(), digest)).collect();
         let request = Reconcile { dirs, modules, reads: marker.reads.clone() };
-        let archive = self.hubs.reconcile(&request, marker.revision, &marker.position).await?;
+        let asked = self.hubs.reconcile(&request, marker.revision, &marker.position);
+        let answer = self.look().during(asked).await?;
+        let archive = match answer {
+            Err(error) if error.is_final() => {
+                self.refusals += 1;
+                return Err(error.into());
+            }
+            other => other?,
+        };
+        self.refusals = 0;
         let held = self.take_archive(Some(&marker), archive).await?;
         self.status.with(|state| state.done.reconciles += 1);
         tracing::info!(revision = %held.revision(), took = ?started.elapsed(), "reconciled OPA");
         Ok(held)
     }
 
+    /// Gives OPA all that there is, where hubs take no digests from this agent. What the marker names and is gone is
+    /// removed. Until OPA has activated the newest policies, older ones may lack what only they read.
+    async fn replace(&mut self, mut marker: Marker) -> Result<Held, Trouble> {
+        tracing::warn!("reconcile refused, loading OPA again");
+        Trust::Names.apply(&mut marker);
+        let archive = match self.delivery {
+            Delivery::Rest => self.look().during(self.hubs.whole()).await??,
+            Delivery::Bundle => self.look().during(self.hubs.data()).await??,
+        };
+        if archive.position.is_behind(&marker.position) {
+            return Err(pull::Error::Lags(format!(
+                "{} was heard, {} is held",
+                archive.position, marker.position
+            ))
+            .into());
+        }
+        self.refusals = 0;
+        let held = self.take_archive(Some(&marker), archive).await?;
+        self.status.with(|state| state.done.snapshots += 1);
+        Ok(held)
+    }
+
     /// Data first, then the policies that may read it.
     async fn take_archive(&mut self, marker: Option<&Marker>, archive: Archive) -> Result<Held, Trouble> {
-        let Archive { chunks, position } = archive;
-        let mut pieces = archive::read(chunks);
+        let Archive { chunks, position, download } = archive;
+        let mut pieces = archive::read(chunks).map_err(apply::Error::from)?;
+        // An OPA without a marker gets one with the first piece.
+        self.shown = if marker.is_some() { Shown::Marker } else { Shown::Nothing };
+        let look = Look::new(&self.applier, &self.local, self.shown);
         let (applier, modules_first) = (&mut self.applier, self.modules_first);
         let (marker, found) = match &mut self.state {
-            None => applier.archive(marker, modules_first, position, &mut pieces).await?,
+            None => {
+                let apply = applier.archive(marker, modules_first, position, &mut pieces);
+                look.during(Box::pin(apply)).await??
+            }
             Some(state) => {
                 let (out, mut copy) = mpsc::channel(1);
                 let keep = async {
@@ -570,10 +771,13 @@ impl Replica {
                     drop(out);
                 };
                 let apply = async move { applier.archive(marker, modules_first, position, &mut copy).await };
-                let ((), applied) = tokio::join!(keep, apply);
+                let both = Box::pin(async { tokio::join!(keep, apply) });
+                let ((), applied) = look.during(both).await?;
                 applied?
             }
         };
+        drop(download);
+        self.shown = Shown::Marker;
         let held = self.take_policies(marker, found).await?;
         self.save(&held).await;
         Ok(held)
@@ -589,6 +793,7 @@ impl Replica {
                 self.offer(&mut held, modules, found.reads).await?;
             }
         }
+        self.shown = Shown::of(&held.marker);
         Ok(held)
     }
 
@@ -634,7 +839,7 @@ impl Replica {
         if let Some(state) = &mut self.state {
             state.bundle(policy.clone()).await;
         }
-        self.local.serve(policy);
+        self.local.serve(Some(policy));
         Ok(())
     }
 
@@ -643,7 +848,7 @@ impl Replica {
         if let Some(known) = self.known_bundle(modules) {
             return Ok(Some(known));
         }
-        let newest = self.hubs.policy_bundle().await?;
+        let newest = self.look().during(self.hubs.policy_bundle()).await??;
         Ok(Some(newest).filter(|policy| policy.etag == modules.to_string()))
     }
 
@@ -681,7 +886,7 @@ impl Replica {
     async fn resumable(&mut self, marker: &Marker) -> Result<Option<Digest>, Trouble> {
         let Some(modules) = self.believed(marker) else { return Ok(None) };
         if self.delivery == Delivery::Bundle {
-            self.policy_bundle(modules).await?.into_iter().for_each(|policy| self.local.serve(policy));
+            self.local.serve(self.policy_bundle(modules).await?);
         }
         Ok(Some(modules))
     }

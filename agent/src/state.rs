@@ -29,7 +29,7 @@ use serde_json::value::RawValue;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::archive::{self, Piece};
-use crate::config::{DECODED_AHEAD_MAX, PATCH_BYTES_MAX};
+use crate::config::{CLOSE_MAX, DECODED_AHEAD_MAX, PATCH_BYTES_MAX};
 use crate::marker::Marker;
 use crate::pull::PolicyBundle;
 
@@ -175,6 +175,8 @@ pub struct State {
     changes: Option<SyncSender<Change>>,
     /// Whether changes were lost, so that the file is no longer what OPA was given.
     is_lost: Arc<AtomicBool>,
+    /// Closed by the end of the thread.
+    ended: oneshot::Receiver<()>,
 }
 
 impl State {
@@ -195,6 +197,7 @@ impl State {
         let (changes, queue) = sync_channel(WAITING_MAX);
         let is_lost = Arc::new(AtomicBool::new(false));
         let lost = Arc::clone(&is_lost);
+        let (end, ended) = oneshot::channel();
         let run = move || {
             let mut file = File { database, open: None, unsynced: None };
             let ended = file.run(&queue);
@@ -206,9 +209,18 @@ impl State {
                 // What it holds is not what OPA is given from now on.
                 _ = std::fs::remove_file(&path);
             }
+            drop(end);
         };
         std::thread::Builder::new().name("state".into()).spawn(run).map_err(wrong)?;
-        Ok(Self { changes: Some(changes), is_lost })
+        Ok(Self { changes: Some(changes), is_lost, ended })
+    }
+
+    /// Syncs what was committed and closes the file.
+    pub async fn close(mut self) {
+        self.changes = None;
+        if tokio::time::timeout(CLOSE_MAX, self.ended).await.is_err() {
+            tracing::warn!("state not synced: the disk took longer than {CLOSE_MAX:?}");
+        }
     }
 
     async fn send(&mut self, mut change: Change) {
@@ -783,6 +795,17 @@ mod tests {
         archive(&mut state, &pieces, 4).await;
         let expected = json!({ "m": "2", "/pods/a": expected["/pods/a"], "/pods/b": {} });
         assert_eq!(read(&mut state).await, expected);
+    }
+
+    /// What was committed just before SIGTERM is synced before the process ends.
+    #[tokio::test]
+    async fn a_closed_state_is_synced_and_free() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut state = State::open(dir.path(), "main", None).unwrap();
+        archive(&mut state, &[head(&[("/a", 1)], &[]), directory("/a", &json!({ "k": 1 }))], 1).await;
+        state.close().await;
+        let mut state = State::open(dir.path(), "main", None).unwrap();
+        assert_eq!(read(&mut state).await, json!({ "/a": { "k": 1 } }));
     }
 
     #[tokio::test]

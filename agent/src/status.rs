@@ -158,7 +158,8 @@ impl State {
     }
 
     fn is_in_step(&self) -> bool {
-        self.held.is_some() && self.held == self.said && self.refused.is_empty() && self.is_activated()
+        let is_held = self.held.is_some() && self.held == self.said;
+        is_held && self.behind.is_none() && self.refused.is_empty() && self.is_activated()
     }
 
     /// Whether OPA may not hold what the source has.
@@ -246,6 +247,21 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A19: `: wait` says that there is more.
+    #[test]
+    fn an_event_that_is_announced_is_not_in_step() {
+        let status = Status::new(Delivery::Rest, None);
+        let digest = Digest::of(b"x");
+        let revision = Some(Revision { modules: digest, data: digest });
+        status.with(|state| (state.said, state.held, state.unconnected) = (revision, revision, None));
+        assert!(status.report(Detail::Full).in_step);
+        status.with(|state| state.behind = Some(Instant::now()));
+        let report = status.report(Detail::Full);
+        assert!(report.ready && !report.in_step);
+        status.with(|state| state.behind = None);
+        assert!(status.report(Detail::Full).in_step);
+    }
 
     #[test]
     fn counts_name_no_module_and_repeat_no_error() {

@@ -4,6 +4,8 @@
 
 use std::process::Command;
 
+mod sessions;
+
 fn run(args: &[&str]) -> (bool, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_opa-hub-agent")).args(args).env_clear().output().unwrap();
     (output.status.success(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
