@@ -1,8 +1,9 @@
 //! Modules one by one into an OPA that takes each only if it compiles with all that it has then.
 //!
 //! A module may need one that comes later, so rounds go on while there is progress. Two modules that exchange rules go in
-//! no order. OPA's refusal of one then names the other: the old text of the named one is removed first, and for that
-//! moment its rules are undefined. Unless its new text goes in then, everything is put back.
+//! no order, nor does a function with its callers when its arguments change. OPA's refusal of one then names the others:
+//! their old texts are removed first, and for that moment their rules are undefined. Unless their new texts go in then,
+//! everything is put back.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,11 +18,14 @@ pub type Changes = BTreeMap<String, Option<String>>;
 /// Changes that OPA has not taken yet.
 type Open<'a> = BTreeMap<&'a str, Option<&'a str>>;
 
+/// OPA's words by the ids of the modules that it refuses.
+pub type Refusals = BTreeMap<String, String>;
+
 /// Result of a change of modules.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Turned {
     /// Modules that OPA refuses, and its words. It keeps the old ones.
-    pub refused: BTreeMap<String, String>,
+    pub refused: Refusals,
     /// Modules of these that OPA has lost: it refused to take the old one back.
     pub absent: BTreeSet<String>,
 }
@@ -108,13 +112,14 @@ impl Rounds {
         &mut self,
         opa: &Opa,
         open: &mut Open<'a>,
-    ) -> Result<(BTreeMap<String, String>, BTreeSet<String>), Error> {
-        let mut absent = BTreeSet::new();
+    ) -> Result<(Refusals, BTreeSet<String>), Error> {
+        let mut absent: BTreeSet<String> = BTreeSet::new();
         let mut tried: BTreeSet<&'a str> = BTreeSet::new();
         let mut stuck = go_round(opa, open).await?;
-        while let Some(id) = blocker(open, &stuck, &tried) {
-            tried.insert(id);
-            if let Some(words) = self.make_way(opa, id, open).await? {
+        let is_named =
+            |id: &str, stuck: &Refusals| stuck.iter().any(|(other, words)| names(other, words, id));
+        while let Some(id) = first(open, |id| !tried.contains(id) && is_named(id, &stuck)) {
+            if let Some(words) = self.make_way(opa, id, open, &stuck, &mut tried).await? {
                 self.aside.clear();
                 open.retain(|id, _| words.contains_key(*id));
                 stuck = words;
@@ -122,49 +127,63 @@ impl Rounds {
                 absent.extend(self.put_back(opa).await?);
             }
         }
+        absent.retain(|id| stuck.contains_key(id));
         Ok((stuck, absent))
     }
 
-    /// Removes the module `id` and goes round. Returns what OPA still refuses; `None` where that is the new text of `id`
-    /// too, so that all is to be put back.
-    async fn make_way(
+    /// Removes the module `id`, then others that the same refusals name, until what was removed is in with its new text.
+    /// Returns what OPA still refuses; `None` where that is one of the removed, so that all is to be put back.
+    async fn make_way<'a>(
         &mut self,
         opa: &Opa,
-        id: &str,
-        open: &Open<'_>,
-    ) -> Result<Option<BTreeMap<String, String>>, Error> {
+        id: &'a str,
+        open: &Open<'a>,
+        refused: &Refusals,
+        tried: &mut BTreeSet<&'a str>,
+    ) -> Result<Option<Refusals>, Error> {
         let mut before = Changes::new();
         for id in open.keys() {
             before.insert((*id).to_owned(), opa.module(id).await?);
         }
         self.aside = before;
-        match opa.delete_module(id).await {
-            // Modules that stay need it.
-            Err(error) if error.is_verdict() => {
-                self.aside.clear();
-                return Ok(None);
-            }
-            other => other?,
-        }
-        tracing::warn!(module = id, "module removed for a moment: another one may take over its rules");
         let mut open = open.clone();
-        let words = go_round(opa, &mut open).await?;
-        Ok((!open.contains_key(id)).then_some(words))
+        let waiting = refused.iter().filter(|(other, words)| names(other, words, id));
+        let mut group: BTreeSet<&str> = waiting.map(|(other, _)| other.as_str()).collect();
+        let mut removed = BTreeSet::new();
+        let mut next = id;
+        loop {
+            tried.insert(next);
+            group.insert(next);
+            removed.insert(next);
+            match opa.delete_module(next).await {
+                // Modules that stay need it.
+                Err(error) if error.is_verdict() => return Ok(None),
+                other => other?,
+            }
+            tracing::warn!(module = next, "module removed for a moment: another one waits for its new text");
+            let stuck = go_round(opa, &mut open).await?;
+            if removed.iter().all(|id| !open.contains_key(id)) {
+                return Ok(Some(stuck));
+            }
+            let is_named = |id: &str| {
+                stuck.iter().any(|(other, words)| group.contains(other.as_str()) && names(other, words, id))
+            };
+            match first(&open, |id| !removed.contains(id) && is_named(id)) {
+                Some(id) => next = id,
+                None => return Ok(None),
+            }
+        }
     }
 }
 
-/// A module to put that the refusal of another one names.
-fn blocker<'a>(
-    open: &Open<'a>,
-    refused: &BTreeMap<String, String>,
-    tried: &BTreeSet<&str>,
-) -> Option<&'a str> {
-    let is_named = |id: &str| {
-        let name = format!("\"{id}\"");
-        refused.iter().any(|(other, words)| other != id && words.contains(&name))
-    };
-    let mut modules = open.iter().filter(|(_, text)| text.is_some()).map(|(id, _)| *id);
-    modules.find(|id| !tried.contains(id) && is_named(id))
+/// Whether the refusal of the module `other` names the module `id`.
+fn names(other: &str, words: &str, id: &str) -> bool {
+    other != id && words.contains(&format!("\"{id}\""))
+}
+
+/// The first module to put that `is_wanted`.
+fn first<'a>(open: &Open<'a>, is_wanted: impl Fn(&str) -> bool) -> Option<&'a str> {
+    open.iter().filter(|(_, text)| text.is_some()).map(|(id, _)| *id).find(|id| is_wanted(id))
 }
 
 /// Whether OPA refuses a text for itself alone: one that does not parse, or calls a built-in function that this OPA lacks.
@@ -192,7 +211,7 @@ fn is_for_data(words: &str) -> bool {
 }
 
 /// Goes round until nothing is open or nothing moves. What stays open is what OPA refuses, with its words.
-async fn go_round(opa: &Opa, open: &mut Open<'_>) -> Result<BTreeMap<String, String>, Error> {
+async fn go_round(opa: &Opa, open: &mut Open<'_>) -> Result<Refusals, Error> {
     loop {
         let before = open.len();
         let mut refused = BTreeMap::new();
@@ -279,6 +298,15 @@ mod tests {
         .await;
         // A function and its caller get another name.
         check(&[("a", "calls f"), ("b", "has f")], &[("a", "calls g"), ("b", "has g")], &[], &["a"]).await;
+        let held: Texts = &[("a", "calls f"), ("b", "calls f"), ("c", "has f")];
+        check(held, &[("a", "calls g"), ("b", "calls g"), ("c", "has g")], &[], &["a", "b"]).await;
+        // One of the callers is refused for itself: to put all back, the new texts are removed.
+        let wanted: Texts = &[("a", "calls g"), ("b", "calls g\nodd"), ("c", "has g")];
+        check(held, wanted, &["a", "b", "c"], &["a", "b", "a", "c"]).await;
+        // Another pair goes in all the same.
+        let pairs: Texts = &[("a", "has x"), ("b", "has y"), ("c", "has z"), ("d", "has q")];
+        let wanted: Texts = &[("a", "odd"), ("b", "has y\nhas x"), ("c", "has q"), ("d", "has z")];
+        check(pairs, wanted, &["a", "b"], &["a", "c"]).await;
         // One takes over a rule of another one, which is refused for itself: both stay as they were.
         let wanted: Texts = &[("a", "has z\nodd"), ("b", "has y\nhas x")];
         check(&[("a", "has x\nhas z"), ("b", "has y")], wanted, &["a", "b"], &["a"]).await;
