@@ -10,6 +10,8 @@ mod failover;
 
 mod fanout;
 
+mod faults;
+
 mod fields;
 
 mod folder;
@@ -27,6 +29,8 @@ mod namespaces;
 mod opa_kills;
 
 mod policies;
+
+mod proxy;
 
 mod replicas;
 
