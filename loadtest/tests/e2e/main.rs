@@ -12,6 +12,8 @@ mod fanout;
 
 mod faults;
 
+mod features;
+
 mod fields;
 
 mod folder;
