@@ -234,6 +234,14 @@ async fn native_deltas_are_given_to_who_asks_and_not_twice() {
     assert!(!files(&unasked).contains(&"patch.json".to_owned()));
 }
 
+/// Fields that newer agents send are optional.
+#[tokio::test]
+async fn reconcile_takes_the_request_of_an_older_agent() {
+    let served = Served::start().await;
+    let answer = served.send("POST", "/bundles/main/reconcile", &[], b"{\"dirs\":{}}").await;
+    assert_eq!(answer.status(), StatusCode::OK);
+}
+
 /// I9: nothing that is sent to it panics the reconcile endpoint; it is answered or refused.
 #[tokio::test]
 async fn i9_reconcile_takes_anything() {

@@ -1,22 +1,26 @@
 //! An agent that dies anywhere on its way into OPA, and a world that has moved on when it comes back: what OPA holds in
-//! the end is what the hub says, nothing less and nothing left over.
+//! the end is what the hub says, nothing less and nothing left over. An OPA that hangs or dies in the middle of its load.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
 use opa_hub_loadtest::eventually::{PATIENCE, equal, eventually};
-use opa_hub_loadtest::lab::cut::Cut;
 use opa_hub_loadtest::lab::valve::Valve;
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
-use crate::world::write_manifest;
+use crate::proxy::{Direction, Proxy, Then};
+use crate::world::{wake, write_manifest};
 
 /// More than one PATCH takes, so that a change is half done for a while.
 const PODS: usize = 600;
-/// Places where the agent dies, spread over the bytes of the whole change.
-const CUTS: i64 = 12;
+/// Places where the agent dies, spread over the bytes of the whole change: of its requests and of OPA's answers by turns.
+const CUTS: usize = 12;
+/// Steps between the places with `bundle` delivery, in which OPA asks for its policies once a second only.
+const BUNDLE_CUTS: usize = 3;
+/// Bytes of requests of about a third of a load.
+const LOAD_BYTES: usize = 20_000;
 
 /// Which modules and directories there are: by name, what they say.
 struct State {
@@ -92,14 +96,21 @@ fn expected(state: &State) -> (Value, Value, Vec<String>) {
 async fn holds(opa: &Opa, state: &State) -> Result<(), String> {
     let (roles, pods, modules) = expected(state);
     let text = |error: anyhow::Error| error.to_string();
-    equal(&opa.modules().await.map_err(text)?, &modules)?;
+    let found = opa.modules().await.map_err(text)?;
+    // OPA puts the bundle's name in front of the ids of a bundle.
+    let found: Vec<_> = found.iter().map(|id| id.strip_prefix("main/").unwrap_or(id).to_owned()).collect();
+    equal(&found, &modules)?;
     for (name, value) in state.modules {
         equal(&opa.data(&format!("/{name}/x")).await.map_err(text)?, &json!(value))?;
     }
     equal(&opa.data("/ns").await.map_err(text)?, &roles)?;
+    has_pods(opa, &pods).await
+}
+
+async fn has_pods(opa: &Opa, pods: &Value) -> Result<(), String> {
+    let found = opa.data("/kubernetes/pods").await.map_err(|error| error.to_string())?;
     // Thousands of pods would drown the message.
-    let found = opa.data("/kubernetes/pods").await.map_err(text)?;
-    if found == pods {
+    if found == *pods {
         Ok(())
     } else {
         Err(format!(
@@ -111,7 +122,7 @@ async fn holds(opa: &Opa, state: &State) -> Result<(), String> {
 
 /// `from_empty`: the agent dies while it loads an OPA that has nothing; else while it brings one up to date, by frame
 /// or, when the hub has restarted, by reconcile.
-async fn check(from_empty: bool, hub_restarts: bool) -> anyhow::Result<()> {
+async fn check(from_empty: bool, hub_restarts: bool, delivery: Delivery) -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let work = tempfile::tempdir()?;
     let manifests = tempfile::tempdir()?;
@@ -121,13 +132,14 @@ async fn check(from_empty: bool, hub_restarts: bool) -> anyhow::Result<()> {
         Hub::start(work.path(), &["--manifests", &dir.display().to_string(), "--replicate", "v1/pods"])
             .await?;
     let revision = async |hub: &Hub| anyhow::Ok(hub.json("/v1/bundles/main").await?["revision"].clone());
-    let start = |hub: &Hub, opa: &str| {
-        Agent::start(work.path(), &Agent::address()?, &[&hub.url], opa, Delivery::Rest, &[])
-    };
     // The first round is cut by nothing and tells how many bytes the whole change takes.
-    let mut whole = i64::MAX;
-    for cut in 0..=CUTS {
-        let opa = Opa::start(&assets, work.path(), None, &[]).await?;
+    let mut whole = [0; 2];
+    for cut in (0..=CUTS).step_by(if delivery == Delivery::Bundle { BUNDLE_CUTS } else { 1 }) {
+        let address = Agent::address()?;
+        let config = (delivery == Delivery::Bundle).then(|| Agent::opa_config(&address));
+        let opa = Opa::start(&assets, work.path(), config.as_ref(), &[]).await?;
+        let start =
+            |hub: &Hub, opa: &str| Agent::start(work.path(), &address, &[&hub.url], opa, delivery, &[]);
         if !from_empty {
             let mut agent = start(&hub, &opa.url)?;
             agent.wait_in_step().await?;
@@ -148,19 +160,20 @@ async fn check(from_empty: bool, hub_restarts: bool) -> anyhow::Result<()> {
             if revision(&hub).await.is_ok_and(|now| now != before) { Ok(()) } else { Err("not yet") }
         };
         eventually("the hub has read the change", changed).await?;
-        let bytes = if cut == 0 { i64::MAX } else { whole * cut / (CUTS + 1) };
-        let proxy = Cut::start(&opa.url, bytes).await?;
+        let directions = [Direction::Requests, Direction::Answers];
+        let at = cut % 2;
+        let bytes = whole[at] * cut / (CUTS + 1);
+        let proxy = Proxy::start(&opa.url).await?;
+        if cut > 0 {
+            proxy.stop_after(directions[at], bytes, Then::Break);
+        }
         let mut agent = start(&hub, &proxy.url)?;
         let dies = async || {
-            if proxy.is_broken() || agent.status().await.is_ok_and(|status| status["ready"] == true) {
-                Ok(())
-            } else {
-                Err("not yet")
-            }
+            if proxy.has_stopped() || holds(&opa, &DURING).await.is_ok() { Ok(()) } else { Err("not yet") }
         };
         eventually("the agent gets as far as it can", dies).await?;
         if cut == 0 {
-            whole = proxy.forwarded();
+            whole = directions.map(|direction| proxy.forwarded(direction));
         }
         agent.kill();
         drop(proxy);
@@ -175,11 +188,10 @@ async fn check(from_empty: bool, hub_restarts: bool) -> anyhow::Result<()> {
         })
         .await?;
         let mut agent = start(&hub, &opa.url)?;
-        eventually(format!("cut at {bytes} of {whole} bytes"), async || holds(&opa, &AFTER).await).await?;
+        let place = format!("cut at {bytes} of {} bytes of {:?}", whole[at], directions[at]);
+        eventually(&place, async || holds(&opa, &AFTER).await).await?;
         agent.wait_in_step().await?;
-        holds(&opa, &AFTER)
-            .await
-            .map_err(|error| anyhow::anyhow!("cut at {bytes} of {whole} bytes: {error}"))?;
+        holds(&opa, &AFTER).await.map_err(|error| anyhow::anyhow!("{place}: {error}"))?;
         drop(agent);
         write(dir, &BEFORE)?;
         let after = revision(&hub).await?;
@@ -191,23 +203,37 @@ async fn check(from_empty: bool, hub_restarts: bool) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn while_it_loads() -> anyhow::Result<()> {
-    check(true, false).await
+async fn while_it_loads_with_rest() -> anyhow::Result<()> {
+    check(true, false, Delivery::Rest).await
 }
 
 #[tokio::test]
-async fn while_it_applies_a_frame() -> anyhow::Result<()> {
-    check(false, false).await
+async fn while_it_loads_with_bundle() -> anyhow::Result<()> {
+    check(true, false, Delivery::Bundle).await
 }
 
 #[tokio::test]
-async fn while_it_reconciles() -> anyhow::Result<()> {
-    check(false, true).await
+async fn while_it_applies_a_frame_with_rest() -> anyhow::Result<()> {
+    check(false, false, Delivery::Rest).await
+}
+
+#[tokio::test]
+async fn while_it_applies_a_frame_with_bundle() -> anyhow::Result<()> {
+    check(false, false, Delivery::Bundle).await
+}
+
+#[tokio::test]
+async fn while_it_reconciles_with_rest() -> anyhow::Result<()> {
+    check(false, true, Delivery::Rest).await
+}
+
+#[tokio::test]
+async fn while_it_reconciles_with_bundle() -> anyhow::Result<()> {
+    check(false, true, Delivery::Bundle).await
 }
 
 /// A request that OPA carries out after its agent is gone is refused: its successor does not know of it.
-#[tokio::test]
-async fn what_an_agent_sent_before_it_died_comes_too_late() -> anyhow::Result<()> {
+async fn what_an_agent_sent_before_it_died_comes_too_late(delivery: Delivery) -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let write = |keys: &[&str]| {
@@ -220,7 +246,9 @@ async fn what_an_agent_sent_before_it_died_comes_too_late() -> anyhow::Result<()
     };
     write(&["a"])?;
     let hub = Hub::start(work.path(), &["--manifests", &manifests.path().display().to_string()]).await?;
-    let opa = Opa::start(&assets, work.path(), None, &[]).await?;
+    let address = Agent::address()?;
+    let config = (delivery == Delivery::Bundle).then(|| Agent::opa_config(&address));
+    let opa = Opa::start(&assets, work.path(), config.as_ref(), &[]).await?;
     let revision = async || anyhow::Ok(hub.json("/v1/bundles/main").await?["revision"].clone());
     let holds = async |expected: &[&str]| {
         eventually("OPA holds the keys", async || {
@@ -230,8 +258,7 @@ async fn what_an_agent_sent_before_it_died_comes_too_late() -> anyhow::Result<()
         })
         .await
     };
-    let start =
-        |opa: &str| Agent::start(work.path(), &Agent::address()?, &[&hub.url], opa, Delivery::Rest, &[]);
+    let start = |opa: &str| Agent::start(work.path(), &address, &[&hub.url], opa, delivery, &[]);
     for round in 0..5 {
         let address = opa.url.trim_start_matches("http://").to_owned();
         let valve = Valve::holding(address, b"PATCH").await?;
@@ -265,4 +292,122 @@ async fn what_an_agent_sent_before_it_died_comes_too_late() -> anyhow::Result<()
         holds(&["a"]).await.map_err(|error| error.context(format!("round {round}")))?;
     }
     Ok(())
+}
+
+#[tokio::test]
+async fn late_requests_with_rest() -> anyhow::Result<()> {
+    what_an_agent_sent_before_it_died_comes_too_late(Delivery::Rest).await
+}
+
+#[tokio::test]
+async fn late_requests_with_bundle() -> anyhow::Result<()> {
+    what_an_agent_sent_before_it_died_comes_too_late(Delivery::Bundle).await
+}
+
+/// An agent is killed after OPA has new data and before OPA can have the policies.
+#[tokio::test]
+async fn between_data_and_policies() -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let dir = manifests.path();
+    write(dir, &BEFORE)?;
+    let hub = Hub::start(work.path(), &["--manifests", &dir.display().to_string(), "--replicate", "v1/pods"])
+        .await?;
+    let valve =
+        Valve::holding(hub.url.trim_start_matches("http://").to_owned(), b"GET /bundles/main/policy").await?;
+    let through_valve = format!("http://127.0.0.1:{}", valve.port);
+    let address = Agent::address()?;
+    let opa = Opa::start(&assets, work.path(), Some(&Agent::opa_config(&address)), &[]).await?;
+    let start = |hub: &str| Agent::start(work.path(), &address, &[hub], &opa.url, Delivery::Bundle, &[]);
+    let mut is_first = true;
+    for state in [&BEFORE, &DURING] {
+        if is_first {
+            valve.set_open(false);
+        }
+        let mut agent = start(&through_valve)?;
+        if !is_first {
+            agent.wait_in_step().await?;
+            valve.set_open(false);
+            write(dir, state)?;
+        }
+        let (_, pods, _) = expected(state);
+        eventually("OPA has the data", async || has_pods(&opa, &pods).await).await?;
+        eventually("the agent waits for the policies", async || {
+            let status = agent.status().await.map_err(|error| error.to_string())?;
+            if status["inStep"] == false { Ok(()) } else { Err(status.to_string()) }
+        })
+        .await?;
+        let before = if is_first { Value::Null } else { json!(1) };
+        assert_eq!(opa.data("/changed/x").await?, before, "the policies are those of before");
+        agent.kill();
+        let mut agent = start(&hub.url)?;
+        agent.wait_in_step().await?;
+        holds(&opa, state).await.map_err(anyhow::Error::msg)?;
+        drop(agent);
+        valve.set_open(true);
+        is_first = false;
+    }
+    Ok(())
+}
+
+/// A fault of OPA in the middle of its load.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fault {
+    Killed,
+    Suspended,
+    /// Its agent restarts while it is suspended.
+    SuspendedUnderTwo,
+}
+
+async fn opa_fails_in_its_load(delivery: Delivery) -> anyhow::Result<()> {
+    let assets = tokio::task::spawn_blocking(assets::folder).await??;
+    let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    write(manifests.path(), &BEFORE)?;
+    let folder = manifests.path().display().to_string();
+    let hub = Hub::start(work.path(), &["--manifests", &folder, "--replicate", "v1/pods"]).await?;
+    for fault in [Fault::Killed, Fault::Suspended, Fault::SuspendedUnderTwo] {
+        let address = Agent::address()?;
+        let config = (delivery == Delivery::Bundle).then(|| Agent::opa_config(&address));
+        let mut opa = Opa::start(&assets, work.path(), config.as_ref(), &[]).await?;
+        let proxy = Proxy::start(&opa.url).await?;
+        proxy.stop_after(Direction::Requests, LOAD_BYTES, Then::Hold);
+        let mut agent = Agent::start(work.path(), &address, &[&hub.url], &proxy.url, delivery, &[])?;
+        proxy.wait_stopped().await?;
+        let passes = async |bytes: usize| {
+            eventually("requests reach OPA's socket", async || {
+                if proxy.forwarded(Direction::Requests) > bytes { Ok(()) } else { Err("not yet") }
+            })
+            .await
+        };
+        if fault == Fault::Killed {
+            opa.process = None;
+            proxy.resume();
+            opa.restart().await?;
+        } else {
+            let process = opa.process.as_ref().expect("it runs");
+            process.suspend()?;
+            proxy.resume();
+            passes(LOAD_BYTES).await?;
+            if fault == Fault::SuspendedUnderTwo {
+                agent.kill();
+                let bytes = proxy.forwarded(Direction::Requests);
+                agent.spawn()?;
+                passes(bytes).await?;
+            }
+            wake(process)?;
+        }
+        agent.wait_in_step().await?;
+        holds(&opa, &BEFORE).await.map_err(|error| anyhow::anyhow!("{fault:?}: {error}"))?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn opa_fails_in_its_load_with_rest() -> anyhow::Result<()> {
+    opa_fails_in_its_load(Delivery::Rest).await
+}
+
+#[tokio::test]
+async fn opa_fails_in_its_load_with_bundle() -> anyhow::Result<()> {
+    opa_fails_in_its_load(Delivery::Bundle).await
 }

@@ -10,6 +10,10 @@ mod failover;
 
 mod fanout;
 
+mod faults;
+
+mod features;
+
 mod fields;
 
 mod folder;
@@ -27,6 +31,8 @@ mod namespaces;
 mod opa_kills;
 
 mod policies;
+
+mod proxy;
 
 mod replicas;
 

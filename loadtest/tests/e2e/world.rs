@@ -1,9 +1,11 @@
 //! A cluster, a hub, and one OPA that gets everything by one of the three ways.
 
 use std::path::Path;
+use std::process::Command;
 
 use opa_hub_loadtest::cluster::Cluster;
 use opa_hub_loadtest::eventually::{equal, eventually};
+use opa_hub_loadtest::lab::process::Process;
 use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa};
 use serde_json::{Value, json};
 
@@ -110,6 +112,13 @@ pub(crate) fn direct_config(hub: &str, resource: &str) -> Value {
     })
 }
 
+/// Ends what [`Process::suspend`] began.
+pub(crate) fn wake(process: &Process) -> anyhow::Result<()> {
+    let status = Command::new("kill").args(["-CONT", &process.id().to_string()]).status()?;
+    anyhow::ensure!(status.success(), "waking a process failed: {status}");
+    Ok(())
+}
+
 /// Waits until an agent counts so many of each as done: it does once OPA has them.
 pub(crate) async fn has_done(agent: &Agent, expected: Value) -> anyhow::Result<()> {
     eventually("the agent has counted", async || {
@@ -133,7 +142,8 @@ pub(crate) fn write_list(dir: &Path, file: &str, objects: &[Value]) -> anyhow::R
     write_manifest(dir, file, &json!({ "apiVersion": "v1", "kind": "List", "items": objects }))
 }
 
-fn without_empty_maps(value: Value) -> Value {
+/// `value` without maps that have no content.
+pub(crate) fn without_empty_maps(value: Value) -> Value {
     match value {
         Value::Object(map) => {
             let map = map.into_iter().map(|(key, value)| (key, without_empty_maps(value)));

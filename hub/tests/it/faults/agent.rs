@@ -233,14 +233,15 @@ impl Agent {
         }
     }
 
-    /// All that the source had at the agent's position, and at any before, and nothing else.
-    pub(super) fn check(&mut self, world: &World) {
+    /// Checks that the agent holds all that the source had at its position, and at any before, and nothing else. Returns
+    /// whether what it holds could be checked: one whole state whose position is proven.
+    pub(super) fn check(&mut self, world: &World) -> bool {
         let Held { position, proven, .. } = &self.held;
         let is_ready = self.is_whole && self.epoch == Some(world.source.epoch);
         if position.is_empty() || !is_ready || proven.is_behind(position) {
-            return;
+            return false;
         }
-        let Some(document) = self.document else { return };
+        let Some(document) = self.document else { return false };
         let is_looked_at = |kind: Kind| !document.is_limited() || !LIMITED.contains(&kind);
         for kind in [Kind::Policies, Kind::Data, Kind::Pods, Kind::Nodes] {
             let latest = self.latest.entry(kind).or_default();
@@ -256,6 +257,7 @@ impl Agent {
         );
         let asked = Asked { document, namespace: Some(self.namespace), opened: BTreeSet::new(), context };
         asked.check(&world.source, &units_held(&self.held), false, latest);
+        true
     }
 
     /// Once all that failed has stopped failing it is at the head of a hub, and holds what the source has.
@@ -279,6 +281,6 @@ impl Agent {
         self.arrive(&head, &part.position());
         let asked = Asked::new(document, Some(self.namespace), &part);
         asked.check_all(&world.source, &units_held(&self.held));
-        self.check(world);
+        _ = self.check(world);
     }
 }
