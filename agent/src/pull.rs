@@ -428,11 +428,11 @@ mod tests {
     /// A14: so does an event without an end.
     #[tokio::test(start_paused = true)]
     async fn an_event_that_trickles_ends_the_stream() {
-        let mut stream = Stream::new(answer(b"data: x\n", Duration::from_secs(4)));
+        let mut stream = Stream::new(answer(&b"data: x\n"[..], Duration::from_secs(4)));
         let opened = Instant::now();
         assert!(matches!(stream.next().await, Err(Error::Waits(_))));
         assert!(opened.elapsed() <= EVENT_MAX + STREAM_SILENCE);
-        let mut stream = Stream::new(answer(b": here\n", Duration::from_secs(14)));
+        let mut stream = Stream::new(answer(&b": here\n"[..], Duration::from_secs(14)));
         for _ in 0..20 {
             assert_eq!(stream.next().await.unwrap(), Message::Comment("here".into()));
         }

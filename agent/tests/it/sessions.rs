@@ -83,7 +83,10 @@ impl Opa {
     fn compile(&self, query: &str) -> bool {
         let Some(marker) = &self.marker else { return false };
         match query.split_once(".revision == ") {
-            Some((_, revision)) => !self.is_shared && marker["revision"].to_string() == revision,
+            Some((_, revision)) => {
+                let revision: Value = serde_json::from_str(revision).unwrap();
+                !self.is_shared && marker["revision"] == revision
+            }
             None => true,
         }
     }
