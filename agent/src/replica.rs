@@ -110,27 +110,24 @@ impl<'a> Look<'a> {
     /// Waits for a restart of OPA. Lets OPA have its policies as long as it holds the data for them.
     async fn restart(&self) -> Trouble {
         let Self { opa, bundle, .. } = self;
+        let is_whole = matches!(self.shown, Shown::Revision(_));
         let mut poll = tokio::time::interval_at(Instant::now() + OPA_POLL, OPA_POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let mut polls = 0;
-            if matches!(self.shown, Shown::Revision(_)) {
+            tokio::select! {
                 // An OPA that restarted asks for policies at once.
-                tokio::select! {
-                    () = self.local.needs_data() => {}
-                    _ = poll.tick() => {}
-                }
-                polls = self.local.polls();
-            } else {
-                poll.tick().await;
+                () = self.local.needs_data(), if is_whole => {}
+                _ = poll.tick() => {}
             }
+            let polls = self.local.polls();
             let seen = match self.shown {
                 Shown::Nothing => std::future::pending().await,
                 Shown::Marker => opa.has_marker(bundle).await,
                 Shown::Revision(revision) => opa.holds(bundle, Some(revision)).await,
             };
             match seen {
-                Ok(true) => self.local.pass(polls),
+                Ok(true) if is_whole => self.local.pass(polls),
+                Ok(true) => {}
                 Ok(false) => return apply::Error::OtherWriter.into(),
                 Err(opa::Error::Unreachable(error)) if error.is_connect() => {
                     return opa::Error::Unreachable(error).into();

@@ -94,8 +94,8 @@ impl Opa {
 
 type Shared = Arc<watch::Sender<Opa>>;
 
-async fn opa(State(opa): State<Shared>, method: Method, uri: Uri, body: Bytes) -> Response {
-    let json: Value = serde_json::from_slice(&body).unwrap_or_default();
+fn answer(opa: &watch::Sender<Opa>, method: Method, uri: &Uri, body: &[u8]) -> Response {
+    let json: Value = serde_json::from_slice(body).unwrap_or_default();
     if method == Method::PATCH {
         let mut patched = Ok(());
         opa.send_modify(|opa| patched = opa.patch(json.as_array().unwrap()));
@@ -135,6 +135,9 @@ async fn replica(
     _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let held = Opa { marker: Some(serde_json::to_value(marker).unwrap()), ..Opa::default() };
     let shared: Shared = Arc::new(watch::Sender::new(held));
+    let opa = |State(opa): State<Shared>, method: Method, uri: Uri, body: Bytes| async move {
+        answer(&opa, method, &uri, &body)
+    };
     let url = serve(Router::new().fallback(opa).with_state(Arc::clone(&shared))).await;
     let opa = OpaConfig { url: url.join("v1/").unwrap(), token: None, ca_file: None, allow_insecure: false };
     let config = Config {
