@@ -269,8 +269,8 @@ mod tests {
     use super::*;
     use crate::config::Delivery;
 
-    fn bundle(modules: Digest) -> Option<PolicyBundle> {
-        Some(PolicyBundle { etag: modules.to_string(), archive: Bytes::from_static(b"archive") })
+    fn bundle(modules: Digest) -> PolicyBundle {
+        PolicyBundle { etag: modules.to_string(), archive: Bytes::from_static(b"archive") }
     }
 
     /// A poll by an OPA that has activated these modules.
@@ -289,7 +289,7 @@ mod tests {
         let status = Status::new(Delivery::Bundle, None);
         let local = Local::new("main".to_owned(), status.clone());
         let activated = || status.with(|status| status.activated);
-        local.serve(bundle(first));
+        local.serve(Some(bundle(first)));
         let mut flight = pin!(ask(&local, first));
         assert!(poll!(&mut flight).is_pending());
         local.activated(first).await;
@@ -301,9 +301,9 @@ mod tests {
         let mut flight = pin!(ask(&local, first));
         assert!(poll!(&mut flight).is_pending());
         assert_eq!(activated(), Some(first));
-        local.serve(bundle(second));
+        local.serve(Some(bundle(second)));
         assert_eq!(flight.await, StatusCode::OK);
-        local.serve(bundle(first));
+        local.serve(Some(bundle(first)));
         assert!(poll!(pin!(local.activated(first))).is_pending(), "it may be activating the second");
     }
 }

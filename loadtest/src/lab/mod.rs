@@ -16,8 +16,6 @@ pub mod hub;
 
 pub mod agent;
 
-pub mod cut;
-
 pub mod valve;
 
 use std::collections::BTreeSet;
