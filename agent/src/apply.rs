@@ -149,7 +149,10 @@ impl Applier {
         let place = Marker::path(&self.bundle).join(WRITER).expect("a segment");
         guard.replace(&place, &self.writer, b"true");
         match self.opa.patch(patch.into_array_after(&guard)).await {
-            Err(opa::Error::Missing(what)) if what.contains(&self.writer) => Err(Error::OtherWriter),
+            // OPA's answer does not say which place is missing (v1/storage/errors.go).
+            Err(opa::Error::Missing(_)) if !self.opa.has_writer(&self.bundle, &self.writer).await? => {
+                Err(Error::OtherWriter)
+            }
             other => Ok(other?),
         }
     }

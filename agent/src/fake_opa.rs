@@ -104,15 +104,21 @@ impl World {
             ("POST", "compile") => {
                 let query: Value = serde_json::from_slice(body).unwrap();
                 let query = query["query"].as_str().unwrap();
-                let (place, revision) = query.split_once(".revision == ").unwrap();
-                let held = self.data.pointer(&pointer(place)).map(|marker| marker["revision"].to_string());
-                let queries = if held.as_deref() == Some(revision) { json!([[]]) } else { json!([]) };
+                let (place, revision) = query.split_once(".revision == ").unzip();
+                let found = self.data.pointer(&pointer(place.unwrap_or(query)));
+                let is_true = found.is_some_and(|found| {
+                    let is = |revision: &str| {
+                        serde_json::from_str(revision).is_ok_and(|it: Value| found["revision"] == it)
+                    };
+                    revision.is_none_or(is)
+                });
+                let queries = if is_true { json!([[]]) } else { json!([]) };
                 ok(json!({ "result": { "queries": queries } }).to_string())
             }
             ("GET", "policies") => match self.modules.get(rest) {
                 // The order is OPA's.
                 Some(raw) => ok(format!(r#"{{"result":{{"id":"{rest}","raw":{},"ast":{{}}}}}}"#, json!(raw))),
-                None => not_found(rest),
+                None => not_found(),
             },
             ("PUT", "policies") => {
                 let mut modules = self.modules.clone();
@@ -123,7 +129,7 @@ impl World {
                 let mut modules = self.modules.clone();
                 match modules.remove(rest) {
                     Some(_) => self.compile(modules),
-                    None => not_found(rest),
+                    None => not_found(),
                 }
             }
             _ => panic!("{method} {path} is not OPA's"),
@@ -142,12 +148,12 @@ impl World {
         let mut data = self.data.clone();
         for Op { name, path, value } in serde_json::from_slice::<Vec<Op>>(body).unwrap() {
             let tokens = tokens(&path);
-            let Some((map, key)) = place(&mut data, &tokens) else { return not_found(&path) };
+            let Some((map, key)) = place(&mut data, &tokens) else { return not_found() };
             match name.as_str() {
                 "add" => _ = map.insert(key.clone(), value),
                 "replace" if map.contains_key(key) => _ = map.insert(key.clone(), value),
                 "remove" if map.contains_key(key) => _ = map.remove(key),
-                _ => return not_found(&path),
+                _ => return not_found(),
             }
         }
         self.data = data;
@@ -160,10 +166,10 @@ impl World {
             return (StatusCode::NOT_MODIFIED, String::new());
         }
         for end in 1..tokens.len() {
-            let Some((map, key)) = place(&mut self.data, &tokens[..end]) else { return not_found(path) };
+            let Some((map, key)) = place(&mut self.data, &tokens[..end]) else { return not_found() };
             map.entry(key.clone()).or_insert_with(|| json!({}));
         }
-        let Some((map, key)) = place(&mut self.data, &tokens) else { return not_found(path) };
+        let Some((map, key)) = place(&mut self.data, &tokens) else { return not_found() };
         map.insert(key.clone(), value);
         (StatusCode::NO_CONTENT, String::new())
     }
@@ -207,8 +213,9 @@ fn ok(body: String) -> Answer {
     (StatusCode::OK, body)
 }
 
-fn not_found(path: &str) -> Answer {
-    let message = format!("storage_not_found_error: {path}: document does not exist");
+/// OPA's answer, which does not say which place is missing.
+fn not_found() -> Answer {
+    let message = "storage_not_found_error: document does not exist";
     (StatusCode::NOT_FOUND, json!({ "code": "resource_not_found", "message": message }).to_string())
 }
 

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use crate::authorities::authorities;
 use crate::body;
 use crate::config::{ANSWER_BYTES_MAX, OPA_READ, OPA_WRITE, OpaConfig, Token};
-use crate::marker::Marker;
+use crate::marker::{Marker, WRITER};
 
 /// Why OPA did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -133,6 +133,11 @@ impl Opa {
     /// Whether OPA holds anything of `bundle`: it has not restarted since it was first given some.
     pub async fn has_marker(&self, bundle: &str) -> Result<bool, Error> {
         self.is_true(bundle, "").await
+    }
+
+    /// Whether OPA holds the marker of `bundle` and `writer` is the last session that claimed it.
+    pub async fn has_writer(&self, bundle: &str, writer: &str) -> Result<bool, Error> {
+        self.is_true(bundle, &format!("[\"{WRITER}\"][\"{writer}\"]")).await
     }
 
     /// Whether `condition` is true of the marker. Asked by partial evaluation, which no decision log shows (OPA
