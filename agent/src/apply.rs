@@ -111,7 +111,7 @@ impl Applier {
         let writer = serde_json::json!({ &self.writer: true }).to_string();
         patch.add(&Marker::path(&self.bundle), WRITER, writer.as_bytes());
         match self.opa.patch(patch.into_array()).await {
-            Ok(()) => {}
+            Ok(()) => self.rounds.retry(),
             Err(opa::Error::Missing(_)) => {
                 self.rounds.forget();
                 return Ok(None);

@@ -1,9 +1,9 @@
 //! An OPA for tests: data, patches and modules behave as at OPA's REST API (OPA v1/server/server.go,
 //! v1/storage/inmem/txn.go).
 //!
-//! A module is lines: `has x` is a rule, `calls x` needs a rule of any module, `odd` calls a built-in function that this OPA
-//! lacks. Refusals have the places that OPA 1.22 gives: two rules of one name are told at the first module in the order of
-//! ids, a missing function at its caller.
+//! A module is lines: `has x` is a rule, `calls x` needs a rule of any module, `broken` does not parse, `odd` calls a built-in
+//! function that this OPA lacks. Refusals have the places that OPA 1.22 gives: two rules of one name are told at the first
+//! module in the order of ids, a missing function at its caller.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -176,7 +176,8 @@ impl World {
 
     /// Takes these modules if they compile together.
     fn compile(&mut self, modules: BTreeMap<String, String>) -> Answer {
-        let error = |message: String, file: &str| json!({ "code": "rego_type_error", "message": message, "location": { "file": file, "row": 1, "col": 1 } });
+        let coded = |code: &str, message: String, file: &str| json!({ "code": code, "message": message, "location": { "file": file, "row": 1, "col": 1 } });
+        let error = |message: String, file: &str| coded("rego_type_error", message, file);
         let mut rules: BTreeMap<&str, &str> = BTreeMap::new();
         let mut errors = Vec::new();
         let lines =
@@ -188,12 +189,15 @@ impl World {
                 None => _ = rules.insert(rule, id),
             }
         }
+        for (id, _) in lines().filter(|(_, line)| *line == "broken") {
+            errors.push(coded("rego_parse_error", "unexpected eof token".to_owned(), id));
+        }
         // OPA ends with the first stage that fails.
         let has_conflicts = !errors.is_empty();
         for (id, line) in lines().filter(|_| !has_conflicts) {
             match line.strip_prefix("calls ") {
                 Some(rule) if !rules.contains_key(rule) => {
-                    errors.push(error(format!("undefined function data.{rule}"), id));
+                    errors.push(error(format!("undefined function {rule}"), id));
                 }
                 None if line == "odd" => errors.push(error("undefined function odd".to_owned(), id)),
                 _ => {}

@@ -396,10 +396,14 @@ impl Replica {
                     None => self.load().await?,
                     Some(marker) => match self.reconcile(marker.clone()).await {
                         // A load that broke off, and no hub to go on with.
-                        Err(Trouble::Hub(error)) if !is_whole => match self.last_good().await {
-                            Some(meta) => self.restore(Some(&marker), meta).await?,
-                            None => return Err(error.into()),
-                        },
+                        Err(error @ (Trouble::Hub(_) | Trouble::Apply(apply::Error::Archive(_))))
+                            if !is_whole =>
+                        {
+                            match self.last_good().await {
+                                Some(meta) => self.restore(Some(&marker), meta).await?,
+                                None => return Err(error),
+                            }
+                        }
                         other => other?,
                     },
                 };
@@ -622,7 +626,10 @@ impl Replica {
                         changes.extend(policy.remove.into_iter().map(|id| (id, None)));
                         self.change_modules(held, changes, policy.reads).await?;
                     }
-                    Delivery::Bundle => self.offer(held, policy.to, policy.reads).await?,
+                    Delivery::Bundle => {
+                        self.forget_replaced(&mut held.marker);
+                        self.offer(held, policy.to, policy.reads).await?;
+                    }
                 }
             }
             // A hub newer than this agent may say more.
@@ -828,7 +835,6 @@ impl Replica {
         reads: Option<String>,
     ) -> Result<(), Trouble> {
         let policy = self.policy_bundle(modules).await?.ok_or(pull::Error::Moved)?;
-        self.forget_replaced(&mut held.marker);
         held.marker.may_read(reads);
         held.modules = modules;
         held.marker.revision = Some(held.revision());

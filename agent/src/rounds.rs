@@ -97,6 +97,11 @@ impl Rounds {
         Ok(absent)
     }
 
+    /// Lets modules be tried again that OPA refused for what may be there now, e.g. a function of a bundle from elsewhere.
+    pub fn retry(&mut self) {
+        self.refused.retain(|_, refusal| is_final(&refusal.words));
+    }
+
     /// Forgets all: OPA restarted.
     pub fn forget(&mut self) {
         *self = Self::default();
@@ -186,7 +191,8 @@ fn first<'a>(open: &Open<'a>, is_wanted: impl Fn(&str) -> bool) -> Option<&'a st
     open.iter().filter(|(_, text)| text.is_some()).map(|(id, _)| *id).find(|id| is_wanted(id))
 }
 
-/// Whether OPA refuses a text for itself alone: one that does not parse, or calls a built-in function that this OPA lacks.
+/// Whether OPA refuses a text for itself alone: one that does not parse. A function that is undefined may be a built-in one
+/// that this OPA lacks, or one of the same package in a module that comes later: OPA's words are the same.
 fn is_final(words: &str) -> bool {
     #[derive(Deserialize)]
     struct Refused {
@@ -195,12 +201,8 @@ fn is_final(words: &str) -> bool {
     #[derive(Deserialize)]
     struct Cause {
         code: String,
-        message: String,
     }
-    let is_alone = |cause: &Cause| {
-        let function = cause.message.strip_prefix("undefined function ");
-        cause.code == "rego_parse_error" || function.is_some_and(|name| !name.starts_with("data."))
-    };
+    let is_alone = |cause: &Cause| cause.code == "rego_parse_error";
     let parsed = serde_json::from_str::<Refused>(words);
     parsed.is_ok_and(|refused| !refused.errors.is_empty() && refused.errors.iter().all(is_alone))
 }
@@ -316,7 +318,7 @@ mod tests {
     async fn refused_changes_are_tried_again_only_where_that_may_help() {
         let (fake, opa) = opa_with(&[("a", "has x"), ("b", "has y")]).await;
         let mut rounds = Rounds::default();
-        let mut changes = put(&[("a", "odd"), ("b", "calls z")]);
+        let mut changes = put(&[("a", "broken"), ("b", "calls z")]);
         for _ in 0..2 {
             let turned = rounds.turn(&opa, &changes).await.unwrap();
             assert_eq!(ids(&turned.refused), ["a", "b"]);
