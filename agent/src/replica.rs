@@ -266,10 +266,8 @@ impl Replica {
                 Trouble::NotActivated => {
                     tracing::warn!("{trouble}");
                     self.is_held_back = true;
-                    let served: Option<Digest> =
-                        self.local.served().and_then(|served| served.etag.parse().ok());
                     let activated = async {
-                        match served {
+                        match self.served_modules() {
                             Some(modules) => self.local.activated(modules).await,
                             None => std::future::pending().await,
                         }
@@ -645,15 +643,9 @@ impl Replica {
     async fn load(&mut self) -> Result<Held, Trouble> {
         let started = Instant::now();
         let last_good = self.last_good().await;
-        let archive = async {
-            match self.delivery {
-                Delivery::Rest => self.hubs.whole().await,
-                Delivery::Bundle => self.hubs.data().await,
-            }
-        };
         let archive = match last_good {
-            None => archive.await?,
-            Some(meta) => match timeout(HUB_FIRST, archive).await {
+            None => self.all().await?,
+            Some(meta) => match timeout(HUB_FIRST, self.all()).await {
                 Ok(Ok(archive)) => archive,
                 _ => return self.restore(None, meta).await,
             },
@@ -662,6 +654,14 @@ impl Replica {
         self.status.with(|state| state.done.snapshots += 1);
         tracing::info!(revision = %held.revision(), took = ?started.elapsed(), "loaded OPA");
         Ok(held)
+    }
+
+    /// All that the hub has for this OPA by REST.
+    async fn all(&self) -> Result<Archive, pull::Error> {
+        match self.delivery {
+            Delivery::Rest => self.hubs.whole().await,
+            Delivery::Bundle => self.hubs.data().await,
+        }
     }
 
     /// The last good state, where there is one that was written with this delivery.
@@ -731,10 +731,7 @@ impl Replica {
     async fn replace(&mut self, mut marker: Marker) -> Result<Held, Trouble> {
         tracing::warn!("reconcile refused, loading OPA again");
         Trust::Names.apply(&mut marker);
-        let archive = match self.delivery {
-            Delivery::Rest => self.look().during(self.hubs.whole()).await??,
-            Delivery::Bundle => self.look().during(self.hubs.data()).await??,
-        };
+        let archive = self.look().during(self.all()).await??;
         if archive.position.is_behind(&marker.position) {
             return Err(pull::Error::Lags(format!(
                 "{} was heard, {} is held",
@@ -867,9 +864,14 @@ impl Replica {
         self.delivery == Delivery::Rest || served()
     }
 
+    /// The modules of the policy bundle that OPA is offered.
+    fn served_modules(&self) -> Option<Digest> {
+        self.local.served()?.etag.parse().ok()
+    }
+
     /// Once OPA activated what it is offered, what came before decides no more.
     fn forget_replaced(&self, marker: &mut Marker) {
-        let served = self.local.served().and_then(|served| served.etag.parse().ok());
+        let served = self.served_modules();
         if served.is_some() && self.status.with(|state| state.activated) == served {
             marker.only_newest();
         }

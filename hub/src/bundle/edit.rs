@@ -114,8 +114,7 @@ pub fn merge<'a>(edits: &'a [Arc<Edit>], value: &[u8]) -> Option<Vec<(&'a str, O
             merged.push((op, existed));
         }
     }
-    let ops = merged.into_iter().map(|(op, _)| (&*op.path, op.value.as_deref()));
-    let ops: Vec<_> = ops.collect();
+    let ops: Vec<_> = merged.into_iter().map(|(op, _)| (&*op.path, op.value.as_deref())).collect();
     let bytes: usize = ops.iter().map(|(path, value)| path.len() + value.map_or(0, str::len)).sum();
     (bytes * 2 <= value.len()).then_some(ops)
 }

@@ -117,6 +117,7 @@ impl View {
     pub fn apply(&self, batch: Batch) -> Option<(Self, Changed)> {
         let mut changed = Changed::default();
         let mut dirs = Arc::clone(&self.dirs);
+        let is_edited = batch.dirs.values().map(BTreeMap::len).sum::<usize>() <= EDITED_KEYS_MAX;
         for (path, keys) in batch.dirs {
             let old = dirs.get(&path);
             let find = |key: &str| old.and_then(|dir| dir.get(key));
@@ -130,7 +131,6 @@ impl View {
             if keys.is_empty() {
                 continue;
             }
-            let is_edited = keys.len() <= EDITED_KEYS_MAX;
             changed.dirs.push(ChangedDirectory {
                 path: path.clone(),
                 existed: old.is_some(),

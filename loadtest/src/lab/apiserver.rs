@@ -9,13 +9,13 @@ use anyhow::{Context, bail};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::KeyPair;
 use tempfile::TempDir;
 
 use super::etcd::Etcd;
 use super::process::{Process, Usage};
 use super::valve::Valve;
-use super::{assets, free_port, given};
+use super::{assets, certificates, free_port, given};
 use crate::cluster::Cluster;
 use crate::pods;
 
@@ -216,16 +216,7 @@ async fn http_get(client: &Client, path: &str) -> Result<String, String> {
 
 /// Writes the keys, certificates and tokens of a cluster.
 fn credentials(dir: &Path) -> anyhow::Result<()> {
-    let ca_key = KeyPair::generate()?;
-    let mut params = CertificateParams::new(Vec::new())?;
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let ca = params.self_signed(&ca_key)?;
-    let issuer = Issuer::from_params(&params, &ca_key);
-    let key = KeyPair::generate()?;
-    let server =
-        CertificateParams::new(vec!["127.0.0.1".into(), "localhost".into()])?.signed_by(&key, &issuer)?;
-    fs::write(dir.join("server.crt"), server.pem())?;
-    fs::write(dir.join("server.key"), key.serialize_pem())?;
+    certificates::write(dir, "server", &["127.0.0.1", "localhost"])?;
     let accounts = KeyPair::generate()?;
     fs::write(dir.join("accounts.key"), accounts.serialize_pem())?;
     fs::write(dir.join("accounts.pub"), accounts.public_key_pem())?;
@@ -233,7 +224,6 @@ fn credentials(dir: &Path) -> anyhow::Result<()> {
         dir.join("tokens.csv"),
         format!("admin,admin,1,system:masters\n{PLAIN_USER},{PLAIN_USER},2\n"),
     )?;
-    fs::write(dir.join("ca.crt"), ca.pem())?;
     Ok(())
 }
 

@@ -4,6 +4,8 @@ pub mod assets;
 
 pub mod process;
 
+pub mod certificates;
+
 pub mod etcd;
 
 pub mod apiserver;

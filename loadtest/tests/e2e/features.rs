@@ -6,8 +6,7 @@ use anyhow::Context as _;
 use opa_hub_loadtest::cluster::{DATA, POLICY};
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::process::Process;
-use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets, free_port, http};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets, certificates, free_port, http};
 use serde_json::{Value, json};
 
 use crate::world::{write_list, write_manifest};
@@ -55,26 +54,12 @@ async fn is_told(agent: &Agent, part: &str) -> anyhow::Result<()> {
     .map(drop)
 }
 
-/// Writes an authority, `ca.crt`, and a certificate for loopback that it signed, `opa.crt` and `opa.key`.
-fn write_certificates(dir: &Path) -> anyhow::Result<()> {
-    let ca_key = KeyPair::generate()?;
-    let mut params = CertificateParams::new(Vec::new())?;
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let ca = params.self_signed(&ca_key)?;
-    let issuer = Issuer::from_params(&params, &ca_key);
-    let key = KeyPair::generate()?;
-    let certificate = CertificateParams::new(vec!["127.0.0.1".into()])?.signed_by(&key, &issuer)?;
-    std::fs::write(dir.join("ca.crt"), ca.pem())?;
-    std::fs::write(dir.join("opa.crt"), certificate.pem())?;
-    Ok(std::fs::write(dir.join("opa.key"), key.serialize_pem())?)
-}
-
 #[tokio::test]
 async fn an_opa_with_tls() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), 1)?;
-    write_certificates(work.path())?;
+    certificates::write(work.path(), "opa", &["127.0.0.1"])?;
     let file = |name: &str| work.path().join(name).display().to_string();
     let hub = hub(work.path(), manifests.path(), &[]).await?;
     for flags in
