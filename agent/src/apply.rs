@@ -106,6 +106,10 @@ impl Applier {
     /// Begins a session: from now on OPA refuses what earlier ones wrote and OPA has not yet applied. Returns what OPA
     /// says that it holds; `None` when it was never loaded.
     pub async fn claim(&mut self) -> Result<Option<Marker>, Error> {
+        // Another session's modules are not to be replaced by those from before this one's trial.
+        if self.rounds.is_cut_off() && !self.opa.has_writer(&self.bundle, &self.writer).await? {
+            self.rounds.forget();
+        }
         self.writer = format!("{:016x}", fastrand::u64(..));
         let mut patch = PatchWriter::default();
         let writer = serde_json::json!({ &self.writer: true }).to_string();
@@ -118,12 +122,17 @@ impl Applier {
             }
             Err(error) => return Err(error.into()),
         }
-        // The marker names what OPA refuses to take back.
-        self.rounds.put_back(&self.opa).await?;
+        // The marker names no text of what OPA lacks, so that a hub gives it.
+        match self.rounds.put_back(&self.opa).await {
+            Err(error @ opa::Error::Unreachable(_)) => return Err(error.into()),
+            Err(error) => tracing::warn!(%error, "modules of a trial that was cut off are not put back"),
+            Ok(_) => {}
+        }
         Ok(self.opa.marker(&self.bundle).await?)
     }
 
-    /// Looks, once in [`VERIFY_INTERVAL`], whether the next directory of `marker` is in OPA.
+    /// Looks, once in [`VERIFY_INTERVAL`], whether the next directory of `marker` is in OPA. One that is not is an empty
+    /// one from then on, and OPA's marker names no revision.
     pub async fn verify(&mut self, marker: &Marker) -> Result<(), Error> {
         let (last, at) = &self.verified;
         if at.elapsed() < VERIFY_INTERVAL {
@@ -136,6 +145,9 @@ impl Applier {
         if let Some(dir) = &dir
             && !self.opa.ensure(dir).await?
         {
+            let mut half = Marker { revision: None, ..marker.clone() };
+            half.dirs.insert(dir.clone(), None);
+            self.mark(&half).await?;
             return Err(opa::Error::Missing(format!("data{dir}")).into());
         }
         self.verified = (dir, Instant::now());
@@ -560,7 +572,35 @@ mod tests {
             let result = applier.verify(&marker).await;
             assert_eq!(result.is_ok(), is_there, "{result:?}");
         }
-        assert_eq!(fake.log(), ["PUT data/shop/a 304", "PUT data/shop/a 204"]);
+        assert_eq!(fake.log(), ["PUT data/shop/a 304", "PUT data/shop/a 204", "PATCH data 204"]);
+        let held = applier.opa.marker("main").await.unwrap().unwrap();
+        assert_eq!((held.revision, held.dirs[&path("/shop/a")]), (None, None));
+    }
+
+    /// A trial that an error ended is taken back in the next session, unless another agent had one meanwhile.
+    #[tokio::test]
+    async fn modules_of_another_session_stay() {
+        let put = |texts: [&str; 2]| -> BTreeMap<_, _> {
+            ["a", "b"].into_iter().map(str::to_owned).zip(texts.map(|text| Some(text.to_owned()))).collect()
+        };
+        for is_other in [false, true] {
+            let (fake, mut applier, mut marker) = loaded().await;
+            applier.modules(&mut marker, &put(["has x", "has y"]), None).await.unwrap();
+            let mut errors = 0;
+            while !applier.rounds.is_cut_off() {
+                fake.with(|world| world.fails_after = Some(errors));
+                applier.modules(&mut marker, &put(["has y", "has x"]), None).await.unwrap_err();
+                errors += 1;
+            }
+            fake.with(|world| world.fails_after = None);
+            let expected = if is_other { "has z" } else { "has x" };
+            if is_other {
+                Applier::new(applier.opa.clone(), "main".to_owned()).claim().await.unwrap();
+                fake.with(|world| _ = world.modules.insert("a".to_owned(), expected.to_owned()));
+            }
+            applier.claim().await.unwrap();
+            assert_eq!(fake.with(|world| world.modules["a"].clone()), expected);
+        }
     }
 
     /// A5: modules that this OPA refuses take no good ones out, at later changes neither.

@@ -155,15 +155,16 @@ fn ready(report: &Report, query: Option<&str>) -> Response {
 
 async fn policy(State(local): State<Local>, Path(name): Path<String>, headers: HeaderMap) -> Response {
     // What OPA sends is what it has activated; nothing, when it just started. Nobody else is asked.
-    let is_opa = values(&headers, USER_AGENT.as_str()).any(|agent| agent.starts_with(OPA_AGENT));
+    let is_opa = name == local.0.bundle
+        && values(&headers, USER_AGENT.as_str()).any(|agent| agent.starts_with(OPA_AGENT));
     let activated = held(&headers).into_iter().next();
-    if is_opa && name == local.0.bundle {
+    if is_opa {
         local
             .0
             .status
             .with(|status| status.activated = activated.as_deref().and_then(|etag| etag.parse().ok()));
     }
-    if is_opa && activated.is_none() && name == local.0.bundle {
+    if is_opa && activated.is_none() {
         let mut poll = 0;
         local.0.gate.send_modify(|gate| {
             gate.polls += 1;

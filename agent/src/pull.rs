@@ -215,8 +215,10 @@ impl Hubs {
 
     /// Waits, longer after each failure.
     pub async fn pause(&mut self) {
-        tokio::time::sleep(self.pause.mul_f64(fastrand::f64())).await;
-        self.pause = (self.pause * 2).min(RETRY_MAX);
+        let pause = self.pause;
+        // A pause may be dropped half-way.
+        self.pause = (pause * 2).min(RETRY_MAX);
+        tokio::time::sleep(pause.mul_f64(fastrand::f64())).await;
     }
 
     /// The archive of all data.

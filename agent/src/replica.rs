@@ -71,7 +71,7 @@ pub struct Replica {
 /// What OPA shows until it restarts.
 #[derive(Clone, Copy)]
 enum Shown {
-    /// Nothing yet: a restart takes nothing away.
+    /// Nothing yet, or a marker at some time: a restart takes nothing away before.
     Nothing,
     /// A marker.
     Marker,
@@ -110,7 +110,8 @@ impl<'a> Look<'a> {
     /// Waits for a restart of OPA. Lets OPA have its policies as long as it holds the data for them.
     async fn restart(&self) -> Trouble {
         let Self { opa, bundle, .. } = self;
-        let is_whole = matches!(self.shown, Shown::Revision(_));
+        let mut shown = self.shown;
+        let is_whole = matches!(shown, Shown::Revision(_));
         let mut poll = tokio::time::interval_at(Instant::now() + OPA_POLL, OPA_POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -120,14 +121,14 @@ impl<'a> Look<'a> {
                 _ = poll.tick() => {}
             }
             let polls = self.local.polls();
-            let seen = match self.shown {
-                Shown::Nothing => std::future::pending().await,
-                Shown::Marker => opa.has_marker(bundle).await,
+            let seen = match shown {
+                Shown::Nothing | Shown::Marker => opa.has_marker(bundle).await,
                 Shown::Revision(revision) => opa.holds(bundle, Some(revision)).await,
             };
             match seen {
                 Ok(true) if is_whole => self.local.pass(polls),
-                Ok(true) => {}
+                Ok(true) => shown = Shown::Marker,
+                Ok(false) if matches!(shown, Shown::Nothing) => {}
                 Ok(false) => return apply::Error::OtherWriter.into(),
                 Err(opa::Error::Unreachable(error)) if error.is_connect() => {
                     return opa::Error::Unreachable(error).into();
@@ -218,7 +219,7 @@ impl Replica {
             look: (Instant::now(), FRESH_LOOK),
             state: match &config.state_dir {
                 Some(dir) => {
-                    let opened = State::open(dir, &config.bundle, config.namespace.as_deref());
+                    let opened = State::open(dir.clone(), &config.bundle, config.namespace.as_deref());
                     // No disk stops an OPA.
                     opened.inspect_err(|error| tracing::error!(%error, "no last good state is kept")).ok()
                 }
@@ -320,6 +321,8 @@ impl Replica {
                         apply::Error::Opa(opa::Error::Missing(_)) => Trust::Names,
                         _ => Trust::Digests,
                     };
+                    // What was applied may have taken the revision from the marker.
+                    self.shown = Shown::Nothing;
                     self.hubs.move_on();
                     self.pause().await;
                 }
@@ -410,6 +413,7 @@ impl Replica {
             }
         };
         self.trust = Trust::Whole;
+        self.restored = None;
         let mut stream = self.stream(&held).await?;
         for _ in 0..RECONCILES_MAX {
             if stream.is_none() && !self.is_held_back {
@@ -727,7 +731,8 @@ impl Replica {
     }
 
     /// Gives OPA all that there is, where hubs take no digests from this agent. What the marker names and is gone is
-    /// removed. Until OPA has activated the newest policies, older ones may lack what only they read.
+    /// removed. Until OPA has activated the newest policies, older ones may lack what only they read. An archive that is
+    /// behind in anything is refused: the hub renews its watches, and is no longer behind after that.
     async fn replace(&mut self, mut marker: Marker) -> Result<Held, Trouble> {
         tracing::warn!("reconcile refused, loading OPA again");
         Trust::Names.apply(&mut marker);
@@ -761,7 +766,13 @@ impl Replica {
             Some(state) => {
                 let (out, mut copy) = mpsc::channel(1);
                 let keep = async {
-                    while let Some(piece) = pieces.recv().await {
+                    loop {
+                        let piece = tokio::select! {
+                            piece = pieces.recv() => piece,
+                            // OPA failed: the rest is of no use.
+                            () = out.closed() => break,
+                        };
+                        let Some(piece) = piece else { break };
                         if let Ok(piece) = &piece {
                             state.piece(piece).await;
                         }

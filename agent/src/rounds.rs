@@ -58,6 +58,7 @@ impl Rounds {
     /// Makes `changes` in an order that OPA takes. A change that OPA refused before is tried again only where other modules
     /// may be the reason and some change with it, or where data may be.
     pub async fn turn(&mut self, opa: &Opa, changes: &Changes) -> Result<Turned, Error> {
+        self.aside.retain(|id, _| !changes.contains_key(id));
         let mut refused = BTreeMap::new();
         let mut open = open_of(changes);
         let is_news = open.iter().any(|(id, text)| self.known(id, *text).is_none());
@@ -95,6 +96,11 @@ impl Rounds {
             open.into_iter().filter(|(_, text)| text.is_some()).map(|(id, _)| id.to_owned()).collect();
         self.aside.clear();
         Ok(absent)
+    }
+
+    /// Whether a trial was cut off.
+    pub fn is_cut_off(&self) -> bool {
+        !self.aside.is_empty()
     }
 
     /// Lets modules be tried again that OPA refused for what may be there now, e.g. a function of a bundle from elsewhere.

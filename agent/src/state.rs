@@ -27,6 +27,7 @@ use redb::{
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 
 use crate::archive::{self, Piece};
 use crate::config::{CLOSE_MAX, DECODED_AHEAD_MAX, PATCH_BYTES_MAX};
@@ -52,6 +53,9 @@ const CACHE_BYTES: usize = 512 << 10;
 const WAITING_MAX: usize = 16;
 /// Maximum time that a change waits for the disk. Then the state is given up.
 const WRITE_MAX: Duration = Duration::from_secs(2);
+/// Maximum time in which the disk gives what is asked for, the checks of the whole file at a start included. Then the
+/// state is given up.
+const READ_MAX: Duration = Duration::from_secs(5);
 /// Interval of a look at a queue that is full.
 const LOOK: Duration = Duration::from_millis(5);
 /// Time from the first change that is not synced to the sync: each sync costs the disk a write of its own.
@@ -180,60 +184,59 @@ pub struct State {
 }
 
 impl State {
-    /// Opens the state of `bundle` in a directory, which is made where it is not there. A damaged file is removed.
-    pub fn open(dir: &Path, bundle: &str, namespace: Option<&str>) -> Result<Self, Error> {
-        let wrong = |source| Error::Directory { path: dir.to_owned(), source };
-        std::fs::create_dir_all(dir).map_err(wrong)?;
+    /// Starts the thread of the state of `bundle` in a directory.
+    pub fn open(dir: PathBuf, bundle: &str, namespace: Option<&str>) -> io::Result<Self> {
         let name = namespace.map_or_else(|| bundle.to_owned(), |namespace| format!("{bundle}@{namespace}"));
-        let path = dir.join(format!("{name}.redb"));
-        let database = match open(&path) {
-            Err(error) if error.is_damage() => {
-                tracing::warn!(path = %path.display(), %error, "state is damaged, removing it");
-                std::fs::remove_file(&path).map_err(wrong)?;
-                open(&path)
-            }
-            other => other,
-        }?;
         let (changes, queue) = sync_channel(WAITING_MAX);
         let is_lost = Arc::new(AtomicBool::new(false));
         let lost = Arc::clone(&is_lost);
         let (end, ended) = oneshot::channel();
         let run = move || {
-            let mut file = File { database, open: None, unsynced: None };
-            let ended = file.run(&queue);
-            if let Err(error) = &ended {
+            let path = dir.join(format!("{name}.redb"));
+            let give_up = |error: &Error| {
                 tracing::error!(%error, "state given up: a restart without a hub begins with nothing");
-            }
-            drop(file);
+            };
+            let ended = match open_or_replace(&dir, &path) {
+                // The file may be another agent's.
+                Err(error) => return give_up(&error),
+                Ok(database) => File { database, open: None, unsynced: None }.run(&queue),
+            };
+            _ = ended.as_ref().inspect_err(|error| give_up(error));
             if ended.is_err() || lost.load(Ordering::Relaxed) {
                 // What it holds is not what OPA is given from now on.
                 _ = std::fs::remove_file(&path);
             }
             drop(end);
         };
-        std::thread::Builder::new().name("state".into()).spawn(run).map_err(wrong)?;
+        std::thread::Builder::new().name("state".into()).spawn(run)?;
         Ok(Self { changes: Some(changes), is_lost, ended })
     }
 
     /// Syncs what was committed and closes the file.
     pub async fn close(mut self) {
         self.changes = None;
-        if tokio::time::timeout(CLOSE_MAX, self.ended).await.is_err() {
+        if timeout(CLOSE_MAX, self.ended).await.is_err() {
             tracing::warn!("state not synced: the disk took longer than {CLOSE_MAX:?}");
         }
     }
 
+    fn give_up(&mut self, waited: Duration) {
+        tracing::error!("state given up: the disk did nothing for {waited:?}");
+        self.is_lost.store(true, Ordering::Relaxed);
+        self.changes = None;
+    }
+
     async fn send(&mut self, mut change: Change) {
+        if self.is_lost.load(Ordering::Relaxed) {
+            self.changes = None;
+        }
         let until = Instant::now() + WRITE_MAX;
         while let Some(changes) = &self.changes {
             change = match changes.try_send(change) {
                 Ok(()) => return,
                 Err(TrySendError::Full(change)) if Instant::now() < until => change,
-                Err(error) => {
-                    if let TrySendError::Full(_) = error {
-                        tracing::error!("state given up: the disk took no change for {WRITE_MAX:?}");
-                        self.is_lost.store(true, Ordering::Relaxed);
-                    }
+                Err(TrySendError::Full(_)) => return self.give_up(WRITE_MAX),
+                Err(TrySendError::Disconnected(_)) => {
                     self.changes = None;
                     return;
                 }
@@ -246,14 +249,36 @@ impl State {
     pub async fn content(&mut self) -> Content {
         let (answer, content) = oneshot::channel();
         self.send(Change::Ask(answer)).await;
-        content.await.ok().and_then(Result::ok).unwrap_or_default()
+        if let Ok(content) = timeout(READ_MAX, content).await {
+            return content.ok().and_then(Result::ok).unwrap_or_default();
+        }
+        self.give_up(READ_MAX);
+        Content::default()
     }
 
     /// All that it holds, as a hub sends it.
     pub async fn read(&mut self) -> mpsc::Receiver<Result<Piece, archive::Error>> {
-        let (out, pieces) = mpsc::channel(DECODED_AHEAD_MAX);
+        let (out, mut pieces) = mpsc::channel(DECODED_AHEAD_MAX);
         self.send(Change::Read(out)).await;
-        pieces
+        let (out, bounded) = mpsc::channel(1);
+        let is_lost = Arc::clone(&self.is_lost);
+        tokio::spawn(async move {
+            loop {
+                let piece = match timeout(READ_MAX, pieces.recv()).await {
+                    Ok(None) => return,
+                    Ok(Some(piece)) => piece,
+                    Err(_) => {
+                        is_lost.store(true, Ordering::Relaxed);
+                        Err(io::Error::other(format!("the disk read nothing for {READ_MAX:?}")).into())
+                    }
+                };
+                let is_end = piece.is_err();
+                if out.send(piece).await.is_err() || is_end {
+                    return;
+                }
+            }
+        });
+        bounded
     }
 
     /// Takes a piece of an archive.
@@ -285,6 +310,20 @@ impl State {
     /// Forgets changes since the last commit.
     pub async fn abort(&mut self) {
         self.send(Change::Abort).await;
+    }
+}
+
+/// Opens a file in a directory, which is made where it is not there. A damaged file is removed.
+fn open_or_replace(dir: &Path, path: &Path) -> Result<Database, Error> {
+    let wrong = |source| Error::Directory { path: dir.to_owned(), source };
+    std::fs::create_dir_all(dir).map_err(wrong)?;
+    match open(path) {
+        Err(error) if error.is_damage() => {
+            tracing::warn!(path = %path.display(), %error, "state is damaged, removing it");
+            std::fs::remove_file(path).map_err(wrong)?;
+            open(path)
+        }
+        other => other,
     }
 }
 
@@ -322,7 +361,7 @@ struct Open {
 }
 
 impl File {
-    fn run(&mut self, changes: &Receiver<Change>) -> Result<(), Error> {
+    fn run(mut self, changes: &Receiver<Change>) -> Result<(), Error> {
         loop {
             let wait = self.unsynced.map(|since| SYNC_AFTER.saturating_sub(since.elapsed()));
             let change = match wait {
@@ -696,15 +735,25 @@ mod tests {
         Piece::Module { id: id.into(), text: text.into() }
     }
 
-    async fn open(dir: &Path) -> State {
-        loop {
-            // The thread of the one before ends soon.
-            match State::open(dir, "main", None) {
-                Err(Error::Database(redb::Error::DatabaseAlreadyOpen)) => {
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
-                other => return other.unwrap(),
+    fn open(dir: &Path) -> State {
+        State::open(dir.to_owned(), "main", None).unwrap()
+    }
+
+    /// A disk that hangs keeps no OPA waiting.
+    #[tokio::test(start_paused = true)]
+    async fn a_disk_that_hangs_is_given_up() {
+        for is_reading in [false, true] {
+            let (changes, _hangs) = sync_channel(WAITING_MAX);
+            let (_end, ended) = oneshot::channel();
+            let mut state = State { changes: Some(changes), is_lost: Arc::default(), ended };
+            if is_reading {
+                let mut pieces = state.read().await;
+                assert!(pieces.recv().await.unwrap().is_err());
+                state.abort().await;
+            } else {
+                assert!(state.content().await.meta.is_none());
             }
+            assert!(state.changes.is_none() && state.is_lost.load(Ordering::Relaxed));
         }
     }
 
@@ -744,7 +793,7 @@ mod tests {
     #[tokio::test]
     async fn what_was_committed_is_there_after_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let mut state = open(dir.path()).await;
+        let mut state = open(dir.path());
         assert_eq!(read(&mut state).await, json!({}));
         let large = "x".repeat(PATCH_BYTES_MAX);
         let pieces = [
@@ -781,8 +830,8 @@ mod tests {
         assert_eq!(read(&mut state).await, expected);
         // What is not committed is not there.
         delta(&mut state, &[("/pods/c", None)], &json!([{ "op": "remove", "path": "/pods/c" }])).await;
-        drop(state);
-        let mut state = open(dir.path()).await;
+        state.close().await;
+        let mut state = open(dir.path());
         assert_eq!(read(&mut state).await, expected);
         assert_eq!(state.content().await.meta.unwrap().revision, meta(2).revision);
         delta(&mut state, &[("/pods/c", None)], &json!([{ "op": "remove", "path": "/pods/c" }])).await;
@@ -801,10 +850,10 @@ mod tests {
     #[tokio::test]
     async fn a_closed_state_is_synced_and_free() {
         let dir = tempfile::tempdir().unwrap();
-        let mut state = State::open(dir.path(), "main", None).unwrap();
+        let mut state = open(dir.path());
         archive(&mut state, &[head(&[("/a", 1)], &[]), directory("/a", &json!({ "k": 1 }))], 1).await;
         state.close().await;
-        let mut state = State::open(dir.path(), "main", None).unwrap();
+        let mut state = open(dir.path());
         assert_eq!(read(&mut state).await, json!({ "/a": { "k": 1 } }));
     }
 
@@ -816,12 +865,12 @@ mod tests {
             vec![head(&[("/a", 1)], &[]), directory("/a", &json!(1))],
         ] {
             let dir = tempfile::tempdir().unwrap();
-            let mut state = open(dir.path()).await;
+            let mut state = open(dir.path());
             archive(&mut state, &[head(&[("/b", 1)], &[]), directory("/b", &json!({}))], 1).await;
             archive(&mut state, &pieces, 2).await;
             assert_eq!(read(&mut state).await, json!({}), "it tells nothing");
-            drop(state);
-            assert_eq!(read(&mut open(dir.path()).await).await, json!({}), "nor after a restart");
+            state.close().await;
+            assert_eq!(read(&mut open(dir.path())).await, json!({}), "nor after a restart");
         }
     }
 
@@ -831,13 +880,13 @@ mod tests {
         let file = dir.path().join("main.redb");
         let mut intact = 0;
         for at in 0..64 {
-            let mut state = open(dir.path()).await;
+            let mut state = open(dir.path());
             let pieces = [head(&[("/a", 1)], &[]), directory("/a", &json!({ "k": "x".repeat(20_000) }))];
             archive(&mut state, &pieces, 1).await;
             let expected = read(&mut state).await;
-            drop(state);
-            drop(open(dir.path()).await);
-            drop(open(dir.path()).await);
+            state.close().await;
+            open(dir.path()).close().await;
+            open(dir.path()).close().await;
             let mut bytes = std::fs::read(&file).unwrap();
             let place = bytes.len() * at / 64 + at;
             bytes[place] ^= 0x40;
@@ -845,7 +894,9 @@ mod tests {
                 bytes.truncate(place);
             }
             std::fs::write(&file, bytes).unwrap();
-            let found = read(&mut open(dir.path()).await).await;
+            let mut state = open(dir.path());
+            let found = read(&mut state).await;
+            state.close().await;
             assert!(found == json!({}) || found == expected, "byte {place}");
             intact += usize::from(found == expected);
             std::fs::remove_file(&file).unwrap();

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::pending;
+use std::io::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use axum::extract::State;
 use axum::http::header::ETAG;
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Response};
+use flate2::write::GzEncoder;
 use futures::{StreamExt as _, stream};
 use opa_hub_agent::archive::Piece;
 use opa_hub_agent::config::{Config, Delivery, OpaConfig};
@@ -179,7 +181,20 @@ fn marker(dirs: &[&str], modules: Option<Digest>) -> Marker {
 }
 
 fn archive(head: &Head, files: &[(&str, &str)]) -> Vec<u8> {
-    let gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    let mut tar = tar_of(head, files);
+    tar.finish().unwrap();
+    tar.into_inner().unwrap().finish().unwrap()
+}
+
+/// The first bytes of an archive, up to the end of these files.
+fn beginning(head: &Head, files: &[(&str, &str)]) -> Bytes {
+    let mut tar = tar_of(head, files);
+    tar.get_mut().flush().unwrap();
+    tar.get_mut().get_mut().clone().into()
+}
+
+fn tar_of(head: &Head, files: &[(&str, &str)]) -> tar::Builder<GzEncoder<Vec<u8>>> {
+    let gzip = GzEncoder::new(Vec::new(), flate2::Compression::fast());
     let mut tar = tar::Builder::new(gzip);
     let head = serde_json::to_string(head).unwrap();
     for (path, content) in [("opahub.json", head.as_str())].iter().chain(files) {
@@ -187,7 +202,7 @@ fn archive(head: &Head, files: &[(&str, &str)]) -> Vec<u8> {
         header.set_size(content.len() as u64);
         tar.append_data(&mut header, path, content.as_bytes()).unwrap();
     }
-    tar.into_inner().unwrap().finish().unwrap()
+    tar
 }
 
 fn head(marker: &Marker) -> Head {
@@ -206,13 +221,25 @@ async fn a_silent_hub_hides_no_restart_of_opa() {
     let hub = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/", hub.local_addr().unwrap()).parse().unwrap();
     let whole = marker(&["/pods"], None);
+    let dir = last_good(&whole).await;
+    let (opa, replica) = replica(&whole, url, Delivery::Rest, Some(dir.path())).await;
+    until(replica, async {
+        let asked = hub.accept().await.unwrap();
+        opa.send_modify(|opa| opa.marker = None);
+        is_given(&opa, whole.revision.unwrap()).await;
+        drop(asked);
+    })
+    .await;
+}
+
+/// Writes a last good state whose one directory is empty.
+async fn last_good(whole: &Marker) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let mut last_good = state::State::open(dir.path(), "main", None).unwrap();
-    last_good.piece(&Piece::Head(head(&whole))).await;
+    let mut last_good = state::State::open(dir.path().to_owned(), "main", None).unwrap();
+    last_good.piece(&Piece::Head(head(whole))).await;
     last_good.piece(&Piece::Directory("/pods".parse().unwrap(), b"{}".to_vec())).await;
-    let revision = whole.revision.unwrap();
     let meta = Meta {
-        revision,
+        revision: whole.revision.unwrap(),
         position: Position::default(),
         ensure: Vec::new(),
         rego_version: None,
@@ -221,15 +248,65 @@ async fn a_silent_hub_hides_no_restart_of_opa() {
     };
     last_good.commit(meta).await;
     last_good.close().await;
-    let (opa, replica) = replica(&whole, url, Delivery::Rest, Some(dir.path())).await;
+    dir
+}
+
+/// Waits until OPA holds this revision.
+async fn is_given(opa: &Shared, revision: Revision) {
+    let revision = json!(revision.to_string());
+    let is_given = |opa: &Opa| opa.marker.as_ref().is_some_and(|marker| marker["revision"] == revision);
+    tokio::time::timeout(NOTICED, opa.subscribe().wait_for(is_given)).await.unwrap().unwrap();
+}
+
+/// A load that broke off is completed from the last good state where hubs break off too.
+#[tokio::test]
+async fn an_archive_that_breaks_off_leads_to_the_last_good_state() {
+    let whole = marker(&["/pods"], None);
+    let dir = last_good(&whole).await;
+    let first = beginning(&head(&marker(&["/pods", "/shop"], None)), &[]);
+    let hub = move |method: Method| async move {
+        let cut = [Ok(first), Err(std::io::Error::other("cut"))];
+        match method {
+            Method::POST => Body::from_stream(stream::iter(cut)).into_response(),
+            _ => StatusCode::GONE.into_response(),
+        }
+    };
+    let url = serve(Router::new().fallback(hub)).await;
+    let half = Marker { revision: None, dirs: [("/pods".parse().unwrap(), None)].into(), ..whole.clone() };
+    let (opa, replica) = replica(&half, url, Delivery::Rest, Some(dir.path())).await;
+    until(replica, is_given(&opa, whole.revision.unwrap())).await;
+}
+
+/// Where OPA takes no more, no more is waited for from the hub.
+#[tokio::test]
+async fn a_refusal_of_opa_ends_a_load_at_once() {
+    let whole = marker(&["/pods"], None);
+    let dir = last_good(&whole).await;
+    let first = beginning(&head(&marker(&["/pods", "/shop"], None)), &[]);
+    let asked = Arc::new(watch::Sender::new(0));
+    let opa: Arc<std::sync::OnceLock<Shared>> = Arc::default();
+    let hub = {
+        let (asked, opa) = (Arc::clone(&asked), Arc::clone(&opa));
+        move |method: Method| async move {
+            if method != Method::POST {
+                return StatusCode::GONE.into_response();
+            }
+            let other = |opa: &mut Opa| opa.marker.as_mut().unwrap()["writer"] = json!({ "other": true });
+            opa.get().unwrap().send_modify(other);
+            asked.send_modify(|asked| *asked += 1);
+            Body::from_stream(stream::iter([Ok::<_, std::io::Error>(first)]).chain(stream::pending()))
+                .into_response()
+        }
+    };
+    let url = serve(Router::new().fallback(hub)).await;
+    let half = Marker { revision: None, dirs: [("/pods".parse().unwrap(), None)].into(), ..whole };
+    let (shared, replica) = replica(&half, url, Delivery::Rest, Some(dir.path())).await;
+    _ = opa.set(shared);
     until(replica, async {
-        let asked = hub.accept().await.unwrap();
-        opa.send_modify(|opa| opa.marker = None);
-        let revision = json!(revision.to_string());
-        let is_back = |opa: &Opa| opa.marker.as_ref().is_some_and(|marker| marker["revision"] == revision);
-        let mut looks = opa.subscribe();
-        tokio::time::timeout(NOTICED, looks.wait_for(is_back)).await.unwrap().unwrap();
-        drop(asked);
+        let again = tokio::time::timeout(NOTICED, async {
+            asked.subscribe().wait_for(|asked| *asked >= 2).await.map(|asked| *asked)
+        });
+        again.await.unwrap().unwrap();
     })
     .await;
 }
