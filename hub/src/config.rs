@@ -1,5 +1,4 @@
-//! Bounds of the hub that several modules share, each with its unit and its reason, and what the command line is turned
-//! into.
+//! Shared limits of the hub, and its validated configuration.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,24 +6,23 @@ use std::time::Duration;
 
 use crate::bundle::spec::Spec;
 
-/// Events that a source may be ahead of the writer. A full queue holds back the watch, and so the API server.
+/// Maximum number of events queued between source and store. A full queue holds back the watch.
 pub const EVENT_QUEUE_MAX: usize = 1024;
-/// Events that one commit takes at most, so that a storm still publishes about every 50 ms.
+/// Maximum number of events in one commit. Bounds the delay to about 50 ms under load.
 pub const COMMIT_EVENTS_MAX: usize = 4096;
 
 /// Limits of one bundle. Tests lower them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BundleLimits {
-    /// Maximum number of commits in the log: at one commit every 10 ms, 40 s in which an agent may be away and resume by
-    /// frame.
+    /// Maximum number of commits in the history: at 10 ms a commit, agents may resume for 40 s.
     pub log_commits_max: usize,
-    /// Maximum number of keys in the log over all its commits: 64 Ki × about 150 bytes = 10 MB.
+    /// Maximum number of keys in the history: about 10 MB.
     pub log_keys_max: usize,
-    /// Maximum bytes of edits in the log over all its commits.
+    /// Maximum bytes of edits in the history.
     pub log_edit_bytes_max: usize,
     /// Maximum number of events in one commit.
     pub commit_events_max: usize,
-    /// Maximum number of directories of one view: their digests travel in every archive's head (8 MiB).
+    /// Maximum number of directories in a snapshot. Every archive header contains their digests (8 MiB).
     pub directories_max: usize,
 }
 
@@ -40,238 +38,221 @@ impl Default for BundleLimits {
     }
 }
 
-/// A comment this often keeps a stream alive through proxies, and tells an agent that the hub is there.
+/// Interval of stream heartbeats, for proxies and for agents that detect a lost hub.
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
-/// The longest long poll that is granted; OPA's default is 30 s at most.
+/// Maximum duration of a long poll. OPA asks for at most 30 s by default.
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(300);
-/// Bundle URLs trail the head by up to this, so that churn costs OPAs one activation a second at most
-/// (an activation parses every module and the whole of the data).
+/// Minimum interval between bundle archives. Each makes OPA parse all modules and data.
 pub const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(1);
-/// JSON bytes after which a compressed segment may end: below 64 KiB deflate loses more than 5 % of its size.
+/// Minimum JSON bytes of a compressed segment. Below it, deflate's output grows by over 5 %.
 pub const SEGMENT_BYTES_MIN: usize = 64 << 10;
-/// JSON bytes after which a segment ends at the next chunk: a change compresses about this much again.
+/// JSON bytes after which a segment ends at the next chunk. One change compresses as much.
 pub const SEGMENT_BYTES_MAX: usize = 1 << 20;
-/// Agents that failed an opt-in native delta are remembered, so that they get a snapshot next.
+/// Maximum number of clients remembered for a failed native delta.
 pub const DELTA_CLIENTS_MAX: usize = 4096;
-/// Reconcile answers of one bundle, over all its namespaces, that are cached for clients that send the same request …
+/// Maximum number of cached reconcile responses of one bundle.
 pub const RECONCILE_CACHE_MAX: usize = 1024;
-/// … and the bytes that they take together; the newest is cached whatever its size.
+/// Maximum bytes of these cached responses. The newest is cached at any size.
 pub const RECONCILE_CACHE_BYTES_MAX: usize = 64 << 20;
-/// Bytes of reconcile answers of one bundle that are cached or being sent. Above it no further answer is encoded.
+/// Maximum bytes of cached or unsent reconcile responses of one bundle. Above it none is encoded.
 pub const RECONCILE_LIVE_MAX: usize = 128 << 20;
-/// Reconcile answers of one bundle that are encoded at a time: each may copy the whole view, and takes a core from what
-/// changes other bundles.
+/// Maximum number of concurrent reconcile encodes of one bundle. Each uses a core.
 pub const RECONCILE_ENCODES_MAX: usize = 1;
-/// Bytes of reconcile requests of one bundle that are read or wait for their answer: 280 clients with 3,000 directories.
-/// Parsed, a request takes two to three times its bytes.
+/// Maximum bytes of pending reconcile requests of one bundle: 280 clients with 3,000 directories.
 pub const RECONCILE_REQUESTS_MAX: usize = 64 << 20;
-/// Bytes that the smallest reconcile request counts as, so that at most 4,096 wait.
+/// Minimum charge of a reconcile request in bytes: at most 4,096 wait.
 pub const RECONCILE_REQUEST_MIN: usize = 16 << 10;
-/// Bytes of one manifest file.
+/// Maximum bytes of a manifest file.
 pub const MANIFEST_BYTES_MAX: u64 = 512 << 20;
-/// Levels of a JSON value. Go's decoder, and so OPA, refuses 10,000, and with it the whole bundle.
+/// Maximum depth of JSON. Go's decoder, and so OPA, rejects a bundle with 10,000 levels.
 pub const JSON_DEPTH_MAX: usize = 1000;
-/// Refused items that are shown: the first of them are enough to know what is wrong.
+/// Maximum number of problems listed.
 pub const PROBLEMS_MAX: usize = 1000;
-/// Files below a manifests folder, so that pointing the hub at `/` says so instead of reading the disk.
+/// Maximum number of manifest files, so that `/` fails early.
 pub const MANIFEST_FILES_MAX: usize = 20_000;
-/// An editor writes a file in several steps: the folder is read when it was quiet for this long.
+/// Debounce of folder changes. Editors write a file in several steps.
 pub const FOLDER_SETTLE: Duration = Duration::from_millis(20);
-/// … but no longer than this, however busy it is.
+/// Maximum total debounce.
 pub const FOLDER_SETTLE_MAX: Duration = Duration::from_millis(500);
-/// The folder is read this often whatever the system reports: it may have been replaced, or lie on a network.
+/// Interval of unconditional scans. Replaced folders and network file systems report no changes.
 pub const FOLDER_RESCAN: Duration = Duration::from_secs(5);
-/// File descriptors below which the hub warns: each stream takes one.
+/// Number of file descriptors below which the hub warns. Each stream uses one.
 pub const FILES_WANTED: u64 = 16_384;
-/// Connections that wait to be accepted; the kernel's bound is `net.core.somaxconn`. Who finds the queue full tries
-/// again after a second, then two: of 10,000 agents whose hub died at once some took 4.5 s.
+/// Maximum number of unaccepted connections (kernel limit: `net.core.somaxconn`). Dropped clients retry after 1 s,
+/// then 2 s.
 pub const LISTEN_BACKLOG: u32 = 16_384;
-/// Heads of requests that are looked at at a time: a storm of connections waits in the kernel's queue.
+/// Maximum number of concurrently peeked request heads.
 pub const HEADS_MAX: usize = 512;
-/// Bytes of the head of a request for a stream, with a position of 200 feeds; one that is longer is axum's.
+/// Maximum bytes of a stream's request head: a position of 200 watches. Others go to axum.
 pub const HEAD_BYTES_MAX: usize = 16 << 10;
-/// A connection that has not said this long what it wants is axum's, so that silent ones hold nobody up for long …
+/// Maximum time to peek at a request head. Slower connections go to axum.
 pub const HEAD_MAX: Duration = Duration::from_millis(200);
-/// … and a head that comes in pieces is looked at this often.
+/// Poll interval for an incomplete request head.
 pub const HEAD_LOOK: Duration = Duration::from_millis(5);
-/// Maximum time for the head of a request, and so for a connection that is idle after a response. Longer than the common
-/// scrape interval of 15 s, and no multiple of it.
+/// Timeout of a request head and of idle connections. No multiple of 15 s, a common scrape interval.
 pub const REQUEST_HEAD_MAX: Duration = Duration::from_secs(20);
-/// Maximum time for the body of a request. An agent waits this long for its response.
+/// Timeout of a request body.
 pub const REQUEST_BODY_MAX: Duration = Duration::from_secs(10);
-/// Maximum number of open connections of a listener, besides streams in the fan-out: OPAs that poll and agents that load
-/// hold one each. Further ones wait in the kernel's queue.
+/// Maximum number of connections of a listener besides streams.
 pub const CONNECTIONS_MAX: usize = 16_384;
-/// Time after which the kernel probes a connection on which nothing travels, and between two probes. One whose machine
-/// does not answer ends after [`WRITE_TIMEOUT`].
+/// TCP keepalive time and interval. A dead peer's connection ends after [`WRITE_TIMEOUT`].
 pub const KEEPALIVE: Duration = Duration::from_secs(60);
-/// Before the next connection is accepted when one could not be: there are no file descriptors left, mostly.
+/// Pause after a failed accept, usually for lack of file descriptors.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Bytes that the kernel takes of a stream whose reader does not read, twice that with its own: without a limit it
-/// takes 4 MB, 12,700 small frames, before anybody notices.
+/// Send buffer of a stream in bytes. The default of 4 MB hides 12,700 small frames from backpressure.
 pub const SEND_BUFFER: usize = 16 << 10;
-/// Bytes of frames of one bundle that are kept or under way: beyond, none of many keys is encoded. Who is far behind waits
-/// for those who read theirs …
+/// Maximum bytes of encoded frames of one bundle. Above it, clients wait for large frames.
 pub const FRAMES_LIVE_MAX: usize = 128 << 20;
-/// … and whoever has not read on for this long …
+/// Time after which a stalled client is disconnected while frame memory is exhausted.
 pub const LARGE_STALL_MAX: Duration = Duration::from_secs(15);
-/// … of more than this, which is not the kernel's, goes and comes back.
+/// Minimum unsent bytes for such a disconnect, without the kernel's buffer.
 pub const LARGE_REST: usize = 256 << 10;
-/// Streams that are written to before others have their turn: 3 ms.
+/// Number of streams written before yielding: 3 ms.
 pub const ROUND_SLICE: usize = 256;
-/// A reader whose machine does not acknowledge what it was sent is given up after this. Shorter would take streams from
-/// readers that only do not read: the kernel counts a full window too (tcp(7), `TCP_USER_TIMEOUT`).
+/// Timeout of the peer's acknowledgment. Full windows count (tcp(7), `TCP_USER_TIMEOUT`): less would evict slow
+/// clients.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(300);
-/// A hub that stops asks the other replicas whether they are ready: who has not said so in this time, with a look into the
-/// DNS, is not named …
+/// Maximum time for a peer's readiness response at shutdown, DNS lookup included.
 pub const FAREWELL_MAX: Duration = Duration::from_secs(1);
-/// … and so many are asked, and named to readers.
+/// Maximum number of peers asked and named at shutdown.
 pub const FAREWELL_REPLICAS_MAX: usize = 16;
-/// A hub that stops ends its streams in at most so many rounds …
+/// Maximum number of rounds in which shutdown disconnects streams.
 pub const DRAIN_ROUNDS: usize = 20;
-/// … of this length.
+/// Length of one such round.
 pub const DRAIN_ROUND: Duration = Duration::from_millis(100);
-/// So often in a round those who have half of a frame are written to: 36 KB each time …
+/// Writes of 36 KB per round to a stream with a partial frame.
 pub const DRAIN_LOOKS: usize = 10;
-/// … and the hub waits so long at most for them to take the rest.
+/// Maximum time to finish partial frames.
 pub const DRAIN_HALVES: Duration = Duration::from_secs(3);
-/// Requests in flight get this long to end at shutdown.
+/// Maximum time for requests in flight at shutdown.
 pub const DRAIN: Duration = Duration::from_secs(5);
-/// Between tries to find a resource that the API server does not serve yet, and after a watch that failed: doubled …
+/// First pause after a failed watch or discovery, doubled by each failure.
 pub const RETRY: Duration = Duration::from_millis(500);
-/// … up to this: a hub is one of few, and its agents wait.
+/// Maximum pause between retries.
 pub const RETRY_MAX: Duration = Duration::from_secs(10);
-/// A watch is renewed this often, which proves that the source is there; silence beyond is a connection that died.
-/// Seconds.
+/// Length of one watch in seconds. Each renewal proves that the source is reachable.
 pub const WATCH_SECONDS: u32 = 20;
-/// A list by watch gets this long: 150,000 pods take an API server two minutes. Seconds.
+/// Timeout of a streaming list in seconds. 150,000 pods take an API server two minutes.
 pub const LIST_SECONDS: u32 = 300;
-/// A server answers a list's page or a watch within this time, or is taken to be gone.
+/// Timeout of one API server response.
 pub const SOURCE_ANSWER: Duration = Duration::from_secs(30);
-/// Objects of one page of a list: what client-go asks for. A page that times out is asked for again at half the size …
+/// Initial number of objects in a list page, as in client-go. Halved after a timeout.
 pub const LIST_PAGE: u32 = 500;
-/// … down to this many: 30 MB of the largest objects that etcd stores, in [`SOURCE_ANSWER`].
+/// Minimum number of objects in a list page: at most 30 MB in [`SOURCE_ANSWER`].
 pub const LIST_PAGE_MIN: u32 = 20;
-/// A source that was not heard for this long may have gone on without us: its watches are renewed sooner than that.
+/// Time without contact after which a watch is stale.
 pub const STALE_AFTER: Duration = Duration::from_secs(30);
 
-/// How often all modules are compiled at most to find out whose change breaks them: about 1 s of OPA with a hundred
-/// modules, after which newer edits have their turn.
+/// Maximum checks of one search for offenders: 1 s with a hundred modules. Newer edits wait meanwhile.
 pub const CHECKS_MAX: usize = 32;
-/// Minimum checks of one search, whatever time they take: enough that each search decides on one ConfigMap at least.
+/// Minimum checks of one search. They decide at least one ConfigMap.
 pub const CHECKS_MIN: usize = 6;
-/// Time after which a search starts no further check once it had its minimum: a check that fails takes up to
-/// [`CHECK_MAX`], and newer edits wait for the search.
+/// Time after which a search starts no check beyond [`CHECKS_MIN`]. A failing check takes up to [`CHECK_MAX`].
 pub const SETTLE_MAX: Duration = Duration::from_secs(60);
-/// Maximum time of one run of OPA: 10,000 modules take it a second, and while it runs newer edits wait.
+/// Maximum time of one OPA run. 10,000 modules take a second.
 pub const CHECK_MAX: Duration = Duration::from_secs(10);
-/// Maximum time of one run of tests.
+/// Maximum time of one test run.
 pub const TEST_RUN_MAX: Duration = Duration::from_secs(30);
-/// Errors that one run tells: enough to name many ConfigMaps at once.
+/// Maximum number of diagnostics of one OPA run.
 pub const CHECK_FAULTS_MAX: usize = 100;
-/// Bytes that one run writes: an error quotes its line, which may be as long as a ConfigMap.
+/// Maximum output bytes of one OPA run. Diagnostics quote lines as long as a ConfigMap.
 pub const CHECK_OUTPUT_MAX: u64 = 128 << 20;
-/// Seconds that one test of a policy may take: OPA's own default.
+/// Timeout of one policy test in seconds, OPA's default.
 pub const TEST_SECONDS: u64 = 5;
-/// When all tests together take longer than [`TEST_RUN_MAX`], those of each ConfigMap are run alone. After this time no
-/// further run is started: one check takes [`TEST_RUN_MAX`] for the joint run, this, and one more [`TEST_RUN_MAX`].
+/// Time for starting single test runs after the joint run timed out. One check takes this plus two [`TEST_RUN_MAX`].
 pub const TESTS_MAX: Duration = Duration::from_secs(30);
-/// Tests that took longer than one run of OPA may are run again after this time, or when their texts change.
+/// Pause before unchanged tests that timed out run again.
 pub const TESTS_PAUSE: Duration = Duration::from_secs(600);
-/// Bundles of one hub: each has two threads, and policies of its own to be checked.
+/// Maximum number of bundles. Each has two threads and runs OPA.
 pub const BUNDLES_MAX: usize = 200;
-/// A file of bundle documents is looked at this often.
+/// Poll interval of a bundle document file.
 pub const DOCUMENTS_LOOK: Duration = Duration::from_secs(1);
-/// Pause before OPA is run again after it failed itself.
+/// Pause before retrying a failed OPA run.
 pub const CHECK_RETRY: Duration = Duration::from_secs(2);
 
-/// Fields that no policy reads any more leave this long after the policies that did, so that agents are past those;
-/// who is not takes a longer way.
+/// Delay of removing unread fields. Agents that replaced their policies need not reconcile.
 pub const NARROW_AFTER: Duration = Duration::from_secs(5);
-/// Namespaces whose views are kept at a time …
+/// Maximum number of cached namespace views.
 pub const SCOPES_MAX: usize = 10_000;
-/// … and for how long while nobody asks.
+/// Idle time after which a namespace view is evicted.
 pub const SCOPE_IDLE: Duration = Duration::from_secs(60);
-/// Resources that policies may have replicated: each is a watch.
+/// Maximum number of automatically replicated resources, each with a watch.
 pub const AUTO_FEEDS_MAX: usize = 100;
-/// How long a policy waits for the resources that it is the first to read.
+/// Maximum time that a policy waits for newly read resources.
 pub const AUTO_LIST_MAX: Duration = Duration::from_secs(30);
-/// Other replicas may acquire a Lease that was not renewed for this long. client-go's default lease duration.
+/// Lease duration, client-go's default.
 pub const LEASE: Duration = Duration::from_secs(15);
-/// A leader that has not renewed its Lease for this long stops writing. client-go's default renew deadline. The rest of
-/// [`LEASE`] is a margin for bytes that are already on their way.
+/// Time without renewal after which a leader stops writing, client-go's default. The rest of [`LEASE`] covers
+/// requests in flight.
 pub const RENEW_DEADLINE: Duration = Duration::from_secs(10);
-/// Interval between two attempts to acquire or renew the Lease. client-go's default retry period.
+/// Interval of attempts to acquire or renew the Lease, client-go's default.
 pub const LEASE_RENEW: Duration = Duration::from_secs(2);
-/// Maximum duration of one such attempt. Half the renew deadline, as in client-go: one lost packet does not end
-/// leadership.
+/// Timeout of one attempt. As in client-go, a lost packet does not end leadership.
 pub const LEASE_TIMEOUT: Duration = Duration::from_secs(5);
 const _: () = assert!(2 * LEASE_RENEW.as_secs() + LEASE_TIMEOUT.as_secs() < RENEW_DEADLINE.as_secs());
 const _: () = assert!(RENEW_DEADLINE.as_secs() + LEASE_TIMEOUT.as_secs() <= LEASE.as_secs());
-/// Maximum duration of one request that reads or writes verdicts, statuses, Events or last good policies, with the
-/// retries that kube's client makes inside. Longer than a busy API server takes, and short enough that a lost packet
-/// delays a start little.
+/// Timeout of a write-back request with kube's retries. Tolerates a busy API server and bounds startup delay.
 pub const WRITEBACK_TIMEOUT: Duration = Duration::from_secs(10);
-/// The same verdict is written to the same ConfigMap again, where somebody removed it, no sooner than after this.
+/// Minimum interval of rewriting a removed verdict.
 pub const VERDICT_AGAIN: Duration = Duration::from_secs(60);
-/// What is wrong with a bundle is looked at this often, for its document's status …
+/// Interval of document status updates.
 pub const STATUS_LOOK: Duration = Duration::from_secs(10);
-/// … which tells so many.
+/// Maximum number of problems in a document status.
 pub const STATUS_PROBLEMS_MAX: usize = 5;
-/// Whether that time has come is looked at this often.
+/// Interval of looking for removed verdicts.
 pub const VERDICT_LOOK: Duration = Duration::from_secs(10);
-/// Bytes of the compressed last good policies in a ConfigMap, which holds 1 MiB with its metadata.
+/// Maximum compressed bytes of last good policies in a ConfigMap of 1 MiB.
 pub const LAST_GOOD_OBJECT_MAX: usize = 1_000_000;
-/// Bytes of the last good policies: all modules in JSON, where a byte takes six at worst.
+/// Maximum bytes of last good policies. JSON escapes take up to six bytes each.
 pub const LAST_GOOD_BYTES_MAX: u64 = 100 << 20;
-/// They are kept this long after they changed, so that a storm of edits is written once.
+/// Debounce of writing last good policies.
 pub const LAST_GOOD_SETTLE: Duration = Duration::from_millis(100);
 
-/// What the hub was told to do.
+/// Validated configuration of the hub.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Where objects come from.
+    /// Source of objects.
     pub source: Source,
-    /// Where to serve.
+    /// Address of the API.
     pub listen: SocketAddr,
-    /// Where health is served besides.
+    /// Additional address for health endpoints.
     pub health: Option<SocketAddr>,
-    /// Other hubs like this one, as `HOST:PORT`: where readers go when it stops.
+    /// Peers as `HOST:PORT`, named to clients at shutdown.
     pub replicas: Vec<String>,
-    /// The bundle of the flags' name, which the hub's Lease has too.
+    /// Name of the flags' bundle and of the Lease.
     pub bundle: String,
-    /// The bundle that flags ask for; none: documents say which there are.
+    /// Bundle configured by flags. `None` if documents define the bundles.
     pub flags: Option<Spec>,
-    /// A file of documents.
+    /// File of bundle documents.
     pub documents: Option<PathBuf>,
-    /// The OPA that checks policies; none: `opa` on the search path.
+    /// OPA binary for policy checks. `None` selects `opa` on the search path.
     pub opa: Option<PathBuf>,
-    /// Where the last good policies are kept over a restart; none: in the cluster, if there is one.
+    /// Folder for last good policies. `None` selects the cluster, if there is one.
     pub state_dir: Option<PathBuf>,
-    /// Whether verdicts are written to ConfigMaps, where the source is a cluster.
+    /// Whether verdicts are written to the cluster's ConfigMaps.
     pub write_verdicts: bool,
-    /// The hub's own namespace; none: that of its pod or of its kubeconfig.
+    /// Namespace of the hub. `None` selects that of the pod or kubeconfig.
     pub namespace: Option<String>,
 }
 
-/// Where objects come from.
+/// Source of objects.
 #[derive(Debug, Clone)]
 pub enum Source {
-    /// A Kubernetes API server: by this kubeconfig, else as the environment says, else in-cluster.
+    /// Kubernetes API server.
     Kubernetes {
-        /// The file given by `--kubeconfig`.
+        /// File from `--kubeconfig`. `None` selects the environment, then the cluster of the pod.
         kubeconfig: Option<PathBuf>,
     },
-    /// A folder of manifests.
+    /// Folder of manifests.
     Folder(PathBuf),
 }
 
 impl std::fmt::Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Kubernetes { kubeconfig: Some(path) } => write!(f, "the cluster of {}", path.display()),
-            Self::Kubernetes { kubeconfig: None } => f.write_str("the cluster of the environment"),
-            Self::Folder(dir) => write!(f, "the folder {}", dir.display()),
+            Self::Kubernetes { kubeconfig: Some(path) } => write!(f, "kubeconfig {}", path.display()),
+            Self::Kubernetes { kubeconfig: None } => f.write_str("cluster of the environment"),
+            Self::Folder(dir) => write!(f, "folder {}", dir.display()),
         }
     }
 }

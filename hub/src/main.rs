@@ -1,4 +1,4 @@
-//! The hub's doorbell.
+//! Starts the hub.
 
 fn main() -> std::process::ExitCode {
     opa_hub::app::main()

@@ -1,4 +1,4 @@
-//! The plain values that pass between the stages: feeds, objects, events, changes.
+//! Plain values passed between stages: resources, watch specs, objects, events, changes.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -8,164 +8,163 @@ use std::sync::Arc;
 use bytes::Bytes;
 use opa_hub_proto::path::{DirPath, is_segment};
 
-/// ConfigMaps with policies, as kube-mgmt marks them …
+/// Label that marks ConfigMaps with policies, as in kube-mgmt.
 pub const POLICY_LABEL: (&str, &str) = ("openpolicyagent.org/policy", "rego");
-/// … and those with data.
+/// Label that marks ConfigMaps with data, as in kube-mgmt.
 pub const DATA_LABEL: (&str, &str) = ("openpolicyagent.org/data", "opa");
 
-/// A resource as kube-mgmt's flags name it, `[group/]version/plural`.
+/// A resource, written `[group/]version/plural` as in kube-mgmt's flags.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Resource {
-    /// API group; empty for the core group.
+    /// API group, empty for the core group.
     pub group: String,
-    /// API version.
+    /// API version, empty if unknown.
     pub version: String,
-    /// Plural name, e.g. `pods`: the name under which it is replicated.
+    /// Plural name, e.g. `pods`.
     pub plural: String,
 }
 
-/// Which objects of a resource a feed selects, decided by the API server.
+/// Namespace selection of a watch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Scope {
-    /// Objects that belong to no namespace.
+    /// Cluster-scoped objects.
     Cluster,
-    /// Every namespace but these.
+    /// All namespaces except some.
     Namespaces {
-        /// Namespaces left out.
+        /// Excluded namespaces.
         ignored: Vec<String>,
     },
     /// One namespace.
     Namespace(String),
 }
 
-/// What the objects of a feed are to the bundle.
+/// Purpose of watched objects.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Content {
-    /// ConfigMaps whose keys are Rego modules.
+    /// ConfigMaps with Rego modules.
     Policies,
-    /// ConfigMaps whose keys are JSON objects.
+    /// ConfigMaps with JSON objects.
     Data,
     /// Objects replicated below this path, e.g. `/kubernetes/pods`.
     Resource(DirPath),
-    /// Documents that say which bundles there are.
+    /// `Bundle` documents.
     Bundles,
 }
 
-/// One watch: a resource, which of its objects, and what they are for.
+/// Specification of a watch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Feed {
-    /// The watched resource.
+    /// Watched resource.
     pub resource: Resource,
-    /// Which of its objects.
+    /// Selected namespaces.
     pub scope: Scope,
-    /// Labels that an object must have.
+    /// Label requirements.
     pub labels: Vec<LabelTerm>,
-    /// What the objects are to the bundle.
+    /// Purpose of the objects.
     pub content: Content,
 }
 
-/// A condition on one label.
+/// A requirement on one label.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LabelTerm {
-    /// The label's name.
+    /// Label name.
     pub label: String,
-    /// What of it.
+    /// Required values.
     pub is: Condition,
 }
 
-/// What a label must be.
+/// Operator and values of a label requirement.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Condition {
-    /// One of these.
+    /// Equals one of these.
     In(Vec<String>),
-    /// None of these, or not there.
+    /// Equals none of these, or is missing.
     NotIn(Vec<String>),
-    /// There.
+    /// Exists.
     Exists,
-    /// Not there.
+    /// Is missing.
     DoesNotExist,
 }
 
-/// A feed by its place in its bundle.
+/// Index of a watch within a bundle.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FeedId(pub usize);
 
-/// A watch of the hub. Feeds that select alike, of whichever bundle, share one. No number is given twice.
+/// A watch of the store, shared by bundles with equal selections. Numbers are never reused.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct WatchId(pub usize);
 
-/// An object's name within its feed.
+/// Namespace and name of an object.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ObjectKey {
-    /// Empty for objects that belong to no namespace.
+    /// Namespace, empty for cluster-scoped objects.
     pub namespace: Arc<str>,
-    /// The object's name.
+    /// Object name.
     pub name: Arc<str>,
 }
 
 /// One Kubernetes object or manifest.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Object {
-    /// Its name.
+    /// Namespace and name.
     pub key: ObjectKey,
-    /// The trimmed object as JSON without insignificant white space, see [`crate::source::trim`].
+    /// Canonical JSON, see [`crate::source::trim`].
     pub json: Bytes,
 }
 
-/// How far a watch is: all that happened up to then was said. Comparable within one resource (KEP-5504).
+/// A resource version. Versions of one resource are comparable (KEP-5504).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Version(pub u64);
 
-/// What a source says of one watch.
+/// An event of one watch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Event {
-    /// A list begins: what it does not name before `InitDone` no longer exists.
+    /// A list begins. Objects not listed before `InitDone` no longer exist.
     Init,
-    /// The object exists, with this content.
+    /// The object exists with this content.
     Apply(Object),
-    /// The object is gone.
+    /// The object was deleted.
     Delete(ObjectKey),
     /// The list is complete.
     InitDone,
-    /// It cannot be had now: who can do without need not wait.
+    /// The watch is failing. Consumers of optional objects need not wait.
     Unavailable,
-    /// The source answered that there is none of it, or none for the hub: the source is there, what it sent before
-    /// grows stale.
+    /// The API server is reachable but denied the request. Earlier objects become stale.
     Refused,
-    /// Nothing is new.
+    /// Contact without a change.
     Quiet,
 }
 
-/// What an event changed.
+/// A change of one object.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Change {
-    /// The object is new or has new content.
+    /// New object or content.
     Put(FeedId, Object),
-    /// The object is gone.
+    /// Removed object.
     Remove(FeedId, ObjectKey),
 }
 
-/// The replicated objects that there are.
+/// All replicated objects.
 #[derive(Default)]
 pub struct Replicated {
-    /// Whole, each with the place of its resource.
+    /// Full objects with the data paths of their resources.
     pub objects: Vec<(DirPath, Object)>,
-    /// Places of all resources.
+    /// Data paths of all resources.
     pub places: BTreeSet<DirPath>,
 }
 
-/// Something refused, in words for the person who can mend it.
+/// A rejected item, explained to the user.
 #[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct Problem {
-    /// What was refused: `ConfigMap opa/authz`, `deploy/demo/roles.yaml`, `pods`.
+    /// Rejected item: `ConfigMap opa/authz`, `deploy/demo/roles.yaml`, `pods`.
     pub subject: String,
-    /// Why, and what to do.
+    /// Reason and remedy.
     pub message: String,
 }
 
-/// Why a text names no resource.
+/// Failure to parse a resource.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} names no resource: write [group/]version/plural, e.g. v1/pods or apps/v1/deployments")]
+#[error("{0:?} names no resource; write [group/]version/plural, e.g. v1/pods or apps/v1/deployments")]
 pub struct InvalidResource(String);
 
 impl Resource {
@@ -174,17 +173,17 @@ impl Resource {
         Self { group: String::new(), version: "v1".into(), plural: "configmaps".into() }
     }
 
-    /// The resource of this name in whichever group serves it.
+    /// Resource whose group and version are not known.
     pub fn named(plural: &str) -> Self {
         Self { group: String::new(), version: String::new(), plural: plural.into() }
     }
 
-    /// Whether only its name is known.
+    /// Whether only the plural is known.
     pub fn is_named_only(&self) -> bool {
         self.version.is_empty()
     }
 
-    /// `apiVersion` as objects carry it.
+    /// `apiVersion` of the objects.
     pub fn api_version(&self) -> String {
         if self.group.is_empty() { self.version.clone() } else { format!("{}/{}", self.group, self.version) }
     }
@@ -217,17 +216,17 @@ impl fmt::Display for Resource {
 }
 
 impl Feed {
-    /// The label selector in the API server's syntax; empty: no condition.
+    /// Label selector in API syntax, possibly empty.
     pub fn label_selector(&self) -> String {
         self.labels.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
     }
 
-    /// Whether one watch serves both.
+    /// Whether one watch can serve both.
     pub fn selects_as(&self, other: &Self) -> bool {
         (&self.resource, &self.scope, &self.labels) == (&other.resource, &other.scope, &other.labels)
     }
 
-    /// What it is called in a position: the same, however it selects.
+    /// Name in positions, independent of labels and excluded namespaces.
     pub fn position_name(&self) -> String {
         let content = match &self.content {
             Content::Policies => "policies",
@@ -241,7 +240,7 @@ impl Feed {
         }
     }
 
-    /// Where its objects lie, if they are replicated.
+    /// Data path of the objects. `None` if they are not replicated.
     pub fn place(&self) -> Option<&DirPath> {
         match &self.content {
             Content::Resource(place) => Some(place),
@@ -249,7 +248,7 @@ impl Feed {
         }
     }
 
-    /// The field selector in the API server's syntax; empty: no condition.
+    /// Field selector in API syntax, possibly empty.
     pub fn field_selector(&self) -> String {
         let Scope::Namespaces { ignored } = &self.scope else { return String::new() };
         ignored.iter().map(|ns| format!("metadata.namespace!={ns}")).collect::<Vec<_>>().join(",")
@@ -257,8 +256,7 @@ impl Feed {
 }
 
 impl fmt::Display for Feed {
-    /// As the feed is called in messages: `policies (v1/configmaps in opa)`, `v1/pods`. What kube-mgmt selects by goes
-    /// without saying.
+    /// Name in messages: `policies (v1/configmaps in opa)`, `v1/pods`. kube-mgmt's default labels are omitted.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.content {
             Content::Policies => f.write_str("policies (")?,
@@ -273,34 +271,36 @@ impl fmt::Display for Feed {
             }
             _ => {}
         }
-        let usual = match self.content {
+        let default_label = match self.content {
             Content::Policies => Some(POLICY_LABEL),
             Content::Data => Some(DATA_LABEL),
             Content::Resource(_) | Content::Bundles => None,
         };
-        let is = |term: &LabelTerm, (label, value): (&str, &str), not: bool| {
+        let requires = |term: &LabelTerm, (label, value): (&str, &str), is_negated: bool| {
             term.label == label
                 && match &term.is {
-                    Condition::In(values) => !not && values[..] == [value],
-                    Condition::NotIn(values) => not && values[..] == [value],
+                    Condition::In(values) => !is_negated && values[..] == [value],
+                    Condition::NotIn(values) => is_negated && values[..] == [value],
                     _ => false,
                 }
         };
-        let is_usual = match (&self.labels[..], usual) {
+        let is_default = match (&self.labels[..], default_label) {
             ([], _) => true,
-            ([first], Some(usual)) => is(first, usual, false),
-            ([first, second], Some(usual)) => is(first, usual, false) && is(second, DATA_LABEL, true),
+            ([first], Some(label)) => requires(first, label, false),
+            ([first, second], Some(label)) => {
+                requires(first, label, false) && requires(second, DATA_LABEL, true)
+            }
             _ => false,
         };
-        if !is_usual {
+        if !is_default {
             write!(f, " with {}", self.label_selector())?;
         }
-        f.write_str(if usual.is_some() { ")" } else { "" })
+        f.write_str(if default_label.is_some() { ")" } else { "" })
     }
 }
 
 impl LabelTerm {
-    /// Whether an object whose label has this value is meant.
+    /// Whether a label of this value matches. `None` is a missing label.
     pub fn takes(&self, value: Option<&String>) -> bool {
         match (&self.is, value) {
             (Condition::In(values), value) => value.is_some_and(|value| values.contains(value)),
@@ -312,7 +312,7 @@ impl LabelTerm {
 }
 
 impl fmt::Display for LabelTerm {
-    /// In the API server's syntax.
+    /// Formats the requirement in API syntax.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let label = &self.label;
         match &self.is {

@@ -1,17 +1,16 @@
-//! What the hub still waits for, by name, what is wrong, and what an operator should know although nothing is wrong.
+//! Pending items, problems and notices of the hub.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::model::{Problem, WatchId};
 
-/// Shared by the sources, which write, and `/readyz` and `/v1/bundles`, which read.
+/// Handle to shared health state. Sources write it, `/readyz` and `/v1/bundles` read it.
 #[derive(Clone, Default)]
 pub struct Readiness {
     state: Arc<Mutex<State>>,
-    /// Before every name.
-    of: Arc<str>,
-    /// Which of the watches that share a name is meant.
+    prefix: Arc<str>,
+    /// Distinguishes watches of one name.
     watch: Option<WatchId>,
 }
 
@@ -25,99 +24,101 @@ struct State {
 }
 
 impl Readiness {
-    /// The same, for somebody whose names begin with `prefix`.
+    /// Returns a handle that prepends `prefix` to each name.
     #[must_use]
     pub fn of(&self, prefix: &str) -> Self {
-        Self { of: format!("{}{prefix}", self.of).into(), ..self.clone() }
+        Self { prefix: format!("{}{prefix}", self.prefix).into(), ..self.clone() }
     }
 
-    /// The readiness of one watch: watches that are displayed by the same name are ready, and fail, separately.
+    /// Returns a handle for one watch. Watches of one name are tracked separately.
     #[must_use]
     pub fn for_watch(&self, watch: WatchId) -> Self {
         Self { watch: Some(watch), ..self.clone() }
     }
 
-    /// Whatever begins like this is not waited for, and nothing is wrong with it.
+    /// Clears everything below the handle's prefix.
     pub fn forget(&self) {
-        self.with(|state| {
-            state.pending.retain(|(name, _), _| !name.starts_with(&*self.of));
-            state.problems.retain(|(subject, _), _| !subject.starts_with(&*self.of));
-            state.notices.retain(|(subject, _), _| !subject.starts_with(&*self.of));
+        self.with_state(|state| {
+            for messages in [&mut state.pending, &mut state.problems, &mut state.notices] {
+                messages.retain(|(name, _), _| !name.starts_with(&*self.prefix));
+            }
         });
     }
 
     fn name(&self, name: &str) -> Name {
-        (format!("{}{name}", self.of), self.watch)
+        (format!("{}{name}", self.prefix), self.watch)
     }
 
-    /// `name` is not ready, because.
-    pub fn pending(&self, name: &str, because: &str) {
-        self.with(|state| state.pending.insert(self.name(name), because.to_owned()));
+    /// Reports that `name` is not ready.
+    pub fn pending(&self, name: &str, reason: &str) {
+        self.with_state(|state| state.pending.insert(self.name(name), reason.to_owned()));
     }
 
-    /// `name` is ready, for good: what happens to it later is a [`problem`](Self::problem), not unreadiness.
+    /// Marks `name` as ready for good. Later failures are problems.
     pub fn ready(&self, name: &str) {
-        self.with(|state| state.pending.remove(&self.name(name)));
+        self.with_state(|state| state.pending.remove(&self.name(name)));
     }
 
-    /// Something about `subject` is wrong (`Some`) or no longer is (`None`).
+    /// Sets the problem of `subject`, or clears it if `None`.
     pub fn problem(&self, subject: &str, message: Option<String>) {
-        self.with(|state| match message {
+        self.with_state(|state| match message {
             Some(message) => state.problems.insert(self.name(subject), message),
             None => state.problems.remove(&self.name(subject)),
         });
     }
 
-    /// Notes about `subject` that it works with less than it could. Nothing is rejected and nothing fails.
+    /// Reports a limitation of `subject` that is no failure.
     pub fn notice(&self, subject: &str, message: String) {
-        self.with(|state| state.notices.insert(self.name(subject), message));
+        self.with_state(|state| state.notices.insert(self.name(subject), message));
     }
 
-    /// Whether `message` is not already what is wrong about `subject`.
+    /// Whether `message` differs from the problem of `subject`.
     pub fn is_news(&self, subject: &str, message: &str) -> bool {
-        self.with(|state| state.problems.get(&self.name(subject)).is_none_or(|held| held != message))
+        self.with_state(|state| {
+            state.problems.get(&self.name(subject)).is_none_or(|current| current != message)
+        })
     }
 
-    /// The source of `name` fails: the reason it is not ready, or, once it was, a problem.
-    pub fn failing(&self, name: &str, because: &str) {
-        self.with(|state| match state.pending.get_mut(&self.name(name)) {
-            Some(reason) => because.clone_into(reason),
-            None => _ = state.problems.insert(self.name(name), because.to_owned()),
+    /// Reports a failure of `name`: the reason for pending, or a problem once ready.
+    pub fn failing(&self, name: &str, reason: &str) {
+        self.with_state(|state| match state.pending.get_mut(&self.name(name)) {
+            Some(current) => reason.clone_into(current),
+            None => _ = state.problems.insert(self.name(name), reason.to_owned()),
         });
     }
 
-    /// What is not ready, and why; where several watches of one name are not, all their reasons.
+    /// Pending items with the reasons of all watches of the name.
     pub fn pendings(&self) -> BTreeMap<String, String> {
         let mut pendings = BTreeMap::<String, String>::new();
-        self.with(|state| {
-            for ((name, _), because) in &state.pending {
+        self.with_state(|state| {
+            for ((name, _), reason) in &state.pending {
                 let reasons = pendings.entry(name.clone()).or_default();
-                if !reasons.contains(because.as_str()) {
+                if !reasons.contains(reason.as_str()) {
                     let separator = if reasons.is_empty() { "" } else { "; " };
                     reasons.push_str(separator);
-                    reasons.push_str(because);
+                    reasons.push_str(reason);
                 }
             }
         });
         pendings
     }
 
-    /// What the sources could not read.
+    /// All problems.
     pub fn problems(&self) -> Vec<Problem> {
-        self.with(|state| listed(&state.problems))
+        self.with_state(|state| to_problems(&state.problems))
     }
 
-    /// All [notices](Self::notice).
+    /// All notices.
     pub fn notices(&self) -> Vec<Problem> {
-        self.with(|state| listed(&state.notices))
+        self.with_state(|state| to_problems(&state.notices))
     }
 
-    fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+    fn with_state<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
         f(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-fn listed(messages: &BTreeMap<Name, String>) -> Vec<Problem> {
+fn to_problems(messages: &BTreeMap<Name, String>) -> Vec<Problem> {
     let problem = |((subject, _), message): (&Name, &String)| Problem {
         subject: subject.clone(),
         message: message.clone(),

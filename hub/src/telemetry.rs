@@ -1,16 +1,16 @@
-//! Log lines on stderr: text for people, JSON for machines.
+//! Logging to stderr.
 
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::LogFormat;
 
-/// Starts logging at `level`, or as `RUST_LOG` says.
+/// Starts logging at `level`, which `RUST_LOG` overrides.
 pub fn init(level: tracing::Level, format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
         EnvFilter::new(format!("{level},kube=warn,kube_runtime=error,kube_client=error"))
     });
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // A second subscriber in one process (tests) keeps the first.
+    // Fails for a second subscriber in one process (tests).
     let _ = match format {
         LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init(),
         LogFormat::Json => builder.json().try_init(),
