@@ -1,6 +1,5 @@
-//! The live objects of every watch, once for all bundles, which subscribe. Events become changes: an object that came
-//! again unchanged is silence, and what a list no longer names is removed. A subscriber is told which objects changed,
-//! and looks here what they are: however slow it is, nothing queues up behind it.
+//! Cache of watched objects, shared by all bundles. Unchanged objects produce no change. Each subscription queues
+//! changed keys and reads the objects when it drains, so a slow bundle uses bounded memory.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,13 +16,13 @@ use crate::model::{Change, Content, Event, Feed, FeedId, Object, ObjectKey, Repl
 use crate::readiness::Readiness;
 use crate::source::Told;
 
-/// Bytes that the allocator and a reference count take for each allocation.
+/// Overhead of an allocation with a reference count, in bytes.
 pub const ALLOCATION_BYTES: usize = 32;
 
-/// The watches that somebody needs now, each as the first of its feeds says it.
+/// The set of subscribed watches.
 pub type Wanted = watch::Receiver<BTreeMap<WatchId, Feed>>;
 
-/// See the module's text.
+/// Cache of watched objects.
 pub struct Store {
     state: Mutex<State>,
     wanted: watch::Sender<BTreeMap<WatchId, Feed>>,
@@ -32,142 +31,139 @@ pub struct Store {
 
 #[derive(Default)]
 struct State {
-    watches: BTreeMap<WatchId, Live>,
-    watches_ever: usize,
-    inboxes: BTreeMap<usize, Inbox>,
-    inboxes_ever: usize,
+    watches: BTreeMap<WatchId, WatchCache>,
+    watches_created: usize,
+    queues: BTreeMap<usize, ChangeQueue>,
+    queues_created: usize,
 }
 
-/// What a watch told.
+/// Statistics of a watch.
 #[derive(Default)]
 pub struct Counters {
-    /// Objects that it said exist, changed or are gone.
+    /// Number of apply and delete events.
     pub events: AtomicU64,
-    /// Objects that exist.
+    /// Number of objects.
     pub objects: AtomicU64,
-    heard: Mutex<Option<Instant>>,
-    /// When it said no, if nothing else was heard since.
-    refused: Mutex<Option<Instant>>,
+    last_contact: Mutex<Option<Instant>>,
+    /// Time of the last denial. `None` after other contact.
+    denied_at: Mutex<Option<Instant>>,
 }
 
-/// What changed for a subscriber.
+/// Drained changes of a subscription.
 pub struct Taken {
-    /// Each object as it is now.
+    /// Changes with current objects.
     pub changes: Vec<Change>,
-    /// How far each feed is with that, where its source can tell; none: there is more to take.
+    /// Versions that the changes complete, by watch. `None` if more changes are queued.
     pub all: Option<BTreeMap<FeedId, Version>>,
-    /// How new the newest of it may be.
+    /// Upper bound of the objects' versions.
     pub newest: BTreeMap<FeedId, Version>,
 }
 
-/// One watch.
-struct Live {
-    feed: Feed,
+struct WatchCache {
+    spec: Feed,
     objects: HashMap<ObjectKey, Object>,
-    /// Names that the list under way has given so far.
-    listing: Option<HashSet<ObjectKey>>,
-    /// What the list under way changed so far: taken at its end, since half of it is as of no version.
-    staged: HashMap<ObjectKey, Object>,
-    /// The list under way repeats one that broke off.
-    repeats_list: bool,
-    /// Whether a list is complete; `None` before the first one is, or has failed.
-    listed: Option<bool>,
-    /// The last word was that there is none of it, or none for us.
-    denied: bool,
-    /// How far it is.
+    /// Keys in the current list.
+    list_keys: Option<HashSet<ObjectKey>>,
+    /// Changes of the current list, applied at its end: a partial list has no version.
+    list_updates: HashMap<ObjectKey, Object>,
+    /// The previous list did not complete.
+    is_list_retry: bool,
+    /// `None` until a list completes or fails.
+    is_synced: Option<bool>,
+    /// The last response was 403 or 404.
+    is_denied: bool,
     version: Option<Version>,
     counters: Arc<Counters>,
-    /// Whose feeds it serves.
-    readers: Vec<(usize, FeedId)>,
+    subscribers: Vec<(usize, FeedId)>,
 }
 
-/// What a subscriber has still to look at.
+/// Deduplicating queue of one subscription.
 #[derive(Default)]
-struct Inbox {
-    feeds: BTreeMap<FeedId, (WatchId, Option<DirPath>)>,
-    changed: VecDeque<(FeedId, ObjectKey)>,
-    /// The same, to name each once.
-    waiting: HashSet<(FeedId, ObjectKey)>,
-    news: Arc<Notify>,
+struct ChangeQueue {
+    watches: BTreeMap<FeedId, (WatchId, Option<DirPath>)>,
+    keys: VecDeque<(FeedId, ObjectKey)>,
+    /// Contents of `keys`.
+    queued: HashSet<(FeedId, ObjectKey)>,
+    notify: Arc<Notify>,
 }
 
-/// Some watches as one bundle sees them. Those that nobody else needs end with it.
+/// Watches of one bundle. Dropping it ends those without other subscribers.
 pub struct Subscription {
     store: Arc<Store>,
     id: usize,
-    news: Arc<Notify>,
+    notify: Arc<Notify>,
 }
 
 impl Store {
-    /// An empty store.
+    /// Creates an empty store.
     pub fn new(readiness: Readiness) -> Self {
         Self { state: Mutex::default(), wanted: watch::Sender::default(), readiness }
     }
 
-    /// What is wanted, from now on.
+    /// Subscribes to the set of watches.
     pub fn wanted(&self) -> Wanted {
         self.wanted.subscribe()
     }
 
-    /// Takes events until the sources are gone. Blocks its thread.
+    /// Applies events until the channel closes. Blocks its thread.
     pub fn run(&self, mut events: mpsc::Receiver<Told>) {
-        let mut waiting = Vec::new();
-        while futures::executor::block_on(events.recv_many(&mut waiting, COMMIT_EVENTS_MAX)) > 0 {
-            waiting.drain(..).for_each(|told| self.apply(told));
+        let mut batch = Vec::new();
+        while futures::executor::block_on(events.recv_many(&mut batch, COMMIT_EVENTS_MAX)) > 0 {
+            batch.drain(..).for_each(|event| self.apply(event));
         }
     }
 
-    /// Takes one event. What a list changed is told at its end, not before: readers keep what they had (I5). What nobody
-    /// wants any more is passed over.
+    /// Applies one event and notifies subscribers. A list takes effect at its end (I5). Unknown watches are ignored.
     pub fn apply(&self, (id, event, version): Told) {
         let mut state = self.state();
-        let State { watches, inboxes, .. } = &mut *state;
-        let Some(live) = watches.get_mut(&id) else { return };
+        let State { watches, queues, .. } = &mut *state;
+        let Some(cache) = watches.get_mut(&id) else { return };
         let is_end = matches!(event, Event::InitDone | Event::Unavailable);
         if event == Event::InitDone {
-            self.readiness.for_watch(id).ready(&live.feed.to_string());
+            self.readiness.for_watch(id).ready(&cache.spec.to_string());
         }
-        let denied = live.denied;
-        let advances = live.hear(&event, version) || live.denied != denied;
-        let changed = live.take(event);
-        live.counters.objects.store(live.objects.len() as u64, Ordering::Relaxed);
-        for (reader, feed) in &live.readers {
-            let Some(inbox) = inboxes.get_mut(reader) else { continue };
+        let was_denied = cache.is_denied;
+        let advances = cache.record_contact(&event, version) || cache.is_denied != was_denied;
+        let changed = cache.apply(event);
+        cache.counters.objects.store(cache.objects.len() as u64, Ordering::Relaxed);
+        for (subscriber, feed) in &cache.subscribers {
+            let Some(queue) = queues.get_mut(subscriber) else { continue };
             for key in &changed {
-                inbox.tell(*feed, key);
+                queue.push(*feed, key);
             }
             if is_end || advances || !changed.is_empty() {
-                inbox.news.notify_one();
+                queue.notify.notify_one();
             }
         }
     }
 
-    /// A subscriber of nothing yet.
+    /// Creates a subscription without watches.
     pub fn subscribe(self: &Arc<Self>) -> Subscription {
         let mut state = self.state();
-        state.inboxes_ever += 1;
-        let id = state.inboxes_ever;
-        let inbox = Inbox::default();
-        let news = Arc::clone(&inbox.news);
-        state.inboxes.insert(id, inbox);
-        Subscription { store: Arc::clone(self), id, news }
+        state.queues_created += 1;
+        let id = state.queues_created;
+        let queue = ChangeQueue::default();
+        let notify = Arc::clone(&queue.notify);
+        state.queues.insert(id, queue);
+        Subscription { store: Arc::clone(self), id, notify }
     }
 
-    /// Bytes of the objects of all watches, and of the queues of all subscribers.
+    /// Bytes of all objects, and bytes of all queues.
     pub fn memory(&self) -> (usize, usize) {
         let state = self.state();
-        let text = |key: &ObjectKey| key.namespace.len() + key.name.len() + 2 * ALLOCATION_BYTES;
-        let objects = state.watches.values().map(|live| {
-            let maps = [&live.objects, &live.staged];
+        let key_bytes = |key: &ObjectKey| key.namespace.len() + key.name.len() + 2 * ALLOCATION_BYTES;
+        let objects = state.watches.values().map(|cache| {
+            let maps = [&cache.objects, &cache.list_updates];
             let maps = maps.map(|map| {
-                let all = map.values().map(|object| object.json.len() + ALLOCATION_BYTES + text(&object.key));
-                all.sum::<usize>() + map.capacity() * size_of::<(ObjectKey, Object)>()
+                let bytes =
+                    map.values().map(|object| object.json.len() + ALLOCATION_BYTES + key_bytes(&object.key));
+                bytes.sum::<usize>() + map.capacity() * size_of::<(ObjectKey, Object)>()
             });
-            let listing = live.listing.as_ref().map_or(0, HashSet::capacity);
-            maps.into_iter().sum::<usize>() + listing * size_of::<ObjectKey>()
+            let list_keys = cache.list_keys.as_ref().map_or(0, HashSet::capacity);
+            maps.into_iter().sum::<usize>() + list_keys * size_of::<ObjectKey>()
         });
-        let queues = state.inboxes.values().map(|inbox| {
-            (inbox.changed.capacity() + inbox.waiting.capacity()) * size_of::<(FeedId, ObjectKey)>()
+        let queues = state.queues.values().map(|queue| {
+            (queue.keys.capacity() + queue.queued.capacity()) * size_of::<(FeedId, ObjectKey)>()
         });
         (objects.sum(), queues.sum())
     }
@@ -176,11 +172,11 @@ impl Store {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn leave(&self, state: &mut State, reader: usize, feed: FeedId, id: WatchId) {
-        let Some(live) = state.watches.get_mut(&id) else { return };
-        live.readers.retain(|held| *held != (reader, feed));
-        if live.readers.is_empty() {
-            let name = live.feed.to_string();
+    fn unsubscribe_watch(&self, state: &mut State, subscriber: usize, feed: FeedId, id: WatchId) {
+        let Some(cache) = state.watches.get_mut(&id) else { return };
+        cache.subscribers.retain(|other| *other != (subscriber, feed));
+        if cache.subscribers.is_empty() {
+            let name = cache.spec.to_string();
             state.watches.remove(&id);
             self.wanted.send_modify(|wanted| _ = wanted.remove(&id));
             let readiness = self.readiness.for_watch(id);
@@ -191,128 +187,125 @@ impl Store {
 }
 
 impl State {
-    /// Of the feeds of a subscriber. Where the source has versions at all, nothing was heard yet of a feed that has none,
-    /// unless there is none of it, or none for us.
-    fn versions(&self, reader: usize) -> BTreeMap<FeedId, Version> {
-        let nothing = self.watches.values().find_map(|live| live.version).map(|_| Version(0));
-        let live = |watch| {
-            let live: &Live = self.watches.get(watch)?;
-            live.version.or_else(|| nothing.filter(|_| !live.denied))
+    /// Versions of a subscription's watches. If the source has versions, a watch that was neither listed nor denied is
+    /// at version 0.
+    fn versions(&self, subscriber: usize) -> BTreeMap<FeedId, Version> {
+        let unlisted = self.watches.values().find_map(|cache| cache.version).map(|_| Version(0));
+        let version = |watch| {
+            let cache: &WatchCache = self.watches.get(watch)?;
+            cache.version.or_else(|| unlisted.filter(|_| !cache.is_denied))
         };
-        let feeds = self.inboxes.get(&reader).into_iter().flat_map(|inbox| &inbox.feeds);
-        feeds.filter_map(|(id, (watch, _))| Some((*id, live(watch)?))).collect()
+        let watches = self.queues.get(&subscriber).into_iter().flat_map(|queue| &queue.watches);
+        watches.filter_map(|(id, (watch, _))| Some((*id, version(watch)?))).collect()
     }
 }
 
-impl Live {
-    /// Silence counts from here.
-    fn new(feed: Feed) -> Self {
-        let counters = Counters { heard: Mutex::new(Some(Instant::now())), ..Counters::default() };
+impl WatchCache {
+    fn new(spec: Feed) -> Self {
+        let counters = Counters { last_contact: Mutex::new(Some(Instant::now())), ..Counters::default() };
         Self {
-            feed,
+            spec,
             objects: HashMap::new(),
-            listing: None,
-            staged: HashMap::new(),
-            repeats_list: false,
-            listed: None,
-            denied: false,
+            list_keys: None,
+            list_updates: HashMap::new(),
+            is_list_retry: false,
+            is_synced: None,
+            is_denied: false,
             version: None,
             counters: Arc::new(counters),
-            readers: Vec::new(),
+            subscribers: Vec::new(),
         }
     }
 
     fn is_listed(&self) -> bool {
-        self.listed == Some(true)
+        self.is_synced == Some(true)
     }
 
-    /// Whether it is further now. A list is not, before its end.
-    fn hear(&mut self, event: &Event, version: Option<Version>) -> bool {
+    /// Records the contact. Returns whether the version advanced, which happens only outside or at the end of a list.
+    fn record_contact(&mut self, event: &Event, version: Option<Version>) -> bool {
         if matches!(event, Event::Init | Event::Unavailable) {
             return false;
         }
-        let is_refused = *event == Event::Refused;
-        self.denied = is_refused;
-        *self.counters.refused.lock().unwrap_or_else(PoisonError::into_inner) = is_refused.then(Instant::now);
-        let mut heard = self.counters.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        if is_refused {
-            // What was never given grows no older.
-            *heard = heard.filter(|_| self.is_listed());
+        self.is_denied = *event == Event::Refused;
+        *self.counters.denied_at.lock().unwrap_or_else(PoisonError::into_inner) =
+            self.is_denied.then(Instant::now);
+        let mut last_contact = self.counters.last_contact.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_denied {
+            // Without objects nothing becomes stale.
+            *last_contact = last_contact.filter(|_| self.is_listed());
             return false;
         }
-        let lists = self.listing.is_some() && *event != Event::InitDone;
-        if lists && self.repeats_list {
-            // A list that breaks off again and again changes nothing.
+        let is_in_list = self.list_keys.is_some() && *event != Event::InitDone;
+        if is_in_list && self.is_list_retry {
+            // Lists that never complete are no proof of contact.
             return false;
         }
-        *heard = Some(Instant::now());
-        drop(heard);
-        let advances = !lists && version.is_some() && version != self.version;
+        *last_contact = Some(Instant::now());
+        drop(last_contact);
+        let advances = !is_in_list && version.is_some() && version != self.version;
         if advances {
             self.version = version;
         }
         advances
     }
 
-    /// The objects of which something changed.
-    fn take(&mut self, event: Event) -> Vec<ObjectKey> {
+    /// Returns the keys of changed objects.
+    fn apply(&mut self, event: Event) -> Vec<ObjectKey> {
         if matches!(event, Event::Apply(_) | Event::Delete(_)) {
             self.counters.events.fetch_add(1, Ordering::Relaxed);
         }
         match event {
             Event::Unavailable => {
-                self.listed.get_or_insert(false);
-                self.repeats_list |= self.listing.is_some();
-                // The next list begins anew.
-                (self.listing, self.staged) = (None, HashMap::new());
+                self.is_synced.get_or_insert(false);
+                self.is_list_retry |= self.list_keys.is_some();
+                (self.list_keys, self.list_updates) = (None, HashMap::new());
                 Vec::new()
             }
             Event::Quiet | Event::Refused => Vec::new(),
             Event::Init => {
-                self.repeats_list |= self.listing.is_some();
-                (self.listing, self.staged) = (Some(HashSet::new()), HashMap::new());
+                self.is_list_retry |= self.list_keys.is_some();
+                (self.list_keys, self.list_updates) = (Some(HashSet::new()), HashMap::new());
                 Vec::new()
             }
             Event::Apply(mut object) => {
                 let key = object.key.clone();
-                let held = self.staged.get(&key).or_else(|| self.objects.get(&key));
-                let is_same = held.is_some_and(|held| held.json == object.json);
-                let listing = self.listing.as_mut().map(|listing| listing.insert(key.clone()));
-                if is_same {
+                let current = self.list_updates.get(&key).or_else(|| self.objects.get(&key));
+                let is_unchanged = current.is_some_and(|current| current.json == object.json);
+                let listed = self.list_keys.as_mut().map(|keys| keys.insert(key.clone()));
+                if is_unchanged {
                     return Vec::new();
                 }
-                // Made by a thread that decodes, where what stays lies scattered among what goes: with 30,000 pods that
-                // takes the hub 40 MB more. This thread makes little that goes.
+                // Objects allocated by decoding threads fragment their heap: 40 MB with 30,000 pods.
                 if object.json.is_unique() {
                     object.json = Bytes::copy_from_slice(&object.json);
                 }
-                if listing.is_some() {
-                    self.staged.insert(key, object);
+                if listed.is_some() {
+                    self.list_updates.insert(key, object);
                     return Vec::new();
                 }
                 self.objects.insert(key.clone(), object);
                 vec![key]
             }
             Event::Delete(key) => {
-                if let Some(listing) = &mut self.listing {
-                    listing.remove(&key);
-                    self.staged.remove(&key);
+                if let Some(keys) = &mut self.list_keys {
+                    keys.remove(&key);
+                    self.list_updates.remove(&key);
                     return Vec::new();
                 }
                 self.objects.remove(&key).map(|_| key).into_iter().collect()
             }
             Event::InitDone => {
-                (self.listed, self.repeats_list) = (Some(true), false);
-                let Some(listed) = self.listing.take() else { return Vec::new() };
-                let staged = std::mem::take(&mut self.staged);
-                let gone = self.objects.keys().filter(|key| !listed.contains(*key));
-                let mut changed: Vec<_> = staged.keys().chain(gone).cloned().collect();
+                (self.is_synced, self.is_list_retry) = (Some(true), false);
+                let Some(keys) = self.list_keys.take() else { return Vec::new() };
+                let updates = std::mem::take(&mut self.list_updates);
+                let removed = self.objects.keys().filter(|key| !keys.contains(*key));
+                let mut changed: Vec<_> = updates.keys().chain(removed).cloned().collect();
                 changed.sort_unstable();
-                self.objects.retain(|key, _| listed.contains(key));
+                self.objects.retain(|key, _| keys.contains(key));
                 if self.objects.is_empty() {
-                    self.objects = staged;
+                    self.objects = updates;
                 } else {
-                    self.objects.extend(staged);
+                    self.objects.extend(updates);
                 }
                 changed
             }
@@ -321,165 +314,169 @@ impl Live {
 }
 
 impl Counters {
-    /// For how long nothing was heard, where that is too long to trust what was heard before.
+    /// Time since the last contact. `None` if the watch is not stale.
     pub fn stale(&self) -> Option<Duration> {
-        let heard = *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.map(|heard| heard.elapsed()).filter(|silent| *silent > STALE_AFTER)
+        let last_contact = *self.last_contact.lock().unwrap_or_else(PoisonError::into_inner);
+        last_contact.map(|contact| contact.elapsed()).filter(|silence| *silence > STALE_AFTER)
     }
 
-    /// Whether that is because the source says no, again and again. So it does to every replica.
+    /// Whether the source keeps denying the watch. Other replicas receive the same response.
     pub fn is_refused(&self) -> bool {
-        let refused = *self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.is_some_and(|refused| refused.elapsed() < STALE_AFTER)
+        let denied_at = *self.denied_at.lock().unwrap_or_else(PoisonError::into_inner);
+        denied_at.is_some_and(|denied_at| denied_at.elapsed() < STALE_AFTER)
     }
 }
 
-impl Inbox {
-    fn tell(&mut self, feed: FeedId, key: &ObjectKey) {
-        if self.waiting.insert((feed, key.clone())) {
-            self.changed.push_back((feed, key.clone()));
+impl ChangeQueue {
+    fn push(&mut self, feed: FeedId, key: &ObjectKey) {
+        if self.queued.insert((feed, key.clone())) {
+            self.keys.push_back((feed, key.clone()));
         }
     }
 }
 
 impl Subscription {
-    /// Takes what `feed` selects as its feed `id`.
+    /// Subscribes to `feed` as `id`.
     pub fn open(&self, id: FeedId, feed: &Feed) -> Arc<Counters> {
         let mut state = self.store.state();
-        let State { watches, watches_ever, inboxes, .. } = &mut *state;
-        let held = watches.iter().find(|(_, live)| live.feed.selects_as(feed)).map(|(id, _)| *id);
-        let watch = held.unwrap_or_else(|| {
-            *watches_ever += 1;
-            WatchId(*watches_ever - 1)
+        let State { watches, watches_created, queues, .. } = &mut *state;
+        let existing = watches.iter().find(|(_, cache)| cache.spec.selects_as(feed)).map(|(id, _)| *id);
+        let watch = existing.unwrap_or_else(|| {
+            *watches_created += 1;
+            WatchId(*watches_created - 1)
         });
-        let live = watches.entry(watch).or_insert_with(|| Live::new(feed.clone()));
-        live.readers.push((self.id, id));
-        if let Some(inbox) = inboxes.get_mut(&self.id) {
-            inbox.feeds.insert(id, (watch, feed.place().cloned()));
-            let mut keys: Vec<_> = live.objects.keys().collect();
+        let cache = watches.entry(watch).or_insert_with(|| WatchCache::new(feed.clone()));
+        cache.subscribers.push((self.id, id));
+        if let Some(queue) = queues.get_mut(&self.id) {
+            queue.watches.insert(id, (watch, feed.place().cloned()));
+            let mut keys: Vec<_> = cache.objects.keys().collect();
             keys.sort_unstable();
             for key in keys {
-                inbox.tell(id, key);
+                queue.push(id, key);
             }
-            inbox.news.notify_one();
+            queue.notify.notify_one();
         }
-        if held.is_none() {
+        if existing.is_none() {
             self.store.wanted.send_modify(|wanted| _ = wanted.insert(watch, feed.clone()));
         }
-        Arc::clone(&live.counters)
+        Arc::clone(&cache.counters)
     }
 
-    /// Whoever asks whether the hub is ready is told of those that were not listed yet.
+    /// Makes the hub's readiness depend on watches that are not listed yet.
     pub fn gate(&self) {
         let state = self.store.state();
-        let feeds = state.inboxes.get(&self.id).into_iter().flat_map(|inbox| inbox.feeds.values());
-        let watches = feeds.filter_map(|(id, _)| Some((*id, state.watches.get(id)?)));
-        for (id, live) in watches.filter(|(_, live)| !live.is_listed()) {
-            self.store.readiness.for_watch(id).pending(&live.feed.to_string(), "not listed yet");
+        let ids = state.queues.get(&self.id).into_iter().flat_map(|queue| queue.watches.values());
+        let watches = ids.filter_map(|(id, _)| Some((*id, state.watches.get(id)?)));
+        for (id, cache) in watches.filter(|(_, cache)| !cache.is_listed()) {
+            self.store.readiness.for_watch(id).pending(&cache.spec.to_string(), "not listed yet");
         }
     }
 
-    /// Gives up a feed, and all changes of it that were not taken.
+    /// Unsubscribes from a watch and discards its queued changes.
     pub fn close(&self, id: FeedId) {
         let mut state = self.store.state();
-        let Some(inbox) = state.inboxes.get_mut(&self.id) else { return };
-        let Some((watch, _)) = inbox.feeds.remove(&id) else { return };
-        inbox.changed.retain(|(feed, _)| *feed != id);
-        inbox.waiting.retain(|(feed, _)| *feed != id);
-        self.store.leave(&mut state, self.id, id, watch);
+        let Some(queue) = state.queues.get_mut(&self.id) else { return };
+        let Some((watch, _)) = queue.watches.remove(&id) else { return };
+        queue.keys.retain(|(feed, _)| *feed != id);
+        queue.queued.retain(|(feed, _)| *feed != id);
+        self.store.unsubscribe_watch(&mut state, self.id, id, watch);
     }
 
-    /// Waits until something may be new.
+    /// Waits for possible changes.
     pub async fn changed(&self) {
-        self.news.notified().await;
+        self.notify.notified().await;
     }
 
-    /// What changed since the last call, so many at most.
+    /// Drains up to `max` changes.
     pub fn take(&self, max: usize) -> Taken {
         let mut state = self.store.state();
         let newest = state.versions(self.id);
-        let State { watches, inboxes, .. } = &mut *state;
+        let State { watches, queues, .. } = &mut *state;
         let mut changes = Vec::new();
-        let Some(inbox) = inboxes.get_mut(&self.id) else { return Taken { changes, all: None, newest } };
+        let Some(queue) = queues.get_mut(&self.id) else { return Taken { changes, all: None, newest } };
         while changes.len() < max {
-            let Some(changed) = inbox.changed.pop_front() else {
+            let Some(changed) = queue.keys.pop_front() else {
                 return Taken { changes, all: Some(newest.clone()), newest };
             };
-            inbox.waiting.remove(&changed);
+            queue.queued.remove(&changed);
             let (feed, key) = changed;
-            let live = inbox.feeds.get(&feed).and_then(|(watch, _)| watches.get(watch));
-            changes.push(match live.and_then(|live| live.objects.get(&key)) {
+            let cache = queue.watches.get(&feed).and_then(|(watch, _)| watches.get(watch));
+            changes.push(match cache.and_then(|cache| cache.objects.get(&key)) {
                 Some(object) => Change::Put(feed, object.clone()),
                 None => Change::Remove(feed, key),
             });
         }
-        inbox.news.notify_one();
+        queue.notify.notify_one();
         Taken { changes, all: None, newest }
     }
 
-    /// How new the newest objects of each feed may be.
+    /// Upper bound of the objects' versions, by watch.
     pub fn newest(&self) -> BTreeMap<FeedId, Version> {
         self.store.state().versions(self.id)
     }
 
-    /// Whether every feed was listed once.
+    /// Whether every watch completed a list.
     pub fn is_listed(&self) -> bool {
-        self.all(Live::is_listed)
+        self.all_watches(WatchCache::is_listed)
     }
 
-    /// Whether every feed was listed, or cannot be had.
+    /// Whether every watch completed or failed a list.
     pub fn is_settled(&self) -> bool {
-        self.all(|live| live.listed.is_some())
+        self.all_watches(|cache| cache.is_synced.is_some())
     }
 
-    fn all(&self, is: impl Fn(&Live) -> bool) -> bool {
+    fn all_watches(&self, predicate: impl Fn(&WatchCache) -> bool) -> bool {
         let state = self.store.state();
-        let feeds = state.inboxes.get(&self.id).into_iter().flat_map(|inbox| inbox.feeds.values());
-        feeds.into_iter().all(|(watch, _)| state.watches.get(watch).is_some_and(&is))
+        let mut watches = state.queues.get(&self.id).into_iter().flat_map(|queue| queue.watches.values());
+        watches.all(|(watch, _)| state.watches.get(watch).is_some_and(&predicate))
     }
 
-    /// All objects, in no order; what changed until now is among them.
+    /// Returns all objects, unordered, and clears the queue.
     pub fn start(&self) -> Vec<(FeedId, Object)> {
         let mut state = self.store.state();
-        let State { watches, inboxes, .. } = &mut *state;
-        let Some(inbox) = inboxes.get_mut(&self.id) else { return Vec::new() };
-        (inbox.changed, inbox.waiting) = Default::default();
-        let feeds = inbox.feeds.iter().filter_map(|(id, (watch, _))| Some((*id, watches.get(watch)?)));
-        feeds.flat_map(|(id, live)| live.objects.values().map(move |object| (id, object.clone()))).collect()
+        let State { watches, queues, .. } = &mut *state;
+        let Some(queue) = queues.get_mut(&self.id) else { return Vec::new() };
+        (queue.keys, queue.queued) = Default::default();
+        let caches = queue.watches.iter().filter_map(|(id, (watch, _))| Some((*id, watches.get(watch)?)));
+        caches
+            .flat_map(|(id, cache)| cache.objects.values().map(move |object| (id, object.clone())))
+            .collect()
     }
 
-    /// The objects of these feeds, by feed and name: which of them fit into a limit must not go by chance.
+    /// Objects of these watches, sorted: a size limit must reject the same ones each time.
     pub fn objects_of(&self, feeds: &BTreeSet<FeedId>) -> Vec<(FeedId, Object)> {
         let state = self.store.state();
-        let Some(inbox) = state.inboxes.get(&self.id) else { return Vec::new() };
-        let watches = feeds.iter().filter_map(|id| Some((*id, state.watches.get(&inbox.feeds.get(id)?.0)?)));
-        let objects = |(id, live): (FeedId, &Live)| {
-            live.objects.values().map(move |object| (id, object.clone())).collect::<Vec<_>>()
+        let Some(queue) = state.queues.get(&self.id) else { return Vec::new() };
+        let caches = feeds.iter().filter_map(|id| Some((*id, state.watches.get(&queue.watches.get(id)?.0)?)));
+        let objects = |(id, cache): (FeedId, &WatchCache)| {
+            cache.objects.values().map(move |object| (id, object.clone())).collect::<Vec<_>>()
         };
-        let mut objects: Vec<_> = watches.flat_map(objects).collect();
+        let mut objects: Vec<_> = caches.flat_map(objects).collect();
         objects.sort_unstable_by(|(id, one), (other_id, other)| (id, &one.key).cmp(&(other_id, &other.key)));
         objects
     }
 
-    /// Lists how new the newest objects of each feed may be.
+    /// Returns a function that computes [`newest`](Self::newest).
     pub fn newest_by_feed(&self) -> impl Fn() -> BTreeMap<FeedId, Version> + Send + Sync + 'static {
-        let (store, reader) = (Arc::clone(&self.store), self.id);
-        move || store.state().versions(reader)
+        let (store, subscriber) = (Arc::clone(&self.store), self.id);
+        move || store.state().versions(subscriber)
     }
 
-    /// Lists the replicated objects, in no order; none once the subscription has ended.
+    /// Returns a function that lists replicated objects, unordered. The list is empty without the subscription.
     pub fn replicated(&self) -> impl Fn() -> Replicated + Send + Sync + 'static {
-        let (store, reader) = (Arc::clone(&self.store), self.id);
+        let (store, subscriber) = (Arc::clone(&self.store), self.id);
         move || {
             let state = store.state();
-            let feeds = state.inboxes.get(&reader).into_iter().flat_map(|inbox| inbox.feeds.values());
-            let mut found = Replicated::default();
-            for (watch, place) in feeds {
-                let (Some(place), Some(live)) = (place, state.watches.get(watch)) else { continue };
-                found.places.insert(place.clone());
-                found.objects.extend(live.objects.values().map(|object| (place.clone(), object.clone())));
+            let watches = state.queues.get(&subscriber).into_iter().flat_map(|queue| queue.watches.values());
+            let mut replicated = Replicated::default();
+            for (watch, path) in watches {
+                let (Some(path), Some(cache)) = (path, state.watches.get(watch)) else { continue };
+                replicated.places.insert(path.clone());
+                replicated
+                    .objects
+                    .extend(cache.objects.values().map(|object| (path.clone(), object.clone())));
             }
-            found
+            replicated
         }
     }
 }
@@ -487,14 +484,14 @@ impl Subscription {
 impl Drop for Subscription {
     fn drop(&mut self) {
         let mut state = self.store.state();
-        let feeds = state.inboxes.remove(&self.id).map(|inbox| inbox.feeds).unwrap_or_default();
-        for (id, (watch, _)) in feeds {
-            self.store.leave(&mut state, self.id, id, watch);
+        let watches = state.queues.remove(&self.id).map(|queue| queue.watches).unwrap_or_default();
+        for (id, (watch, _)) in watches {
+            self.store.unsubscribe_watch(&mut state, self.id, id, watch);
         }
     }
 }
 
-/// Whether a source may lack what `content` is made of without harm.
+/// Whether a source may lack the resource.
 pub fn is_optional(content: &Content) -> bool {
     *content == Content::Bundles
 }
@@ -513,7 +510,7 @@ mod tests {
         }
     }
 
-    fn say(store: &Store, id: WatchId, script: &str) {
+    fn send(store: &Store, id: WatchId, script: &str) {
         let key = |name: &str| ObjectKey { namespace: "".into(), name: name.into() };
         for word in script.split_whitespace() {
             let event = match word.split_once('=') {
@@ -526,33 +523,33 @@ mod tests {
         }
     }
 
-    fn heard(subscription: &Subscription) -> String {
-        let said = |change| match change {
+    fn drain(subscription: &Subscription) -> String {
+        let to_word = |change| match change {
             Change::Put(_, object) => format!("{}={}", object.key, String::from_utf8_lossy(&object.json)),
             Change::Remove(_, key) => format!("-{key}"),
         };
-        subscription.take(usize::MAX).changes.into_iter().map(said).collect::<Vec<_>>().join(" ")
+        subscription.take(usize::MAX).changes.into_iter().map(to_word).collect::<Vec<_>>().join(" ")
     }
 
-    /// Runs a script of words (`[` a list begins, `]` it is complete, `a=1` an object, `-a` a delete), taking what
-    /// changed after each word or at the end, and compares it.
+    /// Runs a script (`[` Init, `]` InitDone, `a=1` Apply, `-a` Delete) and compares the changes drained after each word
+    /// and at the end.
     fn check(script: &str, each: &str, at_end: &str) {
         let store = Arc::new(Store::new(Readiness::default()));
         let (one, other) = (store.subscribe(), store.subscribe());
         one.open(FeedId(0), &feed());
         other.open(FeedId(0), &feed());
-        let mut said = Vec::new();
+        let mut changes = Vec::new();
         for word in script.split_whitespace() {
-            say(&store, WatchId(0), word);
-            said.push(heard(&one));
+            send(&store, WatchId(0), word);
+            changes.push(drain(&one));
         }
-        said.retain(|said| !said.is_empty());
-        assert_eq!(said.join(" "), each, "{script}");
-        assert_eq!(heard(&other), at_end, "{script}");
+        changes.retain(|words| !words.is_empty());
+        assert_eq!(changes.join(" "), each, "{script}");
+        assert_eq!(drain(&other), at_end, "{script}");
     }
 
     #[test]
-    fn silence_and_relists() {
+    fn lists_and_watches_yield_only_changes() {
         check("[ a=1 b=1 ] a=1 a=2 -b -b", "a=1 b=1 a=2 -b", "a=2 -b");
         check("[ a=1 b=1 c=1 ] [ b=1 c=2 ]", "a=1 b=1 c=1 -a c=2", "-a b=1 c=2");
         check("[ a=1 ] [ a=2 b=1", "a=1", "a=1");
@@ -564,7 +561,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_says_no_is_not_silent() {
+    async fn denied_watch_becomes_stale_as_denied() {
         let store = Arc::new(Store::new(Readiness::default()));
         let one = store.subscribe();
         let counters = one.open(FeedId(0), &feed());
@@ -573,8 +570,8 @@ mod tests {
             (Event::InitDone, false, false),
             (Event::Refused, false, true),
             (Event::Refused, true, true),
-            // Its last word is old, too.
             (Event::Unavailable, true, true),
+            // The denial is old, too.
             (Event::Unavailable, true, false),
             (Event::Quiet, false, false),
         ] {
@@ -590,7 +587,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_never_came_is_silent_unless_it_is_refused() {
+    async fn unlisted_watch_is_stale_unless_denied() {
         let store = Arc::new(Store::new(Readiness::default()));
         let one = store.subscribe();
         let counters = one.open(FeedId(0), &feed());
@@ -602,7 +599,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_list_that_breaks_off_again_and_again_grows_stale() {
+    async fn watch_with_incomplete_lists_becomes_stale() {
         let store = Arc::new(Store::new(Readiness::default()));
         let one = store.subscribe();
         let counters = one.open(FeedId(0), &feed());
@@ -616,13 +613,13 @@ mod tests {
             ("]", false),
         ] {
             tokio::time::advance(step).await;
-            say(&store, WatchId(0), script);
+            send(&store, WatchId(0), script);
             assert_eq!(counters.stale().is_some(), is_stale, "{script}");
         }
     }
 
     #[test]
-    fn watches_of_one_name_become_ready_and_fail_one_by_one() {
+    fn watches_of_one_name_have_separate_readiness() {
         let readiness = Readiness::default();
         let store = Arc::new(Store::new(readiness.clone()));
         let one = store.subscribe();
@@ -632,8 +629,8 @@ mod tests {
         one.open(FeedId(0), &feed());
         one.open(FeedId(1), &other);
         one.gate();
-        let of_other = readiness.for_watch(WatchId(1));
-        of_other.failing(&name, "forbidden");
+        let other_readiness = readiness.for_watch(WatchId(1));
+        other_readiness.failing(&name, "forbidden");
         let pending = || readiness.pendings().into_values().collect::<Vec<_>>();
         assert_eq!(pending(), ["not listed yet; forbidden"]);
         store.apply((WatchId(0), Event::InitDone, None));
@@ -643,7 +640,7 @@ mod tests {
         store.apply((WatchId(1), Event::InitDone, None));
         assert!(pending().is_empty());
         one.open(FeedId(2), &feed());
-        of_other.failing(&name, "the watch failed");
+        other_readiness.failing(&name, "watch failed");
         one.close(FeedId(2));
         assert_eq!(readiness.problems().len(), 1);
         one.close(FeedId(1));
@@ -651,7 +648,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fails_is_not_taken_for_what_is_not_there() {
+    fn only_denied_watch_has_no_version() {
         let store = Arc::new(Store::new(Readiness::default()));
         let one = store.subscribe();
         one.open(FeedId(0), &feed());
@@ -671,16 +668,16 @@ mod tests {
     }
 
     #[test]
-    fn who_selects_alike_shares_a_watch_which_ends_with_the_last() {
+    fn equal_selections_share_a_watch_until_the_last_closes() {
         let store = Arc::new(Store::new(Readiness::default()));
         let wanted = store.wanted();
         let watches = || wanted.borrow().keys().map(|id| id.0).collect::<Vec<_>>();
         let (one, other) = (store.subscribe(), store.subscribe());
         one.open(FeedId(7), &feed());
-        say(&store, WatchId(0), "[ a=1 ]");
+        send(&store, WatchId(0), "[ a=1 ]");
         other.open(FeedId(0), &Feed { content: Content::Policies, ..feed() });
-        assert_eq!((watches(), heard(&other).as_str()), (vec![0], "a=1"));
-        assert!(other.is_listed(), "it was, for the other");
+        assert_eq!((watches(), drain(&other).as_str()), (vec![0], "a=1"));
+        assert!(other.is_listed(), "the shared watch is listed");
         other.open(FeedId(1), &Feed { scope: Scope::Namespace("x".into()), ..feed() });
         assert_eq!(watches(), [0, 1]);
         assert!(!other.is_listed() && one.is_listed());
@@ -689,8 +686,8 @@ mod tests {
         drop(other);
         assert!(watches().is_empty());
         one.open(FeedId(8), &feed());
-        assert_eq!(watches(), [2], "what the old one still says is not taken for the new one's");
-        say(&store, WatchId(0), "b=1");
-        assert_eq!(heard(&one), "");
+        assert_eq!(watches(), [2], "late events of a closed watch are ignored");
+        send(&store, WatchId(0), "b=1");
+        assert_eq!(drain(&one), "");
     }
 }
