@@ -1,5 +1,4 @@
-//! Resources that policies read and no flag names: feeds that come with the first policy that reads them and go with
-//! the last.
+//! Watches of resources that policies read and no flag names. They exist while a policy reads the resource.
 
 use std::collections::BTreeSet;
 
@@ -14,38 +13,38 @@ use crate::policy::check;
 use crate::policy::reads::Names;
 use crate::readiness::Readiness;
 
-/// What [`Readiness`] calls it.
+/// Subject in [`Readiness`].
 pub const SUBJECT: &str = "--replicate-auto";
 
-/// See the module's text.
+/// Automatically replicated resources of one bundle.
 pub struct Auto {
     path: DirPath,
     scope: Scope,
-    /// Resources that the spec names, and that are always there.
-    given: BTreeSet<String>,
-    /// Those that are there because of policies.
-    held: BTreeSet<String>,
+    /// Resources named by the spec.
+    explicit: BTreeSet<String>,
+    /// Resources watched because of policies.
+    active: BTreeSet<String>,
 }
 
 impl Auto {
-    /// As `replication` says, beside the `feeds` that the spec names.
+    /// Creates the set for a spec with these explicit `feeds`.
     pub fn new(replication: AutoReplication, feeds: &[Feed]) -> Self {
-        let given = feeds.iter().filter(|feed| feed.place().is_some());
+        let explicit = feeds.iter().filter(|feed| feed.place().is_some());
         Self {
             path: replication.path,
             scope: Scope::Namespaces { ignored: replication.ignored },
-            given: given.map(|feed| feed.resource.plural.clone()).collect(),
-            held: BTreeSet::new(),
+            explicit: explicit.map(|feed| feed.resource.plural.clone()).collect(),
+            active: BTreeSet::new(),
         }
     }
 
-    /// The path of all resources, without one's name.
+    /// Path above all resources.
     pub fn path(&self) -> &DirPath {
         &self.path
     }
 
-    /// The resources among the names that policies read; `None` when those cannot be found now, which is a problem of
-    /// the bundle. While some package's are unknown, no resource goes.
+    /// Returns the resources among `names`, or `None` if the analysis failed. Active resources stay while the names of
+    /// some package are unknown.
     pub fn reads(
         &self,
         names: &Result<Option<Names>, check::Error>,
@@ -53,80 +52,82 @@ impl Auto {
     ) -> Option<BTreeSet<String>> {
         let (problem, reads) = match names {
             Err(error) => (Some(error.to_string()), None),
-            Ok(None) => (Some("it needs a real OPA: give --opa-bin".into()), None),
+            Ok(None) => (Some("finding resources needs OPA; set --opa-bin".into()), None),
             Ok(Some(Names { names, is_dynamic, unknown, left })) => {
-                let place = self.path.relative().replace('/', ".");
-                let is_resource = |name: &&String| is_segment(name) && !self.given.contains(*name);
+                let path = self.path.relative().replace('/', ".");
+                let is_resource = |name: &&String| is_segment(name) && !self.explicit.contains(*name);
                 let names: Vec<_> = names.iter().filter(is_resource).cloned().collect();
-                let many = names.len() > AUTO_FEEDS_MAX;
-                let problem = if many {
-                    Some(format!("policies read {} resources, more than {AUTO_FEEDS_MAX}", names.len()))
+                let problem = if names.len() > AUTO_FEEDS_MAX {
+                    Some(format!(
+                        "policies read {} resources, more than {AUTO_FEEDS_MAX}; name some with --replicate",
+                        names.len()
+                    ))
                 } else if *is_dynamic {
                     Some(format!(
-                        "a policy reads data.{place} by names that only an input decides: give --replicate for those"
+                        "a policy reads data.{path} by names that depend on the input; name the resources with --replicate"
                     ))
                 } else if !left.is_empty() {
-                    Some(format!("the analysis goes on: {} packages are left", left.len()))
+                    Some(format!("analysis continues: {} packages are left", left.len()))
                 } else {
                     unknown.first_key_value().map(|(package, reason)| {
                         format!(
-                            "the resources that data{package} reads cannot be found: {reason}; give --replicate for those"
+                            "the resources that data{package} reads cannot be found: {reason}; name them with --replicate"
                         )
                     })
                 };
-                // Those that are there stay before others come, and while not all are known none goes.
-                let (there, new): (Vec<_>, Vec<_>) =
-                    names.into_iter().partition(|name| self.held.contains(name));
-                let mut reads: BTreeSet<_> = there.into_iter().collect();
+                // Active resources have precedence over new ones.
+                let (active, new): (Vec<_>, Vec<_>) =
+                    names.into_iter().partition(|name| self.active.contains(name));
+                let mut reads: BTreeSet<_> = active.into_iter().collect();
                 if !unknown.is_empty() || !left.is_empty() {
-                    reads.extend(self.held.iter().cloned());
+                    reads.extend(self.active.iter().cloned());
                 }
                 let room = AUTO_FEEDS_MAX.saturating_sub(reads.len());
                 reads.extend(new.into_iter().take(room));
                 (problem, Some(reads))
             }
         };
-        if let Some(problem) = problem.as_ref().filter(|problem| readiness.is_news(SUBJECT, problem)) {
-            tracing::warn!("{SUBJECT}: {problem}");
+        if let Some(reason) = problem.as_ref().filter(|reason| readiness.is_news(SUBJECT, reason)) {
+            tracing::warn!(reason, "automatic replication is incomplete");
         }
         readiness.problem(SUBJECT, problem);
         reads
     }
 
-    /// Asks for these resources too, and waits until they are there, or cannot be had now.
-    pub async fn widen(&mut self, reads: &BTreeSet<String>, say: &mpsc::Sender<Said>) {
-        let new: Vec<_> = reads.difference(&self.held).cloned().collect();
+    /// Adds watches, and waits until each completed or failed a list.
+    pub async fn widen(&mut self, reads: &BTreeSet<String>, commands: &mpsc::Sender<Said>) {
+        let new: Vec<_> = reads.difference(&self.active).cloned().collect();
         if new.is_empty() {
             return;
         }
         let feed = |name: &String| {
-            tracing::info!(resource = name, "a policy reads it: replicating it");
+            tracing::info!(resource = name, "replicating resource that policies read");
             Feed {
                 resource: Resource::named(name),
                 scope: self.scope.clone(),
                 labels: Vec::new(),
-                content: Content::Resource(self.place(name)),
+                content: Content::Resource(self.data_path(name)),
             }
         };
-        let (settled, until) = oneshot::channel();
-        _ = say.send(Said::Opened { feeds: new.iter().map(feed).collect(), settled }).await;
-        self.held.extend(new);
-        if tokio::time::timeout(AUTO_LIST_MAX, until).await.is_err() {
-            tracing::warn!("what policies read is not listed yet: going on without it");
+        let (settled, listed) = oneshot::channel();
+        _ = commands.send(Said::Opened { feeds: new.iter().map(feed).collect(), settled }).await;
+        self.active.extend(new);
+        if tokio::time::timeout(AUTO_LIST_MAX, listed).await.is_err() {
+            tracing::warn!("resources not listed in time, continuing");
         }
     }
 
-    /// Gives up whatever is not among these. Returns the places of those that stay.
+    /// Removes the watches of other resources. Returns the paths of the rest.
     pub fn narrow(&mut self, reads: &BTreeSet<String>) -> BTreeSet<DirPath> {
-        for name in self.held.difference(reads) {
-            tracing::info!(resource = name, "resource is no longer read, dropping it");
+        for name in self.active.difference(reads) {
+            tracing::info!(resource = name, "dropping resource, no longer read");
         }
-        self.held.clone_from(reads);
-        self.held.iter().map(|name| self.place(name)).collect()
+        self.active.clone_from(reads);
+        self.active.iter().map(|name| self.data_path(name)).collect()
     }
 
-    fn place(&self, name: &str) -> DirPath {
-        self.path.join(name).expect("a name that was read is a segment")
+    fn data_path(&self, name: &str) -> DirPath {
+        self.path.join(name).expect("resource names are path segments")
     }
 }
 
@@ -137,40 +138,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn resources_stay_while_names_are_unknown_and_new_ones_find_room() {
+    fn resources_stay_while_names_are_unknown_and_new_ones_fill_up() {
         let path: DirPath = "/kubernetes".parse().unwrap();
-        let auto = |held: &[&str]| Auto {
-            held: held.iter().map(ToString::to_string).collect(),
+        let auto = |active: &[&str]| Auto {
+            active: active.iter().map(ToString::to_string).collect(),
             ..Auto::new(AutoReplication { path: path.clone(), ignored: Vec::new() }, &[])
         };
-        let of = |names: &[&str]| Names {
+        let known = |names: &[&str]| Names {
             names: names.iter().map(ToString::to_string).collect(),
             ..Names::default()
         };
         let unknown = |names| Names {
             unknown: BTreeMap::from([("/stuck".parse().unwrap(), "it is stuck".to_owned())]),
-            ..of(names)
+            ..known(names)
         };
-        let left = |names| Names { left: BTreeSet::from(["/slow".parse().unwrap()]), ..of(names) };
-        let many: Vec<_> = (0..=AUTO_FEEDS_MAX).map(|at| format!("r{at:03}")).collect();
+        let left = |names| Names { left: BTreeSet::from(["/slow".parse().unwrap()]), ..known(names) };
+        let many: Vec<_> = (0..=AUTO_FEEDS_MAX).map(|index| format!("r{index:03}")).collect();
         let many: Vec<_> = many.iter().map(String::as_str).collect();
         let cases = [
-            (&[][..], of(&["pods", "not/a segment"]), &["pods"][..], None),
-            (&["nodes"], of(&["pods"]), &["pods"], None),
+            (&[][..], known(&["pods", "not/a segment"]), &["pods"][..], None),
+            (&["nodes"], known(&["pods"]), &["pods"], None),
             (
                 &["nodes"],
                 unknown(&["pods"]),
                 &["nodes", "pods"],
                 Some("data/stuck reads cannot be found: it is stuck"),
             ),
-            (&["nodes"], left(&["pods"]), &["nodes", "pods"], Some("goes on: 1 packages are left")),
-            (&[], of(&many), &many[..AUTO_FEEDS_MAX], Some("policies read")),
-            (&many[1..], of(&many), &many[1..], Some("policies read")),
+            (&["nodes"], left(&["pods"]), &["nodes", "pods"], Some("continues: 1 packages are left")),
+            (&[], known(&many), &many[..AUTO_FEEDS_MAX], Some("policies read")),
+            (&many[1..], known(&many), &many[1..], Some("policies read")),
             (&many[1..], unknown(&["pods"]), &many[1..], Some("it is stuck")),
         ];
-        for (held, names, expected, problem) in cases {
+        for (active, names, expected, problem) in cases {
             let readiness = Readiness::default();
-            let reads = auto(held).reads(&Ok(Some(names)), &readiness).unwrap();
+            let reads = auto(active).reads(&Ok(Some(names)), &readiness).unwrap();
             assert!(reads.iter().eq(expected), "{reads:?}");
             let problems = readiness.problems();
             assert_eq!(problems.is_empty(), problem.is_none(), "{problems:?}");

@@ -1,5 +1,4 @@
-//! Where objects come from. Every source speaks [`Event`], watch by watch, and knows nothing of
-//! bundles: what a list no longer names is the store's arithmetic, what an object means the bundle's.
+//! Sources of objects: the Kubernetes API or a folder. They send [`Event`]s by watch and do not know bundles.
 
 pub mod trim;
 
@@ -13,8 +12,8 @@ use tokio::sync::mpsc;
 
 use crate::model::{Event, Version, WatchId};
 
-/// What a source says of which watch, and how far that is then, where the source can tell.
+/// An event with the watch's version after it, if known.
 pub type Told = (WatchId, Event, Option<Version>);
 
-/// The way from the sources to the store; closed when the hub shuts down.
+/// Channel from sources to the store, closed at shutdown.
 pub type Sender = mpsc::Sender<Told>;

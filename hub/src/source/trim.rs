@@ -1,6 +1,6 @@
-//! Makes one text of an object, whatever way it came: `kind` and `apiVersion` first (items of a list lack them),
-//! no white space, and without what no policy reads but what changes at every write: `managedFields` and the copy
-//! that `kubectl apply` keeps of its last input. Key order and number text stay as they came.
+//! Canonical JSON of an object: `kind` and `apiVersion` first (list items lack them), no white space, no
+//! `managedFields`, no last-applied annotation. The latter two change with each write, and no policy reads them. Key
+//! order and number text are preserved.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -16,21 +16,21 @@ use crate::model::{Object, ObjectKey};
 
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
-/// Why a text is no object.
+/// Failure to normalize an object.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Not a JSON object.
     #[error("not a JSON object: {0}")]
     Json(#[from] serde_json::Error),
-    /// No name to keep it under.
-    #[error("it has no metadata.name")]
+    /// No name.
+    #[error("metadata.name is missing")]
     NoName,
-    /// OPA would refuse to read it.
-    #[error("it is nested deeper than {JSON_DEPTH_MAX} levels")]
+    /// Too deep for OPA.
+    #[error("nested deeper than {JSON_DEPTH_MAX} levels")]
     TooDeep,
 }
 
-/// The members of a JSON object in their order, none of them parsed.
+/// Unparsed members of a JSON object, in order.
 pub(crate) struct Members<'a>(pub(crate) Vec<(Cow<'a, str>, &'a RawValue)>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
@@ -55,7 +55,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
     }
 }
 
-/// A key, borrowed unless it holds escapes.
+/// A key, borrowed unless escaped.
 #[derive(Deserialize)]
 struct BorrowedKey<'a>(#[serde(borrow)] Cow<'a, str>);
 
@@ -66,7 +66,7 @@ impl<'a> Members<'a> {
     }
 }
 
-/// The object in `json`. `api_version` and `kind` are used where it has none of its own.
+/// Normalizes `json`. `api_version` and `kind` are defaults.
 pub fn object(json: &str, api_version: &str, kind: &str) -> Result<Object, Error> {
     let members: Members = serde_json::from_str(json)?;
     let metadata = members.0.iter().find(|(key, _)| key == "metadata").ok_or(Error::NoName)?.1;
@@ -78,20 +78,20 @@ pub fn object(json: &str, api_version: &str, kind: &str) -> Result<Object, Error
     let mut out = Vec::with_capacity(json.len());
     let mut deepest = 0;
     out.push(b'{');
-    let own = |key: &str, default: &str| members.text(key).unwrap_or_else(|| default.to_owned().into());
-    member(&mut out, "kind");
-    push_json_string(&mut out, &own("kind", kind));
-    member(&mut out, "apiVersion");
-    push_json_string(&mut out, &own("apiVersion", api_version));
+    let text_or = |key: &str, default: &str| members.text(key).unwrap_or_else(|| default.to_owned().into());
+    write_key(&mut out, "kind");
+    push_json_string(&mut out, &text_or("kind", kind));
+    write_key(&mut out, "apiVersion");
+    push_json_string(&mut out, &text_or("apiVersion", api_version));
     for (key, value) in &members.0 {
         match key.as_ref() {
             "kind" | "apiVersion" => {}
             "metadata" => {
-                member(&mut out, key);
+                write_key(&mut out, key);
                 push_metadata(&mut out, &metadata)?;
             }
             _ => {
-                member(&mut out, key);
+                write_key(&mut out, key);
                 deepest = deepest.max(push_compact(&mut out, value.get()));
             }
         }
@@ -100,7 +100,7 @@ pub fn object(json: &str, api_version: &str, kind: &str) -> Result<Object, Error
         return Err(Error::TooDeep);
     }
     out.push(b'}');
-    // Copied: shrunk in place, each of many objects would leave a gap behind it that nothing fits into.
+    // Shrinking in place would fragment the heap.
     Ok(Object { key, json: Bytes::copy_from_slice(&out) })
 }
 
@@ -113,17 +113,17 @@ fn push_metadata(out: &mut Vec<u8>, metadata: &Members) -> Result<(), Error> {
                 let mut annotations: Members = serde_json::from_str(value.get())?;
                 annotations.0.retain(|(name, _)| name != LAST_APPLIED);
                 if !annotations.0.is_empty() {
-                    member(out, key);
+                    write_key(out, key);
                     out.push(b'{');
                     for (name, value) in &annotations.0 {
-                        member(out, name);
+                        write_key(out, name);
                         push_compact(out, value.get());
                     }
                     out.push(b'}');
                 }
             }
             _ => {
-                member(out, key);
+                write_key(out, key);
                 push_compact(out, value.get());
             }
         }
@@ -132,7 +132,7 @@ fn push_metadata(out: &mut Vec<u8>, metadata: &Members) -> Result<(), Error> {
     Ok(())
 }
 
-fn member(out: &mut Vec<u8>, key: &str) {
+fn write_key(out: &mut Vec<u8>, key: &str) {
     if out.last() != Some(&b'{') {
         out.push(b',');
     }
@@ -140,14 +140,14 @@ fn member(out: &mut Vec<u8>, key: &str) {
     out.push(b':');
 }
 
-/// Appends `json`, which must be valid, without the white space between its tokens, and says how deep it is nested.
+/// Appends valid `json` without white space between tokens. Returns its depth.
 pub fn push_compact(out: &mut Vec<u8>, json: &str) -> usize {
     let (mut depth, mut deepest) = (0, 0);
     let mut in_string = false;
     let mut escaped = false;
     let mut copied = 0;
     let bytes = json.as_bytes();
-    for (at, byte) in bytes.iter().enumerate() {
+    for (index, byte) in bytes.iter().enumerate() {
         if in_string {
             match byte {
                 _ if escaped => escaped = false,
@@ -164,8 +164,8 @@ pub fn push_compact(out: &mut Vec<u8>, json: &str) -> usize {
                 }
                 b'}' | b']' => depth -= 1,
                 b' ' | b'\n' | b'\r' | b'\t' => {
-                    out.extend_from_slice(&bytes[copied..at]);
-                    copied = at + 1;
+                    out.extend_from_slice(&bytes[copied..index]);
+                    copied = index + 1;
                 }
                 _ => {}
             }
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listed_and_a_watched_object_are_equal() {
+    fn listed_and_watched_objects_are_equal() {
         let expected = r#"{"kind":"Pod","apiVersion":"v1","metadata":{"name":"p"},"spec":{"x":1.50}}"#;
         check(r#"{"kind":"Pod","apiVersion":"v1","metadata":{"name":"p"},"spec":{"x":1.50}}"#, expected);
         check(r#"{ "metadata": {"name":"p"}, "spec":{"x": 1.50 } }"#, expected);
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn drops_what_changes_at_every_write_and_nothing_else() {
+    fn drops_only_what_each_write_changes() {
         check(
             r#"{"metadata":{"managedFields":[{"a":1}],"name":"p","annotations":{"kubectl.kubernetes.io/last-applied-configuration":"{}","b":" c\" \\"}},"managedFields":1}"#,
             r#"{"kind":"Pod","apiVersion":"v1","metadata":{"name":"p","annotations":{"b":" c\" \\"}},"managedFields":1}"#,

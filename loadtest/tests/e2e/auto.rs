@@ -73,7 +73,7 @@ async fn watches_come_and_go_with_policies() -> anyhow::Result<()> {
     eventually("the hub says what it cannot know", async || {
         let problems =
             world.hub.json("/readyz").await.map_err(|error| error.to_string())?["problems"].to_string();
-        if problems.contains("by names that only an input decides") { Ok(()) } else { Err(problems) }
+        if problems.contains("by names that depend on the input") { Ok(()) } else { Err(problems) }
     })
     .await
     .map(drop)
