@@ -1,5 +1,5 @@
-//! A folder of manifests as a source: what `kubectl apply -f` takes and what `kubectl get -o json` prints. The
-//! folder is watched; a file that does not parse keeps its last good content.
+//! Watched folder of manifests, as for `kubectl apply -f` or from `kubectl get -o json`. A file that does not parse
+//! retains its last good content.
 
 mod manifest;
 
@@ -14,7 +14,7 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use self::manifest::{Kinds, Manifest};
+use self::manifest::{KindRegistry, Manifest};
 use super::Sender;
 use crate::bundle::spec;
 use crate::config::{
@@ -24,43 +24,45 @@ use crate::model::{Event, Feed, FeedId, Object, ObjectKey, Scope, WatchId};
 use crate::readiness::Readiness;
 use crate::store::Wanted;
 
-/// The namespace that `kubectl apply` gives an object that names none.
+/// Namespace of objects that name none, as for `kubectl apply`.
 const DEFAULT_NAMESPACE: &str = "default";
 
-/// Why the folder cannot be a source.
+/// Failure of the folder as a source.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It does not exist or cannot be read.
-    #[error("cannot read the manifests folder {path}: {source}")]
+    /// Missing or unreadable folder.
+    #[error("reading manifests folder {path} failed: {source}")]
     Read {
-        /// The folder or a folder in it.
+        /// The folder or a subfolder.
         path: PathBuf,
-        /// What the system said.
+        /// System error.
         source: std::io::Error,
     },
-    /// More files than a manifests folder has.
-    #[error("{path} holds more than {MANIFEST_FILES_MAX} manifest files: name a smaller folder")]
+    /// Too many files.
+    #[error(
+        "reading manifests folder {path} failed: more than {MANIFEST_FILES_MAX} files; choose a smaller folder"
+    )]
     TooMany {
         /// The folder.
         path: PathBuf,
     },
-    /// The system cannot report changes.
-    #[error("cannot watch the manifests folder: {0}")]
+    /// Failure to subscribe to changes.
+    #[error("watching manifests folder failed: {0}")]
     Watch(#[from] notify::Error),
 }
 
-/// A folder at one moment.
+/// Contents of a folder.
 pub struct Contents {
-    /// What the feeds select.
+    /// Selected objects.
     pub objects: Vec<(FeedId, Object)>,
-    /// What cannot be read.
+    /// Read failures.
     pub problems: Vec<String>,
 }
 
 /// Reads the folder once.
 pub fn read_once(dir: &Path, feeds: &[Feed]) -> Result<Contents, Error> {
     let mut folder = Folder::new(dir.to_owned());
-    folder.feeds = (0..).map(WatchId).zip(feeds.iter().cloned()).collect();
+    folder.specs = (0..).map(WatchId).zip(feeds.iter().cloned()).collect();
     let events = folder.scan()?.into_iter();
     let objects = events.filter_map(|(id, event)| match event {
         Event::Apply(object) => Some((FeedId(id.0), object)),
@@ -74,10 +76,10 @@ pub fn read_once(dir: &Path, feeds: &[Feed]) -> Result<Contents, Error> {
     Ok(Contents { objects, problems })
 }
 
-/// Reads what is `wanted` of the folder, then follows its changes, until the store is gone.
+/// Sends the `wanted` objects and their changes until the store closes.
 pub async fn run(dir: PathBuf, mut wanted: Wanted, out: Sender, readiness: Readiness) -> Result<(), Error> {
     let (changed, mut changes) = mpsc::channel(1);
-    // One pending wake-up is enough: a scan looks at everything.
+    // One pending wake-up is enough: each scan covers the whole folder.
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         if !event.is_ok_and(|event| event.kind.is_access()) {
             _ = changed.try_send(());
@@ -88,33 +90,32 @@ pub async fn run(dir: PathBuf, mut wanted: Wanted, out: Sender, readiness: Readi
     watcher.watch(&dir, RecursiveMode::Recursive)?;
 
     let mut folder = Folder::new(dir);
-    let mut first = true;
-    // Feeds that were not listed yet.
-    let mut fresh = BTreeSet::new();
-    let mut watched = identity(&folder.dir);
+    let mut is_first = true;
+    let mut unlisted = BTreeSet::new();
+    let mut watched = inode(&folder.dir);
     loop {
-        folder.turn(wanted.borrow_and_update().clone(), &mut fresh);
+        folder.set_watches(wanted.borrow_and_update().clone(), &mut unlisted);
         let scanned = tokio::task::spawn_blocking(move || {
             let events = folder.scan();
             (folder, events)
         });
-        let Ok((back, events)) = scanned.await else { return Ok(()) };
-        folder = back;
+        let Ok((returned, events)) = scanned.await else { return Ok(()) };
+        folder = returned;
         let (events, problem) = match events {
             Ok(events) => (events, None),
-            Err(error) if first => return Err(error),
+            Err(error) if is_first => return Err(error),
             Err(error) => (Vec::new(), Some(error.to_string())),
         };
-        first = false;
+        is_first = false;
         let was_read = problem.is_none();
-        let listed = if was_read { std::mem::take(&mut fresh) } else { BTreeSet::new() };
+        let listed = if was_read { std::mem::take(&mut unlisted) } else { BTreeSet::new() };
         readiness.problem(&folder.dir.display().to_string(), problem);
         folder.report(&readiness);
-        let begin = listed.iter().map(|id| (*id, Event::Init));
-        let end = listed.iter().map(|id| (*id, Event::InitDone));
-        let all: Vec<_> = if was_read { folder.feeds.keys().copied().collect() } else { Vec::new() };
+        let init = listed.iter().map(|id| (*id, Event::Init));
+        let done = listed.iter().map(|id| (*id, Event::InitDone));
+        let all: Vec<_> = if was_read { folder.specs.keys().copied().collect() } else { Vec::new() };
         let quiet = all.into_iter().map(|id| (id, Event::Quiet));
-        for (id, event) in begin.chain(events).chain(end).chain(quiet) {
+        for (id, event) in init.chain(events).chain(done).chain(quiet) {
             if out.send((id, event, None)).await.is_err() {
                 return Ok(());
             }
@@ -125,100 +126,99 @@ pub async fn run(dir: PathBuf, mut wanted: Wanted, out: Sender, readiness: Readi
             Ok(()) = wanted.changed() => continue,
             () = tokio::time::sleep(FOLDER_RESCAN) => {}
         }
-        let settled = Instant::now() + FOLDER_SETTLE_MAX;
-        while Instant::now() < settled && tokio::time::timeout(FOLDER_SETTLE, changes.recv()).await.is_ok() {}
-        let now = identity(&folder.dir);
-        if now != watched && now.is_some() {
-            // Another folder has taken its place: the system still watches the one before.
+        let deadline = Instant::now() + FOLDER_SETTLE_MAX;
+        while Instant::now() < deadline && tokio::time::timeout(FOLDER_SETTLE, changes.recv()).await.is_ok() {
+        }
+        let current = inode(&folder.dir);
+        if current != watched && current.is_some() {
+            // The folder was replaced; the system still watches the old one.
             _ = watcher.unwatch(&folder.dir);
             watcher.watch(&folder.dir, RecursiveMode::Recursive)?;
-            watched = now;
+            watched = current;
         }
     }
 }
 
-/// Mostly it is not only equal but the one text that was read.
-fn is_same(one: &Bytes, other: &Bytes) -> bool {
+/// Compares pointers first: unchanged files share their bytes.
+fn is_equal(one: &Bytes, other: &Bytes) -> bool {
     (one.as_ptr(), one.len()) == (other.as_ptr(), other.len()) || one == other
 }
 
-/// Which folder lies at the path now.
-fn identity(dir: &Path) -> Option<(u64, u64)> {
+/// Device and inode, which identify a folder.
+fn inode(dir: &Path) -> Option<(u64, u64)> {
     fs::metadata(dir).ok().map(|folder| (folder.dev(), folder.ino()))
 }
 
-/// What was read, file by file, and what was said of it.
 struct Folder {
     dir: PathBuf,
-    feeds: BTreeMap<WatchId, Feed>,
+    specs: BTreeMap<WatchId, Feed>,
     files: BTreeMap<PathBuf, File>,
-    held: BTreeMap<WatchId, HashMap<ObjectKey, Object>>,
-    /// Folders below that cannot be read, and why.
+    /// Objects of each watch after the last scan.
+    objects: BTreeMap<WatchId, HashMap<ObjectKey, Object>>,
+    /// Subfolders with read errors.
     unreadable: BTreeMap<PathBuf, String>,
-    /// Subjects of the problems reported last.
-    said: BTreeSet<String>,
+    /// Subjects with reported problems.
+    reported: BTreeSet<String>,
 }
 
 struct File {
-    stamp: Stamp,
-    /// The last good content.
+    stamp: FileStamp,
+    /// Last good content.
     manifests: Vec<Manifest>,
     problem: Option<String>,
-    /// Objects that another place already gives, and bundles that are not understood.
-    refused: Vec<String>,
+    /// Duplicate objects and unknown bundle versions.
+    rejections: Vec<String>,
 }
 
-/// Changes whenever the file's content may have.
-type Stamp = (Option<SystemTime>, u64, u64);
+/// Modification time, length and inode, which change with the content.
+type FileStamp = (Option<SystemTime>, u64, u64);
 
-/// That of no file.
-const UNREAD: Stamp = (None, 0, 0);
+const NEVER_READ: FileStamp = (None, 0, 0);
 
 impl Folder {
     fn new(dir: PathBuf) -> Self {
         Self {
             dir,
-            held: BTreeMap::new(),
-            feeds: BTreeMap::new(),
+            objects: BTreeMap::new(),
+            specs: BTreeMap::new(),
             files: BTreeMap::new(),
             unreadable: BTreeMap::new(),
-            said: BTreeSet::new(),
+            reported: BTreeSet::new(),
         }
     }
 
-    /// Turns to what is wanted now. What is new is `fresh`.
-    fn turn(&mut self, wanted: BTreeMap<WatchId, Feed>, fresh: &mut BTreeSet<WatchId>) {
-        fresh.extend(wanted.keys().filter(|id| !self.feeds.contains_key(id)));
-        fresh.retain(|id| wanted.contains_key(id));
-        self.held.retain(|id, _| wanted.contains_key(id));
-        self.feeds = wanted;
+    fn set_watches(&mut self, wanted: BTreeMap<WatchId, Feed>, unlisted: &mut BTreeSet<WatchId>) {
+        unlisted.extend(wanted.keys().filter(|id| !self.specs.contains_key(id)));
+        unlisted.retain(|id| wanted.contains_key(id));
+        self.objects.retain(|id, _| wanted.contains_key(id));
+        self.specs = wanted;
     }
 
-    /// Reads what changed, and says what that changes feed by feed.
+    /// Reads changed files and returns the resulting events.
     fn scan(&mut self) -> Result<Vec<(WatchId, Event)>, Error> {
         let mut found = BTreeMap::new();
         let mut unreadable = BTreeMap::new();
-        find(&self.dir, &mut found, &mut unreadable)?;
-        // What lies in a folder that cannot be read now keeps its last good content too.
+        find_files(&self.dir, &mut found, &mut unreadable)?;
+        // Files in unreadable folders retain their last good content too.
         self.files
             .retain(|path, _| found.contains_key(path) || unreadable.keys().any(|dir| path.starts_with(dir)));
         self.unreadable = unreadable;
         for (path, stamp) in found {
             let file = self.files.entry(path.clone()).or_insert(File {
-                stamp: UNREAD,
+                stamp: NEVER_READ,
                 manifests: Vec::new(),
                 problem: None,
-                refused: Vec::new(),
+                rejections: Vec::new(),
             });
             if file.stamp != stamp || stamp.0.is_none() {
                 file.stamp = stamp;
-                match read(&path) {
+                match read_manifests(&path) {
                     Ok(manifests) => (file.manifests, file.problem) = (manifests, None),
                     Err(problem) => {
                         file.problem = Some(problem);
-                        // Rights, or a lack of file descriptors, change without the stamp.
+                        // Permissions and file descriptors change without the stamp.
                         if std::fs::File::open(&path).is_err() {
-                            file.stamp = UNREAD;
+                            file.stamp = NEVER_READ;
                         }
                     }
                 }
@@ -228,34 +228,34 @@ impl Folder {
     }
 
     fn events(&mut self) -> Vec<(WatchId, Event)> {
-        let kinds = Kinds::of(self.files.values().flat_map(|file| &file.manifests));
+        let kinds = KindRegistry::from_manifests(self.files.values().flat_map(|file| &file.manifests));
         let mut events = Vec::new();
         for file in self.files.values_mut() {
-            // No watch asks for it, and nobody else would tell.
+            // No watch selects these, so nothing else reports them.
             let unknown = file.manifests.iter().filter(|manifest| manifest.is_unknown_bundle());
-            file.refused = unknown
+            file.rejections = unknown
                 .map(|manifest| {
                     format!("document {}: {}", manifest.document, spec::Error::Kind(manifest.to_string()))
                 })
                 .collect();
         }
-        for (id, feed) in &self.feeds {
-            let mut places: HashMap<ObjectKey, (&Path, usize)> = HashMap::new();
-            let mut now: HashMap<ObjectKey, Object> = HashMap::new();
-            let mut selects = kinds.selection(feed);
+        for (id, spec) in &self.specs {
+            let mut definitions: HashMap<ObjectKey, (&Path, usize)> = HashMap::new();
+            let mut current: HashMap<ObjectKey, Object> = HashMap::new();
+            let mut selects = kinds.selection(spec);
             for (path, file) in &mut self.files {
                 for manifest in file.manifests.iter().filter(|manifest| selects(manifest)) {
                     let mut object = manifest.object.clone();
-                    if feed.scope == Scope::Cluster
-                        || feed.resource.is_named_only() && kinds.is_cluster_scoped(manifest)
+                    if spec.scope == Scope::Cluster
+                        || spec.resource.is_named_only() && kinds.is_cluster_scoped(manifest)
                     {
                         object.key.namespace = "".into();
                     } else if object.key.namespace.is_empty() {
                         object.key.namespace = DEFAULT_NAMESPACE.into();
                     }
-                    if let Some((other, document)) = places.get(&object.key) {
-                        file.refused.push(format!(
-                            "document {}: {} {} is already given by {} document {document}; remove one of the two",
+                    if let Some((other, document)) = definitions.get(&object.key) {
+                        file.rejections.push(format!(
+                            "document {}: {} {} is already defined in {} document {document}; remove one",
                             manifest.document,
                             manifest.kind,
                             object.key,
@@ -263,28 +263,28 @@ impl Folder {
                         ));
                         continue;
                     }
-                    places.insert(object.key.clone(), (path, manifest.document));
-                    now.insert(object.key.clone(), object);
+                    definitions.insert(object.key.clone(), (path, manifest.document));
+                    current.insert(object.key.clone(), object);
                 }
             }
-            let before = self.held.entry(*id).or_default();
-            let gone = before.keys().filter(|key| !now.contains_key(*key));
-            events.extend(gone.map(|key| (*id, Event::Delete(key.clone()))));
-            let new = now.values().filter(|object| {
-                before.get(&object.key).is_none_or(|held| !is_same(&held.json, &object.json))
+            let previous = self.objects.entry(*id).or_default();
+            let removed = previous.keys().filter(|key| !current.contains_key(*key));
+            events.extend(removed.map(|key| (*id, Event::Delete(key.clone()))));
+            let changed = current.values().filter(|object| {
+                previous.get(&object.key).is_none_or(|other| !is_equal(&other.json, &object.json))
             });
-            events.extend(new.map(|object| (*id, Event::Apply(object.clone()))));
-            *before = now;
+            events.extend(changed.map(|object| (*id, Event::Apply(object.clone()))));
+            *previous = current;
         }
         events
     }
 
     fn report(&mut self, readiness: &Readiness) {
-        let mut now = BTreeSet::new();
+        let mut reported = BTreeSet::new();
         let files = self
             .files
             .iter()
-            .map(|(path, file)| (path, file.problem.iter().chain(&file.refused).cloned().collect()));
+            .map(|(path, file)| (path, file.problem.iter().chain(&file.rejections).cloned().collect()));
         let folders = self.unreadable.iter().map(|(path, problem)| (path, vec![problem.clone()]));
         for (path, messages) in files.chain(folders) {
             let messages: Vec<String> = messages;
@@ -294,23 +294,23 @@ impl Folder {
             let subject = path.display().to_string();
             let message = messages.join("; ");
             if readiness.is_news(&subject, &message) {
-                tracing::warn!(file = subject, message, "refused");
+                tracing::warn!(file = subject, error = message, "manifest rejected");
             }
             readiness.problem(&subject, Some(message));
-            now.insert(subject);
+            reported.insert(subject);
         }
-        for subject in self.said.difference(&now) {
+        for subject in self.reported.difference(&reported) {
             readiness.problem(subject, None);
         }
-        self.said = now;
+        self.reported = reported;
     }
 }
 
-/// The manifest files below `dir` with their stamps. Hidden files are no manifests, nor is the `..data` folder by
-/// which a mounted ConfigMap swaps its files; the links to them are.
-fn find(
+/// Finds manifest files below `dir`. Hidden entries are skipped, such as `..data` in a mounted ConfigMap, whose links
+/// count.
+fn find_files(
     dir: &Path,
-    found: &mut BTreeMap<PathBuf, Stamp>,
+    found: &mut BTreeMap<PathBuf, FileStamp>,
     unreadable: &mut BTreeMap<PathBuf, String>,
 ) -> Result<(), Error> {
     let wrap = |source| Error::Read { path: dir.to_owned(), source };
@@ -320,14 +320,14 @@ fn find(
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
             continue;
         }
-        // A file may vanish between listing and looking: then it is not there.
+        // The file was removed after the listing.
         let Ok(metadata) = fs::metadata(&path) else { continue };
         if metadata.is_dir() {
-            // A link to a folder may lead in a circle.
+            // Links to folders may be cyclic.
             if path.is_symlink() {
                 continue;
             }
-            match find(&path, found, unreadable) {
+            match find_files(&path, found, unreadable) {
                 Err(Error::Read { source, .. }) => _ = unreadable.insert(path, source.to_string()),
                 other => other?,
             }
@@ -343,21 +343,19 @@ fn find(
     Ok(())
 }
 
-/// The objects of one file.
+/// Reads the objects of one file.
 pub fn read_file(path: &Path) -> Result<Vec<Object>, String> {
-    Ok(read(path)?.into_iter().map(|manifest| manifest.object).collect())
+    Ok(read_manifests(path)?.into_iter().map(|manifest| manifest.object).collect())
 }
 
-fn read(path: &Path) -> Result<Vec<Manifest>, String> {
+fn read_manifests(path: &Path) -> Result<Vec<Manifest>, String> {
     let length = fs::metadata(path).map_err(|error| error.to_string())?.len();
     if length > MANIFEST_BYTES_MAX {
-        return Err(format!(
-            "{length} bytes are more than the {MANIFEST_BYTES_MAX} that a manifest file may have"
-        ));
+        return Err(format!("file has {length} bytes, more than {MANIFEST_BYTES_MAX}; split it"));
     }
     let text = fs::read_to_string(path).map_err(|error| error.to_string())?;
-    let json = path.extension().is_some_and(|ext| ext == "json");
-    if json { manifest::parse_json(&text) } else { manifest::parse_yaml(&text) }
+    let is_json = path.extension().is_some_and(|ext| ext == "json");
+    if is_json { manifest::parse_json(&text) } else { manifest::parse_yaml(&text) }
 }
 
 #[cfg(test)]
@@ -368,14 +366,14 @@ mod tests {
     use crate::model::{Content, Resource};
 
     fn folder(dir: &Path) -> Folder {
-        let feed = Feed {
+        let spec = Feed {
             resource: Resource::configmaps(),
             scope: Scope::Namespaces { ignored: vec!["left-out".into()] },
             labels: Vec::new(),
             content: Content::Data,
         };
         let mut folder = Folder::new(dir.to_owned());
-        folder.feeds.insert(WatchId(0), feed);
+        folder.specs.insert(WatchId(0), spec);
         folder
     }
 
@@ -385,7 +383,7 @@ mod tests {
         )
     }
 
-    /// Writes files, scans, and tells the events and problems in words.
+    /// Writes files, scans, and compares events and problems.
     fn check(folder: &mut Folder, writes: &[(&str, Option<&str>)], expected: &[&str], problems: &[&str]) {
         for (name, text) in writes {
             let path = folder.dir.join(name);
@@ -406,16 +404,16 @@ mod tests {
             .collect();
         events.sort_unstable();
         assert_eq!(events, expected);
-        let said: Vec<_> =
-            folder.files.values().flat_map(|file| file.problem.iter().chain(&file.refused)).collect();
-        assert_eq!(said.len(), problems.len(), "{said:?}");
-        for (said, part) in said.iter().zip(problems) {
-            assert!(said.contains(part), "{said}");
+        let reported: Vec<_> =
+            folder.files.values().flat_map(|file| file.problem.iter().chain(&file.rejections)).collect();
+        assert_eq!(reported.len(), problems.len(), "{reported:?}");
+        for (problem, part) in reported.iter().zip(problems) {
+            assert!(problem.contains(part), "{problem}");
         }
     }
 
     #[test]
-    fn follows_files_and_keeps_the_last_good() {
+    fn folder_follows_files_and_retains_last_good() {
         let dir = tempfile::tempdir().unwrap();
         let mut folder = folder(dir.path());
         let two = [configmap("a", "x", "1"), configmap("left-out", "x", "1"), configmap("a", "y", "1")]
@@ -428,7 +426,7 @@ mod tests {
             &mut folder,
             &[("b.yaml", Some(&configmap("a", "x", "3")))],
             &[],
-            &["document 2", "already given"],
+            &["document 2", "already defined"],
         );
         check(&mut folder, &[("a.yaml", None)], &["+a/x", "-a/y"], &[]);
         let later = r#"{"apiVersion":"opahub.dev/v2","kind":"Bundle","metadata":{"name":"b"}}"#;
@@ -439,7 +437,7 @@ mod tests {
     }
 
     proptest! {
-        /// I9: whatever a file holds, it is read or refused.
+        /// I9: any file is read or rejected.
         #[test]
         fn i9_random_files_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..256), text in "[-{}\\[\\]:, \n\"'&*!a-c]{0,64}") {
             for text in [String::from_utf8_lossy(&bytes).into_owned(), text] {

@@ -14,9 +14,9 @@ fn run(args: &[&str]) -> (bool, String) {
 #[test]
 fn says_what_is_wrong_and_what_to_do() {
     for (args, part) in [
-        (&["--manifests", "/nowhere"][..], "cannot read the manifests folder /nowhere"),
+        (&["--manifests", "/nowhere"][..], "reading manifests folder /nowhere failed"),
         (&["--replicate", "pods"], "write [group/]version/plural"),
-        (&["--kubeconfig", "/nowhere"], "cannot use kubeconfig /nowhere"),
+        (&["--kubeconfig", "/nowhere"], "reading kubeconfig /nowhere failed"),
         (&["--listen", "127.0.0.1:1", "--bundle", "a/b"], "--bundle \"a/b\""),
         (&[], "give --kubeconfig FILE or --manifests DIR"),
     ] {

@@ -1,4 +1,4 @@
-//! The documents of one manifest file, and which feed selects them.
+//! Documents of a manifest file, and their selection by watches.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -15,18 +15,18 @@ pub(super) struct Manifest {
     pub(super) kind: String,
     api_version: String,
     pub(super) object: Object,
-    /// Which document of the file, from 1.
+    /// Index of the document in the file, from 1.
     pub(super) document: usize,
 }
 
 impl Manifest {
-    /// Read anew each time: few feeds ask, of few kinds, and many objects keep many.
+    /// Parses labels on demand: few watches need them, and storing them uses memory.
     fn labels(&self) -> BTreeMap<String, String> {
-        let outline = serde_json::from_slice::<Outline>(&self.object.json);
-        outline.ok().and_then(|outline| outline.metadata.labels).unwrap_or_default()
+        let header = serde_json::from_slice::<ObjectHeader>(&self.object.json);
+        header.ok().and_then(|header| header.metadata.labels).unwrap_or_default()
     }
 
-    /// Whether it is a document of another version than this hub's.
+    /// Whether this is a `Bundle` of an unknown version.
     pub(super) fn is_unknown_bundle(&self) -> bool {
         let group = |version: &'_ str| version.split('/').next().map(ToOwned::to_owned);
         self.kind == "Bundle"
@@ -46,9 +46,8 @@ impl std::fmt::Display for Manifest {
     }
 }
 
-/// The members of an object that say what it is.
 #[derive(Deserialize)]
-struct Outline<'a> {
+struct ObjectHeader<'a> {
     #[serde(default, rename = "apiVersion")]
     api_version: String,
     #[serde(default)]
@@ -64,23 +63,23 @@ struct Metadata {
     labels: Option<BTreeMap<String, String>>,
 }
 
-/// The objects of a JSON file: one document after the other.
+/// Parses a JSON file of one or more documents.
 pub(super) fn parse_json(text: &str) -> Result<Vec<Manifest>, String> {
     let mut manifests = Vec::new();
     let documents = serde_json::Deserializer::from_str(text).into_iter::<&RawValue>();
     for (document, json) in (1..).zip(documents) {
         let json = json.map_err(|error| format!("document {document}: {error}"))?;
-        flatten(json.get(), &Outer::default(), document, &mut manifests)?;
+        flatten(json.get(), &ListHeader::default(), document, &mut manifests)?;
     }
     Ok(manifests)
 }
 
-/// The objects of a YAML file, whose documents are separated by lines that begin with `---`.
+/// Parses a YAML file of one or more documents.
 pub(super) fn parse_yaml(text: &str) -> Result<Vec<Manifest>, String> {
     let mut manifests = Vec::new();
     let mut start = 0;
     let mut document = 0;
-    let line_ends = text.match_indices("\n---").map(|(at, _)| at + 1).chain([text.len()]);
+    let line_ends = text.match_indices("\n---").map(|(index, _)| index + 1).chain([text.len()]);
     for end in line_ends {
         let part = text[start..end].strip_prefix("---").unwrap_or(&text[start..end]);
         start = end;
@@ -89,50 +88,52 @@ pub(super) fn parse_yaml(text: &str) -> Result<Vec<Manifest>, String> {
         }
         document += 1;
         let wrap = |error: &dyn std::fmt::Display| format!("document {document}: {error}");
-        // Below its first line the error shows the text, which may be anybody's secret.
+        // Further lines of the error quote the file, which may contain secrets.
         let first_line =
             |error: serde_saphyr::Error| wrap(&error.to_string().lines().next().unwrap_or_default());
         let value: Value = serde_saphyr::from_str(part).map_err(first_line)?;
         let json = serde_json::to_string(&value).map_err(|error| wrap(&error))?;
-        flatten(&json, &Outer::default(), document, &mut manifests)?;
+        flatten(&json, &ListHeader::default(), document, &mut manifests)?;
     }
     Ok(manifests)
 }
 
-/// What a list says of its items, which may not say it themselves.
+/// Defaults that a list defines for its items.
 #[derive(Default)]
-struct Outer {
+struct ListHeader {
     is_list: bool,
     api_version: String,
     kind: String,
 }
 
-fn flatten(json: &str, outer: &Outer, document: usize, out: &mut Vec<Manifest>) -> Result<(), String> {
+fn flatten(json: &str, list: &ListHeader, document: usize, out: &mut Vec<Manifest>) -> Result<(), String> {
     let wrap = |error: &dyn std::fmt::Display| format!("document {document}: {error}");
-    let mut outline: Outline = serde_json::from_str(json).map_err(|error| wrap(&error))?;
-    if let (Some(items), Some(of)) = (&outline.items, outline.kind.strip_suffix("List")) {
-        if outer.is_list {
-            return Err(wrap(&"a list in a list; write its items into the outer one"));
+    let mut header: ObjectHeader = serde_json::from_str(json).map_err(|error| wrap(&error))?;
+    if let (Some(items), Some(item_kind)) = (&header.items, header.kind.strip_suffix("List")) {
+        if list.is_list {
+            return Err(wrap(&"a list contains a list; move its items to the outer list"));
         }
-        let outer = match of {
-            "" => Outer { is_list: true, ..Outer::default() },
-            kind => Outer { is_list: true, api_version: outline.api_version.clone(), kind: kind.to_owned() },
+        let list = match item_kind {
+            "" => ListHeader { is_list: true, ..ListHeader::default() },
+            kind => {
+                ListHeader { is_list: true, api_version: header.api_version.clone(), kind: kind.to_owned() }
+            }
         };
-        return items.iter().try_for_each(|item| flatten(item.get(), &outer, document, out));
+        return items.iter().try_for_each(|item| flatten(item.get(), &list, document, out));
     }
-    if outline.kind.is_empty() {
-        outline.kind.clone_from(&outer.kind);
-        outline.api_version.clone_from(&outer.api_version);
+    if header.kind.is_empty() {
+        header.kind.clone_from(&list.kind);
+        header.api_version.clone_from(&list.api_version);
     }
-    if outline.kind.is_empty() || outline.api_version.is_empty() {
-        return Err(wrap(&"it has no kind or no apiVersion"));
+    if header.kind.is_empty() || header.api_version.is_empty() {
+        return Err(wrap(&"kind or apiVersion is missing"));
     }
-    let object = trim::object(json, &outline.api_version, &outline.kind).map_err(|error| wrap(&error))?;
-    out.push(Manifest { kind: outline.kind, api_version: outline.api_version, object, document });
+    let object = trim::object(json, &header.api_version, &header.kind).map_err(|error| wrap(&error))?;
+    out.push(Manifest { kind: header.kind, api_version: header.api_version, object, document });
     Ok(())
 }
 
-/// Kubernetes' own kinds whose objects belong to no namespace.
+/// Built-in cluster-scoped kinds.
 const CLUSTER_SCOPED: [&str; 12] = [
     "APIService",
     "ClusterRole",
@@ -151,16 +152,14 @@ const CLUSTER_SCOPED: [&str; 12] = [
 /// Group and kind.
 type Kind = (String, String);
 
-/// The plurals of kinds: from the CustomResourceDefinitions in the folder, else by English rules. Those too say which
-/// kinds belong to no namespace.
-pub(super) struct Kinds {
+/// Plurals and scopes of kinds, from CustomResourceDefinitions in the folder. Other plurals follow English rules.
+pub(super) struct KindRegistry {
     plurals: HashMap<Kind, String>,
     cluster_scoped: HashSet<Kind>,
 }
 
-impl Kinds {
-    /// What `manifests` define.
-    pub(super) fn of<'a>(manifests: impl Iterator<Item = &'a Manifest>) -> Self {
+impl KindRegistry {
+    pub(super) fn from_manifests<'a>(manifests: impl Iterator<Item = &'a Manifest>) -> Self {
         let mut kinds = Self { plurals: HashMap::new(), cluster_scoped: HashSet::new() };
         for definition in manifests.filter(|manifest| manifest.kind == "CustomResourceDefinition") {
             let Ok(json) = serde_json::from_slice::<Value>(&definition.object.json) else { continue };
@@ -174,13 +173,12 @@ impl Kinds {
         kinds
     }
 
-    /// Whether `manifest` belongs to no namespace, whatever it says.
+    /// Whether the kind of `manifest` is cluster-scoped.
     pub(super) fn is_cluster_scoped(&self, manifest: &Manifest) -> bool {
         CLUSTER_SCOPED.contains(&&*manifest.kind) || self.cluster_scoped.contains(&manifest.kind())
     }
 
-    /// Whether objects of this kind are what `feed` watches.
-    fn is_of(&self, feed: &Feed, manifest: &Manifest) -> bool {
+    fn matches_resource(&self, feed: &Feed, manifest: &Manifest) -> bool {
         let is_version = feed.resource.is_named_only() || manifest.api_version == feed.resource.api_version();
         is_version
             && match self.plurals.get(&manifest.kind()) {
@@ -189,22 +187,22 @@ impl Kinds {
             }
     }
 
-    /// Picks what `feed` selects, as the API server would, from manifests that it is asked about one after the other.
+    /// Returns a predicate that selects as the API server would.
     pub(super) fn selection<'a>(&'a self, feed: &'a Feed) -> impl FnMut(&Manifest) -> bool {
-        // Neighbours are mostly of one kind.
+        // Neighbors usually have the same kind.
         let mut last: Option<(String, String, bool)> = None;
         move |manifest| {
-            let same = |(version, kind, _): &&(String, String, bool)| {
+            let has_same_kind = |(version, kind, _): &&(String, String, bool)| {
                 *version == manifest.api_version && *kind == manifest.kind
             };
-            let is_of = if let Some((.., is_of)) = last.as_ref().filter(same) {
-                *is_of
+            let is_match = if let Some((.., is_match)) = last.as_ref().filter(has_same_kind) {
+                *is_match
             } else {
-                let is_of = self.is_of(feed, manifest);
-                last = Some((manifest.api_version.clone(), manifest.kind.clone(), is_of));
-                is_of
+                let is_match = self.matches_resource(feed, manifest);
+                last = Some((manifest.api_version.clone(), manifest.kind.clone(), is_match));
+                is_match
             };
-            is_of && in_scope(&feed.scope, &manifest.object.key.namespace) && {
+            is_match && is_in_scope(&feed.scope, &manifest.object.key.namespace) && {
                 let labels = if feed.labels.is_empty() { BTreeMap::new() } else { manifest.labels() };
                 feed.labels.iter().all(|term| term.takes(labels.get(&term.label)))
             }
@@ -212,7 +210,7 @@ impl Kinds {
     }
 }
 
-fn in_scope(scope: &Scope, namespace: &str) -> bool {
+fn is_in_scope(scope: &Scope, namespace: &str) -> bool {
     let namespace = if namespace.is_empty() { super::DEFAULT_NAMESPACE } else { namespace };
     match scope {
         Scope::Cluster => true,
@@ -221,14 +219,14 @@ fn in_scope(scope: &Scope, namespace: &str) -> bool {
     }
 }
 
-/// The plural that Kubernetes' own kinds have.
+/// Plural by the rules of built-in kinds.
 fn plural(kind: &str) -> String {
     let kind = kind.to_ascii_lowercase();
-    let ends = |suffixes: &[&str]| suffixes.iter().any(|suffix| kind.ends_with(suffix));
+    let has_suffix = |suffixes: &[&str]| suffixes.iter().any(|suffix| kind.ends_with(suffix));
     match kind.strip_suffix('y') {
         _ if kind == "endpoints" => kind,
-        Some(stem) if !ends(&["ay", "ey", "iy", "oy", "uy"]) => format!("{stem}ies"),
-        _ if ends(&["s", "x", "z", "ch", "sh"]) => format!("{kind}es"),
+        Some(stem) if !has_suffix(&["ay", "ey", "iy", "oy", "uy"]) => format!("{stem}ies"),
+        _ if has_suffix(&["s", "x", "z", "ch", "sh"]) => format!("{kind}es"),
         _ => format!("{kind}s"),
     }
 }
