@@ -1,13 +1,12 @@
-//! One hub in place of a watch per sidecar.
+//! One watch of the API server for many OPA sidecars.
 //!
 //! ```text
 //!  kubernetes watch ┐
 //!  manifest folder  ┴ source ─Event→ store ─Change→ bundle (project, view, log, snapshot) ─→ serve ─HTTP→ agent, OPA
 //! ```
 //!
-//! Data flows one way. `source` says what exists; `store` turns that into what changed, once for all bundles; `bundle`
-//! keeps the immutable view that all readers share and the log that frames are computed from; `serve` only reads.
-//! `pipeline` is the one writer of a bundle, `documents` and `bundles` say which there are, `app` joins the stages.
+//! Data flows one way. `pipeline` is the single writer of a bundle and publishes immutable snapshots; `serve` only reads.
+//! `documents` and `bundles` manage the running bundles, `app` joins all parts.
 
 pub mod config;
 

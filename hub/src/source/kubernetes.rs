@@ -1,5 +1,4 @@
-//! The Kubernetes API as a source: one watch a feed, selected on the server, opened as a streaming list with the paged
-//! list as the fallback.
+//! Watches of a Kubernetes API server, which filters objects. Paged lists are the fallback for streaming lists.
 
 mod watch;
 
@@ -23,71 +22,73 @@ use serde_json::value::RawValue;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
-use self::watch::{List, Said, Watch};
+use self::watch::{InitialListStrategy, Watcher};
 use super::{Sender, trim};
 use crate::config::{RETRY, RETRY_MAX, SOURCE_ANSWER};
 use crate::model::{Event, Feed, ObjectKey, Resource, Scope, Version, WatchId};
 use crate::readiness::Readiness;
 use crate::store::{Wanted, is_optional};
 
-/// Why no client could be made, or why a feed is not watched right now. Every variant of the second kind is retried.
+/// Failure to build a client, or of a watch. Watches are retried.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The kubeconfig file or its contents.
-    #[error("cannot use kubeconfig {path}: {source}")]
+    /// Missing or invalid kubeconfig.
+    #[error("reading kubeconfig {path} failed: {source}")]
     Kubeconfig {
-        /// The file.
+        /// File.
         path: String,
-        /// What is wrong with it.
+        /// Cause.
         source: kube::config::KubeconfigError,
     },
-    /// Neither a kubeconfig nor a cluster around.
-    #[error("found no cluster: give --kubeconfig FILE or --manifests DIR, or run inside a cluster ({0})")]
+    /// No cluster found.
+    #[error(
+        "finding a cluster failed: {0}; set --kubeconfig FILE or --manifests DIR, or run inside a cluster"
+    )]
     NoCluster(kube::config::InferConfigError),
-    /// The client could not be built from the configuration.
-    #[error("cannot build a Kubernetes client: {0}")]
+    /// Invalid client configuration.
+    #[error("building the Kubernetes client failed: {0}")]
     Client(kube::Error),
-    /// The API server could not be asked what it serves.
-    #[error("cannot ask the API server for {resource}: {source}")]
+    /// Failed discovery.
+    #[error("discovering {resource} failed: {source}")]
     Discover {
-        /// What was looked for.
+        /// Resource.
         resource: Resource,
-        /// What went wrong.
+        /// Cause.
         source: kube::Error,
     },
-    /// A CRD to come, or a misspelling.
-    #[error("the API server does not serve {0}: waiting for it (is a CRD to come, or the name misspelt?)")]
+    /// Missing CRD or misspelled name.
+    #[error("the API server does not serve {0}; install its CRD or correct the name")]
     NotServed(Resource),
-    /// `--replicate` for a cluster-scoped resource, or the other way round.
-    #[error("{resource} is {actual}: give it to {flag} instead")]
+    /// Flag of the other scope.
+    #[error("{resource} is {actual}; use {flag} instead")]
     WrongScope {
-        /// The resource.
+        /// Resource.
         resource: Resource,
-        /// What it is.
+        /// Actual scope.
         actual: &'static str,
-        /// Where it belongs.
+        /// Correct flag.
         flag: &'static str,
     },
-    /// RBAC.
+    /// Missing RBAC permissions.
     #[error("forbidden: grant the hub the verbs {verbs} on {resource}{place} ({message})")]
     Forbidden {
-        /// The missing verbs.
+        /// Missing verbs.
         verbs: String,
-        /// The resource.
+        /// Resource.
         resource: Resource,
-        /// `" in namespace x"` or nothing.
+        /// `" in namespace x"` or empty.
         place: String,
-        /// The API server's words.
+        /// API server's message.
         message: String,
     },
-    /// Anything else: the network, an overloaded server, an expired token.
-    #[error("the watch failed: {0}")]
+    /// Other failures of a watch.
+    #[error("watch failed: {0}")]
     Watch(watch::Error),
 }
 
 impl Error {
-    /// Whether the API server says no, as it would to any replica.
-    fn is_refusal(&self) -> bool {
+    /// Whether the API server denied the watch, as for any replica.
+    fn is_denial(&self) -> bool {
         match self {
             Self::NotServed(_) | Self::Forbidden { .. } | Self::WrongScope { .. } => true,
             Self::Watch(error) => error.code() == Some(404),
@@ -97,7 +98,7 @@ impl Error {
     }
 }
 
-/// A client for the cluster that `kubeconfig`, the environment or the pod says.
+/// Builds a client from `kubeconfig`, the environment or the pod.
 pub async fn client(kubeconfig: Option<&Path>) -> Result<Client, Error> {
     let config = match kubeconfig {
         None => Config::infer().await.map_err(Error::NoCluster)?,
@@ -110,20 +111,20 @@ pub async fn client(kubeconfig: Option<&Path>) -> Result<Client, Error> {
     Client::try_from(config).map_err(Error::Client)
 }
 
-/// Watches what is wanted, for as long as it is, until the store is gone.
+/// Runs the `wanted` watches until the store closes.
 pub async fn run(client: Client, mut wanted: Wanted, out: Sender, readiness: Readiness) {
     let mut running: BTreeMap<WatchId, (Feed, JoinHandle<()>)> = BTreeMap::new();
     loop {
-        let now = wanted.borrow_and_update().clone();
-        for (id, (feed, watching)) in running.extract_if(.., |id, _| !now.contains_key(id)) {
-            watching.abort();
-            readiness.for_watch(id).problem(&feed.to_string(), None);
+        let specs = wanted.borrow_and_update().clone();
+        for (id, (spec, task)) in running.extract_if(.., |id, _| !specs.contains_key(id)) {
+            task.abort();
+            readiness.for_watch(id).problem(&spec.to_string(), None);
         }
-        for (id, feed) in now {
+        for (id, spec) in specs {
             running.entry(id).or_insert_with(|| {
                 let readiness = readiness.for_watch(id);
-                let watching = keep_watching(client.clone(), id, feed.clone(), out.clone(), readiness);
-                (feed, tokio::spawn(watching))
+                let watch = supervise_watch(client.clone(), id, spec.clone(), out.clone(), readiness);
+                (spec, tokio::spawn(watch))
             });
         }
         tokio::select! {
@@ -133,176 +134,177 @@ pub async fn run(client: Client, mut wanted: Wanted, out: Sender, readiness: Rea
     }
 }
 
-/// Watches until the store is gone. Whatever goes wrong is said in `readiness` and tried again.
-async fn keep_watching(client: Client, id: WatchId, feed: Feed, out: Sender, readiness: Readiness) {
-    let name = feed.to_string();
-    let mut list = List::Streaming;
-    let mut retry = RETRY;
+/// Runs one watch until the store closes. Failures are reported and retried.
+async fn supervise_watch(client: Client, id: WatchId, spec: Feed, out: Sender, readiness: Readiness) {
+    let name = spec.to_string();
+    let mut strategy = InitialListStrategy::Streaming;
+    let mut backoff = RETRY;
     while !out.is_closed() {
-        let found = timeout(SOURCE_ANSWER, discover(&client, &feed)).await;
-        let error = match found.unwrap_or(Err(Error::Watch(watch::Error::Silent))) {
+        let discovered = timeout(SOURCE_ANSWER, discover(&client, &spec)).await;
+        let error = match discovered.unwrap_or(Err(Error::Watch(watch::Error::Timeout))) {
             Err(error) => error,
             Ok((resource, scope)) => {
-                let feed = Feed { scope, ..feed.clone() };
-                let api: Api<Raw> = match &feed.scope {
+                let spec = Feed { scope, ..spec.clone() };
+                let api: Api<RawObject> = match &spec.scope {
                     Scope::Namespace(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
                     _ => Api::all_with(client.clone(), &resource),
                 };
-                let watch = Watch::new(api, feed.label_selector(), feed.field_selector(), list);
-                let following = Following { resource, id, name: &name, out: &out, readiness: &readiness };
-                match following.run(watch, &mut retry).await {
-                    End::StoreGone => return,
-                    End::NoStreamingList => {
-                        tracing::info!(feed = name, "no streaming list here, listing by pages");
-                        list = List::Paged;
+                let watcher = Watcher::new(api, spec.label_selector(), spec.field_selector(), strategy);
+                let session = WatchSession { resource, id, name: &name, out: &out, readiness: &readiness };
+                match session.run(watcher, &mut backoff).await {
+                    WatchExit::StoreClosed => return,
+                    WatchExit::NoStreamingList => {
+                        tracing::info!(watch = name, "streaming list not supported, using pages");
+                        strategy = InitialListStrategy::Paged;
                         continue;
                     }
-                    End::Failed(error) if error.code() == Some(403) => {
-                        let named = timeout(SOURCE_ANSWER, forbidden(&client, &feed, &error)).await;
-                        named.unwrap_or(Error::Watch(error))
+                    WatchExit::Failed(error) if error.code() == Some(403) => {
+                        let detailed =
+                            timeout(SOURCE_ANSWER, missing_permissions(&client, &spec, &error)).await;
+                        detailed.unwrap_or(Error::Watch(error))
                     }
-                    End::Failed(error) => Error::Watch(error),
+                    WatchExit::Failed(error) => Error::Watch(error),
                 }
             }
         };
         if out.send((id, Event::Unavailable, None)).await.is_err() {
             return;
         }
-        if error.is_refusal() && out.send((id, Event::Refused, None)).await.is_err() {
+        if error.is_denial() && out.send((id, Event::Refused, None)).await.is_err() {
             return;
         }
-        if !(is_optional(&feed.content) && matches!(error, Error::NotServed(_))) {
-            tracing::warn!(feed = name, %error, "not watching");
+        if !(is_optional(&spec.content) && matches!(error, Error::NotServed(_))) {
+            tracing::warn!(watch = name, %error, "watch failed, retrying");
             readiness.failing(&name, &error.to_string());
         }
-        pause(&mut retry).await;
+        sleep_backoff(&mut backoff).await;
     }
 }
 
-/// Replicas that failed together do not come back together.
-async fn pause(retry: &mut Duration) {
-    tokio::time::sleep(retry.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-    *retry = (*retry * 2).min(RETRY_MAX);
+/// Jitter spreads replicas that failed together.
+async fn sleep_backoff(backoff: &mut Duration) {
+    tokio::time::sleep(backoff.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+    *backoff = (*backoff * 2).min(RETRY_MAX);
 }
 
-/// Streaming lists that break off in a row before lists come by pages.
-const CUTS_MAX: usize = 2;
+/// Consecutive incomplete streaming lists before the fallback to pages.
+const INCOMPLETE_LISTS_MAX: usize = 2;
 
-enum End {
-    StoreGone,
-    /// The server refused the streaming list itself.
+enum WatchExit {
+    StoreClosed,
     NoStreamingList,
     Failed(watch::Error),
 }
 
-struct Following<'a> {
+struct WatchSession<'a> {
     resource: ApiResource,
     id: WatchId,
-    /// The name that problems of the watch are reported under.
+    /// Subject in `readiness`.
     name: &'a str,
     out: &'a Sender,
     readiness: &'a Readiness,
 }
 
-impl Following<'_> {
-    /// Forwards what `watch` says; a failure that it goes on from is waited out here.
-    async fn run(&self, mut watch: Watch, retry: &mut Duration) -> End {
-        // What failed before is reported until the server serves the watch or has completed a list, and pauses stay as
-        // long until all went well for a while.
-        let (mut is_failing, mut failed) = (true, Instant::now());
-        let mut cuts = 0;
+impl WatchSession<'_> {
+    /// Forwards events of `watcher` until rediscovery is necessary.
+    async fn run(&self, mut watcher: Watcher, backoff: &mut Duration) -> WatchExit {
+        // A failure is reported until a list completes or a watch is served. The backoff is reset after RETRY_MAX
+        // without a failure.
+        let (mut is_failing, mut failed_at) = (true, Instant::now());
+        let mut incomplete_lists = 0;
         loop {
-            match watch.next().await {
-                // A list by pages begins before the server was asked: that is no success yet.
-                Ok(Said::Begin) => {
+            match watcher.next().await {
+                // Paged lists begin before the first request, so this is no success.
+                Ok(watch::Event::Init) => {
                     if self.out.send((self.id, Event::Init, None)).await.is_err() {
-                        return End::StoreGone;
+                        return WatchExit::StoreClosed;
                     }
                 }
-                Ok(said) => {
-                    if !matches!(said, Said::Listed(_)) && std::mem::take(&mut is_failing) {
+                Ok(event) => {
+                    if !matches!(event, watch::Event::InitApply(_)) && std::mem::take(&mut is_failing) {
                         self.readiness.problem(self.name, None);
                     }
-                    if failed.elapsed() > RETRY_MAX {
-                        *retry = RETRY;
+                    if failed_at.elapsed() > RETRY_MAX {
+                        *backoff = RETRY;
                     }
-                    if let Said::End(_) = said {
-                        cuts = 0;
+                    if let watch::Event::InitDone(_) = event {
+                        incomplete_lists = 0;
                     }
-                    let (event, version) = self.translate(said);
+                    let (event, version) = self.translate(event);
                     if self.out.send((self.id, event, version)).await.is_err() {
-                        return End::StoreGone;
+                        return WatchExit::StoreClosed;
                     }
                 }
-                Err(watch::Error::NoStreamingList(_)) => return End::NoStreamingList,
+                Err(watch::Error::NoStreamingList(_)) => return WatchExit::NoStreamingList,
                 Err(error) => {
-                    (is_failing, failed) = (true, Instant::now());
-                    // A server may go away in the middle of a list; one that does not know the question never ends it.
-                    cuts += usize::from(matches!(error, watch::Error::Cut));
+                    (is_failing, failed_at) = (true, Instant::now());
+                    // Servers without streaming lists may ignore the option and never complete one.
+                    incomplete_lists += usize::from(matches!(error, watch::Error::IncompleteList));
                     match error.code() {
-                        _ if cuts >= CUTS_MAX => return End::NoStreamingList,
-                        // The resource or the right to it is gone: look again from the start.
-                        Some(403 | 404) => return End::Failed(error),
+                        _ if incomplete_lists >= INCOMPLETE_LISTS_MAX => return WatchExit::NoStreamingList,
+                        // Discovery or RBAC may have changed.
+                        Some(403 | 404) => return WatchExit::Failed(error),
                         _ => {}
                     }
-                    self.wait_out(error, retry).await;
+                    self.back_off(error, backoff).await;
                 }
             }
         }
     }
 
-    async fn wait_out(&self, error: watch::Error, retry: &mut Duration) {
-        tracing::warn!(feed = self.name, %error, "watch interrupted");
+    async fn back_off(&self, error: watch::Error, backoff: &mut Duration) {
+        tracing::warn!(watch = self.name, %error, "watch interrupted, retrying");
         self.readiness.failing(self.name, &Error::Watch(error).to_string());
-        pause(retry).await;
+        sleep_backoff(backoff).await;
     }
 
-    fn translate(&self, said: Said) -> (Event, Option<Version>) {
-        match said {
-            Said::Begin => (Event::Init, None),
-            Said::End(version) => (Event::InitDone, watch::version(&version)),
-            Said::Quiet(version) => (Event::Quiet, watch::version(&version)),
-            Said::Listed(raw) | Said::Put(raw) => (self.put(&raw), raw.version()),
-            Said::Gone(raw) => (Event::Delete(key(&raw)), raw.version()),
+    fn translate(&self, event: watch::Event) -> (Event, Option<Version>) {
+        match event {
+            watch::Event::Init => (Event::Init, None),
+            watch::Event::InitDone(version) => (Event::InitDone, watch::version(&version)),
+            watch::Event::Bookmark(version) => (Event::Quiet, watch::version(&version)),
+            watch::Event::InitApply(raw) | watch::Event::Apply(raw) => (self.normalize(&raw), raw.version()),
+            watch::Event::Delete(raw) => (Event::Delete(object_key(&raw)), raw.version()),
         }
     }
 
-    /// What cannot be served is not there, or a replica that lists it would differ.
-    fn put(&self, raw: &Raw) -> Event {
+    /// An invalid object counts as deleted, so that replicas that list it agree.
+    fn normalize(&self, raw: &RawObject) -> Event {
         match trim::object(raw.json.get(), &self.resource.api_version, &self.resource.kind) {
             Ok(object) => Event::Apply(object),
             Err(error) => {
-                tracing::warn!(feed = self.name, %error, "left out an object");
-                Event::Delete(key(raw))
+                let object = object_key(raw);
+                tracing::warn!(watch = self.name, %object, %error, "invalid object skipped");
+                Event::Delete(object)
             }
         }
     }
 }
 
-fn key(raw: &Raw) -> ObjectKey {
-    let text = |text: &Option<String>| text.as_deref().unwrap_or_default().into();
+fn object_key(raw: &RawObject) -> ObjectKey {
+    let text = |field: &Option<String>| field.as_deref().unwrap_or_default().into();
     ObjectKey { namespace: text(&raw.metadata.namespace), name: text(&raw.metadata.name) }
 }
 
-/// Finds the resource's kind, which the items of a paged list do not carry, and where its objects are.
-async fn discover(client: &Client, feed: &Feed) -> Result<(ApiResource, Scope), Error> {
-    let resource = &feed.resource;
+/// Finds the kind, which items of paged lists lack, and the scope.
+async fn discover(client: &Client, spec: &Feed) -> Result<(ApiResource, Scope), Error> {
+    let resource = &spec.resource;
     if resource.is_named_only() {
-        return discover_by_name(client, feed).await;
+        return discover_by_name(client, spec).await;
     }
-    let found = if resource.group.is_empty() {
+    let response = if resource.group.is_empty() {
         client.list_core_api_resources(&resource.version).await
     } else {
         client.list_api_group_resources(&resource.api_version()).await
     };
-    let list = match found {
+    let list = match response {
         Ok(list) => list,
         Err(error) if status_code(&error) == Some(404) => return Err(Error::NotServed(resource.clone())),
         Err(source) => return Err(Error::Discover { resource: resource.clone(), source }),
     };
     let served = list.resources.into_iter().find(|served| served.name == resource.plural);
     let served = served.ok_or_else(|| Error::NotServed(resource.clone()))?;
-    match (&feed.scope, served.namespaced) {
+    match (&spec.scope, served.namespaced) {
         (Scope::Cluster, true) => {
             Err(Error::WrongScope { resource: resource.clone(), actual: "namespaced", flag: "--replicate" })
         }
@@ -312,43 +314,45 @@ async fn discover(client: &Client, feed: &Feed) -> Result<(ApiResource, Scope), 
             flag: "--replicate-cluster",
         }),
         (scope, _) => {
-            let found = ApiResource {
+            let resource = ApiResource {
                 group: resource.group.clone(),
                 version: resource.version.clone(),
                 api_version: resource.api_version(),
                 kind: served.kind,
                 plural: resource.plural.clone(),
             };
-            Ok((found, scope.clone()))
+            Ok((resource, scope.clone()))
         }
     }
 }
 
-/// The resource of this name that can be watched: in the core group, else in the first by alphabet.
-async fn discover_by_name(client: &Client, feed: &Feed) -> Result<(ApiResource, Scope), Error> {
-    let resource = &feed.resource;
+/// Finds a watchable resource by its plural: in the core group, else in the alphabetically first.
+async fn discover_by_name(client: &Client, spec: &Feed) -> Result<(ApiResource, Scope), Error> {
+    let resource = &spec.resource;
     let discovery = match Discovery::new(client.clone()).run_aggregated().await {
-        // Aggregated discovery came with Kubernetes 1.27.
+        // Aggregated discovery needs Kubernetes 1.27.
         Err(_) => Discovery::new(client.clone()).run().await,
-        found => found,
+        discovery => discovery,
     };
     let wrap = |source| Error::Discover { resource: resource.clone(), source };
     let discovery = discovery.map_err(wrap)?;
     let mut groups = discovery.groups_alphabetical();
     groups.sort_by_key(|group| !group.name().is_empty());
     let served = groups.into_iter().flat_map(ApiGroup::recommended_resources);
-    let can = |can: &ApiCapabilities, verb| can.supports_operation(verb);
+    let supports = |capabilities: &ApiCapabilities, verb| capabilities.supports_operation(verb);
     let found = served.into_iter().find(|(served, capabilities)| {
-        served.plural == resource.plural && can(capabilities, verbs::LIST) && can(capabilities, verbs::WATCH)
+        served.plural == resource.plural
+            && supports(capabilities, verbs::LIST)
+            && supports(capabilities, verbs::WATCH)
     });
     let (found, capabilities) = found.ok_or_else(|| Error::NotServed(resource.clone()))?;
     let is_cluster = capabilities.scope == discovery::Scope::Cluster;
-    Ok((found, if is_cluster { Scope::Cluster } else { feed.scope.clone() }))
+    Ok((found, if is_cluster { Scope::Cluster } else { spec.scope.clone() }))
 }
 
-/// Asks which of the verbs are missing: the API server's message names only the first.
-async fn forbidden(client: &Client, feed: &Feed, error: &watch::Error) -> Error {
-    let namespace = match &feed.scope {
+/// Reviews each verb: the API server's message names only the first that is missing.
+async fn missing_permissions(client: &Client, spec: &Feed, error: &watch::Error) -> Error {
+    let namespace = match &spec.scope {
         Scope::Namespace(namespace) => Some(namespace.clone()),
         _ => None,
     };
@@ -358,8 +362,8 @@ async fn forbidden(client: &Client, feed: &Feed, error: &watch::Error) -> Error 
         let review = SelfSubjectAccessReview {
             spec: SelfSubjectAccessReviewSpec {
                 resource_attributes: Some(ResourceAttributes {
-                    group: Some(feed.resource.group.clone()),
-                    resource: Some(feed.resource.plural.clone()),
+                    group: Some(spec.resource.group.clone()),
+                    resource: Some(spec.resource.plural.clone()),
                     verb: Some(verb.into()),
                     namespace: namespace.clone(),
                     ..Default::default()
@@ -375,7 +379,7 @@ async fn forbidden(client: &Client, feed: &Feed, error: &watch::Error) -> Error 
     }
     Error::Forbidden {
         verbs: missing.join(", "),
-        resource: feed.resource.clone(),
+        resource: spec.resource.clone(),
         place: namespace.map(|namespace| format!(" in namespace {namespace}")).unwrap_or_default(),
         message: error.to_string(),
     }
@@ -388,17 +392,17 @@ fn status_code(error: &kube::Error) -> Option<u16> {
     }
 }
 
-/// An object of any kind: its metadata, and its text as it came.
+/// An unparsed object of any kind.
 #[derive(Clone, Debug)]
-struct Raw {
+struct RawObject {
     metadata: ObjectMeta,
     json: Box<RawValue>,
 }
 
-impl<'de> Deserialize<'de> for Raw {
+impl<'de> Deserialize<'de> for RawObject {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        struct Outline {
+        struct Header {
             metadata: Metadata,
         }
         #[derive(Deserialize)]
@@ -409,20 +413,20 @@ impl<'de> Deserialize<'de> for Raw {
             resource_version: Option<String>,
         }
         let json = Box::<RawValue>::deserialize(deserializer)?;
-        let Outline { metadata } = serde_json::from_str(json.get()).map_err(D::Error::custom)?;
+        let Header { metadata } = serde_json::from_str(json.get()).map_err(D::Error::custom)?;
         let Metadata { name, namespace, resource_version } = metadata;
         let metadata = ObjectMeta { name, namespace, resource_version, ..ObjectMeta::default() };
         Ok(Self { metadata, json })
     }
 }
 
-impl Raw {
+impl RawObject {
     fn version(&self) -> Option<Version> {
         watch::version(self.metadata.resource_version.as_deref()?)
     }
 }
 
-impl kube::Resource for Raw {
+impl kube::Resource for RawObject {
     type DynamicType = ApiResource;
     type Scope = DynamicResourceScope;
 

@@ -18,7 +18,7 @@ fn says_what_is_wrong_and_what_to_do() {
         (&["--replicate", "pods"], "write [group/]version/plural"),
         (&["--kubeconfig", "/nowhere"], "reading kubeconfig /nowhere failed"),
         (&["--listen", "127.0.0.1:1", "--bundle", "a/b"], "--bundle \"a/b\""),
-        (&[], "give --kubeconfig FILE or --manifests DIR"),
+        (&[], "set --kubeconfig FILE or --manifests DIR"),
     ] {
         let (success, output) = run(args);
         assert!(!success && output.contains(part), "{args:?}: {output}");

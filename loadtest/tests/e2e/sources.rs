@@ -57,7 +57,7 @@ async fn a_resource_to_come_is_waited_for() -> anyhow::Result<()> {
         "v1/pods",
     ];
     let mut hub = Hub::start_unready(plane.dir.path(), &flags)?;
-    is_pending(&hub, "v1/pods", "v1/pods is namespaced: give it to --replicate instead").await?;
+    is_pending(&hub, "v1/pods", "v1/pods is namespaced; use --replicate instead").await?;
     drop(hub);
     hub = Hub::start_unready(plane.dir.path(), &flags[..4])?;
     is_pending(&hub, "example.com/v1/widgets", "does not serve example.com/v1/widgets").await?;

@@ -1,4 +1,4 @@
-//! Watches of an API server that answers by a script, in paused time.
+//! Watches of a scripted API server, in paused time.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
@@ -14,11 +14,9 @@ use crate::config::{EVENT_QUEUE_MAX, LIST_PAGE, LIST_PAGE_MIN, STALE_AFTER};
 use crate::model::{Content, FeedId};
 use crate::store::{Counters, Store, Subscription};
 
-/// Interval between looks at a condition, in paused time.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// A request of the hub.
 #[derive(Clone, PartialEq, Debug)]
 enum Call {
     Discovery,
@@ -29,7 +27,7 @@ enum Call {
 }
 
 impl Call {
-    fn of(uri: &Uri) -> Self {
+    fn parse(uri: &Uri) -> Self {
         let pairs = uri.query().unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
         let query: BTreeMap<_, _> = pairs.collect();
         let number = |name: &str| -> u64 {
@@ -55,9 +53,9 @@ impl Call {
 
 enum Answer {
     Json(u16, String),
-    /// Lines, at once, and the end of the response after this many seconds.
+    /// Lines, then the end after a delay in seconds.
     Watch(Vec<String>, u64),
-    /// A connection that breaks after this many seconds.
+    /// Breaks after a delay in seconds.
     Broken(u64),
     Never,
 }
@@ -82,7 +80,7 @@ impl Answer {
     }
 }
 
-fn refusal(code: u16) -> Answer {
+fn rejection(code: u16) -> Answer {
     let status =
         r#""kind":"Status","apiVersion":"v1","status":"Failure","reason":"Scripted","message":"refused""#;
     Answer::Json(code, format!(r#"{{{status},"code":{code}}}"#))
@@ -111,11 +109,11 @@ fn bookmark(version: u64) -> String {
     format!(r#"{{"type":"BOOKMARK","object":{object}}}"#)
 }
 
-/// The answers of a server without streaming lists at `version`, where nothing changes.
+/// Answers of an unchanging server without streaming lists.
 fn quiet(call: &Call, version: u64) -> Answer {
     match call {
         Call::Discovery => resources(&["configmaps"]),
-        Call::StreamingList => refusal(422),
+        Call::StreamingList => rejection(422),
         Call::Newest | Call::Page { .. } => page(version, ""),
         Call::Watch { seconds } => Answer::Watch(Vec::new(), *seconds),
     }
@@ -123,7 +121,7 @@ fn quiet(call: &Call, version: u64) -> Answer {
 
 type Script = Box<dyn FnMut(&Call) -> Answer + Send>;
 
-/// A store that follows the server.
+/// A store fed by the server.
 struct World {
     script: Arc<Mutex<Script>>,
     calls: Arc<Mutex<Vec<Call>>>,
@@ -133,13 +131,13 @@ struct World {
 }
 
 impl World {
-    /// Every answer begins after `latency`.
+    /// Delays each answer by `latency`.
     fn start(latency: Duration, script: impl FnMut(&Call) -> Answer + Send + 'static) -> Self {
         let script: Arc<Mutex<Script>> = Arc::new(Mutex::new(Box::new(script)));
         let calls = Arc::new(Mutex::new(Vec::new()));
         let (scripted, called) = (Arc::clone(&script), Arc::clone(&calls));
         let service = tower::service_fn(move |request: Request<kube::client::Body>| {
-            let call = Call::of(request.uri());
+            let call = Call::parse(request.uri());
             let answer = (*scripted.lock().unwrap())(&call);
             called.lock().unwrap().push(call);
             async move {
@@ -168,7 +166,7 @@ impl World {
         Self { script, calls, readiness, subscription, counters }
     }
 
-    /// The same once it is listed at version 100.
+    /// Starts with a complete list at version 100.
     async fn listed(latency: Duration) -> Self {
         let world = Self::start(latency, |call| quiet(call, 100));
         world.until("the list", MINUTE, |world| world.version() == Some(100)).await;
@@ -191,29 +189,29 @@ impl World {
         !self.readiness.problems().is_empty()
     }
 
-    fn count(&self, is: impl Fn(&Call) -> bool) -> usize {
-        self.calls.lock().unwrap().iter().filter(|call| is(call)).count()
+    fn count(&self, predicate: impl Fn(&Call) -> bool) -> usize {
+        self.calls.lock().unwrap().iter().filter(|call| predicate(call)).count()
     }
 
-    async fn until(&self, what: &str, within: Duration, is: impl Fn(&Self) -> bool) {
+    async fn until(&self, what: &str, within: Duration, condition: impl Fn(&Self) -> bool) {
         let end = Instant::now() + within;
-        while !is(self) {
+        while !condition(self) {
             assert!(Instant::now() < end, "{what}: not within {within:?}, after {:?}", self.calls);
-            sleep(LOOK).await;
+            sleep(POLL_INTERVAL).await;
         }
     }
 
-    async fn never(&self, what: &str, within: Duration, is: impl Fn(&Self) -> bool) {
+    async fn never(&self, what: &str, within: Duration, condition: impl Fn(&Self) -> bool) {
         let started = Instant::now();
         while started.elapsed() < within {
-            assert!(!is(self), "{what} after {:?} and {:?}", started.elapsed(), self.calls);
-            sleep(LOOK).await;
+            assert!(!condition(self), "{what} after {:?} and {:?}", started.elapsed(), self.calls);
+            sleep(POLL_INTERVAL).await;
         }
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_quiet_source_stays_fresh_and_is_asked_for_its_version_once_a_minute() {
+async fn quiet_source_stays_fresh_and_is_verified_once_a_minute() {
     let world = World::listed(Duration::from_secs(4)).await;
     world.never("stale", 10 * MINUTE, World::is_stale).await;
     let newest = world.count(|call| *call == Call::Newest);
@@ -222,7 +220,7 @@ async fn a_quiet_source_stays_fresh_and_is_asked_for_its_version_once_a_minute()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_source_whose_bookmarks_advance_is_not_asked_for_its_version() {
+async fn source_with_advancing_bookmarks_is_not_verified() {
     let world = World::listed(Duration::ZERO).await;
     let mut version = 100;
     world.answer_with(move |call| match call {
@@ -236,13 +234,12 @@ async fn a_source_whose_bookmarks_advance_is_not_asked_for_its_version() {
     assert_eq!(world.count(|call| *call == Call::Newest), 0);
 }
 
-/// After the first list every watch is answered by `watch`, and every further list fails. Then the server recovers, at
-/// version 200.
+/// Answers watches by `watch` and rejects lists after the first one, then recovers at version 200.
 async fn check(what: &str, watch: fn(u64) -> Answer, is_fresh: bool, lists_again: bool) {
     let world = World::listed(Duration::ZERO).await;
     world.answer_with(move |call| match call {
         Call::Watch { seconds } => watch(*seconds),
-        Call::Page { .. } => refusal(500),
+        Call::Page { .. } => rejection(500),
         call => quiet(call, 100),
     });
     if is_fresh {
@@ -262,11 +259,11 @@ async fn check(what: &str, watch: fn(u64) -> Answer, is_fresh: bool, lists_again
 }
 
 #[tokio::test(start_paused = true)]
-async fn only_a_watch_that_is_served_proves_that_the_source_is_there() {
+async fn only_served_watches_prove_contact() {
     let (fresh, stale) = (true, false);
-    let (lists_again, goes_on) = (true, false);
-    check("an orderly end", |seconds| Answer::Watch(Vec::new(), seconds), fresh, goes_on).await;
-    check("a bookmark", |seconds| Answer::Watch(vec![bookmark(100)], seconds), fresh, goes_on).await;
+    let (lists_again, resumes) = (true, false);
+    check("an orderly end", |seconds| Answer::Watch(Vec::new(), seconds), fresh, resumes).await;
+    check("a bookmark", |seconds| Answer::Watch(vec![bookmark(100)], seconds), fresh, resumes).await;
     let error = |_: u64| {
         let status =
             r#"{"kind":"Status","status":"Failure","reason":"InternalError","message":"m","code":500}"#;
@@ -279,13 +276,13 @@ async fn only_a_watch_that_is_served_proves_that_the_source_is_there() {
     let unversioned =
         |_: u64| Answer::Watch(vec![r#"{"type":"MODIFIED","object":{"metadata":{"name":"a"}}}"#.into()], 20);
     check("an object without a version", unversioned, stale, lists_again).await;
-    check("a refusal", |_| refusal(500), stale, goes_on).await;
-    check("a connection that breaks", |_| Answer::Broken(5), stale, goes_on).await;
-    check("no answer", |_| Answer::Never, stale, goes_on).await;
+    check("a rejection", |_| rejection(500), stale, resumes).await;
+    check("a connection that breaks", |_| Answer::Broken(5), stale, resumes).await;
+    check("no answer", |_| Answer::Never, stale, resumes).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_fails_at_one_version_is_listed_again_after_three_errors() {
+async fn server_failing_at_one_version_is_listed_again_after_three_errors() {
     let world = World::listed(Duration::ZERO).await;
     let mut errors = 0;
     world.answer_with(move |call| match call {
@@ -306,9 +303,9 @@ async fn a_server_that_fails_at_one_version_is_listed_again_after_three_errors()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_was_away_for_15_s_leaves_no_quiet_watch_stale() {
+async fn outage_of_15_s_leaves_no_quiet_watch_stale() {
     let world = World::listed(Duration::ZERO).await;
-    world.answer_with(|_| refusal(500));
+    world.answer_with(|_| rejection(500));
     // The first watch ends after 20 s.
     world.never("stale", Duration::from_secs(35), World::is_stale).await;
     assert!(world.has_problems());
@@ -318,11 +315,11 @@ async fn a_server_that_was_away_for_15_s_leaves_no_quiet_watch_stale() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_lost_its_etcd_is_stale_within_two_minutes() {
+async fn server_without_etcd_is_stale_within_two_minutes() {
     let world = World::listed(Duration::ZERO).await;
     world.answer_with(|call| match call {
         Call::Watch { seconds } => Answer::Watch(vec![bookmark(100)], *seconds),
-        _ => refusal(500),
+        _ => rejection(500),
     });
     world.until("stale", 2 * MINUTE, World::is_stale).await;
     world.never("fresh", 3 * MINUTE, |world| !world.is_stale()).await;
@@ -331,11 +328,11 @@ async fn a_server_that_lost_its_etcd_is_stale_within_two_minutes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_resource_that_is_gone_is_stale_and_refused_until_it_is_listed_again() {
+async fn removed_resource_is_stale_and_denied_until_listed_again() {
     let world = World::listed(Duration::ZERO).await;
     world.answer_with(|call| match call {
         Call::Discovery => resources(&["pods"]),
-        _ => refusal(404),
+        _ => rejection(404),
     });
     world.until("stale", 2 * MINUTE, World::is_stale).await;
     world
@@ -349,7 +346,7 @@ async fn a_resource_that_is_gone_is_stale_and_refused_until_it_is_listed_again()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_resource_that_was_never_served_is_not_stale() {
+async fn unserved_resource_is_not_stale() {
     let world = World::start(Duration::ZERO, |_| resources(&["pods"]));
     world.never("stale", STALE_AFTER * 10, World::is_stale).await;
     world.answer_with(|call| quiet(call, 100));
@@ -357,12 +354,12 @@ async fn a_resource_that_was_never_served_is_not_stale() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_page_that_times_out_is_asked_for_again_at_half_the_size() {
+async fn timed_out_page_is_requested_at_half_the_size() {
     let world = World::start(Duration::ZERO, |call| match call {
         Call::Page { limit, from } => match (*limit, from.as_deref()) {
             (500, None) => page(100, "first"),
-            // The server has forgotten the first page meanwhile.
-            (250, Some("first")) => refusal(410),
+            // The continue token has expired.
+            (250, Some("first")) => rejection(410),
             (250, None) => page(101, "second"),
             (250, Some("second")) => page(101, ""),
             _ => Answer::Never,
@@ -384,7 +381,7 @@ async fn a_page_that_times_out_is_asked_for_again_at_half_the_size() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn pages_have_a_smallest_size() {
+async fn pages_have_a_minimum_size() {
     let world = World::start(Duration::ZERO, |call| match call {
         Call::Page { .. } => Answer::Never,
         call => quiet(call, 100),

@@ -1,8 +1,6 @@
-//! One watch of a resource: a streaming list (KEP-3157) or one by pages, then what changes from there on, renewed
-//! before the source may be gone unnoticed. kube's `watcher` does as much, but tells neither how far it is nor that it
-//! was heard: without the first no replica can be kept from taking an agent back in time, without the second none knows
-//! that it is cut off. An event, a bookmark and the orderly end of a watch prove that the server serves the watch; an
-//! accepted watch request proves nothing.
+//! List and watch of one resource, by a streaming list (KEP-3157) or pages. Unlike kube's `watcher` it reports resource
+//! versions, so that no replica moves an agent back, and contact, so that a replica detects isolation. Events, bookmarks
+//! and the orderly end of a watch prove contact; an accepted watch request does not.
 
 use std::time::Duration;
 
@@ -12,70 +10,67 @@ use kube::Api;
 use kube::api::{ListParams, ObjectList, WatchEvent, WatchParams};
 use tokio::time::Instant;
 
-use super::Raw;
+use super::RawObject;
 use crate::config::{LIST_PAGE, LIST_PAGE_MIN, LIST_SECONDS, SOURCE_ANSWER, STALE_AFTER, WATCH_SECONDS};
 use crate::model::Version;
 
-/// The annotation of the bookmark that ends a streaming list.
-const LISTED: &str = "k8s.io/initial-events-end";
-/// What a watch may be late to end that the server ends.
+/// Annotation of the bookmark that ends a streaming list.
+const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
+/// Tolerance for the server's timeout of a watch.
 const LATE: Duration = Duration::from_secs(5);
-// Without events or bookmarks, a watch proves once in WATCH_SECONDS that the source is there. The rest of STALE_AFTER is
-// for the requests in between.
+// A quiet watch proves contact once in WATCH_SECONDS. The margin covers the requests in between.
 const _: () = assert!(STALE_AFTER.as_secs() > WATCH_SECONDS as u64 + LATE.as_secs());
-/// Length of the first watch after a failure, in seconds: more than [`SHORT`], so that its end is an orderly one. With
-/// [`WATCH_SECONDS`], every quiet watch of a server that was away for 10 s would become stale.
+/// Length of the first watch after a failure, in seconds. Longer than [`EARLY_CLOSE`], so that its end proves contact.
+/// With [`WATCH_SECONDS`], quiet watches would become stale after an outage of 10 s.
 const RECOVERY_SECONDS: u32 = 3;
-/// A watch that brings nothing and ends sooner is one that failed.
-const SHORT: Duration = Duration::from_secs(1);
-/// So many in a row, and the server may no longer know the version: one without a watch cache does not say so.
-const SHORTS_MAX: usize = 3;
-/// Errors within watches without an event or a bookmark in between, before all is listed again. An object that the server cannot
-/// convert, or whose event does not decode, fails at every watch from before it.
+/// Duration below which an empty watch counts as failed.
+const EARLY_CLOSE: Duration = Duration::from_secs(1);
+/// Consecutive early closes before a relist. A server without a watch cache does not report a compacted version.
+const EARLY_CLOSES_MAX: usize = 3;
+/// Consecutive errors within watches before a relist. An object that fails conversion or decoding fails each watch.
 const WATCH_ERRORS_MAX: usize = 3;
-/// Watches in a row that end at the version where they began, before the server is asked for its newest version. A
-/// server that lost its etcd still serves watches, from a cache that no longer changes; a list of one object a minute
-/// detects that.
+/// Consecutive watches without a new version before the newest version is requested, about once a minute. A server that
+/// lost its etcd still serves watches from its cache.
 const QUIET_WATCHES_MAX: usize = 3;
-/// The status of an answer that says that what was asked for is no longer known.
+/// Status of a request for a compacted version.
 const GONE: u16 = 410;
 
-/// What went wrong. Asking on goes on from where the watch was, or lists again where it must.
+/// Failure of a list or watch. The next call resumes or lists again.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A list or a watch was refused or broke.
+    /// Failed request or connection.
     #[error("{0}")]
     Api(#[from] kube::Error),
-    /// The server said so within a watch.
+    /// Error event.
     #[error("{}: {}", .0.reason, .0.message)]
     Status(Box<kube::core::Status>),
-    /// No answer at all.
-    #[error("no answer within {} s", SOURCE_ANSWER.as_secs())]
-    Silent,
-    /// A streaming list is refused as such.
-    #[error("no streaming list: {0}")]
+    /// No response.
+    #[error("no response within {} s", SOURCE_ANSWER.as_secs())]
+    Timeout,
+    /// Rejected streaming list.
+    #[error("streaming list rejected: {0}")]
     NoStreamingList(kube::Error),
-    /// A streaming list that ended, or fell silent, before it was complete.
-    #[error("the list broke off")]
-    Cut,
-    /// A watch that ended as soon as it began, as those do of a server that goes away.
-    #[error("the watch ended at once")]
-    Short,
-    /// The server has less than it had: it was restored.
-    #[error("the API server is at {newest} and was at {held}: all is listed again")]
-    WentBack {
-        /// Where the watch is.
-        held: String,
-        /// Where the server is.
+    /// Incomplete streaming list.
+    #[error("streaming list ended before it was complete")]
+    IncompleteList,
+    /// Early end of a watch, as from a server that shuts down.
+    #[error("watch ended immediately")]
+    ClosedEarly,
+    /// Restored server.
+    #[error("resource version went back from {current} to {newest}; listing again")]
+    ResourceVersionRegressed {
+        /// Version of the watch.
+        current: String,
+        /// Version of the server.
         newest: String,
     },
-    /// An object or a list without one.
-    #[error("the API server gives no resourceVersion")]
-    NoVersion,
+    /// Missing `resourceVersion`.
+    #[error("response has no resourceVersion")]
+    NoResourceVersion,
 }
 
 impl Error {
-    /// The status that the server answered with.
+    /// HTTP status of the response.
     pub(super) fn code(&self) -> Option<u16> {
         match self {
             Self::Api(kube::Error::Api(status)) | Self::Status(status) => Some(status.code),
@@ -84,209 +79,214 @@ impl Error {
     }
 }
 
-/// How the first list is had.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum List {
+pub(super) enum InitialListStrategy {
     Streaming,
     Paged,
 }
 
-/// What is said. Each but the first two with how far the watch is then, but for what goes during a list.
-pub(super) enum Said {
-    /// A list begins.
-    Begin,
-    /// An object is on the list. Its version is not how far the watch is.
-    Listed(Raw),
-    /// The list is complete.
-    End(String),
-    Put(Raw),
-    Gone(Raw),
-    /// Nothing is new.
-    Quiet(String),
+/// Versions in `InitDone`, `Apply`, `Bookmark` and, outside lists, `Delete` advance the watch.
+pub(super) enum Event {
+    Init,
+    InitApply(RawObject),
+    InitDone(String),
+    Apply(RawObject),
+    Delete(RawObject),
+    Bookmark(String),
 }
 
-type Events = BoxStream<'static, kube::Result<WatchEvent<Raw>>>;
+type Events = BoxStream<'static, kube::Result<WatchEvent<RawObject>>>;
 
 enum State {
-    Start,
-    Streaming(Events),
-    Paging { next: Option<String>, items: std::vec::IntoIter<Raw>, version: Option<String> },
-    Listed(String),
-    Following(Events, String),
+    Empty,
+    InitialWatch(Events),
+    InitPage { next: Option<String>, items: std::vec::IntoIter<RawObject>, version: Option<String> },
+    InitListed(String),
+    Watching(Events, String),
 }
 
-/// See the module's text.
-pub(super) struct Watch {
-    asked: Asked,
-    list: List,
+pub(super) struct Watcher {
+    list_watch: ListWatch,
+    strategy: InitialListStrategy,
     state: State,
-    /// When the watch was opened that has brought nothing yet.
-    opened: Option<Instant>,
-    /// Watches that ended as soon as they began, in a row.
-    shorts: usize,
-    /// Errors within watches since the last event or bookmark.
+    /// Opening time of a watch without events.
+    watch_opened_at: Option<Instant>,
+    /// Consecutive early closes.
+    early_closes: usize,
+    /// Errors within watches since the last event.
     errors: usize,
-    /// Watches that ended at the version where they began, in a row.
+    /// Consecutive watches without a new version.
     quiet_watches: usize,
-    /// Objects that a page of a list is asked for.
     page_max: u32,
-    /// The server may have been away, and have come back as it was before: a watch from where it was would wait in silence.
-    is_in_doubt: bool,
+    /// The server may have been restored to an earlier version, at which a watch would wait silently.
+    verify_resource_version: bool,
 }
 
-struct Asked {
-    api: Api<Raw>,
+struct ListWatch {
+    api: Api<RawObject>,
     labels: String,
     fields: String,
 }
 
-impl Watch {
-    /// Of the objects that these selectors mean.
-    pub(super) fn new(api: Api<Raw>, labels: String, fields: String, list: List) -> Self {
+impl Watcher {
+    pub(super) fn new(
+        api: Api<RawObject>,
+        labels: String,
+        fields: String,
+        strategy: InitialListStrategy,
+    ) -> Self {
         Self {
-            asked: Asked { api, labels, fields },
-            list,
-            state: State::Start,
-            opened: None,
-            shorts: 0,
+            list_watch: ListWatch { api, labels, fields },
+            strategy,
+            state: State::Empty,
+            watch_opened_at: None,
+            early_closes: 0,
             errors: 0,
             quiet_watches: 0,
             page_max: LIST_PAGE,
-            is_in_doubt: false,
+            verify_resource_version: false,
         }
     }
 
-    /// What comes next. Not to be dropped half-way.
-    pub(super) async fn next(&mut self) -> Result<Said, Error> {
+    /// Returns the next event. Not cancel-safe.
+    pub(super) async fn next(&mut self) -> Result<Event, Error> {
         loop {
-            let state = std::mem::replace(&mut self.state, State::Start);
-            let (state, said) = match state {
-                State::Start if self.list == List::Streaming => {
-                    // No version: as new as can be had, so that a hub that restarts does not go back in time.
-                    let events = match self.asked.watch(LIST_SECONDS, true, "").await {
+            let state = std::mem::replace(&mut self.state, State::Empty);
+            let (state, event) = match state {
+                State::Empty if self.strategy == InitialListStrategy::Streaming => {
+                    // No version means the newest, so that a restarted hub does not go back.
+                    let events = match self.list_watch.watch(LIST_SECONDS, true, "").await {
                         Err(Error::Api(kube::Error::Api(status))) if matches!(status.code, 400 | 422) => {
                             return Err(Error::NoStreamingList(kube::Error::Api(status)));
                         }
                         events => events?,
                     };
-                    (State::Streaming(events), Some(Said::Begin))
+                    (State::InitialWatch(events), Some(Event::Init))
                 }
-                State::Start => {
+                State::Empty => {
                     let items = Vec::new().into_iter();
-                    (State::Paging { next: None, items, version: None }, Some(Said::Begin))
+                    (State::InitPage { next: None, items, version: None }, Some(Event::Init))
                 }
-                State::Streaming(events) => streamed(events).await?,
-                State::Paging { next, mut items, version } => match (items.next(), next, version) {
+                State::InitialWatch(events) => next_initial_event(events).await?,
+                State::InitPage { next, mut items, version } => match (items.next(), next, version) {
                     (Some(item), next, version) => {
-                        (State::Paging { next, items, version }, Some(Said::Listed(item)))
+                        (State::InitPage { next, items, version }, Some(Event::InitApply(item)))
                     }
-                    (None, None, Some(version)) => (State::Listed(version.clone()), Some(Said::End(version))),
+                    (None, None, Some(version)) => {
+                        (State::InitListed(version.clone()), Some(Event::InitDone(version)))
+                    }
                     (None, next, _) => (self.page(next).await?, None),
                 },
-                State::Listed(version) => {
-                    // A failure here goes on from the same version.
-                    self.state = State::Listed(version.clone());
-                    let is_in_doubt = std::mem::replace(&mut self.is_in_doubt, true);
-                    if is_in_doubt || self.quiet_watches >= QUIET_WATCHES_MAX {
-                        let newest = self.asked.newest().await?;
+                State::InitListed(version) => {
+                    // Failures resume from the same version.
+                    self.state = State::InitListed(version.clone());
+                    let is_unverified = std::mem::replace(&mut self.verify_resource_version, true);
+                    if is_unverified || self.quiet_watches >= QUIET_WATCHES_MAX {
+                        let newest = self.list_watch.newest().await?;
                         self.quiet_watches = 0;
                         if self::version(&newest) < self::version(&version) {
-                            (self.state, self.is_in_doubt) = (State::Start, false);
-                            return Err(Error::WentBack { held: version, newest });
+                            (self.state, self.verify_resource_version) = (State::Empty, false);
+                            return Err(Error::ResourceVersionRegressed { current: version, newest });
                         }
                     }
-                    let seconds = if is_in_doubt { RECOVERY_SECONDS } else { WATCH_SECONDS };
-                    let events = self.asked.watch(seconds, false, &version).await;
-                    let events = events.map_err(|error| self.broken_by(error))?;
-                    self.is_in_doubt = false;
-                    self.opened = Some(Instant::now());
-                    (State::Following(events, version), None)
+                    let seconds = if is_unverified { RECOVERY_SECONDS } else { WATCH_SECONDS };
+                    let events = self.list_watch.watch(seconds, false, &version).await;
+                    let events = events.map_err(|error| self.relist_if_needed(error))?;
+                    self.verify_resource_version = false;
+                    self.watch_opened_at = Some(Instant::now());
+                    (State::Watching(events, version), None)
                 }
-                State::Following(events, version) => self.follow(events, version).await?,
+                State::Watching(events, version) => self.next_watch_event(events, version).await?,
             };
             self.state = state;
-            if let Some(said) = said {
-                return Ok(said);
+            if let Some(event) = event {
+                return Ok(event);
             }
         }
     }
 
-    async fn follow(&mut self, mut events: Events, version: String) -> Result<(State, Option<Said>), Error> {
-        // Whatever breaks, the watch goes on from here, unless the server no longer knows the version.
-        self.state = State::Listed(version.clone());
-        let patience = Duration::from_secs(WATCH_SECONDS.into()) + LATE;
-        let event = tokio::time::timeout(patience, events.next()).await;
-        let opened = self.opened.take();
-        self.is_in_doubt = matches!(event, Err(_) | Ok(Some(Err(_))));
+    async fn next_watch_event(
+        &mut self,
+        mut events: Events,
+        version: String,
+    ) -> Result<(State, Option<Event>), Error> {
+        // Failures resume from here, unless the version was compacted.
+        self.state = State::InitListed(version.clone());
+        let deadline = Duration::from_secs(WATCH_SECONDS.into()) + LATE;
+        let event = tokio::time::timeout(deadline, events.next()).await;
+        let opened_at = self.watch_opened_at.take();
+        self.verify_resource_version = matches!(event, Err(_) | Ok(Some(Err(_))));
         let Ok(Some(event)) = event else {
-            if opened.is_some_and(|opened| opened.elapsed() < SHORT) {
-                (self.is_in_doubt, self.shorts) = (true, self.shorts + 1);
-                if self.shorts == SHORTS_MAX {
-                    (self.state, self.shorts) = (State::Start, 0);
+            if opened_at.is_some_and(|opened_at| opened_at.elapsed() < EARLY_CLOSE) {
+                (self.verify_resource_version, self.early_closes) = (true, self.early_closes + 1);
+                if self.early_closes == EARLY_CLOSES_MAX {
+                    (self.state, self.early_closes) = (State::Empty, 0);
                 }
-                return Err(Error::Short);
+                return Err(Error::ClosedEarly);
             }
-            self.shorts = 0;
+            self.early_closes = 0;
             self.quiet_watches += 1;
-            // A connection that went silent proves nothing.
-            let said = (!self.is_in_doubt).then(|| Said::Quiet(version.clone()));
-            return Ok((State::Listed(version), said));
+            // A silent connection proves nothing.
+            let event = (!self.verify_resource_version).then(|| Event::Bookmark(version.clone()));
+            return Ok((State::InitListed(version), event));
         };
-        self.shorts = 0;
-        let (said, reached) = match event.map_err(Error::from).and_then(said) {
-            Ok(said) => said,
+        self.early_closes = 0;
+        let (event, reached) = match event.map_err(Error::from).and_then(versioned_event) {
+            Ok(versioned) => versioned,
             Err(error) => {
-                // A broken connection has nothing to do with the version.
+                // A broken connection is unrelated to the version.
                 self.errors += usize::from(!matches!(error, Error::Api(kube::Error::ReadEvents(_))));
-                return Err(self.broken_by(error));
+                return Err(self.relist_if_needed(error));
             }
         };
         self.errors = 0;
         if reached != version {
             self.quiet_watches = 0;
         }
-        Ok((State::Following(events, reached), Some(said)))
+        Ok((State::Watching(events, reached), Some(event)))
     }
 
-    /// Asks for a page of a list. A page that times out is asked for again with half as many objects, and so are those
-    /// after it: a list from its start at the same size would time out at the same page.
+    /// Requests a page. After a timeout, this and later pages shrink: a new list would time out at the same page.
     async fn page(&mut self, next: Option<String>) -> Result<State, Error> {
-        let page = self.asked.page(self.page_max, next.clone()).await;
-        if matches!(page, Err(Error::Silent)) {
+        let page = self.list_watch.page(self.page_max, next.clone()).await;
+        if matches!(page, Err(Error::Timeout)) {
             self.page_max = (self.page_max / 2).max(LIST_PAGE_MIN);
-            self.state = State::Paging { next, items: Vec::new().into_iter(), version: None };
+            self.state = State::InitPage { next, items: Vec::new().into_iter(), version: None };
         }
         page
     }
 
-    /// Where the server no longer knows the version, or fails at it again and again, all is listed again.
-    fn broken_by(&mut self, error: Error) -> Error {
+    fn relist_if_needed(&mut self, error: Error) -> Error {
         if error.code() == Some(GONE) || self.errors >= WATCH_ERRORS_MAX {
-            (self.state, self.errors) = (State::Start, 0);
+            (self.state, self.errors) = (State::Empty, 0);
         }
         error
     }
 }
 
-impl Asked {
-    async fn watch(&self, seconds: u32, lists: bool, version: &str) -> Result<Events, Error> {
+impl ListWatch {
+    async fn watch(&self, seconds: u32, send_initial_events: bool, version: &str) -> Result<Events, Error> {
         let params = WatchParams {
             timeout: Some(seconds),
-            send_initial_events: lists,
+            send_initial_events,
             ..WatchParams::default().labels(&self.labels).fields(&self.fields)
         };
         let events = tokio::time::timeout(SOURCE_ANSWER, self.api.watch(&params, version));
-        Ok(events.await.map_err(|_| Error::Silent)??.boxed())
+        Ok(events.await.map_err(|_| Error::Timeout)??.boxed())
     }
 
-    /// How far the server is now. Without the selectors: with them, a server may read all objects to find one.
+    /// Returns the server's version. Selectors might make the server read all objects.
     async fn newest(&self) -> Result<String, Error> {
-        self.list(&ListParams::default().limit(1)).await?.metadata.resource_version.ok_or(Error::NoVersion)
+        self.list(&ListParams::default().limit(1))
+            .await?
+            .metadata
+            .resource_version
+            .ok_or(Error::NoResourceVersion)
     }
 
-    async fn list(&self, params: &ListParams) -> Result<ObjectList<Raw>, Error> {
+    async fn list(&self, params: &ListParams) -> Result<ObjectList<RawObject>, Error> {
         let list = tokio::time::timeout(SOURCE_ANSWER, self.api.list(params));
-        Ok(list.await.map_err(|_| Error::Silent)??)
+        Ok(list.await.map_err(|_| Error::Timeout)??)
     }
 
     async fn page(&self, limit: u32, next: Option<String>) -> Result<State, Error> {
@@ -299,51 +299,52 @@ impl Asked {
         let version = page.metadata.resource_version.filter(|version| !version.is_empty());
         let next = page.metadata.continue_.filter(|next| !next.is_empty());
         if version.is_none() && next.is_none() {
-            return Err(Error::NoVersion);
+            return Err(Error::NoResourceVersion);
         }
-        Ok(State::Paging { next, items: page.items.into_iter(), version })
+        Ok(State::InitPage { next, items: page.items.into_iter(), version })
     }
 }
 
-async fn streamed(mut events: Events) -> Result<(State, Option<Said>), Error> {
-    let event = tokio::time::timeout(SOURCE_ANSWER, events.next()).await.map_err(|_| Error::Cut)?;
-    Ok(match event.ok_or(Error::Cut)?? {
+async fn next_initial_event(mut events: Events) -> Result<(State, Option<Event>), Error> {
+    let event =
+        tokio::time::timeout(SOURCE_ANSWER, events.next()).await.map_err(|_| Error::IncompleteList)?;
+    Ok(match event.ok_or(Error::IncompleteList)?? {
         WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
-            (State::Streaming(events), Some(Said::Listed(raw)))
+            (State::InitialWatch(events), Some(Event::InitApply(raw)))
         }
-        WatchEvent::Bookmark(mark) if mark.metadata.annotations.contains_key(LISTED) => {
+        WatchEvent::Bookmark(mark) if mark.metadata.annotations.contains_key(INITIAL_EVENTS_END) => {
             let version = mark.metadata.resource_version;
-            // The watch that follows is renewed more often.
-            (State::Listed(version.clone()), Some(Said::End(version)))
+            // A new watch replaces this one: it must be renewed more often.
+            (State::InitListed(version.clone()), Some(Event::InitDone(version)))
         }
-        // What happens meanwhile comes too, where the end of the list is late.
-        WatchEvent::Deleted(raw) => (State::Streaming(events), Some(Said::Gone(raw))),
-        WatchEvent::Bookmark(_) => (State::Streaming(events), None),
+        // Concurrent changes may precede the end of the list.
+        WatchEvent::Deleted(raw) => (State::InitialWatch(events), Some(Event::Delete(raw))),
+        WatchEvent::Bookmark(_) => (State::InitialWatch(events), None),
         WatchEvent::Error(status) => return Err(Error::Status(status)),
     })
 }
 
-/// What an event of a watch says, and how far the watch is then.
-fn said(event: WatchEvent<Raw>) -> Result<(Said, String), Error> {
-    let version_of = |raw: &Raw| raw.metadata.resource_version.clone().ok_or(Error::NoVersion);
+/// Returns the event and the version that it reaches.
+fn versioned_event(event: WatchEvent<RawObject>) -> Result<(Event, String), Error> {
+    let version = |raw: &RawObject| raw.metadata.resource_version.clone().ok_or(Error::NoResourceVersion);
     Ok(match event {
         WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
-            let version = version_of(&raw)?;
-            (Said::Put(raw), version)
+            let version = version(&raw)?;
+            (Event::Apply(raw), version)
         }
         WatchEvent::Deleted(raw) => {
-            let version = version_of(&raw)?;
-            (Said::Gone(raw), version)
+            let version = version(&raw)?;
+            (Event::Delete(raw), version)
         }
         WatchEvent::Bookmark(mark) => {
             let version = mark.metadata.resource_version;
-            (Said::Quiet(version.clone()), version)
+            (Event::Bookmark(version.clone()), version)
         }
         WatchEvent::Error(status) => return Err(Error::Status(status)),
     })
 }
 
-/// A version as it can be compared, where it can be.
+/// Parses a resource version. `None` if it is not comparable.
 pub(super) fn version(text: &str) -> Option<Version> {
     text.parse().ok().map(Version)
 }
