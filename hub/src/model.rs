@@ -1,4 +1,4 @@
-//! Plain values passed between stages: resources, watch specs, objects, events, changes.
+//! Plain values passed between stages.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -8,12 +8,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use opa_hub_proto::path::{DirPath, is_segment};
 
-/// Label that marks ConfigMaps with policies, as in kube-mgmt.
+/// Label of policy ConfigMaps, as in kube-mgmt.
 pub const POLICY_LABEL: (&str, &str) = ("openpolicyagent.org/policy", "rego");
-/// Label that marks ConfigMaps with data, as in kube-mgmt.
+/// Label of data ConfigMaps, as in kube-mgmt.
 pub const DATA_LABEL: (&str, &str) = ("openpolicyagent.org/data", "opa");
 
-/// A resource, written `[group/]version/plural` as in kube-mgmt's flags.
+/// A resource, `[group/]version/plural`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Resource {
     /// API group, empty for the core group.
@@ -45,7 +45,7 @@ pub enum Content {
     Policies,
     /// ConfigMaps with JSON objects.
     Data,
-    /// Objects replicated below this path, e.g. `/kubernetes/pods`.
+    /// Objects replicated below this path.
     Resource(DirPath),
     /// `Bundle` documents.
     Bundles,
@@ -76,13 +76,13 @@ pub struct LabelTerm {
 /// Operator and values of a label requirement.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Condition {
-    /// Equals one of these.
+    /// One of these.
     In(Vec<String>),
-    /// Equals none of these, or is missing.
+    /// Not one of these, or missing.
     NotIn(Vec<String>),
-    /// Exists.
+    /// Present.
     Exists,
-    /// Is missing.
+    /// Missing.
     DoesNotExist,
 }
 
@@ -90,20 +90,20 @@ pub enum Condition {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FeedId(pub usize);
 
-/// A watch of the store, shared by bundles with equal selections. Numbers are never reused.
+/// A watch, shared by bundles with equal selections. Never reused.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct WatchId(pub usize);
 
 /// Namespace and name of an object.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ObjectKey {
-    /// Namespace, empty for cluster-scoped objects.
+    /// Empty for cluster-scoped objects.
     pub namespace: Arc<str>,
     /// Object name.
     pub name: Arc<str>,
 }
 
-/// One Kubernetes object or manifest.
+/// A Kubernetes object.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Object {
     /// Namespace and name.
@@ -112,24 +112,24 @@ pub struct Object {
     pub json: Bytes,
 }
 
-/// A resource version. Versions of one resource are comparable (KEP-5504).
+/// A resource version, comparable within a resource (KEP-5504).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Version(pub u64);
 
 /// An event of one watch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Event {
-    /// A list begins. Objects not listed before `InitDone` no longer exist.
+    /// A list begins. Unlisted objects no longer exist.
     Init,
-    /// The object exists with this content.
+    /// The object exists.
     Apply(Object),
     /// The object was deleted.
     Delete(ObjectKey),
     /// The list is complete.
     InitDone,
-    /// The watch is failing. Consumers of optional objects need not wait.
+    /// The watch is failing. Optional objects need no wait.
     Unavailable,
-    /// The API server is reachable but denied the request. Earlier objects become stale.
+    /// The API server denied the request. Earlier objects become stale.
     Refused,
     /// Contact without a change.
     Quiet,
@@ -147,16 +147,16 @@ pub enum Change {
 /// All replicated objects.
 #[derive(Default)]
 pub struct Replicated {
-    /// Full objects with the data paths of their resources.
+    /// Full objects with data paths.
     pub objects: Vec<(DirPath, Object)>,
-    /// Data paths of all resources.
+    /// Data paths.
     pub places: BTreeSet<DirPath>,
 }
 
-/// A rejected item, explained to the user.
+/// A rejected item.
 #[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct Problem {
-    /// Rejected item: `ConfigMap opa/authz`, `deploy/demo/roles.yaml`, `pods`.
+    /// Rejected item, e.g. `ConfigMap opa/authz`.
     pub subject: String,
     /// Reason and remedy.
     pub message: String,
@@ -173,7 +173,7 @@ impl Resource {
         Self { group: String::new(), version: "v1".into(), plural: "configmaps".into() }
     }
 
-    /// Resource whose group and version are not known.
+    /// Resource of unknown group and version.
     pub fn named(plural: &str) -> Self {
         Self { group: String::new(), version: String::new(), plural: plural.into() }
     }
@@ -226,7 +226,7 @@ impl Feed {
         (&self.resource, &self.scope, &self.labels) == (&other.resource, &other.scope, &other.labels)
     }
 
-    /// Name in positions, independent of labels and excluded namespaces.
+    /// Name in positions, independent of labels and exclusions.
     pub fn position_name(&self) -> String {
         let content = match &self.content {
             Content::Policies => "policies",
@@ -240,7 +240,7 @@ impl Feed {
         }
     }
 
-    /// Data path of the objects. `None` if they are not replicated.
+    /// Data path. `None` unless replicated.
     pub fn place(&self) -> Option<&DirPath> {
         match &self.content {
             Content::Resource(place) => Some(place),
@@ -256,7 +256,7 @@ impl Feed {
 }
 
 impl fmt::Display for Feed {
-    /// Name in messages: `policies (v1/configmaps in opa)`, `v1/pods`. kube-mgmt's default labels are omitted.
+    /// Example: `policies (v1/configmaps in opa)`. kube-mgmt's labels are omitted.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.content {
             Content::Policies => f.write_str("policies (")?,
@@ -300,7 +300,7 @@ impl fmt::Display for Feed {
 }
 
 impl LabelTerm {
-    /// Whether a label of this value matches. `None` is a missing label.
+    /// Whether a label matches. `None` is missing.
     pub fn takes(&self, value: Option<&String>) -> bool {
         match (&self.is, value) {
             (Condition::In(values), value) => value.is_some_and(|value| values.contains(value)),
@@ -312,7 +312,6 @@ impl LabelTerm {
 }
 
 impl fmt::Display for LabelTerm {
-    /// Formats the requirement in API syntax.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let label = &self.label;
         match &self.is {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::model::{Problem, WatchId};
 
-/// Handle to shared health state. Sources write it, `/readyz` and `/v1/bundles` read it.
+/// Handle to the state behind `/readyz`.
 #[derive(Clone, Default)]
 pub struct Readiness {
     state: Arc<Mutex<State>>,
@@ -30,7 +30,7 @@ impl Readiness {
         Self { prefix: format!("{}{prefix}", self.prefix).into(), ..self.clone() }
     }
 
-    /// Returns a handle for one watch. Watches of one name are tracked separately.
+    /// Returns a handle for one watch.
     #[must_use]
     pub fn for_watch(&self, watch: WatchId) -> Self {
         Self { watch: Some(watch), ..self.clone() }
@@ -54,7 +54,7 @@ impl Readiness {
         self.with_state(|state| state.pending.insert(self.name(name), reason.to_owned()));
     }
 
-    /// Marks `name` as ready for good. Later failures are problems.
+    /// Marks `name` as ready for good.
     pub fn ready(&self, name: &str) {
         self.with_state(|state| state.pending.remove(&self.name(name)));
     }
@@ -79,7 +79,7 @@ impl Readiness {
         })
     }
 
-    /// Reports a failure of `name`: the reason for pending, or a problem once ready.
+    /// Reports a failure: a pending reason, or a problem once ready.
     pub fn failing(&self, name: &str, reason: &str) {
         self.with_state(|state| match state.pending.get_mut(&self.name(name)) {
             Some(current) => reason.clone_into(current),
@@ -87,7 +87,7 @@ impl Readiness {
         });
     }
 
-    /// Pending items with the reasons of all watches of the name.
+    /// Pending items with reasons.
     pub fn pendings(&self) -> BTreeMap<String, String> {
         let mut pendings = BTreeMap::<String, String>::new();
         self.with_state(|state| {

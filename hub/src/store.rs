@@ -1,5 +1,5 @@
-//! Cache of watched objects, shared by all bundles. Unchanged objects produce no change. Each subscription queues
-//! changed keys and reads the objects when it drains, so a slow bundle uses bounded memory.
+//! Cache of watched objects, shared by all bundles. A subscription queues changed keys and reads objects when it drains,
+//! so a slow bundle uses bounded memory.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +16,7 @@ use crate::model::{Change, Content, Event, Feed, FeedId, Object, ObjectKey, Repl
 use crate::readiness::Readiness;
 use crate::source::Told;
 
-/// Overhead of an allocation with a reference count, in bytes.
+/// Overhead of a counted allocation in bytes.
 pub const ALLOCATION_BYTES: usize = 32;
 
 /// The set of subscribed watches.
@@ -53,9 +53,9 @@ pub struct Counters {
 pub struct Taken {
     /// Changes with current objects.
     pub changes: Vec<Change>,
-    /// Versions that the changes complete, by watch. `None` if more changes are queued.
+    /// Versions reached, by watch. `None` if more changes are queued.
     pub all: Option<BTreeMap<FeedId, Version>>,
-    /// Upper bound of the objects' versions.
+    /// Upper bound of versions.
     pub newest: BTreeMap<FeedId, Version>,
 }
 
@@ -64,11 +64,10 @@ struct WatchCache {
     objects: HashMap<ObjectKey, Object>,
     /// Keys in the current list.
     list_keys: Option<HashSet<ObjectKey>>,
-    /// Changes of the current list, applied at its end: a partial list has no version.
+    /// Changes of the current list, applied at its end.
     list_updates: HashMap<ObjectKey, Object>,
-    /// The previous list did not complete.
     is_list_retry: bool,
-    /// `None` until a list completes or fails.
+    /// `None` before the first result.
     is_synced: Option<bool>,
     /// The last response was 403 or 404.
     is_denied: bool,
@@ -82,12 +81,11 @@ struct WatchCache {
 struct ChangeQueue {
     watches: BTreeMap<FeedId, (WatchId, Option<DirPath>)>,
     keys: VecDeque<(FeedId, ObjectKey)>,
-    /// Contents of `keys`.
     queued: HashSet<(FeedId, ObjectKey)>,
     notify: Arc<Notify>,
 }
 
-/// Watches of one bundle. Dropping it ends those without other subscribers.
+/// Watches of one bundle. Dropping unsubscribes.
 pub struct Subscription {
     store: Arc<Store>,
     id: usize,
@@ -113,7 +111,7 @@ impl Store {
         }
     }
 
-    /// Applies one event and notifies subscribers. A list takes effect at its end (I5). Unknown watches are ignored.
+    /// Applies one event and notifies subscribers. A list takes effect at its end (I5).
     pub fn apply(&self, (id, event, version): Told) {
         let mut state = self.state();
         let State { watches, queues, .. } = &mut *state;
@@ -148,7 +146,7 @@ impl Store {
         Subscription { store: Arc::clone(self), id, notify }
     }
 
-    /// Bytes of all objects, and bytes of all queues.
+    /// Bytes of objects and of queues.
     pub fn memory(&self) -> (usize, usize) {
         let state = self.state();
         let key_bytes = |key: &ObjectKey| key.namespace.len() + key.name.len() + 2 * ALLOCATION_BYTES;
@@ -187,8 +185,7 @@ impl Store {
 }
 
 impl State {
-    /// Versions of a subscription's watches. If the source has versions, a watch that was neither listed nor denied is
-    /// at version 0.
+    /// If the source has versions, a watch neither listed nor denied is at 0.
     fn versions(&self, subscriber: usize) -> BTreeMap<FeedId, Version> {
         let unlisted = self.watches.values().find_map(|cache| cache.version).map(|_| Version(0));
         let version = |watch| {
@@ -221,7 +218,7 @@ impl WatchCache {
         self.is_synced == Some(true)
     }
 
-    /// Records the contact. Returns whether the version advanced, which happens only outside or at the end of a list.
+    /// Returns whether the version advanced. Lists advance at their end.
     fn record_contact(&mut self, event: &Event, version: Option<Version>) -> bool {
         if matches!(event, Event::Init | Event::Unavailable) {
             return false;
@@ -231,13 +228,13 @@ impl WatchCache {
             self.is_denied.then(Instant::now);
         let mut last_contact = self.counters.last_contact.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_denied {
-            // Without objects nothing becomes stale.
+            // Nothing becomes stale without objects.
             *last_contact = last_contact.filter(|_| self.is_listed());
             return false;
         }
         let is_in_list = self.list_keys.is_some() && *event != Event::InitDone;
         if is_in_list && self.is_list_retry {
-            // Lists that never complete are no proof of contact.
+            // Incomplete lists prove nothing.
             return false;
         }
         *last_contact = Some(Instant::now());
@@ -275,7 +272,7 @@ impl WatchCache {
                 if is_unchanged {
                     return Vec::new();
                 }
-                // Objects allocated by decoding threads fragment their heap: 40 MB with 30,000 pods.
+                // Copying avoids fragmentation of decoding threads' heaps: 40 MB with 30,000 pods.
                 if object.json.is_unique() {
                     object.json = Bytes::copy_from_slice(&object.json);
                 }
@@ -314,13 +311,13 @@ impl WatchCache {
 }
 
 impl Counters {
-    /// Time since the last contact. `None` if the watch is not stale.
+    /// Time without contact. `None` unless stale.
     pub fn stale(&self) -> Option<Duration> {
         let last_contact = *self.last_contact.lock().unwrap_or_else(PoisonError::into_inner);
         last_contact.map(|contact| contact.elapsed()).filter(|silence| *silence > STALE_AFTER)
     }
 
-    /// Whether the source keeps denying the watch. Other replicas receive the same response.
+    /// Whether the source keeps denying the watch, as for other replicas.
     pub fn is_refused(&self) -> bool {
         let denied_at = *self.denied_at.lock().unwrap_or_else(PoisonError::into_inner);
         denied_at.is_some_and(|denied_at| denied_at.elapsed() < STALE_AFTER)
@@ -362,7 +359,7 @@ impl Subscription {
         Arc::clone(&cache.counters)
     }
 
-    /// Makes the hub's readiness depend on watches that are not listed yet.
+    /// Makes readiness depend on unlisted watches.
     pub fn gate(&self) {
         let state = self.store.state();
         let ids = state.queues.get(&self.id).into_iter().flat_map(|queue| queue.watches.values());
@@ -372,7 +369,7 @@ impl Subscription {
         }
     }
 
-    /// Unsubscribes from a watch and discards its queued changes.
+    /// Unsubscribes from a watch.
     pub fn close(&self, id: FeedId) {
         let mut state = self.store.state();
         let Some(queue) = state.queues.get_mut(&self.id) else { return };
@@ -410,7 +407,7 @@ impl Subscription {
         Taken { changes, all: None, newest }
     }
 
-    /// Upper bound of the objects' versions, by watch.
+    /// Upper bound of versions, by watch.
     pub fn newest(&self) -> BTreeMap<FeedId, Version> {
         self.store.state().versions(self.id)
     }
@@ -443,7 +440,7 @@ impl Subscription {
             .collect()
     }
 
-    /// Objects of these watches, sorted: a size limit must reject the same ones each time.
+    /// Objects of these watches, sorted, so that size limits are deterministic.
     pub fn objects_of(&self, feeds: &BTreeSet<FeedId>) -> Vec<(FeedId, Object)> {
         let state = self.store.state();
         let Some(queue) = state.queues.get(&self.id) else { return Vec::new() };
@@ -462,7 +459,7 @@ impl Subscription {
         move || store.state().versions(subscriber)
     }
 
-    /// Returns a function that lists replicated objects, unordered. The list is empty without the subscription.
+    /// Returns a function that lists replicated objects, unordered.
     pub fn replicated(&self) -> impl Fn() -> Replicated + Send + Sync + 'static {
         let (store, subscriber) = (Arc::clone(&self.store), self.id);
         move || {
@@ -531,8 +528,7 @@ mod tests {
         subscription.take(usize::MAX).changes.into_iter().map(to_word).collect::<Vec<_>>().join(" ")
     }
 
-    /// Runs a script (`[` Init, `]` InitDone, `a=1` Apply, `-a` Delete) and compares the changes drained after each word
-    /// and at the end.
+    /// Runs a script: `[` Init, `]` InitDone, `a=1` Apply, `-a` Delete.
     fn check(script: &str, each: &str, at_end: &str) {
         let store = Arc::new(Store::new(Readiness::default()));
         let (one, other) = (store.subscribe(), store.subscribe());
@@ -571,7 +567,6 @@ mod tests {
             (Event::Refused, false, true),
             (Event::Refused, true, true),
             (Event::Unavailable, true, true),
-            // The denial is old, too.
             (Event::Unavailable, true, false),
             (Event::Quiet, false, false),
         ] {

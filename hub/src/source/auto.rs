@@ -1,4 +1,4 @@
-//! Watches of resources that policies read and no flag names. They exist while a policy reads the resource.
+//! Watches of resources that policies read and no flag names.
 
 use std::collections::BTreeSet;
 
@@ -20,9 +20,7 @@ pub const SUBJECT: &str = "--replicate-auto";
 pub struct Auto {
     path: DirPath,
     scope: Scope,
-    /// Resources named by the spec.
     explicit: BTreeSet<String>,
-    /// Resources watched because of policies.
     active: BTreeSet<String>,
 }
 
@@ -43,8 +41,7 @@ impl Auto {
         &self.path
     }
 
-    /// Returns the resources among `names`, or `None` if the analysis failed. Active resources stay while the names of
-    /// some package are unknown.
+    /// Returns the resources among `names`, or `None` if unknown. Active ones stay while the analysis is incomplete.
     pub fn reads(
         &self,
         names: &Result<Option<Names>, check::Error>,
@@ -75,7 +72,7 @@ impl Auto {
                         )
                     })
                 };
-                // Active resources have precedence over new ones.
+                // Active resources precede new ones.
                 let (active, new): (Vec<_>, Vec<_>) =
                     names.into_iter().partition(|name| self.active.contains(name));
                 let mut reads: BTreeSet<_> = active.into_iter().collect();
@@ -94,7 +91,7 @@ impl Auto {
         reads
     }
 
-    /// Adds watches, and waits until each completed or failed a list.
+    /// Adds watches and waits for their lists.
     pub async fn widen(&mut self, reads: &BTreeSet<String>, commands: &mpsc::Sender<Said>) {
         let new: Vec<_> = reads.difference(&self.active).cloned().collect();
         if new.is_empty() {
@@ -117,7 +114,7 @@ impl Auto {
         }
     }
 
-    /// Removes the watches of other resources. Returns the paths of the rest.
+    /// Removes other watches. Returns remaining data paths.
     pub fn narrow(&mut self, reads: &BTreeSet<String>) -> BTreeSet<DirPath> {
         for name in self.active.difference(reads) {
             tracing::info!(resource = name, "dropping resource, no longer read");

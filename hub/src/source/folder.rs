@@ -1,5 +1,4 @@
-//! Watched folder of manifests, as for `kubectl apply -f` or from `kubectl get -o json`. A file that does not parse
-//! retains its last good content.
+//! Watched folder of manifests. Invalid files retain their last good content.
 
 mod manifest;
 
@@ -24,7 +23,7 @@ use crate::model::{Event, Feed, FeedId, Object, ObjectKey, Scope, WatchId};
 use crate::readiness::Readiness;
 use crate::store::Wanted;
 
-/// Namespace of objects that name none, as for `kubectl apply`.
+/// Namespace for objects without one, as in `kubectl apply`.
 const DEFAULT_NAMESPACE: &str = "default";
 
 /// Failure of the folder as a source.
@@ -76,10 +75,10 @@ pub fn read_once(dir: &Path, feeds: &[Feed]) -> Result<Contents, Error> {
     Ok(Contents { objects, problems })
 }
 
-/// Sends the `wanted` objects and their changes until the store closes.
+/// Runs the `wanted` watches until the store closes.
 pub async fn run(dir: PathBuf, mut wanted: Wanted, out: Sender, readiness: Readiness) -> Result<(), Error> {
     let (changed, mut changes) = mpsc::channel(1);
-    // One pending wake-up is enough: each scan covers the whole folder.
+    // One pending wake-up is enough: scans are complete.
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         if !event.is_ok_and(|event| event.kind.is_access()) {
             _ = changed.try_send(());
@@ -131,7 +130,7 @@ pub async fn run(dir: PathBuf, mut wanted: Wanted, out: Sender, readiness: Readi
         }
         let current = inode(&folder.dir);
         if current != watched && current.is_some() {
-            // The folder was replaced; the system still watches the old one.
+            // The system still watches the replaced folder.
             _ = watcher.unwatch(&folder.dir);
             watcher.watch(&folder.dir, RecursiveMode::Recursive)?;
             watched = current;
@@ -139,12 +138,11 @@ pub async fn run(dir: PathBuf, mut wanted: Wanted, out: Sender, readiness: Readi
     }
 }
 
-/// Compares pointers first: unchanged files share their bytes.
+/// Unchanged files share their bytes.
 fn is_equal(one: &Bytes, other: &Bytes) -> bool {
     (one.as_ptr(), one.len()) == (other.as_ptr(), other.len()) || one == other
 }
 
-/// Device and inode, which identify a folder.
 fn inode(dir: &Path) -> Option<(u64, u64)> {
     fs::metadata(dir).ok().map(|folder| (folder.dev(), folder.ino()))
 }
@@ -153,11 +151,10 @@ struct Folder {
     dir: PathBuf,
     specs: BTreeMap<WatchId, Feed>,
     files: BTreeMap<PathBuf, File>,
-    /// Objects of each watch after the last scan.
+    /// Objects after the last scan.
     objects: BTreeMap<WatchId, HashMap<ObjectKey, Object>>,
     /// Subfolders with read errors.
     unreadable: BTreeMap<PathBuf, String>,
-    /// Subjects with reported problems.
     reported: BTreeSet<String>,
 }
 
@@ -170,7 +167,7 @@ struct File {
     rejections: Vec<String>,
 }
 
-/// Modification time, length and inode, which change with the content.
+/// Modification time, length and inode.
 type FileStamp = (Option<SystemTime>, u64, u64);
 
 const NEVER_READ: FileStamp = (None, 0, 0);
@@ -194,12 +191,11 @@ impl Folder {
         self.specs = wanted;
     }
 
-    /// Reads changed files and returns the resulting events.
     fn scan(&mut self) -> Result<Vec<(WatchId, Event)>, Error> {
         let mut found = BTreeMap::new();
         let mut unreadable = BTreeMap::new();
         find_files(&self.dir, &mut found, &mut unreadable)?;
-        // Files in unreadable folders retain their last good content too.
+        // Files in unreadable folders retain their content.
         self.files
             .retain(|path, _| found.contains_key(path) || unreadable.keys().any(|dir| path.starts_with(dir)));
         self.unreadable = unreadable;
@@ -231,7 +227,7 @@ impl Folder {
         let kinds = KindRegistry::from_manifests(self.files.values().flat_map(|file| &file.manifests));
         let mut events = Vec::new();
         for file in self.files.values_mut() {
-            // No watch selects these, so nothing else reports them.
+            // No watch selects these.
             let unknown = file.manifests.iter().filter(|manifest| manifest.is_unknown_bundle());
             file.rejections = unknown
                 .map(|manifest| {
@@ -306,8 +302,7 @@ impl Folder {
     }
 }
 
-/// Finds manifest files below `dir`. Hidden entries are skipped, such as `..data` in a mounted ConfigMap, whose links
-/// count.
+/// Skips hidden entries, such as `..data` in a mounted ConfigMap.
 fn find_files(
     dir: &Path,
     found: &mut BTreeMap<PathBuf, FileStamp>,
@@ -320,7 +315,7 @@ fn find_files(
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
             continue;
         }
-        // The file was removed after the listing.
+        // Removed after the listing.
         let Ok(metadata) = fs::metadata(&path) else { continue };
         if metadata.is_dir() {
             // Links to folders may be cyclic.
@@ -383,7 +378,6 @@ mod tests {
         )
     }
 
-    /// Writes files, scans, and compares events and problems.
     fn check(folder: &mut Folder, writes: &[(&str, Option<&str>)], expected: &[&str], problems: &[&str]) {
         for (name, text) in writes {
             let path = folder.dir.join(name);

@@ -1,4 +1,4 @@
-//! Watches of a Kubernetes API server, which filters objects. Paged lists are the fallback for streaming lists.
+//! Watches of a Kubernetes API server.
 
 mod watch;
 
@@ -29,7 +29,7 @@ use crate::model::{Event, Feed, ObjectKey, Resource, Scope, Version, WatchId};
 use crate::readiness::Readiness;
 use crate::store::{Wanted, is_optional};
 
-/// Failure to build a client, or of a watch. Watches are retried.
+/// Failure of the client or of a watch, which is retried.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Missing or invalid kubeconfig.
@@ -87,7 +87,6 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the API server denied the watch, as for any replica.
     fn is_denial(&self) -> bool {
         match self {
             Self::NotServed(_) | Self::Forbidden { .. } | Self::WrongScope { .. } => true,
@@ -134,7 +133,6 @@ pub async fn run(client: Client, mut wanted: Wanted, out: Sender, readiness: Rea
     }
 }
 
-/// Runs one watch until the store closes. Failures are reported and retried.
 async fn supervise_watch(client: Client, id: WatchId, spec: Feed, out: Sender, readiness: Readiness) {
     let name = spec.to_string();
     let mut strategy = InitialListStrategy::Streaming;
@@ -187,7 +185,7 @@ async fn sleep_backoff(backoff: &mut Duration) {
     *backoff = (*backoff * 2).min(RETRY_MAX);
 }
 
-/// Consecutive incomplete streaming lists before the fallback to pages.
+/// Incomplete streaming lists before the fallback to pages.
 const INCOMPLETE_LISTS_MAX: usize = 2;
 
 enum WatchExit {
@@ -199,22 +197,19 @@ enum WatchExit {
 struct WatchSession<'a> {
     resource: ApiResource,
     id: WatchId,
-    /// Subject in `readiness`.
     name: &'a str,
     out: &'a Sender,
     readiness: &'a Readiness,
 }
 
 impl WatchSession<'_> {
-    /// Forwards events of `watcher` until rediscovery is necessary.
     async fn run(&self, mut watcher: Watcher, backoff: &mut Duration) -> WatchExit {
-        // A failure is reported until a list completes or a watch is served. The backoff is reset after RETRY_MAX
-        // without a failure.
+        // A failure is reported until a list completes or a watch is served.
         let (mut is_failing, mut failed_at) = (true, Instant::now());
         let mut incomplete_lists = 0;
         loop {
             match watcher.next().await {
-                // Paged lists begin before the first request, so this is no success.
+                // Paged lists begin without a request: no success yet.
                 Ok(watch::Event::Init) => {
                     if self.out.send((self.id, Event::Init, None)).await.is_err() {
                         return WatchExit::StoreClosed;
@@ -238,11 +233,11 @@ impl WatchSession<'_> {
                 Err(watch::Error::NoStreamingList(_)) => return WatchExit::NoStreamingList,
                 Err(error) => {
                     (is_failing, failed_at) = (true, Instant::now());
-                    // Servers without streaming lists may ignore the option and never complete one.
+                    // Servers without streaming lists may never complete one.
                     incomplete_lists += usize::from(matches!(error, watch::Error::IncompleteList));
                     match error.code() {
                         _ if incomplete_lists >= INCOMPLETE_LISTS_MAX => return WatchExit::NoStreamingList,
-                        // Discovery or RBAC may have changed.
+                        // Rediscover: CRDs or RBAC changed.
                         Some(403 | 404) => return WatchExit::Failed(error),
                         _ => {}
                     }
@@ -268,7 +263,7 @@ impl WatchSession<'_> {
         }
     }
 
-    /// An invalid object counts as deleted, so that replicas that list it agree.
+    /// Invalid objects count as deleted, so that replicas agree.
     fn normalize(&self, raw: &RawObject) -> Event {
         match trim::object(raw.json.get(), &self.resource.api_version, &self.resource.kind) {
             Ok(object) => Event::Apply(object),
@@ -286,7 +281,7 @@ fn object_key(raw: &RawObject) -> ObjectKey {
     ObjectKey { namespace: text(&raw.metadata.namespace), name: text(&raw.metadata.name) }
 }
 
-/// Finds the kind, which items of paged lists lack, and the scope.
+/// Finds the kind, which list items lack, and the scope.
 async fn discover(client: &Client, spec: &Feed) -> Result<(ApiResource, Scope), Error> {
     let resource = &spec.resource;
     if resource.is_named_only() {
@@ -326,7 +321,7 @@ async fn discover(client: &Client, spec: &Feed) -> Result<(ApiResource, Scope), 
     }
 }
 
-/// Finds a watchable resource by its plural: in the core group, else in the alphabetically first.
+/// Prefers the core group, then alphabetical order.
 async fn discover_by_name(client: &Client, spec: &Feed) -> Result<(ApiResource, Scope), Error> {
     let resource = &spec.resource;
     let discovery = match Discovery::new(client.clone()).run_aggregated().await {
@@ -350,7 +345,7 @@ async fn discover_by_name(client: &Client, spec: &Feed) -> Result<(ApiResource, 
     Ok((found, if is_cluster { Scope::Cluster } else { spec.scope.clone() }))
 }
 
-/// Reviews each verb: the API server's message names only the first that is missing.
+/// The API server's message names only the first missing verb.
 async fn missing_permissions(client: &Client, spec: &Feed, error: &watch::Error) -> Error {
     let namespace = match &spec.scope {
         Scope::Namespace(namespace) => Some(namespace.clone()),
@@ -392,7 +387,6 @@ fn status_code(error: &kube::Error) -> Option<u16> {
     }
 }
 
-/// An unparsed object of any kind.
 #[derive(Clone, Debug)]
 struct RawObject {
     metadata: ObjectMeta,

@@ -1,4 +1,4 @@
-//! Sources of objects: the Kubernetes API or a folder. They send [`Event`]s by watch and do not know bundles.
+//! Sources of objects, which send [`Event`]s by watch.
 
 pub mod trim;
 

@@ -15,18 +15,17 @@ pub(super) struct Manifest {
     pub(super) kind: String,
     api_version: String,
     pub(super) object: Object,
-    /// Index of the document in the file, from 1.
+    /// Index in the file, from 1.
     pub(super) document: usize,
 }
 
 impl Manifest {
-    /// Parses labels on demand: few watches need them, and storing them uses memory.
+    /// Parsed on demand: few watches need labels.
     fn labels(&self) -> BTreeMap<String, String> {
         let header = serde_json::from_slice::<ObjectHeader>(&self.object.json);
         header.ok().and_then(|header| header.metadata.labels).unwrap_or_default()
     }
 
-    /// Whether this is a `Bundle` of an unknown version.
     pub(super) fn is_unknown_bundle(&self) -> bool {
         let group = |version: &'_ str| version.split('/').next().map(ToOwned::to_owned);
         self.kind == "Bundle"
@@ -63,7 +62,6 @@ struct Metadata {
     labels: Option<BTreeMap<String, String>>,
 }
 
-/// Parses a JSON file of one or more documents.
 pub(super) fn parse_json(text: &str) -> Result<Vec<Manifest>, String> {
     let mut manifests = Vec::new();
     let documents = serde_json::Deserializer::from_str(text).into_iter::<&RawValue>();
@@ -74,7 +72,6 @@ pub(super) fn parse_json(text: &str) -> Result<Vec<Manifest>, String> {
     Ok(manifests)
 }
 
-/// Parses a YAML file of one or more documents.
 pub(super) fn parse_yaml(text: &str) -> Result<Vec<Manifest>, String> {
     let mut manifests = Vec::new();
     let mut start = 0;
@@ -88,7 +85,7 @@ pub(super) fn parse_yaml(text: &str) -> Result<Vec<Manifest>, String> {
         }
         document += 1;
         let wrap = |error: &dyn std::fmt::Display| format!("document {document}: {error}");
-        // Further lines of the error quote the file, which may contain secrets.
+        // Further lines quote the file, which may contain secrets.
         let first_line =
             |error: serde_saphyr::Error| wrap(&error.to_string().lines().next().unwrap_or_default());
         let value: Value = serde_saphyr::from_str(part).map_err(first_line)?;
@@ -98,7 +95,7 @@ pub(super) fn parse_yaml(text: &str) -> Result<Vec<Manifest>, String> {
     Ok(manifests)
 }
 
-/// Defaults that a list defines for its items.
+/// Defaults for list items.
 #[derive(Default)]
 struct ListHeader {
     is_list: bool,
@@ -152,7 +149,7 @@ const CLUSTER_SCOPED: [&str; 12] = [
 /// Group and kind.
 type Kind = (String, String);
 
-/// Plurals and scopes of kinds, from CustomResourceDefinitions in the folder. Other plurals follow English rules.
+/// Plurals and scopes from CustomResourceDefinitions. Other plurals follow English rules.
 pub(super) struct KindRegistry {
     plurals: HashMap<Kind, String>,
     cluster_scoped: HashSet<Kind>,
@@ -173,7 +170,6 @@ impl KindRegistry {
         kinds
     }
 
-    /// Whether the kind of `manifest` is cluster-scoped.
     pub(super) fn is_cluster_scoped(&self, manifest: &Manifest) -> bool {
         CLUSTER_SCOPED.contains(&&*manifest.kind) || self.cluster_scoped.contains(&manifest.kind())
     }
@@ -219,7 +215,6 @@ fn is_in_scope(scope: &Scope, namespace: &str) -> bool {
     }
 }
 
-/// Plural by the rules of built-in kinds.
 fn plural(kind: &str) -> String {
     let kind = kind.to_ascii_lowercase();
     let has_suffix = |suffixes: &[&str]| suffixes.iter().any(|suffix| kind.ends_with(suffix));

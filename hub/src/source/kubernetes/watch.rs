@@ -1,6 +1,6 @@
-//! List and watch of one resource, by a streaming list (KEP-3157) or pages. Unlike kube's `watcher` it reports resource
-//! versions, so that no replica moves an agent back, and contact, so that a replica detects isolation. Events, bookmarks
-//! and the orderly end of a watch prove contact; an accepted watch request does not.
+//! List and watch of one resource, by streaming list (KEP-3157) or pages. Unlike kube's `watcher` this one reports
+//! resource versions, so that no replica moves an agent back, and contact, so that a replica detects isolation. Events,
+//! bookmarks and an orderly end prove contact; an accepted request does not.
 
 use std::time::Duration;
 
@@ -14,63 +14,50 @@ use super::RawObject;
 use crate::config::{LIST_PAGE, LIST_PAGE_MIN, LIST_SECONDS, SOURCE_ANSWER, STALE_AFTER, WATCH_SECONDS};
 use crate::model::Version;
 
-/// Annotation of the bookmark that ends a streaming list.
+/// Bookmark annotation at the end of a streaming list.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 /// Tolerance for the server's timeout of a watch.
 const LATE: Duration = Duration::from_secs(5);
-// A quiet watch proves contact once in WATCH_SECONDS. The margin covers the requests in between.
+// The margin covers requests between quiet watches.
 const _: () = assert!(STALE_AFTER.as_secs() > WATCH_SECONDS as u64 + LATE.as_secs());
-/// Length of the first watch after a failure, in seconds. Longer than [`EARLY_CLOSE`], so that its end proves contact.
-/// With [`WATCH_SECONDS`], quiet watches would become stale after an outage of 10 s.
+/// Length in seconds of the first watch after a failure: above [`EARLY_CLOSE`], and short enough that quiet watches do
+/// not become stale.
 const RECOVERY_SECONDS: u32 = 3;
 /// Duration below which an empty watch counts as failed.
 const EARLY_CLOSE: Duration = Duration::from_secs(1);
-/// Consecutive early closes before a relist. A server without a watch cache does not report a compacted version.
+/// Early closes before a relist. Servers without watch cache do not report compaction.
 const EARLY_CLOSES_MAX: usize = 3;
-/// Consecutive errors within watches before a relist. An object that fails conversion or decoding fails each watch.
+/// Watch errors before a relist. An object that fails decoding fails each watch.
 const WATCH_ERRORS_MAX: usize = 3;
-/// Consecutive watches without a new version before the newest version is requested, about once a minute. A server that
-/// lost its etcd still serves watches from its cache.
+/// Quiet watches before the newest version is requested. A server without etcd still serves cached watches.
 const QUIET_WATCHES_MAX: usize = 3;
 /// Status of a request for a compacted version.
 const GONE: u16 = 410;
 
-/// Failure of a list or watch. The next call resumes or lists again.
+/// Failure of a list or watch. The next call resumes or relists.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Failed request or connection.
     #[error("{0}")]
     Api(#[from] kube::Error),
-    /// Error event.
     #[error("{}: {}", .0.reason, .0.message)]
     Status(Box<kube::core::Status>),
-    /// No response.
     #[error("no response within {} s", SOURCE_ANSWER.as_secs())]
     Timeout,
-    /// Rejected streaming list.
     #[error("streaming list rejected: {0}")]
     NoStreamingList(kube::Error),
-    /// Incomplete streaming list.
     #[error("streaming list ended before it was complete")]
     IncompleteList,
-    /// Early end of a watch, as from a server that shuts down.
+    /// Usual when a server shuts down.
     #[error("watch ended immediately")]
     ClosedEarly,
-    /// Restored server.
+    /// The server was restored.
     #[error("resource version went back from {current} to {newest}; listing again")]
-    ResourceVersionRegressed {
-        /// Version of the watch.
-        current: String,
-        /// Version of the server.
-        newest: String,
-    },
-    /// Missing `resourceVersion`.
+    ResourceVersionRegressed { current: String, newest: String },
     #[error("response has no resourceVersion")]
     NoResourceVersion,
 }
 
 impl Error {
-    /// HTTP status of the response.
     pub(super) fn code(&self) -> Option<u16> {
         match self {
             Self::Api(kube::Error::Api(status)) | Self::Status(status) => Some(status.code),
@@ -85,7 +72,7 @@ pub(super) enum InitialListStrategy {
     Paged,
 }
 
-/// Versions in `InitDone`, `Apply`, `Bookmark` and, outside lists, `Delete` advance the watch.
+/// Versions advance the watch, except in `InitApply` and in `Delete` during a list.
 pub(super) enum Event {
     Init,
     InitApply(RawObject),
@@ -109,16 +96,14 @@ pub(super) struct Watcher {
     list_watch: ListWatch,
     strategy: InitialListStrategy,
     state: State,
-    /// Opening time of a watch without events.
+    /// `None` after the first event.
     watch_opened_at: Option<Instant>,
-    /// Consecutive early closes.
     early_closes: usize,
     /// Errors within watches since the last event.
     errors: usize,
-    /// Consecutive watches without a new version.
     quiet_watches: usize,
     page_max: u32,
-    /// The server may have been restored to an earlier version, at which a watch would wait silently.
+    /// The server may have been restored to an earlier version.
     verify_resource_version: bool,
 }
 
@@ -154,7 +139,7 @@ impl Watcher {
             let state = std::mem::replace(&mut self.state, State::Empty);
             let (state, event) = match state {
                 State::Empty if self.strategy == InitialListStrategy::Streaming => {
-                    // No version means the newest, so that a restarted hub does not go back.
+                    // No version: the newest, so that restarts do not go back.
                     let events = match self.list_watch.watch(LIST_SECONDS, true, "").await {
                         Err(Error::Api(kube::Error::Api(status))) if matches!(status.code, 400 | 422) => {
                             return Err(Error::NoStreamingList(kube::Error::Api(status)));
@@ -178,7 +163,6 @@ impl Watcher {
                     (None, next, _) => (self.page(next).await?, None),
                 },
                 State::InitListed(version) => {
-                    // Failures resume from the same version.
                     self.state = State::InitListed(version.clone());
                     let is_unverified = std::mem::replace(&mut self.verify_resource_version, true);
                     if is_unverified || self.quiet_watches >= QUIET_WATCHES_MAX {
@@ -210,7 +194,7 @@ impl Watcher {
         mut events: Events,
         version: String,
     ) -> Result<(State, Option<Event>), Error> {
-        // Failures resume from here, unless the version was compacted.
+        // Failures resume from here.
         self.state = State::InitListed(version.clone());
         let deadline = Duration::from_secs(WATCH_SECONDS.into()) + LATE;
         let event = tokio::time::timeout(deadline, events.next()).await;
@@ -246,7 +230,7 @@ impl Watcher {
         Ok((State::Watching(events, reached), Some(event)))
     }
 
-    /// Requests a page. After a timeout, this and later pages shrink: a new list would time out at the same page.
+    /// Timeouts shrink this and later pages.
     async fn page(&mut self, next: Option<String>) -> Result<State, Error> {
         let page = self.list_watch.page(self.page_max, next.clone()).await;
         if matches!(page, Err(Error::Timeout)) {
@@ -275,7 +259,7 @@ impl ListWatch {
         Ok(events.await.map_err(|_| Error::Timeout)??.boxed())
     }
 
-    /// Returns the server's version. Selectors might make the server read all objects.
+    /// Selectors might make the server read all objects.
     async fn newest(&self) -> Result<String, Error> {
         self.list(&ListParams::default().limit(1))
             .await?
@@ -314,7 +298,7 @@ async fn next_initial_event(mut events: Events) -> Result<(State, Option<Event>)
         }
         WatchEvent::Bookmark(mark) if mark.metadata.annotations.contains_key(INITIAL_EVENTS_END) => {
             let version = mark.metadata.resource_version;
-            // A new watch replaces this one: it must be renewed more often.
+            // A new watch can be renewed more often.
             (State::InitListed(version.clone()), Some(Event::InitDone(version)))
         }
         // Concurrent changes may precede the end of the list.
@@ -324,7 +308,6 @@ async fn next_initial_event(mut events: Events) -> Result<(State, Option<Event>)
     })
 }
 
-/// Returns the event and the version that it reaches.
 fn versioned_event(event: WatchEvent<RawObject>) -> Result<(Event, String), Error> {
     let version = |raw: &RawObject| raw.metadata.resource_version.clone().ok_or(Error::NoResourceVersion);
     Ok(match event {
@@ -344,7 +327,7 @@ fn versioned_event(event: WatchEvent<RawObject>) -> Result<(Event, String), Erro
     })
 }
 
-/// Parses a resource version. `None` if it is not comparable.
+/// `None` if not comparable.
 pub(super) fn version(text: &str) -> Option<Version> {
     text.parse().ok().map(Version)
 }
