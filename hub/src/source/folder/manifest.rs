@@ -27,10 +27,9 @@ impl Manifest {
     }
 
     pub(super) fn is_unknown_bundle(&self) -> bool {
-        let group = |version: &'_ str| version.split('/').next().map(ToOwned::to_owned);
         self.kind == "Bundle"
             && self.api_version != API_VERSION
-            && group(&self.api_version) == group(API_VERSION)
+            && self.api_version.split('/').next() == API_VERSION.split('/').next()
     }
 
     fn kind(&self) -> Kind {
