@@ -1,5 +1,5 @@
 //! Canonical JSON of an object: `kind` and `apiVersion` first (list items lack them), no white space, no
-//! `managedFields`, no last-applied annotation, which change with each write. Key order and number text are preserved.
+//! `managedFields`, no last-applied annotation: both change with each write. Key order and number text are preserved.
 
 use std::borrow::Cow;
 use std::fmt;
