@@ -67,12 +67,10 @@ pub fn read_once(dir: &Path, feeds: &[Feed]) -> Result<Contents, Error> {
         Event::Apply(object) => Some((FeedId(id.0), object)),
         _ => None,
     });
-    let objects = objects.collect();
     let problems = folder.files.iter().filter_map(|(path, file)| {
         file.problem.as_ref().map(|problem| format!("{}: {problem}", path.display()))
     });
-    let problems = problems.collect();
-    Ok(Contents { objects, problems })
+    Ok(Contents { objects: objects.collect(), problems: problems.collect() })
 }
 
 /// Runs the `wanted` watches until the store closes.

@@ -14,7 +14,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ApiResource, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::DynamicResourceScope;
-use kube::discovery::{self, ApiCapabilities, ApiGroup, Discovery, verbs};
+use kube::discovery::{self, ApiGroup, Discovery, verbs};
 use kube::{Api, Client, Config};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
@@ -334,11 +334,10 @@ async fn discover_by_name(client: &Client, spec: &Feed) -> Result<(ApiResource, 
     let mut groups = discovery.groups_alphabetical();
     groups.sort_by_key(|group| !group.name().is_empty());
     let served = groups.into_iter().flat_map(ApiGroup::recommended_resources);
-    let supports = |capabilities: &ApiCapabilities, verb| capabilities.supports_operation(verb);
     let found = served.into_iter().find(|(served, capabilities)| {
         served.plural == resource.plural
-            && supports(capabilities, verbs::LIST)
-            && supports(capabilities, verbs::WATCH)
+            && capabilities.supports_operation(verbs::LIST)
+            && capabilities.supports_operation(verbs::WATCH)
     });
     let (found, capabilities) = found.ok_or_else(|| Error::NotServed(resource.clone()))?;
     let is_cluster = capabilities.scope == discovery::Scope::Cluster;
