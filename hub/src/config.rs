@@ -38,11 +38,11 @@ impl Default for BundleLimits {
     }
 }
 
-/// Interval of stream heartbeats, which reveal a lost hub.
+/// Interval of stream heartbeats, which reveal a lost hub and satisfy proxies.
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
 /// Maximum duration of a long poll. OPA's default is 30 s.
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(300);
-/// Minimum interval of bundle archives. OPA parses all of each.
+/// Minimum interval of bundle archives. OPA parses each one completely.
 pub const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(1);
 /// Minimum JSON bytes of a compressed segment. Smaller ones grow the output by over 5 %.
 pub const SEGMENT_BYTES_MIN: usize = 64 << 10;
@@ -100,7 +100,7 @@ pub const KEEPALIVE: Duration = Duration::from_secs(60);
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Send buffer of a stream in bytes. The default, 4 MB, hides stalled clients.
 pub const SEND_BUFFER: usize = 16 << 10;
-/// Maximum bytes of encoded frames of one bundle. Above it, clients wait for large ones.
+/// Maximum bytes of encoded frames of one bundle. Above it, clients wait for large frames.
 pub const FRAMES_LIVE_MAX: usize = 128 << 20;
 /// Time after which a stalled client is disconnected while frame memory is exhausted.
 pub const LARGE_STALL_MAX: Duration = Duration::from_secs(15);
