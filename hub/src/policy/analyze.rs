@@ -1,14 +1,11 @@
-//! What of the data policies can read, by a data-flow pass over OPA's [`Plan`].
+//! Data-flow analysis of OPA's [`Plan`]: finds the paths below `data` that policies can read.
 //!
-//! Each local stands for the places below `data` that its value may come from. A step into a place is a read of what
-//! lies there; whoever takes a value whole (compares, returns, prints it, hands it to a builtin) reads all below it.
-//! Nothing is guessed: what the pass does not know reads everything that it is given.
+//! The abstract value of a local has all paths and strings that may reach it. A step by a known string reads
+//! that field only. Compared, returned, printed and otherwise unmodelled values are read deeply. Unknown
+//! statements read everything.
 //!
-//! Texts are followed too: a step by a name that is one of a few constants reads the fields of these names only.
-//!
-//! OPA compares whole values in three more places. A set compares its members, so whatever enters a set is read whole.
-//! A complete rule and an object compare the values that they get twice: two objects of Kubernetes differ if and only
-//! if their identities do, other values are read whole.
+//! OPA also compares set members, and values that are assigned twice. Two objects of one resource are equal
+//! only if their identities are.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -18,64 +15,63 @@ use opa_hub_proto::path::DirPath;
 
 use super::plan::{Block, Function, Operand, Plan, Site, Stmt};
 
-/// Steps of one place. Rego forbids recursion, so that paths end; this bounds the cost of a malformed plan.
+/// Maximum path length, for malformed plans.
 const STEPS_MAX: usize = 32;
-/// Maximum number of places that policies read. A hundred real policies read a few hundred.
+/// Maximum number of paths read; a hundred policies read a few hundred.
 const PLACES_MAX: usize = 20_000;
-/// Maximum number of places that one value may come from. Names chosen from lists multiply: six names at each of twelve
-/// levels are 6¹² places.
+/// Maximum number of paths per value. Six names at twelve levels make 6¹² paths.
 const FLOW_PLACES_MAX: usize = 4096;
-/// Maximum number of steps of all places of all values: about 50 MB.
+/// Maximum total path length: about 50 MB.
 const STORED_STEPS_MAX: usize = 1_000_000;
-/// Maximum number of places and statements that are looked at: under 2 s in a release build.
+/// Maximum number of visits: under 2 s.
 const WORK_MAX: usize = 4_000_000;
-/// Containers in containers whose elements are followed.
+/// Maximum nesting of tracked containers.
 const NESTING_MAX: usize = 8;
-/// Maximum number of texts that one value may be. Lists of field names are shorter, lists of images are no names.
+/// Maximum number of strings per value. Longer lists are not field names.
 const TEXTS_MAX: usize = 64;
-/// Maximum number of elements of a list whose positions are followed. Paths are shorter.
+/// Maximum length of a tracked list.
 const LIST_MAX: usize = 256;
-/// Fields in which any two objects of Kubernetes differ, wherever they lie.
+/// Fields that differ between any two objects.
 const IDENTITY: [&[&str]; 4] =
     [&["apiVersion"], &["kind"], &["metadata", "name"], &["metadata", "namespace"]];
 
-/// One step down.
+/// One segment of a path.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Step {
-    /// By this name.
+    /// This key.
     Name(Arc<str>),
-    /// By some name, or to some element.
+    /// Any key or index.
     Any,
 }
 
-/// A place below `data`.
+/// A path below `data`.
 pub type Place = Vec<Step>;
 
-/// How much is read at a place.
+/// Depth of a read.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Extent {
-    /// Whether there is something, its kind, and the value itself where it is no container.
+    /// Existence, type, scalar value.
     Shallow,
-    /// Enough to tell two objects of one resource apart.
+    /// Identifying fields of a Kubernetes object.
     Identity,
-    /// All that lies below it.
+    /// The complete value.
     Whole,
 }
 
-/// Readers of a place that are remembered: enough to know where to look.
+/// Maximum number of locations per path.
 const SITES_MAX: usize = 8;
 
-/// What is read, and by whom.
+/// Paths read, with source locations.
 #[derive(Clone, Default, Debug)]
 pub struct Reads(BTreeMap<Place, (Extent, BTreeSet<Site>)>);
 
-/// The analysis takes more time or memory than it may.
+/// The analysis exceeded its bounds.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("field analysis failed: the policies choose among too many fields; read fields by constant names")]
-pub struct TooComplex;
+pub(crate) struct TooComplex;
 
 impl Reads {
-    /// These places, each read as far as its extent says, at `sites`.
+    /// Creates reads located at `sites`.
     pub fn of(places: impl IntoIterator<Item = (Place, Extent)>, sites: &[Site]) -> Self {
         let mut reads = Self::default();
         for (place, extent) in places {
@@ -87,7 +83,7 @@ impl Reads {
         reads
     }
 
-    /// Adds what `other` reads.
+    /// Adds the reads of `other`.
     pub fn join(&mut self, other: Self) {
         for (place, (extent, sites)) in other.0 {
             self.add(&place, extent, None);
@@ -97,8 +93,8 @@ impl Reads {
         }
     }
 
-    /// Paths that are read within objects that lie `depth` names below `place`, none of them of the extent `Identity`.
-    /// An empty path that is read whole means whole objects.
+    /// Returns the paths read in objects `depth` levels below `place`, with [`Extent::Identity`] expanded. An
+    /// empty deep path means complete objects.
     pub fn of_objects(&self, place: &DirPath, depth: usize) -> Vec<(Vec<Step>, Extent, &BTreeSet<Site>)> {
         let resource = place.relative().split('/').count();
         let is_name = |step: &Step| matches!(step, Step::Name(_));
@@ -118,12 +114,12 @@ impl Reads {
         paths
     }
 
-    /// Every place that is read, in their order, with who reads it so.
+    /// Iterates over all reads, sorted.
     pub fn iter(&self) -> impl Iterator<Item = (&Place, Extent, &BTreeSet<Site>)> {
         self.0.iter().map(|(place, (extent, sites))| (place, *extent, sites))
     }
 
-    /// What is read of `place`, of what it lies in, and of what lies in it.
+    /// Iterates over reads at, above and below `place`.
     pub fn about(&self, place: &DirPath) -> impl Iterator<Item = (&Place, Extent, &BTreeSet<Site>)> {
         let may_be = |(step, name): (&Step, &str)| match step {
             Step::Name(held) => **held == *name,
@@ -132,19 +128,18 @@ impl Reads {
         self.iter().filter(move |(read, ..)| read.iter().zip(place.relative().split('/')).all(may_be))
     }
 
-    /// All of the data, by nobody in particular.
+    /// Returns a deep read of all data, without locations.
     pub fn everything() -> Self {
         Self(BTreeMap::from([(Vec::new(), (Extent::Whole, BTreeSet::new()))]))
     }
 
-    /// Says whether the place, or so much of it, was not read before.
+    /// Returns whether the set of reads grew.
     fn add(&mut self, place: &[Step], extent: Extent, site: Option<&Site>) -> bool {
         let is_new = !self.0.contains_key(place);
         let (held, sites) = self.0.entry(place.to_vec()).or_insert((extent, BTreeSet::new()));
         let is_more = *held < extent;
         if is_more {
             *held = extent;
-            // Who takes it whole says more than who touches it.
             if site.is_some() {
                 sites.clear();
             }
@@ -156,43 +151,39 @@ impl Reads {
     }
 }
 
-/// What a value may be. The default is no value at all.
+/// Abstract value; by default none.
 #[derive(Clone, Default, PartialEq, Eq)]
 struct Flow {
-    /// Places that it may come from.
     places: BTreeSet<Place>,
-    /// Texts that it may be.
+    /// Possible strings.
     texts: BTreeSet<Arc<str>>,
-    /// Whether it may also be any other value that does not lie below `data`.
+    /// Whether other values are possible.
     mixed: bool,
-    /// What its elements may be, when it was built of others.
+    /// Elements, if the policy built the value.
     elements: Option<Box<Flow>>,
-    /// Whether what was built may be an array or an object, not only a set.
+    /// Whether it may be an array or object, not only a set.
     keyed: bool,
 }
 
 impl Flow {
-    /// A value of which nothing is known but that it does not lie below `data`.
     fn other() -> Self {
         Self { mixed: true, ..Self::default() }
     }
 
-    /// A container of these elements.
     fn built(elements: Self, keyed: bool) -> Self {
         Self { elements: Some(Box::new(elements)), keyed, ..Self::default() }
     }
 
-    /// Whether it can only be one of its texts.
     fn is_text(&self) -> bool {
         self.places.is_empty() && !self.mixed && self.elements.is_none()
     }
 
-    /// The steps that it may be as a key.
+    /// Returns possible segments of a lookup by this value.
     fn steps(&self) -> Vec<Step> {
         if self.is_text() { self.texts.iter().cloned().map(Step::Name).collect() } else { vec![Step::Any] }
     }
 
-    /// The keys that a scan of it finds. Those of a set are its members, which were read whole when they came.
+    /// Returns the keys of a scan. Set members were read on insertion.
     fn keys(&self) -> Self {
         if self.mixed || self.keyed || !self.places.is_empty() {
             return Self::other();
@@ -204,7 +195,7 @@ impl Flow {
         }
     }
 
-    /// Whether all places can be objects of one resource: they differ in their last step only.
+    /// Whether all paths can be objects of one resource.
     fn is_of_one_resource(&self) -> bool {
         let Some((first, len)) = self.places.first().map(|place| (place, place.len())) else { return false };
         let is_alike = |place: &Place| place.len() == len && place[..len - 1] == first[..len - 1];
@@ -212,14 +203,12 @@ impl Flow {
         len >= 3 && first[..len - 2].iter().all(is_name) && self.places.iter().all(is_alike)
     }
 
-    /// Places, texts and containers.
     fn size(&self) -> usize {
         1 + self.places.len()
             + self.texts.len()
             + self.elements.as_ref().map_or(0, |elements| elements.size())
     }
 
-    /// Steps of all its places, and its texts.
     fn stored(&self) -> usize {
         let below = self.elements.as_ref().map_or(0, |elements| elements.stored());
         self.places.iter().map(Vec::len).sum::<usize>() + self.texts.len() + below
@@ -229,13 +218,12 @@ impl Flow {
         self.places.is_empty() && self.elements.as_ref().is_none_or(|elements| elements.is_empty())
     }
 
-    /// Differs after a [`join`](Self::join) that was news, but for news of the elements.
+    /// Changes if [`join`](Self::join) changes more than elements.
     fn outline(&self) -> (usize, usize, bool, bool, bool) {
         (self.places.len(), self.texts.len(), self.mixed, self.keyed, self.elements.is_some())
     }
 
-    /// Takes what `other` may be too. Says whether that was news. What lies too deep to be followed is `lost`, and must
-    /// be taken to be read whole.
+    /// Merges `other`. Returns whether anything changed. The caller must read deeply all `escaped` paths.
     fn join(&mut self, other: &Self, depth: usize, lost: &mut BTreeSet<Place>) -> bool {
         let before = self.outline();
         let mut news = false;
@@ -266,8 +254,7 @@ impl Flow {
     }
 }
 
-/// The places that the plan's entrypoints can read.
-pub fn reads(plan: &Plan) -> Result<Reads, TooComplex> {
+pub(crate) fn reads(plan: &Plan) -> Result<Reads, TooComplex> {
     let mut pass = Pass {
         plan,
         functions: plan.functions(),
@@ -312,16 +299,15 @@ fn data() -> Flow {
     Flow { places: BTreeSet::from([Vec::new()]), ..Flow::default() }
 }
 
-/// A function, a local, and in which of the function's blocks it began: other definitions of a rule use the same
-/// numbers for other things. Parameters begin before the first.
+/// Function, local and the block that first assigns it, 0 for parameters. Definitions of one rule reuse
+/// numbers.
 type Local = (String, u32, usize);
 
-/// A list or set that statements of one block build.
 #[derive(Clone)]
 struct List {
-    /// Depth of that block.
+    /// Depth of the creating block.
     depth: usize,
-    /// The steps that each element may be as a key.
+    /// Possible segments of each element.
     steps: Vec<Vec<Step>>,
 }
 
@@ -329,34 +315,28 @@ struct Pass<'a> {
     plan: &'a Plan,
     functions: HashMap<&'a str, &'a Function>,
     flows: HashMap<Local, Flow>,
-    /// In which block of the function under way a local last began anew.
+    /// First-assigning blocks of the current function.
     begun: HashMap<u32, usize>,
-    /// The lists and sets that were built so far in the blocks under way.
     lists: HashMap<u32, List>,
-    /// Those of them that came, grew or went, block by block.
+    /// Lists touched in open blocks, in order.
     changed: Vec<u32>,
-    /// Blocks around the statement under way.
     depth: usize,
     returns: HashMap<String, Flow>,
-    /// The rule that first returned what may come from a place.
+    /// First rule that returns each path.
     returned: BTreeMap<Place, Site>,
     reads: Reads,
-    /// The statement that assigns a local once or inserts into an object once, until a second one is found.
+    /// The only assignment or insertion of a local. `None` if there are several.
     once: HashMap<Local, Option<*const Stmt>>,
-    /// Loops around the statement under way.
     scans: usize,
-    /// Places and statements looked at so far.
     work: usize,
-    /// Steps of all places in `flows`, counted when they came.
     stored: usize,
-    /// A value may come from too many places.
     is_over: bool,
-    /// Something was learnt in this round.
+    /// Whether the current iteration changed anything.
     news: bool,
 }
 
 impl Pass<'_> {
-    /// Whether a bound is reached. Nothing that was found counts then.
+    /// Whether the result is unusable.
     fn is_over(&self) -> bool {
         self.is_over
             || self.work > WORK_MAX
@@ -364,7 +344,7 @@ impl Pass<'_> {
             || self.reads.0.len() > PLACES_MAX
     }
 
-    /// Runs the blocks of a function. A local whose first mention in a block is that it is assigned begins anew there.
+    /// Analyses a function. A block that assigns a local before any use starts a new generation.
     fn body(&mut self, scope: &str, blocks: &[Block]) {
         self.begun.clear();
         for (at, block) in blocks.iter().enumerate() {
@@ -406,7 +386,7 @@ impl Pass<'_> {
                 self.stmt(scope, stmt);
             }
             self.depth -= 1;
-            // Whether the block runs to its end is not known: what it built or changed is not known behind it.
+            // Blocks may stop early, so their lists are unknown afterwards.
             self.work += self.changed.len() - first;
             for local in &self.changed[first..] {
                 self.lists.remove(local);
@@ -417,7 +397,6 @@ impl Pass<'_> {
         }
     }
 
-    /// Follows the building of lists and sets.
     fn build(&mut self, scope: &str, stmt: &Stmt) {
         let plan = self.plan;
         let depth = self.depth;
@@ -443,7 +422,7 @@ impl Pass<'_> {
         };
         if let Some((local, mut list)) = grown.and_then(|local| self.lists.remove_entry(&local)) {
             self.changed.push(local);
-            // One that an inner block adds to may grow any number of times.
+            // Inner blocks may repeat.
             if list.depth == depth && list.steps.len() < LIST_MAX {
                 list.steps.push(self.flow(scope, plan.operand(stmt, "value")).steps());
                 self.lists.insert(local, list);
@@ -451,7 +430,7 @@ impl Pass<'_> {
         }
     }
 
-    /// The steps that each element of a list or set may be, if it is known which elements it has.
+    /// Returns each element's possible segments, if known.
     fn list(&self, operand: Option<Operand>) -> Option<Vec<Vec<Step>>> {
         match operand {
             Some(Operand::Local(local)) => self.lists.get(&local).map(|list| list.steps.clone()),
@@ -504,7 +483,7 @@ impl Pass<'_> {
             "EqualStmt" | "NotEqualStmt" => self.equal(scope, stmt, site.as_ref()),
             "ArrayAppendStmt" => self.put(scope, stmt, "array"),
             "SetAddStmt" => {
-                // Where the value was found says more than the head of the rule.
+                // The lookup has a better location.
                 let value = flow(self, "value");
                 self.whole(&value, None);
                 self.put(scope, stmt, "set");
@@ -531,7 +510,7 @@ impl Pass<'_> {
             "WithStmt" => {
                 let value = flow(self, "value");
                 if stmt.has_path() {
-                    // What is read in its stead is read at another place.
+                    // Reads of the replaced path are recorded separately.
                     self.whole(&value, site.as_ref());
                 } else {
                     self.assign(scope, stmt, "local", &value);
@@ -544,7 +523,7 @@ impl Pass<'_> {
                 let value = flow(self, "value");
                 self.whole(&value, site.as_ref());
             }
-            // A call that only an input decides, and whatever OPA adds one day.
+            // Dynamic calls and newer statements.
             _ => {
                 self.whole(&data(), site.as_ref());
                 self.blocks(scope, &stmt.blocks);
@@ -555,7 +534,7 @@ impl Pass<'_> {
     fn equal(&mut self, scope: &str, stmt: &Stmt, site: Option<&Site>) {
         let sides = ["a", "b"].map(|side| self.plan.operand(stmt, side));
         let is_scalar = |side: &Option<Operand>| matches!(side, Some(Operand::Text(_) | Operand::Bool(_)));
-        // Against a scalar a container is unequal, whatever is in it.
+        // Such comparisons read no elements.
         if !sides.iter().any(is_scalar) {
             for side in sides {
                 let value = self.flow(scope, side);
@@ -584,7 +563,7 @@ impl Pass<'_> {
         let args: Vec<Flow> = operands.iter().map(|operand| self.flow(scope, Some(*operand))).collect();
         if let Some(function) = self.functions.get(name).copied() {
             if function.params.len() != args.len() {
-                // A plan that is not as expected.
+                // Malformed plan.
                 self.whole(&data(), site);
             }
             for (param, arg) in function.params.iter().zip(&args) {
@@ -598,7 +577,7 @@ impl Pass<'_> {
         let result = match (name, &args[..]) {
             ("object.get", [object, key, default]) => {
                 self.whole(key, site);
-                // A key that is an array is a path.
+                // An array is a path.
                 let one_name = || key.is_text().then(|| vec![key.steps()]);
                 if let Some(path) = self.list(operands.get(1).copied()).or_else(one_name) {
                     let mut result = object.clone();
@@ -635,7 +614,7 @@ impl Pass<'_> {
                 }
                 Flow::other()
             }
-            // The kind of a value is read with every step to it.
+            // Earlier steps read the type.
             (
                 "is_array" | "is_boolean" | "is_null" | "is_number" | "is_object" | "is_set" | "is_string"
                 | "type_name",
@@ -655,14 +634,13 @@ impl Pass<'_> {
         self.assign(scope, stmt, "result", &result);
     }
 
-    /// Reads whole what cannot be followed.
     fn lose(&mut self, lost: BTreeSet<Place>) {
         for place in lost {
             self.news |= self.reads.add(&place, Extent::Whole, None);
         }
     }
 
-    /// What lies one of these steps below, of which it is read at least that it is there.
+    /// Follows each of `steps` and records at least a shallow read.
     fn dot(&mut self, source: &Flow, steps: &[Step], site: Option<&Site>) -> Flow {
         let mut target = Flow { mixed: source.mixed, ..Flow::default() };
         let places = source.places.len() * steps.len();
@@ -691,7 +669,7 @@ impl Pass<'_> {
         target
     }
 
-    /// Whether the statement may run twice for one local: in a loop, or beside another one.
+    /// Whether the statement can assign twice.
     fn may_repeat(&mut self, scope: &str, stmt: &Stmt, name: &str) -> bool {
         let Some(local) = stmt.local(name) else { return true };
         let this = std::ptr::from_ref(stmt);
@@ -702,7 +680,6 @@ impl Pass<'_> {
         self.scans > 0 || first.is_none()
     }
 
-    /// Reads what it takes to tell whether two values are equal.
     fn compare(&mut self, flow: &Flow) {
         if flow.mixed || !flow.texts.is_empty() || flow.elements.is_some() || !flow.is_of_one_resource() {
             return self.whole(flow, None);
@@ -715,7 +692,7 @@ impl Pass<'_> {
     fn whole(&mut self, flow: &Flow, site: Option<&Site>) {
         self.work += flow.places.len();
         for place in &flow.places {
-            // What OPA itself takes in the end has no place in a module; the rule that returned it has.
+            // Results of entrypoints have no location.
             let site = site.or_else(|| self.returned.get(place));
             self.news |= self.reads.add(place, Extent::Whole, site);
         }
@@ -728,7 +705,7 @@ impl Pass<'_> {
         let flow = match operand {
             Some(Operand::Local(local)) => match self.flows.get(&self.local(scope, local)) {
                 Some(flow) => flow.clone(),
-                // No call of the function was seen so far.
+                // No caller yet.
                 None if self.is_param(scope, local) => Flow::default(),
                 None => Flow::other(),
             },
@@ -747,7 +724,7 @@ impl Pass<'_> {
         match stmt.local(name) {
             Some(local) => self.set(self.local(scope, local), flow),
             None if flow.is_empty() => {}
-            // A plan that is not as expected.
+            // Malformed plan.
             None => self.whole(flow, None),
         }
     }
@@ -773,7 +750,6 @@ impl Pass<'_> {
         self.lose(lost);
     }
 
-    /// Puts a value into a container.
     fn put(&mut self, scope: &str, stmt: &Stmt, container: &str) {
         let (mut elements, mut lost) = (Flow::default(), BTreeSet::new());
         let value = self.flow(scope, self.plan.operand(stmt, "value"));
@@ -790,7 +766,7 @@ impl Pass<'_> {
     }
 }
 
-/// The names that a list holds, if it holds nothing else.
+/// Returns the names in `list`. `None` if some are dynamic.
 fn names(list: Vec<Vec<Step>>) -> Option<Vec<Arc<str>>> {
     let name = |step| match step {
         Step::Name(name) => Some(name),
@@ -799,8 +775,8 @@ fn names(list: Vec<Vec<Step>>) -> Option<Vec<Arc<str>>> {
     list.into_iter().flatten().map(name).collect()
 }
 
-/// The names in a path as `json.filter` takes it (OPA v1/topdown/json.go, `parsePath`): a JSON pointer that may lack
-/// its first slash or have several. Names between two slashes are empty; no path at all names the whole value.
+/// Parses a path like OPA (v1/topdown/json.go, `parsePath`): leading slashes are optional; the empty path is
+/// the complete value.
 fn pointer(path: &str) -> Vec<Arc<str>> {
     let names = (!path.is_empty()).then(|| path.trim_start_matches('/').split('/'));
     names.into_iter().flatten().map(|name| name.replace("~1", "/").replace("~0", "~").into()).collect()

@@ -1,5 +1,4 @@
-//! The ConfigMaps of policies: what each holds, what was accepted of it last, and what is being checked. One check is
-//! under way at a time; what changes meanwhile waits for the next.
+//! Desired, last good and checked modules of all policy ConfigMaps. Changes during a check wait for the next.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -12,20 +11,18 @@ use super::settle::{Candidate, Candidates, Outcome, Refused, Texts};
 use super::verdict::Fault;
 use crate::model::ObjectKey;
 
-/// See the module's text.
 #[derive(Default)]
-pub struct Policies {
+pub(crate) struct Policies {
     units: BTreeMap<ObjectKey, Unit>,
-    /// Something changed that no check has seen, or all are to be checked once more.
     dirty: bool,
     checking: Option<Arc<Candidates>>,
-    /// The packages that are served or may be soon: how many modules own each. Rejected modules own nothing.
+    /// Number of modules by package, excluding rejected ones.
     roots: BTreeMap<DirPath, usize>,
-    /// Rejected texts took no part in the last check: there was no place or no room for them.
+    /// Whether the last check excluded rejected modules.
     left_out: bool,
-    /// Bytes of the rejected texts that take part in the check under way.
+    /// Bytes of rejected modules in the current check.
     reserved: usize,
-    /// Bytes of their modules, of each ConfigMap the larger of what it holds and what is good.
+    /// Bytes of modules: the larger of desired and last good.
     bytes: usize,
 }
 
@@ -33,7 +30,7 @@ pub struct Policies {
 struct Unit {
     wanted: Wanted,
     good: Option<Arc<Texts>>,
-    /// What the last check said, and of which texts.
+    /// Last result.
     told: Option<Told>,
 }
 
@@ -42,9 +39,8 @@ struct Told {
     of: Option<Arc<Texts>>,
     faults: Vec<Fault>,
     warnings: Vec<Fault>,
-    /// The faults are not its own for certain: nothing is told before it had its chance.
+    /// Whether the result is inconclusive.
     untried: bool,
-    /// It makes the check fail, or take too long.
     costly: bool,
 }
 
@@ -52,42 +48,37 @@ struct Told {
 enum Wanted {
     #[default]
     Gone,
-    /// Nothing that could be checked.
+    /// Nothing that can be checked.
     Unusable,
     Texts(Arc<Texts>),
 }
 
-/// What the check says of what a ConfigMap holds now.
-pub enum Opinion<'a> {
-    /// Not asked yet.
+pub(crate) enum Opinion<'a> {
     Waiting,
-    /// Accepted when `faults` is empty. `warnings` are about others' changes.
+    /// Accepted if `faults` is empty.
     Told {
-        /// What was asked about.
         of: &'a Texts,
-        /// Why it is refused.
         faults: &'a [Fault],
-        /// Its tests that fail now.
         warnings: &'a [Fault],
     },
 }
 
-/// New modules by id, none for those that go.
-pub type ModuleChanges = BTreeMap<String, Option<Arc<Module>>>;
+/// Modules by id; `None` if removed.
+pub(crate) type ModuleChanges = BTreeMap<String, Option<Arc<Module>>>;
 
-/// What was accepted last of each ConfigMap.
+/// Last good modules by ConfigMap.
 pub type LastGood = BTreeMap<ObjectKey, Arc<Texts>>;
 
 impl Policies {
-    /// Takes what was accepted before a restart. It is checked with all the rest before anything is served.
-    pub fn restore(&mut self, good: LastGood) {
+    /// Restores last good modules, which must be checked before use.
+    pub(crate) fn restore(&mut self, good: LastGood) {
         for (key, texts) in good {
             self.change(&key, |unit| unit.good = Some(texts));
             self.dirty = true;
         }
     }
 
-    /// Changes a unit, and with it what all of them own.
+    /// Changes a ConfigMap and updates the totals.
     fn change<T>(&mut self, key: &ObjectKey, change: impl FnOnce(&mut Unit) -> T) -> T {
         let unit = self.units.entry(key.clone()).or_default();
         let before = unit.demand();
@@ -101,13 +92,12 @@ impl Policies {
         changed
     }
 
-    /// The ConfigMap holds these texts.
-    pub fn put(&mut self, key: &ObjectKey, texts: Texts) {
+    pub(crate) fn put(&mut self, key: &ObjectKey, texts: Texts) {
         let is_new = self.change(key, |unit| {
             if matches!(&unit.wanted, Wanted::Texts(held) if **held == texts) {
                 return false;
             }
-            // The one allocation is kept when a ConfigMap goes back to what was good.
+            // Reverting to the last good modules reuses their memory.
             let texts = unit.good.clone().filter(|good| **good == texts).unwrap_or_else(|| Arc::new(texts));
             unit.wanted = Wanted::Texts(texts);
             true
@@ -115,23 +105,22 @@ impl Policies {
         self.dirty |= is_new;
     }
 
-    /// The ConfigMap holds something that cannot be checked: it keeps its last good texts.
-    pub fn put_unusable(&mut self, key: &ObjectKey) {
+    /// The ConfigMap cannot be checked: the last good modules remain.
+    pub(crate) fn put_unusable(&mut self, key: &ObjectKey) {
         let before = self.change(key, |unit| std::mem::replace(&mut unit.wanted, Wanted::Unusable));
         self.dirty |= !matches!(before, Wanted::Unusable);
     }
 
-    /// The ConfigMap is gone.
-    pub fn remove(&mut self, key: &ObjectKey) {
+    pub(crate) fn remove(&mut self, key: &ObjectKey) {
         if self.units.contains_key(key) {
             self.change(key, |unit| unit.wanted = Wanted::Gone);
             self.dirty = true;
         }
     }
 
-    /// What is to be checked now, if anything is. Texts that were rejected before take part only where the places of
-    /// their packages `may_own` data's, and while there is room for them.
-    pub fn job(&mut self, may_own: impl Fn(&DirPath) -> bool) -> Option<Arc<Candidates>> {
+    /// Starts a check if needed. Rejected modules take part only if `may_own` allows their packages and
+    /// [`MODULES_BYTES_MAX`] suffices.
+    pub(crate) fn job(&mut self, may_own: impl Fn(&DirPath) -> bool) -> Option<Arc<Candidates>> {
         if !self.dirty || self.checking.is_some() {
             return None;
         }
@@ -145,7 +134,6 @@ impl Policies {
                 Wanted::Texts(texts) => Some(texts.clone()),
             };
             let refused = unit.refusal();
-            // What was too costly to check takes no part.
             let is_tried = refused.is_some_and(|refused| refused != Refused::Costly);
             if let (true, Some(texts)) = (is_tried, wanted.as_ref().filter(|_| wanted != unit.good)) {
                 let more = texts.bytes().saturating_sub(unit.good.as_ref().map_or(0, |good| good.bytes()));
@@ -165,24 +153,21 @@ impl Policies {
         Some(candidates)
     }
 
-    /// Has all of them checked once more.
-    pub fn recheck(&mut self) {
+    pub(crate) fn recheck(&mut self) {
         self.dirty = true;
     }
 
-    /// Places became free: rejected texts that took no part in the last check may take part in the next.
-    pub fn reconsider(&mut self) {
+    /// Requests a check of excluded modules.
+    pub(crate) fn reconsider(&mut self) {
         self.dirty |= self.left_out;
     }
 
-    /// Whether all that is known was checked.
-    pub fn is_settled(&self) -> bool {
+    pub(crate) fn is_settled(&self) -> bool {
         !self.dirty && self.checking.is_none()
     }
 
-    /// Takes what came of the check under way: which modules that changes, and of which ConfigMaps something new was
-    /// said.
-    pub fn take(&mut self, outcome: Outcome) -> (ModuleChanges, BTreeSet<ObjectKey>) {
+    /// Applies a check. Returns changed modules and the ConfigMaps with a new result.
+    pub(crate) fn take(&mut self, outcome: Outcome) -> (ModuleChanges, BTreeSet<ObjectKey>) {
         let (mut changes, mut news) = (ModuleChanges::new(), BTreeSet::new());
         let Some(candidates) = self.checking.take() else { return (changes, news) };
         let bytes = self.bytes;
@@ -197,11 +182,10 @@ impl Policies {
         for (key, candidate) in &*candidates {
             let good = accepted.remove(key);
             let unit = &self.units[key];
-            // A rejected text that took no part stays rejected.
             if candidate.wanted == candidate.good && unit.is_left_out(candidate) && good == unit.good {
                 continue;
             }
-            // What had no chance this time keeps what was said of it.
+            // Inconclusive results preserve earlier faults.
             let before =
                 unit.told.as_ref().filter(|told| told.of == candidate.wanted && good != candidate.wanted);
             let before = before.map(|told| told.faults.clone());
@@ -217,7 +201,7 @@ impl Policies {
             }
             let gone = unit.good.iter().flat_map(|old| old.modules.keys());
             changes.extend(gone.map(|id| (id.clone(), None)));
-            // All of them: what was restored is not served yet.
+            // Restored modules were not served yet.
             let new = good.iter().flat_map(|new| &new.modules);
             changes.extend(new.map(|(id, module)| (id.clone(), Some(Arc::clone(module)))));
             self.change(key, |unit| (unit.told, unit.good) = (Some(told), good));
@@ -229,8 +213,8 @@ impl Policies {
         (changes, news)
     }
 
-    /// What was said of the ConfigMap as it is now; none when there is no such ConfigMap.
-    pub fn opinion(&self, key: &ObjectKey) -> Option<Opinion<'_>> {
+    /// `None` if there is no such ConfigMap.
+    pub(crate) fn opinion(&self, key: &ObjectKey) -> Option<Opinion<'_>> {
         let unit = self.units.get(key)?;
         let of = match &unit.wanted {
             Wanted::Gone => return None,
@@ -245,31 +229,29 @@ impl Policies {
         })
     }
 
-    /// The ConfigMaps of which the last check refused something, and why.
-    pub fn refused(&self) -> impl Iterator<Item = (&ObjectKey, &[Fault])> {
+    /// Returns rejected ConfigMaps with their faults.
+    pub(crate) fn refused(&self) -> impl Iterator<Item = (&ObjectKey, &[Fault])> {
         let told = self.units.iter().filter_map(|(key, unit)| Some((key, unit.told.as_ref()?)));
         let told = told.filter(|(_, told)| !told.untried && !told.faults.is_empty());
         told.map(|(key, told)| (key, told.faults.as_slice()))
     }
 
-    /// What was accepted last.
-    pub fn last_good(&self) -> LastGood {
+    pub(crate) fn last_good(&self) -> LastGood {
         let good = self.units.iter().filter_map(|(key, unit)| Some((key.clone(), unit.good.clone()?)));
         good.collect()
     }
 
-    /// The packages that are served or may be soon, by what each owns.
-    pub fn roots(&self) -> &BTreeMap<DirPath, usize> {
+    pub(crate) fn roots(&self) -> &BTreeMap<DirPath, usize> {
         &self.roots
     }
 
-    /// Bytes of all texts that are served or may be soon, but those of `key`.
-    pub fn bytes_beside(&self, key: &ObjectKey) -> usize {
+    /// Returns the bytes of served and checked modules, except those of `key`.
+    pub(crate) fn bytes_beside(&self, key: &ObjectKey) -> usize {
         self.reserved + self.bytes - self.units.get(key).map_or(0, |unit| bytes(&unit.demand()))
     }
 }
 
-/// Texts of a unit that need room: what is good, and what may be accepted.
+/// Last good modules and those that may be accepted.
 type Demand = [Option<Arc<Texts>>; 2];
 
 fn bytes(demand: &Demand) -> usize {
@@ -302,7 +284,6 @@ impl Unit {
         [self.good.clone(), wanted.cloned()]
     }
 
-    /// How what it holds now was rejected, if it was.
     fn refusal(&self) -> Option<Refused> {
         let told = self.told.as_ref().filter(|told| told.of.as_ref() == self.wanted.texts())?;
         let refused = match told {
@@ -313,7 +294,7 @@ impl Unit {
         (!told.faults.is_empty()).then_some(refused)
     }
 
-    /// Whether what it held when `candidate` was made was rejected before and took no part in the check.
+    /// Whether the check excluded the rejected modules.
     fn is_left_out(&self, candidate: &Candidate) -> bool {
         self.refusal().is_some() && self.wanted.texts() != candidate.wanted.as_ref()
     }
@@ -329,7 +310,7 @@ impl Wanted {
 }
 
 impl Texts {
-    /// Bytes of all of them.
+    /// Returns the size of the source, in bytes.
     pub fn bytes(&self) -> usize {
         self.modules.values().chain(self.tests.values()).map(|module| module.text.len()).sum()
     }
@@ -393,7 +374,6 @@ mod tests {
         let good = job[&key("a")].good.clone().unwrap();
         let outcome = Outcome { accepted: BTreeMap::from([(key("a"), good)]), ..Outcome::default() };
         let (changes, _) = policies.take(outcome);
-        // It was not served yet, so it must come as a change.
         assert_eq!(changes.len(), 1, "{changes:?}");
     }
 
@@ -422,7 +402,7 @@ mod tests {
         assert!(policies.roots().contains_key(&root), "it is being checked");
         policies.take(reject(&job, "a"));
         assert!(policies.roots().is_empty() && policies.bytes_beside(&key("b")) == 0);
-        // The place is taken, and there is no room for both: it takes part in no check and stays rejected.
+        // Excluded for package or size: rejection remains.
         for (may_own, bytes) in [(false, 1), (true, MODULES_BYTES_MAX / 2 + 1)] {
             policies.put(&key("b"), module("other", bytes));
             let job = policies.job(|_| may_own).unwrap();

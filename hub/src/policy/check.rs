@@ -1,5 +1,4 @@
-//! Whether modules compile together: by a real OPA, `opa check` on all of them, or, where there is none, by a parser
-//! that sees the syntax of each alone.
+//! Checks modules with OPA, or without one for syntax only.
 
 mod run;
 mod syntax;
@@ -26,63 +25,63 @@ use super::verdict::{Fault, Location};
 use crate::config::{CHECK_FAULTS_MAX, CHECK_MAX, TEST_RUN_MAX, TEST_SECONDS, TESTS_MAX, TESTS_PAUSE};
 use crate::model::ObjectKey;
 
-/// Why OPA returned no result.
+/// Failure of OPA.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// `--opa-bin` names something else.
+    /// The program is not OPA.
     #[error("{program} is no OPA: {because}")]
     NotOpa {
-        /// What was run.
+        /// Path of the program.
         program: String,
-        /// What came of it.
+        /// Cause.
         because: String,
     },
-    /// The folder for the modules.
+    /// Modules could not be written.
     #[error("cannot write the modules for OPA: {0}")]
     Write(std::io::Error),
-    /// The file with the plan.
+    /// The plan could not be read.
     #[error("cannot read OPA's plan: {0}")]
     Read(std::io::Error),
-    /// The process.
+    /// The process could not be started or read.
     #[error("cannot run OPA: {0}")]
     Run(std::io::Error),
-    /// It hangs.
+    /// OPA timed out.
     #[error("OPA did not answer within {} s", .0.as_secs())]
     TooLong(Duration),
-    /// The plan would take too much memory.
+    /// The plan needs too much memory.
     #[error("OPA's plan has {0} bytes, more than the {PLAN_BYTES_MAX} that are analysed")]
     PlanTooLarge(u64),
-    /// It ended in some other way than with a list of errors.
+    /// OPA failed without reporting errors.
     #[error("OPA ended with {status}: {output}")]
     Failed {
-        /// Its exit.
+        /// Exit status.
         status: String,
-        /// The beginning of what it wrote.
+        /// First bytes of the output.
         output: String,
     },
 }
 
 impl Error {
-    /// Whether no module can be the cause: OPA was not even started.
+    /// Whether OPA did not start, so that no module is the cause.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::TooLong(_) | Self::Failed { .. } | Self::PlanTooLarge(_) => false,
-            // Its query names too many packages.
+            // The query names too many packages.
             Self::Run(error) => error.kind() != io::ErrorKind::ArgumentListTooLong,
             _ => true,
         }
     }
 }
 
-/// Which Rego a module is written in, as OPA's flags say it.
+/// Rego version.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Dialect {
-    /// What OPA takes by default.
+    /// OPA's default.
     #[default]
     Default,
-    /// `--v0-compatible`
+    /// OPA's `--v0-compatible`.
     V0,
-    /// `--v1-compatible`
+    /// OPA's `--v1-compatible`.
     V1,
 }
 
@@ -95,7 +94,6 @@ impl Dialect {
         }
     }
 
-    /// As a bundle's manifest says it; none: as the OPA that loads it likes.
     pub fn version(self) -> Option<u8> {
         match self {
             Self::Default => None,
@@ -105,37 +103,35 @@ impl Dialect {
     }
 }
 
-/// Who checks.
+/// Checker of modules.
 #[derive(Clone, Debug)]
 pub enum Compiler {
-    /// A real OPA.
+    /// OPA.
     Opa(Opa),
-    /// The parser of another implementation: each module by itself.
+    /// Another parser, which checks each module alone.
     Syntax(Dialect),
 }
 
-/// A program and how it is run.
+/// An OPA program.
 #[derive(Clone, Debug)]
 pub struct Opa {
     program: PathBuf,
     version: String,
     dialect: Dialect,
-    /// What modules may use while they are checked: all but the network, which tests and schemas could reach.
+    /// Denies the network, which tests and schemas could use.
     capabilities: Arc<tempfile::NamedTempFile>,
-    /// Tests that take too long, by ConfigMap, and when they may be run again.
+    /// Slow tests, with the time of their next run.
     slow: Arc<Mutex<BTreeMap<ObjectKey, (Tests, Instant)>>>,
-    /// Bounds the plans in memory: one, for all bundles together.
+    /// Permits one plan in memory, for all bundles.
     plans: Arc<Semaphore>,
 }
 
-/// Test modules of one ConfigMap.
 type Tests = BTreeMap<String, Arc<Module>>;
 
-/// The ConfigMaps whose tests are run.
 type Suites<'a> = Vec<(&'a ObjectKey, Selected<'a>)>;
 
 impl Compiler {
-    /// The OPA at `program`, else the `opa` on the search path, else the parser.
+    /// Finds OPA at `program`, else on the search path, else the parser.
     pub async fn find(program: Option<&Path>, dialect: Dialect) -> Result<Self, Error> {
         match Opa::new(program.unwrap_or(Path::new("opa")), dialect).await {
             Ok(opa) => Ok(Self::Opa(opa)),
@@ -144,7 +140,7 @@ impl Compiler {
         }
     }
 
-    /// The same compiler for another bundle, without running anything.
+    /// Returns this compiler for another bundle.
     #[must_use]
     pub fn with_dialect(&self, dialect: Dialect) -> Self {
         match self {
@@ -153,7 +149,7 @@ impl Compiler {
         }
     }
 
-    /// What checks, for people.
+    /// Returns a display name.
     pub fn name(&self) -> String {
         match self {
             Self::Opa(opa) => format!("OPA {}", opa.version),
@@ -161,8 +157,8 @@ impl Compiler {
         }
     }
 
-    /// What is wrong with these texts together; tests are run when nothing is. An OPA that fails is a fault
-    /// ([`CHECK_FAILED`]) unless no text can be the cause.
+    /// Returns all faults. Tests need modules that compile. Failures of OPA are faults ([`CHECK_FAILED`])
+    /// unless transient.
     pub async fn check(&self, selection: &Selection<'_>) -> Result<Vec<Fault>, Error> {
         match self {
             Self::Syntax(dialect) => {
@@ -174,9 +170,8 @@ impl Compiler {
         }
     }
 
-    /// The plan of these decisions, packages or rules, and of those that annotations make entrypoints; `None` without a
-    /// real OPA. Waits until no other plan is in memory.
-    pub async fn plan(
+    /// Plans `decisions` and annotated entrypoints, one plan at a time. `None` without a real OPA.
+    pub(crate) async fn plan(
         &self,
         modules: &Modules<'_>,
         decisions: &[&DirPath],
@@ -187,8 +182,8 @@ impl Compiler {
         }
     }
 
-    /// Reason why [`dependencies`](Self::dependencies) may lack some, if they may.
-    pub fn omission(&self) -> Option<String> {
+    /// Returns why dependencies may be incomplete.
+    pub(crate) fn omission(&self) -> Option<String> {
         let Self::Opa(Opa { version, .. }) = self else { return None };
         let mut numbers = version.split('.').map_while(|number| number.parse().ok());
         let is_new = [numbers.next(), numbers.next()].map(Option::unwrap_or_default) >= WHOLE_DEPENDENCIES;
@@ -196,8 +191,8 @@ impl Compiler {
         (!is_new).then(|| format!("OPA {version} omits data in `opa deps`; use OPA {major}.{minor} or later"))
     }
 
-    /// What these decisions depend on; `None` without a real OPA.
-    pub async fn dependencies(
+    /// `None` without a real OPA.
+    pub(crate) async fn dependencies(
         &self,
         modules: &Modules<'_>,
         decisions: &[&DirPath],
@@ -209,16 +204,15 @@ impl Compiler {
     }
 }
 
-/// First version of OPA, major and minor, whose `opa deps` tells of the data that `else` bodies and unused variables
-/// read (OPA CHANGELOG.md, 1.21.0, issue 4814).
+/// First OPA whose `opa deps` includes `else` bodies and unused variables (OPA CHANGELOG.md, 1.21.0, issue
+/// 4814).
 const WHOLE_DEPENDENCIES: [u32; 2] = [1, 21];
 
-/// The package of the rule that makes every package an entrypoint: OPA refuses one without rules as an entrypoint.
+/// Generated package. OPA rejects entrypoints without rules.
 const ENTRY: &str = "opahub_entry";
-/// Maximum size of a plan, in bytes of JSON; parsed it takes six times as much. A hundred policies have half a megabyte.
+/// Maximum size of a plan, in bytes of JSON; a hundred policies have 0.5 MB. Parsing needs six times as much.
 const PLAN_BYTES_MAX: u64 = 8 << 20;
 
-/// These paths below `data` as one term of Rego.
 fn query(decisions: &[&DirPath]) -> String {
     let term = |decision: &&DirPath| format!("data[\"{}\"]", decision.relative().replace('/', "\"][\""));
     match decisions {
@@ -230,21 +224,18 @@ fn query(decisions: &[&DirPath]) -> String {
 /// Modules by id.
 pub type Modules<'a> = BTreeMap<&'a String, &'a Arc<Module>>;
 
-/// A plan, and the permit to hold one in memory.
-pub struct Planned {
-    /// The plan.
+pub(crate) struct Planned {
     pub plan: Plan,
-    /// Whether annotations name entrypoints.
+    /// Whether annotations declare entrypoints.
     pub is_annotated: bool,
     _permit: OwnedSemaphorePermit,
 }
 
-/// Paths below `data`, each as far as its names are constant. A term whose first name is not constant is not among them.
+/// Paths below `data`, cut at the first dynamic name.
 #[derive(Debug)]
-pub struct Dependencies {
-    /// Of data.
+pub(crate) struct Dependencies {
     pub data: Vec<Vec<String>>,
-    /// Of rules, those that rules depend on included.
+    /// Rules, including indirect dependencies.
     pub rules: Vec<Vec<String>>,
 }
 
@@ -317,7 +308,7 @@ impl Opa {
         let suites = selection.iter().filter(|(_, selected)| !selected.texts.tests.is_empty());
         let suites: Suites = suites.map(|(key, selected)| (*key, *selected)).collect();
         if modules.is_empty() && suites.is_empty() {
-            // An OPA that cannot check this can check nothing: no change is the cause.
+            // No change can make this fail.
             let (id, module) = (String::new(), Arc::new(Module::read("package opahub").expect("a module")));
             return match self.check(&Modules::from([(&id, &module)])).await {
                 Err(error) if !error.is_transient() => {
@@ -338,8 +329,7 @@ impl Opa {
         }
     }
 
-    /// What is wrong with the tests, in one run; where that fails, in a run for each ConfigMap. A fault is always that
-    /// of the ConfigMap of the tests.
+    /// Runs all tests together, else by ConfigMap. Faults belong to the test's ConfigMap.
     async fn test_all(&self, modules: &Modules<'_>, mut suites: Suites<'_>) -> Result<Vec<Fault>, Error> {
         let mut faults = self.leave_out_slow(&mut suites);
         let started = Instant::now();
@@ -374,7 +364,7 @@ impl Opa {
                 faults.len() == before
             });
             if suites.len() == count {
-                // Some test does not go with a module, and only the module is named.
+                // OPA names only the module.
                 break;
             }
         }
@@ -382,7 +372,7 @@ impl Opa {
         Ok(faults)
     }
 
-    /// Runs the tests of each ConfigMap by themselves, of changed ones first.
+    /// Runs each ConfigMap's tests alone, changed ones first.
     async fn test_each(&self, modules: &Modules<'_>, mut suites: Suites<'_>) -> Result<Vec<Fault>, Error> {
         suites.sort_by_key(|(_, selected)| !selected.is_changed);
         let started = Instant::now();
@@ -397,7 +387,7 @@ impl Opa {
             let packages = packages(tests);
             let mut found = self.test(&all, Some(&packages)).await;
             if let Err(Error::Failed { .. }) = found {
-                // Tests that do not compile end like that; an OPA that fails once may do so by chance.
+                // Tests that do not compile fail alike, and so may a busy OPA.
                 found = match self.check(&all).await {
                     Ok(found) if found.is_empty() => self.test(&all, Some(&packages)).await,
                     Ok(found) => Ok(vec![at_tests(tests, broken_test(&found[0]))]),
@@ -418,7 +408,7 @@ impl Opa {
         Ok(faults)
     }
 
-    /// Takes tests out that took too long a short while ago. Their faults stay.
+    /// Removes tests that were slow recently and returns their faults.
     fn leave_out_slow(&self, suites: &mut Suites<'_>) -> Vec<Fault> {
         let (now, mut slow, mut faults) = (Instant::now(), self.slow(), Vec::new());
         slow.retain(|_, (_, again)| *again > now);
@@ -449,7 +439,7 @@ impl Opa {
             return Err(failed(&said));
         }
         let located = errors.iter().any(|error| error.location.is_some());
-        // That there are more errors than were asked for is one without a place.
+        // OPA's notice of more errors has no location.
         let told = errors.into_iter().filter(|error| error.location.is_some() || !located);
         Ok(told
             .map(|error| Fault {
@@ -459,7 +449,6 @@ impl Opa {
             .collect())
     }
 
-    /// Runs all tests, or those whose names match `names`.
     async fn test(&self, modules: &Modules<'_>, names: Option<&str>) -> Result<Vec<Fault>, Error> {
         let folder = Folder::write(modules)?;
         let timeout = format!("--timeout={TEST_SECONDS}s");
@@ -485,7 +474,7 @@ impl Opa {
         decisions: &[&DirPath],
     ) -> Result<Dependencies, Error> {
         let folder = Folder::write(modules)?;
-        // This command has no flag for the dialect; a bundle says it by itself.
+        // `opa deps` has no flag for the Rego version.
         let manifest = json!({ "roots": [""], "rego_version": self.dialect.version() });
         std::fs::write(folder.dir.path().join(MANIFEST_FILE), manifest.to_string()).map_err(Error::Write)?;
         let said = self.run(&folder, &["deps", "--format=json", "--bundle=."], &[&query(decisions)]).await?;
@@ -509,11 +498,11 @@ impl Opa {
         }
         let rules =
             decisions.iter().enumerate().map(|(at, decision)| format!("p{at} := {}\n", query(&[decision])));
-        // One rule there is always: no decision may be asked for but those that annotations name.
+        // The package needs a rule even without decisions.
         let head = format!("package {package}\n\nnone := true\n");
         let entry: Vec<_> = std::iter::once(head).chain(rules).collect();
         std::fs::write(folder.dir.path().join("entry.rego"), entry.join("\n")).map_err(Error::Write)?;
-        // OPA adds the entrypoints that annotations name, and without the second flag all rules that use one of them.
+        // OPA adds annotated entrypoints; `--prune-unused` excludes rules that use them.
         let command =
             ["build", "--target=plan", "--prune-unused", "--entrypoint", &package, "--output=.plan.tar.gz"];
         let said = self.run(&folder, &command, &["."]).await?;
@@ -552,7 +541,6 @@ impl Opa {
     }
 }
 
-/// A fault of tests that do not compile.
 fn broken_test(fault: &Fault) -> Fault {
     Fault::new(TEST_FAILED, format!("the tests do not compile: {}: {}", fault.code, fault.message))
 }
@@ -564,13 +552,12 @@ fn too_long(tests: &Tests) -> Fault {
     at_tests(tests, Fault::new(TESTS_TOO_LONG, message))
 }
 
-/// The fault, located in the first of these tests.
 fn at_tests(tests: &Tests, fault: Fault) -> Fault {
     let location = tests.keys().next().map(|id| Location { file: id.clone(), row: 1, col: 0 });
     Fault { location, ..fault }
 }
 
-/// A regular expression for the names of the tests in these modules' packages. OPA writes `data.a["b-c"].test_d`.
+/// Returns a regular expression for names such as `data.a["b-c"].test_d`.
 fn packages(tests: &Tests) -> String {
     let is_written = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let package = |module: &Arc<Module>| {
@@ -587,7 +574,7 @@ fn failed(said: &Output) -> Error {
     Error::Failed { status: said.status.to_string(), output }
 }
 
-/// Modules as files, named by their place in the order of their ids: an id may be longer than a file's name.
+/// Modules as numbered files: ids may be too long.
 struct Folder {
     dir: tempfile::TempDir,
     ids: Vec<String>,
@@ -613,7 +600,7 @@ impl Folder {
         self.ids.get(at).map(String::as_str)
     }
 
-    /// Names the modules in a message by their ids, which begin where no other name does.
+    /// Replaces file names by module ids.
     fn rename(&self, message: &str) -> String {
         let mut renamed = String::with_capacity(message.len());
         let mut rest = message;
@@ -630,7 +617,7 @@ impl Folder {
     }
 }
 
-/// Digits of a file's number: OPA lists files by name, which is then the order of the ids.
+/// File order must be id order.
 const FILE_DIGITS: usize = 7;
 
 fn file(at: usize) -> String {
@@ -650,7 +637,7 @@ mod tests {
         Texts { modules, tests }
     }
 
-    /// A stand-in for OPA, in a folder where it notes what it is run for.
+    /// A fake OPA that logs its runs.
     async fn fake() -> (tempfile::TempDir, Compiler) {
         let dir = tempfile::tempdir().unwrap();
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake-opa.sh");
@@ -664,7 +651,7 @@ mod tests {
         log.lines().map(str::to_owned).collect()
     }
 
-    /// Of ConfigMaps `name: module / test`, expects `code file` of all faults, and the runs.
+    /// Checks ConfigMaps `name: module / test`: expects `code file` of faults, and runs.
     async fn check(script: &[&str], faults: &[&str], expected: &[&str]) {
         let (dir, compiler) = fake().await;
         let parse = |line: &&str| {
@@ -688,11 +675,9 @@ mod tests {
     async fn faults_in_tests_are_those_of_their_configmap() {
         check(&["a: x", "b: x / t"], &[], &["check", "check", "test"]).await;
         check(&["a: BROKEN", "b: x / BROKEN"], &["rego_type_error ns/a/m"], &["check"]).await;
-        // The other tests are run all the same.
         let faults = ["test_failed ns/b/t", "test_failed ns/c/t"];
         check(&["a: x", "b: x / BROKEN", "c: x / FAIL"], &faults, &["check", "check", "check", "test"]).await;
         check(&["a: x / BROKEN"], &["test_failed ns/a/t"], &["check", "check"]).await;
-        // The test breaks a module: which one it is shows when each is run by itself.
         let runs = ["check", "check", "test", "check", "test"];
         check(&["a: TARGET", "b: x / BREAKS", "c: x / t"], &["test_failed ns/b/t"], &runs).await;
     }

@@ -1,4 +1,4 @@
-//! Division of decisions that OPA cannot work on together. What one package does costs no other one its precision.
+//! Splits decisions that OPA cannot process together, so that one cannot spoil the others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -11,48 +11,40 @@ use super::analyze;
 use super::check::{self, Modules};
 use super::modules::Module;
 
-/// Maximum number of runs in one call: enough to find three failing ones among a thousand packages.
+/// Maximum number of runs per call: finds three failures among a thousand packages.
 const RUNS_MAX: usize = 64;
-/// Time after which a decision that failed is tried again: a machine that was busy may have failed it. It doubles with
-/// each failure, seven times at most.
+/// Delay before a retry, since a busy machine may be the cause. Doubles with each failure.
 pub const RETRY_AFTER: Duration = Duration::from_secs(600);
-/// Maximum number of doublings of [`RETRY_AFTER`]: 21 hours, so that a lasting failure costs next to nothing.
+/// Maximum number of doublings of [`RETRY_AFTER`]: 21 hours.
 const DOUBLINGS_MAX: u32 = 7;
-/// Number of groups beside twice those of the last call from which others are forgotten.
+/// Number of unused results cached.
 const UNUSED_MAX: usize = 16;
 
-/// Failure of one group.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Failure of a run of OPA.
+pub(crate) enum Error {
     #[error(transparent)]
     Opa(#[from] check::Error),
-    /// Failure of the analysis of its plan.
     #[error(transparent)]
     Analysis(#[from] analyze::TooComplex),
 }
 
-/// Memory of results, so that the same question costs nothing and a longer one goes on where it ended.
-pub struct Divider<T> {
-    /// Digest of the last call's modules.
+/// Cache of results, so that calls resume.
+pub(crate) struct Divider<T> {
+    /// Digest of all modules.
     all: Option<Digest>,
-    /// Results of groups with those modules.
     found: Vec<(BTreeSet<DirPath>, T)>,
     /// Decisions that failed alone.
     failed: BTreeMap<DirPath, Failure>,
-    /// Groups without a result yet, each apart from all others: the call that divides them is under way, was dropped,
-    /// or had no time left.
+    /// Disjoint groups without a result yet.
     groups: Vec<BTreeSet<DirPath>>,
 }
 
 struct Failure {
     /// Digest of the decision's own modules.
     own: Digest,
-    /// Digest of all modules.
     all: Digest,
     reason: String,
     at: Instant,
-    /// Number of failures before this one.
     before: u32,
 }
 
@@ -64,13 +56,11 @@ impl Failure {
     }
 }
 
-/// Results of all decisions.
-pub struct Divided<'a, T> {
-    /// Groups that succeeded.
+pub(crate) struct Divided<'a, T> {
     pub found: Vec<&'a (BTreeSet<DirPath>, T)>,
     /// Decisions that failed, with the reason.
     pub failed: BTreeMap<DirPath, String>,
-    /// Decisions for which the time or the runs were too few. The same call goes on there.
+    /// Decisions left for the next call.
     pub left: BTreeSet<DirPath>,
 }
 
@@ -81,9 +71,9 @@ impl<T> Default for Divider<T> {
 }
 
 impl<T> Divider<T> {
-    /// Runs `work` on these decisions together, and on parts of them where that fails, while runs may begin: until
-    /// then. `None` without a real OPA. An error is no decision's doing. A call that is dropped loses one run at most.
-    pub async fn divide(
+    /// Runs `work` on all decisions, then on halves of failing groups, until `until`. `None` without a real
+    /// OPA. Errors are transient. Cancelling loses one run at most.
+    pub(crate) async fn divide(
         &mut self,
         modules: &Modules<'_>,
         decisions: &BTreeSet<&DirPath>,
@@ -94,7 +84,7 @@ impl<T> Divider<T> {
         if self.all.replace(all) != Some(all) {
             self.found.clear();
         }
-        // Other selections of the same policies lack some of them.
+        // Selections of the same policies alternate.
         let is_there =
             |decision: &DirPath| decisions.contains(decision) || own(modules, decision).next().is_some();
         self.failed.retain(|decision, failure| !failure.is_old(all) || is_there(decision));
@@ -118,7 +108,7 @@ impl<T> Divider<T> {
             is_open
         });
         let new = open.iter().filter(|decision| !self.groups.iter().any(|group| group.contains(**decision)));
-        // What failed once does not fail the others with it once more.
+        // Earlier failures must not fail a group.
         let (again, others): (Vec<&DirPath>, Vec<_>) =
             new.partition(|decision| self.failed.contains_key(**decision));
         let again: Vec<_> = again.into_iter().map(|decision| BTreeSet::from([decision.clone()])).collect();
@@ -126,7 +116,7 @@ impl<T> Divider<T> {
         self.groups.extend(again);
 
         let (mut runs, mut at) = (0, 0);
-        // Level by level, so that good halves are found before the time is over.
+        // Breadth first: good halves succeed early.
         while let Some(group) = self.groups.get(at) {
             let (group, others): (BTreeSet<_>, BTreeSet<_>) =
                 group.iter().cloned().partition(|decision| open.contains(decision));
@@ -186,7 +176,7 @@ impl<T> Divider<T> {
     }
 }
 
-/// The large decisions, which have half of the group's text, and the small ones; one at least of each.
+/// Splits by half the source bytes, large decisions first.
 fn halves(modules: &Modules<'_>, group: BTreeSet<DirPath>) -> [BTreeSet<DirPath>; 2] {
     let bytes =
         |decision: &DirPath| own(modules, decision).map(|(_, module)| module.text.len()).sum::<usize>();
@@ -203,7 +193,7 @@ fn digest<'a>(modules: impl Iterator<Item = (&'a String, &'a Module)>) -> Digest
     modules_digest(modules.map(|(id, module)| (id.as_str(), module.digest)), None)
 }
 
-/// The modules of a decision's package, and of packages above and below it.
+/// Returns modules of the decision's package, and above and below.
 fn own<'a>(modules: &'a Modules<'_>, decision: &DirPath) -> impl Iterator<Item = (&'a String, &'a Module)> {
     let is_own = |module: &Module| decision.is_within(&module.root) || module.root.is_within(decision);
     modules.iter().filter(move |(_, module)| is_own(module)).map(|(id, module)| (*id, &***module))
@@ -217,8 +207,8 @@ mod tests {
 
     const DIVIDE_MAX: Duration = Duration::from_secs(30);
 
-    /// Divides packages of these names with these texts: `x` fails, and more than three of `y` do. Returns the groups of
-    /// each run, and the decisions that failed and were left.
+    /// Divides packages `(name, text)`. Groups fail with an `x` or more than three `y`. Returns runs, failed
+    /// and remaining decisions.
     async fn divide(divider: &mut Divider<()>, packages: &[(&str, &str)]) -> [Vec<String>; 3] {
         let texts = packages.iter().map(|(name, text)| {
             let module = Module::read(&format!("package {name}\n# {text}")).unwrap();
@@ -266,16 +256,15 @@ mod tests {
             tokio::time::advance(Duration::from_secs(2)).await;
             check(divider, &before, &["a"], &["a"]).await;
         }
-        // Another selection of the policies does not forget it.
         check(divider, &before[1..], &["bc"], &[]).await;
         check(divider, &before, &["bc"], &["a"]).await;
-        // What another package did may be mended there.
+        // Another package may be the cause.
         check(divider, &[("a", "x"), ("b", "new"), ("c", "")], &["bc"], &["a"]).await;
         tokio::time::advance(RETRY_AFTER).await;
         check(divider, &[("a", "x"), ("b", "new"), ("c", "")], &["a"], &["a"]).await;
     }
 
-    /// Each call comes nearer to the end, whatever fails together only, and takes its time and one run at most.
+    /// Every call makes progress.
     #[tokio::test(start_paused = true)]
     async fn a_division_ends() {
         let names: Vec<_> = (0..200).map(|at| format!("p{at:03}")).collect();
@@ -306,7 +295,6 @@ mod tests {
         let module = |name: &str| Arc::new(Module::read(&format!("package {name}")).unwrap());
         let modules: Vec<_> = ["a.x", "b", "c"].map(|name| (name.to_owned(), module(name))).into();
         let modules: Modules = modules.iter().map(|(id, module)| (id, module)).collect();
-        // One lies above its packages.
         let decisions = ["a", "b", "c"].map(|name| DirPath::new([name]).unwrap());
         let mut runs = 0;
         let hangs = async |_: &[&DirPath]| {

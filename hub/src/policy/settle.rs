@@ -1,13 +1,11 @@
-//! Which ConfigMaps of policies are accepted when not all of them compile together.
+//! Decides which policy ConfigMaps to accept when they do not all compile together.
 //!
-//! What was good stays good: a ConfigMap that nobody touched is never refused for what another one changed. Of the
-//! changes, those that an error names give way first, each to its last good text; an error in an untouched ConfigMap
-//! is somebody's doing, and that change is looked for. What was refused before and is the same again stands aside
-//! until the rest is settled, and then has its chance.
+//! An unchanged ConfigMap is never rejected because of another one's change. Changes named by errors revert
+//! first. If errors name only unchanged ConfigMaps, the offending change is searched for. Earlier rejections
+//! are retried last.
 //!
-//! A check can also fail itself ([`CHECK_FAILED`]). Then the change that makes it fail is looked for, gives way and is
-//! not tried again before it changes. Only such checks take long: without them equal candidates end equal, with them
-//! [`SETTLE_MAX`] ends the search, and what had no chance comes first next time.
+//! If OPA itself fails ([`CHECK_FAILED`]), the offender is rejected until edited. Only this search can reach
+//! [`SETTLE_MAX`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,96 +17,96 @@ use super::verdict::Fault;
 use crate::config::{CHECKS_MAX, CHECKS_MIN, SETTLE_MAX};
 use crate::model::ObjectKey;
 
-/// OPA's code of a fault in a module by itself.
+/// OPA's code for a syntax error.
 const PARSE_ERROR: &str = "rego_parse_error";
-/// The code of a fault that says that a test failed.
+/// Code of a failed test.
 pub const TEST_FAILED: &str = "test_failed";
-/// The code of a fault that says that the tests of a ConfigMap take too long.
+/// Code of tests that exceed their time limit.
 pub const TESTS_TOO_LONG: &str = "tests_too_long";
-/// The code of a warning that says that the tests of other ConfigMaps took all the time.
+/// Code of tests skipped for lack of time.
 pub const TESTS_NOT_RUN: &str = "tests_not_run";
-/// The code of a fault that says that the check itself failed. It has no location.
+/// Code of a failed check. No location.
 pub const CHECK_FAILED: &str = "check_failed";
 
-/// The texts of one ConfigMap, by module id.
+/// Modules of one ConfigMap, by id.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Texts {
-    /// What OPAs get.
+    /// Modules that are served.
     pub modules: BTreeMap<String, Arc<Module>>,
-    /// What is only run.
+    /// Modules that are only tested.
     pub tests: BTreeMap<String, Arc<Module>>,
 }
 
-/// One ConfigMap: what was accepted of it last, and what it holds now.
+/// Last good and desired modules of one ConfigMap.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Candidate {
-    /// None: it was never accepted, or its end was.
+    /// Last good modules. `None` if there are none.
     pub good: Option<Arc<Texts>>,
-    /// None: it is gone.
+    /// Desired modules. `None` if the ConfigMap was deleted.
     pub wanted: Option<Arc<Texts>>,
-    /// Whether what it holds now was refused before.
+    /// Earlier rejection of `wanted`.
     pub refused: Option<Refused>,
 }
 
-/// What is known of a text that was refused before.
+/// Kind of rejection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Refused {
-    /// It had no chance yet among what is accepted now: it comes first.
+    /// Inconclusive: first in the next check.
     Untried,
-    /// It had.
+    /// Conclusive.
     Tried,
-    /// The check fails with it, or its tests take too long: it is not tried before it changes.
+    /// OPA fails or tests time out: no retry until edited.
     Costly,
 }
 
-/// All ConfigMaps of policies.
+/// All policy ConfigMaps.
 pub type Candidates = BTreeMap<ObjectKey, Candidate>;
 
-/// The texts that are checked together.
+/// Modules that are checked together.
 pub type Selection<'a> = BTreeMap<&'a ObjectKey, Selected<'a>>;
 
-/// The texts of one ConfigMap in a [`Selection`].
+/// Modules of one ConfigMap in a [`Selection`].
 #[derive(Clone, Copy, Debug)]
 pub struct Selected<'a> {
-    /// Those that are wanted, or the last good ones.
+    /// Modules.
     pub texts: &'a Texts,
-    /// Whether they are wanted and not yet good.
+    /// Whether they are desired but not accepted.
     pub is_changed: bool,
 }
 
-/// Which of the candidates an outcome is about.
+/// Scope of an [`Outcome`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Progress {
-    /// All of them.
+    /// All candidates.
     #[default]
     All,
-    /// What was good before: it passes by itself. Changes are put off.
+    /// Last good modules, which passed. Changes are deferred.
     Good,
-    /// None: the check failed.
+    /// Nothing.
     Nothing,
 }
 
-/// What came of the candidates.
+/// Result of a search.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// What is accepted of each ConfigMap, while something is.
+    /// Accepted modules.
     pub accepted: BTreeMap<ObjectKey, Arc<Texts>>,
-    /// Why what a ConfigMap holds now is refused; nothing new of what was refused before and had no chance.
+    /// Reasons of new rejections.
     pub faults: BTreeMap<ObjectKey, Vec<Fault>>,
-    /// Of these, the ones that had no chance yet among what is accepted now.
+    /// Inconclusive rejections.
     pub untried: BTreeSet<ObjectKey>,
-    /// Tests of ConfigMaps that nobody touched, and that fail now.
+    /// Failed tests of unchanged ConfigMaps.
     pub warnings: BTreeMap<ObjectKey, Vec<Fault>>,
-    /// How often all were compiled.
+    /// Number of checks.
     pub checks: usize,
-    /// Why nothing came of the candidates: the check fails without any change too.
+    /// Failure of the last good modules.
     pub failure: Option<Box<Fault>>,
-    /// Which of the candidates were checked.
+    /// Scope of the result.
     pub progress: Progress,
 }
 
 impl Outcome {
-    /// All stays as it was, and is to be checked again.
+    /// Changes nothing and requests another check.
     pub fn unsettled(candidates: &Candidates) -> Self {
         let good =
             candidates.iter().filter_map(|(key, candidate)| Some((key.clone(), candidate.good.clone()?)));
@@ -119,13 +117,13 @@ impl Outcome {
         let open = candidates.iter().filter(|(_, candidate)| is_open(candidate));
         let mut untried: BTreeSet<_> = open.map(|(key, _)| key.clone()).collect();
         if untried.is_empty() {
-            // One is enough to have all checked again.
+            // One key requests a check.
             untried.extend(candidates.keys().next().cloned());
         }
         Self { accepted: good.collect(), untried, progress: Progress::Nothing, ..Self::default() }
     }
 
-    /// The ConfigMaps that are refused as [`Refused::Costly`].
+    /// Returns those rejected as [`Refused::Costly`].
     pub fn costly(&self) -> impl Iterator<Item = &ObjectKey> {
         let refused = self.faults.iter().filter(|(key, _)| !self.untried.contains(*key));
         let costly = refused.filter(|(key, faults)| {
@@ -140,8 +138,7 @@ impl Outcome {
     }
 }
 
-/// Accepts as much of `candidates` as `check` lets pass together. `check` returns the faults of a selection; its error
-/// is no candidate's doing and ends the search.
+/// Accepts as many of `candidates` as pass together. `check` returns faults; its error ends the search.
 pub async fn settle<E>(
     candidates: &Candidates,
     check: impl AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>,
@@ -163,11 +160,9 @@ pub async fn settle<E>(
     }
 }
 
-/// Why nothing can be settled.
 enum Stop<E> {
-    /// The check could not be run.
     Check(E),
-    /// The check fails without any change too.
+    /// The last good modules fail.
     Good(Fault),
 }
 
@@ -175,12 +170,12 @@ type Keys<'a> = BTreeSet<&'a ObjectKey>;
 
 struct Settling<'a, C> {
     candidates: &'a Candidates,
-    /// What was good once and compiles no more.
+    /// Last good modules that no longer compile.
     dropped: Keys<'a>,
-    /// What was said of the selections that were checked, by whose change they held.
+    /// Check results by changed ConfigMaps.
     said: BTreeMap<Keys<'a>, Vec<Fault>>,
     outcome: Outcome,
-    /// When newer edits have their turn.
+    /// Deadline.
     until: Instant,
     check: C,
 }
@@ -192,7 +187,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         });
         let (old, new): (Vec<_>, Vec<_>) = changed.partition(|(_, candidate)| candidate.refused.is_some());
         let mut old: Vec<_> = old.into_iter().map(|(key, _)| key).collect();
-        // Stable: among themselves in the order of their names.
+        // Stable: else in name order.
         old.sort_by_key(|key| self.candidates[*key].refused != Some(Refused::Untried));
         let new: Keys = new.into_iter().map(|(key, _)| key).collect();
         let all: Keys = new.iter().copied().chain(old.iter().copied()).collect();
@@ -213,8 +208,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         Ok(self.outcome)
     }
 
-    /// Takes changes out of `open` until what is left passes. Says who of them may pass beside what is left, or gave
-    /// way for faults that are not its own for certain.
+    /// Removes changes from `open` until the rest passes. Returns those that may still be good.
     async fn narrow(&mut self, open: &mut Keys<'a>) -> Result<Vec<&'a ObjectKey>, Stop<E>> {
         let mut gave_way: Vec<Keys> = Vec::new();
         let mut is_certain = true;
@@ -223,7 +217,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
             let faults = self.faults(open).await?;
             let (passes, failure) = (passes(&faults, open), failure(&faults));
             if std::mem::take(&mut is_proven) && (passes || failure.is_some()) {
-                // Nothing that is left needs what made the check fail.
+                // The offender is confirmed.
                 gave_way.pop();
             }
             if passes {
@@ -245,7 +239,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
                 is_certain = guilty.len() == 1;
                 self.refuse(&guilty, &faults, |_| true);
             } else if guilty.is_empty() {
-                // Nothing changed, and yet it fails: OPA is another one than the one that accepted it.
+                // Last good modules fail: OPA was replaced.
                 let selected = self.selection(open).into_keys().map(|key| self.key(key));
                 guilty = selected.filter(|key| named.contains(key) || named.is_empty()).collect();
                 self.refuse(&guilty, &faults, |_| named.is_empty());
@@ -265,7 +259,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         Ok(gave_way.into_iter().flatten().collect())
     }
 
-    /// Adds those of `again` to `open` that pass now: together as many as no error names, then one by one.
+    /// Adds those of `again` that pass now, first as a group.
     async fn second_chance(&mut self, open: &mut Keys<'a>, again: Vec<&'a ObjectKey>) -> Result<(), Stop<E>> {
         let mut group: Keys = again.iter().copied().collect();
         let mut hopeless = Keys::new();
@@ -282,7 +276,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
                 break;
             }
             self.refuse(&guilty, &faults, |_| false);
-            // What does not even parse does so beside nothing else.
+            // Syntax errors never depend on others.
             let unparsed = |key: &&ObjectKey| {
                 let own = faults.iter().filter(|fault| owner(fault, self.candidates) == Some(key));
                 own.into_iter().any(|fault| fault.code == PARSE_ERROR)
@@ -304,7 +298,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
                 self.outcome.faults.remove(key);
                 if *open != more {
                     *open = more;
-                    // Those before it may need it.
+                    // Earlier ones may depend on it.
                     unreached.append(&mut tried);
                 }
             } else if failure(&faults).is_none() {
@@ -322,8 +316,8 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         Ok(())
     }
 
-    /// Whose changes make an untouched ConfigMap fail: the one without which all is well, else all but those that
-    /// can be added to the last good texts one after the other.
+    /// Returns the changes that break an unchanged ConfigMap: the only one without which the rest passes,
+    /// else all that cannot be added in turn.
     async fn culprits(&mut self, open: &Keys<'a>) -> Result<Keys<'a>, Stop<E>> {
         if open.len() == 1 {
             return Ok(open.clone());
@@ -354,9 +348,8 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         }
     }
 
-    /// Which change of `open` makes the check fail: the one with which it begins to, when they are added in the order
-    /// of their names. True: it failed twice with it, and passed without. False: time was too short to find one of
-    /// these, or, where there is none, the check fails no more.
+    /// Returns the first change that makes OPA fail, and whether a second failure confirmed that. Empty if
+    /// the failure is not reproducible; several if time ran out.
     async fn killers(&mut self, open: &Keys<'a>, failure: &Fault) -> Result<(Keys<'a>, bool), Stop<E>> {
         if self.fails(&Keys::new()).await? {
             return Err(Stop::Good(failure.clone()));
@@ -365,7 +358,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         let first = |count: usize| -> Keys<'a> { order[..count].iter().copied().collect() };
         let (mut passing, mut failing) = (0, order.len());
         while failing - passing > 1 && !self.is_spent() {
-            // A check that fails may take a hundred times as long as one that passes.
+            // Failures can take a hundred times as long.
             let next = passing + (failing - passing).div_ceil(4);
             if self.fails(&first(next)).await? {
                 failing = next;
@@ -385,18 +378,18 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         Ok(failure(&self.faults(open).await?).is_some())
     }
 
-    /// Checks once more what failed.
+    /// Repeats a failed check.
     async fn fails_again(&mut self, open: &Keys<'a>) -> Result<bool, Stop<E>> {
         self.said.remove(open);
         let fails = self.fails(open).await?;
         if !fails {
-            // It was chance, and may have been with others.
+            // Earlier failures may be irreproducible too.
             self.said.retain(|_, faults| failure(faults).is_none());
         }
         Ok(fails)
     }
 
-    /// Whether newer edits have their turn now.
+    /// Whether the search must end.
     fn is_spent(&self) -> bool {
         let checks = self.outcome.checks;
         checks >= CHECKS_MAX || (checks >= CHECKS_MIN && Instant::now() >= self.until)
@@ -437,7 +430,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
         self.candidates.get_key_value(key).expect("keys come from the candidates").0
     }
 
-    /// Tells each of `guilty` the faults in its own texts, and those of others that `also` are its doing.
+    /// Rejects `guilty` for their own faults and those matching `also`.
     fn refuse(&mut self, guilty: &Keys<'a>, faults: &[Fault], also: impl Fn(&Fault) -> bool) {
         for key in guilty {
             let told =
@@ -454,7 +447,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
     }
 }
 
-/// Whether nothing is wrong, or only tests of ConfigMaps fail that nobody touched.
+/// Whether only tests of unchanged ConfigMaps fail.
 fn passes(faults: &[Fault], open: &Keys) -> bool {
     let is_in_open = |fault: &Fault| {
         fault.location.as_ref().is_some_and(|location| open.iter().any(|key| is_in(&location.file, key)))
@@ -462,17 +455,15 @@ fn passes(faults: &[Fault], open: &Keys) -> bool {
     faults.iter().all(|fault| fault.code == TESTS_NOT_RUN || (is_of_tests(fault) && !is_in_open(fault)))
 }
 
-/// Whether the fault is of tests only. The modules compile.
+/// Whether a test, not a module, is at fault.
 pub fn is_of_tests(fault: &Fault) -> bool {
     [TEST_FAILED, TESTS_TOO_LONG, TESTS_NOT_RUN].contains(&fault.code.as_str())
 }
 
-/// Why the check itself failed.
 fn failure(faults: &[Fault]) -> Option<&Fault> {
     faults.iter().find(|fault| fault.code == CHECK_FAILED)
 }
 
-/// The ConfigMap whose text the fault names.
 fn owner<'a>(fault: &Fault, candidates: &'a Candidates) -> Option<&'a ObjectKey> {
     let (namespace, rest) = fault.location.as_ref()?.file.split_once('/')?;
     let (name, _) = rest.split_once('/')?;
@@ -494,8 +485,8 @@ mod tests {
     use crate::config::CHECK_MAX;
     use crate::policy::verdict::Location;
 
-    /// A language as small as can be: `name` defines, `?name` needs, `!` is an error, `T` a failing test, `LONG` one
-    /// that takes too long, and two texts may not define one name. `KILL` makes the check fail, `SLOW` late.
+    /// Fake compiler: `name` defines once, `?name` requires, `!` is a syntax error, `T` a failing test,
+    /// `LONG` a slow one. `KILL` fails the check, `SLOW` slowly.
     fn compile(selection: &Selection) -> Vec<Fault> {
         let words = |tests: bool| {
             selection.iter().flat_map(move |(key, Selected { texts, .. })| {
@@ -525,7 +516,7 @@ mod tests {
             let count = |name: &str| defined.iter().filter(|(_, other)| *other == name).count();
             match word.strip_prefix('?') {
                 Some(name) if count(name) == 0 => faults.push(fault(key, "undefined", word)),
-                // As OPA does, only the first of two is named.
+                // OPA also reports only the first.
                 None if count(word) > 1
                     && defined.iter().find(|(_, other)| *other == word) == Some(&(key, word)) =>
                 {
@@ -547,7 +538,7 @@ mod tests {
         faults
     }
 
-    /// Settles in a time that is not waited for: a check with `SLOW` takes as long as one may.
+    /// Runs in paused time; `SLOW` checks take the maximum.
     fn settle_once(
         candidates: &Candidates,
         mut compile: impl FnMut(&Selection) -> Vec<Fault>,
@@ -578,7 +569,7 @@ mod tests {
         (words != "-").then(|| Arc::new(Texts { modules: of(modules, "m"), tests: of(tests, "t") }))
     }
 
-    /// `name: good > wanted`, `-` for none, `~` before what was refused before, `^` before what is costly too.
+    /// Parses `name: good > wanted`: `-` is none, `~` rejected, `^` costly.
     fn candidates(script: &[&str]) -> Candidates {
         let candidate = |line: &&str| {
             let (name, states) = line.split_once(": ").unwrap();
@@ -594,7 +585,7 @@ mod tests {
         script.iter().map(candidate).collect()
     }
 
-    /// Expects `name=accepted` of all, and the names that are refused.
+    /// Checks `name=accepted` and the rejected names.
     fn check(script: &[&str], accepted: &[&str], refused: &[&str]) {
         let candidates = candidates(script);
         let wanted: Vec<_> = candidates.iter().map(|(key, c)| (key.clone(), c.wanted.clone())).collect();
@@ -610,7 +601,6 @@ mod tests {
         assert_eq!(names, refused, "{script:?}");
     }
 
-    /// As often as there is something untried.
     fn settle_all(mut candidates: Candidates) -> BTreeMap<ObjectKey, Arc<Texts>> {
         let mut faults = BTreeSet::new();
         for _ in 0..candidates.len() + 2 {
@@ -650,7 +640,6 @@ mod tests {
         check(&["a: x > !"], &["a=x"], &["a"]);
         check(&["a: - > !", "b: - > y"], &["b=y"], &["a"]);
         check(&["a: x > ! ?q", "b: y > ?q", "c: z > w"], &["a=x", "b=y", "c=w"], &["a", "b"]);
-        // What comes later makes good what needs it.
         check(&["a: - > ?x"], &[], &["a"]);
         check(&["a: - > ?x", "b: - > x"], &["a=?x", "b=x"], &[]);
         check(&["a: - > x", "b: - > x"], &["b=x"], &["a"]);
@@ -661,20 +650,18 @@ mod tests {
         check(&["a: x > y", "b: ?x"], &["a=x", "b=?x"], &["a"]);
         check(&["a: x > -", "b: ?x"], &["a=x", "b=?x"], &["a"]);
         check(&["a: x", "b: - > x"], &["a=x"], &["b"]);
-        // One of several changes does it: the others go on, those that need each other too.
         check(&["a: x > y", "b: ?x", "c: - > z", "d: - > ?z"], &["a=x", "b=?x", "c=z", "d=?z"], &["a"]);
         check(
             &["a: x > y", "b: ?x", "c: z > w", "d: ?z", "e: - > v"],
             &["a=x", "b=?x", "c=z", "d=?z", "e=v"],
             &["a", "c"],
         );
-        // Who was named for another's doing is not refused for it.
         check(&["a: x > -", "b: ?x > ?x k", "c: ?x"], &["a=x", "b=?x k", "c=?x"], &["a"]);
     }
 
     #[test]
     fn what_was_refused_before_stands_aside() {
-        // It names others for its own doing, and yet the new one is judged by itself.
+        // An offender that blames others is rejected alone.
         check(&["a: x", "b: - > ~x", "c: - > y"], &["a=x", "c=y"], &["b"]);
         check(&["a: x", "b: - > ~x", "c: y > !"], &["a=x", "c=y"], &["b", "c"]);
         check(
@@ -682,7 +669,7 @@ mod tests {
             &["a=x", "d=?q", "e=q"],
             &["b", "c"],
         );
-        // Two that need each other, beside one that is hopeless.
+        // Interdependent changes next to a broken one.
         check(&["a: - > ~b0 ?a0", "b: - > ~a0 ?b0", "c: - > ~!"], &["a=b0 ?a0", "b=a0 ?b0"], &["c"]);
         check(&["a: x > ~y", "b: ?x", "c: - > y"], &["a=x", "b=?x", "c=y"], &["a"]);
     }
@@ -691,7 +678,7 @@ mod tests {
     fn tests_gate_their_own_configmap() {
         check(&["a: x/ > y/T"], &["a=x/"], &["a"]);
         check(&["a: x/T", "b: - > y"], &["a=x/T", "b=y"], &[]);
-        // Those that no longer compile, and those that are slow.
+        // Tests that do not compile, or are slow.
         check(&["a: x > y", "b: z/?x"], &["a=y", "b=z/?x"], &[]);
         check(&["a: x/ > y/?q", "b: - > z"], &["a=x/", "b=z"], &["a"]);
         check(&["a: x/LONG", "b: y > z"], &["a=x/LONG", "b=z"], &[]);
@@ -707,9 +694,8 @@ mod tests {
             check(&[a, b, "c: - > y"], &["a=xa", "b=xb", "c=y"], &["a", "b"]);
             check(&[a, "b: - > ~y", "c: - > ~!", "d: - > w"], &["a=xa", "b=y", "d=w"], &["a", "c"]);
             check(&[a, "b: y > !", "c: z > w"], &["a=xa", "b=y", "c=w"], &["a", "b"]);
-            // What was refused before may be what makes it fail.
             check(&["a: - > y", &format!("b: - > ~{kill}")], &["a=y"], &["b"]);
-            // The end of another one may be, too.
+            // A deletion can fail too.
             check(&[a, "b: y > -", "c: ?y"], &["a=xa", "b=y", "c=?y"], &["a", "b"]);
             for count in [2, 7, 50] {
                 for at in [0, count / 2, count - 1] {
@@ -776,7 +762,6 @@ mod tests {
             assert_eq!(outcome.accepted, BTreeMap::from(good));
             assert_eq!(outcome.untried, BTreeSet::from([key(untried)]));
         }
-        // A change that mends it is accepted.
         check(&["a: KILL > x", "b: - > y"], &["a=x", "b=y"], &[]);
     }
 

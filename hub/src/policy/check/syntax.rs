@@ -1,4 +1,4 @@
-//! What is wrong with the syntax of one module, by another implementation of Rego than OPA's.
+//! Checks the syntax of one module with regorus.
 
 use std::num::NonZeroU32;
 
@@ -7,14 +7,13 @@ use regorus::unstable::{Parser, Source};
 use super::Dialect;
 use crate::policy::verdict::{Fault, Location};
 
-/// Columns that a line may have. OPA has no such bound; 1 MiB is more than a ConfigMap can hold.
+/// Maximum columns; 1 MiB exceeds any ConfigMap.
 const COLUMNS_MAX: NonZeroU32 = NonZeroU32::new(1 << 20).expect("not zero");
 
-/// Brackets in brackets that a module may have. The parser tries each bracket as several things, one after the
-/// other: at 12 it takes milliseconds, at 20 a minute, at 100,000 its stack.
+/// Maximum bracket depth. Parsing takes milliseconds at 12, a minute at 20, and overflows the stack at
+/// 100,000.
 const NESTING_MAX: usize = 12;
 
-/// The first error of `text`.
 pub(super) fn fault(id: &str, text: &str, dialect: Dialect) -> Option<Fault> {
     let nesting = nesting(text);
     let message = if nesting > NESTING_MAX {
@@ -40,13 +39,13 @@ fn parse(id: &str, text: &str, dialect: Dialect) -> Result<(), String> {
     parser.parse().map(drop).map_err(|error| fail(&error))
 }
 
-/// The row and column behind the module's name in the parser's words.
+/// Extracts row and column from an error message.
 fn place(message: &str, id: &str) -> Option<(u64, u64)> {
     let mut numbers = message.split_once(id)?.1.strip_prefix(':')?.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// How deep brackets are nested, leaving out texts and comments.
+/// Returns the bracket depth outside strings and comments.
 fn nesting(text: &str) -> usize {
     let (mut depth, mut deepest) = (0usize, 0);
     let mut bytes = text.bytes();
@@ -115,7 +114,7 @@ mod tests {
     }
 
     proptest! {
-        /// I9: whatever a key holds, it is a module or none.
+        /// I9: input is arbitrary.
         #[test]
         fn i9_random_texts_do_not_panic(text in "(package a\n)?[a-z\"`.\\[\\]{}()\\\\#:=\n ]{0,40}") {
             let _ = fault("m", &text, Dialect::Default);
