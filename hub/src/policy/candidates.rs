@@ -270,7 +270,7 @@ fn own(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
 
 fn disown(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
     for root in roots_of(demand) {
-        let count = roots.get_mut(root).expect("what is owned is counted");
+        let count = roots.get_mut(root).expect("owned roots are counted");
         *count -= 1;
         if *count == 0 {
             roots.remove(root);
@@ -348,16 +348,16 @@ mod tests {
         assert!(policies.job(anywhere).is_none(), "one at a time");
         let (changes, _) = policies.take(accept_all(&first));
         assert_eq!(changes["ns/a/m"].as_ref().unwrap().text, "package a\n1");
-        assert!(matches!(policies.opinion(&key("a")), Some(Opinion::Waiting)), "nothing was said of 2");
+        assert!(matches!(policies.opinion(&key("a")), Some(Opinion::Waiting)), "2 was not checked");
         let second = policies.job(anywhere).unwrap();
         policies.take(accept_all(&second));
         assert!(matches!(policies.opinion(&key("a")), Some(Opinion::Told { faults: [], .. })));
         policies.put(&key("a"), texts("2"));
-        assert!(policies.is_settled(), "the same again is silence");
+        assert!(policies.is_settled(), "equal modules need no check");
         policies.put_unusable(&key("a"));
         let third = policies.job(anywhere).unwrap();
         let (changes, _) = policies.take(accept_all(&third));
-        assert_eq!(changes["ns/a/m"].as_ref().unwrap().text, "package a\n2", "the last good stays");
+        assert_eq!(changes["ns/a/m"].as_ref().unwrap().text, "package a\n2", "last good modules remain");
         policies.remove(&key("a"));
         let fourth = policies.job(anywhere).unwrap();
         assert_eq!(policies.take(accept_all(&fourth)).0, ModuleChanges::from([("ns/a/m".into(), None)]));
@@ -399,7 +399,7 @@ mod tests {
         policies.put(&key("a"), module("shop", MODULES_BYTES_MAX / 2 + 1));
         assert!(policies.roots().contains_key(&root));
         let job = policies.job(anywhere).unwrap();
-        assert!(policies.roots().contains_key(&root), "it is being checked");
+        assert!(policies.roots().contains_key(&root), "still in the check");
         policies.take(reject(&job, "a"));
         assert!(policies.roots().is_empty() && policies.bytes_beside(&key("b")) == 0);
         // Excluded for package or size: rejection remains.
@@ -413,7 +413,7 @@ mod tests {
         }
         policies.put(&key("b"), module("other", 1));
         let job = policies.job(anywhere).unwrap();
-        assert_eq!(job[&key("a")], Candidate::default(), "the larger one is still served");
+        assert_eq!(job[&key("a")], Candidate::default(), "the larger module is still served");
         policies.take(accept_all(&job));
         let job = policies.job(anywhere).unwrap();
         assert!(job[&key("a")].wanted.is_some() && policies.roots().len() == 2);

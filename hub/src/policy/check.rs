@@ -29,7 +29,7 @@ use crate::model::ObjectKey;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The program is not OPA.
-    #[error("{program} is no OPA: {because}")]
+    #[error("starting OPA at {program} failed: {because}; set --opa-bin to an OPA program")]
     NotOpa {
         /// Path of the program.
         program: String,
@@ -37,22 +37,22 @@ pub enum Error {
         because: String,
     },
     /// Modules could not be written.
-    #[error("cannot write the modules for OPA: {0}")]
+    #[error("writing modules for OPA failed: {0}")]
     Write(std::io::Error),
     /// The plan could not be read.
-    #[error("cannot read OPA's plan: {0}")]
+    #[error("reading OPA's plan failed: {0}")]
     Read(std::io::Error),
     /// The process could not be started or read.
-    #[error("cannot run OPA: {0}")]
+    #[error("running OPA failed: {0}")]
     Run(std::io::Error),
     /// OPA timed out.
-    #[error("OPA did not answer within {} s", .0.as_secs())]
+    #[error("OPA timed out after {} s", .0.as_secs())]
     TooLong(Duration),
     /// The plan needs too much memory.
-    #[error("OPA's plan has {0} bytes, more than the {PLAN_BYTES_MAX} that are analysed")]
+    #[error("analysing OPA's plan failed: {0} bytes exceed the maximum of {PLAN_BYTES_MAX}")]
     PlanTooLarge(u64),
     /// OPA failed without reporting errors.
-    #[error("OPA ended with {status}: {output}")]
+    #[error("OPA failed with {status}: {output}")]
     Failed {
         /// Exit status.
         status: String,
@@ -153,7 +153,7 @@ impl Compiler {
     pub fn name(&self) -> String {
         match self {
             Self::Opa(opa) => format!("OPA {}", opa.version),
-            Self::Syntax(_) => "a parser, syntax only".into(),
+            Self::Syntax(_) => "parser (syntax only)".into(),
         }
     }
 
@@ -291,10 +291,10 @@ impl Opa {
             .map_err(|error| not_opa(error.to_string()))?;
         let said = String::from_utf8_lossy(&said.stdout).into_owned();
         let version = said.lines().find_map(|line| line.strip_prefix("Version: "));
-        let version = version.ok_or_else(|| not_opa("it tells no version".into()))?.trim().to_owned();
+        let version = version.ok_or_else(|| not_opa("no version in the output".into()))?.trim().to_owned();
         let capabilities = run(Command::new(program).args(["capabilities", "--current"]), CHECK_MAX).await?;
         let mut capabilities: serde_json::Value = serde_json::from_slice(&capabilities.stdout)
-            .map_err(|error| not_opa(format!("its capabilities do not parse: {error}")))?;
+            .map_err(|error| not_opa(format!("parsing the capabilities failed: {error}")))?;
         capabilities["allow_net"] = json!([]);
         let file = tempfile::NamedTempFile::new().map_err(Error::Write)?;
         std::fs::write(file.path(), capabilities.to_string()).map_err(Error::Write)?;
@@ -312,7 +312,7 @@ impl Opa {
             let (id, module) = (String::new(), Arc::new(Module::read("package opahub").expect("a module")));
             return match self.check(&Modules::from([(&id, &module)])).await {
                 Err(error) if !error.is_transient() => {
-                    Ok(vec![Fault::new(CHECK_FAILED, format!("the check of an empty policy fails: {error}"))])
+                    Ok(vec![Fault::new(CHECK_FAILED, format!("checking an empty policy failed: {error}"))])
                 }
                 checked => checked,
             };
@@ -321,7 +321,7 @@ impl Opa {
             Ok(faults) if faults.is_empty() => self.test_all(&modules, suites).await,
             Err(error) if !error.is_transient() => {
                 let message = format!(
-                    "the check fails: {error}; make the policy cheaper to compile: it is tried again when it changes"
+                    "check failed: {error}; make the policy cheaper to compile (an edit triggers a retry)"
                 );
                 Ok(vec![Fault::new(CHECK_FAILED, message)])
             }
@@ -379,7 +379,8 @@ impl Opa {
         let mut faults = Vec::new();
         for (key, Selected { texts: Texts { tests, .. }, .. }) in suites {
             if started.elapsed() >= TESTS_MAX {
-                let message = "its tests were not run: those of all ConfigMaps take too long together";
+                let message =
+                    "tests skipped: the tests of all ConfigMaps take too long together; make them cheaper";
                 faults.push(at_tests(tests, Fault::new(TESTS_NOT_RUN, message)));
                 continue;
             }
@@ -462,7 +463,7 @@ impl Opa {
             .map(|test| {
                 let because = test.error.as_ref().and_then(|error| error["message"].as_str());
                 let because = because.map(|because| format!(": {because}")).unwrap_or_default();
-                let message = format!("the test {}.{} fails{because}", test.package, test.name);
+                let message = format!("test {}.{} failed{because}", test.package, test.name);
                 Fault { location: Some(folder.location(test.location)), ..Fault::new(TEST_FAILED, message) }
             })
             .collect())
@@ -519,8 +520,10 @@ impl Opa {
                 if entry.size() > PLAN_BYTES_MAX {
                     return Err(Error::PlanTooLarge(entry.size()));
                 }
-                let mut plan: Plan = serde_json::from_reader(std::io::BufReader::new(entry))
-                    .map_err(|error| Error::Failed { status: "a plan".into(), output: error.to_string() })?;
+                let mut plan: Plan =
+                    serde_json::from_reader(std::io::BufReader::new(entry)).map_err(|error| {
+                        Error::Failed { status: "a malformed plan".into(), output: error.to_string() }
+                    })?;
                 plan.rename_files(|file| folder.id(file).map(str::to_owned));
                 let is_annotated = plan.entrypoints().any(|name| name != package);
                 return Ok(Planned { plan, is_annotated, _permit: permit });
@@ -542,13 +545,13 @@ impl Opa {
 }
 
 fn broken_test(fault: &Fault) -> Fault {
-    Fault::new(TEST_FAILED, format!("the tests do not compile: {}: {}", fault.code, fault.message))
+    Fault::new(TEST_FAILED, format!("compiling tests failed: {}: {}", fault.code, fault.message))
 }
 
 fn too_long(tests: &Tests) -> Fault {
     let seconds = TEST_RUN_MAX.as_secs();
     let message =
-        format!("its tests take longer than {seconds} s: make them cheaper, or divide them among ConfigMaps");
+        format!("tests timed out after {seconds} s; make them cheaper or divide them among ConfigMaps");
     at_tests(tests, Fault::new(TESTS_TOO_LONG, message))
 }
 

@@ -285,7 +285,7 @@ mod tests {
                 }
             }
             assert!(all < 2 * packages.len(), "{bad}: {all} runs");
-            assert_eq!(divide(divider, &packages).await[0], [""; 0], "the same question costs nothing");
+            assert_eq!(divide(divider, &packages).await[0], [""; 0], "a repeated call runs nothing");
         }
     }
 
@@ -325,7 +325,7 @@ mod tests {
             let divided = divider.divide(&modules, &decisions, until, work).await.unwrap().unwrap();
             assert!(divided.failed.is_empty() && divided.left.is_empty());
             groups.resize(2, 0);
-            assert_eq!(groups, expected, "all three are known to fail");
+            assert_eq!(groups, expected, "no other groups are run");
         }
     }
 }

@@ -20,16 +20,18 @@ pub struct Module {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// The declaration is missing.
-    #[error("package expected: begin the module with \"package name\"")]
+    #[error("parsing the package failed: no declaration; begin the module with \"package name\"")]
     NoPackage,
     /// The declaration is incomplete.
-    #[error("the package's name breaks off: write names and dots, e.g. \"package shop.orders\"")]
+    #[error(
+        "parsing the package failed: incomplete name; write names and dots, e.g. \"package shop.orders\""
+    )]
     BadPackage,
     /// No bundle root can be written.
-    #[error("the package's first name must be of letters, digits, '.', '_' and '-', not {0:?}")]
+    #[error("package rejected: invalid first name {0:?}; use letters, digits, '.', '_' and '-'")]
     Unwritable(String),
     /// OPA's wildcard: the bundle would own all roots.
-    #[error("the package cannot be named \"_\": OPA refuses a bundle with it; give it another name")]
+    #[error("package rejected: OPA refuses bundles with the name \"_\"; use another name")]
     Wildcard,
 }
 

@@ -439,7 +439,10 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
             if self.candidates[*key].wanted.is_none() {
                 told.insert(
                     0,
-                    Fault::new("still_needed", "it is gone, but others need it: its modules stay"),
+                    Fault::new(
+                        "still_needed",
+                        "ConfigMap deleted, but other policies need its modules; change those first",
+                    ),
                 );
             }
             self.outcome.faults.insert((*key).clone(), told);
@@ -620,11 +623,11 @@ mod tests {
                 candidate.refused = (candidate.good != candidate.wanted).then_some(refused);
                 let told = outcome.faults.contains_key(key) || faults.contains(key);
                 let is_told = told || is_costly || candidate.refused.is_none();
-                assert!(is_told, "{key} is refused for nothing");
+                assert!(is_told, "{key} was rejected without a fault");
                 faults.extend(outcome.faults.get_key_value(key).map(|(key, _)| key.clone()));
             }
         }
-        panic!("it does not end");
+        panic!("the search did not end");
     }
 
     #[test]

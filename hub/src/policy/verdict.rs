@@ -146,11 +146,8 @@ impl Verdict {
         } else {
             let faults = &self.faults[..self.faults.len().min(FAULTS_MAX)];
             let compiling = faults.iter().any(|fault| fault.code.starts_with("rego_"));
-            let message = if compiling {
-                "error(s) occurred while compiling module(s)"
-            } else {
-                "the ConfigMap is refused"
-            };
+            let message =
+                if compiling { "error(s) occurred while compiling module(s)" } else { "ConfigMap rejected" };
             json!({
                 "status": "error",
                 "error": { "code": "invalid_parameter", "message": message, "errors": faults },

@@ -50,8 +50,8 @@ pub(super) async fn run(command: &mut Command, limit: Duration) -> Result<Output
         }
     }
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let out = child.stdout.take().expect("it is piped");
-    let err = child.stderr.take().expect("it is piped");
+    let out = child.stdout.take().expect("stdout is piped");
+    let err = child.stderr.take().expect("stderr is piped");
     let (mut out, mut err) = (out.take(CHECK_OUTPUT_MAX), err.take(CHECK_OUTPUT_MAX));
     let all = async {
         tokio::try_join!(out.read_to_end(&mut stdout), err.read_to_end(&mut stderr))?;

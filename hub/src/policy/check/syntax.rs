@@ -18,7 +18,7 @@ pub(super) fn fault(id: &str, text: &str, dialect: Dialect) -> Option<Fault> {
     let nesting = nesting(text);
     let message = if nesting > NESTING_MAX {
         format!(
-            "brackets are nested {nesting} deep, more than {NESTING_MAX}: give inner ones a rule of their own"
+            "parsing failed: brackets are nested {nesting} deep, more than {NESTING_MAX}; move inner ones into other rules"
         )
     } else {
         parse(id, text, dialect).err()?
