@@ -20,15 +20,15 @@ const STEPS_MAX: usize = 32;
 /// Maximum number of paths read; a hundred policies read a few hundred.
 const PLACES_MAX: usize = 20_000;
 /// Maximum number of paths per value. Six names at twelve levels make 6¹² paths.
-const FLOW_PLACES_MAX: usize = 4096;
+const VALUE_PLACES_MAX: usize = 4096;
 /// Maximum total path length: about 50 MB.
 const STORED_STEPS_MAX: usize = 1_000_000;
 /// Maximum number of visits: under 2 s.
-const WORK_MAX: usize = 4_000_000;
+const VISITS_MAX: usize = 4_000_000;
 /// Maximum nesting of tracked containers.
 const NESTING_MAX: usize = 8;
 /// Maximum number of strings per value. Longer lists are not field names.
-const TEXTS_MAX: usize = 64;
+const STRINGS_MAX: usize = 64;
 /// Maximum length of a tracked list.
 const LIST_MAX: usize = 256;
 /// Fields that differ between any two objects.
@@ -121,11 +121,11 @@ impl Reads {
 
     /// Iterates over reads at, above and below `place`.
     pub fn about(&self, place: &DirPath) -> impl Iterator<Item = (&Place, Extent, &BTreeSet<Site>)> {
-        let may_be = |(step, name): (&Step, &str)| match step {
-            Step::Name(held) => **held == *name,
+        let is_match = |(step, name): (&Step, &str)| match step {
+            Step::Name(key) => **key == *name,
             Step::Any => true,
         };
-        self.iter().filter(move |(read, ..)| read.iter().zip(place.relative().split('/')).all(may_be))
+        self.iter().filter(move |(read, ..)| read.iter().zip(place.relative().split('/')).all(is_match))
     }
 
     /// Returns a deep read of all data, without locations.
@@ -136,61 +136,66 @@ impl Reads {
     /// Returns whether the set of reads grew.
     fn add(&mut self, place: &[Step], extent: Extent, site: Option<&Site>) -> bool {
         let is_new = !self.0.contains_key(place);
-        let (held, sites) = self.0.entry(place.to_vec()).or_insert((extent, BTreeSet::new()));
-        let is_more = *held < extent;
-        if is_more {
-            *held = extent;
+        let (recorded, sites) = self.0.entry(place.to_vec()).or_insert((extent, BTreeSet::new()));
+        let is_deeper = *recorded < extent;
+        if is_deeper {
+            *recorded = extent;
             if site.is_some() {
                 sites.clear();
             }
         }
-        if *held == extent && sites.len() < SITES_MAX {
+        if *recorded == extent && sites.len() < SITES_MAX {
             sites.extend(site.cloned());
         }
-        is_new || is_more
+        is_new || is_deeper
     }
 }
 
 /// Abstract value; by default none.
 #[derive(Clone, Default, PartialEq, Eq)]
-struct Flow {
+struct AbstractValue {
     places: BTreeSet<Place>,
-    /// Possible strings.
-    texts: BTreeSet<Arc<str>>,
+    strings: BTreeSet<Arc<str>>,
     /// Whether other values are possible.
-    mixed: bool,
+    may_be_other: bool,
     /// Elements, if the policy built the value.
-    elements: Option<Box<Flow>>,
+    elements: Option<Box<AbstractValue>>,
     /// Whether it may be an array or object, not only a set.
-    keyed: bool,
+    is_keyed: bool,
 }
 
-impl Flow {
-    fn other() -> Self {
-        Self { mixed: true, ..Self::default() }
+impl AbstractValue {
+    fn unknown() -> Self {
+        Self { may_be_other: true, ..Self::default() }
     }
 
-    fn built(elements: Self, keyed: bool) -> Self {
-        Self { elements: Some(Box::new(elements)), keyed, ..Self::default() }
+    fn container(elements: Self, is_keyed: bool) -> Self {
+        Self { elements: Some(Box::new(elements)), is_keyed, ..Self::default() }
     }
 
-    fn is_text(&self) -> bool {
-        self.places.is_empty() && !self.mixed && self.elements.is_none()
+    fn is_string(&self) -> bool {
+        self.places.is_empty() && !self.may_be_other && self.elements.is_none()
     }
 
     /// Returns possible segments of a lookup by this value.
     fn steps(&self) -> Vec<Step> {
-        if self.is_text() { self.texts.iter().cloned().map(Step::Name).collect() } else { vec![Step::Any] }
+        if self.is_string() {
+            self.strings.iter().cloned().map(Step::Name).collect()
+        } else {
+            vec![Step::Any]
+        }
     }
 
     /// Returns the keys of a scan. Set members were read on insertion.
     fn keys(&self) -> Self {
-        if self.mixed || self.keyed || !self.places.is_empty() {
-            return Self::other();
+        if self.may_be_other || self.is_keyed || !self.places.is_empty() {
+            return Self::unknown();
         }
         match &self.elements {
-            Some(members) if members.is_text() => Self { texts: members.texts.clone(), ..Self::default() },
-            Some(_) => Self::other(),
+            Some(members) if members.is_string() => {
+                Self { strings: members.strings.clone(), ..Self::default() }
+            }
+            Some(_) => Self::unknown(),
             None => Self::default(),
         }
     }
@@ -205,13 +210,13 @@ impl Flow {
 
     fn size(&self) -> usize {
         1 + self.places.len()
-            + self.texts.len()
+            + self.strings.len()
             + self.elements.as_ref().map_or(0, |elements| elements.size())
     }
 
-    fn stored(&self) -> usize {
-        let below = self.elements.as_ref().map_or(0, |elements| elements.stored());
-        self.places.iter().map(Vec::len).sum::<usize>() + self.texts.len() + below
+    fn stored_steps(&self) -> usize {
+        let below = self.elements.as_ref().map_or(0, |elements| elements.stored_steps());
+        self.places.iter().map(Vec::len).sum::<usize>() + self.strings.len() + below
     }
 
     fn is_empty(&self) -> bool {
@@ -219,84 +224,84 @@ impl Flow {
     }
 
     /// Changes if [`join`](Self::join) changes more than elements.
-    fn outline(&self) -> (usize, usize, bool, bool, bool) {
-        (self.places.len(), self.texts.len(), self.mixed, self.keyed, self.elements.is_some())
+    fn shape(&self) -> (usize, usize, bool, bool, bool) {
+        (self.places.len(), self.strings.len(), self.may_be_other, self.is_keyed, self.elements.is_some())
     }
 
     /// Merges `other`. Returns whether anything changed. The caller must read deeply all `escaped` paths.
-    fn join(&mut self, other: &Self, depth: usize, lost: &mut BTreeSet<Place>) -> bool {
-        let before = self.outline();
-        let mut news = false;
+    fn join(&mut self, other: &Self, depth: usize, escaped: &mut BTreeSet<Place>) -> bool {
+        let before = self.shape();
+        let mut changed = false;
         self.places.extend(other.places.iter().cloned());
-        self.texts.extend(other.texts.iter().cloned());
-        self.mixed |= other.mixed;
-        self.keyed |= other.keyed;
+        self.strings.extend(other.strings.iter().cloned());
+        self.may_be_other |= other.may_be_other;
+        self.is_keyed |= other.is_keyed;
         if let Some(elements) = &other.elements {
             if depth < NESTING_MAX {
-                news = self.elements.get_or_insert_default().join(elements, depth + 1, lost);
+                changed = self.elements.get_or_insert_default().join(elements, depth + 1, escaped);
             } else {
-                elements.all_places(lost);
-                self.mixed = true;
+                elements.collect_places(escaped);
+                self.may_be_other = true;
             }
         }
-        if self.mixed || self.texts.len() > TEXTS_MAX {
-            self.mixed = true;
-            self.texts.clear();
+        if self.may_be_other || self.strings.len() > STRINGS_MAX {
+            self.may_be_other = true;
+            self.strings.clear();
         }
-        news || self.outline() != before
+        changed || self.shape() != before
     }
 
-    fn all_places(&self, into: &mut BTreeSet<Place>) {
+    fn collect_places(&self, into: &mut BTreeSet<Place>) {
         into.extend(self.places.iter().cloned());
         if let Some(elements) = &self.elements {
-            elements.all_places(into);
+            elements.collect_places(into);
         }
     }
 }
 
 pub(crate) fn reads(plan: &Plan) -> Result<Reads, TooComplex> {
-    let mut pass = Pass {
+    let mut analysis = Analysis {
         plan,
         functions: plan.functions(),
-        flows: HashMap::new(),
-        begun: HashMap::new(),
+        values: HashMap::new(),
+        generations: HashMap::new(),
         lists: HashMap::new(),
-        changed: Vec::new(),
+        touched_lists: Vec::new(),
         depth: 0,
         returns: HashMap::new(),
-        returned: BTreeMap::new(),
+        return_sites: BTreeMap::new(),
         reads: Reads::default(),
-        once: HashMap::new(),
-        scans: 0,
-        work: 0,
-        stored: 0,
-        is_over: false,
-        news: false,
+        single_assignments: HashMap::new(),
+        loop_depth: 0,
+        visits: 0,
+        stored_steps: 0,
+        has_too_many_places: false,
+        changed: false,
     };
     loop {
-        pass.news = false;
-        for (at, blocks) in plan.entries().enumerate() {
-            let scope = format!("entrypoint {at}");
-            pass.set((scope.clone(), 0, 0), &Flow::other());
-            pass.set((scope.clone(), 1, 0), &data());
-            pass.body(&scope, blocks);
+        analysis.changed = false;
+        for (index, blocks) in plan.entries().enumerate() {
+            let scope = format!("entrypoint {index}");
+            analysis.update((scope.clone(), 0, 0), &AbstractValue::unknown());
+            analysis.update((scope.clone(), 1, 0), &data());
+            analysis.visit_function(&scope, blocks);
         }
-        let mut functions: Vec<&Function> = pass.functions.values().copied().collect();
+        let mut functions: Vec<&Function> = analysis.functions.values().copied().collect();
         functions.sort_unstable_by_key(|function| &function.name);
         for function in functions {
-            pass.body(&function.name, &function.blocks);
+            analysis.visit_function(&function.name, &function.blocks);
         }
-        if pass.is_over() {
+        if analysis.is_exhausted() {
             return Err(TooComplex);
         }
-        if !pass.news {
-            return Ok(pass.reads);
+        if !analysis.changed {
+            return Ok(analysis.reads);
         }
     }
 }
 
-fn data() -> Flow {
-    Flow { places: BTreeSet::from([Vec::new()]), ..Flow::default() }
+fn data() -> AbstractValue {
+    AbstractValue { places: BTreeSet::from([Vec::new()]), ..AbstractValue::default() }
 }
 
 /// Function, local and the block that first assigns it, 0 for parameters. Definitions of one rule reuse
@@ -304,116 +309,116 @@ fn data() -> Flow {
 type Local = (String, u32, usize);
 
 #[derive(Clone)]
-struct List {
+struct TrackedList {
     /// Depth of the creating block.
     depth: usize,
     /// Possible segments of each element.
     steps: Vec<Vec<Step>>,
 }
 
-struct Pass<'a> {
+struct Analysis<'a> {
     plan: &'a Plan,
     functions: HashMap<&'a str, &'a Function>,
-    flows: HashMap<Local, Flow>,
+    values: HashMap<Local, AbstractValue>,
     /// First-assigning blocks of the current function.
-    begun: HashMap<u32, usize>,
-    lists: HashMap<u32, List>,
+    generations: HashMap<u32, usize>,
+    lists: HashMap<u32, TrackedList>,
     /// Lists touched in open blocks, in order.
-    changed: Vec<u32>,
+    touched_lists: Vec<u32>,
     depth: usize,
-    returns: HashMap<String, Flow>,
+    returns: HashMap<String, AbstractValue>,
     /// First rule that returns each path.
-    returned: BTreeMap<Place, Site>,
+    return_sites: BTreeMap<Place, Site>,
     reads: Reads,
     /// The only assignment or insertion of a local. `None` if there are several.
-    once: HashMap<Local, Option<*const Stmt>>,
-    scans: usize,
-    work: usize,
-    stored: usize,
-    is_over: bool,
+    single_assignments: HashMap<Local, Option<*const Stmt>>,
+    loop_depth: usize,
+    visits: usize,
+    stored_steps: usize,
+    has_too_many_places: bool,
     /// Whether the current iteration changed anything.
-    news: bool,
+    changed: bool,
 }
 
-impl Pass<'_> {
+impl Analysis<'_> {
     /// Whether the result is unusable.
-    fn is_over(&self) -> bool {
-        self.is_over
-            || self.work > WORK_MAX
-            || self.stored > STORED_STEPS_MAX
+    fn is_exhausted(&self) -> bool {
+        self.has_too_many_places
+            || self.visits > VISITS_MAX
+            || self.stored_steps > STORED_STEPS_MAX
             || self.reads.0.len() > PLACES_MAX
     }
 
     /// Analyses a function. A block that assigns a local before any use starts a new generation.
-    fn body(&mut self, scope: &str, blocks: &[Block]) {
-        self.begun.clear();
-        for (at, block) in blocks.iter().enumerate() {
-            let (mut mentioned, mut begun) = (BTreeSet::new(), BTreeSet::new());
-            self.mentions(block, &mut mentioned, &mut begun);
-            self.begun.extend(begun.into_iter().map(|local| (local, at + 1)));
-            self.blocks(scope, std::slice::from_ref(block));
+    fn visit_function(&mut self, scope: &str, blocks: &[Block]) {
+        self.generations.clear();
+        for (index, block) in blocks.iter().enumerate() {
+            let (mut mentioned, mut assigned_first) = (BTreeSet::new(), BTreeSet::new());
+            self.mentions(block, &mut mentioned, &mut assigned_first);
+            self.generations.extend(assigned_first.into_iter().map(|local| (local, index + 1)));
+            self.visit_blocks(scope, std::slice::from_ref(block));
         }
     }
 
-    fn mentions(&self, block: &Block, mentioned: &mut BTreeSet<u32>, begun: &mut BTreeSet<u32>) {
+    fn mentions(&self, block: &Block, mentioned: &mut BTreeSet<u32>, assigned_first: &mut BTreeSet<u32>) {
         for stmt in &block.stmts {
             mentioned.extend(self.plan.uses(stmt));
             for target in stmt.targets() {
                 if mentioned.insert(target) {
-                    begun.insert(target);
+                    assigned_first.insert(target);
                 }
             }
             for block in &stmt.blocks {
-                self.mentions(block, mentioned, begun);
+                self.mentions(block, mentioned, assigned_first);
             }
         }
     }
 
     fn local(&self, scope: &str, local: u32) -> Local {
-        (scope.to_owned(), local, self.begun.get(&local).copied().unwrap_or_default())
+        (scope.to_owned(), local, self.generations.get(&local).copied().unwrap_or_default())
     }
 
-    fn blocks(&mut self, scope: &str, blocks: &[Block]) {
+    fn visit_blocks(&mut self, scope: &str, blocks: &[Block]) {
         for block in blocks {
-            let first = self.changed.len();
+            let first = self.touched_lists.len();
             self.depth += 1;
             for stmt in &block.stmts {
-                self.work += 1;
-                if self.is_over() {
+                self.visits += 1;
+                if self.is_exhausted() {
                     return;
                 }
-                self.build(scope, stmt);
-                self.stmt(scope, stmt);
+                self.track_list(scope, stmt);
+                self.visit_stmt(scope, stmt);
             }
             self.depth -= 1;
             // Blocks may stop early, so their lists are unknown afterwards.
-            self.work += self.changed.len() - first;
-            for local in &self.changed[first..] {
+            self.visits += self.touched_lists.len() - first;
+            for local in &self.touched_lists[first..] {
                 self.lists.remove(local);
             }
             if self.depth == 0 {
-                self.changed.clear();
+                self.touched_lists.clear();
             }
         }
     }
 
-    fn build(&mut self, scope: &str, stmt: &Stmt) {
+    fn track_list(&mut self, scope: &str, stmt: &Stmt) {
         let plan = self.plan;
         let depth = self.depth;
         let made = match stmt.kind.as_str() {
             "MakeArrayStmt" | "MakeSetStmt" => Some(Vec::new()),
-            "AssignVarStmt" => self.list(plan.operand(stmt, "source")),
+            "AssignVarStmt" => self.list_segments(plan.operand(stmt, "source")),
             _ => None,
         };
         for target in stmt.targets() {
             if self.lists.remove(&target).is_some() {
-                self.changed.push(target);
+                self.touched_lists.push(target);
             }
         }
         if let (Some(steps), Some(target)) = (made, stmt.local("target")) {
-            self.work += steps.len();
-            self.changed.push(target);
-            self.lists.insert(target, List { depth, steps });
+            self.visits += steps.len();
+            self.touched_lists.push(target);
+            self.lists.insert(target, TrackedList { depth, steps });
         }
         let grown = match stmt.kind.as_str() {
             "ArrayAppendStmt" => stmt.local("array"),
@@ -421,183 +426,184 @@ impl Pass<'_> {
             _ => None,
         };
         if let Some((local, mut list)) = grown.and_then(|local| self.lists.remove_entry(&local)) {
-            self.changed.push(local);
+            self.touched_lists.push(local);
             // Inner blocks may repeat.
             if list.depth == depth && list.steps.len() < LIST_MAX {
-                list.steps.push(self.flow(scope, plan.operand(stmt, "value")).steps());
+                list.steps.push(self.value(scope, plan.operand(stmt, "value")).steps());
                 self.lists.insert(local, list);
             }
         }
     }
 
     /// Returns each element's possible segments, if known.
-    fn list(&self, operand: Option<Operand>) -> Option<Vec<Vec<Step>>> {
+    fn list_segments(&self, operand: Option<Operand>) -> Option<Vec<Vec<Step>>> {
         match operand {
             Some(Operand::Local(local)) => self.lists.get(&local).map(|list| list.steps.clone()),
             _ => None,
         }
     }
 
-    fn stmt(&mut self, scope: &str, stmt: &Stmt) {
+    fn visit_stmt(&mut self, scope: &str, stmt: &Stmt) {
         let plan = self.plan;
         let site = plan.site(stmt);
-        let flow = |pass: &mut Self, name: &str| pass.flow(scope, plan.operand(stmt, name));
+        let operand = |analysis: &mut Self, name: &str| analysis.value(scope, plan.operand(stmt, name));
         match stmt.kind.as_str() {
             "NopStmt" | "BreakStmt" | "ResetLocalStmt" | "IsArrayStmt" | "IsObjectStmt" | "IsSetStmt"
             | "IsDefinedStmt" | "IsUndefinedStmt" => {}
             "MakeNullStmt" | "MakeNumberIntStmt" | "MakeNumberRefStmt" | "AssignIntStmt" => {
-                self.assign(scope, stmt, "target", &Flow::other());
+                self.assign(scope, stmt, "target", &AbstractValue::unknown());
             }
             "MakeArrayStmt" | "MakeObjectStmt" | "MakeSetStmt" => {
-                let empty = Flow::built(Flow::default(), stmt.kind != "MakeSetStmt");
+                let empty = AbstractValue::container(AbstractValue::default(), stmt.kind != "MakeSetStmt");
                 self.assign(scope, stmt, "target", &empty);
             }
             "AssignVarStmt" | "AssignVarOnceStmt" => {
-                let source = flow(self, "source");
+                let source = operand(self, "source");
                 self.assign(scope, stmt, "target", &source);
                 if stmt.kind == "AssignVarOnceStmt" && self.may_repeat(scope, stmt, "target") {
-                    let all = flow(self, "target");
+                    let all = operand(self, "target");
                     self.compare(&all);
                 }
             }
             "DotStmt" => {
-                let (source, key) = (flow(self, "source"), flow(self, "key"));
-                self.whole(&key, site.as_ref());
-                let target = self.dot(&source, &key.steps(), site.as_ref());
+                let (source, key) = (operand(self, "source"), operand(self, "key"));
+                self.read_deep(&key, site.as_ref());
+                let target = self.step_into(&source, &key.steps(), site.as_ref());
                 self.assign(scope, stmt, "target", &target);
             }
             "ScanStmt" => {
-                let source = flow(self, "source");
-                let value = self.dot(&source, &[Step::Any], site.as_ref());
+                let source = operand(self, "source");
+                let value = self.step_into(&source, &[Step::Any], site.as_ref());
                 self.assign(scope, stmt, "key", &source.keys());
                 self.assign(scope, stmt, "value", &value);
-                self.scans += 1;
-                self.blocks(scope, &stmt.blocks);
-                self.scans -= 1;
+                self.loop_depth += 1;
+                self.visit_blocks(scope, &stmt.blocks);
+                self.loop_depth -= 1;
             }
             "LenStmt" => {
-                let source = flow(self, "source");
-                self.dot(&source, &[Step::Any], site.as_ref());
-                self.assign(scope, stmt, "target", &Flow::other());
+                let source = operand(self, "source");
+                self.step_into(&source, &[Step::Any], site.as_ref());
+                self.assign(scope, stmt, "target", &AbstractValue::unknown());
             }
-            "EqualStmt" | "NotEqualStmt" => self.equal(scope, stmt, site.as_ref()),
-            "ArrayAppendStmt" => self.put(scope, stmt, "array"),
+            "EqualStmt" | "NotEqualStmt" => self.visit_equal(scope, stmt, site.as_ref()),
+            "ArrayAppendStmt" => self.store_into(scope, stmt, "array"),
             "SetAddStmt" => {
                 // The lookup has a better location.
-                let value = flow(self, "value");
-                self.whole(&value, None);
-                self.put(scope, stmt, "set");
+                let value = operand(self, "value");
+                self.read_deep(&value, None);
+                self.store_into(scope, stmt, "set");
             }
             "ObjectInsertStmt" | "ObjectInsertOnceStmt" => {
-                let key = flow(self, "key");
-                self.whole(&key, site.as_ref());
-                self.put(scope, stmt, "object");
+                let key = operand(self, "key");
+                self.read_deep(&key, site.as_ref());
+                self.store_into(scope, stmt, "object");
                 if stmt.kind == "ObjectInsertOnceStmt" && self.may_repeat(scope, stmt, "object") {
-                    let all = flow(self, "object");
+                    let all = operand(self, "object");
                     all.elements.iter().for_each(|elements| self.compare(elements));
                 }
             }
             "ObjectMergeStmt" => {
-                let mut merged = flow(self, "a");
-                let mut lost = BTreeSet::new();
-                merged.join(&flow(self, "b"), 0, &mut lost);
-                self.lose(lost);
-                merged.texts.clear();
-                merged.mixed = true;
+                let mut merged = operand(self, "a");
+                let mut escaped = BTreeSet::new();
+                merged.join(&operand(self, "b"), 0, &mut escaped);
+                self.read_escaped(escaped);
+                merged.strings.clear();
+                merged.may_be_other = true;
                 self.assign(scope, stmt, "target", &merged);
             }
-            "BlockStmt" | "NotStmt" => self.blocks(scope, &stmt.blocks),
+            "BlockStmt" | "NotStmt" => self.visit_blocks(scope, &stmt.blocks),
             "WithStmt" => {
-                let value = flow(self, "value");
+                let value = operand(self, "value");
                 if stmt.has_path() {
                     // Reads of the replaced path are recorded separately.
-                    self.whole(&value, site.as_ref());
+                    self.read_deep(&value, site.as_ref());
                 } else {
                     self.assign(scope, stmt, "local", &value);
                 }
-                self.blocks(scope, &stmt.blocks);
+                self.visit_blocks(scope, &stmt.blocks);
             }
-            "CallStmt" => self.call(scope, stmt, site.as_ref()),
-            "ReturnLocalStmt" => self.returned(scope, stmt, site),
+            "CallStmt" => self.visit_call(scope, stmt, site.as_ref()),
+            "ReturnLocalStmt" => self.visit_return(scope, stmt, site),
             "ResultSetAddStmt" => {
-                let value = flow(self, "value");
-                self.whole(&value, site.as_ref());
+                let value = operand(self, "value");
+                self.read_deep(&value, site.as_ref());
             }
             // Dynamic calls and newer statements.
             _ => {
-                self.whole(&data(), site.as_ref());
-                self.blocks(scope, &stmt.blocks);
+                self.read_deep(&data(), site.as_ref());
+                self.visit_blocks(scope, &stmt.blocks);
             }
         }
     }
 
-    fn equal(&mut self, scope: &str, stmt: &Stmt, site: Option<&Site>) {
+    fn visit_equal(&mut self, scope: &str, stmt: &Stmt, site: Option<&Site>) {
         let sides = ["a", "b"].map(|side| self.plan.operand(stmt, side));
         let is_scalar = |side: &Option<Operand>| matches!(side, Some(Operand::Text(_) | Operand::Bool(_)));
         // Such comparisons read no elements.
         if !sides.iter().any(is_scalar) {
             for side in sides {
-                let value = self.flow(scope, side);
-                self.whole(&value, site);
+                let value = self.value(scope, side);
+                self.read_deep(&value, site);
             }
         }
     }
 
-    fn returned(&mut self, scope: &str, stmt: &Stmt, site: Option<Site>) {
-        let source = self.flow(scope, self.plan.operand(stmt, "source"));
+    fn visit_return(&mut self, scope: &str, stmt: &Stmt, site: Option<Site>) {
+        let source = self.value(scope, self.plan.operand(stmt, "source"));
         let returned = self.returns.entry(scope.to_owned()).or_default();
-        let mut lost = BTreeSet::new();
-        self.news |= returned.join(&source, 0, &mut lost);
-        self.is_over |= returned.size() > FLOW_PLACES_MAX;
-        self.lose(lost);
+        let mut escaped = BTreeSet::new();
+        self.changed |= returned.join(&source, 0, &mut escaped);
+        self.has_too_many_places |= returned.size() > VALUE_PLACES_MAX;
+        self.read_escaped(escaped);
         if let Some(site) = site {
             for place in source.places {
-                self.returned.entry(place).or_insert_with(|| site.clone());
+                self.return_sites.entry(place).or_insert_with(|| site.clone());
             }
         }
     }
 
-    fn call(&mut self, scope: &str, stmt: &Stmt, site: Option<&Site>) {
+    fn visit_call(&mut self, scope: &str, stmt: &Stmt, site: Option<&Site>) {
         let name = stmt.text("func").unwrap_or_default();
         let operands = self.plan.operands(stmt, "args");
-        let args: Vec<Flow> = operands.iter().map(|operand| self.flow(scope, Some(*operand))).collect();
+        let args: Vec<AbstractValue> =
+            operands.iter().map(|operand| self.value(scope, Some(*operand))).collect();
         if let Some(function) = self.functions.get(name).copied() {
             if function.params.len() != args.len() {
                 // Malformed plan.
-                self.whole(&data(), site);
+                self.read_deep(&data(), site);
             }
             for (param, arg) in function.params.iter().zip(&args) {
-                self.set((name.to_owned(), *param, 0), arg);
+                self.update((name.to_owned(), *param, 0), arg);
             }
             let result = self.returns.get(name).cloned().unwrap_or_default();
-            self.work += result.size();
+            self.visits += result.size();
             self.assign(scope, stmt, "result", &result);
             return;
         }
         let result = match (name, &args[..]) {
             ("object.get", [object, key, default]) => {
-                self.whole(key, site);
+                self.read_deep(key, site);
                 // An array is a path.
-                let one_name = || key.is_text().then(|| vec![key.steps()]);
-                if let Some(path) = self.list(operands.get(1).copied()).or_else(one_name) {
+                let one_name = || key.is_string().then(|| vec![key.steps()]);
+                if let Some(path) = self.list_segments(operands.get(1).copied()).or_else(one_name) {
                     let mut result = object.clone();
                     for steps in path {
-                        result = self.dot(&result, &steps, site);
+                        result = self.step_into(&result, &steps, site);
                     }
-                    let mut lost = BTreeSet::new();
-                    result.join(default, 0, &mut lost);
-                    self.lose(lost);
+                    let mut escaped = BTreeSet::new();
+                    result.join(default, 0, &mut escaped);
+                    self.read_escaped(escaped);
                     result
                 } else {
-                    self.whole(object, site);
-                    self.whole(default, site);
-                    Flow::other()
+                    self.read_deep(object, site);
+                    self.read_deep(default, site);
+                    AbstractValue::unknown()
                 }
             }
-            ("json.filter" | "object.filter", [object, kept]) => {
-                self.whole(kept, site);
-                match self.list(operands.get(1).copied()).and_then(names) {
-                    None => self.whole(object, site),
+            ("json.filter" | "object.filter", [object, filter]) => {
+                self.read_deep(filter, site);
+                match self.list_segments(operands.get(1).copied()).and_then(names) {
+                    None => self.read_deep(object, site),
                     Some(paths) => {
                         for path in paths {
                             let place = match name {
@@ -606,47 +612,47 @@ impl Pass<'_> {
                             };
                             let mut part = object.clone();
                             for step in place {
-                                part = self.dot(&part, &[Step::Name(step)], site);
+                                part = self.step_into(&part, &[Step::Name(step)], site);
                             }
-                            self.whole(&part, site);
+                            self.read_deep(&part, site);
                         }
                     }
                 }
-                Flow::other()
+                AbstractValue::unknown()
             }
             // Earlier steps read the type.
             (
                 "is_array" | "is_boolean" | "is_null" | "is_number" | "is_object" | "is_set" | "is_string"
                 | "type_name",
                 [_],
-            ) => Flow::other(),
+            ) => AbstractValue::unknown(),
             ("count" | "object.keys", [source]) => {
-                self.dot(source, &[Step::Any], site);
-                Flow::other()
+                self.step_into(source, &[Step::Any], site);
+                AbstractValue::unknown()
             }
             _ => {
                 for arg in &args {
-                    self.whole(arg, site);
+                    self.read_deep(arg, site);
                 }
-                Flow::other()
+                AbstractValue::unknown()
             }
         };
         self.assign(scope, stmt, "result", &result);
     }
 
-    fn lose(&mut self, lost: BTreeSet<Place>) {
-        for place in lost {
-            self.news |= self.reads.add(&place, Extent::Whole, None);
+    fn read_escaped(&mut self, escaped: BTreeSet<Place>) {
+        for place in escaped {
+            self.changed |= self.reads.add(&place, Extent::Whole, None);
         }
     }
 
     /// Follows each of `steps` and records at least a shallow read.
-    fn dot(&mut self, source: &Flow, steps: &[Step], site: Option<&Site>) -> Flow {
-        let mut target = Flow { mixed: source.mixed, ..Flow::default() };
+    fn step_into(&mut self, source: &AbstractValue, steps: &[Step], site: Option<&Site>) -> AbstractValue {
+        let mut target = AbstractValue { may_be_other: source.may_be_other, ..AbstractValue::default() };
         let places = source.places.len() * steps.len();
-        self.work += places;
-        if places > FLOW_PLACES_MAX {
-            self.is_over = true;
+        self.visits += places;
+        if places > VALUE_PLACES_MAX {
+            self.has_too_many_places = true;
             return target;
         }
         for place in &source.places {
@@ -654,17 +660,17 @@ impl Pass<'_> {
                 let mut below = place.clone();
                 if below.len() < STEPS_MAX {
                     below.push(step.clone());
-                    self.news |= self.reads.add(&below, Extent::Shallow, site);
+                    self.changed |= self.reads.add(&below, Extent::Shallow, site);
                 } else {
-                    self.news |= self.reads.add(&below, Extent::Whole, site);
+                    self.changed |= self.reads.add(&below, Extent::Whole, site);
                 }
                 target.places.insert(below);
             }
         }
         if let Some(elements) = &source.elements {
-            let mut lost = BTreeSet::new();
-            target.join(elements, 0, &mut lost);
-            self.lose(lost);
+            let mut escaped = BTreeSet::new();
+            target.join(elements, 0, &mut escaped);
+            self.read_escaped(escaped);
         }
         target
     }
@@ -673,96 +679,102 @@ impl Pass<'_> {
     fn may_repeat(&mut self, scope: &str, stmt: &Stmt, name: &str) -> bool {
         let Some(local) = stmt.local(name) else { return true };
         let this = std::ptr::from_ref(stmt);
-        let first = self.once.entry(self.local(scope, local)).or_insert(Some(this));
+        let first = self.single_assignments.entry(self.local(scope, local)).or_insert(Some(this));
         if *first != Some(this) {
             *first = None;
         }
-        self.scans > 0 || first.is_none()
+        self.loop_depth > 0 || first.is_none()
     }
 
-    fn compare(&mut self, flow: &Flow) {
-        if flow.mixed || !flow.texts.is_empty() || flow.elements.is_some() || !flow.is_of_one_resource() {
-            return self.whole(flow, None);
+    fn compare(&mut self, value: &AbstractValue) {
+        if value.may_be_other
+            || !value.strings.is_empty()
+            || value.elements.is_some()
+            || !value.is_of_one_resource()
+        {
+            return self.read_deep(value, None);
         }
-        for place in &flow.places {
-            self.news |= self.reads.add(place, Extent::Identity, None);
+        for place in &value.places {
+            self.changed |= self.reads.add(place, Extent::Identity, None);
         }
     }
 
-    fn whole(&mut self, flow: &Flow, site: Option<&Site>) {
-        self.work += flow.places.len();
-        for place in &flow.places {
+    fn read_deep(&mut self, value: &AbstractValue, site: Option<&Site>) {
+        self.visits += value.places.len();
+        for place in &value.places {
             // Results of entrypoints have no location.
-            let site = site.or_else(|| self.returned.get(place));
-            self.news |= self.reads.add(place, Extent::Whole, site);
+            let site = site.or_else(|| self.return_sites.get(place));
+            self.changed |= self.reads.add(place, Extent::Whole, site);
         }
-        if let Some(elements) = &flow.elements {
-            self.whole(elements, site);
+        if let Some(elements) = &value.elements {
+            self.read_deep(elements, site);
         }
     }
 
-    fn flow(&mut self, scope: &str, operand: Option<Operand>) -> Flow {
-        let flow = match operand {
-            Some(Operand::Local(local)) => match self.flows.get(&self.local(scope, local)) {
-                Some(flow) => flow.clone(),
+    fn value(&mut self, scope: &str, operand: Option<Operand>) -> AbstractValue {
+        let value = match operand {
+            Some(Operand::Local(local)) => match self.values.get(&self.local(scope, local)) {
+                Some(value) => value.clone(),
                 // No caller yet.
-                None if self.is_param(scope, local) => Flow::default(),
-                None => Flow::other(),
+                None if self.is_param(scope, local) => AbstractValue::default(),
+                None => AbstractValue::unknown(),
             },
-            Some(Operand::Text(text)) => Flow { texts: BTreeSet::from([text.into()]), ..Flow::default() },
-            _ => Flow::other(),
+            Some(Operand::Text(text)) => {
+                AbstractValue { strings: BTreeSet::from([text.into()]), ..AbstractValue::default() }
+            }
+            _ => AbstractValue::unknown(),
         };
-        self.work += flow.size();
-        flow
+        self.visits += value.size();
+        value
     }
 
     fn is_param(&self, scope: &str, local: u32) -> bool {
         self.functions.get(scope).is_some_and(|function| function.params.contains(&local))
     }
 
-    fn assign(&mut self, scope: &str, stmt: &Stmt, name: &str, flow: &Flow) {
+    fn assign(&mut self, scope: &str, stmt: &Stmt, name: &str, value: &AbstractValue) {
         match stmt.local(name) {
-            Some(local) => self.set(self.local(scope, local), flow),
-            None if flow.is_empty() => {}
+            Some(local) => self.update(self.local(scope, local), value),
+            None if value.is_empty() => {}
             // Malformed plan.
-            None => self.whole(flow, None),
+            None => self.read_deep(value, None),
         }
     }
 
-    fn set(&mut self, local: Local, flow: &Flow) {
-        let mut lost = BTreeSet::new();
-        self.work += flow.size();
-        match self.flows.entry(local) {
-            Entry::Vacant(place) => {
-                place.insert(flow.clone());
-                self.news = true;
-                self.stored += flow.stored();
+    fn update(&mut self, local: Local, value: &AbstractValue) {
+        let mut escaped = BTreeSet::new();
+        self.visits += value.size();
+        match self.values.entry(local) {
+            Entry::Vacant(entry) => {
+                entry.insert(value.clone());
+                self.changed = true;
+                self.stored_steps += value.stored_steps();
             }
-            Entry::Occupied(mut held) => {
-                let held = held.get_mut();
-                if held.join(flow, 0, &mut lost) {
-                    self.news = true;
-                    self.stored += flow.stored();
-                    self.is_over |= held.size() > FLOW_PLACES_MAX;
+            Entry::Occupied(mut entry) => {
+                let existing = entry.get_mut();
+                if existing.join(value, 0, &mut escaped) {
+                    self.changed = true;
+                    self.stored_steps += value.stored_steps();
+                    self.has_too_many_places |= existing.size() > VALUE_PLACES_MAX;
                 }
             }
         }
-        self.lose(lost);
+        self.read_escaped(escaped);
     }
 
-    fn put(&mut self, scope: &str, stmt: &Stmt, container: &str) {
-        let (mut elements, mut lost) = (Flow::default(), BTreeSet::new());
-        let value = self.flow(scope, self.plan.operand(stmt, "value"));
-        elements.join(&value, 1, &mut lost);
+    fn store_into(&mut self, scope: &str, stmt: &Stmt, container: &str) {
+        let (mut elements, mut escaped) = (AbstractValue::default(), BTreeSet::new());
+        let value = self.value(scope, self.plan.operand(stmt, "value"));
+        elements.join(&value, 1, &mut escaped);
         match stmt.local(container) {
             Some(local) => {
-                let built = Flow::built(elements, container != "set");
+                let built = AbstractValue::container(elements, container != "set");
                 let local = self.local(scope, local);
-                self.set(local, &built);
+                self.update(local, &built);
             }
-            None => self.whole(&elements, None),
+            None => self.read_deep(&elements, None),
         }
-        self.lose(lost);
+        self.read_escaped(escaped);
     }
 }
 

@@ -13,13 +13,13 @@ use crate::model::ObjectKey;
 
 #[derive(Default)]
 pub(crate) struct Policies {
-    units: BTreeMap<ObjectKey, Unit>,
-    dirty: bool,
+    configmaps: BTreeMap<ObjectKey, PolicyConfigMap>,
+    needs_check: bool,
     checking: Option<Arc<Candidates>>,
     /// Number of modules by package, excluding rejected ones.
     roots: BTreeMap<DirPath, usize>,
     /// Whether the last check excluded rejected modules.
-    left_out: bool,
+    has_excluded: bool,
     /// Bytes of rejected modules in the current check.
     reserved: usize,
     /// Bytes of modules: the larger of desired and last good.
@@ -27,16 +27,16 @@ pub(crate) struct Policies {
 }
 
 #[derive(Default)]
-struct Unit {
-    wanted: Wanted,
+struct PolicyConfigMap {
+    wanted: Desired,
     good: Option<Arc<Texts>>,
     /// Last result.
-    told: Option<Told>,
+    result: Option<CheckResult>,
 }
 
 #[derive(PartialEq)]
-struct Told {
-    of: Option<Arc<Texts>>,
+struct CheckResult {
+    checked: Option<Arc<Texts>>,
     faults: Vec<Fault>,
     warnings: Vec<Fault>,
     /// Whether the result is inconclusive.
@@ -45,9 +45,9 @@ struct Told {
 }
 
 #[derive(Default)]
-enum Wanted {
+enum Desired {
     #[default]
-    Gone,
+    Deleted,
     /// Nothing that can be checked.
     Unusable,
     Texts(Arc<Texts>),
@@ -73,80 +73,83 @@ impl Policies {
     /// Restores last good modules, which must be checked before use.
     pub(crate) fn restore(&mut self, good: LastGood) {
         for (key, texts) in good {
-            self.change(&key, |unit| unit.good = Some(texts));
-            self.dirty = true;
+            self.change(&key, |configmap| configmap.good = Some(texts));
+            self.needs_check = true;
         }
     }
 
     /// Changes a ConfigMap and updates the totals.
-    fn change<T>(&mut self, key: &ObjectKey, change: impl FnOnce(&mut Unit) -> T) -> T {
-        let unit = self.units.entry(key.clone()).or_default();
-        let before = unit.demand();
-        let changed = change(unit);
-        let after = unit.demand();
+    fn change<T>(&mut self, key: &ObjectKey, change: impl FnOnce(&mut PolicyConfigMap) -> T) -> T {
+        let configmap = self.configmaps.entry(key.clone()).or_default();
+        let before = configmap.demand();
+        let changed = change(configmap);
+        let after = configmap.demand();
         if before != after {
             self.bytes = self.bytes - bytes(&before) + bytes(&after);
-            own(&mut self.roots, &after);
-            disown(&mut self.roots, &before);
+            add_roots(&mut self.roots, &after);
+            remove_roots(&mut self.roots, &before);
         }
         changed
     }
 
     pub(crate) fn put(&mut self, key: &ObjectKey, texts: Texts) {
-        let is_new = self.change(key, |unit| {
-            if matches!(&unit.wanted, Wanted::Texts(held) if **held == texts) {
+        let is_new = self.change(key, |configmap| {
+            if matches!(&configmap.wanted, Desired::Texts(current) if **current == texts) {
                 return false;
             }
             // Reverting to the last good modules reuses their memory.
-            let texts = unit.good.clone().filter(|good| **good == texts).unwrap_or_else(|| Arc::new(texts));
-            unit.wanted = Wanted::Texts(texts);
+            let texts =
+                configmap.good.clone().filter(|good| **good == texts).unwrap_or_else(|| Arc::new(texts));
+            configmap.wanted = Desired::Texts(texts);
             true
         });
-        self.dirty |= is_new;
+        self.needs_check |= is_new;
     }
 
     /// The ConfigMap cannot be checked: the last good modules remain.
     pub(crate) fn put_unusable(&mut self, key: &ObjectKey) {
-        let before = self.change(key, |unit| std::mem::replace(&mut unit.wanted, Wanted::Unusable));
-        self.dirty |= !matches!(before, Wanted::Unusable);
+        let before =
+            self.change(key, |configmap| std::mem::replace(&mut configmap.wanted, Desired::Unusable));
+        self.needs_check |= !matches!(before, Desired::Unusable);
     }
 
     pub(crate) fn remove(&mut self, key: &ObjectKey) {
-        if self.units.contains_key(key) {
-            self.change(key, |unit| unit.wanted = Wanted::Gone);
-            self.dirty = true;
+        if self.configmaps.contains_key(key) {
+            self.change(key, |configmap| configmap.wanted = Desired::Deleted);
+            self.needs_check = true;
         }
     }
 
     /// Starts a check if needed. Rejected modules take part only if `may_own` allows their packages and
     /// [`MODULES_BYTES_MAX`] suffices.
     pub(crate) fn job(&mut self, may_own: impl Fn(&DirPath) -> bool) -> Option<Arc<Candidates>> {
-        if !self.dirty || self.checking.is_some() {
+        if !self.needs_check || self.checking.is_some() {
             return None;
         }
-        (self.dirty, self.left_out) = (false, false);
+        (self.needs_check, self.has_excluded) = (false, false);
         let mut room = MODULES_BYTES_MAX.saturating_sub(self.bytes);
         let mut candidates = Candidates::new();
-        for (key, unit) in &self.units {
-            let mut wanted = match &unit.wanted {
-                Wanted::Gone => None,
-                Wanted::Unusable => unit.good.clone(),
-                Wanted::Texts(texts) => Some(texts.clone()),
+        for (key, configmap) in &self.configmaps {
+            let mut wanted = match &configmap.wanted {
+                Desired::Deleted => None,
+                Desired::Unusable => configmap.good.clone(),
+                Desired::Texts(texts) => Some(texts.clone()),
             };
-            let refused = unit.refusal();
+            let refused = configmap.refusal();
             let is_tried = refused.is_some_and(|refused| refused != Refused::Costly);
-            if let (true, Some(texts)) = (is_tried, wanted.as_ref().filter(|_| wanted != unit.good)) {
-                let more = texts.bytes().saturating_sub(unit.good.as_ref().map_or(0, |good| good.bytes()));
+            if let (true, Some(texts)) = (is_tried, wanted.as_ref().filter(|_| wanted != configmap.good)) {
+                let more =
+                    texts.bytes().saturating_sub(configmap.good.as_ref().map_or(0, |good| good.bytes()));
                 if more <= room && texts.modules.values().all(|module| may_own(&module.root)) {
                     (room, self.reserved) = (room - more, self.reserved + more);
-                    own(&mut self.roots, &[Some(texts.clone()), None]);
+                    add_roots(&mut self.roots, &[Some(texts.clone()), None]);
                 } else {
-                    self.left_out = true;
-                    wanted.clone_from(&unit.good);
+                    self.has_excluded = true;
+                    wanted.clone_from(&configmap.good);
                 }
             }
-            let refused = refused.filter(|_| wanted != unit.good);
-            candidates.insert(key.clone(), Candidate { good: unit.good.clone(), wanted, refused });
+            let refused = refused.filter(|_| wanted != configmap.good);
+            candidates.insert(key.clone(), Candidate { good: configmap.good.clone(), wanted, refused });
         }
         let candidates = Arc::new(candidates);
         self.checking = Some(Arc::clone(&candidates));
@@ -154,76 +157,82 @@ impl Policies {
     }
 
     pub(crate) fn recheck(&mut self) {
-        self.dirty = true;
+        self.needs_check = true;
     }
 
     /// Requests a check of excluded modules.
     pub(crate) fn reconsider(&mut self) {
-        self.dirty |= self.left_out;
+        self.needs_check |= self.has_excluded;
     }
 
     pub(crate) fn is_settled(&self) -> bool {
-        !self.dirty && self.checking.is_none()
+        !self.needs_check && self.checking.is_none()
     }
 
     /// Applies a check. Returns changed modules and the ConfigMaps with a new result.
     pub(crate) fn take(&mut self, outcome: Outcome) -> (ModuleChanges, BTreeSet<ObjectKey>) {
-        let (mut changes, mut news) = (ModuleChanges::new(), BTreeSet::new());
-        let Some(candidates) = self.checking.take() else { return (changes, news) };
+        let (mut changes, mut updated) = (ModuleChanges::new(), BTreeSet::new());
+        let Some(candidates) = self.checking.take() else { return (changes, updated) };
         let bytes = self.bytes;
         let costly: BTreeSet<_> = outcome.costly().cloned().collect();
         let Outcome { mut accepted, mut faults, mut warnings, untried, .. } = outcome;
-        self.dirty |= !untried.is_empty();
+        self.needs_check |= !untried.is_empty();
         self.reserved = 0;
-        let takes_part = |candidate: &&Candidate| !matches!(candidate.refused, None | Some(Refused::Costly));
-        for candidate in candidates.values().filter(takes_part) {
-            disown(&mut self.roots, &[candidate.wanted.clone(), None]);
+        let is_included = |candidate: &&Candidate| !matches!(candidate.refused, None | Some(Refused::Costly));
+        for candidate in candidates.values().filter(is_included) {
+            remove_roots(&mut self.roots, &[candidate.wanted.clone(), None]);
         }
         for (key, candidate) in &*candidates {
             let good = accepted.remove(key);
-            let unit = &self.units[key];
-            if candidate.wanted == candidate.good && unit.is_left_out(candidate) && good == unit.good {
+            let configmap = &self.configmaps[key];
+            if candidate.wanted == candidate.good
+                && configmap.is_excluded(candidate)
+                && good == configmap.good
+            {
                 continue;
             }
             // Inconclusive results preserve earlier faults.
-            let before =
-                unit.told.as_ref().filter(|told| told.of == candidate.wanted && good != candidate.wanted);
-            let before = before.map(|told| told.faults.clone());
-            let told = Told {
-                of: candidate.wanted.clone(),
+            let before = configmap
+                .result
+                .as_ref()
+                .filter(|result| result.checked == candidate.wanted && good != candidate.wanted);
+            let before = before.map(|result| result.faults.clone());
+            let result = CheckResult {
+                checked: candidate.wanted.clone(),
                 faults: faults.remove(key).or(before).unwrap_or_default(),
                 warnings: warnings.remove(key).unwrap_or_default(),
                 untried: untried.contains(key),
                 costly: costly.contains(key) || candidate.refused == Some(Refused::Costly),
             };
-            if unit.told.as_ref() != Some(&told) {
-                news.insert(key.clone());
+            if configmap.result.as_ref() != Some(&result) {
+                updated.insert(key.clone());
             }
-            let gone = unit.good.iter().flat_map(|old| old.modules.keys());
-            changes.extend(gone.map(|id| (id.clone(), None)));
+            let removed = configmap.good.iter().flat_map(|previous| previous.modules.keys());
+            changes.extend(removed.map(|id| (id.clone(), None)));
             // Restored modules were not served yet.
             let new = good.iter().flat_map(|new| &new.modules);
             changes.extend(new.map(|(id, module)| (id.clone(), Some(Arc::clone(module)))));
-            self.change(key, |unit| (unit.told, unit.good) = (Some(told), good));
+            self.change(key, |configmap| (configmap.result, configmap.good) = (Some(result), good));
         }
         if self.bytes < bytes {
             self.reconsider();
         }
-        self.units.retain(|_, unit| unit.good.is_some() || !matches!(unit.wanted, Wanted::Gone));
-        (changes, news)
+        self.configmaps
+            .retain(|_, configmap| configmap.good.is_some() || !matches!(configmap.wanted, Desired::Deleted));
+        (changes, updated)
     }
 
     /// `None` if there is no such ConfigMap.
     pub(crate) fn opinion(&self, key: &ObjectKey) -> Option<Opinion<'_>> {
-        let unit = self.units.get(key)?;
-        let of = match &unit.wanted {
-            Wanted::Gone => return None,
-            Wanted::Unusable => return Some(Opinion::Waiting),
-            Wanted::Texts(texts) => texts,
+        let configmap = self.configmaps.get(key)?;
+        let of = match &configmap.wanted {
+            Desired::Deleted => return None,
+            Desired::Unusable => return Some(Opinion::Waiting),
+            Desired::Texts(texts) => texts,
         };
-        Some(match &unit.told {
-            Some(told) if told.of.as_ref() == Some(of) && !told.untried => {
-                Opinion::Told { of, faults: &told.faults, warnings: &told.warnings }
+        Some(match &configmap.result {
+            Some(result) if result.checked.as_ref() == Some(of) && !result.untried => {
+                Opinion::Told { of, faults: &result.faults, warnings: &result.warnings }
             }
             _ => Opinion::Waiting,
         })
@@ -231,13 +240,17 @@ impl Policies {
 
     /// Returns rejected ConfigMaps with their faults.
     pub(crate) fn refused(&self) -> impl Iterator<Item = (&ObjectKey, &[Fault])> {
-        let told = self.units.iter().filter_map(|(key, unit)| Some((key, unit.told.as_ref()?)));
-        let told = told.filter(|(_, told)| !told.untried && !told.faults.is_empty());
-        told.map(|(key, told)| (key, told.faults.as_slice()))
+        let result =
+            self.configmaps.iter().filter_map(|(key, configmap)| Some((key, configmap.result.as_ref()?)));
+        let result = result.filter(|(_, result)| !result.untried && !result.faults.is_empty());
+        result.map(|(key, result)| (key, result.faults.as_slice()))
     }
 
     pub(crate) fn last_good(&self) -> LastGood {
-        let good = self.units.iter().filter_map(|(key, unit)| Some((key.clone(), unit.good.clone()?)));
+        let good = self
+            .configmaps
+            .iter()
+            .filter_map(|(key, configmap)| Some((key.clone(), configmap.good.clone()?)));
         good.collect()
     }
 
@@ -247,7 +260,8 @@ impl Policies {
 
     /// Returns the bytes of served and checked modules, except those of `key`.
     pub(crate) fn bytes_beside(&self, key: &ObjectKey) -> usize {
-        self.reserved + self.bytes - self.units.get(key).map_or(0, |unit| bytes(&unit.demand()))
+        self.reserved + self.bytes
+            - self.configmaps.get(key).map_or(0, |configmap| bytes(&configmap.demand()))
     }
 }
 
@@ -262,13 +276,13 @@ fn roots_of(demand: &Demand) -> impl Iterator<Item = &DirPath> {
     demand.iter().flatten().flat_map(|texts| texts.modules.values()).map(|module| &module.root)
 }
 
-fn own(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
+fn add_roots(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
     for root in roots_of(demand) {
         *roots.entry(root.clone()).or_default() += 1;
     }
 }
 
-fn disown(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
+fn remove_roots(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
     for root in roots_of(demand) {
         let count = roots.get_mut(root).expect("owned roots are counted");
         *count -= 1;
@@ -278,33 +292,33 @@ fn disown(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
     }
 }
 
-impl Unit {
+impl PolicyConfigMap {
     fn demand(&self) -> Demand {
         let wanted = self.wanted.texts().filter(|_| self.refusal().is_none());
         [self.good.clone(), wanted.cloned()]
     }
 
     fn refusal(&self) -> Option<Refused> {
-        let told = self.told.as_ref().filter(|told| told.of.as_ref() == self.wanted.texts())?;
-        let refused = match told {
-            Told { untried: true, .. } => Refused::Untried,
-            Told { costly: true, .. } => Refused::Costly,
+        let result = self.result.as_ref().filter(|result| result.checked.as_ref() == self.wanted.texts())?;
+        let refused = match result {
+            CheckResult { untried: true, .. } => Refused::Untried,
+            CheckResult { costly: true, .. } => Refused::Costly,
             _ => Refused::Tried,
         };
-        (!told.faults.is_empty()).then_some(refused)
+        (!result.faults.is_empty()).then_some(refused)
     }
 
     /// Whether the check excluded the rejected modules.
-    fn is_left_out(&self, candidate: &Candidate) -> bool {
+    fn is_excluded(&self, candidate: &Candidate) -> bool {
         self.refusal().is_some() && self.wanted.texts() != candidate.wanted.as_ref()
     }
 }
 
-impl Wanted {
+impl Desired {
     fn texts(&self) -> Option<&Arc<Texts>> {
         match self {
             Self::Texts(texts) => Some(texts),
-            Self::Gone | Self::Unusable => None,
+            Self::Deleted | Self::Unusable => None,
         }
     }
 }
@@ -334,12 +348,13 @@ mod tests {
     }
 
     fn accept_all(candidates: &Candidates) -> Outcome {
-        let accepted = candidates.iter().filter_map(|(key, unit)| Some((key.clone(), unit.wanted.clone()?)));
+        let accepted =
+            candidates.iter().filter_map(|(key, candidate)| Some((key.clone(), candidate.wanted.clone()?)));
         Outcome { accepted: accepted.collect(), ..Outcome::default() }
     }
 
     #[test]
-    fn what_changes_during_a_check_waits_for_the_next() {
+    fn changes_during_a_check_wait_for_the_next() {
         let mut policies = Policies::default();
         assert!(policies.is_settled() && policies.job(anywhere).is_none());
         policies.put(&key("a"), texts("1"));
@@ -365,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_good_before_a_restart_is_checked_first() {
+    fn restored_modules_are_checked_first() {
         let mut policies = Policies::default();
         policies.restore(LastGood::from([(key("a"), Arc::new(texts("1")))]));
         policies.put(&key("a"), texts("2"));
@@ -384,8 +399,8 @@ mod tests {
     }
 
     fn reject(candidates: &Candidates, name: &str) -> Outcome {
-        let accepted = candidates.iter().filter_map(|(key, unit)| {
-            let texts = if *key.name == *name { &unit.good } else { &unit.wanted };
+        let accepted = candidates.iter().filter_map(|(key, candidate)| {
+            let texts = if *key.name == *name { &candidate.good } else { &candidate.wanted };
             Some((key.clone(), texts.clone()?))
         });
         let faults = BTreeMap::from([(key(name), vec![Fault::new("x", "x")])]);

@@ -71,8 +71,8 @@ impl Module {
     /// Returns the declaration's row, from 1.
     pub(crate) fn package_row(&self) -> u64 {
         let is_package = |line: &str| line.trim_start_matches('\u{feff}').trim_start().starts_with("package");
-        let above = self.text.lines().take_while(|line| !is_package(line)).count();
-        above as u64 + 1
+        let rows_above = self.text.lines().take_while(|line| !is_package(line)).count();
+        rows_above as u64 + 1
     }
 
     /// Returns proper prefixes of the package.
@@ -93,12 +93,12 @@ impl Module {
                 '#' => rest.find('\n').unwrap_or(rest.len()),
                 // Malformed Rego.
                 '"' | '`' => rest.len() - quoted(rest).ok()?.1.len(),
-                c if is_of_name(c) => rest.find(|c| !is_of_name(c)).unwrap_or(rest.len()),
+                c if is_name_char(c) => rest.find(|c| !is_name_char(c)).unwrap_or(rest.len()),
                 c => c.len_utf8(),
             };
             let (token, mut after) = rest.split_at(len);
-            let named = imports.iter().find(|(name, _)| name == token && before != '.');
-            if let Some((_, path)) = named {
+            let import = imports.iter().find(|(name, _)| name == token && before != '.');
+            if let Some((_, path)) = import {
                 let mut path = path.clone();
                 if token == "data" || !is_import {
                     after = constant_steps(after, &mut path);
@@ -118,16 +118,16 @@ impl Module {
     }
 }
 
-fn is_of_name(c: char) -> bool {
+fn is_name_char(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
 
 /// Parses `as name`. Returns the name and the rest.
 fn alias(text: &str) -> Option<(&str, &str)> {
-    let blank = |c| c == ' ' || c == '\t';
-    let name = text.trim_start_matches(blank).strip_prefix("as")?;
-    let name = name.strip_prefix(blank)?.trim_start_matches(blank);
-    Some(name.split_at(name.find(|c| !is_of_name(c)).unwrap_or(name.len())))
+    let is_blank = |c| c == ' ' || c == '\t';
+    let name = text.trim_start_matches(is_blank).strip_prefix("as")?;
+    let name = name.strip_prefix(is_blank)?.trim_start_matches(is_blank);
+    Some(name.split_at(name.find(|c| !is_name_char(c)).unwrap_or(name.len())))
 }
 
 /// Parses `.name` and `["name"]` into `path`. Returns the rest.
@@ -139,7 +139,7 @@ fn constant_steps<'a>(mut text: &'a str, path: &mut Vec<String>) -> &'a str {
             (name, after)
         } else {
             let name = text.strip_prefix('.').unwrap_or_default();
-            let (name, after) = name.split_at(name.find(|c| !is_of_name(c)).unwrap_or(name.len()));
+            let (name, after) = name.split_at(name.find(|c| !is_name_char(c)).unwrap_or(name.len()));
             (name.to_owned(), after)
         };
         if name.is_empty() {
@@ -154,14 +154,14 @@ fn constant_steps<'a>(mut text: &'a str, path: &mut Vec<String>) -> &'a str {
 fn package(text: &str) -> Result<Vec<String>, Error> {
     let mut rest = text.strip_prefix('\u{feff}').unwrap_or(text);
     loop {
-        rest = rest.trim_start_matches(is_white);
+        rest = rest.trim_start_matches(is_whitespace);
         match rest.strip_prefix('#') {
             Some(comment) => rest = comment.split_once('\n').map_or("", |(_, after)| after),
             None => break,
         }
     }
-    let after = rest.strip_prefix("package").filter(|after| after.starts_with(is_white));
-    let (first, mut rest) = name(after.ok_or(Error::NoPackage)?.trim_start_matches(is_white))?;
+    let after = rest.strip_prefix("package").filter(|after| after.starts_with(is_whitespace));
+    let (first, mut rest) = name(after.ok_or(Error::NoPackage)?.trim_start_matches(is_whitespace))?;
     let mut segments = vec![first];
     loop {
         let segment;
@@ -177,7 +177,7 @@ fn package(text: &str) -> Result<Vec<String>, Error> {
     }
 }
 
-fn is_white(c: char) -> bool {
+fn is_whitespace(c: char) -> bool {
     matches!(c, ' ' | '\t' | '\r' | '\n')
 }
 
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_package() {
+    fn invalid_packages_are_rejected() {
         for (text, error) in [
             ("", Error::NoPackage),
             ("# package a", Error::NoPackage),
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn packages_lie_below_paths() {
+    fn paths_above_are_proper_prefixes() {
         let path = |text: &str| text.split_terminator('.').map(str::to_owned).collect::<Vec<_>>();
         for (package, above, expected) in [
             ("a.b", "", true),

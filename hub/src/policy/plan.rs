@@ -82,9 +82,10 @@ impl TryFrom<TaggedStmt> for Stmt {
     type Error = serde_json::Error;
 
     fn try_from(TaggedStmt { kind, stmt: mut members }: TaggedStmt) -> Result<Self, Self::Error> {
-        let one = members.remove("block").map(Block::deserialize);
-        let many = members.remove("blocks").map(Option::<Vec<Block>>::deserialize).transpose()?.flatten();
-        let blocks = one.into_iter().chain(many.into_iter().flatten().map(Ok)).collect::<Result<_, _>>()?;
+        let single = members.remove("block").map(Block::deserialize);
+        let list = members.remove("blocks").map(Option::<Vec<Block>>::deserialize).transpose()?.flatten();
+        let blocks =
+            single.into_iter().chain(list.into_iter().flatten().map(Ok)).collect::<Result<_, _>>()?;
         Ok(Self { kind, blocks, members })
     }
 }
@@ -136,24 +137,24 @@ impl Plan {
     }
 
     pub(crate) fn operand<'a>(&'a self, stmt: &'a Stmt, name: &str) -> Option<Operand<'a>> {
-        self.operand_of(stmt.members.get(name)?)
+        self.parse_operand(stmt.members.get(name)?)
     }
 
     pub(crate) fn operands<'a>(&'a self, stmt: &'a Stmt, name: &str) -> Vec<Operand<'a>> {
         let list = stmt.members.get(name).and_then(Value::as_array);
-        list.into_iter().flatten().filter_map(|value| self.operand_of(value)).collect()
+        list.into_iter().flatten().filter_map(|value| self.parse_operand(value)).collect()
     }
 
-    fn operand_of<'a>(&'a self, value: &'a Value) -> Option<Operand<'a>> {
+    fn parse_operand<'a>(&'a self, value: &'a Value) -> Option<Operand<'a>> {
         if let Some(local) = value.as_u64() {
             return u32::try_from(local).ok().map(Operand::Local);
         }
-        let inner = value.get("value")?;
-        let number = || u32::try_from(inner.as_u64()?).ok();
+        let constant = value.get("value")?;
+        let number = || u32::try_from(constant.as_u64()?).ok();
         match value.get("type")?.as_str()? {
             "local" => Some(Operand::Local(number()?)),
             "string_index" => Some(Operand::Text(&self.tables.strings.get(number()? as usize)?.value)),
-            "bool" => Some(Operand::Bool(inner.as_bool()?)),
+            "bool" => Some(Operand::Bool(constant.as_bool()?)),
             _ => None,
         }
     }

@@ -51,24 +51,24 @@ pub struct Analyst {
     dependencies: Divider<Dependencies>,
     /// Last digest searched for annotations, and the result.
     annotated: Option<(Digest, Option<Found>)>,
-    until: Instant,
+    deadline: Instant,
 }
 
 impl Analyst {
     /// Creates an analyst with a time limit.
     pub fn new(time: Duration) -> Self {
         let (plans, dependencies) = (Divider::default(), Divider::default());
-        Self { plans, dependencies, annotated: None, until: Instant::now() + time }
+        Self { plans, dependencies, annotated: None, deadline: Instant::now() + time }
     }
 
     /// Restarts the time limit.
     pub fn allow(&mut self, time: Duration) {
-        self.until = Instant::now() + time;
+        self.deadline = Instant::now() + time;
     }
 
     /// Whether the time is up.
     pub fn is_spent(&self) -> bool {
-        Instant::now() >= self.until
+        Instant::now() >= self.deadline
     }
 
     /// Returns the data read by `entrypoints` and annotated entrypoints, else by all packages. `None` without
@@ -88,26 +88,27 @@ impl Analyst {
             return Ok(Some(found));
         }
         let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
-        let decisions = packages.chain(entrypoints).chain(asked_by_opa(modules)).collect();
+        let decisions = packages.chain(entrypoints).chain(queried_by_opa(modules)).collect();
         let analyse = async |group: &[&DirPath]| analyse(compiler, modules, group).await;
-        let Some(planned) = self.plans.divide(modules, &decisions, self.until, analyse).await? else {
+        let Some(planned) = self.plans.divide(modules, &decisions, self.deadline, analyse).await? else {
             return Ok(None);
         };
         let mut found = Found { opaque: planned.failed, left: planned.left, ..Found::default() };
         planned.found.into_iter().for_each(|(_, reads)| found.reads.join(reads.clone()));
-        let is_whole = found.opaque.is_empty() && found.left.is_empty();
+        let is_complete = found.opaque.is_empty() && found.left.is_empty();
         // Annotated rules are part of every plan.
-        let annotated = modules.values().filter(|module| !is_whole && module.text.contains(ENTRYPOINT));
+        let annotated = modules.values().filter(|module| !is_complete && module.text.contains(ENTRYPOINT));
         let unplanned = found.opaque.keys().chain(&found.left).chain(annotated.map(|module| &module.root));
         let unplanned = unplanned.collect();
-        let named = dependencies(&mut self.dependencies, compiler, modules, &unplanned, self.until).await?;
+        let named =
+            dependencies(&mut self.dependencies, compiler, modules, &unplanned, self.deadline).await?;
         let Some(named) = named else { return Ok(None) };
         for (decisions, dependencies) in named.found {
-            found.reads.join(named_by(dependencies, modules, decisions));
+            found.reads.join(dependency_reads(dependencies, modules, decisions));
         }
         let unnamed: BTreeSet<_> = named.failed.into_keys().chain(named.left.iter().cloned()).collect();
         if !unnamed.is_empty() {
-            found.reads.join(whole(vec![Vec::new()], modules, &unnamed));
+            found.reads.join(deep_reads(vec![Vec::new()], modules, &unnamed));
         }
         found.unnamed = unnamed;
         found.left.extend(named.left);
@@ -132,9 +133,9 @@ impl Analyst {
         if self.is_spent() {
             return Ok(None);
         }
-        let found = match compiler.plan(modules, &asked_by_opa(modules).collect::<Vec<_>>()).await {
+        let found = match compiler.plan(modules, &queried_by_opa(modules).collect::<Vec<_>>()).await {
             Ok(Some(planned)) if planned.is_annotated => {
-                let unused = unused(&planned.plan, modules);
+                let unused = unused_modules(&planned.plan, modules);
                 analyze::reads(&planned.plan).ok().map(|reads| Found { reads, unused, ..Found::default() })
             }
             Ok(_) => None,
@@ -154,7 +155,7 @@ impl Analyst {
         root: &DirPath,
     ) -> Result<Option<Names>, check::Error> {
         let packages = modules.values().map(|module| &module.root).collect();
-        let named = dependencies(&mut self.dependencies, compiler, modules, &packages, self.until).await?;
+        let named = dependencies(&mut self.dependencies, compiler, modules, &packages, self.deadline).await?;
         let Some(named) = named else { return Ok(None) };
         let mut names = Names { unknown: named.failed, left: named.left, ..Names::default() };
         let root: Vec<_> = root.relative().split('/').collect();
@@ -177,12 +178,12 @@ impl Analyst {
 }
 
 /// Returns packages that OPA queries itself (v1/runtime, v1/server).
-fn asked_by_opa<'a>(modules: &'a Modules<'_>) -> impl Iterator<Item = &'a DirPath> {
+fn queried_by_opa<'a>(modules: &'a Modules<'_>) -> impl Iterator<Item = &'a DirPath> {
     let roots = modules.values().map(|module| &module.root);
     roots.filter(|root| root.relative().split('/').next() == Some("system"))
 }
 
-fn unused(plan: &Plan, modules: &Modules<'_>) -> BTreeSet<String> {
+fn unused_modules(plan: &Plan, modules: &Modules<'_>) -> BTreeSet<String> {
     let functions = plan.functions();
     // Function names look like `g0.data.shop.allow`.
     let rules = functions.keys().filter_map(|name| Some(name.split_once(".data")?.1));
@@ -204,14 +205,14 @@ async fn dependencies<'a>(
     compiler: &Compiler,
     modules: &Modules<'_>,
     decisions: &BTreeSet<&DirPath>,
-    until: Instant,
+    deadline: Instant,
 ) -> Result<Option<Divided<'a, Dependencies>>, check::Error> {
     if let Some(omission) = compiler.omission() {
         let failed = decisions.iter().map(|decision| ((*decision).clone(), omission.clone())).collect();
         return Ok(Some(Divided { found: Vec::new(), failed, left: BTreeSet::new() }));
     }
     let work = async |group: &[&DirPath]| Ok(compiler.dependencies(modules, group).await?);
-    divider.divide(modules, decisions, until, work).await
+    divider.divide(modules, decisions, deadline, work).await
 }
 
 async fn analyse(
@@ -224,15 +225,19 @@ async fn analyse(
 }
 
 /// Deep reads of all data that the decisions name.
-fn named_by(dependencies: &Dependencies, modules: &Modules<'_>, decisions: &BTreeSet<DirPath>) -> Reads {
+fn dependency_reads(
+    dependencies: &Dependencies,
+    modules: &Modules<'_>,
+    decisions: &BTreeSet<DirPath>,
+) -> Reads {
     let Dependencies { data, rules } = dependencies;
     // Rule names may be dynamic, packages longer than roots.
     let is_used = |module: &Module| {
-        decisions.iter().any(|decision| meets(&module.root, decision.relative().split('/')))
-            || rules.iter().any(|rule| meets(&module.root, rule.iter().map(String::as_str)))
+        decisions.iter().any(|decision| share_prefix(&module.root, decision.relative().split('/')))
+            || rules.iter().any(|rule| share_prefix(&module.root, rule.iter().map(String::as_str)))
     };
     let hidden = hidden_paths(modules, is_used);
-    whole(data.iter().cloned().chain(hidden).collect(), modules, decisions)
+    deep_reads(data.iter().cloned().chain(hidden).collect(), modules, decisions)
 }
 
 /// Returns paths above packages, which `opa deps` omits (OPA v1/dependencies/deps.go, `base`).
@@ -249,7 +254,7 @@ fn written_paths(module: &Module) -> BTreeSet<Vec<String>> {
 }
 
 /// Deep reads of `paths`, located in the modules of `decisions`.
-fn whole(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &BTreeSet<DirPath>) -> Reads {
+fn deep_reads(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &BTreeSet<DirPath>) -> Reads {
     let sites: Vec<_> = modules
         .iter()
         .filter(|(_, module)| decisions.iter().any(|decision| decision.is_within(&module.root)))
@@ -261,6 +266,6 @@ fn whole(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &BTreeSet<Di
 }
 
 /// Whether one path is a prefix of the other.
-fn meets<'a>(root: &DirPath, path: impl Iterator<Item = &'a str>) -> bool {
+fn share_prefix<'a>(root: &DirPath, path: impl Iterator<Item = &'a str>) -> bool {
     root.relative().split('/').zip(path).all(|(one, other)| one == other)
 }

@@ -76,35 +76,35 @@ pub struct Told {
 /// Current verdicts.
 #[derive(Default)]
 pub struct Verdicts {
-    told: Mutex<BTreeMap<ObjectKey, Told>>,
-    news: Arc<Notify>,
+    verdicts: Mutex<BTreeMap<ObjectKey, Told>>,
+    notify: Arc<Notify>,
 }
 
 impl Verdicts {
-    /// Creates an empty set that notifies `news`.
-    pub fn telling(news: Arc<Notify>) -> Self {
-        Self { told: Mutex::default(), news }
+    /// Creates an empty set that notifies `notify`.
+    pub fn telling(notify: Arc<Notify>) -> Self {
+        Self { verdicts: Mutex::default(), notify }
     }
 
     /// Applies changes. `None` removes a verdict.
-    pub fn take(&self, news: Vec<(ObjectKey, Option<Told>)>) {
-        if news.is_empty() {
+    pub fn take(&self, changes: Vec<(ObjectKey, Option<Told>)>) {
+        if changes.is_empty() {
             return;
         }
-        self.with(|told| {
-            for (key, news) in news {
-                match news {
-                    Some(news) => told.insert(key, news),
-                    None => told.remove(&key),
+        self.with(|verdicts| {
+            for (key, verdict) in changes {
+                match verdict {
+                    Some(verdict) => verdicts.insert(key, verdict),
+                    None => verdicts.remove(&key),
                 };
             }
         });
-        self.news.notify_one();
+        self.notify.notify_one();
     }
 
     /// Accesses all verdicts.
     pub fn with<T>(&self, f: impl FnOnce(&mut BTreeMap<ObjectKey, Told>) -> T) -> T {
-        f(&mut self.told.lock().unwrap_or_else(PoisonError::into_inner))
+        f(&mut self.verdicts.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -132,11 +132,11 @@ impl std::fmt::Display for Fault {
 impl Verdict {
     /// Formats the faults as one line.
     pub fn message(&self) -> String {
-        let mut told: Vec<_> = self.faults.iter().take(FAULTS_MAX).map(ToString::to_string).collect();
+        let mut messages: Vec<_> = self.faults.iter().take(FAULTS_MAX).map(ToString::to_string).collect();
         if self.faults.len() > FAULTS_MAX {
-            told.push(format!("and {} more", self.faults.len() - FAULTS_MAX));
+            messages.push(format!("and {} more", self.faults.len() - FAULTS_MAX));
         }
-        told.join("; ")
+        messages.join("; ")
     }
 
     /// Returns kube-mgmt's status: `{"status":"ok"}`, or `error` with OPA's response.
@@ -145,9 +145,12 @@ impl Verdict {
             json!({ "status": "ok" })
         } else {
             let faults = &self.faults[..self.faults.len().min(FAULTS_MAX)];
-            let compiling = faults.iter().any(|fault| fault.code.starts_with("rego_"));
-            let message =
-                if compiling { "error(s) occurred while compiling module(s)" } else { "ConfigMap rejected" };
+            let is_compile_error = faults.iter().any(|fault| fault.code.starts_with("rego_"));
+            let message = if is_compile_error {
+                "error(s) occurred while compiling module(s)"
+            } else {
+                "ConfigMap rejected"
+            };
             json!({
                 "status": "error",
                 "error": { "code": "invalid_parameter", "message": message, "errors": faults },

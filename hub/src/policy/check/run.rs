@@ -19,9 +19,9 @@ const GO_MEMORY_LIMIT: &str = "768MiB";
 /// Maximum number of threads. Each stack uses 8 MB of [`MEMORY_MAX`].
 const THREADS_MAX: u64 = 8;
 /// Time until the priority is lowered; a hundred modules take 0.1 s.
-const SHORT: Duration = Duration::from_secs(1);
+const LOWER_PRIORITY_AFTER: Duration = Duration::from_secs(1);
 /// Lowered priority, in `nice` units: a tenth of the CPU share.
-const LONG_NICE: i32 = 10;
+const LOW_PRIORITY_NICE: i32 = 10;
 
 pub(super) struct Output {
     pub status: ExitStatus,
@@ -50,26 +50,27 @@ pub(super) async fn run(command: &mut Command, limit: Duration) -> Result<Output
         }
     }
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let out = child.stdout.take().expect("stdout is piped");
-    let err = child.stderr.take().expect("stderr is piped");
-    let (mut out, mut err) = (out.take(CHECK_OUTPUT_MAX), err.take(CHECK_OUTPUT_MAX));
-    let all = async {
-        tokio::try_join!(out.read_to_end(&mut stdout), err.read_to_end(&mut stderr))?;
+    let stdout_pipe = child.stdout.take().expect("stdout is piped");
+    let stderr_pipe = child.stderr.take().expect("stderr is piped");
+    let (mut stdout_pipe, mut stderr_pipe) =
+        (stdout_pipe.take(CHECK_OUTPUT_MAX), stderr_pipe.take(CHECK_OUTPUT_MAX));
+    let finished = async {
+        tokio::try_join!(stdout_pipe.read_to_end(&mut stdout), stderr_pipe.read_to_end(&mut stderr))?;
         // More output must not block the process.
-        drop((out, err));
+        drop((stdout_pipe, stderr_pipe));
         child.wait().await
     };
-    let give_way = async {
-        tokio::time::sleep(SHORT).await;
+    let lower_later = async {
+        tokio::time::sleep(LOWER_PRIORITY_AFTER).await;
         if let Some(pid) = pid {
-            give_way(pid);
+            lower_priority(pid);
         }
         std::future::pending::<Infallible>().await
     };
     let bounded = async {
         tokio::select! {
-            status = all => status,
-            never = give_way => match never {},
+            status = finished => status,
+            never = lower_later => match never {},
         }
     };
     let status =
@@ -78,7 +79,7 @@ pub(super) async fn run(command: &mut Command, limit: Duration) -> Result<Output
 }
 
 /// Lowers the priority of all threads; new threads inherit it.
-fn give_way(process: Pid) {
+fn lower_priority(process: Pid) {
     let threads = std::fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero()));
     let ids = threads
         .into_iter()
@@ -87,7 +88,7 @@ fn give_way(process: Pid) {
         .filter_map(|thread| thread.file_name().to_str()?.parse().ok());
     for thread in ids.filter_map(Pid::from_raw) {
         // The thread may have ended.
-        _ = setpriority_process(Some(thread), LONG_NICE);
+        _ = setpriority_process(Some(thread), LOW_PRIORITY_NICE);
     }
 }
 
@@ -96,7 +97,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_run_is_bounded_and_gives_way() {
+    async fn runs_have_limits_and_low_priority() {
         // Waits for the lower priority, then prints memory and CPU limits.
         let script = "until [ \"$(nice)\" = 10 ]; do sleep 0.05; done; ulimit -d; ulimit -t";
         let output = run(Command::new("sh").args(["-c", script]), Duration::from_secs(30)).await.unwrap();
