@@ -28,7 +28,7 @@ pub(crate) struct Policies {
 
 #[derive(Default)]
 struct PolicyConfigMap {
-    wanted: Desired,
+    desired: Desired,
     good: Option<Arc<Texts>>,
     /// Last result.
     result: Option<CheckResult>,
@@ -94,13 +94,13 @@ impl Policies {
 
     pub(crate) fn put(&mut self, key: &ObjectKey, texts: Texts) {
         let is_new = self.change(key, |configmap| {
-            if matches!(&configmap.wanted, Desired::Texts(current) if **current == texts) {
+            if matches!(&configmap.desired, Desired::Texts(current) if **current == texts) {
                 return false;
             }
             // Reverting to the last good modules reuses their memory.
             let texts =
                 configmap.good.clone().filter(|good| **good == texts).unwrap_or_else(|| Arc::new(texts));
-            configmap.wanted = Desired::Texts(texts);
+            configmap.desired = Desired::Texts(texts);
             true
         });
         self.needs_check |= is_new;
@@ -109,13 +109,13 @@ impl Policies {
     /// The ConfigMap cannot be checked: the last good modules remain.
     pub(crate) fn put_unusable(&mut self, key: &ObjectKey) {
         let before =
-            self.change(key, |configmap| std::mem::replace(&mut configmap.wanted, Desired::Unusable));
+            self.change(key, |configmap| std::mem::replace(&mut configmap.desired, Desired::Unusable));
         self.needs_check |= !matches!(before, Desired::Unusable);
     }
 
     pub(crate) fn remove(&mut self, key: &ObjectKey) {
         if self.configmaps.contains_key(key) {
-            self.change(key, |configmap| configmap.wanted = Desired::Deleted);
+            self.change(key, |configmap| configmap.desired = Desired::Deleted);
             self.needs_check = true;
         }
     }
@@ -130,7 +130,7 @@ impl Policies {
         let mut room = MODULES_BYTES_MAX.saturating_sub(self.bytes);
         let mut candidates = Candidates::new();
         for (key, configmap) in &self.configmaps {
-            let mut wanted = match &configmap.wanted {
+            let mut wanted = match &configmap.desired {
                 Desired::Deleted => None,
                 Desired::Unusable => configmap.good.clone(),
                 Desired::Texts(texts) => Some(texts.clone()),
@@ -217,15 +217,16 @@ impl Policies {
         if self.bytes < bytes {
             self.reconsider();
         }
-        self.configmaps
-            .retain(|_, configmap| configmap.good.is_some() || !matches!(configmap.wanted, Desired::Deleted));
+        self.configmaps.retain(|_, configmap| {
+            configmap.good.is_some() || !matches!(configmap.desired, Desired::Deleted)
+        });
         (changes, updated)
     }
 
     /// `None` if there is no such ConfigMap.
     pub(crate) fn opinion(&self, key: &ObjectKey) -> Option<Opinion<'_>> {
         let configmap = self.configmaps.get(key)?;
-        let of = match &configmap.wanted {
+        let of = match &configmap.desired {
             Desired::Deleted => return None,
             Desired::Unusable => return Some(Opinion::Waiting),
             Desired::Texts(texts) => texts,
@@ -294,12 +295,12 @@ fn remove_roots(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
 
 impl PolicyConfigMap {
     fn demand(&self) -> Demand {
-        let wanted = self.wanted.texts().filter(|_| self.refusal().is_none());
-        [self.good.clone(), wanted.cloned()]
+        let desired = self.desired.texts().filter(|_| self.refusal().is_none());
+        [self.good.clone(), desired.cloned()]
     }
 
     fn refusal(&self) -> Option<Refused> {
-        let result = self.result.as_ref().filter(|result| result.checked.as_ref() == self.wanted.texts())?;
+        let result = self.result.as_ref().filter(|result| result.checked.as_ref() == self.desired.texts())?;
         let refused = match result {
             CheckResult { untried: true, .. } => Refused::Untried,
             CheckResult { costly: true, .. } => Refused::Costly,
@@ -310,7 +311,7 @@ impl PolicyConfigMap {
 
     /// Whether the check excluded the rejected modules.
     fn is_excluded(&self, candidate: &Candidate) -> bool {
-        self.refusal().is_some() && self.wanted.texts() != candidate.wanted.as_ref()
+        self.refusal().is_some() && self.desired.texts() != candidate.wanted.as_ref()
     }
 }
 

@@ -207,7 +207,10 @@ fn digest<'a>(modules: impl Iterator<Item = (&'a String, &'a Module)>) -> Digest
 }
 
 /// Returns modules of the decision's package, and above and below.
-fn own<'a>(modules: &'a Modules<'_>, decision: &DirPath) -> impl Iterator<Item = (&'a String, &'a Module)> {
+fn modules_of<'a>(
+    modules: &'a Modules<'_>,
+    decision: &DirPath,
+) -> impl Iterator<Item = (&'a String, &'a Module)> {
     let is_related = |module: &Module| decision.is_within(&module.root) || module.root.is_within(decision);
     modules.iter().filter(move |(_, module)| is_related(module)).map(|(id, module)| (*id, &***module))
 }

@@ -286,8 +286,9 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
             self.reject(&offenders, &faults, |_| false);
             // Syntax errors never depend on others.
             let is_unparseable = |key: &&ObjectKey| {
-                let own = faults.iter().filter(|fault| configmap_of(fault, self.candidates) == Some(key));
-                own.into_iter().any(|fault| fault.code == PARSE_ERROR)
+                let own_faults =
+                    faults.iter().filter(|fault| configmap_of(fault, self.candidates) == Some(key));
+                own_faults.into_iter().any(|fault| fault.code == PARSE_ERROR)
             };
             unparseable.extend(offenders.iter().filter(|key| is_unparseable(key)));
             group = &group - &offenders;
@@ -581,8 +582,9 @@ mod tests {
     fn texts(words: &str) -> Option<Arc<Texts>> {
         let (modules, tests) = words.split_once('/').unwrap_or((words, ""));
         let module = |words: &str| Arc::new(Module::read(&format!("package a\n{words}")).unwrap());
-        let of = |words: &str, key: &str| BTreeMap::from([(key.to_owned(), module(words))]);
-        (words != "-").then(|| Arc::new(Texts { modules: of(modules, "m"), tests: of(tests, "t") }))
+        let module_map = |words: &str, key: &str| BTreeMap::from([(key.to_owned(), module(words))]);
+        (words != "-")
+            .then(|| Arc::new(Texts { modules: module_map(modules, "m"), tests: module_map(tests, "t") }))
     }
 
     /// Parses `name: good > wanted`: `-` is none, `~` rejected, `^` costly.
@@ -629,8 +631,8 @@ mod tests {
             }
             for (key, candidate) in &mut candidates {
                 candidate.good = outcome.accepted.get(key).cloned();
-                let is_costly =
-                    candidate.refused == Some(Refused::Costly) || outcome.costly().any(|it| it == key);
+                let is_costly = candidate.refused == Some(Refused::Costly)
+                    || outcome.costly().any(|costly| costly == key);
                 let refused = if is_costly { Refused::Costly } else { Refused::Tried };
                 let refused = if outcome.untried.contains(key) { Refused::Untried } else { refused };
                 candidate.refused = (candidate.good != candidate.wanted).then_some(refused);
