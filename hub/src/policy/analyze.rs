@@ -23,7 +23,7 @@ const PLACES_MAX: usize = 20_000;
 const VALUE_PLACES_MAX: usize = 4096;
 /// Maximum total path length: about 50 MB.
 const STORED_STEPS_MAX: usize = 1_000_000;
-/// Maximum number of visits: under 2 s.
+/// Maximum number of paths and statements visited: under 2 s.
 const VISITS_MAX: usize = 4_000_000;
 /// Maximum nesting of tracked containers.
 const NESTING_MAX: usize = 8;
@@ -151,7 +151,7 @@ impl Reads {
     }
 }
 
-/// Abstract value; by default none.
+/// Abstract value. The default means no value.
 #[derive(Clone, Default, PartialEq, Eq)]
 struct AbstractValue {
     places: BTreeSet<Place>,
@@ -310,7 +310,7 @@ type Local = (String, u32, usize);
 
 #[derive(Clone)]
 struct TrackedList {
-    /// Depth of the creating block.
+    /// Depth of the block that creates the list.
     depth: usize,
     /// Possible segments of each element.
     steps: Vec<Vec<Step>>,
@@ -336,12 +336,10 @@ struct Analysis<'a> {
     visits: usize,
     stored_steps: usize,
     has_too_many_places: bool,
-    /// Whether the current iteration changed anything.
     changed: bool,
 }
 
 impl Analysis<'_> {
-    /// Whether the result is unusable.
     fn is_exhausted(&self) -> bool {
         self.has_too_many_places
             || self.visits > VISITS_MAX
@@ -539,7 +537,7 @@ impl Analysis<'_> {
     fn visit_equal(&mut self, scope: &str, stmt: &Stmt, site: Option<&Site>) {
         let sides = ["a", "b"].map(|side| self.plan.operand(stmt, side));
         let is_scalar = |side: &Option<Operand>| matches!(side, Some(Operand::Text(_) | Operand::Bool(_)));
-        // Such comparisons read no elements.
+        // A comparison with a scalar reads no elements.
         if !sides.iter().any(is_scalar) {
             for side in sides {
                 let value = self.value(scope, side);
@@ -583,7 +581,7 @@ impl Analysis<'_> {
         let result = match (name, &args[..]) {
             ("object.get", [object, key, default]) => {
                 self.read_deep(key, site);
-                // An array is a path.
+                // An array selects a path.
                 let one_name = || key.is_string().then(|| vec![key.steps()]);
                 if let Some(path) = self.list_segments(operands.get(1).copied()).or_else(one_name) {
                     let mut result = object.clone();

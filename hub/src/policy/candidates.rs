@@ -22,7 +22,7 @@ pub(crate) struct Policies {
     has_excluded: bool,
     /// Bytes of rejected modules in the current check.
     reserved: usize,
-    /// Bytes of modules: the larger of desired and last good.
+    /// Bytes of modules: per ConfigMap the larger of desired and last good.
     bytes: usize,
 }
 
@@ -30,7 +30,6 @@ pub(crate) struct Policies {
 struct PolicyConfigMap {
     desired: Desired,
     good: Option<Arc<Texts>>,
-    /// Last result.
     result: Option<CheckResult>,
 }
 

@@ -103,7 +103,7 @@ impl Dialect {
     }
 }
 
-/// Checker of modules.
+/// Policy compiler.
 #[derive(Clone, Debug)]
 pub enum Compiler {
     /// OPA.
@@ -310,7 +310,7 @@ impl Opa {
         let suites = selection.iter().filter(|(_, selected)| !selected.texts.tests.is_empty());
         let suites: Suites = suites.map(|(key, selected)| (*key, *selected)).collect();
         if modules.is_empty() && suites.is_empty() {
-            // No change can make this fail.
+            // If an empty policy fails, no change is the cause.
             let (id, module) = (String::new(), Arc::new(Module::read("package opahub").expect("a module")));
             return match self.check(&Modules::from([(&id, &module)])).await {
                 Err(error) if !error.is_transient() => {
@@ -367,7 +367,7 @@ impl Opa {
                 faults.len() == before
             });
             if suites.len() == count {
-                // OPA names only the module.
+                // OPA named only modules.
                 break;
             }
         }
@@ -636,7 +636,7 @@ impl ModuleDir {
     }
 }
 
-/// File order must be id order.
+/// Zero-padded, since OPA sorts files by name.
 const FILE_DIGITS: usize = 7;
 
 fn file_name(index: usize) -> String {

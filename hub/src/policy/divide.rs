@@ -17,7 +17,7 @@ const RUNS_MAX: usize = 64;
 pub const RETRY_AFTER: Duration = Duration::from_secs(600);
 /// Maximum number of doublings of [`RETRY_AFTER`]: 21 hours.
 const DOUBLINGS_MAX: u32 = 7;
-/// Number of unused results cached.
+/// Number of results, beyond twice those used, that triggers eviction.
 const UNUSED_MAX: usize = 16;
 
 #[derive(Debug, thiserror::Error)]
@@ -72,8 +72,8 @@ impl<T> Default for Divider<T> {
 }
 
 impl<T> Divider<T> {
-    /// Runs `work` on all decisions, then on halves of failing groups, until `until`. `None` without a real
-    /// OPA. Errors are transient. Cancelling loses one run at most.
+    /// Runs `work` on all decisions, then on halves of failing groups, until `deadline`. `None` without a real
+    /// OPA. Fails on transient errors only. Cancelling loses one run at most.
     pub(crate) async fn divide(
         &mut self,
         modules: &Modules<'_>,

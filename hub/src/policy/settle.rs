@@ -17,7 +17,6 @@ use super::verdict::Fault;
 use crate::config::{CHECKS_MAX, CHECKS_MIN, SETTLE_MAX};
 use crate::model::ObjectKey;
 
-/// OPA's code for a syntax error.
 const PARSE_ERROR: &str = "rego_parse_error";
 /// Code of a failed test.
 pub const TEST_FAILED: &str = "test_failed";
@@ -51,9 +50,9 @@ pub struct Candidate {
 /// Kind of rejection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Refused {
-    /// Inconclusive: first in the next check.
+    /// Inconclusive, so first in the next check.
     Untried,
-    /// Conclusive.
+    /// Checked conclusively.
     Tried,
     /// OPA fails or tests time out: no retry until edited.
     Costly,
@@ -176,7 +175,6 @@ struct Resolver<'a, C> {
     /// Check results by changed ConfigMaps.
     check_cache: BTreeMap<Keys<'a>, Vec<Fault>>,
     outcome: Outcome,
-    /// Deadline.
     deadline: Instant,
     check: C,
 }
@@ -188,7 +186,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
         });
         let (old, new): (Vec<_>, Vec<_>) = changed.partition(|(_, candidate)| candidate.refused.is_some());
         let mut old: Vec<_> = old.into_iter().map(|(key, _)| key).collect();
-        // Stable: else in name order.
+        // Stable sort: ties are in name order.
         old.sort_by_key(|key| self.candidates[*key].refused != Some(Refused::Untried));
         let new: Keys = new.into_iter().map(|(key, _)| key).collect();
         let all: Keys = new.iter().copied().chain(old.iter().copied()).collect();
@@ -391,7 +389,6 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
         Ok(failure(&self.faults(pending).await?).is_some())
     }
 
-    /// Repeats a failed check.
     async fn fails_again(&mut self, pending: &Keys<'a>) -> Result<bool, Stop<E>> {
         self.check_cache.remove(pending);
         let fails = self.fails(pending).await?;
@@ -402,7 +399,6 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
         Ok(fails)
     }
 
-    /// Whether the search must end.
     fn is_exhausted(&self) -> bool {
         let checks = self.outcome.checks;
         checks >= CHECKS_MAX || (checks >= CHECKS_MIN && Instant::now() >= self.deadline)

@@ -41,7 +41,7 @@ pub(super) async fn run(command: &mut Command, limit: Duration) -> Result<Output
     }
     let mut child = command.spawn().map_err(Error::Run)?;
     let pid = child.id().and_then(|id| Pid::from_raw(id.try_into().ok()?));
-    // The CPU limit ends runs of a killed hub. Both are best effort.
+    // The CPU limit ends runs of a killed hub. Limits are best effort.
     for (resource, max) in
         [(Resource::Data, MEMORY_MAX), (Resource::Cpu, (cores + 1) * (limit.as_secs() + 1))]
     {
