@@ -284,9 +284,8 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
             self.reject(&offenders, &faults, |_| false);
             // Syntax errors never depend on others.
             let is_unparseable = |key: &&ObjectKey| {
-                let own_faults =
-                    faults.iter().filter(|fault| configmap_of(fault, self.candidates) == Some(key));
-                own_faults.into_iter().any(|fault| fault.code == PARSE_ERROR)
+                let is_own = |fault: &&Fault| configmap_of(fault, self.candidates) == Some(key);
+                faults.iter().filter(is_own).any(|fault| fault.code == PARSE_ERROR)
             };
             unparseable.extend(offenders.iter().filter(|key| is_unparseable(key)));
             group = &group - &offenders;
