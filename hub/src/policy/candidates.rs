@@ -1,5 +1,4 @@
-//! The ConfigMaps of policies: what each holds, what was accepted of it last, and what is being checked. One check is
-//! under way at a time; what changes meanwhile waits for the next.
+//! Desired, last good and checked modules of all policy ConfigMaps. Changes during a check wait for the next.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -12,264 +11,261 @@ use super::settle::{Candidate, Candidates, Outcome, Refused, Texts};
 use super::verdict::Fault;
 use crate::model::ObjectKey;
 
-/// See the module's text.
 #[derive(Default)]
-pub struct Policies {
-    units: BTreeMap<ObjectKey, Unit>,
-    /// Something changed that no check has seen, or all are to be checked once more.
-    dirty: bool,
+pub(crate) struct Policies {
+    configmaps: BTreeMap<ObjectKey, PolicyConfigMap>,
+    needs_check: bool,
     checking: Option<Arc<Candidates>>,
-    /// The packages that are served or may be soon: how many modules own each. Rejected modules own nothing.
+    /// Number of modules by package, excluding rejected ones.
     roots: BTreeMap<DirPath, usize>,
-    /// Rejected texts took no part in the last check: there was no place or no room for them.
-    left_out: bool,
-    /// Bytes of the rejected texts that take part in the check under way.
+    /// Whether the last check excluded rejected modules.
+    has_excluded: bool,
+    /// Bytes of rejected modules in the current check.
     reserved: usize,
-    /// Bytes of their modules, of each ConfigMap the larger of what it holds and what is good.
+    /// Bytes of modules: per ConfigMap the larger of desired and last good.
     bytes: usize,
 }
 
 #[derive(Default)]
-struct Unit {
-    wanted: Wanted,
+struct PolicyConfigMap {
+    desired: Desired,
     good: Option<Arc<Texts>>,
-    /// What the last check said, and of which texts.
-    told: Option<Told>,
+    result: Option<CheckResult>,
 }
 
 #[derive(PartialEq)]
-struct Told {
-    of: Option<Arc<Texts>>,
+struct CheckResult {
+    checked: Option<Arc<Texts>>,
     faults: Vec<Fault>,
     warnings: Vec<Fault>,
-    /// The faults are not its own for certain: nothing is told before it had its chance.
+    /// Whether the result is inconclusive.
     untried: bool,
-    /// It makes the check fail, or take too long.
     costly: bool,
 }
 
 #[derive(Default)]
-enum Wanted {
+enum Desired {
     #[default]
-    Gone,
-    /// Nothing that could be checked.
+    Deleted,
+    /// Nothing that can be checked.
     Unusable,
     Texts(Arc<Texts>),
 }
 
-/// What the check says of what a ConfigMap holds now.
-pub enum Opinion<'a> {
-    /// Not asked yet.
+pub(crate) enum Opinion<'a> {
     Waiting,
-    /// Accepted when `faults` is empty. `warnings` are about others' changes.
+    /// Accepted if `faults` is empty.
     Told {
-        /// What was asked about.
         of: &'a Texts,
-        /// Why it is refused.
         faults: &'a [Fault],
-        /// Its tests that fail now.
         warnings: &'a [Fault],
     },
 }
 
-/// New modules by id, none for those that go.
-pub type ModuleChanges = BTreeMap<String, Option<Arc<Module>>>;
+/// Modules by id; `None` if removed.
+pub(crate) type ModuleChanges = BTreeMap<String, Option<Arc<Module>>>;
 
-/// What was accepted last of each ConfigMap.
+/// Last good modules by ConfigMap.
 pub type LastGood = BTreeMap<ObjectKey, Arc<Texts>>;
 
 impl Policies {
-    /// Takes what was accepted before a restart. It is checked with all the rest before anything is served.
-    pub fn restore(&mut self, good: LastGood) {
+    /// Restores last good modules, which must be checked before use.
+    pub(crate) fn restore(&mut self, good: LastGood) {
         for (key, texts) in good {
-            self.change(&key, |unit| unit.good = Some(texts));
-            self.dirty = true;
+            self.change(&key, |configmap| configmap.good = Some(texts));
+            self.needs_check = true;
         }
     }
 
-    /// Changes a unit, and with it what all of them own.
-    fn change<T>(&mut self, key: &ObjectKey, change: impl FnOnce(&mut Unit) -> T) -> T {
-        let unit = self.units.entry(key.clone()).or_default();
-        let before = unit.demand();
-        let changed = change(unit);
-        let after = unit.demand();
+    /// Changes a ConfigMap and updates the totals.
+    fn change<T>(&mut self, key: &ObjectKey, change: impl FnOnce(&mut PolicyConfigMap) -> T) -> T {
+        let configmap = self.configmaps.entry(key.clone()).or_default();
+        let before = configmap.demand();
+        let changed = change(configmap);
+        let after = configmap.demand();
         if before != after {
             self.bytes = self.bytes - bytes(&before) + bytes(&after);
-            own(&mut self.roots, &after);
-            disown(&mut self.roots, &before);
+            add_roots(&mut self.roots, &after);
+            remove_roots(&mut self.roots, &before);
         }
         changed
     }
 
-    /// The ConfigMap holds these texts.
-    pub fn put(&mut self, key: &ObjectKey, texts: Texts) {
-        let is_new = self.change(key, |unit| {
-            if matches!(&unit.wanted, Wanted::Texts(held) if **held == texts) {
+    pub(crate) fn put(&mut self, key: &ObjectKey, texts: Texts) {
+        let is_new = self.change(key, |configmap| {
+            if matches!(&configmap.desired, Desired::Texts(current) if **current == texts) {
                 return false;
             }
-            // The one allocation is kept when a ConfigMap goes back to what was good.
-            let texts = unit.good.clone().filter(|good| **good == texts).unwrap_or_else(|| Arc::new(texts));
-            unit.wanted = Wanted::Texts(texts);
+            // Reverting to the last good modules reuses their memory.
+            let texts =
+                configmap.good.clone().filter(|good| **good == texts).unwrap_or_else(|| Arc::new(texts));
+            configmap.desired = Desired::Texts(texts);
             true
         });
-        self.dirty |= is_new;
+        self.needs_check |= is_new;
     }
 
-    /// The ConfigMap holds something that cannot be checked: it keeps its last good texts.
-    pub fn put_unusable(&mut self, key: &ObjectKey) {
-        let before = self.change(key, |unit| std::mem::replace(&mut unit.wanted, Wanted::Unusable));
-        self.dirty |= !matches!(before, Wanted::Unusable);
+    /// The ConfigMap cannot be checked: the last good modules remain.
+    pub(crate) fn put_unusable(&mut self, key: &ObjectKey) {
+        let before =
+            self.change(key, |configmap| std::mem::replace(&mut configmap.desired, Desired::Unusable));
+        self.needs_check |= !matches!(before, Desired::Unusable);
     }
 
-    /// The ConfigMap is gone.
-    pub fn remove(&mut self, key: &ObjectKey) {
-        if self.units.contains_key(key) {
-            self.change(key, |unit| unit.wanted = Wanted::Gone);
-            self.dirty = true;
+    pub(crate) fn remove(&mut self, key: &ObjectKey) {
+        if self.configmaps.contains_key(key) {
+            self.change(key, |configmap| configmap.desired = Desired::Deleted);
+            self.needs_check = true;
         }
     }
 
-    /// What is to be checked now, if anything is. Texts that were rejected before take part only where the places of
-    /// their packages `may_own` data's, and while there is room for them.
-    pub fn job(&mut self, may_own: impl Fn(&DirPath) -> bool) -> Option<Arc<Candidates>> {
-        if !self.dirty || self.checking.is_some() {
+    /// Starts a check if needed. Rejected modules take part only if `may_own` allows their packages and
+    /// [`MODULES_BYTES_MAX`] suffices.
+    pub(crate) fn job(&mut self, may_own: impl Fn(&DirPath) -> bool) -> Option<Arc<Candidates>> {
+        if !self.needs_check || self.checking.is_some() {
             return None;
         }
-        (self.dirty, self.left_out) = (false, false);
+        (self.needs_check, self.has_excluded) = (false, false);
         let mut room = MODULES_BYTES_MAX.saturating_sub(self.bytes);
         let mut candidates = Candidates::new();
-        for (key, unit) in &self.units {
-            let mut wanted = match &unit.wanted {
-                Wanted::Gone => None,
-                Wanted::Unusable => unit.good.clone(),
-                Wanted::Texts(texts) => Some(texts.clone()),
+        for (key, configmap) in &self.configmaps {
+            let mut wanted = match &configmap.desired {
+                Desired::Deleted => None,
+                Desired::Unusable => configmap.good.clone(),
+                Desired::Texts(texts) => Some(texts.clone()),
             };
-            let refused = unit.refusal();
-            // What was too costly to check takes no part.
+            let refused = configmap.refusal();
             let is_tried = refused.is_some_and(|refused| refused != Refused::Costly);
-            if let (true, Some(texts)) = (is_tried, wanted.as_ref().filter(|_| wanted != unit.good)) {
-                let more = texts.bytes().saturating_sub(unit.good.as_ref().map_or(0, |good| good.bytes()));
+            if let (true, Some(texts)) = (is_tried, wanted.as_ref().filter(|_| wanted != configmap.good)) {
+                let more =
+                    texts.bytes().saturating_sub(configmap.good.as_ref().map_or(0, |good| good.bytes()));
                 if more <= room && texts.modules.values().all(|module| may_own(&module.root)) {
                     (room, self.reserved) = (room - more, self.reserved + more);
-                    own(&mut self.roots, &[Some(texts.clone()), None]);
+                    add_roots(&mut self.roots, &[Some(texts.clone()), None]);
                 } else {
-                    self.left_out = true;
-                    wanted.clone_from(&unit.good);
+                    self.has_excluded = true;
+                    wanted.clone_from(&configmap.good);
                 }
             }
-            let refused = refused.filter(|_| wanted != unit.good);
-            candidates.insert(key.clone(), Candidate { good: unit.good.clone(), wanted, refused });
+            let refused = refused.filter(|_| wanted != configmap.good);
+            candidates.insert(key.clone(), Candidate { good: configmap.good.clone(), wanted, refused });
         }
         let candidates = Arc::new(candidates);
         self.checking = Some(Arc::clone(&candidates));
         Some(candidates)
     }
 
-    /// Has all of them checked once more.
-    pub fn recheck(&mut self) {
-        self.dirty = true;
+    pub(crate) fn recheck(&mut self) {
+        self.needs_check = true;
     }
 
-    /// Places became free: rejected texts that took no part in the last check may take part in the next.
-    pub fn reconsider(&mut self) {
-        self.dirty |= self.left_out;
+    /// Requests a check of excluded modules.
+    pub(crate) fn reconsider(&mut self) {
+        self.needs_check |= self.has_excluded;
     }
 
-    /// Whether all that is known was checked.
-    pub fn is_settled(&self) -> bool {
-        !self.dirty && self.checking.is_none()
+    pub(crate) fn is_settled(&self) -> bool {
+        !self.needs_check && self.checking.is_none()
     }
 
-    /// Takes what came of the check under way: which modules that changes, and of which ConfigMaps something new was
-    /// said.
-    pub fn take(&mut self, outcome: Outcome) -> (ModuleChanges, BTreeSet<ObjectKey>) {
-        let (mut changes, mut news) = (ModuleChanges::new(), BTreeSet::new());
-        let Some(candidates) = self.checking.take() else { return (changes, news) };
+    /// Applies a check. Returns changed modules and the ConfigMaps with a new result.
+    pub(crate) fn take(&mut self, outcome: Outcome) -> (ModuleChanges, BTreeSet<ObjectKey>) {
+        let (mut changes, mut updated) = (ModuleChanges::new(), BTreeSet::new());
+        let Some(candidates) = self.checking.take() else { return (changes, updated) };
         let bytes = self.bytes;
         let costly: BTreeSet<_> = outcome.costly().cloned().collect();
         let Outcome { mut accepted, mut faults, mut warnings, untried, .. } = outcome;
-        self.dirty |= !untried.is_empty();
+        self.needs_check |= !untried.is_empty();
         self.reserved = 0;
-        let takes_part = |candidate: &&Candidate| !matches!(candidate.refused, None | Some(Refused::Costly));
-        for candidate in candidates.values().filter(takes_part) {
-            disown(&mut self.roots, &[candidate.wanted.clone(), None]);
+        let is_included = |candidate: &&Candidate| !matches!(candidate.refused, None | Some(Refused::Costly));
+        for candidate in candidates.values().filter(is_included) {
+            remove_roots(&mut self.roots, &[candidate.wanted.clone(), None]);
         }
         for (key, candidate) in &*candidates {
             let good = accepted.remove(key);
-            let unit = &self.units[key];
-            // A rejected text that took no part stays rejected.
-            if candidate.wanted == candidate.good && unit.is_left_out(candidate) && good == unit.good {
+            let configmap = &self.configmaps[key];
+            if candidate.wanted == candidate.good
+                && configmap.is_excluded(candidate)
+                && good == configmap.good
+            {
                 continue;
             }
-            // What had no chance this time keeps what was said of it.
-            let before =
-                unit.told.as_ref().filter(|told| told.of == candidate.wanted && good != candidate.wanted);
-            let before = before.map(|told| told.faults.clone());
-            let told = Told {
-                of: candidate.wanted.clone(),
+            // Inconclusive results preserve earlier faults.
+            let before = configmap
+                .result
+                .as_ref()
+                .filter(|result| result.checked == candidate.wanted && good != candidate.wanted);
+            let before = before.map(|result| result.faults.clone());
+            let result = CheckResult {
+                checked: candidate.wanted.clone(),
                 faults: faults.remove(key).or(before).unwrap_or_default(),
                 warnings: warnings.remove(key).unwrap_or_default(),
                 untried: untried.contains(key),
                 costly: costly.contains(key) || candidate.refused == Some(Refused::Costly),
             };
-            if unit.told.as_ref() != Some(&told) {
-                news.insert(key.clone());
+            if configmap.result.as_ref() != Some(&result) {
+                updated.insert(key.clone());
             }
-            let gone = unit.good.iter().flat_map(|old| old.modules.keys());
-            changes.extend(gone.map(|id| (id.clone(), None)));
-            // All of them: what was restored is not served yet.
+            let removed = configmap.good.iter().flat_map(|previous| previous.modules.keys());
+            changes.extend(removed.map(|id| (id.clone(), None)));
+            // Restored modules were not served yet.
             let new = good.iter().flat_map(|new| &new.modules);
             changes.extend(new.map(|(id, module)| (id.clone(), Some(Arc::clone(module)))));
-            self.change(key, |unit| (unit.told, unit.good) = (Some(told), good));
+            self.change(key, |configmap| (configmap.result, configmap.good) = (Some(result), good));
         }
         if self.bytes < bytes {
             self.reconsider();
         }
-        self.units.retain(|_, unit| unit.good.is_some() || !matches!(unit.wanted, Wanted::Gone));
-        (changes, news)
+        self.configmaps.retain(|_, configmap| {
+            configmap.good.is_some() || !matches!(configmap.desired, Desired::Deleted)
+        });
+        (changes, updated)
     }
 
-    /// What was said of the ConfigMap as it is now; none when there is no such ConfigMap.
-    pub fn opinion(&self, key: &ObjectKey) -> Option<Opinion<'_>> {
-        let unit = self.units.get(key)?;
-        let of = match &unit.wanted {
-            Wanted::Gone => return None,
-            Wanted::Unusable => return Some(Opinion::Waiting),
-            Wanted::Texts(texts) => texts,
+    /// `None` if there is no such ConfigMap.
+    pub(crate) fn opinion(&self, key: &ObjectKey) -> Option<Opinion<'_>> {
+        let configmap = self.configmaps.get(key)?;
+        let of = match &configmap.desired {
+            Desired::Deleted => return None,
+            Desired::Unusable => return Some(Opinion::Waiting),
+            Desired::Texts(texts) => texts,
         };
-        Some(match &unit.told {
-            Some(told) if told.of.as_ref() == Some(of) && !told.untried => {
-                Opinion::Told { of, faults: &told.faults, warnings: &told.warnings }
+        Some(match &configmap.result {
+            Some(result) if result.checked.as_ref() == Some(of) && !result.untried => {
+                Opinion::Told { of, faults: &result.faults, warnings: &result.warnings }
             }
             _ => Opinion::Waiting,
         })
     }
 
-    /// The ConfigMaps of which the last check refused something, and why.
-    pub fn refused(&self) -> impl Iterator<Item = (&ObjectKey, &[Fault])> {
-        let told = self.units.iter().filter_map(|(key, unit)| Some((key, unit.told.as_ref()?)));
-        let told = told.filter(|(_, told)| !told.untried && !told.faults.is_empty());
-        told.map(|(key, told)| (key, told.faults.as_slice()))
+    /// Returns rejected ConfigMaps with their faults.
+    pub(crate) fn refused(&self) -> impl Iterator<Item = (&ObjectKey, &[Fault])> {
+        let result =
+            self.configmaps.iter().filter_map(|(key, configmap)| Some((key, configmap.result.as_ref()?)));
+        let result = result.filter(|(_, result)| !result.untried && !result.faults.is_empty());
+        result.map(|(key, result)| (key, result.faults.as_slice()))
     }
 
-    /// What was accepted last.
-    pub fn last_good(&self) -> LastGood {
-        let good = self.units.iter().filter_map(|(key, unit)| Some((key.clone(), unit.good.clone()?)));
+    pub(crate) fn last_good(&self) -> LastGood {
+        let good = self
+            .configmaps
+            .iter()
+            .filter_map(|(key, configmap)| Some((key.clone(), configmap.good.clone()?)));
         good.collect()
     }
 
-    /// The packages that are served or may be soon, by what each owns.
-    pub fn roots(&self) -> &BTreeMap<DirPath, usize> {
+    pub(crate) fn roots(&self) -> &BTreeMap<DirPath, usize> {
         &self.roots
     }
 
-    /// Bytes of all texts that are served or may be soon, but those of `key`.
-    pub fn bytes_beside(&self, key: &ObjectKey) -> usize {
-        self.reserved + self.bytes - self.units.get(key).map_or(0, |unit| bytes(&unit.demand()))
+    /// Returns the bytes of served and checked modules, except those of `key`.
+    pub(crate) fn bytes_beside(&self, key: &ObjectKey) -> usize {
+        self.reserved + self.bytes
+            - self.configmaps.get(key).map_or(0, |configmap| bytes(&configmap.demand()))
     }
 }
 
-/// Texts of a unit that need room: what is good, and what may be accepted.
+/// Last good modules and those that may be accepted.
 type Demand = [Option<Arc<Texts>>; 2];
 
 fn bytes(demand: &Demand) -> usize {
@@ -280,15 +276,15 @@ fn roots_of(demand: &Demand) -> impl Iterator<Item = &DirPath> {
     demand.iter().flatten().flat_map(|texts| texts.modules.values()).map(|module| &module.root)
 }
 
-fn own(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
+fn add_roots(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
     for root in roots_of(demand) {
         *roots.entry(root.clone()).or_default() += 1;
     }
 }
 
-fn disown(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
+fn remove_roots(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
     for root in roots_of(demand) {
-        let count = roots.get_mut(root).expect("what is owned is counted");
+        let count = roots.get_mut(root).expect("owned roots are counted");
         *count -= 1;
         if *count == 0 {
             roots.remove(root);
@@ -296,40 +292,39 @@ fn disown(roots: &mut BTreeMap<DirPath, usize>, demand: &Demand) {
     }
 }
 
-impl Unit {
+impl PolicyConfigMap {
     fn demand(&self) -> Demand {
-        let wanted = self.wanted.texts().filter(|_| self.refusal().is_none());
-        [self.good.clone(), wanted.cloned()]
+        let desired = self.desired.texts().filter(|_| self.refusal().is_none());
+        [self.good.clone(), desired.cloned()]
     }
 
-    /// How what it holds now was rejected, if it was.
     fn refusal(&self) -> Option<Refused> {
-        let told = self.told.as_ref().filter(|told| told.of.as_ref() == self.wanted.texts())?;
-        let refused = match told {
-            Told { untried: true, .. } => Refused::Untried,
-            Told { costly: true, .. } => Refused::Costly,
+        let result = self.result.as_ref().filter(|result| result.checked.as_ref() == self.desired.texts())?;
+        let refused = match result {
+            CheckResult { untried: true, .. } => Refused::Untried,
+            CheckResult { costly: true, .. } => Refused::Costly,
             _ => Refused::Tried,
         };
-        (!told.faults.is_empty()).then_some(refused)
+        (!result.faults.is_empty()).then_some(refused)
     }
 
-    /// Whether what it held when `candidate` was made was rejected before and took no part in the check.
-    fn is_left_out(&self, candidate: &Candidate) -> bool {
-        self.refusal().is_some() && self.wanted.texts() != candidate.wanted.as_ref()
+    /// Whether the check excluded the rejected modules.
+    fn is_excluded(&self, candidate: &Candidate) -> bool {
+        self.refusal().is_some() && self.desired.texts() != candidate.wanted.as_ref()
     }
 }
 
-impl Wanted {
+impl Desired {
     fn texts(&self) -> Option<&Arc<Texts>> {
         match self {
             Self::Texts(texts) => Some(texts),
-            Self::Gone | Self::Unusable => None,
+            Self::Deleted | Self::Unusable => None,
         }
     }
 }
 
 impl Texts {
-    /// Bytes of all of them.
+    /// Returns the size of the source, in bytes.
     pub fn bytes(&self) -> usize {
         self.modules.values().chain(self.tests.values()).map(|module| module.text.len()).sum()
     }
@@ -353,12 +348,13 @@ mod tests {
     }
 
     fn accept_all(candidates: &Candidates) -> Outcome {
-        let accepted = candidates.iter().filter_map(|(key, unit)| Some((key.clone(), unit.wanted.clone()?)));
+        let accepted =
+            candidates.iter().filter_map(|(key, candidate)| Some((key.clone(), candidate.wanted.clone()?)));
         Outcome { accepted: accepted.collect(), ..Outcome::default() }
     }
 
     #[test]
-    fn what_changes_during_a_check_waits_for_the_next() {
+    fn changes_during_a_check_wait_for_the_next() {
         let mut policies = Policies::default();
         assert!(policies.is_settled() && policies.job(anywhere).is_none());
         policies.put(&key("a"), texts("1"));
@@ -367,16 +363,16 @@ mod tests {
         assert!(policies.job(anywhere).is_none(), "one at a time");
         let (changes, _) = policies.take(accept_all(&first));
         assert_eq!(changes["ns/a/m"].as_ref().unwrap().text, "package a\n1");
-        assert!(matches!(policies.opinion(&key("a")), Some(Opinion::Waiting)), "nothing was said of 2");
+        assert!(matches!(policies.opinion(&key("a")), Some(Opinion::Waiting)), "2 was not checked");
         let second = policies.job(anywhere).unwrap();
         policies.take(accept_all(&second));
         assert!(matches!(policies.opinion(&key("a")), Some(Opinion::Told { faults: [], .. })));
         policies.put(&key("a"), texts("2"));
-        assert!(policies.is_settled(), "the same again is silence");
+        assert!(policies.is_settled(), "equal modules need no check");
         policies.put_unusable(&key("a"));
         let third = policies.job(anywhere).unwrap();
         let (changes, _) = policies.take(accept_all(&third));
-        assert_eq!(changes["ns/a/m"].as_ref().unwrap().text, "package a\n2", "the last good stays");
+        assert_eq!(changes["ns/a/m"].as_ref().unwrap().text, "package a\n2", "last good modules remain");
         policies.remove(&key("a"));
         let fourth = policies.job(anywhere).unwrap();
         assert_eq!(policies.take(accept_all(&fourth)).0, ModuleChanges::from([("ns/a/m".into(), None)]));
@@ -384,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_good_before_a_restart_is_checked_first() {
+    fn restored_modules_are_checked_first() {
         let mut policies = Policies::default();
         policies.restore(LastGood::from([(key("a"), Arc::new(texts("1")))]));
         policies.put(&key("a"), texts("2"));
@@ -393,7 +389,6 @@ mod tests {
         let good = job[&key("a")].good.clone().unwrap();
         let outcome = Outcome { accepted: BTreeMap::from([(key("a"), good)]), ..Outcome::default() };
         let (changes, _) = policies.take(outcome);
-        // It was not served yet, so it must come as a change.
         assert_eq!(changes.len(), 1, "{changes:?}");
     }
 
@@ -404,8 +399,8 @@ mod tests {
     }
 
     fn reject(candidates: &Candidates, name: &str) -> Outcome {
-        let accepted = candidates.iter().filter_map(|(key, unit)| {
-            let texts = if *key.name == *name { &unit.good } else { &unit.wanted };
+        let accepted = candidates.iter().filter_map(|(key, candidate)| {
+            let texts = if *key.name == *name { &candidate.good } else { &candidate.wanted };
             Some((key.clone(), texts.clone()?))
         });
         let faults = BTreeMap::from([(key(name), vec![Fault::new("x", "x")])]);
@@ -419,10 +414,10 @@ mod tests {
         policies.put(&key("a"), module("shop", MODULES_BYTES_MAX / 2 + 1));
         assert!(policies.roots().contains_key(&root));
         let job = policies.job(anywhere).unwrap();
-        assert!(policies.roots().contains_key(&root), "it is being checked");
+        assert!(policies.roots().contains_key(&root), "still in the check");
         policies.take(reject(&job, "a"));
         assert!(policies.roots().is_empty() && policies.bytes_beside(&key("b")) == 0);
-        // The place is taken, and there is no room for both: it takes part in no check and stays rejected.
+        // Excluded for package or size: rejection remains.
         for (may_own, bytes) in [(false, 1), (true, MODULES_BYTES_MAX / 2 + 1)] {
             policies.put(&key("b"), module("other", bytes));
             let job = policies.job(|_| may_own).unwrap();
@@ -433,7 +428,7 @@ mod tests {
         }
         policies.put(&key("b"), module("other", 1));
         let job = policies.job(anywhere).unwrap();
-        assert_eq!(job[&key("a")], Candidate::default(), "the larger one is still served");
+        assert_eq!(job[&key("a")], Candidate::default(), "the larger module is still served");
         policies.take(accept_all(&job));
         let job = policies.job(anywhere).unwrap();
         assert!(job[&key("a")].wanted.is_some() && policies.roots().len() == 2);

@@ -1,5 +1,4 @@
-//! Whether modules compile together: by a real OPA, `opa check` on all of them, or, where there is none, by a parser
-//! that sees the syntax of each alone.
+//! Checks modules with OPA, or without one for syntax only.
 
 mod run;
 mod syntax;
@@ -26,63 +25,63 @@ use super::verdict::{Fault, Location};
 use crate::config::{CHECK_FAULTS_MAX, CHECK_MAX, TEST_RUN_MAX, TEST_SECONDS, TESTS_MAX, TESTS_PAUSE};
 use crate::model::ObjectKey;
 
-/// Why OPA returned no result.
+/// Failure of OPA.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// `--opa-bin` names something else.
-    #[error("{program} is no OPA: {because}")]
+    /// The program is not OPA.
+    #[error("starting OPA at {program} failed: {reason}; set --opa-bin to an OPA program")]
     NotOpa {
-        /// What was run.
+        /// Path of the program.
         program: String,
-        /// What came of it.
-        because: String,
+        /// Cause.
+        reason: String,
     },
-    /// The folder for the modules.
-    #[error("cannot write the modules for OPA: {0}")]
+    /// Modules could not be written.
+    #[error("writing modules for OPA failed: {0}")]
     Write(std::io::Error),
-    /// The file with the plan.
-    #[error("cannot read OPA's plan: {0}")]
+    /// The plan could not be read.
+    #[error("reading OPA's plan failed: {0}")]
     Read(std::io::Error),
-    /// The process.
-    #[error("cannot run OPA: {0}")]
+    /// The process could not be started or read.
+    #[error("running OPA failed: {0}")]
     Run(std::io::Error),
-    /// It hangs.
-    #[error("OPA did not answer within {} s", .0.as_secs())]
+    /// OPA timed out.
+    #[error("OPA timed out after {} s", .0.as_secs())]
     TooLong(Duration),
-    /// The plan would take too much memory.
-    #[error("OPA's plan has {0} bytes, more than the {PLAN_BYTES_MAX} that are analysed")]
+    /// The plan needs too much memory.
+    #[error("analysing OPA's plan failed: {0} bytes exceed the maximum of {PLAN_BYTES_MAX}")]
     PlanTooLarge(u64),
-    /// It ended in some other way than with a list of errors.
-    #[error("OPA ended with {status}: {output}")]
+    /// OPA failed without reporting errors.
+    #[error("OPA failed with {status}: {output}")]
     Failed {
-        /// Its exit.
+        /// Exit status.
         status: String,
-        /// The beginning of what it wrote.
+        /// First bytes of the output.
         output: String,
     },
 }
 
 impl Error {
-    /// Whether no module can be the cause: OPA was not even started.
+    /// Whether OPA did not start, so that no module is the cause.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::TooLong(_) | Self::Failed { .. } | Self::PlanTooLarge(_) => false,
-            // Its query names too many packages.
+            // The query names too many packages.
             Self::Run(error) => error.kind() != io::ErrorKind::ArgumentListTooLong,
             _ => true,
         }
     }
 }
 
-/// Which Rego a module is written in, as OPA's flags say it.
+/// Rego version.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Dialect {
-    /// What OPA takes by default.
+    /// OPA's default.
     #[default]
     Default,
-    /// `--v0-compatible`
+    /// OPA's `--v0-compatible`.
     V0,
-    /// `--v1-compatible`
+    /// OPA's `--v1-compatible`.
     V1,
 }
 
@@ -95,7 +94,6 @@ impl Dialect {
         }
     }
 
-    /// As a bundle's manifest says it; none: as the OPA that loads it likes.
     pub fn version(self) -> Option<u8> {
         match self {
             Self::Default => None,
@@ -105,37 +103,35 @@ impl Dialect {
     }
 }
 
-/// Who checks.
+/// Policy compiler.
 #[derive(Clone, Debug)]
 pub enum Compiler {
-    /// A real OPA.
+    /// OPA.
     Opa(Opa),
-    /// The parser of another implementation: each module by itself.
+    /// Another parser, which checks each module alone.
     Syntax(Dialect),
 }
 
-/// A program and how it is run.
+/// An OPA program.
 #[derive(Clone, Debug)]
 pub struct Opa {
     program: PathBuf,
     version: String,
     dialect: Dialect,
-    /// What modules may use while they are checked: all but the network, which tests and schemas could reach.
+    /// Denies the network, which tests and schemas could use.
     capabilities: Arc<tempfile::NamedTempFile>,
-    /// Tests that take too long, by ConfigMap, and when they may be run again.
-    slow: Arc<Mutex<BTreeMap<ObjectKey, (Tests, Instant)>>>,
-    /// Bounds the plans in memory: one, for all bundles together.
+    /// Slow tests, with the time of their next run.
+    slow_tests: Arc<Mutex<BTreeMap<ObjectKey, (Tests, Instant)>>>,
+    /// Permits one plan in memory, for all bundles.
     plans: Arc<Semaphore>,
 }
 
-/// Test modules of one ConfigMap.
 type Tests = BTreeMap<String, Arc<Module>>;
 
-/// The ConfigMaps whose tests are run.
 type Suites<'a> = Vec<(&'a ObjectKey, Selected<'a>)>;
 
 impl Compiler {
-    /// The OPA at `program`, else the `opa` on the search path, else the parser.
+    /// Finds OPA at `program`, else on the search path, else the parser.
     pub async fn find(program: Option<&Path>, dialect: Dialect) -> Result<Self, Error> {
         match Opa::new(program.unwrap_or(Path::new("opa")), dialect).await {
             Ok(opa) => Ok(Self::Opa(opa)),
@@ -144,39 +140,40 @@ impl Compiler {
         }
     }
 
-    /// The same compiler for another bundle, without running anything.
+    /// Returns this compiler for another bundle.
     #[must_use]
     pub fn with_dialect(&self, dialect: Dialect) -> Self {
         match self {
-            Self::Opa(opa) => Self::Opa(Opa { dialect, slow: Arc::default(), ..opa.clone() }),
+            Self::Opa(opa) => Self::Opa(Opa { dialect, slow_tests: Arc::default(), ..opa.clone() }),
             Self::Syntax(_) => Self::Syntax(dialect),
         }
     }
 
-    /// What checks, for people.
+    /// Returns a display name.
     pub fn name(&self) -> String {
         match self {
             Self::Opa(opa) => format!("OPA {}", opa.version),
-            Self::Syntax(_) => "a parser, syntax only".into(),
+            Self::Syntax(_) => "parser (syntax only)".into(),
         }
     }
 
-    /// What is wrong with these texts together; tests are run when nothing is. An OPA that fails is a fault
-    /// ([`CHECK_FAILED`]) unless no text can be the cause.
+    /// Returns all faults. Tests need modules that compile. Failures of OPA are faults ([`CHECK_FAILED`])
+    /// unless transient.
     pub async fn check(&self, selection: &Selection<'_>) -> Result<Vec<Fault>, Error> {
         match self {
             Self::Syntax(dialect) => {
                 let texts = selection.values().map(|selected| selected.texts);
                 let modules = texts.flat_map(|texts| texts.modules.iter().chain(&texts.tests));
-                Ok(modules.filter_map(|(id, module)| syntax::fault(id, &module.text, *dialect)).collect())
+                Ok(modules
+                    .filter_map(|(id, module)| syntax::first_error(id, &module.text, *dialect))
+                    .collect())
             }
             Self::Opa(opa) => opa.check_all(selection).await,
         }
     }
 
-    /// The plan of these decisions, packages or rules, and of those that annotations make entrypoints; `None` without a
-    /// real OPA. Waits until no other plan is in memory.
-    pub async fn plan(
+    /// Plans `decisions` and annotated entrypoints, one plan at a time. `None` without a real OPA.
+    pub(crate) async fn plan(
         &self,
         modules: &Modules<'_>,
         decisions: &[&DirPath],
@@ -187,17 +184,17 @@ impl Compiler {
         }
     }
 
-    /// Reason why [`dependencies`](Self::dependencies) may lack some, if they may.
-    pub fn omission(&self) -> Option<String> {
+    /// Returns why dependencies may be incomplete.
+    pub(crate) fn omission(&self) -> Option<String> {
         let Self::Opa(Opa { version, .. }) = self else { return None };
         let mut numbers = version.split('.').map_while(|number| number.parse().ok());
-        let is_new = [numbers.next(), numbers.next()].map(Option::unwrap_or_default) >= WHOLE_DEPENDENCIES;
-        let [major, minor] = WHOLE_DEPENDENCIES;
+        let is_new = [numbers.next(), numbers.next()].map(Option::unwrap_or_default) >= COMPLETE_DEPS_SINCE;
+        let [major, minor] = COMPLETE_DEPS_SINCE;
         (!is_new).then(|| format!("OPA {version} omits data in `opa deps`; use OPA {major}.{minor} or later"))
     }
 
-    /// What these decisions depend on; `None` without a real OPA.
-    pub async fn dependencies(
+    /// `None` without a real OPA.
+    pub(crate) async fn dependencies(
         &self,
         modules: &Modules<'_>,
         decisions: &[&DirPath],
@@ -209,16 +206,15 @@ impl Compiler {
     }
 }
 
-/// First version of OPA, major and minor, whose `opa deps` tells of the data that `else` bodies and unused variables
-/// read (OPA CHANGELOG.md, 1.21.0, issue 4814).
-const WHOLE_DEPENDENCIES: [u32; 2] = [1, 21];
+/// First OPA whose `opa deps` includes `else` bodies and unused variables (OPA CHANGELOG.md, 1.21.0, issue
+/// 4814).
+const COMPLETE_DEPS_SINCE: [u32; 2] = [1, 21];
 
-/// The package of the rule that makes every package an entrypoint: OPA refuses one without rules as an entrypoint.
-const ENTRY: &str = "opahub_entry";
-/// Maximum size of a plan, in bytes of JSON; parsed it takes six times as much. A hundred policies have half a megabyte.
+/// Generated package. OPA rejects entrypoints without rules.
+const ENTRYPOINT_PACKAGE: &str = "opahub_entry";
+/// Maximum size of a plan, in bytes of JSON; a hundred policies have 0.5 MB. Parsing needs six times as much.
 const PLAN_BYTES_MAX: u64 = 8 << 20;
 
-/// These paths below `data` as one term of Rego.
 fn query(decisions: &[&DirPath]) -> String {
     let term = |decision: &&DirPath| format!("data[\"{}\"]", decision.relative().replace('/', "\"][\""));
     match decisions {
@@ -230,21 +226,18 @@ fn query(decisions: &[&DirPath]) -> String {
 /// Modules by id.
 pub type Modules<'a> = BTreeMap<&'a String, &'a Arc<Module>>;
 
-/// A plan, and the permit to hold one in memory.
-pub struct Planned {
-    /// The plan.
+pub(crate) struct Planned {
     pub plan: Plan,
-    /// Whether annotations name entrypoints.
+    /// Whether annotations declare entrypoints.
     pub is_annotated: bool,
     _permit: OwnedSemaphorePermit,
 }
 
-/// Paths below `data`, each as far as its names are constant. A term whose first name is not constant is not among them.
+/// Paths below `data`, cut at the first dynamic name.
 #[derive(Debug)]
-pub struct Dependencies {
-    /// Of data.
+pub(crate) struct Dependencies {
     pub data: Vec<Vec<String>>,
-    /// Of rules, those that rules depend on included.
+    /// Rules, including indirect dependencies.
     pub rules: Vec<Vec<String>>,
 }
 
@@ -294,22 +287,22 @@ struct Term {
 
 impl Opa {
     async fn new(program: &Path, dialect: Dialect) -> Result<Self, Error> {
-        let not_opa = |because: String| Error::NotOpa { program: program.display().to_string(), because };
-        let said = run(Command::new(program).arg("version"), CHECK_MAX)
+        let not_opa = |reason: String| Error::NotOpa { program: program.display().to_string(), reason };
+        let output = run(Command::new(program).arg("version"), CHECK_MAX)
             .await
             .map_err(|error| not_opa(error.to_string()))?;
-        let said = String::from_utf8_lossy(&said.stdout).into_owned();
-        let version = said.lines().find_map(|line| line.strip_prefix("Version: "));
-        let version = version.ok_or_else(|| not_opa("it tells no version".into()))?.trim().to_owned();
+        let output = String::from_utf8_lossy(&output.stdout).into_owned();
+        let version = output.lines().find_map(|line| line.strip_prefix("Version: "));
+        let version = version.ok_or_else(|| not_opa("no version in the output".into()))?.trim().to_owned();
         let capabilities = run(Command::new(program).args(["capabilities", "--current"]), CHECK_MAX).await?;
         let mut capabilities: serde_json::Value = serde_json::from_slice(&capabilities.stdout)
-            .map_err(|error| not_opa(format!("its capabilities do not parse: {error}")))?;
+            .map_err(|error| not_opa(format!("parsing the capabilities failed: {error}")))?;
         capabilities["allow_net"] = json!([]);
         let file = tempfile::NamedTempFile::new().map_err(Error::Write)?;
         std::fs::write(file.path(), capabilities.to_string()).map_err(Error::Write)?;
         let (program, capabilities) = (program.to_owned(), Arc::new(file));
         let plans = Arc::new(Semaphore::new(1));
-        Ok(Self { program, version, dialect, capabilities, slow: Arc::default(), plans })
+        Ok(Self { program, version, dialect, capabilities, slow_tests: Arc::default(), plans })
     }
 
     async fn check_all(&self, selection: &Selection<'_>) -> Result<Vec<Fault>, Error> {
@@ -317,11 +310,11 @@ impl Opa {
         let suites = selection.iter().filter(|(_, selected)| !selected.texts.tests.is_empty());
         let suites: Suites = suites.map(|(key, selected)| (*key, *selected)).collect();
         if modules.is_empty() && suites.is_empty() {
-            // An OPA that cannot check this can check nothing: no change is the cause.
+            // If an empty policy fails, no change is the cause.
             let (id, module) = (String::new(), Arc::new(Module::read("package opahub").expect("a module")));
             return match self.check(&Modules::from([(&id, &module)])).await {
                 Err(error) if !error.is_transient() => {
-                    Ok(vec![Fault::new(CHECK_FAILED, format!("the check of an empty policy fails: {error}"))])
+                    Ok(vec![Fault::new(CHECK_FAILED, format!("checking an empty policy failed: {error}"))])
                 }
                 checked => checked,
             };
@@ -330,7 +323,7 @@ impl Opa {
             Ok(faults) if faults.is_empty() => self.test_all(&modules, suites).await,
             Err(error) if !error.is_transient() => {
                 let message = format!(
-                    "the check fails: {error}; make the policy cheaper to compile: it is tried again when it changes"
+                    "check failed: {error}; make the policy cheaper to compile (an edit triggers a retry)"
                 );
                 Ok(vec![Fault::new(CHECK_FAILED, message)])
             }
@@ -338,10 +331,9 @@ impl Opa {
         }
     }
 
-    /// What is wrong with the tests, in one run; where that fails, in a run for each ConfigMap. A fault is always that
-    /// of the ConfigMap of the tests.
+    /// Runs all tests together, else by ConfigMap. Faults belong to the test's ConfigMap.
     async fn test_all(&self, modules: &Modules<'_>, mut suites: Suites<'_>) -> Result<Vec<Fault>, Error> {
-        let mut faults = self.leave_out_slow(&mut suites);
+        let mut faults = self.skip_slow_tests(&mut suites);
         let started = Instant::now();
         while !suites.is_empty() && started.elapsed() < TESTS_MAX {
             let tests = suites.iter().flat_map(|(_, selected)| &selected.texts.tests);
@@ -366,15 +358,16 @@ impl Opa {
             };
             let count = suites.len();
             suites.retain(|(_, selected)| {
-                let own = found.iter().filter(|fault| is_named(selected.texts, fault));
+                let own_faults = found.iter().filter(|fault| is_named(selected.texts, fault));
                 let before = faults.len();
                 faults.extend(
-                    own.map(|fault| Fault { location: fault.location.clone(), ..broken_test(fault) }),
+                    own_faults
+                        .map(|fault| Fault { location: fault.location.clone(), ..test_compile_fault(fault) }),
                 );
                 faults.len() == before
             });
             if suites.len() == count {
-                // Some test does not go with a module, and only the module is named.
+                // OPA named only modules.
                 break;
             }
         }
@@ -382,25 +375,26 @@ impl Opa {
         Ok(faults)
     }
 
-    /// Runs the tests of each ConfigMap by themselves, of changed ones first.
+    /// Runs each ConfigMap's tests alone, changed ones first.
     async fn test_each(&self, modules: &Modules<'_>, mut suites: Suites<'_>) -> Result<Vec<Fault>, Error> {
         suites.sort_by_key(|(_, selected)| !selected.is_changed);
         let started = Instant::now();
         let mut faults = Vec::new();
         for (key, Selected { texts: Texts { tests, .. }, .. }) in suites {
             if started.elapsed() >= TESTS_MAX {
-                let message = "its tests were not run: those of all ConfigMaps take too long together";
-                faults.push(at_tests(tests, Fault::new(TESTS_NOT_RUN, message)));
+                let message =
+                    "tests skipped: the tests of all ConfigMaps take too long together; make them cheaper";
+                faults.push(locate_in_tests(tests, Fault::new(TESTS_NOT_RUN, message)));
                 continue;
             }
             let all: Modules = modules.iter().map(|(id, module)| (*id, *module)).chain(tests).collect();
-            let packages = packages(tests);
+            let packages = test_name_pattern(tests);
             let mut found = self.test(&all, Some(&packages)).await;
             if let Err(Error::Failed { .. }) = found {
-                // Tests that do not compile end like that; an OPA that fails once may do so by chance.
+                // Tests that do not compile fail alike, and so may a busy OPA.
                 found = match self.check(&all).await {
                     Ok(found) if found.is_empty() => self.test(&all, Some(&packages)).await,
-                    Ok(found) => Ok(vec![at_tests(tests, broken_test(&found[0]))]),
+                    Ok(found) => Ok(vec![locate_in_tests(tests, test_compile_fault(&found[0]))]),
                     Err(error) => Err(error),
                 };
             }
@@ -408,73 +402,76 @@ impl Opa {
                 Ok(found) => faults.extend(found),
                 Err(error) if error.is_transient() => return Err(error),
                 Err(Error::TooLong(_)) => {
-                    let again = Instant::now() + TESTS_PAUSE;
-                    self.slow().insert(key.clone(), (tests.clone(), again));
-                    faults.push(too_long(tests));
+                    let retry_at = Instant::now() + TESTS_PAUSE;
+                    self.slow_tests().insert(key.clone(), (tests.clone(), retry_at));
+                    faults.push(timeout_fault(tests));
                 }
-                Err(error) => faults.push(at_tests(tests, Fault::new(TEST_FAILED, error.to_string()))),
+                Err(error) => faults.push(locate_in_tests(tests, Fault::new(TEST_FAILED, error.to_string()))),
             }
         }
         Ok(faults)
     }
 
-    /// Takes tests out that took too long a short while ago. Their faults stay.
-    fn leave_out_slow(&self, suites: &mut Suites<'_>) -> Vec<Fault> {
-        let (now, mut slow, mut faults) = (Instant::now(), self.slow(), Vec::new());
-        slow.retain(|_, (_, again)| *again > now);
+    /// Removes tests that were slow recently and returns their faults.
+    fn skip_slow_tests(&self, suites: &mut Suites<'_>) -> Vec<Fault> {
+        let (now, mut slow, mut faults) = (Instant::now(), self.slow_tests(), Vec::new());
+        slow.retain(|_, (_, retry_at)| *retry_at > now);
         suites.retain(|(key, selected)| {
             let tests = &selected.texts.tests;
             let is_slow = slow.get(*key).is_some_and(|(slow, _)| slow == tests);
-            faults.extend(is_slow.then(|| too_long(tests)));
+            faults.extend(is_slow.then(|| timeout_fault(tests)));
             !is_slow
         });
         faults
     }
 
-    fn slow(&self) -> MutexGuard<'_, BTreeMap<ObjectKey, (Tests, Instant)>> {
-        self.slow.lock().unwrap_or_else(PoisonError::into_inner)
+    fn slow_tests(&self) -> MutexGuard<'_, BTreeMap<ObjectKey, (Tests, Instant)>> {
+        self.slow_tests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn check(&self, modules: &Modules<'_>) -> Result<Vec<Fault>, Error> {
-        let folder = Folder::write(modules)?;
+        let module_dir = ModuleDir::write(modules)?;
         let max = CHECK_FAULTS_MAX.to_string();
         let command =
             ["check", "--format=json", "--max-errors", &max, "--capabilities", &self.capabilities()];
-        let said = self.run(&folder, &command, &["."]).await?;
-        if said.status.success() {
+        let output = self.run(&module_dir, &command, &["."]).await?;
+        if output.status.success() {
             return Ok(Vec::new());
         }
-        let errors = serde_json::from_slice(&said.stderr).map(|Errors { errors }| errors).unwrap_or_default();
+        let errors =
+            serde_json::from_slice(&output.stderr).map(|Errors { errors }| errors).unwrap_or_default();
         if errors.is_empty() {
-            return Err(failed(&said));
+            return Err(opa_failure(&output));
         }
-        let located = errors.iter().any(|error| error.location.is_some());
-        // That there are more errors than were asked for is one without a place.
-        let told = errors.into_iter().filter(|error| error.location.is_some() || !located);
-        Ok(told
+        let has_location = errors.iter().any(|error| error.location.is_some());
+        // OPA's notice of more errors has no location.
+        let reported = errors.into_iter().filter(|error| error.location.is_some() || !has_location);
+        Ok(reported
             .map(|error| Fault {
-                location: error.location.map(|location| folder.location(location)),
-                ..Fault::new(&error.code, folder.rename(&error.message))
+                location: error.location.map(|location| module_dir.location(location)),
+                ..Fault::new(&error.code, module_dir.rename(&error.message))
             })
             .collect())
     }
 
-    /// Runs all tests, or those whose names match `names`.
     async fn test(&self, modules: &Modules<'_>, names: Option<&str>) -> Result<Vec<Fault>, Error> {
-        let folder = Folder::write(modules)?;
+        let module_dir = ModuleDir::write(modules)?;
         let timeout = format!("--timeout={TEST_SECONDS}s");
         let capabilities = self.capabilities();
         let mut command = vec!["test", "--format=json", &timeout, "--capabilities", &capabilities];
         command.extend(names.into_iter().flat_map(|names| ["--run", names]));
-        let said = self.run(&folder, &command, &["."]).await?;
-        let tests: Vec<Test> = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
+        let output = self.run(&module_dir, &command, &["."]).await?;
+        let tests: Vec<Test> = serde_json::from_slice(&output.stdout).map_err(|_| opa_failure(&output))?;
         let failed = tests.into_iter().filter(|test| test.fail || test.error.is_some());
         Ok(failed
             .map(|test| {
-                let because = test.error.as_ref().and_then(|error| error["message"].as_str());
-                let because = because.map(|because| format!(": {because}")).unwrap_or_default();
-                let message = format!("the test {}.{} fails{because}", test.package, test.name);
-                Fault { location: Some(folder.location(test.location)), ..Fault::new(TEST_FAILED, message) }
+                let reason = test.error.as_ref().and_then(|error| error["message"].as_str());
+                let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+                let message = format!("test {}.{} failed{reason}", test.package, test.name);
+                Fault {
+                    location: Some(module_dir.location(test.location)),
+                    ..Fault::new(TEST_FAILED, message)
+                }
             })
             .collect())
     }
@@ -484,12 +481,14 @@ impl Opa {
         modules: &Modules<'_>,
         decisions: &[&DirPath],
     ) -> Result<Dependencies, Error> {
-        let folder = Folder::write(modules)?;
-        // This command has no flag for the dialect; a bundle says it by itself.
+        let module_dir = ModuleDir::write(modules)?;
+        // `opa deps` has no flag for the Rego version.
         let manifest = json!({ "roots": [""], "rego_version": self.dialect.version() });
-        std::fs::write(folder.dir.path().join(MANIFEST_FILE), manifest.to_string()).map_err(Error::Write)?;
-        let said = self.run(&folder, &["deps", "--format=json", "--bundle=."], &[&query(decisions)]).await?;
-        let found: Refs = serde_json::from_slice(&said.stdout).map_err(|_| failed(&said))?;
+        std::fs::write(module_dir.dir.path().join(MANIFEST_FILE), manifest.to_string())
+            .map_err(Error::Write)?;
+        let output =
+            self.run(&module_dir, &["deps", "--format=json", "--bundle=."], &[&query(decisions)]).await?;
+        let found: Refs = serde_json::from_slice(&output.stdout).map_err(|_| opa_failure(&output))?;
         let names = |terms: Vec<Term>| {
             let mut terms = terms.into_iter();
             terms.next().filter(|term| term.value == "data")?;
@@ -502,27 +501,29 @@ impl Opa {
     }
 
     async fn plan(&self, modules: &Modules<'_>, decisions: &[&DirPath]) -> Result<Planned, Error> {
-        let folder = Folder::write(modules)?;
-        let mut package = ENTRY.to_owned();
+        let module_dir = ModuleDir::write(modules)?;
+        let mut package = ENTRYPOINT_PACKAGE.to_owned();
         while modules.values().any(|module| module.root.relative().split('/').next() == Some(&package)) {
             package.push('_');
         }
-        let rules =
-            decisions.iter().enumerate().map(|(at, decision)| format!("p{at} := {}\n", query(&[decision])));
-        // One rule there is always: no decision may be asked for but those that annotations name.
-        let head = format!("package {package}\n\nnone := true\n");
-        let entry: Vec<_> = std::iter::once(head).chain(rules).collect();
-        std::fs::write(folder.dir.path().join("entry.rego"), entry.join("\n")).map_err(Error::Write)?;
-        // OPA adds the entrypoints that annotations name, and without the second flag all rules that use one of them.
+        let rules = decisions
+            .iter()
+            .enumerate()
+            .map(|(index, decision)| format!("p{index} := {}\n", query(&[decision])));
+        // The package needs a rule even without decisions.
+        let header = format!("package {package}\n\nnone := true\n");
+        let entry: Vec<_> = std::iter::once(header).chain(rules).collect();
+        std::fs::write(module_dir.dir.path().join("entry.rego"), entry.join("\n")).map_err(Error::Write)?;
+        // OPA adds annotated entrypoints; `--prune-unused` excludes rules that use them.
         let command =
             ["build", "--target=plan", "--prune-unused", "--entrypoint", &package, "--output=.plan.tar.gz"];
-        let said = self.run(&folder, &command, &["."]).await?;
-        if !said.status.success() {
-            let text = folder.rename(&String::from_utf8_lossy(&said.stderr));
-            return Err(failed(&Output { stderr: text.into_bytes(), ..said }));
+        let output = self.run(&module_dir, &command, &["."]).await?;
+        if !output.status.success() {
+            let message = module_dir.rename(&String::from_utf8_lossy(&output.stderr));
+            return Err(opa_failure(&Output { stderr: message.into_bytes(), ..output }));
         }
         let permit = self.plans.clone().acquire_owned().await.expect("the semaphore is never closed");
-        let file = std::fs::File::open(folder.dir.path().join(".plan.tar.gz")).map_err(Error::Read)?;
+        let file = std::fs::File::open(module_dir.dir.path().join(".plan.tar.gz")).map_err(Error::Read)?;
         let mut bundle = tar::Archive::new(flate2::read::GzDecoder::new(file));
         for entry in bundle.entries().map_err(Error::Read)? {
             let entry = entry.map_err(Error::Read)?;
@@ -530,48 +531,53 @@ impl Opa {
                 if entry.size() > PLAN_BYTES_MAX {
                     return Err(Error::PlanTooLarge(entry.size()));
                 }
-                let mut plan: Plan = serde_json::from_reader(std::io::BufReader::new(entry))
-                    .map_err(|error| Error::Failed { status: "a plan".into(), output: error.to_string() })?;
-                plan.rename_files(|file| folder.id(file).map(str::to_owned));
+                let mut plan: Plan =
+                    serde_json::from_reader(std::io::BufReader::new(entry)).map_err(|error| {
+                        Error::Failed { status: "a malformed plan".into(), output: error.to_string() }
+                    })?;
+                plan.rename_files(|file| module_dir.id(file).map(str::to_owned));
                 let is_annotated = plan.entrypoints().any(|name| name != package);
                 return Ok(Planned { plan, is_annotated, _permit: permit });
             }
         }
-        Err(Error::Failed { status: said.status.to_string(), output: "no plan".into() })
+        Err(Error::Failed { status: output.status.to_string(), output: "no plan".into() })
     }
 
     fn capabilities(&self) -> String {
         self.capabilities.path().display().to_string()
     }
 
-    async fn run(&self, folder: &Folder, command: &[&str], last: &[&str]) -> Result<Output, Error> {
+    async fn run(
+        &self,
+        module_dir: &ModuleDir,
+        command: &[&str],
+        arguments: &[&str],
+    ) -> Result<Output, Error> {
         let (dialect, is_test) = (self.dialect.flag().filter(|_| command[0] != "deps"), command[0] == "test");
-        let command = command.iter().copied().chain(dialect).chain(last.iter().copied());
+        let command = command.iter().copied().chain(dialect).chain(arguments.iter().copied());
         let limit = if is_test { TEST_RUN_MAX } else { CHECK_MAX };
-        run(Command::new(&self.program).args(command).current_dir(folder.dir.path()), limit).await
+        run(Command::new(&self.program).args(command).current_dir(module_dir.dir.path()), limit).await
     }
 }
 
-/// A fault of tests that do not compile.
-fn broken_test(fault: &Fault) -> Fault {
-    Fault::new(TEST_FAILED, format!("the tests do not compile: {}: {}", fault.code, fault.message))
+fn test_compile_fault(fault: &Fault) -> Fault {
+    Fault::new(TEST_FAILED, format!("compiling tests failed: {}: {}", fault.code, fault.message))
 }
 
-fn too_long(tests: &Tests) -> Fault {
+fn timeout_fault(tests: &Tests) -> Fault {
     let seconds = TEST_RUN_MAX.as_secs();
     let message =
-        format!("its tests take longer than {seconds} s: make them cheaper, or divide them among ConfigMaps");
-    at_tests(tests, Fault::new(TESTS_TOO_LONG, message))
+        format!("tests timed out after {seconds} s; make them cheaper or divide them among ConfigMaps");
+    locate_in_tests(tests, Fault::new(TESTS_TOO_LONG, message))
 }
 
-/// The fault, located in the first of these tests.
-fn at_tests(tests: &Tests, fault: Fault) -> Fault {
+fn locate_in_tests(tests: &Tests, fault: Fault) -> Fault {
     let location = tests.keys().next().map(|id| Location { file: id.clone(), row: 1, col: 0 });
     Fault { location, ..fault }
 }
 
-/// A regular expression for the names of the tests in these modules' packages. OPA writes `data.a["b-c"].test_d`.
-fn packages(tests: &Tests) -> String {
+/// Returns a regular expression for names such as `data.a["b-c"].test_d`.
+fn test_name_pattern(tests: &Tests) -> String {
     let is_written = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let package = |module: &Arc<Module>| {
         let words = module.root.relative().split(|c| !is_written(c)).filter(|word| !word.is_empty());
@@ -581,23 +587,23 @@ fn packages(tests: &Tests) -> String {
     format!("^data\\W+({})\\b", packages.into_iter().collect::<Vec<_>>().join("|"))
 }
 
-fn failed(said: &Output) -> Error {
-    let output = if said.stderr.is_empty() { &said.stdout } else { &said.stderr };
+fn opa_failure(result: &Output) -> Error {
+    let output = if result.stderr.is_empty() { &result.stdout } else { &result.stderr };
     let output = String::from_utf8_lossy(&output[..output.len().min(500)]).trim().to_owned();
-    Error::Failed { status: said.status.to_string(), output }
+    Error::Failed { status: result.status.to_string(), output }
 }
 
-/// Modules as files, named by their place in the order of their ids: an id may be longer than a file's name.
-struct Folder {
+/// Modules as numbered files: ids may be too long.
+struct ModuleDir {
     dir: tempfile::TempDir,
     ids: Vec<String>,
 }
 
-impl Folder {
+impl ModuleDir {
     fn write(modules: &Modules) -> Result<Self, Error> {
         let dir = tempfile::tempdir().map_err(Error::Write)?;
-        for (at, module) in modules.values().enumerate() {
-            std::fs::write(dir.path().join(file(at)), &module.text).map_err(Error::Write)?;
+        for (index, module) in modules.values().enumerate() {
+            std::fs::write(dir.path().join(file_name(index)), &module.text).map_err(Error::Write)?;
         }
         Ok(Self { dir, ids: modules.keys().map(|id| (*id).clone()).collect() })
     }
@@ -609,11 +615,11 @@ impl Folder {
 
     fn id(&self, file: &str) -> Option<&str> {
         let file = file.strip_prefix("./").unwrap_or(file);
-        let at = file.strip_prefix('m')?.strip_suffix(".rego")?.parse::<usize>().ok()?;
-        self.ids.get(at).map(String::as_str)
+        let index = file.strip_prefix('m')?.strip_suffix(".rego")?.parse::<usize>().ok()?;
+        self.ids.get(index).map(String::as_str)
     }
 
-    /// Names the modules in a message by their ids, which begin where no other name does.
+    /// Replaces file names by module ids.
     fn rename(&self, message: &str) -> String {
         let mut renamed = String::with_capacity(message.len());
         let mut rest = message;
@@ -630,11 +636,11 @@ impl Folder {
     }
 }
 
-/// Digits of a file's number: OPA lists files by name, which is then the order of the ids.
+/// Zero-padded, since OPA sorts files by name.
 const FILE_DIGITS: usize = 7;
 
-fn file(at: usize) -> String {
-    format!("m{at:0FILE_DIGITS$}.rego")
+fn file_name(index: usize) -> String {
+    format!("m{index:0FILE_DIGITS$}.rego")
 }
 
 #[cfg(test)]
@@ -642,16 +648,17 @@ mod tests {
     use super::*;
 
     fn texts(name: &str, module: &str, test: &str) -> Texts {
-        let of = |file: &str, text: &str| {
+        let module_set = |file: &str, text: &str| {
             let module = Arc::new(Module::read(&format!("package {name}\n{text}")).unwrap());
             (!text.is_empty()).then(|| (format!("ns/{name}/{file}"), module))
         };
-        let [modules, tests] = [of("m", module), of("t", test)].map(|file| file.into_iter().collect());
+        let [modules, tests] =
+            [module_set("m", module), module_set("t", test)].map(|file| file.into_iter().collect());
         Texts { modules, tests }
     }
 
-    /// A stand-in for OPA, in a folder where it notes what it is run for.
-    async fn fake() -> (tempfile::TempDir, Compiler) {
+    /// A fake OPA that logs its runs.
+    async fn fake_opa() -> (tempfile::TempDir, Compiler) {
         let dir = tempfile::tempdir().unwrap();
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake-opa.sh");
         std::os::unix::fs::symlink(script, dir.path().join("opa")).unwrap();
@@ -664,9 +671,9 @@ mod tests {
         log.lines().map(str::to_owned).collect()
     }
 
-    /// Of ConfigMaps `name: module / test`, expects `code file` of all faults, and the runs.
+    /// Checks ConfigMaps `name: module / test`: expects `code file` of faults, and runs.
     async fn check(script: &[&str], faults: &[&str], expected: &[&str]) {
-        let (dir, compiler) = fake().await;
+        let (dir, compiler) = fake_opa().await;
         let parse = |line: &&str| {
             let (name, rest) = line.split_once(": ").unwrap();
             let (module, test) = rest.split_once(" / ").unwrap_or((rest, ""));
@@ -685,14 +692,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn faults_in_tests_are_those_of_their_configmap() {
+    async fn test_faults_belong_to_their_configmap() {
         check(&["a: x", "b: x / t"], &[], &["check", "check", "test"]).await;
         check(&["a: BROKEN", "b: x / BROKEN"], &["rego_type_error ns/a/m"], &["check"]).await;
-        // The other tests are run all the same.
         let faults = ["test_failed ns/b/t", "test_failed ns/c/t"];
         check(&["a: x", "b: x / BROKEN", "c: x / FAIL"], &faults, &["check", "check", "check", "test"]).await;
         check(&["a: x / BROKEN"], &["test_failed ns/a/t"], &["check", "check"]).await;
-        // The test breaks a module: which one it is shows when each is run by itself.
         let runs = ["check", "check", "test", "check", "test"];
         check(&["a: TARGET", "b: x / BREAKS", "c: x / t"], &["test_failed ns/b/t"], &runs).await;
     }
@@ -703,7 +708,7 @@ mod tests {
         check(&["a: x", "b: CRASH"], &["check_failed -"], &["check"]).await;
         let runs = ["check", "check", "test", "test", "check", "test", "test"];
         check(&["a: x / CRASHTEST", "b: x / t"], &["test_failed ns/a/t"], &runs).await;
-        let (dir, compiler) = fake().await;
+        let (dir, compiler) = fake_opa().await;
         std::fs::remove_file(dir.path().join("opa")).unwrap();
         let (key, texts) = (ObjectKey { namespace: "ns".into(), name: "a".into() }, texts("a", "x", ""));
         let selection = Selection::from([(&key, Selected { texts: &texts, is_changed: true })]);
@@ -712,7 +717,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_compiler_for_another_bundle_runs_nothing() {
-        let (dir, compiler) = fake().await;
+        let (dir, compiler) = fake_opa().await;
         std::fs::remove_file(dir.path().join("opa")).unwrap();
         let other = compiler.with_dialect(Dialect::V1);
         assert_eq!((compiler.name().as_str(), other.name()), ("OPA 1.22.2", compiler.name()));
@@ -721,19 +726,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn tests_that_were_too_slow_are_not_run_again_at_once() {
-        let (dir, compiler) = fake().await;
+    async fn slow_tests_are_not_repeated_at_once() {
+        let (dir, compiler) = fake_opa().await;
         let Compiler::Opa(opa) = &compiler else { unreachable!() };
         let key = ObjectKey { namespace: "ns".into(), name: "a".into() };
         let (slow, other) = (texts("a", "x", "t"), texts("a", "x", "u"));
-        opa.slow().insert(key.clone(), (slow.tests.clone(), Instant::now() + TESTS_PAUSE));
+        opa.slow_tests().insert(key.clone(), (slow.tests.clone(), Instant::now() + TESTS_PAUSE));
         for (texts, codes) in [(&slow, &[TESTS_TOO_LONG][..]), (&other, &[])] {
             let selection = Selection::from([(&key, Selected { texts, is_changed: false })]);
             let faults = compiler.check(&selection).await.unwrap();
             assert!(faults.iter().map(|fault| fault.code.as_str()).eq(codes.iter().copied()), "{faults:?}");
         }
         assert_eq!(runs(&dir)[2..], ["check", "check", "check", "test"]);
-        opa.slow().insert(key.clone(), (slow.tests.clone(), Instant::now()));
+        opa.slow_tests().insert(key.clone(), (slow.tests.clone(), Instant::now()));
         let selection = Selection::from([(&key, Selected { texts: &slow, is_changed: false })]);
         assert!(compiler.check(&selection).await.unwrap().is_empty());
     }
@@ -741,19 +746,20 @@ mod tests {
     #[test]
     fn tests_are_named_by_their_packages() {
         let texts = texts("a[\"b-c\"]", "", "t");
-        assert_eq!(packages(&texts.tests), "^data\\W+(a\\W+b\\W+c)\\b");
+        assert_eq!(test_name_pattern(&texts.tests), "^data\\W+(a\\W+b\\W+c)\\b");
     }
 
     #[test]
     fn messages_name_modules_by_id() {
         let (a, b) = ("opa/a/x".to_owned(), "opa/b/y.rego".to_owned());
         let module = Arc::new(Module::read("package m").unwrap());
-        let folder = Folder::write(&Modules::from([(&a, &module), (&b, &module)])).unwrap();
+        let module_dir = ModuleDir::write(&Modules::from([(&a, &module), (&b, &module)])).unwrap();
         let message =
             "multiple default rules m0.x found at m0000000.rego:2, m0000001.rego:3, m0000009.rego:1 m";
         let expected = "multiple default rules m0.x found at opa/a/x:2, opa/b/y.rego:3, m0000009.rego:1 m";
-        assert_eq!(folder.rename(message), expected);
-        let location = |file: &str| folder.location(OpaLocation { file: file.into(), row: 1, col: 2 }).file;
+        assert_eq!(module_dir.rename(message), expected);
+        let location =
+            |file: &str| module_dir.location(OpaLocation { file: file.into(), row: 1, col: 2 }).file;
         assert_eq!(location("./m0000001.rego"), b);
         assert_eq!(location("m0000002.rego"), "m0000002.rego");
     }

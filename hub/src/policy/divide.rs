@@ -1,4 +1,4 @@
-//! Division of decisions that OPA cannot work on together. What one package does costs no other one its precision.
+//! Splits decisions that OPA cannot process together, so that one cannot spoil the others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -11,132 +11,127 @@ use super::analyze;
 use super::check::{self, Modules};
 use super::modules::Module;
 
-/// Maximum number of runs in one call: enough to find three failing ones among a thousand packages.
+/// Maximum number of runs per call: finds three failures among a thousand packages.
 const RUNS_MAX: usize = 64;
-/// Time after which a decision that failed is tried again: a machine that was busy may have failed it. It doubles with
-/// each failure, seven times at most.
+/// Delay before a retry, since a busy machine may be the cause. Doubles with each failure.
 pub const RETRY_AFTER: Duration = Duration::from_secs(600);
-/// Maximum number of doublings of [`RETRY_AFTER`]: 21 hours, so that a lasting failure costs next to nothing.
+/// Maximum number of doublings of [`RETRY_AFTER`]: 21 hours.
 const DOUBLINGS_MAX: u32 = 7;
-/// Number of groups beside twice those of the last call from which others are forgotten.
+/// Number of results, beyond twice those used, that triggers eviction.
 const UNUSED_MAX: usize = 16;
 
-/// Failure of one group.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Failure of a run of OPA.
+pub(crate) enum Error {
     #[error(transparent)]
     Opa(#[from] check::Error),
-    /// Failure of the analysis of its plan.
     #[error(transparent)]
     Analysis(#[from] analyze::TooComplex),
 }
 
-/// Memory of results, so that the same question costs nothing and a longer one goes on where it ended.
-pub struct Divider<T> {
-    /// Digest of the last call's modules.
-    all: Option<Digest>,
-    /// Results of groups with those modules.
+/// Cache of results, so that calls resume.
+pub(crate) struct Divider<T> {
+    /// Digest of all modules.
+    all_digest: Option<Digest>,
     found: Vec<(BTreeSet<DirPath>, T)>,
     /// Decisions that failed alone.
     failed: BTreeMap<DirPath, Failure>,
-    /// Groups without a result yet, each apart from all others: the call that divides them is under way, was dropped,
-    /// or had no time left.
+    /// Disjoint groups without a result yet.
     groups: Vec<BTreeSet<DirPath>>,
 }
 
 struct Failure {
     /// Digest of the decision's own modules.
-    own: Digest,
-    /// Digest of all modules.
-    all: Digest,
+    own_digest: Digest,
+    all_digest: Digest,
     reason: String,
-    at: Instant,
-    /// Number of failures before this one.
-    before: u32,
+    failed_at: Instant,
+    earlier_failures: u32,
 }
 
 impl Failure {
-    fn is_old(&self, all: Digest) -> bool {
+    fn is_old(&self, all_digest: Digest) -> bool {
         // Another module may have been the cause.
-        let doublings = if self.all == all { self.before.min(DOUBLINGS_MAX) } else { 0 };
-        self.at.elapsed() >= RETRY_AFTER * 2_u32.pow(doublings)
+        let doublings =
+            if self.all_digest == all_digest { self.earlier_failures.min(DOUBLINGS_MAX) } else { 0 };
+        self.failed_at.elapsed() >= RETRY_AFTER * 2_u32.pow(doublings)
     }
 }
 
-/// Results of all decisions.
-pub struct Divided<'a, T> {
-    /// Groups that succeeded.
+pub(crate) struct Divided<'a, T> {
     pub found: Vec<&'a (BTreeSet<DirPath>, T)>,
     /// Decisions that failed, with the reason.
     pub failed: BTreeMap<DirPath, String>,
-    /// Decisions for which the time or the runs were too few. The same call goes on there.
+    /// Decisions left for the next call.
     pub left: BTreeSet<DirPath>,
 }
 
 impl<T> Default for Divider<T> {
     fn default() -> Self {
-        Self { all: None, found: Vec::new(), failed: BTreeMap::new(), groups: Vec::new() }
+        Self { all_digest: None, found: Vec::new(), failed: BTreeMap::new(), groups: Vec::new() }
     }
 }
 
 impl<T> Divider<T> {
-    /// Runs `work` on these decisions together, and on parts of them where that fails, while runs may begin: until
-    /// then. `None` without a real OPA. An error is no decision's doing. A call that is dropped loses one run at most.
-    pub async fn divide(
+    /// Runs `work` on all decisions, then on halves of failing groups, until `deadline`. `None` without a real
+    /// OPA. Fails on transient errors only. Cancelling loses one run at most.
+    pub(crate) async fn divide(
         &mut self,
         modules: &Modules<'_>,
         decisions: &BTreeSet<&DirPath>,
-        until: Instant,
+        deadline: Instant,
         mut work: impl AsyncFnMut(&[&DirPath]) -> Result<Option<T>, Error>,
     ) -> Result<Option<Divided<'_, T>>, check::Error> {
-        let all = digest(modules.iter().map(|(id, module)| (*id, &***module)));
-        if self.all.replace(all) != Some(all) {
+        let all_digest = digest(modules.iter().map(|(id, module)| (*id, &***module)));
+        if self.all_digest.replace(all_digest) != Some(all_digest) {
             self.found.clear();
         }
-        // Other selections of the same policies lack some of them.
-        let is_there =
-            |decision: &DirPath| decisions.contains(decision) || own(modules, decision).next().is_some();
-        self.failed.retain(|decision, failure| !failure.is_old(all) || is_there(decision));
-        self.groups.retain(|group| group.iter().any(is_there));
+        // Selections of the same policies alternate.
+        let is_known = |decision: &DirPath| {
+            decisions.contains(decision) || modules_of(modules, decision).next().is_some()
+        };
+        self.failed.retain(|decision, failure| !failure.is_old(all_digest) || is_known(decision));
+        self.groups.retain(|group| group.iter().any(is_known));
 
-        let mut open = decisions.clone();
+        let mut pending = decisions.clone();
         let mut used = vec![false; self.found.len()];
         for ((group, _), is_used) in self.found.iter().zip(&mut used) {
-            *is_used = group.iter().all(|decision| open.contains(decision));
+            *is_used = group.iter().all(|decision| pending.contains(decision));
             if *is_used {
-                open.retain(|decision| !group.contains(*decision));
+                pending.retain(|decision| !group.contains(*decision));
             }
         }
         let mut divided = Divided { found: Vec::new(), failed: BTreeMap::new(), left: BTreeSet::new() };
-        open.retain(|decision| {
-            let failure = self.failed.get(*decision).filter(|failure| !failure.is_old(all));
-            let failure = failure.filter(|failure| failure.own == digest(own(modules, decision)));
+        pending.retain(|decision| {
+            let failure = self.failed.get(*decision).filter(|failure| !failure.is_old(all_digest));
+            let failure =
+                failure.filter(|failure| failure.own_digest == digest(modules_of(modules, decision)));
             let reason = failure.map(|failure| ((*decision).clone(), failure.reason.clone()));
-            let is_open = reason.is_none();
+            let is_pending = reason.is_none();
             divided.failed.extend(reason);
-            is_open
+            is_pending
         });
-        let new = open.iter().filter(|decision| !self.groups.iter().any(|group| group.contains(**decision)));
-        // What failed once does not fail the others with it once more.
-        let (again, others): (Vec<&DirPath>, Vec<_>) =
+        let new =
+            pending.iter().filter(|decision| !self.groups.iter().any(|group| group.contains(**decision)));
+        // Earlier failures must not fail a group.
+        let (retries, others): (Vec<&DirPath>, Vec<_>) =
             new.partition(|decision| self.failed.contains_key(**decision));
-        let again: Vec<_> = again.into_iter().map(|decision| BTreeSet::from([decision.clone()])).collect();
+        let retries: Vec<_> =
+            retries.into_iter().map(|decision| BTreeSet::from([decision.clone()])).collect();
         self.groups.insert(0, others.into_iter().cloned().collect());
-        self.groups.extend(again);
+        self.groups.extend(retries);
 
-        let (mut runs, mut at) = (0, 0);
-        // Level by level, so that good halves are found before the time is over.
-        while let Some(group) = self.groups.get(at) {
+        let (mut runs, mut index) = (0, 0);
+        // Breadth first: good halves succeed early.
+        while let Some(group) = self.groups.get(index) {
             let (group, others): (BTreeSet<_>, BTreeSet<_>) =
-                group.iter().cloned().partition(|decision| open.contains(decision));
+                group.iter().cloned().partition(|decision| pending.contains(decision));
             if group.is_empty() {
-                at += 1;
+                index += 1;
                 continue;
             }
-            if runs >= RUNS_MAX || Instant::now() >= until {
+            if runs >= RUNS_MAX || Instant::now() >= deadline {
                 divided.left.extend(group);
-                at += 1;
+                index += 1;
                 continue;
             }
             runs += 1;
@@ -145,10 +140,10 @@ impl<T> Divider<T> {
                 result => result,
             };
             if others.is_empty() {
-                self.groups.remove(at);
+                self.groups.remove(index);
             } else {
-                self.groups[at] = others;
-                at += 1;
+                self.groups[index] = others;
+                index += 1;
             }
             match result {
                 Ok(None) => return Ok(None),
@@ -160,13 +155,20 @@ impl<T> Divider<T> {
                 Err(_) if group.len() > 1 => self.groups.extend(halves(modules, group)),
                 Err(error) => {
                     for decision in group {
-                        let own = digest(own(modules, &decision));
-                        let last =
-                            self.failed.get(&decision).filter(|last| (last.own, last.all) == (own, all));
-                        let before = last.map_or(0, |last| last.before.saturating_add(1));
+                        let own_digest = digest(modules_of(modules, &decision));
+                        let last = self
+                            .failed
+                            .get(&decision)
+                            .filter(|last| (last.own_digest, last.all_digest) == (own_digest, all_digest));
+                        let earlier_failures = last.map_or(0, |last| last.earlier_failures.saturating_add(1));
                         let reason = error.to_string();
-                        let failure =
-                            Failure { own, all, reason: reason.clone(), at: Instant::now(), before };
+                        let failure = Failure {
+                            own_digest,
+                            all_digest,
+                            reason: reason.clone(),
+                            failed_at: Instant::now(),
+                            earlier_failures,
+                        };
                         self.failed.insert(decision.clone(), failure);
                         divided.failed.insert(decision, reason);
                     }
@@ -186,10 +188,11 @@ impl<T> Divider<T> {
     }
 }
 
-/// The large decisions, which have half of the group's text, and the small ones; one at least of each.
+/// Splits by half the source bytes, large decisions first.
 fn halves(modules: &Modules<'_>, group: BTreeSet<DirPath>) -> [BTreeSet<DirPath>; 2] {
-    let bytes =
-        |decision: &DirPath| own(modules, decision).map(|(_, module)| module.text.len()).sum::<usize>();
+    let bytes = |decision: &DirPath| {
+        modules_of(modules, decision).map(|(_, module)| module.text.len()).sum::<usize>()
+    };
     let mut group: Vec<_> = group.into_iter().map(|decision| (bytes(&decision), decision)).collect();
     group.sort_by_key(|(bytes, _)| std::cmp::Reverse(*bytes));
     let all: usize = group.iter().map(|(bytes, _)| bytes).sum();
@@ -203,10 +206,13 @@ fn digest<'a>(modules: impl Iterator<Item = (&'a String, &'a Module)>) -> Digest
     modules_digest(modules.map(|(id, module)| (id.as_str(), module.digest)), None)
 }
 
-/// The modules of a decision's package, and of packages above and below it.
-fn own<'a>(modules: &'a Modules<'_>, decision: &DirPath) -> impl Iterator<Item = (&'a String, &'a Module)> {
-    let is_own = |module: &Module| decision.is_within(&module.root) || module.root.is_within(decision);
-    modules.iter().filter(move |(_, module)| is_own(module)).map(|(id, module)| (*id, &***module))
+/// Returns modules of the decision's package, and above and below.
+fn modules_of<'a>(
+    modules: &'a Modules<'_>,
+    decision: &DirPath,
+) -> impl Iterator<Item = (&'a String, &'a Module)> {
+    let is_related = |module: &Module| decision.is_within(&module.root) || module.root.is_within(decision);
+    modules.iter().filter(move |(_, module)| is_related(module)).map(|(id, module)| (*id, &***module))
 }
 
 #[cfg(test)]
@@ -217,8 +223,8 @@ mod tests {
 
     const DIVIDE_MAX: Duration = Duration::from_secs(30);
 
-    /// Divides packages of these names with these texts: `x` fails, and more than three of `y` do. Returns the groups of
-    /// each run, and the decisions that failed and were left.
+    /// Divides packages `(name, text)`. Groups fail with an `x` or more than three `y`. Returns runs, failed
+    /// and remaining decisions.
     async fn divide(divider: &mut Divider<()>, packages: &[(&str, &str)]) -> [Vec<String>; 3] {
         let texts = packages.iter().map(|(name, text)| {
             let module = Module::read(&format!("package {name}\n# {text}")).unwrap();
@@ -231,7 +237,7 @@ mod tests {
         let work = async |group: &[&DirPath]| {
             runs.push(group.iter().map(|decision| decision.relative()).collect::<String>());
             tokio::time::sleep(Duration::from_secs(1)).await;
-            let all = group.iter().flat_map(|decision| own(&modules, decision));
+            let all = group.iter().flat_map(|decision| modules_of(&modules, decision));
             let all: String = all.map(|(_, module)| module.text.lines().last().unwrap()).collect();
             let fails = all.contains('x') || all.matches('y').count() > 3;
             if fails { Err(check::Error::PlanTooLarge(1).into()) } else { Ok(Some(())) }
@@ -251,7 +257,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn failures_are_remembered_until_the_modules_change_or_get_old() {
+    async fn failures_are_cached_until_modules_change_or_time_passes() {
         let divider = &mut Divider::default();
         let before = [("a", "x"), ("b", ""), ("c", "")];
         check(divider, &before, &["abc", "ab", "c", "a", "b"], &["a"]).await;
@@ -259,30 +265,29 @@ mod tests {
         check(divider, &[("a", "xx"), ("b", ""), ("c", "")], &["bc", "a"], &["a"]).await;
         check(divider, &[("a", ""), ("b", ""), ("c", "")], &["bc", "a"], &[]).await;
         check(divider, &before, &["abc", "ab", "c", "a", "b"], &["a"]).await;
-        for waits in 0..=DOUBLINGS_MAX + 2 {
-            let wait = RETRY_AFTER * 2_u32.pow(waits.min(DOUBLINGS_MAX));
+        for failures in 0..=DOUBLINGS_MAX + 2 {
+            let wait = RETRY_AFTER * 2_u32.pow(failures.min(DOUBLINGS_MAX));
             tokio::time::advance(wait.checked_sub(Duration::from_secs(2)).unwrap()).await;
             check(divider, &before, &[], &["a"]).await;
             tokio::time::advance(Duration::from_secs(2)).await;
             check(divider, &before, &["a"], &["a"]).await;
         }
-        // Another selection of the policies does not forget it.
         check(divider, &before[1..], &["bc"], &[]).await;
         check(divider, &before, &["bc"], &["a"]).await;
-        // What another package did may be mended there.
+        // Another package may be the cause.
         check(divider, &[("a", "x"), ("b", "new"), ("c", "")], &["bc"], &["a"]).await;
         tokio::time::advance(RETRY_AFTER).await;
         check(divider, &[("a", "x"), ("b", "new"), ("c", "")], &["a"], &["a"]).await;
     }
 
-    /// Each call comes nearer to the end, whatever fails together only, and takes its time and one run at most.
+    /// Every call makes progress.
     #[tokio::test(start_paused = true)]
-    async fn a_division_ends() {
-        let names: Vec<_> = (0..200).map(|at| format!("p{at:03}")).collect();
+    async fn division_ends() {
+        let names: Vec<_> = (0..200).map(|index| format!("p{index:03}")).collect();
         for bad in [0, 1, 40, 200] {
-            let text = |at| if at < bad { "x" } else { "y" };
+            let text = |index| if index < bad { "x" } else { "y" };
             let packages: Vec<_> =
-                names.iter().enumerate().map(|(at, name)| (name.as_str(), text(at))).collect();
+                names.iter().enumerate().map(|(index, name)| (name.as_str(), text(index))).collect();
             let (divider, mut all) = (&mut Divider::default(), 0);
             loop {
                 let started = Instant::now();
@@ -296,17 +301,16 @@ mod tests {
                 }
             }
             assert!(all < 2 * packages.len(), "{bad}: {all} runs");
-            assert_eq!(divide(divider, &packages).await[0], [""; 0], "the same question costs nothing");
+            assert_eq!(divide(divider, &packages).await[0], [""; 0], "a repeated call runs nothing");
         }
     }
 
     #[tokio::test]
-    async fn a_call_that_is_dropped_or_asks_for_some_keeps_the_groups() {
+    async fn cancelled_and_partial_calls_keep_the_groups() {
         let mut divider = Divider::default();
         let module = |name: &str| Arc::new(Module::read(&format!("package {name}")).unwrap());
         let modules: Vec<_> = ["a.x", "b", "c"].map(|name| (name.to_owned(), module(name))).into();
         let modules: Modules = modules.iter().map(|(id, module)| (id, module)).collect();
-        // One lies above its packages.
         let decisions = ["a", "b", "c"].map(|name| DirPath::new([name]).unwrap());
         let mut runs = 0;
         let hangs = async |_: &[&DirPath]| {
@@ -337,7 +341,7 @@ mod tests {
             let divided = divider.divide(&modules, &decisions, until, work).await.unwrap().unwrap();
             assert!(divided.failed.is_empty() && divided.left.is_empty());
             groups.resize(2, 0);
-            assert_eq!(groups, expected, "all three are known to fail");
+            assert_eq!(groups, expected, "no other groups are run");
         }
     }
 }

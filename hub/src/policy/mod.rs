@@ -1,5 +1,4 @@
-//! Rego texts: what their packages own, whether they compile together, which are accepted, and what is told of the
-//! others.
+//! Rego policies: compilation, acceptance and field analysis.
 
 pub mod modules;
 

@@ -1,42 +1,42 @@
-//! One Rego text and what its package owns. Whether the text is right is for the [compiler](super::check) to say; the
-//! package is read here, since it decides what the bundle owns.
+//! A Rego module and its package.
 
 use std::collections::BTreeSet;
 
 use opa_hub_proto::path::{DirPath, is_segment};
 use opa_hub_proto::revision::Digest;
 
-/// A text with a package.
+/// A module with a valid package.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Module {
-    /// Its text as it came.
+    /// Source.
     pub text: String,
-    /// The digest of the text.
+    /// Digest of the source.
     pub digest: Digest,
-    /// What its package owns below `data`: `/kubernetes/admission`. Shorter than the package where a segment could
-    /// not be written as a bundle root.
+    /// Bundle root: `/kubernetes/admission`. Shorter than the package if a segment is invalid.
     pub root: DirPath,
 }
 
-/// Why a text has no package.
+/// Invalid package declaration.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
-    /// The text does not begin with one.
-    #[error("package expected: begin the module with \"package name\"")]
+    /// The declaration is missing.
+    #[error("parsing the package failed: no declaration; begin the module with \"package name\"")]
     NoPackage,
-    /// It begins with one that is not written to its end.
-    #[error("the package's name breaks off: write names and dots, e.g. \"package shop.orders\"")]
+    /// The declaration is incomplete.
+    #[error(
+        "parsing the package failed: incomplete name; write names and dots, e.g. \"package shop.orders\""
+    )]
     BadPackage,
-    /// No bundle could own it.
-    #[error("the package's first name must be of letters, digits, '.', '_' and '-', not {0:?}")]
+    /// No bundle root can be written.
+    #[error("package rejected: invalid first name {0:?}; use letters, digits, '.', '_' and '-'")]
     Unwritable(String),
-    /// OPA takes this name for any name: a bundle with it claims all roots.
-    #[error("the package cannot be named \"_\": OPA refuses a bundle with it; give it another name")]
+    /// OPA's wildcard: the bundle would own all roots.
+    #[error("package rejected: OPA refuses bundles with the name \"_\"; use another name")]
     Wildcard,
 }
 
 impl Module {
-    /// Reads the package at the beginning of `text`.
+    /// Parses the package declaration.
     pub fn read(text: &str) -> Result<Self, Error> {
         let segments = package(text)?;
         if segments.iter().any(|segment| segment == "_") {
@@ -47,13 +47,13 @@ impl Module {
         Ok(Self { text: text.to_owned(), digest: Digest::of(text.as_bytes()), root })
     }
 
-    /// The package as the module names it: `kubernetes.admission`.
+    /// Returns the root as a package: `kubernetes.admission`.
     pub fn package(&self) -> String {
         self.root.relative().replace('/', ".")
     }
 
-    /// The package as a reference below `data`, as OPA writes it: `.kubernetes["shop-1"]`.
-    pub fn reference(&self) -> String {
+    /// Returns the package as OPA's reference: `.kubernetes["shop-1"]`.
+    pub(crate) fn reference(&self) -> String {
         let is_word = |name: &str| {
             name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
                 && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
@@ -68,23 +68,22 @@ impl Module {
         package(&self.text).unwrap_or_default().iter().map(step).collect()
     }
 
-    /// Row of the package's declaration, from 1.
-    pub fn package_row(&self) -> u64 {
+    /// Returns the declaration's row, from 1.
+    pub(crate) fn package_row(&self) -> u64 {
         let is_package = |line: &str| line.trim_start_matches('\u{feff}').trim_start().starts_with("package");
-        let above = self.text.lines().take_while(|line| !is_package(line)).count();
-        above as u64 + 1
+        let rows_above = self.text.lines().take_while(|line| !is_package(line)).count();
+        rows_above as u64 + 1
     }
 
-    /// The paths that the package lies below, the empty one first.
-    pub fn paths_above(&self) -> impl Iterator<Item = Vec<String>> {
+    /// Returns proper prefixes of the package.
+    pub(crate) fn paths_above(&self) -> impl Iterator<Item = Vec<String>> {
         let package = package(&self.text).unwrap_or_default();
         (0..package.len()).map(move |len| package[..len].to_vec())
     }
 
-    /// Paths below `data` that the text names, each as far as its names are constant: none of `walk(data)`, `kubernetes`
-    /// of `data.kubernetes[input.kind]`. An imported name stands for its path. `None` where the text has a template
-    /// string, whose expressions are not looked at.
-    pub fn data_paths(&self) -> Option<BTreeSet<Vec<String>>> {
+    /// Returns paths below `data` in the source, cut at the first dynamic name, with imports resolved. `None`
+    /// if there are template strings.
+    pub(crate) fn data_paths(&self) -> Option<BTreeSet<Vec<String>>> {
         let mut imports = vec![("data".to_owned(), Vec::new())];
         let mut paths = BTreeSet::new();
         let (mut rest, mut before, mut is_import) = (self.text.as_str(), ' ', false);
@@ -92,14 +91,14 @@ impl Module {
             let len = match c {
                 '$' => return None,
                 '#' => rest.find('\n').unwrap_or(rest.len()),
-                // What is no Rego is not looked at any further.
+                // Malformed Rego.
                 '"' | '`' => rest.len() - quoted(rest).ok()?.1.len(),
-                c if is_of_name(c) => rest.find(|c| !is_of_name(c)).unwrap_or(rest.len()),
+                c if is_name_char(c) => rest.find(|c| !is_name_char(c)).unwrap_or(rest.len()),
                 c => c.len_utf8(),
             };
             let (token, mut after) = rest.split_at(len);
-            let named = imports.iter().find(|(name, _)| name == token && before != '.');
-            if let Some((_, path)) = named {
+            let import = imports.iter().find(|(name, _)| name == token && before != '.');
+            if let Some((_, path)) = import {
                 let mut path = path.clone();
                 if token == "data" || !is_import {
                     after = constant_steps(after, &mut path);
@@ -119,19 +118,19 @@ impl Module {
     }
 }
 
-fn is_of_name(c: char) -> bool {
+fn is_name_char(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
 
-/// The name behind `as`, and what follows it.
+/// Parses `as name`. Returns the name and the rest.
 fn alias(text: &str) -> Option<(&str, &str)> {
-    let blank = |c| c == ' ' || c == '\t';
-    let name = text.trim_start_matches(blank).strip_prefix("as")?;
-    let name = name.strip_prefix(blank)?.trim_start_matches(blank);
-    Some(name.split_at(name.find(|c| !is_of_name(c)).unwrap_or(name.len())))
+    let is_blank = |c| c == ' ' || c == '\t';
+    let name = text.trim_start_matches(is_blank).strip_prefix("as")?;
+    let name = name.strip_prefix(is_blank)?.trim_start_matches(is_blank);
+    Some(name.split_at(name.find(|c| !is_name_char(c)).unwrap_or(name.len())))
 }
 
-/// Adds each `.name` and `["name"]` at the beginning of `text` to `path`. Returns what follows.
+/// Parses `.name` and `["name"]` into `path`. Returns the rest.
 fn constant_steps<'a>(mut text: &'a str, path: &mut Vec<String>) -> &'a str {
     loop {
         let (name, after) = if let Some(index) = text.strip_prefix('[') {
@@ -140,7 +139,7 @@ fn constant_steps<'a>(mut text: &'a str, path: &mut Vec<String>) -> &'a str {
             (name, after)
         } else {
             let name = text.strip_prefix('.').unwrap_or_default();
-            let (name, after) = name.split_at(name.find(|c| !is_of_name(c)).unwrap_or(name.len()));
+            let (name, after) = name.split_at(name.find(|c| !is_name_char(c)).unwrap_or(name.len()));
             (name.to_owned(), after)
         };
         if name.is_empty() {
@@ -151,19 +150,18 @@ fn constant_steps<'a>(mut text: &'a str, path: &mut Vec<String>) -> &'a str {
     }
 }
 
-/// The names after the word `package`, as OPA's scanner takes them (OPA v1/ast/parser.go, `parsePackage`): only
-/// comments and white space come before, and nothing stands between a name and what follows it.
+/// Parses like OPA (v1/ast/parser.go, `parsePackage`): comments and white space only precede the declaration.
 fn package(text: &str) -> Result<Vec<String>, Error> {
     let mut rest = text.strip_prefix('\u{feff}').unwrap_or(text);
     loop {
-        rest = rest.trim_start_matches(is_white);
+        rest = rest.trim_start_matches(is_whitespace);
         match rest.strip_prefix('#') {
             Some(comment) => rest = comment.split_once('\n').map_or("", |(_, after)| after),
             None => break,
         }
     }
-    let after = rest.strip_prefix("package").filter(|after| after.starts_with(is_white));
-    let (first, mut rest) = name(after.ok_or(Error::NoPackage)?.trim_start_matches(is_white))?;
+    let after = rest.strip_prefix("package").filter(|after| after.starts_with(is_whitespace));
+    let (first, mut rest) = name(after.ok_or(Error::NoPackage)?.trim_start_matches(is_whitespace))?;
     let mut segments = vec![first];
     loop {
         let segment;
@@ -179,7 +177,7 @@ fn package(text: &str) -> Result<Vec<String>, Error> {
     }
 }
 
-fn is_white(c: char) -> bool {
+fn is_whitespace(c: char) -> bool {
     matches!(c, ' ' | '\t' | '\r' | '\n')
 }
 
@@ -228,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_package() {
+    fn invalid_packages_are_rejected() {
         for (text, error) in [
             ("", Error::NoPackage),
             ("# package a", Error::NoPackage),
@@ -291,14 +289,13 @@ mod tests {
     }
 
     #[test]
-    fn packages_lie_below_paths() {
+    fn paths_above_are_proper_prefixes() {
         let path = |text: &str| text.split_terminator('.').map(str::to_owned).collect::<Vec<_>>();
         for (package, above, expected) in [
             ("a.b", "", true),
             ("a.b", "a", true),
             ("a.b", "a.b", false),
             ("a.b", "b", false),
-            // No bundle root can be written for all of it.
             ("a[\"b c\"]", "a", true),
         ] {
             let module = Module::read(&format!("package {package}")).unwrap();
@@ -307,7 +304,7 @@ mod tests {
     }
 
     proptest! {
-        /// I9: whatever a key holds, it is a module or none.
+        /// I9: input is arbitrary.
         #[test]
         fn i9_random_texts_do_not_panic(text in "(package )?[a-c\"`.\\[\\]\\\\#\n é]{0,24}") {
             let _ = Module::read(&text).map(|module| module.data_paths());

@@ -1,14 +1,14 @@
-//! OPA's plan of policies (OPA v1/ir/ir.go): every rule as statements over numbered locals, in which aliases, imports,
-//! unification and comprehensions are already resolved.
+//! OPA's intermediate representation (OPA v1/ir/ir.go), free of aliases, imports, unification and
+//! comprehensions.
 
 use std::collections::HashMap;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// A plan as `opa build -t plan` writes it.
+/// Output of `opa build -t plan`.
 #[derive(Deserialize)]
-pub struct Plan {
+pub(crate) struct Plan {
     #[serde(rename = "static")]
     tables: Tables,
     plans: Plans,
@@ -46,32 +46,27 @@ struct Funcs {
     funcs: Option<Vec<Function>>,
 }
 
-/// A rule or a function: parameters 0 and 1 are `input` and `data`.
+/// A rule or function. Parameters 0 and 1 are `input` and `data`.
 #[derive(Deserialize)]
-pub struct Function {
-    /// As calls name it.
+pub(crate) struct Function {
     pub name: String,
-    /// Locals that hold the arguments.
     pub params: Vec<u32>,
-    /// Its body.
     pub blocks: Vec<Block>,
 }
 
-/// Statements that run one after the other until one is undefined.
+/// Statements that run until one is undefined.
 #[derive(Deserialize, Default)]
-pub struct Block {
-    /// In their order.
+pub(crate) struct Block {
     #[serde(default)]
     pub stmts: Vec<Stmt>,
 }
 
-/// One statement, its members as the plan has them.
 #[derive(Deserialize)]
 #[serde(try_from = "TaggedStmt")]
-pub struct Stmt {
-    /// The kind of statement, e.g. `DotStmt`.
+pub(crate) struct Stmt {
+    /// Kind, e.g. `DotStmt`.
     pub kind: String,
-    /// The blocks inside, under either of their names.
+    /// Nested blocks, from `block` or `blocks`.
     pub blocks: Vec<Block>,
     members: Map<String, Value>,
 }
@@ -87,32 +82,29 @@ impl TryFrom<TaggedStmt> for Stmt {
     type Error = serde_json::Error;
 
     fn try_from(TaggedStmt { kind, stmt: mut members }: TaggedStmt) -> Result<Self, Self::Error> {
-        let one = members.remove("block").map(Block::deserialize);
-        let many = members.remove("blocks").map(Option::<Vec<Block>>::deserialize).transpose()?.flatten();
-        let blocks = one.into_iter().chain(many.into_iter().flatten().map(Ok)).collect::<Result<_, _>>()?;
+        let single = members.remove("block").map(Block::deserialize);
+        let list = members.remove("blocks").map(Option::<Vec<Block>>::deserialize).transpose()?.flatten();
+        let blocks =
+            single.into_iter().chain(list.into_iter().flatten().map(Ok)).collect::<Result<_, _>>()?;
         Ok(Self { kind, blocks, members })
     }
 }
 
-/// What a statement names.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Operand<'a> {
-    /// A local.
+pub(crate) enum Operand<'a> {
     Local(u32),
-    /// A text.
     Text(&'a str),
-    /// `true` or `false`.
     Bool(bool),
 }
 
-/// Where a statement comes from.
+/// Source location of a statement.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Site {
-    /// The file, as it was given to OPA.
+    /// Module id.
     pub file: String,
-    /// From 1.
+    /// Row, from 1.
     pub row: u64,
-    /// From 1.
+    /// Column, from 1.
     pub col: u64,
 }
 
@@ -123,59 +115,56 @@ impl std::fmt::Display for Site {
 }
 
 impl Plan {
-    /// The blocks of every entrypoint; their local 0 is `input`, local 1 `data`.
-    pub fn entries(&self) -> impl Iterator<Item = &Vec<Block>> {
+    /// Returns each entrypoint's blocks. Locals 0 and 1 are `input` and `data`.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &Vec<Block>> {
         self.plans.plans.iter().map(|entry| &entry.blocks)
     }
 
-    /// The names of the entrypoints: `kubernetes/admission/deny`.
-    pub fn entrypoints(&self) -> impl Iterator<Item = &str> {
+    /// Returns names such as `kubernetes/admission/deny`.
+    pub(crate) fn entrypoints(&self) -> impl Iterator<Item = &str> {
         self.plans.plans.iter().map(|entry| entry.name.as_str())
     }
 
-    /// Gives files other names; those for which there is none are nobody's.
-    pub fn rename_files(&mut self, name: impl Fn(&str) -> Option<String>) {
+    /// Renames source files. Statements of files without a new name lose their location.
+    pub(crate) fn rename_files(&mut self, name: impl Fn(&str) -> Option<String>) {
         for file in &mut self.tables.files {
             file.value = name(&file.value).unwrap_or_default();
         }
     }
 
-    /// The functions by name.
-    pub fn functions(&self) -> HashMap<&str, &Function> {
+    pub(crate) fn functions(&self) -> HashMap<&str, &Function> {
         self.funcs.funcs.iter().flatten().map(|function| (function.name.as_str(), function)).collect()
     }
 
-    /// The operand at `name`.
-    pub fn operand<'a>(&'a self, stmt: &'a Stmt, name: &str) -> Option<Operand<'a>> {
-        self.operand_of(stmt.members.get(name)?)
+    pub(crate) fn operand<'a>(&'a self, stmt: &'a Stmt, name: &str) -> Option<Operand<'a>> {
+        self.parse_operand(stmt.members.get(name)?)
     }
 
-    /// The operands in the list at `name`.
-    pub fn operands<'a>(&'a self, stmt: &'a Stmt, name: &str) -> Vec<Operand<'a>> {
+    pub(crate) fn operands<'a>(&'a self, stmt: &'a Stmt, name: &str) -> Vec<Operand<'a>> {
         let list = stmt.members.get(name).and_then(Value::as_array);
-        list.into_iter().flatten().filter_map(|value| self.operand_of(value)).collect()
+        list.into_iter().flatten().filter_map(|value| self.parse_operand(value)).collect()
     }
 
-    fn operand_of<'a>(&'a self, value: &'a Value) -> Option<Operand<'a>> {
+    fn parse_operand<'a>(&'a self, value: &'a Value) -> Option<Operand<'a>> {
         if let Some(local) = value.as_u64() {
             return u32::try_from(local).ok().map(Operand::Local);
         }
-        let inner = value.get("value")?;
-        let number = || u32::try_from(inner.as_u64()?).ok();
+        let constant = value.get("value")?;
+        let number = || u32::try_from(constant.as_u64()?).ok();
         match value.get("type")?.as_str()? {
             "local" => Some(Operand::Local(number()?)),
             "string_index" => Some(Operand::Text(&self.tables.strings.get(number()? as usize)?.value)),
-            "bool" => Some(Operand::Bool(inner.as_bool()?)),
+            "bool" => Some(Operand::Bool(constant.as_bool()?)),
             _ => None,
         }
     }
 
-    /// The locals that a statement reads, or adds to.
-    pub fn uses(&self, stmt: &Stmt) -> Vec<u32> {
+    /// Returns the locals that a statement reads or extends.
+    pub(crate) fn uses(&self, stmt: &Stmt) -> Vec<u32> {
         let names: &[&str] = match stmt.kind.as_str() {
             "AssignIntStmt" | "MakeNumberIntStmt" => &[],
             "ScanStmt" => &["source"],
-            // It keeps what was assigned before.
+            // An earlier assignment is preserved.
             "AssignVarOnceStmt" => &["source", "target"],
             _ => &["source", "key", "value", "a", "b", "array", "set", "object", "local"],
         };
@@ -188,8 +177,8 @@ impl Plan {
         locals.collect()
     }
 
-    /// Where a statement comes from; none for what OPA added, or the hub.
-    pub fn site(&self, stmt: &Stmt) -> Option<Site> {
+    /// `None` for generated code.
+    pub(crate) fn site(&self, stmt: &Stmt) -> Option<Site> {
         let number = |name: &str| stmt.members.get(name).and_then(Value::as_u64);
         let row = number("row").filter(|row| *row > 0)?;
         let file = self.tables.files.get(usize::try_from(number("file")?).ok()?)?;
@@ -201,18 +190,16 @@ impl Plan {
 }
 
 impl Stmt {
-    /// The local at `name`, which the plan may write as a bare number.
-    pub fn local(&self, name: &str) -> Option<u32> {
+    pub(crate) fn local(&self, name: &str) -> Option<u32> {
         u32::try_from(self.members.get(name)?.as_u64()?).ok()
     }
 
-    /// Whether a `with` replaces something below its local, not all of it.
-    pub fn has_path(&self) -> bool {
+    /// Whether a `with` replaces only part of the local.
+    pub(crate) fn has_path(&self) -> bool {
         self.members.get("path").and_then(Value::as_array).is_some_and(|path| !path.is_empty())
     }
 
-    /// The locals that it assigns.
-    pub fn targets(&self) -> Vec<u32> {
+    pub(crate) fn targets(&self) -> Vec<u32> {
         let names: &[&str] = match self.kind.as_str() {
             "ScanStmt" => &["key", "value"],
             "AssignVarOnceStmt" => &[],
@@ -221,8 +208,7 @@ impl Stmt {
         names.iter().filter_map(|name| self.local(name)).collect()
     }
 
-    /// The text at `name`.
-    pub fn text(&self, name: &str) -> Option<&str> {
+    pub(crate) fn text(&self, name: &str) -> Option<&str> {
         self.members.get(name)?.as_str()
     }
 }

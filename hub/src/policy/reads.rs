@@ -1,6 +1,5 @@
-//! The data that policies read, by the analysis of OPA's plan of them. Where the plan of all decisions cannot be had or
-//! analysed, fewer are planned together: what one package does costs no other one its precision. A decision that cannot
-//! be analysed alone reads whole what it names.
+//! Finds the data that policies read. Decisions that cannot be planned together are split. A decision that
+//! fails alone reads deeply all data it names.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
@@ -15,66 +14,65 @@ use super::divide::{self, Divided, Divider};
 use super::modules::Module;
 use super::plan::{Plan, Site};
 
-/// The data that policies read.
+/// Data that policies read.
 #[derive(Clone, Debug, Default)]
 pub struct Found {
-    /// What they read.
+    /// Reads of all decisions.
     pub reads: Reads,
-    /// Decisions that could not be analysed, with the reason.
+    /// Decisions that cannot be analysed, with the reason.
     pub opaque: BTreeMap<DirPath, String>,
-    /// Decisions without a plan of which not even the names are known: they read everything.
+    /// Decisions without known dependencies, which read everything.
     pub unnamed: BTreeSet<DirPath>,
-    /// Decisions that the analysis had no time for. Another call goes on there.
+    /// Decisions left for the next call.
     pub left: BTreeSet<DirPath>,
-    /// Modules of which no entrypoint uses a rule, where annotations name the entrypoints.
+    /// Modules that no annotated entrypoint uses.
     pub unused: BTreeSet<String>,
 }
 
-/// Names below a path of data that policies read.
+/// Names that policies read below one path.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Names {
-    /// The constant ones.
+    /// Constant names.
     pub names: BTreeSet<String>,
-    /// Whether some are dynamic.
+    /// Whether some names are dynamic.
     pub is_dynamic: bool,
-    /// Packages whose names could not be found, with the reason.
+    /// Packages with unknown names, with the reason.
     pub unknown: BTreeMap<DirPath, String>,
-    /// Packages that the analysis had no time for. Another call goes on there.
+    /// Packages left for the next call.
     pub left: BTreeSet<DirPath>,
 }
 
-/// Word that stands in each annotation that makes a rule or a package an entrypoint.
+/// Word in all entrypoint annotations.
 const ENTRYPOINT: &str = "entrypoint";
 
-/// Analyses the policies of one bundle, again and again.
+/// Analyses one bundle's policies, with cached results.
 pub struct Analyst {
     plans: Divider<Reads>,
     dependencies: Divider<Dependencies>,
-    /// Digest of the modules that were last looked at for annotations, and the data that their entrypoints read.
+    /// Last digest searched for annotations, and the result.
     annotated: Option<(Digest, Option<Found>)>,
-    /// Time after which no run begins.
-    until: Instant,
+    deadline: Instant,
 }
 
 impl Analyst {
-    /// An analyst with this time for all questions until it gets more.
+    /// Creates an analyst with a time limit.
     pub fn new(time: Duration) -> Self {
         let (plans, dependencies) = (Divider::default(), Divider::default());
-        Self { plans, dependencies, annotated: None, until: Instant::now() + time }
+        Self { plans, dependencies, annotated: None, deadline: Instant::now() + time }
     }
 
-    /// Gives it this time, from now, for all questions until it gets more.
+    /// Restarts the time limit.
     pub fn allow(&mut self, time: Duration) {
-        self.until = Instant::now() + time;
+        self.deadline = Instant::now() + time;
     }
 
-    /// Whether its time is over.
+    /// Whether the time is up.
     pub fn is_spent(&self) -> bool {
-        Instant::now() >= self.until
+        Instant::now() >= self.deadline
     }
 
-    /// The data that these modules read for `entrypoints` and for those that annotations name, or for all of their
-    /// packages where there are none; `None` without a real OPA.
+    /// Returns the data read by `entrypoints` and annotated entrypoints, else by all packages. `None` without
+    /// a real OPA.
     pub async fn reads(
         &mut self,
         compiler: &Compiler,
@@ -90,34 +88,34 @@ impl Analyst {
             return Ok(Some(found));
         }
         let packages = modules.values().map(|module| &module.root).filter(|_| entrypoints.is_empty());
-        let decisions = packages.chain(entrypoints).chain(asked_by_opa(modules)).collect();
+        let decisions = packages.chain(entrypoints).chain(queried_by_opa(modules)).collect();
         let analyse = async |group: &[&DirPath]| analyse(compiler, modules, group).await;
-        let Some(planned) = self.plans.divide(modules, &decisions, self.until, analyse).await? else {
+        let Some(planned) = self.plans.divide(modules, &decisions, self.deadline, analyse).await? else {
             return Ok(None);
         };
         let mut found = Found { opaque: planned.failed, left: planned.left, ..Found::default() };
         planned.found.into_iter().for_each(|(_, reads)| found.reads.join(reads.clone()));
-        let is_whole = found.opaque.is_empty() && found.left.is_empty();
-        // Annotated rules are in no decision but in each plan.
-        let annotated = modules.values().filter(|module| !is_whole && module.text.contains(ENTRYPOINT));
+        let is_complete = found.opaque.is_empty() && found.left.is_empty();
+        // Annotated rules are part of every plan.
+        let annotated = modules.values().filter(|module| !is_complete && module.text.contains(ENTRYPOINT));
         let unplanned = found.opaque.keys().chain(&found.left).chain(annotated.map(|module| &module.root));
         let unplanned = unplanned.collect();
-        let named = dependencies(&mut self.dependencies, compiler, modules, &unplanned, self.until).await?;
+        let named =
+            dependencies(&mut self.dependencies, compiler, modules, &unplanned, self.deadline).await?;
         let Some(named) = named else { return Ok(None) };
         for (decisions, dependencies) in named.found {
-            found.reads.join(named_by(dependencies, modules, decisions));
+            found.reads.join(dependency_reads(dependencies, modules, decisions));
         }
         let unnamed: BTreeSet<_> = named.failed.into_keys().chain(named.left.iter().cloned()).collect();
         if !unnamed.is_empty() {
-            found.reads.join(whole(vec![Vec::new()], modules, &unnamed));
+            found.reads.join(deep_reads(vec![Vec::new()], modules, &unnamed));
         }
         found.unnamed = unnamed;
         found.left.extend(named.left);
         Ok(Some(found))
     }
 
-    /// The data that is read for the entrypoints that annotations name; `None` where they name none, or where these
-    /// cannot be analysed together: all packages are asked for then.
+    /// Analyses annotated entrypoints. `None` if there are none or that fails.
     async fn annotated(
         &mut self,
         compiler: &Compiler,
@@ -135,22 +133,21 @@ impl Analyst {
         if self.is_spent() {
             return Ok(None);
         }
-        let found = match compiler.plan(modules, &asked_by_opa(modules).collect::<Vec<_>>()).await {
+        let found = match compiler.plan(modules, &queried_by_opa(modules).collect::<Vec<_>>()).await {
             Ok(Some(planned)) if planned.is_annotated => {
-                let unused = unused(&planned.plan, modules);
+                let unused = unused_modules(&planned.plan, modules);
                 analyze::reads(&planned.plan).ok().map(|reads| Found { reads, unused, ..Found::default() })
             }
             Ok(_) => None,
             Err(error) if error.is_transient() => return Err(error),
-            // The next question tries again: a machine that was busy may have failed it.
+            // The machine may have been busy, so the next call retries.
             Err(_) => return Ok(None),
         };
         self.annotated = Some((all, found.clone()));
         Ok(found)
     }
 
-    /// The names below `data.<root>` that these modules read, and where some packages' cannot be found also those that
-    /// stand in the texts; `None` without a real OPA.
+    /// Returns the names read below `data.<root>`. `None` without a real OPA.
     pub async fn names(
         &mut self,
         compiler: &Compiler,
@@ -158,16 +155,16 @@ impl Analyst {
         root: &DirPath,
     ) -> Result<Option<Names>, check::Error> {
         let packages = modules.values().map(|module| &module.root).collect();
-        let named = dependencies(&mut self.dependencies, compiler, modules, &packages, self.until).await?;
+        let named = dependencies(&mut self.dependencies, compiler, modules, &packages, self.deadline).await?;
         let Some(named) = named else { return Ok(None) };
         let mut names = Names { unknown: named.failed, left: named.left, ..Names::default() };
         let root: Vec<_> = root.relative().split('/').collect();
         let found = named.found.into_iter().flat_map(|(_, dependencies)| dependencies.data.iter().cloned());
-        // Where OPA tells nothing, the text does: a policy must not decide before its data is there.
+        // Unknown dependencies: names in the source, so that no policy decides before its data is present.
         let is_known = names.unknown.is_empty() && names.left.is_empty();
         let written = modules.values().filter(|_| !is_known).flat_map(|module| written_paths(module));
         for path in found.chain(hidden_paths(modules, |_| true)).chain(written) {
-            // A path that ends above the root may lead anywhere in it.
+            // Such paths may read any name.
             let shared = path.len().min(root.len());
             if path[..shared] == root[..shared] {
                 match path.into_iter().nth(root.len()) {
@@ -180,16 +177,15 @@ impl Analyst {
     }
 }
 
-/// Packages below `system`: OPA asks for decisions such as `system.authz.allow` by itself (v1/runtime, v1/server).
-fn asked_by_opa<'a>(modules: &'a Modules<'_>) -> impl Iterator<Item = &'a DirPath> {
+/// Returns packages that OPA queries itself (v1/runtime, v1/server).
+fn queried_by_opa<'a>(modules: &'a Modules<'_>) -> impl Iterator<Item = &'a DirPath> {
     let roots = modules.values().map(|module| &module.root);
     roots.filter(|root| root.relative().split('/').next() == Some("system"))
 }
 
-/// Modules of which the plan has no rule.
-fn unused(plan: &Plan, modules: &Modules<'_>) -> BTreeSet<String> {
+fn unused_modules(plan: &Plan, modules: &Modules<'_>) -> BTreeSet<String> {
     let functions = plan.functions();
-    // A function is named by a number and its rule: `g0.data.shop.allow`.
+    // Function names look like `g0.data.shop.allow`.
     let rules = functions.keys().filter_map(|name| Some(name.split_once(".data")?.1));
     let rules: BTreeSet<&str> = rules.collect();
     let has_rule = |package: &str| {
@@ -203,20 +199,20 @@ fn unused(plan: &Plan, modules: &Modules<'_>) -> BTreeSet<String> {
     unused.map(|(id, _)| (*id).clone()).collect()
 }
 
-/// What each of these decisions depends on; unknown of all of them where this OPA omits some.
+/// All are unknown if this OPA omits some.
 async fn dependencies<'a>(
     divider: &'a mut Divider<Dependencies>,
     compiler: &Compiler,
     modules: &Modules<'_>,
     decisions: &BTreeSet<&DirPath>,
-    until: Instant,
+    deadline: Instant,
 ) -> Result<Option<Divided<'a, Dependencies>>, check::Error> {
     if let Some(omission) = compiler.omission() {
         let failed = decisions.iter().map(|decision| ((*decision).clone(), omission.clone())).collect();
         return Ok(Some(Divided { found: Vec::new(), failed, left: BTreeSet::new() }));
     }
     let work = async |group: &[&DirPath]| Ok(compiler.dependencies(modules, group).await?);
-    divider.divide(modules, decisions, until, work).await
+    divider.divide(modules, decisions, deadline, work).await
 }
 
 async fn analyse(
@@ -228,20 +224,23 @@ async fn analyse(
     Ok(Some(analyze::reads(&planned.plan)?))
 }
 
-/// All of what decisions name.
-fn named_by(dependencies: &Dependencies, modules: &Modules<'_>, decisions: &BTreeSet<DirPath>) -> Reads {
+/// Deep reads of all data that the decisions name.
+fn dependency_reads(
+    dependencies: &Dependencies,
+    modules: &Modules<'_>,
+    decisions: &BTreeSet<DirPath>,
+) -> Reads {
     let Dependencies { data, rules } = dependencies;
-    // Rules lie in packages; the name of a rule may be dynamic, and a package longer than its root.
+    // Rule names may be dynamic, packages longer than roots.
     let is_used = |module: &Module| {
-        decisions.iter().any(|decision| meets(&module.root, decision.relative().split('/')))
-            || rules.iter().any(|rule| meets(&module.root, rule.iter().map(String::as_str)))
+        decisions.iter().any(|decision| share_prefix(&module.root, decision.relative().split('/')))
+            || rules.iter().any(|rule| share_prefix(&module.root, rule.iter().map(String::as_str)))
     };
     let hidden = hidden_paths(modules, is_used);
-    whole(data.iter().cloned().chain(hidden).collect(), modules, decisions)
+    deep_reads(data.iter().cloned().chain(hidden).collect(), modules, decisions)
 }
 
-/// Paths in these modules at which `opa deps` tells of no data: packages lie below them (OPA v1/dependencies/deps.go,
-/// `base`).
+/// Returns paths above packages, which `opa deps` omits (OPA v1/dependencies/deps.go, `base`).
 fn hidden_paths(modules: &Modules<'_>, is_used: impl Fn(&Module) -> bool) -> BTreeSet<Vec<String>> {
     let used = modules.values().filter(|module| is_used(module));
     let mut paths: BTreeSet<_> = used.flat_map(|module| written_paths(module)).collect();
@@ -250,13 +249,12 @@ fn hidden_paths(modules: &Modules<'_>, is_used: impl Fn(&Module) -> bool) -> BTr
     paths
 }
 
-/// Paths below `data` that stand in the text of a module.
 fn written_paths(module: &Module) -> BTreeSet<Vec<String>> {
     module.data_paths().unwrap_or_else(|| BTreeSet::from([Vec::new()]))
 }
 
-/// All of the data at these paths, read by the modules of these decisions.
-fn whole(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &BTreeSet<DirPath>) -> Reads {
+/// Deep reads of `paths`, located in the modules of `decisions`.
+fn deep_reads(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &BTreeSet<DirPath>) -> Reads {
     let sites: Vec<_> = modules
         .iter()
         .filter(|(_, module)| decisions.iter().any(|decision| decision.is_within(&module.root)))
@@ -267,7 +265,7 @@ fn whole(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &BTreeSet<Di
     Reads::of(places.map(|place| (place, Extent::Whole)), &sites)
 }
 
-/// Whether one of the two paths begins with the other.
-fn meets<'a>(root: &DirPath, path: impl Iterator<Item = &'a str>) -> bool {
+/// Whether one path is a prefix of the other.
+fn share_prefix<'a>(root: &DirPath, path: impl Iterator<Item = &'a str>) -> bool {
     root.relative().split('/').zip(path).all(|(one, other)| one == other)
 }

@@ -1,13 +1,11 @@
-//! Which ConfigMaps of policies are accepted when not all of them compile together.
+//! Decides which policy ConfigMaps to accept when they do not all compile together.
 //!
-//! What was good stays good: a ConfigMap that nobody touched is never refused for what another one changed. Of the
-//! changes, those that an error names give way first, each to its last good text; an error in an untouched ConfigMap
-//! is somebody's doing, and that change is looked for. What was refused before and is the same again stands aside
-//! until the rest is settled, and then has its chance.
+//! An unchanged ConfigMap is never rejected because of another one's change. Changes named by errors revert
+//! first. If errors name only unchanged ConfigMaps, the offending change is searched for. Earlier rejections
+//! are retried last.
 //!
-//! A check can also fail itself ([`CHECK_FAILED`]). Then the change that makes it fail is looked for, gives way and is
-//! not tried again before it changes. Only such checks take long: without them equal candidates end equal, with them
-//! [`SETTLE_MAX`] ends the search, and what had no chance comes first next time.
+//! If OPA itself fails ([`CHECK_FAILED`]), the offender is rejected until edited. Only this search can reach
+//! [`SETTLE_MAX`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,117 +17,117 @@ use super::verdict::Fault;
 use crate::config::{CHECKS_MAX, CHECKS_MIN, SETTLE_MAX};
 use crate::model::ObjectKey;
 
-/// OPA's code of a fault in a module by itself.
 const PARSE_ERROR: &str = "rego_parse_error";
-/// The code of a fault that says that a test failed.
+/// Code of a failed test.
 pub const TEST_FAILED: &str = "test_failed";
-/// The code of a fault that says that the tests of a ConfigMap take too long.
+/// Code of tests that exceed their time limit.
 pub const TESTS_TOO_LONG: &str = "tests_too_long";
-/// The code of a warning that says that the tests of other ConfigMaps took all the time.
+/// Code of tests skipped for lack of time.
 pub const TESTS_NOT_RUN: &str = "tests_not_run";
-/// The code of a fault that says that the check itself failed. It has no location.
+/// Code of a failed check. No location.
 pub const CHECK_FAILED: &str = "check_failed";
 
-/// The texts of one ConfigMap, by module id.
+/// Modules of one ConfigMap, by id.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Texts {
-    /// What OPAs get.
+    /// Modules that are served.
     pub modules: BTreeMap<String, Arc<Module>>,
-    /// What is only run.
+    /// Modules that are only tested.
     pub tests: BTreeMap<String, Arc<Module>>,
 }
 
-/// One ConfigMap: what was accepted of it last, and what it holds now.
+/// Last good and desired modules of one ConfigMap.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Candidate {
-    /// None: it was never accepted, or its end was.
+    /// Last good modules. `None` if there are none.
     pub good: Option<Arc<Texts>>,
-    /// None: it is gone.
+    /// Desired modules. `None` if the ConfigMap was deleted.
     pub wanted: Option<Arc<Texts>>,
-    /// Whether what it holds now was refused before.
+    /// Earlier rejection of `wanted`.
     pub refused: Option<Refused>,
 }
 
-/// What is known of a text that was refused before.
+/// Kind of rejection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Refused {
-    /// It had no chance yet among what is accepted now: it comes first.
+    /// Inconclusive, so first in the next check.
     Untried,
-    /// It had.
+    /// Checked conclusively.
     Tried,
-    /// The check fails with it, or its tests take too long: it is not tried before it changes.
+    /// OPA fails or tests time out: no retry until edited.
     Costly,
 }
 
-/// All ConfigMaps of policies.
+/// All policy ConfigMaps.
 pub type Candidates = BTreeMap<ObjectKey, Candidate>;
 
-/// The texts that are checked together.
+/// Modules that are checked together.
 pub type Selection<'a> = BTreeMap<&'a ObjectKey, Selected<'a>>;
 
-/// The texts of one ConfigMap in a [`Selection`].
+/// Modules of one ConfigMap in a [`Selection`].
 #[derive(Clone, Copy, Debug)]
 pub struct Selected<'a> {
-    /// Those that are wanted, or the last good ones.
+    /// Modules.
     pub texts: &'a Texts,
-    /// Whether they are wanted and not yet good.
+    /// Whether they are desired but not accepted.
     pub is_changed: bool,
 }
 
-/// Which of the candidates an outcome is about.
+/// Scope of an [`Outcome`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Progress {
-    /// All of them.
+    /// All candidates.
     #[default]
     All,
-    /// What was good before: it passes by itself. Changes are put off.
+    /// Last good modules, which passed. Changes are deferred.
     Good,
-    /// None: the check failed.
+    /// Nothing.
     Nothing,
 }
 
-/// What came of the candidates.
+/// Result of a search.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// What is accepted of each ConfigMap, while something is.
+    /// Accepted modules.
     pub accepted: BTreeMap<ObjectKey, Arc<Texts>>,
-    /// Why what a ConfigMap holds now is refused; nothing new of what was refused before and had no chance.
+    /// Reasons of new rejections.
     pub faults: BTreeMap<ObjectKey, Vec<Fault>>,
-    /// Of these, the ones that had no chance yet among what is accepted now.
+    /// Inconclusive rejections.
     pub untried: BTreeSet<ObjectKey>,
-    /// Tests of ConfigMaps that nobody touched, and that fail now.
+    /// Failed tests of unchanged ConfigMaps.
     pub warnings: BTreeMap<ObjectKey, Vec<Fault>>,
-    /// How often all were compiled.
+    /// Number of checks.
     pub checks: usize,
-    /// Why nothing came of the candidates: the check fails without any change too.
+    /// Failure of the last good modules.
     pub failure: Option<Box<Fault>>,
-    /// Which of the candidates were checked.
+    /// Scope of the result.
     pub progress: Progress,
 }
 
 impl Outcome {
-    /// All stays as it was, and is to be checked again.
+    /// Changes nothing and requests another check.
     pub fn unsettled(candidates: &Candidates) -> Self {
         let good =
             candidates.iter().filter_map(|(key, candidate)| Some((key.clone(), candidate.good.clone()?)));
-        let is_open = |candidate: &Candidate| {
+        let is_pending = |candidate: &Candidate| {
             candidate.wanted != candidate.good
                 && !matches!(candidate.refused, Some(Refused::Tried | Refused::Costly))
         };
-        let open = candidates.iter().filter(|(_, candidate)| is_open(candidate));
-        let mut untried: BTreeSet<_> = open.map(|(key, _)| key.clone()).collect();
+        let pending = candidates.iter().filter(|(_, candidate)| is_pending(candidate));
+        let mut untried: BTreeSet<_> = pending.map(|(key, _)| key.clone()).collect();
         if untried.is_empty() {
-            // One is enough to have all checked again.
+            // One key requests a check.
             untried.extend(candidates.keys().next().cloned());
         }
         Self { accepted: good.collect(), untried, progress: Progress::Nothing, ..Self::default() }
     }
 
-    /// The ConfigMaps that are refused as [`Refused::Costly`].
+    /// Returns those rejected as [`Refused::Costly`].
     pub fn costly(&self) -> impl Iterator<Item = &ObjectKey> {
         let refused = self.faults.iter().filter(|(key, _)| !self.untried.contains(*key));
         let costly = refused.filter(|(key, faults)| {
-            let is_own = |fault: &Fault| fault.location.as_ref().is_some_and(|at| is_in(&at.file, key));
+            let is_own =
+                |fault: &Fault| fault.location.as_ref().is_some_and(|location| is_from(&location.file, key));
             faults.iter().any(|fault| match fault.code.as_str() {
                 CHECK_FAILED => true,
                 TESTS_TOO_LONG => is_own(fault),
@@ -140,21 +138,20 @@ impl Outcome {
     }
 }
 
-/// Accepts as much of `candidates` as `check` lets pass together. `check` returns the faults of a selection; its error
-/// is no candidate's doing and ends the search.
+/// Accepts as many of `candidates` as pass together. `check` returns faults; its error ends the search.
 pub async fn settle<E>(
     candidates: &Candidates,
     check: impl AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>,
 ) -> Result<Outcome, E> {
-    let settling = Settling {
+    let resolver = Resolver {
         candidates,
-        dropped: BTreeSet::new(),
-        said: BTreeMap::new(),
+        evicted: BTreeSet::new(),
+        check_cache: BTreeMap::new(),
         outcome: Outcome::default(),
-        until: Instant::now() + SETTLE_MAX,
+        deadline: Instant::now() + SETTLE_MAX,
         check,
     };
-    match settling.run().await {
+    match resolver.run().await {
         Ok(outcome) => Ok(outcome),
         Err(Stop::Check(error)) => Err(error),
         Err(Stop::Good(failure)) => {
@@ -163,174 +160,177 @@ pub async fn settle<E>(
     }
 }
 
-/// Why nothing can be settled.
 enum Stop<E> {
-    /// The check could not be run.
     Check(E),
-    /// The check fails without any change too.
+    /// The last good modules fail.
     Good(Fault),
 }
 
 type Keys<'a> = BTreeSet<&'a ObjectKey>;
 
-struct Settling<'a, C> {
+struct Resolver<'a, C> {
     candidates: &'a Candidates,
-    /// What was good once and compiles no more.
-    dropped: Keys<'a>,
-    /// What was said of the selections that were checked, by whose change they held.
-    said: BTreeMap<Keys<'a>, Vec<Fault>>,
+    /// Last good modules that no longer compile.
+    evicted: Keys<'a>,
+    /// Check results by changed ConfigMaps.
+    check_cache: BTreeMap<Keys<'a>, Vec<Fault>>,
     outcome: Outcome,
-    /// When newer edits have their turn.
-    until: Instant,
+    deadline: Instant,
     check: C,
 }
 
-impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> {
+impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> {
     async fn run(mut self) -> Result<Outcome, Stop<E>> {
         let changed = self.candidates.iter().filter(|(_, candidate)| {
             candidate.wanted != candidate.good && candidate.refused != Some(Refused::Costly)
         });
         let (old, new): (Vec<_>, Vec<_>) = changed.partition(|(_, candidate)| candidate.refused.is_some());
         let mut old: Vec<_> = old.into_iter().map(|(key, _)| key).collect();
-        // Stable: among themselves in the order of their names.
+        // Stable sort: ties are in name order.
         old.sort_by_key(|key| self.candidates[*key].refused != Some(Refused::Untried));
         let new: Keys = new.into_iter().map(|(key, _)| key).collect();
         let all: Keys = new.iter().copied().chain(old.iter().copied()).collect();
         let faults = self.faults(&all).await?;
-        let mut open = all.clone();
+        let mut pending = all.clone();
         if !passes(&faults, &all) {
-            open = new.clone();
-            let mut again = self.narrow(&mut open).await?;
-            again.extend(old);
-            self.second_chance(&mut open, again).await?;
+            pending = new.clone();
+            let mut deferred = self.drop_failing(&mut pending).await?;
+            deferred.extend(old);
+            self.retry_deferred(&mut pending, deferred).await?;
         }
-        for fault in self.faults(&open).await? {
-            if let Some(key) = owner(&fault, self.candidates) {
+        for fault in self.faults(&pending).await? {
+            if let Some(key) = configmap_of(&fault, self.candidates) {
                 self.outcome.warnings.entry(key.clone()).or_default().push(fault);
             }
         }
-        self.outcome.accepted = self.chosen(&open).map(|(key, texts)| (key.clone(), texts.clone())).collect();
+        self.outcome.accepted =
+            self.selected(&pending).map(|(key, texts)| (key.clone(), texts.clone())).collect();
         Ok(self.outcome)
     }
 
-    /// Takes changes out of `open` until what is left passes. Says who of them may pass beside what is left, or gave
-    /// way for faults that are not its own for certain.
-    async fn narrow(&mut self, open: &mut Keys<'a>) -> Result<Vec<&'a ObjectKey>, Stop<E>> {
-        let mut gave_way: Vec<Keys> = Vec::new();
+    /// Removes changes from `pending` until the rest passes. Returns those that may still be good.
+    async fn drop_failing(&mut self, pending: &mut Keys<'a>) -> Result<Vec<&'a ObjectKey>, Stop<E>> {
+        let mut removed: Vec<Keys> = Vec::new();
         let mut is_certain = true;
         let mut is_proven = false;
         loop {
-            let faults = self.faults(open).await?;
-            let (passes, failure) = (passes(&faults, open), failure(&faults));
+            let faults = self.faults(pending).await?;
+            let (passes, failure) = (passes(&faults, pending), failure(&faults));
             if std::mem::take(&mut is_proven) && (passes || failure.is_some()) {
-                // Nothing that is left needs what made the check fail.
-                gave_way.pop();
+                // The offender is confirmed.
+                removed.pop();
             }
             if passes {
                 break;
             }
             if let Some(failure) = failure {
-                let (guilty, is_found) = self.killers(open, failure).await?;
+                let (offenders, is_found) = self.find_failing_change(pending, failure).await?;
                 (is_certain, is_proven) = (false, is_found);
-                self.refuse(&guilty, &faults, |_| true);
-                *open = &*open - &guilty;
-                gave_way.push(guilty);
+                self.reject(&offenders, &faults, |_| true);
+                *pending = &*pending - &offenders;
+                removed.push(offenders);
                 continue;
             }
-            let named: Keys = faults.iter().filter_map(|fault| owner(fault, self.candidates)).collect();
-            let mut guilty: Keys = open.intersection(&named).copied().collect();
+            let named: Keys =
+                faults.iter().filter_map(|fault| configmap_of(fault, self.candidates)).collect();
+            let mut offenders: Keys = pending.intersection(&named).copied().collect();
             is_certain = true;
-            if guilty.is_empty() && !open.is_empty() {
-                guilty = self.culprits(open).await?;
-                is_certain = guilty.len() == 1;
-                self.refuse(&guilty, &faults, |_| true);
-            } else if guilty.is_empty() {
-                // Nothing changed, and yet it fails: OPA is another one than the one that accepted it.
-                let selected = self.selection(open).into_keys().map(|key| self.key(key));
-                guilty = selected.filter(|key| named.contains(key) || named.is_empty()).collect();
-                self.refuse(&guilty, &faults, |_| named.is_empty());
-                self.dropped.extend(guilty);
-                self.said.clear();
-                gave_way.push(Keys::new());
+            if offenders.is_empty() && !pending.is_empty() {
+                offenders = self.find_offenders(pending).await?;
+                is_certain = offenders.len() == 1;
+                self.reject(&offenders, &faults, |_| true);
+            } else if offenders.is_empty() {
+                // Last good modules fail: OPA was replaced.
+                let selected = self.selection(pending).into_keys().map(|key| self.key(key));
+                offenders = selected.filter(|key| named.contains(key) || named.is_empty()).collect();
+                self.reject(&offenders, &faults, |_| named.is_empty());
+                self.evicted.extend(offenders);
+                self.check_cache.clear();
+                removed.push(Keys::new());
                 continue;
             } else {
-                self.refuse(&guilty, &faults, |_| false);
+                self.reject(&offenders, &faults, |_| false);
             }
-            *open = &*open - &guilty;
-            gave_way.push(guilty);
+            *pending = &*pending - &offenders;
+            removed.push(offenders);
         }
         if is_certain {
-            gave_way.pop();
+            removed.pop();
         }
-        Ok(gave_way.into_iter().flatten().collect())
+        Ok(removed.into_iter().flatten().collect())
     }
 
-    /// Adds those of `again` to `open` that pass now: together as many as no error names, then one by one.
-    async fn second_chance(&mut self, open: &mut Keys<'a>, again: Vec<&'a ObjectKey>) -> Result<(), Stop<E>> {
-        let mut group: Keys = again.iter().copied().collect();
-        let mut hopeless = Keys::new();
-        while !group.is_empty() && !self.is_spent() {
-            let more = &*open | &group;
+    /// Adds those of `deferred` that pass now, first as a group.
+    async fn retry_deferred(
+        &mut self,
+        pending: &mut Keys<'a>,
+        deferred: Vec<&'a ObjectKey>,
+    ) -> Result<(), Stop<E>> {
+        let mut group: Keys = deferred.iter().copied().collect();
+        let mut unparseable = Keys::new();
+        while !group.is_empty() && !self.is_exhausted() {
+            let more = &*pending | &group;
             let faults = self.faults(&more).await?;
             if passes(&faults, &more) {
-                *open = more;
+                *pending = more;
                 break;
             }
-            let named: Keys = faults.iter().filter_map(|fault| owner(fault, self.candidates)).collect();
-            let guilty: Keys = group.intersection(&named).copied().collect();
-            if guilty.is_empty() {
+            let named: Keys =
+                faults.iter().filter_map(|fault| configmap_of(fault, self.candidates)).collect();
+            let offenders: Keys = group.intersection(&named).copied().collect();
+            if offenders.is_empty() {
                 break;
             }
-            self.refuse(&guilty, &faults, |_| false);
-            // What does not even parse does so beside nothing else.
-            let unparsed = |key: &&ObjectKey| {
-                let own = faults.iter().filter(|fault| owner(fault, self.candidates) == Some(key));
-                own.into_iter().any(|fault| fault.code == PARSE_ERROR)
+            self.reject(&offenders, &faults, |_| false);
+            // Syntax errors never depend on others.
+            let is_unparseable = |key: &&ObjectKey| {
+                let is_own = |fault: &&Fault| configmap_of(fault, self.candidates) == Some(key);
+                faults.iter().filter(is_own).any(|fault| fault.code == PARSE_ERROR)
             };
-            hopeless.extend(guilty.iter().filter(|key| unparsed(key)));
-            group = &group - &guilty;
+            unparseable.extend(offenders.iter().filter(|key| is_unparseable(key)));
+            group = &group - &offenders;
         }
-        let (mut tried, mut unreached) = (Keys::new(), Keys::new());
-        for key in again.into_iter().filter(|key| !hopeless.contains(key)) {
-            let mut more = open.clone();
+        let (mut tried, mut skipped) = (Keys::new(), Keys::new());
+        for key in deferred.into_iter().filter(|key| !unparseable.contains(key)) {
+            let mut more = pending.clone();
             more.insert(key);
-            let is_known = open.contains(key) || self.said.contains_key(&more);
-            if !is_known && self.is_spent() {
-                unreached.insert(key);
+            let is_known = pending.contains(key) || self.check_cache.contains_key(&more);
+            if !is_known && self.is_exhausted() {
+                skipped.insert(key);
                 continue;
             }
             let faults = self.faults(&more).await?;
             if passes(&faults, &more) {
                 self.outcome.faults.remove(key);
-                if *open != more {
-                    *open = more;
-                    // Those before it may need it.
-                    unreached.append(&mut tried);
+                if *pending != more {
+                    *pending = more;
+                    // Earlier ones may depend on it.
+                    skipped.append(&mut tried);
                 }
             } else if failure(&faults).is_none() {
-                self.refuse(&Keys::from([key]), &faults, |_| true);
+                self.reject(&Keys::from([key]), &faults, |_| true);
                 tried.insert(key);
-            } else if self.is_spent() || !self.fails_again(&more).await? {
-                unreached.insert(key);
+            } else if self.is_exhausted() || !self.fails_again(&more).await? {
+                skipped.insert(key);
             } else {
-                self.refuse(&Keys::from([key]), &faults, |_| true);
+                self.reject(&Keys::from([key]), &faults, |_| true);
             }
         }
-        let is_same = open.is_empty() && self.dropped.is_empty();
-        unreached.retain(|key| !is_same || self.candidates[*key].refused != Some(Refused::Tried));
-        self.outcome.untried = unreached.into_iter().cloned().collect();
+        let is_unchanged = pending.is_empty() && self.evicted.is_empty();
+        skipped.retain(|key| !is_unchanged || self.candidates[*key].refused != Some(Refused::Tried));
+        self.outcome.untried = skipped.into_iter().cloned().collect();
         Ok(())
     }
 
-    /// Whose changes make an untouched ConfigMap fail: the one without which all is well, else all but those that
-    /// can be added to the last good texts one after the other.
-    async fn culprits(&mut self, open: &Keys<'a>) -> Result<Keys<'a>, Stop<E>> {
-        if open.len() == 1 {
-            return Ok(open.clone());
+    /// Returns the changes that break an unchanged ConfigMap: the only one without which the rest passes,
+    /// else all that cannot be added in turn.
+    async fn find_offenders(&mut self, pending: &Keys<'a>) -> Result<Keys<'a>, Stop<E>> {
+        if pending.len() == 1 {
+            return Ok(pending.clone());
         }
-        for key in open {
-            let others: Keys = open.iter().filter(|other| *other != key).copied().collect();
-            if self.is_spent() {
+        for key in pending {
+            let others: Keys = pending.iter().filter(|other| *other != key).copied().collect();
+            if self.is_exhausted() {
                 break;
             }
             let faults = self.faults(&others).await?;
@@ -338,34 +338,37 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
                 return Ok(Keys::from([*key]));
             }
         }
-        let mut kept = Keys::new();
-        let mut left = open.clone();
+        let mut compatible = Keys::new();
+        let mut rest = pending.clone();
         loop {
-            let before = kept.len();
-            for key in left.clone() {
-                if !self.is_spent() && self.passes_with(&kept, key).await? {
-                    kept.insert(key);
-                    left.remove(key);
+            let before = compatible.len();
+            for key in rest.clone() {
+                if !self.is_exhausted() && self.passes_with(&compatible, key).await? {
+                    compatible.insert(key);
+                    rest.remove(key);
                 }
             }
-            if left.is_empty() || kept.len() == before {
-                return Ok(left);
+            if rest.is_empty() || compatible.len() == before {
+                return Ok(rest);
             }
         }
     }
 
-    /// Which change of `open` makes the check fail: the one with which it begins to, when they are added in the order
-    /// of their names. True: it failed twice with it, and passed without. False: time was too short to find one of
-    /// these, or, where there is none, the check fails no more.
-    async fn killers(&mut self, open: &Keys<'a>, failure: &Fault) -> Result<(Keys<'a>, bool), Stop<E>> {
+    /// Returns the first change that makes OPA fail, and whether a second failure confirmed that. Empty if
+    /// the failure is not reproducible; several if time ran out.
+    async fn find_failing_change(
+        &mut self,
+        pending: &Keys<'a>,
+        failure: &Fault,
+    ) -> Result<(Keys<'a>, bool), Stop<E>> {
         if self.fails(&Keys::new()).await? {
             return Err(Stop::Good(failure.clone()));
         }
-        let order: Vec<_> = open.iter().copied().collect();
+        let order: Vec<_> = pending.iter().copied().collect();
         let first = |count: usize| -> Keys<'a> { order[..count].iter().copied().collect() };
         let (mut passing, mut failing) = (0, order.len());
-        while failing - passing > 1 && !self.is_spent() {
-            // A check that fails may take a hundred times as long as one that passes.
+        while failing - passing > 1 && !self.is_exhausted() {
+            // Failures can take a hundred times as long.
             let next = passing + (failing - passing).div_ceil(4);
             if self.fails(&first(next)).await? {
                 failing = next;
@@ -374,113 +377,113 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Settling<'a, C> 
             }
         }
         let suspects: Keys = order[passing..failing].iter().copied().collect();
-        if suspects.len() > 1 || self.is_spent() {
+        if suspects.len() > 1 || self.is_exhausted() {
             return Ok((suspects, false));
         }
         let fails = self.fails_again(&first(failing)).await?;
         Ok(if fails { (suspects, true) } else { (Keys::new(), false) })
     }
 
-    async fn fails(&mut self, open: &Keys<'a>) -> Result<bool, Stop<E>> {
-        Ok(failure(&self.faults(open).await?).is_some())
+    async fn fails(&mut self, pending: &Keys<'a>) -> Result<bool, Stop<E>> {
+        Ok(failure(&self.faults(pending).await?).is_some())
     }
 
-    /// Checks once more what failed.
-    async fn fails_again(&mut self, open: &Keys<'a>) -> Result<bool, Stop<E>> {
-        self.said.remove(open);
-        let fails = self.fails(open).await?;
+    async fn fails_again(&mut self, pending: &Keys<'a>) -> Result<bool, Stop<E>> {
+        self.check_cache.remove(pending);
+        let fails = self.fails(pending).await?;
         if !fails {
-            // It was chance, and may have been with others.
-            self.said.retain(|_, faults| failure(faults).is_none());
+            // Earlier failures may be irreproducible too.
+            self.check_cache.retain(|_, faults| failure(faults).is_none());
         }
         Ok(fails)
     }
 
-    /// Whether newer edits have their turn now.
-    fn is_spent(&self) -> bool {
+    fn is_exhausted(&self) -> bool {
         let checks = self.outcome.checks;
-        checks >= CHECKS_MAX || (checks >= CHECKS_MIN && Instant::now() >= self.until)
+        checks >= CHECKS_MAX || (checks >= CHECKS_MIN && Instant::now() >= self.deadline)
     }
 
-    async fn passes_with(&mut self, open: &Keys<'a>, key: &'a ObjectKey) -> Result<bool, Stop<E>> {
-        let mut more = open.clone();
+    async fn passes_with(&mut self, pending: &Keys<'a>, key: &'a ObjectKey) -> Result<bool, Stop<E>> {
+        let mut more = pending.clone();
         more.insert(key);
         let faults = self.faults(&more).await?;
         Ok(passes(&faults, &more))
     }
 
-    async fn faults(&mut self, open: &Keys<'a>) -> Result<Vec<Fault>, Stop<E>> {
-        if let Some(said) = self.said.get(open) {
-            return Ok(said.clone());
+    async fn faults(&mut self, pending: &Keys<'a>) -> Result<Vec<Fault>, Stop<E>> {
+        if let Some(faults) = self.check_cache.get(pending) {
+            return Ok(faults.clone());
         }
         self.outcome.checks += 1;
-        let selection = self.selection(open);
+        let selection = self.selection(pending);
         let faults = (self.check)(&selection).await.map_err(Stop::Check)?;
-        self.said.insert(open.clone(), faults.clone());
+        self.check_cache.insert(pending.clone(), faults.clone());
         Ok(faults)
     }
 
-    fn chosen(&self, open: &Keys<'a>) -> impl Iterator<Item = (&'a ObjectKey, &'a Arc<Texts>)> {
-        let candidates = self.candidates.iter().filter(|(key, _)| !self.dropped.contains(key));
+    fn selected(&self, pending: &Keys<'a>) -> impl Iterator<Item = (&'a ObjectKey, &'a Arc<Texts>)> {
+        let candidates = self.candidates.iter().filter(|(key, _)| !self.evicted.contains(key));
         candidates.filter_map(|(key, candidate)| {
-            let texts = if open.contains(key) { &candidate.wanted } else { &candidate.good };
+            let texts = if pending.contains(key) { &candidate.wanted } else { &candidate.good };
             Some((key, texts.as_ref()?))
         })
     }
 
-    fn selection(&self, open: &Keys<'a>) -> Selection<'a> {
-        let chosen = self.chosen(open);
-        chosen.map(|(key, texts)| (key, Selected { texts, is_changed: open.contains(key) })).collect()
+    fn selection(&self, pending: &Keys<'a>) -> Selection<'a> {
+        let selected = self.selected(pending);
+        selected.map(|(key, texts)| (key, Selected { texts, is_changed: pending.contains(key) })).collect()
     }
 
     fn key(&self, key: &ObjectKey) -> &'a ObjectKey {
         self.candidates.get_key_value(key).expect("keys come from the candidates").0
     }
 
-    /// Tells each of `guilty` the faults in its own texts, and those of others that `also` are its doing.
-    fn refuse(&mut self, guilty: &Keys<'a>, faults: &[Fault], also: impl Fn(&Fault) -> bool) {
-        for key in guilty {
-            let told =
-                faults.iter().filter(|fault| owner(fault, self.candidates) == Some(key) || also(fault));
-            let mut told: Vec<_> = told.cloned().collect();
+    /// Rejects `offenders` for their own faults and `is_related` ones.
+    fn reject(&mut self, offenders: &Keys<'a>, faults: &[Fault], is_related: impl Fn(&Fault) -> bool) {
+        for key in offenders {
+            let reported = faults
+                .iter()
+                .filter(|fault| configmap_of(fault, self.candidates) == Some(key) || is_related(fault));
+            let mut reported: Vec<_> = reported.cloned().collect();
             if self.candidates[*key].wanted.is_none() {
-                told.insert(
+                reported.insert(
                     0,
-                    Fault::new("still_needed", "it is gone, but others need it: its modules stay"),
+                    Fault::new(
+                        "still_needed",
+                        "ConfigMap deleted, but other policies need its modules; change those first",
+                    ),
                 );
             }
-            self.outcome.faults.insert((*key).clone(), told);
+            self.outcome.faults.insert((*key).clone(), reported);
         }
     }
 }
 
-/// Whether nothing is wrong, or only tests of ConfigMaps fail that nobody touched.
-fn passes(faults: &[Fault], open: &Keys) -> bool {
-    let is_in_open = |fault: &Fault| {
-        fault.location.as_ref().is_some_and(|location| open.iter().any(|key| is_in(&location.file, key)))
+/// Whether only tests of unchanged ConfigMaps fail.
+fn passes(faults: &[Fault], pending: &Keys) -> bool {
+    let is_in_pending = |fault: &Fault| {
+        fault.location.as_ref().is_some_and(|location| pending.iter().any(|key| is_from(&location.file, key)))
     };
-    faults.iter().all(|fault| fault.code == TESTS_NOT_RUN || (is_of_tests(fault) && !is_in_open(fault)))
+    faults.iter().all(|fault| fault.code == TESTS_NOT_RUN || (is_of_tests(fault) && !is_in_pending(fault)))
 }
 
-/// Whether the fault is of tests only. The modules compile.
+/// Whether a test, not a module, is at fault.
 pub fn is_of_tests(fault: &Fault) -> bool {
     [TEST_FAILED, TESTS_TOO_LONG, TESTS_NOT_RUN].contains(&fault.code.as_str())
 }
 
-/// Why the check itself failed.
 fn failure(faults: &[Fault]) -> Option<&Fault> {
     faults.iter().find(|fault| fault.code == CHECK_FAILED)
 }
 
-/// The ConfigMap whose text the fault names.
-fn owner<'a>(fault: &Fault, candidates: &'a Candidates) -> Option<&'a ObjectKey> {
+fn configmap_of<'a>(fault: &Fault, candidates: &'a Candidates) -> Option<&'a ObjectKey> {
     let (namespace, rest) = fault.location.as_ref()?.file.split_once('/')?;
     let (name, _) = rest.split_once('/')?;
     let key = ObjectKey { namespace: namespace.into(), name: name.into() };
     candidates.get_key_value(&key).map(|(key, _)| key)
 }
 
-fn is_in(id: &str, key: &ObjectKey) -> bool {
+fn is_from(id: &str, key: &ObjectKey) -> bool {
     let rest = id.strip_prefix(&*key.namespace).and_then(|rest| rest.strip_prefix('/'));
     rest.and_then(|rest| rest.strip_prefix(&*key.name)).is_some_and(|rest| rest.starts_with('/'))
 }
@@ -494,8 +497,8 @@ mod tests {
     use crate::config::CHECK_MAX;
     use crate::policy::verdict::Location;
 
-    /// A language as small as can be: `name` defines, `?name` needs, `!` is an error, `T` a failing test, `LONG` one
-    /// that takes too long, and two texts may not define one name. `KILL` makes the check fail, `SLOW` late.
+    /// Fake compiler: `name` defines once, `?name` requires, `!` is a syntax error, `T` a failing test,
+    /// `LONG` a slow one. `KILL` fails the check, `SLOW` slowly.
     fn compile(selection: &Selection) -> Vec<Fault> {
         let words = |tests: bool| {
             selection.iter().flat_map(move |(key, Selected { texts, .. })| {
@@ -525,7 +528,7 @@ mod tests {
             let count = |name: &str| defined.iter().filter(|(_, other)| *other == name).count();
             match word.strip_prefix('?') {
                 Some(name) if count(name) == 0 => faults.push(fault(key, "undefined", word)),
-                // As OPA does, only the first of two is named.
+                // OPA also reports only the first.
                 None if count(word) > 1
                     && defined.iter().find(|(_, other)| *other == word) == Some(&(key, word)) =>
                 {
@@ -547,7 +550,7 @@ mod tests {
         faults
     }
 
-    /// Settles in a time that is not waited for: a check with `SLOW` takes as long as one may.
+    /// Runs in paused time; `SLOW` checks take the maximum.
     fn settle_once(
         candidates: &Candidates,
         mut compile: impl FnMut(&Selection) -> Vec<Fault>,
@@ -574,11 +577,12 @@ mod tests {
     fn texts(words: &str) -> Option<Arc<Texts>> {
         let (modules, tests) = words.split_once('/').unwrap_or((words, ""));
         let module = |words: &str| Arc::new(Module::read(&format!("package a\n{words}")).unwrap());
-        let of = |words: &str, key: &str| BTreeMap::from([(key.to_owned(), module(words))]);
-        (words != "-").then(|| Arc::new(Texts { modules: of(modules, "m"), tests: of(tests, "t") }))
+        let module_map = |words: &str, key: &str| BTreeMap::from([(key.to_owned(), module(words))]);
+        (words != "-")
+            .then(|| Arc::new(Texts { modules: module_map(modules, "m"), tests: module_map(tests, "t") }))
     }
 
-    /// `name: good > wanted`, `-` for none, `~` before what was refused before, `^` before what is costly too.
+    /// Parses `name: good > wanted`: `-` is none, `~` rejected, `^` costly.
     fn candidates(script: &[&str]) -> Candidates {
         let candidate = |line: &&str| {
             let (name, states) = line.split_once(": ").unwrap();
@@ -594,7 +598,7 @@ mod tests {
         script.iter().map(candidate).collect()
     }
 
-    /// Expects `name=accepted` of all, and the names that are refused.
+    /// Checks `name=accepted` and the rejected names.
     fn check(script: &[&str], accepted: &[&str], refused: &[&str]) {
         let candidates = candidates(script);
         let wanted: Vec<_> = candidates.iter().map(|(key, c)| (key.clone(), c.wanted.clone())).collect();
@@ -610,35 +614,34 @@ mod tests {
         assert_eq!(names, refused, "{script:?}");
     }
 
-    /// As often as there is something untried.
     fn settle_all(mut candidates: Candidates) -> BTreeMap<ObjectKey, Arc<Texts>> {
         let mut faults = BTreeSet::new();
         for _ in 0..candidates.len() + 2 {
-            let (outcome, took) = settle_once(&candidates, compile);
+            let (outcome, elapsed) = settle_once(&candidates, compile);
             assert!(outcome.checks <= CHECKS_MAX + candidates.len(), "{}", outcome.checks);
-            assert!(took <= SETTLE_MAX + 2 * CHECK_MAX, "{took:?}");
+            assert!(elapsed <= SETTLE_MAX + 2 * CHECK_MAX, "{elapsed:?}");
             assert_eq!(outcome.failure, None);
             if outcome.untried.is_empty() {
                 return outcome.accepted;
             }
             for (key, candidate) in &mut candidates {
                 candidate.good = outcome.accepted.get(key).cloned();
-                let is_costly =
-                    candidate.refused == Some(Refused::Costly) || outcome.costly().any(|it| it == key);
+                let is_costly = candidate.refused == Some(Refused::Costly)
+                    || outcome.costly().any(|costly| costly == key);
                 let refused = if is_costly { Refused::Costly } else { Refused::Tried };
                 let refused = if outcome.untried.contains(key) { Refused::Untried } else { refused };
                 candidate.refused = (candidate.good != candidate.wanted).then_some(refused);
-                let told = outcome.faults.contains_key(key) || faults.contains(key);
-                let is_told = told || is_costly || candidate.refused.is_none();
-                assert!(is_told, "{key} is refused for nothing");
+                let is_named = outcome.faults.contains_key(key) || faults.contains(key);
+                let is_explained = is_named || is_costly || candidate.refused.is_none();
+                assert!(is_explained, "{key} was rejected without a fault");
                 faults.extend(outcome.faults.get_key_value(key).map(|(key, _)| key.clone()));
             }
         }
-        panic!("it does not end");
+        panic!("the search did not end");
     }
 
     #[test]
-    fn all_that_compiles_is_accepted() {
+    fn compatible_changes_are_accepted() {
         check(&[], &[], &[]);
         check(&["a: - > x", "b: - > ?x"], &["a=x", "b=?x"], &[]);
         check(&["a: x > y", "b: ?x > ?y"], &["a=y", "b=?y"], &[]);
@@ -646,35 +649,32 @@ mod tests {
     }
 
     #[test]
-    fn what_an_error_names_gives_way() {
+    fn errors_reject_the_named_changes() {
         check(&["a: x > !"], &["a=x"], &["a"]);
         check(&["a: - > !", "b: - > y"], &["b=y"], &["a"]);
         check(&["a: x > ! ?q", "b: y > ?q", "c: z > w"], &["a=x", "b=y", "c=w"], &["a", "b"]);
-        // What comes later makes good what needs it.
         check(&["a: - > ?x"], &[], &["a"]);
         check(&["a: - > ?x", "b: - > x"], &["a=?x", "b=x"], &[]);
         check(&["a: - > x", "b: - > x"], &["b=x"], &["a"]);
     }
 
     #[test]
-    fn an_untouched_configmap_stays() {
+    fn unchanged_configmaps_are_not_rejected() {
         check(&["a: x > y", "b: ?x"], &["a=x", "b=?x"], &["a"]);
         check(&["a: x > -", "b: ?x"], &["a=x", "b=?x"], &["a"]);
         check(&["a: x", "b: - > x"], &["a=x"], &["b"]);
-        // One of several changes does it: the others go on, those that need each other too.
         check(&["a: x > y", "b: ?x", "c: - > z", "d: - > ?z"], &["a=x", "b=?x", "c=z", "d=?z"], &["a"]);
         check(
             &["a: x > y", "b: ?x", "c: z > w", "d: ?z", "e: - > v"],
             &["a=x", "b=?x", "c=z", "d=?z", "e=v"],
             &["a", "c"],
         );
-        // Who was named for another's doing is not refused for it.
         check(&["a: x > -", "b: ?x > ?x k", "c: ?x"], &["a=x", "b=?x k", "c=?x"], &["a"]);
     }
 
     #[test]
-    fn what_was_refused_before_stands_aside() {
-        // It names others for its own doing, and yet the new one is judged by itself.
+    fn earlier_rejections_do_not_block_new_changes() {
+        // An offender that blames others is rejected alone.
         check(&["a: x", "b: - > ~x", "c: - > y"], &["a=x", "c=y"], &["b"]);
         check(&["a: x", "b: - > ~x", "c: y > !"], &["a=x", "c=y"], &["b", "c"]);
         check(
@@ -682,7 +682,7 @@ mod tests {
             &["a=x", "d=?q", "e=q"],
             &["b", "c"],
         );
-        // Two that need each other, beside one that is hopeless.
+        // Interdependent changes next to a broken one.
         check(&["a: - > ~b0 ?a0", "b: - > ~a0 ?b0", "c: - > ~!"], &["a=b0 ?a0", "b=a0 ?b0"], &["c"]);
         check(&["a: x > ~y", "b: ?x", "c: - > y"], &["a=x", "b=?x", "c=y"], &["a"]);
     }
@@ -691,7 +691,7 @@ mod tests {
     fn tests_gate_their_own_configmap() {
         check(&["a: x/ > y/T"], &["a=x/"], &["a"]);
         check(&["a: x/T", "b: - > y"], &["a=x/T", "b=y"], &[]);
-        // Those that no longer compile, and those that are slow.
+        // Tests that do not compile, or are slow.
         check(&["a: x > y", "b: z/?x"], &["a=y", "b=z/?x"], &[]);
         check(&["a: x/ > y/?q", "b: - > z"], &["a=x/", "b=z"], &["a"]);
         check(&["a: x/LONG", "b: y > z"], &["a=x/LONG", "b=z"], &[]);
@@ -699,7 +699,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_the_check_fail_gives_way_alone() {
+    fn failing_checks_reject_only_the_offender() {
         for kill in ["KILL", "SLOW"] {
             let bad = |name: &str| format!("{name}: x{name} > {kill}");
             let [a, b] = [&bad("a"), &bad("b")];
@@ -707,31 +707,30 @@ mod tests {
             check(&[a, b, "c: - > y"], &["a=xa", "b=xb", "c=y"], &["a", "b"]);
             check(&[a, "b: - > ~y", "c: - > ~!", "d: - > w"], &["a=xa", "b=y", "d=w"], &["a", "c"]);
             check(&[a, "b: y > !", "c: z > w"], &["a=xa", "b=y", "c=w"], &["a", "b"]);
-            // What was refused before may be what makes it fail.
             check(&["a: - > y", &format!("b: - > ~{kill}")], &["a=y"], &["b"]);
-            // The end of another one may be, too.
+            // A deletion can fail too.
             check(&[a, "b: y > -", "c: ?y"], &["a=xa", "b=y", "c=?y"], &["a", "b"]);
             for count in [2, 7, 50] {
-                for at in [0, count / 2, count - 1] {
+                for index in [0, count / 2, count - 1] {
                     let line = |n| {
-                        if n == at { format!("c{n:02}: - > {kill}") } else { format!("c{n:02}: - > x{n}") }
+                        if n == index { format!("c{n:02}: - > {kill}") } else { format!("c{n:02}: - > x{n}") }
                     };
                     let script: Vec<_> = (0..count).map(line).collect();
-                    let kept: Vec<_> =
-                        (0..count).filter(|n| *n != at).map(|n| format!("c{n:02}=x{n}")).collect();
-                    let [script, kept] =
-                        [&script, &kept].map(|lines| lines.iter().map(String::as_str).collect::<Vec<_>>());
-                    check(&script, &kept, &[&format!("c{at:02}")]);
+                    let expected: Vec<_> =
+                        (0..count).filter(|n| *n != index).map(|n| format!("c{n:02}=x{n}")).collect();
+                    let [script, expected] = [&script, &expected]
+                        .map(|lines| lines.iter().map(String::as_str).collect::<Vec<_>>());
+                    check(&script, &expected, &[&format!("c{index:02}")]);
                 }
             }
         }
     }
 
     #[test]
-    fn what_made_the_check_fail_costs_later_edits_nothing() {
+    fn costly_rejections_do_not_slow_later_edits() {
         for script in [&["a: x > ^SLOW", "b: y > z"], &["a: x/ > ^y/LONG", "b: y > z"]] {
-            let (outcome, took) = settle_once(&candidates(script), compile);
-            assert_eq!((outcome.checks, took), (1, Duration::ZERO));
+            let (outcome, elapsed) = settle_once(&candidates(script), compile);
+            assert_eq!((outcome.checks, elapsed), (1, Duration::ZERO));
             assert_eq!(outcome.accepted[&key("b")], texts("z").unwrap());
             assert!(outcome.faults.is_empty() && outcome.untried.is_empty(), "{outcome:?}");
         }
@@ -742,7 +741,7 @@ mod tests {
     }
 
     #[test]
-    fn a_check_that_fails_by_chance_refuses_nothing() {
+    fn irreproducible_failures_reject_nothing() {
         for failing in [&[1][..], &[1, 2], &[2], &[1, 3], &[1, 4]] {
             let mut checks = 0;
             let mut candidates = candidates(&["a: x > y", "b: - > z", "c: - > w"]);
@@ -766,7 +765,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_settled_while_the_check_fails_without_changes() {
+    fn failing_last_good_modules_reject_nothing() {
         for (script, untried) in
             [(&["a: KILL", "b: x > y", "c: - > ~z"][..], "b"), (&["a: KILL", "b: x"], "a")]
         {
@@ -776,23 +775,22 @@ mod tests {
             assert_eq!(outcome.accepted, BTreeMap::from(good));
             assert_eq!(outcome.untried, BTreeSet::from([key(untried)]));
         }
-        // A change that mends it is accepted.
         check(&["a: KILL > x", "b: - > y"], &["a=x", "b=y"], &[]);
     }
 
     #[test]
-    fn another_opa_may_refuse_what_was_good() {
+    fn another_opa_may_reject_last_good_modules() {
         check(&["a: x !", "b: y > z", "c: ?x"], &["b=z"], &["a", "c"]);
     }
 
     #[test]
-    fn many_changes_at_once_are_bounded() {
+    fn many_changes_are_bounded() {
         let lines = |line: fn(u32) -> String| (10..60).map(line).collect::<Vec<_>>();
         let script = [lines(|n| format!("c{n}: x{n} > y{n}")), lines(|n| format!("d{n}: ?x{n}"))].concat();
-        let kept = [lines(|n| format!("c{n}=x{n}")), lines(|n| format!("d{n}=?x{n}"))].concat();
+        let expected = [lines(|n| format!("c{n}=x{n}")), lines(|n| format!("d{n}=?x{n}"))].concat();
         let refused = lines(|n| format!("c{n}"));
-        let [script, kept, refused] =
-            [&script, &kept, &refused].map(|lines| lines.iter().map(String::as_str).collect::<Vec<_>>());
-        check(&script, &kept, &refused);
+        let [script, expected, refused] =
+            [&script, &expected, &refused].map(|lines| lines.iter().map(String::as_str).collect::<Vec<_>>());
+        check(&script, &expected, &refused);
     }
 }

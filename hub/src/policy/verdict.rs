@@ -1,4 +1,4 @@
-//! What was said about one ConfigMap: its faults, in the shape in which OPA tells errors, and warnings.
+//! Verdicts on policy ConfigMaps.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,107 +9,107 @@ use tokio::sync::Notify;
 
 use crate::model::ObjectKey;
 
-/// The annotation that holds a [`Verdict::status`]. kube-mgmt's name.
+/// kube-mgmt's annotation for [`Verdict::status`].
 pub const STATUS: &str = "openpolicyagent.org/kube-mgmt-status";
-/// The annotation in which kube-mgmt counts its tries; the hub needs none.
+/// kube-mgmt's retry counter, unused by the hub.
 pub const RETRIES: &str = "openpolicyagent.org/kube-mgmt-retries";
-/// What [`RETRIES`] then says.
+/// Value of [`RETRIES`].
 pub const NO_RETRIES: &str = "0";
 
-/// Faults that a verdict tells: the first of them are enough to know what is wrong, and annotations are bounded.
+/// Maximum number of faults in a verdict.
 const FAULTS_MAX: usize = 10;
-/// Bytes of one message. A status is then far below the 256 KiB that all annotations of an object may have.
+/// Maximum message size, in bytes. Annotations share 256 KiB.
 const MESSAGE_BYTES_MAX: usize = 2048;
 
-/// One thing that is wrong, as OPA writes it (OPA v1/ast/errors.go).
+/// A diagnostic in OPA's format (OPA v1/ast/errors.go).
 #[derive(Serialize, Clone, PartialEq, Eq, Debug)]
 pub struct Fault {
-    /// What kind, e.g. `rego_parse_error`.
+    /// Code, e.g. `rego_parse_error`.
     pub code: String,
-    /// In words.
+    /// Description.
     pub message: String,
-    /// Where, when that is known.
+    /// Location, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub location: Option<Location>,
 }
 
-/// A place in a module.
+/// Location in a module.
 #[derive(Serialize, Clone, PartialEq, Eq, Debug)]
 pub struct Location {
-    /// The module's id.
+    /// Module id.
     pub file: String,
-    /// From 1.
+    /// Row, from 1.
     pub row: u64,
-    /// From 1; 0 when it is not known.
+    /// Column, from 1. 0 if unknown.
     pub col: u64,
 }
 
-/// What was said about one ConfigMap.
+/// Verdict on a ConfigMap.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Verdict {
-    /// Why it is refused; empty: it is accepted.
+    /// Reasons for rejection. Empty if accepted.
     pub faults: Vec<Fault>,
-    /// What its author should know though it is accepted.
+    /// Warnings for accepted modules.
     pub warnings: Vec<String>,
 }
 
-/// What a ConfigMap itself says of its verdict.
+/// Annotations of a ConfigMap.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Observed {
-    /// Its resourceVersion; none in a folder.
+    /// `resourceVersion`. `None` in a folder.
     pub version: Option<String>,
-    /// What is written at [`STATUS`].
+    /// Value of [`STATUS`].
     pub status: Option<String>,
-    /// What is written at [`RETRIES`].
+    /// Value of [`RETRIES`].
     pub retries: Option<String>,
 }
 
-/// A verdict and the ConfigMap for which it is.
+/// Verdict with the checked ConfigMap.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Told {
-    /// How the ConfigMap looked.
+    /// Annotations at the time of the check.
     pub observed: Observed,
-    /// What was said.
+    /// Verdict.
     pub verdict: Verdict,
 }
 
-/// All verdicts as they are now, and a bell for whoever writes them down.
+/// Current verdicts.
 #[derive(Default)]
 pub struct Verdicts {
-    told: Mutex<BTreeMap<ObjectKey, Told>>,
-    news: Arc<Notify>,
+    verdicts: Mutex<BTreeMap<ObjectKey, Told>>,
+    notify: Arc<Notify>,
 }
 
 impl Verdicts {
-    /// None yet; `news` is rung when there are.
-    pub fn telling(news: Arc<Notify>) -> Self {
-        Self { told: Mutex::default(), news }
+    /// Creates an empty set that notifies `notify`.
+    pub fn telling(notify: Arc<Notify>) -> Self {
+        Self { verdicts: Mutex::default(), notify }
     }
 
-    /// Takes what is new: none where there is no verdict any more.
-    pub fn take(&self, news: Vec<(ObjectKey, Option<Told>)>) {
-        if news.is_empty() {
+    /// Applies changes. `None` removes a verdict.
+    pub fn take(&self, changes: Vec<(ObjectKey, Option<Told>)>) {
+        if changes.is_empty() {
             return;
         }
-        self.with(|told| {
-            for (key, news) in news {
-                match news {
-                    Some(news) => told.insert(key, news),
-                    None => told.remove(&key),
+        self.with(|verdicts| {
+            for (key, verdict) in changes {
+                match verdict {
+                    Some(verdict) => verdicts.insert(key, verdict),
+                    None => verdicts.remove(&key),
                 };
             }
         });
-        self.news.notify_one();
+        self.notify.notify_one();
     }
 
-    /// Reads all of them.
+    /// Accesses all verdicts.
     pub fn with<T>(&self, f: impl FnOnce(&mut BTreeMap<ObjectKey, Told>) -> T) -> T {
-        f(&mut self.told.lock().unwrap_or_else(PoisonError::into_inner))
+        f(&mut self.verdicts.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 impl Fault {
-    /// A fault at no place.
+    /// Creates a fault without location.
     pub fn new(code: &str, message: impl Into<String>) -> Self {
         let mut message: String = message.into();
         if message.len() > MESSAGE_BYTES_MAX {
@@ -130,26 +130,26 @@ impl std::fmt::Display for Fault {
 }
 
 impl Verdict {
-    /// The faults in one line.
+    /// Formats the faults as one line.
     pub fn message(&self) -> String {
-        let mut told: Vec<_> = self.faults.iter().take(FAULTS_MAX).map(ToString::to_string).collect();
+        let mut messages: Vec<_> = self.faults.iter().take(FAULTS_MAX).map(ToString::to_string).collect();
         if self.faults.len() > FAULTS_MAX {
-            told.push(format!("and {} more", self.faults.len() - FAULTS_MAX));
+            messages.push(format!("and {} more", self.faults.len() - FAULTS_MAX));
         }
-        told.join("; ")
+        messages.join("; ")
     }
 
-    /// The verdict as kube-mgmt annotates it: `{"status":"ok"}`, or `error` with what OPA would have answered.
+    /// Returns kube-mgmt's status: `{"status":"ok"}`, or `error` with OPA's response.
     pub fn status(&self) -> Value {
         let mut status = if self.faults.is_empty() {
             json!({ "status": "ok" })
         } else {
             let faults = &self.faults[..self.faults.len().min(FAULTS_MAX)];
-            let compiling = faults.iter().any(|fault| fault.code.starts_with("rego_"));
-            let message = if compiling {
+            let is_compile_error = faults.iter().any(|fault| fault.code.starts_with("rego_"));
+            let message = if is_compile_error {
                 "error(s) occurred while compiling module(s)"
             } else {
-                "the ConfigMap is refused"
+                "ConfigMap rejected"
             };
             json!({
                 "status": "error",

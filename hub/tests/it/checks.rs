@@ -101,7 +101,7 @@ async fn newer_edits_are_checked_after_an_opa_that_could_not_be_run() {
         let outcome = checks.settle(&edit("first")).await;
         assert_eq!(outcome.accepted, BTreeMap::from([(key("a"), texts("a", "old"))]));
         assert!(outcome.faults.is_empty() && outcome.untried.contains(&key("a")), "{outcome:?}");
-        assert!(readiness.problems()[0].message.contains("cannot run OPA"), "{:?}", readiness.problems());
+        assert!(readiness.problems()[0].message.contains("running OPA failed"), "{:?}", readiness.problems());
         install(dir);
         let outcome = checks.settle(&edit("newest")).await;
         assert_eq!(outcome.accepted, BTreeMap::from([(key("a"), texts("a", "newest"))]));
@@ -120,7 +120,7 @@ async fn an_opa_that_fails_at_everything_blames_nobody() {
         let candidates = Candidates::from([(key("a"), new)]);
         let outcome = checks.settle(&candidates).await;
         assert!(outcome.faults.is_empty() && outcome.untried.contains(&key("a")), "{outcome:?}");
-        assert!(readiness.problems()[0].message.contains("OPA ended with"), "{:?}", readiness.problems());
+        assert!(readiness.problems()[0].message.contains("OPA failed with"), "{:?}", readiness.problems());
         std::fs::remove_file(dir.join("opa")).unwrap();
         install(dir);
         let outcome = checks.settle(&candidates).await;
@@ -299,7 +299,7 @@ async fn policies_that_take_opa_all_memory_are_refused() {
     let selection = Selection::from([(&key, Selected { texts: &texts, is_changed: true })]);
     let faults = compiler.check(&selection).await.unwrap();
     assert_eq!(faults.len(), 1);
-    assert!(faults[0].message.contains("OPA ended with"), "{faults:?}");
+    assert!(faults[0].message.contains("OPA failed with"), "{faults:?}");
 }
 
 #[tokio::test]

@@ -250,10 +250,10 @@ async fn tests_gate_their_configmap() -> anyhow::Result<()> {
     let served = hub.json("/v1/bundles/main").await?;
     assert_eq!(served["counts"]["modules"], 1, "{served}");
     for (value, test, said) in [
-        (2, "test_x if data.p.x == 1", "the test data.p_test.test_x fails"),
+        (2, "test_x if data.p.x == 1", "test data.p_test.test_x failed"),
         (3, "test_x if data.p.x == ", "rego_parse_error"),
         (4, "test_x if data.p.f(1)", "undefined function data.p.f"),
-        (5, "test_x if http.send({\"method\": \"get\", \"url\": \"http://127.0.0.1:1\"})", "test_x fails"),
+        (5, "test_x if http.send({\"method\": \"get\", \"url\": \"http://127.0.0.1:1\"})", "test_x failed"),
     ] {
         write(value, test)?;
         eventually(format!("it is refused: {said}"), async || {

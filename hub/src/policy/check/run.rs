@@ -1,4 +1,4 @@
-//! One run of OPA, bounded in time, memory and output. A run that takes long gives way to shorter ones and to the hub.
+//! Runs OPA with limits on time, memory and output.
 
 use std::convert::Infallible;
 use std::num::NonZero;
@@ -12,29 +12,25 @@ use tokio::process::Command;
 use super::Error;
 use crate::config::CHECK_OUTPUT_MAX;
 
-/// Maximum bytes of memory that a run may allocate. A rule with 30,000 definitions takes 350 MB to plan.
+/// Maximum memory, in bytes. A rule with 30,000 definitions needs 350 MB to plan.
 const MEMORY_MAX: u64 = 1 << 30;
-/// The size of its heap from which a run collects garbage before it allocates, as Go's runtime reads it: 3/4 of
-/// [`MEMORY_MAX`].
+/// Soft limit of Go's heap: 3/4 of [`MEMORY_MAX`].
 const GO_MEMORY_LIMIT: &str = "768MiB";
-/// Maximum number of threads that work at a time: the stack of each counts 8 MB of [`MEMORY_MAX`].
+/// Maximum number of threads. Each stack uses 8 MB of [`MEMORY_MAX`].
 const THREADS_MAX: u64 = 8;
-/// Time after which a run gives way: a check of a hundred modules takes a tenth of it.
-const SHORT: Duration = Duration::from_secs(1);
-/// Priority of a run that gives way, as `nice` counts: a tenth of the share of one that does not, which still ends it.
-const LONG_NICE: i32 = 10;
+/// Time until the priority is lowered; a hundred modules take 0.1 s.
+const LOWER_PRIORITY_AFTER: Duration = Duration::from_secs(1);
+/// Lowered priority, in `nice` units: a tenth of the CPU share.
+const LOW_PRIORITY_NICE: i32 = 10;
 
-/// Result of a run.
 pub(super) struct Output {
-    /// Exit status.
     pub status: ExitStatus,
-    /// Its output, at most [`CHECK_OUTPUT_MAX`] bytes.
+    /// Limited to [`CHECK_OUTPUT_MAX`].
     pub stdout: Vec<u8>,
-    /// Its errors, at most as many.
     pub stderr: Vec<u8>,
 }
 
-/// Runs a command for this time at most, in an environment of its own: OPA takes flags from it.
+/// The environment is cleared because OPA reads flags from it.
 pub(super) async fn run(command: &mut Command, limit: Duration) -> Result<Output, Error> {
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get) as u64;
     command.env_clear().env("GOMEMLIMIT", GO_MEMORY_LIMIT).kill_on_drop(true);
@@ -45,7 +41,7 @@ pub(super) async fn run(command: &mut Command, limit: Duration) -> Result<Output
     }
     let mut child = command.spawn().map_err(Error::Run)?;
     let pid = child.id().and_then(|id| Pid::from_raw(id.try_into().ok()?));
-    // A run whose hub was killed ends by the limit of CPU. Without the limits it is as it would be elsewhere.
+    // The CPU limit ends runs of a killed hub. Limits are best effort.
     for (resource, max) in
         [(Resource::Data, MEMORY_MAX), (Resource::Cpu, (cores + 1) * (limit.as_secs() + 1))]
     {
@@ -54,26 +50,27 @@ pub(super) async fn run(command: &mut Command, limit: Duration) -> Result<Output
         }
     }
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let out = child.stdout.take().expect("it is piped");
-    let err = child.stderr.take().expect("it is piped");
-    let (mut out, mut err) = (out.take(CHECK_OUTPUT_MAX), err.take(CHECK_OUTPUT_MAX));
-    let all = async {
-        tokio::try_join!(out.read_to_end(&mut stdout), err.read_to_end(&mut stderr))?;
-        // What is over the bound is not read, and must not hold the process.
-        drop((out, err));
+    let stdout_pipe = child.stdout.take().expect("stdout is piped");
+    let stderr_pipe = child.stderr.take().expect("stderr is piped");
+    let (mut stdout_pipe, mut stderr_pipe) =
+        (stdout_pipe.take(CHECK_OUTPUT_MAX), stderr_pipe.take(CHECK_OUTPUT_MAX));
+    let finished = async {
+        tokio::try_join!(stdout_pipe.read_to_end(&mut stdout), stderr_pipe.read_to_end(&mut stderr))?;
+        // More output must not block the process.
+        drop((stdout_pipe, stderr_pipe));
         child.wait().await
     };
-    let give_way = async {
-        tokio::time::sleep(SHORT).await;
+    let lower_later = async {
+        tokio::time::sleep(LOWER_PRIORITY_AFTER).await;
         if let Some(pid) = pid {
-            give_way(pid);
+            lower_priority(pid);
         }
         std::future::pending::<Infallible>().await
     };
     let bounded = async {
         tokio::select! {
-            status = all => status,
-            never = give_way => match never {},
+            status = finished => status,
+            never = lower_later => match never {},
         }
     };
     let status =
@@ -81,8 +78,8 @@ pub(super) async fn run(command: &mut Command, limit: Duration) -> Result<Output
     Ok(Output { status, stdout, stderr })
 }
 
-/// Lowers the priority of all threads of the process; those that it starts later inherit it.
-fn give_way(process: Pid) {
+/// Lowers the priority of all threads; new threads inherit it.
+fn lower_priority(process: Pid) {
     let threads = std::fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero()));
     let ids = threads
         .into_iter()
@@ -90,8 +87,8 @@ fn give_way(process: Pid) {
         .flatten()
         .filter_map(|thread| thread.file_name().to_str()?.parse().ok());
     for thread in ids.filter_map(Pid::from_raw) {
-        // It may have ended.
-        _ = setpriority_process(Some(thread), LONG_NICE);
+        // The thread may have ended.
+        _ = setpriority_process(Some(thread), LOW_PRIORITY_NICE);
     }
 }
 
@@ -100,8 +97,8 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_run_is_bounded_and_gives_way() {
-        // Ends once its priority is lower, and prints the memory and seconds of CPU that it may have.
+    async fn runs_have_limits_and_low_priority() {
+        // Waits for the lower priority, then prints memory and CPU limits.
         let script = "until [ \"$(nice)\" = 10 ]; do sleep 0.05; done; ulimit -d; ulimit -t";
         let output = run(Command::new("sh").args(["-c", script]), Duration::from_secs(30)).await.unwrap();
         let seconds = (std::thread::available_parallelism().unwrap().get() + 1) * 31;

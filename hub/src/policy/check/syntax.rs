@@ -1,4 +1,4 @@
-//! What is wrong with the syntax of one module, by another implementation of Rego than OPA's.
+//! Checks the syntax of one module with regorus.
 
 use std::num::NonZeroU32;
 
@@ -7,47 +7,46 @@ use regorus::unstable::{Parser, Source};
 use super::Dialect;
 use crate::policy::verdict::{Fault, Location};
 
-/// Columns that a line may have. OPA has no such bound; 1 MiB is more than a ConfigMap can hold.
+/// Maximum columns; 1 MiB exceeds any ConfigMap.
 const COLUMNS_MAX: NonZeroU32 = NonZeroU32::new(1 << 20).expect("not zero");
 
-/// Brackets in brackets that a module may have. The parser tries each bracket as several things, one after the
-/// other: at 12 it takes milliseconds, at 20 a minute, at 100,000 its stack.
+/// Maximum bracket depth. Parsing takes milliseconds at 12, a minute at 20, and overflows the stack at
+/// 100,000.
 const NESTING_MAX: usize = 12;
 
-/// The first error of `text`.
-pub(super) fn fault(id: &str, text: &str, dialect: Dialect) -> Option<Fault> {
-    let nesting = nesting(text);
-    let message = if nesting > NESTING_MAX {
+pub(super) fn first_error(id: &str, text: &str, dialect: Dialect) -> Option<Fault> {
+    let depth = bracket_depth(text);
+    let message = if depth > NESTING_MAX {
         format!(
-            "brackets are nested {nesting} deep, more than {NESTING_MAX}: give inner ones a rule of their own"
+            "parsing failed: brackets are nested {depth} deep, more than {NESTING_MAX}; move inner ones into other rules"
         )
     } else {
         parse(id, text, dialect).err()?
     };
-    let (row, col) = place(&message, id).unwrap_or((1, 0));
+    let (row, col) = location_in(&message, id).unwrap_or((1, 0));
     let location = Location { file: id.to_owned(), row, col };
     Some(Fault { location: Some(location), ..Fault::new("rego_parse_error", message) })
 }
 
 fn parse(id: &str, text: &str, dialect: Dialect) -> Result<(), String> {
-    let fail = |error: &dyn std::fmt::Display| error.to_string().trim().to_owned();
-    let source = Source::from_contents(id.to_owned(), text.to_owned()).map_err(|error| fail(&error))?;
-    let mut parser = Parser::new(&source).map_err(|error| fail(&error))?;
+    let message = |error: &dyn std::fmt::Display| error.to_string().trim().to_owned();
+    let source = Source::from_contents(id.to_owned(), text.to_owned()).map_err(|error| message(&error))?;
+    let mut parser = Parser::new(&source).map_err(|error| message(&error))?;
     parser.set_max_col(COLUMNS_MAX);
     if dialect != Dialect::V0 {
-        parser.enable_rego_v1().map_err(|error| fail(&error))?;
+        parser.enable_rego_v1().map_err(|error| message(&error))?;
     }
-    parser.parse().map(drop).map_err(|error| fail(&error))
+    parser.parse().map(drop).map_err(|error| message(&error))
 }
 
-/// The row and column behind the module's name in the parser's words.
-fn place(message: &str, id: &str) -> Option<(u64, u64)> {
+/// Extracts row and column from an error message.
+fn location_in(message: &str, id: &str) -> Option<(u64, u64)> {
     let mut numbers = message.split_once(id)?.1.strip_prefix(':')?.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// How deep brackets are nested, leaving out texts and comments.
-fn nesting(text: &str) -> usize {
+/// Returns the bracket depth outside strings and comments.
+fn bracket_depth(text: &str) -> usize {
     let (mut depth, mut deepest) = (0usize, 0);
     let mut bytes = text.bytes();
     while let Some(byte) = bytes.next() {
@@ -81,16 +80,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_say_where() {
+    fn errors_have_locations() {
         for (bad, row) in [("", 1), ("package a\nallow {", 2), ("package a\nx := := 1", 2)] {
-            let location = fault("opa/authz/p.rego", bad, Dialect::Default).unwrap().location.unwrap();
+            let location = first_error("opa/authz/p.rego", bad, Dialect::Default).unwrap().location.unwrap();
             assert_eq!((location.file.as_str(), location.row), ("opa/authz/p.rego", row), "{bad}");
         }
         let long = format!("package a\nx := \"{}\"", "y".repeat(5000));
-        assert_eq!(fault("m", &long, Dialect::V1), None);
+        assert_eq!(first_error("m", &long, Dialect::V1), None);
         let v0 = "package a\nallow { true }";
-        assert_eq!(fault("m", v0, Dialect::V0), None);
-        assert!(fault("m", v0, Dialect::Default).is_some());
+        assert_eq!(first_error("m", v0, Dialect::V0), None);
+        assert!(first_error("m", v0, Dialect::Default).is_some());
     }
 
     #[test]
@@ -99,7 +98,7 @@ mod tests {
             for depth in [NESTING_MAX / 2 - 1, NESTING_MAX, NESTING_MAX + 1, 100_000] {
                 let text = format!("package a\nx := {}1{}", open.repeat(depth), close.repeat(depth));
                 assert_eq!(
-                    fault("m", &text, Dialect::Default).is_none(),
+                    first_error("m", &text, Dialect::Default).is_none(),
                     depth * open.matches(['[', '{', '(']).count() <= NESTING_MAX,
                     "{open}{depth}"
                 );
@@ -110,15 +109,15 @@ mod tests {
     #[test]
     fn brackets_in_texts_and_comments_do_not_nest() {
         for text in ["\"[[\\\"[\"", "`{{\n{{\"`", "1 # ((((\n# [", "[{}]"] {
-            assert!(nesting(text) <= 2, "{text}");
+            assert!(bracket_depth(text) <= 2, "{text}");
         }
     }
 
     proptest! {
-        /// I9: whatever a key holds, it is a module or none.
+        /// I9: input is arbitrary.
         #[test]
         fn i9_random_texts_do_not_panic(text in "(package a\n)?[a-z\"`.\\[\\]{}()\\\\#:=\n ]{0,40}") {
-            let _ = fault("m", &text, Dialect::Default);
+            let _ = first_error("m", &text, Dialect::Default);
         }
     }
 }
