@@ -1,4 +1,4 @@
-//! What each feed of a bundle was told and what came of it.
+//! Status of each watch of a bundle.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,72 +7,72 @@ use std::time::Duration;
 use crate::model::{self, FeedId};
 use crate::store;
 
-/// By feed; none: it ended. Cloning shares them.
+/// By feed, `None` if closed. Clones share the content.
 #[derive(Clone, Default)]
 pub struct Feeds(Arc<Mutex<Vec<Option<Arc<Feed>>>>>);
 
-/// A feed whose source was not heard for too long.
+/// A feed without recent response from its source.
 #[derive(Debug)]
 pub struct Stale {
-    /// Its name.
+    /// Feed name.
     pub feed: String,
-    /// Since so long.
+    /// Time since the last response.
     pub silent: Duration,
 }
 
 impl std::fmt::Display for Stale {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} was not heard for {} s", self.feed, self.silent.as_secs())
+        write!(f, "no response from {} for {} s", self.feed, self.silent.as_secs())
     }
 }
 
-/// One feed.
+/// Status of a feed.
 pub struct Feed {
-    /// Its name.
+    /// Display name.
     pub name: String,
-    /// What it is called in positions.
+    /// Name in positions.
     pub position_name: String,
-    /// What its watch said, which may serve others too.
+    /// Counters of the watch, which bundles share.
     pub watch: Arc<store::Counters>,
-    /// Objects and keys of which something changed for OPAs.
+    /// Total changed objects and keys.
     pub changes: AtomicU64,
 }
 
 impl Feeds {
-    /// The feeds that there are.
+    /// Open feeds.
     pub fn list(&self) -> Vec<Arc<Feed>> {
         self.with(|feeds| feeds.iter().flatten().cloned().collect())
     }
 
-    /// The feed whose source said nothing new for longest, where that is too long to trust what it said.
+    /// The feed that has been stale for longest.
     pub fn stale(&self) -> Option<Stale> {
         self.longest(|_| true)
     }
 
-    /// The same of what positions call `name`.
+    /// The stale feed with this position name.
     pub fn stale_of(&self, name: &str) -> Option<Stale> {
         self.longest(|feed| feed.position_name == name)
     }
 
-    /// The same, of those whose source says nothing at all. What refuses one replica something refuses it to all.
+    /// The stalest feed, except denied ones: every replica is denied those.
     pub fn silent(&self) -> Option<Stale> {
         self.longest(|feed| !feed.watch.is_refused())
     }
 
-    fn longest(&self, of: impl Fn(&Feed) -> bool) -> Option<Stale> {
+    fn longest(&self, matches: impl Fn(&Feed) -> bool) -> Option<Stale> {
         let feeds = self.list();
-        let feeds = feeds.iter().filter(|feed| of(feed));
+        let feeds = feeds.iter().filter(|feed| matches(feed));
         let stale =
             feeds.filter_map(|feed| Some(Stale { silent: feed.watch.stale()?, feed: feed.name.clone() }));
         stale.max_by_key(|stale| stale.silent)
     }
 
-    /// The feed `id`, if it goes on.
+    /// The open feed `id`.
     pub fn of(&self, id: FeedId) -> Option<Arc<Feed>> {
         self.with(|feeds| feeds.get(id.0).cloned().flatten())
     }
 
-    /// The feed `id` begins.
+    /// Opens the feed `id`.
     pub fn open(&self, id: FeedId, feed: &model::Feed, watch: Arc<store::Counters>) {
         self.with(|feeds| {
             if feeds.len() <= id.0 {
@@ -83,7 +83,7 @@ impl Feeds {
         });
     }
 
-    /// Ends the feed `id`, if it was open.
+    /// Closes the feed `id`.
     pub fn close(&self, id: FeedId) {
         self.with(|feeds| feeds.get_mut(id.0).map(Option::take));
     }

@@ -1,4 +1,4 @@
-//! What agents subscribe to: an immutable view of the content, a log of what changed, and everything encoded once.
+//! Immutable views of bundles, their histories and encodings.
 
 pub mod spec;
 
