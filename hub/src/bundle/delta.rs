@@ -35,7 +35,7 @@ struct Op<'a> {
 
 /// Encodes the changes from `from` to `view`. `None` if OPA needs a snapshot, or nothing changed: an empty delta wipes
 /// all roots.
-pub fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Archive> {
+pub(crate) fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Archive> {
     if from.modules != view.revision.modules {
         return None;
     }

@@ -11,7 +11,7 @@ use opa_hub_proto::path::{DirPath, is_segment};
 
 mod configmap;
 
-pub use self::configmap::Error;
+pub(crate) use self::configmap::Error;
 use self::configmap::{ConfigMap, check_entry, data_value};
 use super::forecast;
 use super::kept::{IsClusterScoped, Kept};
@@ -29,7 +29,7 @@ use crate::policy::verdict::{Fault, Observed, RETRIES, STATUS, Told, Verdict};
 use crate::store::ALLOCATION_BYTES;
 
 /// Turns changes of objects into changes of a view.
-pub struct Projection {
+pub(crate) struct Projection {
     feeds: Vec<Feed>,
     /// Feeds that ended, or that never had a place of their own.
     closed: BTreeSet<FeedId>,
@@ -91,7 +91,7 @@ struct Known {
 
 impl Projection {
     /// With nothing accepted yet.
-    pub fn new(spec: &Spec, kept: Kept) -> Self {
+    pub(crate) fn new(spec: &Spec, kept: Kept) -> Self {
         Self {
             feeds: spec.feeds.clone(),
             closed: BTreeSet::new(),
@@ -113,7 +113,7 @@ impl Projection {
     }
 
     /// Takes a feed that the hub was not started with; refuses it when somebody else owns its place.
-    pub fn open(&mut self, id: FeedId, feed: Feed) -> Result<(), Error> {
+    pub(crate) fn open(&mut self, id: FeedId, feed: Feed) -> Result<(), Error> {
         if let Content::Resource(prefix) = &feed.content {
             let free = check_disjoint(prefix, reserved([&OPAHUB, &SYSTEM]));
             let free = free
@@ -140,7 +140,7 @@ impl Projection {
     }
 
     /// The feed ended: what it gave is removed, and its place is free.
-    pub fn close(&mut self, id: FeedId, batch: &mut Batch) {
+    pub(crate) fn close(&mut self, id: FeedId, batch: &mut Batch) {
         let known = self.accepted.keys().chain(self.refused.keys()).filter(|(feed, _)| *feed == id);
         for (feed, key) in known.cloned().collect::<BTreeSet<_>>() {
             self.take(Change::Remove(feed, key), batch);
@@ -151,7 +151,12 @@ impl Projection {
     }
 
     /// Removes the objects of these feeds that are in the view and not among `live`.
-    pub fn remove_others(&mut self, feeds: &BTreeSet<FeedId>, live: &HashSet<ObjectId>, batch: &mut Batch) {
+    pub(crate) fn remove_others(
+        &mut self,
+        feeds: &BTreeSet<FeedId>,
+        live: &HashSet<ObjectId>,
+        batch: &mut Batch,
+    ) {
         let known = self.accepted.keys().filter(|id| feeds.contains(&id.0) && !live.contains(*id));
         for (feed, key) in known.cloned().collect::<BTreeSet<_>>() {
             self.apply(Change::Remove(feed, key), batch);
@@ -159,32 +164,32 @@ impl Projection {
     }
 
     /// Whether nothing of the feed is taken.
-    pub fn is_closed(&self, id: FeedId) -> bool {
+    pub(crate) fn is_closed(&self, id: FeedId) -> bool {
         self.closed.contains(&id)
     }
 
     /// Bytes of what is remembered of objects.
-    pub fn memory(&self) -> usize {
+    pub(crate) fn memory(&self) -> usize {
         let refused = self.refused.len() + self.left_out.len() + self.configmaps.len();
         self.accepted.capacity() * size_of::<(ObjectId, Accepted)>()
             + refused * (size_of::<(ObjectId, Refused)>() + ALLOCATION_BYTES)
     }
 
     /// Takes the policies that were accepted before a restart.
-    pub fn restore(&mut self, good: LastGood) {
+    pub(crate) fn restore(&mut self, good: LastGood) {
         self.policies.restore(good);
     }
 
     /// What of replicated objects travels from now on. Says which feeds that concerns: their objects are to be applied
     /// again.
-    pub fn keep(&mut self, kept: Kept) -> BTreeSet<FeedId> {
+    pub(crate) fn keep(&mut self, kept: Kept) -> BTreeSet<FeedId> {
         let before = std::mem::replace(&mut self.kept, kept);
         let differs = |place: &DirPath| before.of(place) != self.kept.of(place);
         self.places().filter(|(_, place, _)| differs(place)).map(|(id, ..)| id).collect()
     }
 
     /// Remembers which policies make whole objects travel, to tell who can mend it.
-    pub fn read_by(&mut self, reads: &Reads, kept: &Kept) {
+    pub(crate) fn read_by(&mut self, reads: &Reads, kept: &Kept) {
         let whole = self.following().filter(|(_, place, _)| kept.of(place).is_all());
         let costly = whole.flat_map(|(id, place, scope)| {
             let sites = forecast::readers(reads, place, scope).remove(&Vec::new()).unwrap_or_default();
@@ -195,7 +200,7 @@ impl Projection {
     }
 
     /// What is to be kept for policies that read this.
-    pub fn kept_for(&self, reads: &Reads) -> Kept {
+    pub(crate) fn kept_for(&self, reads: &Reads) -> Kept {
         let places = self.following().map(|(_, place, scope)| (place.clone(), scope));
         let mut kept = Kept::of_reads(reads, places);
         kept.join(&self.fields.given);
@@ -210,12 +215,12 @@ impl Projection {
     }
 
     /// What of replicated objects travels.
-    pub fn kept(&self) -> &Kept {
+    pub(crate) fn kept(&self) -> &Kept {
         &self.kept
     }
 
     /// The feeds of replicated resources, with where each lies.
-    pub fn places(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
+    pub(crate) fn places(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
         let open = self.feeds.iter().enumerate().map(|(id, feed)| (FeedId(id), feed));
         open.filter(|(id, _)| !self.closed.contains(id)).filter_map(|(id, feed)| {
             let scope = (!feed.resource.is_named_only()).then_some(feed.scope == Scope::Cluster);
@@ -224,28 +229,28 @@ impl Projection {
     }
 
     /// The policies to be checked now, if any are.
-    pub fn job(&mut self) -> Option<Arc<Candidates>> {
+    pub(crate) fn job(&mut self) -> Option<Arc<Candidates>> {
         let (feeds, closed, dirs) = (&self.feeds, &self.closed, &self.dirs);
         self.policies.job(|root| check_root(feeds, closed, dirs, root).is_ok())
     }
 
     /// Has all policies checked once more. Until then they are as the last check left them.
-    pub fn recheck(&mut self) {
+    pub(crate) fn recheck(&mut self) {
         self.policies.recheck();
     }
 
     /// Whether all policies were checked.
-    pub fn is_settled(&self) -> bool {
+    pub(crate) fn is_settled(&self) -> bool {
         self.policies.is_settled()
     }
 
     /// The policies that are accepted.
-    pub fn last_good(&self) -> LastGood {
+    pub(crate) fn last_good(&self) -> LastGood {
         self.policies.last_good()
     }
 
     /// Adds to `batch` what came of a check.
-    pub fn take_outcome(&mut self, outcome: Outcome, batch: &mut Batch) {
+    pub(crate) fn take_outcome(&mut self, outcome: Outcome, batch: &mut Batch) {
         let (changes, news) = self.policies.take(outcome);
         for (key, faults) in self.policies.refused().filter(|(key, _)| news.contains(*key)) {
             let verdict = Verdict { faults: faults.to_vec(), warnings: Vec::new() };
@@ -257,7 +262,7 @@ impl Projection {
     }
 
     /// What is refused now, the first [`PROBLEMS_MAX`] of it, in a stable order.
-    pub fn problems(&self) -> Vec<Problem> {
+    pub(crate) fn problems(&self) -> Vec<Problem> {
         let refused = self.refused.iter().map(|(id, refused)| Problem {
             subject: self.subject(id),
             message: refused.fault.message.clone(),
@@ -277,7 +282,7 @@ impl Projection {
 
     /// The ConfigMaps of which something new is to be told since the last call; none: it is gone, or what it holds
     /// waits for a check.
-    pub fn told(&mut self) -> Vec<(ObjectKey, Option<Told>)> {
+    pub(crate) fn told(&mut self) -> Vec<(ObjectKey, Option<Told>)> {
         let news = std::mem::take(&mut self.news);
         news.into_iter().map(|key| (key.clone(), self.tell(&key))).collect()
     }
@@ -318,7 +323,7 @@ impl Projection {
     }
 
     /// Adds to `batch` what `change` does to the view.
-    pub fn apply(&mut self, change: Change, batch: &mut Batch) {
+    pub(crate) fn apply(&mut self, change: Change, batch: &mut Batch) {
         let (Change::Put(feed, _) | Change::Remove(feed, _)) = &change;
         let (is_policy, places) = (self.content(*feed) == &Content::Policies, self.dirs.len());
         self.take(change, batch);
@@ -329,7 +334,7 @@ impl Projection {
     }
 
     /// Accepts what was refused and has a place now. Called once for all changes of a commit.
-    pub fn retry_refused(&mut self, batch: &mut Batch) {
+    pub(crate) fn retry_refused(&mut self, batch: &mut Batch) {
         if std::mem::take(&mut self.retry) {
             let refused = self.refused.iter().filter(|(id, _)| !self.left_out.contains_key(*id));
             let again = refused.filter_map(|((feed, _), refused)| Some((*feed, refused.retry.clone()?)));
@@ -350,7 +355,7 @@ impl Projection {
 
     /// The same for an object that did not change, but what is kept of it did. It is no growth that the limit is for:
     /// who reads more was weighed before.
-    pub fn apply_again(&mut self, id: FeedId, object: Object, batch: &mut Batch) {
+    pub(crate) fn apply_again(&mut self, id: FeedId, object: Object, batch: &mut Batch) {
         self.limit.is_lax = self.accepted.contains_key(&(id, object.key.clone()));
         self.take(Change::Put(id, object), batch);
         self.limit.is_lax = false;
@@ -594,7 +599,7 @@ impl Projection {
 }
 
 /// Where an object lies whose resource lies at `place`.
-pub fn directory(place: &DirPath, key: &ObjectKey) -> Option<DirPath> {
+pub(crate) fn directory(place: &DirPath, key: &ObjectKey) -> Option<DirPath> {
     if key.namespace.is_empty() { Some(place.clone()) } else { place.join(&key.namespace).ok() }
 }
 
@@ -797,7 +802,7 @@ mod tests {
         check(p, 1, "a/p", Some(&[("x", "{}")]), &[], &["a/p"]);
         check(p, 1, "a/p", None, &[], &[]);
         check(p, 1, "a/n", None, &["-/a/n/x"], &[]);
-        assert_eq!(p.limit.bytes(), 14);
+        assert_eq!(p.limit.bytes, 14);
     }
 
     #[test]

@@ -22,10 +22,10 @@ const SEGMENT_CHUNKS_MEAN: u8 = 4;
 
 /// The compressed segments of the last snapshot, by the digest of what they hold.
 #[derive(Default)]
-pub struct SegmentCache(Mutex<HashMap<Digest, Segment>>);
+pub(crate) struct SegmentCache(Mutex<HashMap<Digest, Segment>>);
 
 /// The whole archive of `part` of `view`.
-pub fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache) -> Archive {
+pub(crate) fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache) -> Archive {
     let dirs: Vec<_> = if part.has_data() { view.dirs.iter().collect() } else { Vec::new() };
     let modules: Vec<_> = if part.has_modules() { view.modules.keys().collect() } else { Vec::new() };
     let mut first = Vec::new();
@@ -56,7 +56,7 @@ pub fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache) -> Arc
 }
 
 /// The archive of what `held` lacks of `view`.
-pub fn difference(view: &View, held: &Reconcile, cache: &SegmentCache) -> Archive {
+pub(crate) fn difference(view: &View, held: &Reconcile, cache: &SegmentCache) -> Archive {
     let lacks = |path: &DirPath, dir: &Arc<Directory>| held.dirs.get(path) != Some(&dir.digest);
     let dirs: Vec<_> = view.dirs.iter().filter(|(path, dir)| lacks(path, dir)).collect();
     let modules: Vec<_> = match &held.modules {
@@ -77,7 +77,7 @@ pub fn difference(view: &View, held: &Reconcile, cache: &SegmentCache) -> Archiv
 }
 
 /// The paths below `data` that `part` owns: packages, replicated resources, ConfigMaps of data, never `""`.
-pub fn roots(view: &View, part: Part, bundle: &str) -> Vec<String> {
+pub(crate) fn roots(view: &View, part: Part, bundle: &str) -> Vec<String> {
     let mut roots = Vec::new();
     if part.has_modules() {
         roots.extend(view.modules.values().map(|module| module.root.relative().to_owned()));
@@ -209,7 +209,7 @@ fn segments(
 
 impl SegmentCache {
     /// Bytes of all segments.
-    pub fn memory(&self) -> usize {
+    pub(crate) fn memory(&self) -> usize {
         self.lock().values().map(|segment| segment.len() + size_of::<(Digest, Segment)>()).sum()
     }
 

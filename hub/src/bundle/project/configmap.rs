@@ -14,7 +14,7 @@ use crate::source::trim;
 
 /// Why an object is refused before any check.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// An object whose text is none.
     #[error("it is no object: {0}")]
     NotAnObjectAtAll(serde_json::Error),
