@@ -15,7 +15,7 @@ const DEFLATE_END: [u8; 2] = [3, 0];
 
 /// Compressed part of a tar.
 #[derive(Clone)]
-pub struct Segment {
+pub(crate) struct Segment {
     deflated: Bytes,
     crc: crc32fast::Hasher,
 }
@@ -34,8 +34,7 @@ impl Segment {
         self.deflated.len()
     }
 
-    /// Compresses `raw`.
-    pub fn new(raw: &[u8]) -> Self {
+    pub(crate) fn new(raw: &[u8]) -> Self {
         let mut crc = crc32fast::Hasher::new();
         crc.update(raw);
         let mut compress = Compress::new(Compression::new(LEVEL), false);
@@ -57,7 +56,7 @@ impl Segment {
 
 impl Archive {
     /// Joins the segments of one tar.
-    pub fn new(segments: impl IntoIterator<Item = Segment>) -> Self {
+    pub(crate) fn new(segments: impl IntoIterator<Item = Segment>) -> Self {
         let mut pieces = vec![Bytes::from_static(&GZIP_HEADER)];
         let mut crc = crc32fast::Hasher::new();
         for segment in segments.into_iter().chain([Segment::new(&[0; 2 * TAR_BLOCK])]) {
@@ -76,14 +75,14 @@ impl Archive {
 }
 
 /// Appends a file to an unfinished tar.
-pub fn push_file(tar: &mut Vec<u8>, path: &str, content: &[u8]) {
+pub(crate) fn push_file(tar: &mut Vec<u8>, path: &str, content: &[u8]) {
     push_header(tar, path, content.len());
     tar.extend_from_slice(content);
     push_padding(tar, content.len());
 }
 
 /// Appends the header of a file of `size` bytes.
-pub fn push_header(tar: &mut Vec<u8>, path: &str, size: usize) {
+pub(crate) fn push_header(tar: &mut Vec<u8>, path: &str, size: usize) {
     let mut header = tar::Header::new_gnu();
     header.set_size(size as u64);
     header.set_mode(0o644);
@@ -95,7 +94,7 @@ pub fn push_header(tar: &mut Vec<u8>, path: &str, size: usize) {
 }
 
 /// Pads the last block of a file of `size` bytes.
-pub fn push_padding(tar: &mut Vec<u8>, size: usize) {
+pub(crate) fn push_padding(tar: &mut Vec<u8>, size: usize) {
     tar.resize(tar.len() + size.next_multiple_of(TAR_BLOCK) - size, 0);
 }
 

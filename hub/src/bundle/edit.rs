@@ -18,7 +18,7 @@ const EDIT_OPS_MAX: usize = 8;
 /// Maximum depth of a member: each level parses its value again.
 const DEPTH_MAX: usize = 8;
 /// Maximum changed keys of a commit with edits. New field masks and lists change more.
-pub const EDITED_KEYS_MAX: usize = 64;
+pub(crate) const EDITED_KEYS_MAX: usize = 64;
 
 /// Operations that turn one value into the next.
 pub struct Edit {
@@ -45,8 +45,7 @@ impl Edit {
         (edit.bytes * 2 <= new.len()).then_some(edit)
     }
 
-    /// Memory in bytes.
-    pub fn memory(&self) -> usize {
+    pub(crate) fn memory(&self) -> usize {
         size_of::<Self>() + self.bytes + self.ops.len() * (size_of::<Op>() + 2 * ALLOCATION_BYTES)
     }
 

@@ -14,10 +14,8 @@ pub struct Feeds(Arc<Mutex<Vec<Option<Arc<Feed>>>>>);
 /// A feed without recent response from its source.
 #[derive(Debug)]
 pub struct Stale {
-    /// Feed name.
-    pub feed: String,
-    /// Time since the last response.
-    pub silent: Duration,
+    pub(crate) feed: String,
+    pub(crate) silent: Duration,
 }
 
 impl std::fmt::Display for Stale {
@@ -33,7 +31,7 @@ pub struct Feed {
     /// Name in positions.
     pub position_name: String,
     /// Counters of the watch, which bundles share.
-    pub watch: Arc<store::Counters>,
+    pub(crate) watch: Arc<store::Counters>,
     /// Total changed objects and keys.
     pub changes: AtomicU64,
 }
@@ -45,17 +43,17 @@ impl Feeds {
     }
 
     /// The feed that has been stale for longest.
-    pub fn stale(&self) -> Option<Stale> {
+    pub(crate) fn stale(&self) -> Option<Stale> {
         self.longest(|_| true)
     }
 
     /// The stale feed with this position name.
-    pub fn stale_of(&self, name: &str) -> Option<Stale> {
+    pub(crate) fn stale_of(&self, name: &str) -> Option<Stale> {
         self.longest(|feed| feed.position_name == name)
     }
 
     /// The stalest feed, except denied ones: every replica is denied those.
-    pub fn silent(&self) -> Option<Stale> {
+    pub(crate) fn silent(&self) -> Option<Stale> {
         self.longest(|feed| !feed.watch.is_refused())
     }
 
@@ -67,13 +65,11 @@ impl Feeds {
         stale.max_by_key(|stale| stale.silent)
     }
 
-    /// The open feed `id`.
-    pub fn of(&self, id: FeedId) -> Option<Arc<Feed>> {
+    pub(crate) fn of(&self, id: FeedId) -> Option<Arc<Feed>> {
         self.with(|feeds| feeds.get(id.0).cloned().flatten())
     }
 
-    /// Opens the feed `id`.
-    pub fn open(&self, id: FeedId, feed: &model::Feed, watch: Arc<store::Counters>) {
+    pub(crate) fn open(&self, id: FeedId, feed: &model::Feed, watch: Arc<store::Counters>) {
         self.with(|feeds| {
             if feeds.len() <= id.0 {
                 feeds.resize(id.0 + 1, None);
@@ -83,8 +79,7 @@ impl Feeds {
         });
     }
 
-    /// Closes the feed `id`.
-    pub fn close(&self, id: FeedId) {
+    pub(crate) fn close(&self, id: FeedId) {
         self.with(|feeds| feeds.get_mut(id.0).map(Option::take));
     }
 

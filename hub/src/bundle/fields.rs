@@ -70,7 +70,7 @@ impl Fields {
     }
 
     /// Whether all fields of `other` are included.
-    pub fn includes(&self, other: &Self) -> bool {
+    pub(crate) fn includes(&self, other: &Self) -> bool {
         let has =
             |(name, fields): (&Arc<str>, &Self)| self.child(name).is_some_and(|mask| mask.includes(fields));
         let any = |fields: &Self| self.any.as_ref().is_some_and(|mask| mask.includes(fields));
@@ -135,7 +135,7 @@ impl Fields {
     }
 
     /// Prunes an object.
-    pub fn cut_object(&self, json: &Bytes) -> Result<Bytes, serde_json::Error> {
+    pub(crate) fn cut_object(&self, json: &Bytes) -> Result<Bytes, serde_json::Error> {
         if self.whole {
             return Ok(json.clone());
         }

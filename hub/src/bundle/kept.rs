@@ -51,7 +51,7 @@ impl Kept {
     }
 
     /// One mask for all resources.
-    pub fn alike(fields: Fields) -> Self {
+    pub(crate) fn alike(fields: Fields) -> Self {
         Self { places: BTreeMap::new(), others: fields }
     }
 
@@ -61,14 +61,14 @@ impl Kept {
     }
 
     /// Adds a resource with the default mask.
-    pub fn name(&mut self, place: &DirPath) {
+    pub(crate) fn name(&mut self, place: &DirPath) {
         if !self.places.contains_key(place) {
             self.places.insert(place.clone(), self.others.clone());
         }
     }
 
     /// Removes a resource.
-    pub fn forget(&mut self, place: &DirPath) {
+    pub(crate) fn forget(&mut self, place: &DirPath) {
         self.places.remove(place);
     }
 
@@ -88,19 +88,19 @@ impl Kept {
     }
 
     /// Adds these fields to all resources.
-    pub fn join_alike(&mut self, fields: &Fields) {
+    pub(crate) fn join_alike(&mut self, fields: &Fields) {
         self.join(&Self::alike(fields.clone()));
     }
 
     /// Whether all fields of `other` are included.
-    pub fn includes(&self, other: &Self) -> bool {
+    pub(crate) fn includes(&self, other: &Self) -> bool {
         let places = self.places.keys().chain(other.places.keys());
         self.others.includes(&other.others)
             && places.into_iter().all(|place| self.of(place).includes(other.of(place)))
     }
 
     /// Text for agents.
-    pub fn to_text(&self) -> String {
+    pub(crate) fn to_text(&self) -> String {
         serde_json::to_string(self).expect("places and names are text")
     }
 

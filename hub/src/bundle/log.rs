@@ -23,30 +23,30 @@ pub struct Log {
 }
 
 /// Step from one revision to the next.
-pub struct Commit {
+pub(crate) struct Commit {
     before: Revision,
     /// Changes.
-    pub changed: Changed,
+    pub(crate) changed: Changed,
     /// Whether fields were removed that older modules read.
-    pub narrows: bool,
+    pub(crate) narrows: bool,
     edit_bytes: usize,
 }
 
 /// Changes since an older revision.
 #[derive(Default)]
-pub struct Since {
+pub(crate) struct Since {
     /// Whether fields were removed that older modules read.
-    pub narrows: bool,
+    pub(crate) narrows: bool,
     /// By directory: whether it existed then, and its changed keys.
-    pub dirs: BTreeMap<DirPath, (bool, BTreeMap<Arc<str>, SinceKey>)>,
+    pub(crate) dirs: BTreeMap<DirPath, (bool, BTreeMap<Arc<str>, SinceKey>)>,
 }
 
 /// Key changed since an older revision.
-pub struct SinceKey {
+pub(crate) struct SinceKey {
     /// Whether the key existed then.
-    pub existed: bool,
+    pub(crate) existed: bool,
     /// Edits since then, oldest first. `None` if one is missing.
-    pub edits: Option<Vec<Arc<Edit>>>,
+    pub(crate) edits: Option<Vec<Arc<Edit>>>,
 }
 
 impl Log {
@@ -57,7 +57,7 @@ impl Log {
 
     /// An empty log with the same limits.
     #[must_use]
-    pub fn emptied(&self) -> Self {
+    pub(crate) fn emptied(&self) -> Self {
         Self::new(self.limits)
     }
 
@@ -83,18 +83,17 @@ impl Log {
         }
     }
 
-    /// Memory in bytes.
-    pub fn memory(&self) -> usize {
+    pub(crate) fn memory(&self) -> usize {
         self.keys * size_of::<ChangedKey>() + self.edit_bytes + self.commits.len() * size_of::<Commit>()
     }
 
     /// The last commit, if it starts at `before`.
-    pub fn last_from(&self, before: Revision) -> Option<&Commit> {
+    pub(crate) fn last_from(&self, before: Revision) -> Option<&Commit> {
         self.commits.back().map(AsRef::as_ref).filter(|commit| commit.before == before)
     }
 
     /// Changes since `data`. `None` if unknown.
-    pub fn data_since(&self, data: Digest) -> Option<Since> {
+    pub(crate) fn data_since(&self, data: Digest) -> Option<Since> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
         let narrows = self.commits.range(from..).any(|commit| commit.narrows);
         let mut since = Since { narrows, ..Since::default() };
@@ -114,20 +113,20 @@ impl Log {
     }
 
     /// Directories changed since `data`, with repetitions. `None` if unknown.
-    pub fn dirs_since(&self, data: Digest) -> Option<impl Iterator<Item = &DirPath>> {
+    pub(crate) fn dirs_since(&self, data: Digest) -> Option<impl Iterator<Item = &DirPath>> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
         let changed = self.commits.range(from..).flat_map(|commit| &commit.changed.dirs);
         Some(changed.map(|dir| &dir.path))
     }
 
     /// Number of key changes since `data`, 0 if unknown.
-    pub fn data_keys_since(&self, data: Digest) -> usize {
+    pub(crate) fn data_keys_since(&self, data: Digest) -> usize {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data);
         from.map_or(0, |from| self.commits.range(from..).map(|commit| commit.changed.len()).sum())
     }
 
     /// Ids of modules changed since `modules`. `None` if unknown.
-    pub fn modules_since(&self, modules: Digest) -> Option<Vec<&str>> {
+    pub(crate) fn modules_since(&self, modules: Digest) -> Option<Vec<&str>> {
         let from = self.commits.iter().rposition(|commit| commit.before.modules == modules)?;
         let changed = self.commits.range(from..).flat_map(|commit| &commit.changed.modules);
         let mut ids: Vec<_> = changed.map(String::as_str).collect();
