@@ -1,5 +1,4 @@
-//! Edits: the members that one change sets or removes. Frames carry them instead of whole values, which saves bytes and
-//! time in OPA.
+//! Edits: members that a change sets or removes. Frames carry them instead of whole values.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,25 +8,25 @@ use serde_json::value::RawValue;
 
 use crate::store::ALLOCATION_BYTES;
 
-/// Minimum size of an edited value, in bytes. An edit of less saves nothing.
+/// In bytes. An edit of less saves nothing.
 const VALUE_BYTES_MIN: usize = 256;
-/// Maximum size of an edit, in bytes. Each commit in the log contains one for each key.
+/// In bytes, for each key of each commit.
 const EDIT_BYTES_MAX: usize = 1024;
-/// Maximum operations of an edit: OPA's time grows with their square.
+/// OPA's time grows with their square.
 const EDIT_OPS_MAX: usize = 8;
-/// Maximum depth of a member: each level parses its value again.
+/// Each level parses its value again.
 const DEPTH_MAX: usize = 8;
-/// Maximum changed keys of a commit with edits. New field masks and lists change more.
+/// Changed keys of a commit; new masks and lists change more.
 pub(crate) const EDITED_KEYS_MAX: usize = 64;
 
-/// Operations that turn one value into the next.
+/// Operations from one value to the next.
 pub struct Edit {
     ops: Vec<Op>,
     bytes: usize,
 }
 
 struct Op {
-    /// Escaped, below the value, with a leading slash.
+    /// Escaped path below the value.
     path: Box<str>,
     /// JSON; `None` removes.
     value: Option<Box<str>>,
@@ -35,7 +34,7 @@ struct Op {
 }
 
 impl Edit {
-    /// Edit from the JSON `old` to `new`. `None` if `new` is as small.
+    /// Edit from `old` to `new`; `None` if `new` is as small.
     pub fn between(old: &[u8], new: &[u8]) -> Option<Self> {
         if new.len() < VALUE_BYTES_MIN {
             return None;

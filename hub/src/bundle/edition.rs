@@ -1,4 +1,4 @@
-//! What readers see: the view and the log at one moment, with everything that was encoded from them, once.
+//! Published snapshots: a view, its history and a cache of all encodings.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
@@ -32,114 +32,100 @@ use crate::model::{FeedId, Object, Problem, Replicated, Version};
 use crate::policy::analyze::Reads;
 use crate::policy::verdict::Verdicts;
 
-/// Frames kept for agents at different revisions; more than this many are behind only in a storm …
 const FRAMES_MAX: usize = 256;
-/// … and the bytes that they may take together.
 const FRAMES_BYTES_MAX: usize = 64 << 20;
-/// Changed keys whose frame is encoded where it is asked for: about 0.1 ms with values of 1 KB. More is work for a
-/// thread beside those that write.
+/// Maximum changed keys of a frame that is encoded inline: about 0.1 ms with 1 KB values.
 const NEAR_KEYS_MAX: usize = 64;
-/// Frames of more keys that are encoded at a time for streams of one bundle that open: a core stays for those who write.
+/// Maximum large frames of a bundle encoded at a time for opening streams: writers need a core.
 const FAR_ENCODES_MAX: usize = 1;
-/// Time that a reconcile request waits for others of its bundle: agents retry, or ask another replica.
+/// Agents retry or ask another replica.
 const RECONCILE_WAIT: Duration = Duration::from_secs(10);
-/// Bytes that one permit to read a reconcile request stands for.
 const REQUEST_UNIT: usize = 1 << 10;
 
-/// Which part of a view an archive holds.
+/// Content of an archive.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Part {
     /// Modules and data.
     Whole,
-    /// Modules only.
+    /// Modules.
     Policy,
-    /// Data only.
+    /// Data.
     Data,
 }
 
-/// A bundle: the newest edition for streams, and the one that trails it for archives.
+/// A bundle: the newest edition, and a throttled one for archives.
 pub struct Bundle {
-    /// Of this process; another bundle of the same name has another.
+    /// Unique within the process.
     pub id: u64,
-    /// Its name.
+    /// Bundle name.
     pub name: String,
     head: watch::Sender<Option<Arc<Edition>>>,
     paced: watch::Sender<Option<Arc<Edition>>>,
-    /// How far the source was heard, also where that changed nothing: the head holds all that happened before.
+    /// The head contains all changes before it.
     position: Arc<Mutex<Position>>,
     problems: Mutex<Arc<[Problem]>>,
-    /// What of replicated objects travels, and because of whom.
     reading: Arc<Mutex<Arc<Reading>>>,
-    /// What it is made of.
+    /// Feeds.
     pub feeds: Feeds,
-    /// What was said of each ConfigMap.
-    pub verdicts: Verdicts,
+    pub(crate) verdicts: Verdicts,
     segments: Arc<SegmentCache>,
     objects: Arc<OnceLock<Objects>>,
     newest: Arc<OnceLock<Newest>>,
-    /// What was done.
+    /// Counters.
     pub counters: Arc<Counters>,
     pub(crate) budget: Arc<Budget>,
-    /// How it looks from single namespaces; none: everybody gets all of it.
+    /// Namespace views, if enabled.
     pub scopes: Option<Scopes>,
 }
 
-/// What of replicated objects travels, and what policies read, where one follows from the other.
+/// Field masks and the reads behind them.
 #[derive(Default)]
 pub struct Reading {
-    /// What travels.
-    pub kept: Kept,
-    /// What is read.
-    pub reads: Option<Reads>,
+    pub(crate) kept: Kept,
+    pub(crate) reads: Option<Reads>,
 }
 
-/// Lists how new the newest objects of each feed may be.
+/// Returns the newest possible version of each feed's objects.
 pub type Newest = Box<dyn Fn() -> BTreeMap<FeedId, Version> + Send + Sync>;
 
 /// Lists the replicated objects.
 pub type Objects = Box<dyn Fn() -> Replicated + Send + Sync>;
 
-/// What was done since the start.
+/// Totals since the start, and memory.
 #[derive(Default)]
 pub struct Counters {
     /// Editions published.
     pub view_changes: AtomicU64,
     /// Frames encoded.
     pub frame_encodes: AtomicU64,
-    /// Bytes of what the writer remembers of objects.
-    pub projection_bytes: AtomicUsize,
-    /// Bytes of frames that are kept or under way.
+    pub(crate) projection_bytes: AtomicUsize,
+    /// Bytes of frames cached or being sent.
     pub frame_bytes: Arc<AtomicUsize>,
-    /// Bytes of reconcile answers that are cached or being sent, besides what archives share.
+    /// Bytes of reconcile answers cached or being sent, without shared content.
     pub answer_bytes: Arc<AtomicUsize>,
     /// Archives encoded.
     pub snapshot_encodes: AtomicU64,
     /// Reconcile answers encoded.
     pub reconcile_encodes: AtomicU64,
-    /// Streams of agents that are open.
-    pub agents: AtomicI64,
+    pub(crate) agents: AtomicI64,
     /// Archives sent, by [`Part`].
-    pub snapshots: [AtomicU64; 3],
-    /// Native deltas sent.
-    pub native_deltas: AtomicU64,
-    /// Reconcile requests answered.
-    pub reconciles: AtomicU64,
-    /// Streams refused because their revision is unknown.
-    pub unknown_revisions: AtomicU64,
+    pub(crate) snapshots: [AtomicU64; 3],
+    pub(crate) native_deltas: AtomicU64,
+    pub(crate) reconciles: AtomicU64,
+    pub(crate) unknown_revisions: AtomicU64,
 }
 
-/// See the module's text.
+/// A published snapshot.
 pub struct Edition {
-    /// The content.
+    /// Content.
     pub view: View,
-    /// When it was published.
-    pub published: SystemTime,
+    pub(crate) published: SystemTime,
     bounds: Mutex<Bounds>,
     bundle: String,
     log: Log,
     frames: Mutex<Frames>,
     archives: [Arc<OnceCell<Archive>>; 3],
-    /// By request. The requests that wait and the [`Budget`] own them.
+    /// Owned by waiting requests and the [`Budget`].
     answers: Mutex<HashMap<Digest, Weak<Answer>>>,
     segments: Arc<SegmentCache>,
     objects: Arc<OnceLock<Objects>>,
@@ -147,33 +133,31 @@ pub struct Edition {
     budget: Arc<Budget>,
 }
 
-/// Bounds the memory and the threads that a bundle's clients take, over all its namespaces.
+/// Limits memory and threads for all clients of a bundle.
 pub(crate) struct Budget {
-    /// Turns to encode frames of many keys for streams that open.
     pub(crate) large_encodes: Semaphore,
-    /// Turns to encode reconcile answers.
     reconcile_encodes: Arc<Semaphore>,
-    /// Reconcile requests, in [`REQUEST_UNIT`]s.
+    /// In [`REQUEST_UNIT`]s.
     requests: Semaphore,
-    /// Cached reconcile answers, the oldest first.
+    /// Oldest first.
     answers: Mutex<VecDeque<Arc<Answer>>>,
 }
 
-/// The answer to all reconcile requests that are the same.
+/// Shared by equal requests.
 #[derive(Default)]
 struct Answer {
-    /// Locked by the request that waits for a turn; the next one follows if its client leaves.
+    /// Locked until encoded. If a client disconnects, the next request follows.
     first: tokio::sync::Mutex<()>,
     archive: OnceLock<(Archive, IsWidened)>,
 }
 
-/// Whether an answer holds objects as they were when it was encoded, which may be newer than its edition.
+/// Whether an answer has objects as of its encoding, newer than its edition.
 pub type IsWidened = bool;
 
-/// Frames to an edition, by where they lead from.
+/// Frames by start revision.
 type Frames = HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>;
 
-/// Encoded bytes, counted until the last reference is dropped.
+/// Bytes counted until the last reference is dropped.
 struct Counted {
     bytes: Bytes,
     live: Arc<AtomicUsize>,
@@ -210,7 +194,7 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// Whether one more answer may be encoded while `live` bytes of them exist. The cache makes room where it can.
+    /// Clears the cache if needed.
     fn has_room(&self, live: &AtomicUsize) -> bool {
         let has_room = || live.load(Ordering::Relaxed) <= RECONCILE_LIVE_MAX;
         if !has_room() {
@@ -234,18 +218,18 @@ impl Budget {
     }
 }
 
-/// What a stream at some revision is told.
+/// Next step for a stream.
 pub enum Next {
-    /// It holds the head.
+    /// At the head.
     UpToDate,
-    /// These events lead to the head.
+    /// Events that lead to the head.
     Frames(Bytes),
-    /// Its revision is not remembered, or is too far away: it must reconcile.
+    /// Unknown or too old: the client must reconcile.
     Unknown,
 }
 
 impl Part {
-    /// `whole`, `policy`, `data`.
+    /// Name of the part.
     pub fn name(self) -> &'static str {
         match self {
             Self::Whole => "whole",
@@ -254,24 +238,22 @@ impl Part {
         }
     }
 
-    /// Whether the part holds the data.
-    pub fn has_data(self) -> bool {
+    pub(crate) fn has_data(self) -> bool {
         self != Self::Policy
     }
 
-    /// Whether the part holds the modules.
-    pub fn has_modules(self) -> bool {
+    pub(crate) fn has_modules(self) -> bool {
         self != Self::Data
     }
 
-    /// Whether the archives of both views hold the same. That of data tells for which modules it is.
+    /// Data archives name their modules.
     fn is_same(self, one: &View, other: &View) -> bool {
         self.revision(one) == self.revision(other)
             && one.reads == other.reads
             && (!self.has_data() || one.revision == other.revision)
     }
 
-    /// The revision of this part: changes whenever what OPA takes of its archive does.
+    /// Revision of the content.
     pub fn revision(self, view: &View) -> String {
         match self {
             Self::Whole => view.revision.to_string(),
@@ -282,7 +264,7 @@ impl Part {
 }
 
 impl Bundle {
-    /// A bundle that has nothing to serve yet.
+    /// Creates a bundle without edition.
     pub fn new(name: String, scoped: Option<Scoped>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
@@ -304,7 +286,6 @@ impl Bundle {
         }
     }
 
-    /// A part of it that has nothing to serve yet.
     pub(super) fn part(&self) -> Self {
         let (objects, counters) = (Arc::clone(&self.objects), Arc::clone(&self.counters));
         let newest = Arc::clone(&self.newest);
@@ -322,19 +303,18 @@ impl Bundle {
         }
     }
 
-    /// What whoever asks from `namespace` gets.
+    /// The bundle as seen by streams from `namespace`.
     pub fn of(self: &Arc<Self>, namespace: Option<&str>) -> Result<Arc<Self>, scopes::Error> {
         self.scopes.as_ref().map_or_else(|| Ok(Arc::clone(self)), |scopes| scopes.of(self, namespace))
     }
 
-    /// The same for a reader that takes one answer.
+    /// The bundle as seen by a single request from `namespace`.
     pub fn once(self: &Arc<Self>, namespace: Option<&str>) -> Result<Arc<Self>, scopes::Error> {
         self.scopes.as_ref().map_or_else(|| Ok(Arc::clone(self)), |scopes| scopes.once(self, namespace))
     }
 
-    /// Waits until a reconcile request of so many bytes may be read; `None` if that takes too long. What is returned lasts
-    /// until it was answered.
-    pub async fn admit_reconcile(&self, bytes: usize) -> Option<SemaphorePermit<'_>> {
+    /// Reserves memory for a request of `bytes`. `None` on timeout.
+    pub(crate) async fn admit_reconcile(&self, bytes: usize) -> Option<SemaphorePermit<'_>> {
         let units = bytes.clamp(RECONCILE_REQUEST_MIN, RECONCILE_BYTES_MAX).div_ceil(REQUEST_UNIT);
         let units = u32::try_from(units).expect("a request is a few thousand units");
         let turn =
@@ -342,27 +322,26 @@ impl Bundle {
         Some(turn.expect("it is never closed"))
     }
 
-    /// Whether anybody waits for a newer edition, besides [`pace`](Self::pace).
+    /// Ignores [`pace`](Self::pace).
     pub(super) fn is_read(&self) -> bool {
         self.head.receiver_count() > 1 || self.paced.receiver_count() > 0
     }
 
-    /// Who has the whole objects: said once, by the writer.
+    /// Called once.
     pub fn set_objects(&self, objects: Objects) {
         _ = self.objects.set(objects);
     }
 
-    /// The replicated objects that there are, whole, each with the place of its resource.
+    /// Unpruned objects, each with its resource's place.
     pub fn objects(&self) -> Vec<(DirPath, Object)> {
         self.replicated().objects
     }
 
-    /// Lists how new the newest objects of each feed may be: called once, by the writer.
-    pub fn set_newest(&self, newest: Newest) {
+    pub(crate) fn set_newest(&self, newest: Newest) {
         _ = self.newest.set(newest);
     }
 
-    /// How new the newest object of the source may be.
+    /// Newest possible version of all objects.
     pub fn newest(&self) -> Position {
         let mut newest = Position::default();
         for (id, Version(version)) in self.newest.get().map(|newest| newest()).unwrap_or_default() {
@@ -377,11 +356,10 @@ impl Bundle {
         self.objects.get().map(|objects| objects()).unwrap_or_default()
     }
 
-    /// Makes `view`, which lies within `bounds`, the newest edition.
+    /// Publishes `view`.
     pub fn publish(&self, view: View, log: Log, bounds: Bounds) {
         self.counters.view_changes.fetch_add(1, Ordering::Relaxed);
         let before = self.head.borrow().clone();
-        // A part that did not change keeps its archive.
         let archives = [Part::Whole, Part::Policy, Part::Data].map(|part| {
             let same = before.as_ref().filter(|before| part.is_same(&before.view, &view));
             same.map(|before| Arc::clone(&before.archives[part as usize])).unwrap_or_default()
@@ -407,8 +385,8 @@ impl Bundle {
         }
     }
 
-    /// Its head holds all that happened before this, and is as of then: what came and went meanwhile is not to come again.
-    pub fn set_position(&self, position: &Position) {
+    /// Sets the position: the head contains all effects of earlier changes.
+    pub(crate) fn set_position(&self, position: &Position) {
         let before = {
             let mut held = self.position.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::replace(&mut *held, position.clone())
@@ -419,7 +397,7 @@ impl Bundle {
         }
     }
 
-    /// Moves the head to `position`, and what archives are made of where the source went back.
+    /// Moves the head; archives only move back.
     pub(super) fn advance(&self, position: &Position) {
         let (head, paced) = (self.head.borrow().clone(), self.paced.borrow().clone());
         if let Some(head) = head
@@ -434,20 +412,20 @@ impl Bundle {
         }
     }
 
-    /// How new `edition` may be: as new as its bundle is now, while it is the head.
-    pub fn newest_of(&self, edition: &Arc<Edition>) -> Position {
+    /// The head is as new as its bundle.
+    pub(crate) fn newest_of(&self, edition: &Arc<Edition>) -> Position {
         let position = self.position();
         let is_head = self.head.borrow().as_ref().is_some_and(|head| Arc::ptr_eq(head, edition));
         if is_head { position.after(&edition.newest()) } else { edition.newest() }
     }
 
-    /// How far the source was heard: its head, whichever is that from now on, holds all that happened before.
+    /// Observed position of the source.
     pub fn position(&self) -> Position {
         self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Bytes of its parts, each by its name.
-    pub fn memory(&self) -> [(&'static str, usize); 8] {
+    /// Bytes by component.
+    pub(crate) fn memory(&self) -> [(&'static str, usize); 8] {
         let head = self.head.borrow().clone();
         let (entries, modules) = head.as_ref().map(|head| head.view.memory()).unwrap_or_default();
         let load = |bytes: &AtomicUsize| bytes.load(Ordering::Relaxed);
@@ -463,31 +441,28 @@ impl Bundle {
         ]
     }
 
-    /// What is refused from now on.
-    pub fn set_problems(&self, problems: Vec<Problem>) {
+    pub(crate) fn set_problems(&self, problems: Vec<Problem>) {
         let mut held = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
         if **held != *problems {
             *held = problems.into();
         }
     }
 
-    /// What is refused.
+    /// Rejected objects.
     pub fn problems(&self) -> Arc<[Problem]> {
         self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What travels from now on.
-    pub fn set_reading(&self, reading: Reading) {
+    pub(crate) fn set_reading(&self, reading: Reading) {
         *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(reading);
     }
 
-    /// What travels, and because of whom.
-    pub fn reading(&self) -> Arc<Reading> {
+    pub(crate) fn reading(&self) -> Arc<Reading> {
         self.reading.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What each replicated resource costs. Takes as long as all its objects are many.
-    pub fn forecast(&self) -> Vec<forecast::Resource> {
+    /// Walks all replicated objects.
+    pub(crate) fn forecast(&self) -> Vec<forecast::Resource> {
         let (reading, edition) = (self.reading(), self.head.borrow().clone());
         let Some(edition) = edition else { return Vec::new() };
         let mut places: BTreeMap<DirPath, Vec<Sample>> = BTreeMap::new();
@@ -506,21 +481,19 @@ impl Bundle {
         places.into_iter().map(of).collect()
     }
 
-    /// The newest edition; none before every source has listed once (I5).
+    /// The newest edition, `None` until all sources have listed (I5).
     pub fn head(&self) -> watch::Receiver<Option<Arc<Edition>>> {
         self.head.subscribe()
     }
 
-    /// The edition that archives of `part` are made of. Those with data trail the head, see [`pace`](Self::pace);
-    /// policies are small and change seldom.
+    /// The edition for archives of `part`. With data, see [`pace`](Self::pace).
     pub fn archived(&self, part: Part) -> watch::Receiver<Option<Arc<Edition>>> {
         if part.has_data() { self.paced.subscribe() } else { self.head.subscribe() }
     }
 
-    /// Hands editions on to [`archived`](Self::archived): at once after a quiet time, else one in
-    /// [`SNAPSHOT_INTERVAL`].
+    /// Passes editions to [`archived`](Self::archived), at most one in [`SNAPSHOT_INTERVAL`].
     pub fn pace(self: &Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
-        // At once: it counts among the readers.
+        // Subscribes at once, for `is_read`.
         let (bundle, mut head) = (Arc::clone(self), self.head());
         async move {
             loop {
@@ -538,12 +511,11 @@ impl Bundle {
 }
 
 impl Edition {
-    /// How it came to be.
     pub(super) fn log(&self) -> &Log {
         &self.log
     }
 
-    /// It holds nothing that happened after this.
+    /// No content is newer.
     pub fn newest(&self) -> Position {
         self.bounds().newest.clone()
     }
@@ -552,8 +524,7 @@ impl Edition {
         self.bounds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// It is still the head, and its bundle [is at](Bundle::position) `here`. Frames are told as of then, if they have to
-    /// be for somebody who is as of `there`: those that were encoded before may be too old for that.
+    /// Raises the head's position to `here` if a client at `there` needs that. Drops older frames.
     pub fn tell_as_of(&self, here: &Position, there: &Position) {
         let mut bounds = self.bounds();
         if bounds.all.is_behind(there) && bounds.all.is_behind(here) {
@@ -563,8 +534,8 @@ impl Edition {
         }
     }
 
-    /// What would go back in time at an agent that holds `held` as of `there`, where the source was heard up to `here`
-    /// before this edition was taken. One whose revision is not known here is not known to go back.
+    /// Content that would go back in time at a client with `held` at `there`. `here` is the bundle's position before
+    /// this edition was read. `None` if unknown.
     pub fn lag(&self, held: Revision, here: &Position, there: &Position) -> Option<Lag> {
         if !here.is_behind(there) {
             return None;
@@ -576,7 +547,7 @@ impl Edition {
         here.lag(there, self.log.dirs_since(held.data)?, modules)
     }
 
-    /// The same for the sender of a reconcile request, whose modules are of the digest `modules` where it knows.
+    /// Like [`lag`](Self::lag), for a reconcile request. `modules`: digest of the client's modules, if known.
     pub fn lag_of(
         &self,
         held: &Reconcile,
@@ -591,33 +562,30 @@ impl Edition {
         here.lag(there, differ, modules != Some(self.view.revision.modules))
     }
 
-    /// Whether what leads from `held` to this edition is at hand, or little to encode.
-    pub fn is_near(&self, held: Revision) -> bool {
+    /// Whether the frame is cached or cheap to encode.
+    pub(crate) fn is_near(&self, held: Revision) -> bool {
         held == self.view.revision || self.log.data_keys_since(held.data) <= NEAR_KEYS_MAX || {
             let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
             frames.get(&held).is_some_and(|frame| frame.get().is_some())
         }
     }
 
-    /// Frames take all the memory that they may: none of those far away is encoded.
-    pub fn is_full(&self) -> bool {
+    /// Whether frames use all their memory.
+    pub(crate) fn is_full(&self) -> bool {
         self.counters.frame_bytes.load(Ordering::Relaxed) > FRAMES_LIVE_MAX
     }
 
-    /// Gives up the frames that are kept in case that somebody asks for them again. Else those of a namespace stay until
-    /// something changes in it.
+    /// Drops cached frames: a quiet namespace would keep them.
     pub fn forget_frames(&self) {
         self.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// [`next`](Self::next), beside the threads that write and for a few of the bundle at a time, unless it
-    /// [is near](Self::is_near). Dropped while it waits, it takes no turn.
-    pub async fn next_beside(self: &Arc<Self>, held: Revision) -> Next {
+    /// [`next`](Self::next) on a blocking thread if expensive, few at a time.
+    pub(crate) async fn next_beside(self: &Arc<Self>, held: Revision) -> Next {
         if self.is_near(held) {
             return self.next(held);
         }
         let _turn = self.budget.large_encodes.acquire().await.expect("it is never closed");
-        // Another one may have had it encoded meanwhile.
         if self.is_near(held) {
             return self.next(held);
         }
@@ -625,7 +593,7 @@ impl Edition {
         tokio::task::spawn_blocking(move || edition.next(held)).await.expect("encoding does not panic")
     }
 
-    /// What leads an agent from `held` to this edition. Encoded once for all who are at `held` (I4).
+    /// Each frame is encoded once (I4).
     pub fn next(&self, held: Revision) -> Next {
         if held == self.view.revision {
             return Next::UpToDate;
@@ -649,7 +617,7 @@ impl Edition {
         frame.clone().map_or(Next::Unknown, Next::Frames)
     }
 
-    /// The archive of `part`. Encoded once, however many ask (I4).
+    /// Each archive is encoded once (I4).
     pub async fn archive(self: &Arc<Self>, part: Part) -> Archive {
         let edition = Arc::clone(self);
         let cell = Arc::clone(&self.archives[part as usize]);
@@ -660,10 +628,8 @@ impl Edition {
         .await
     }
 
-    /// The archive of what the sender of `held` lacks; none while answers take all the memory that they may. Encoded once
-    /// for all who hold the same, and for a few others at a time: dropped while it waits, it takes no turn. While modules
-    /// decide there that read more than those here, it holds what both read (I10): the sender asks again once they are
-    /// gone.
+    /// Archive of what `held` lacks; `None` if answers use all their memory. Equal requests share one encoding.
+    /// Includes all fields that the client's modules read until they are replaced (I10).
     pub async fn reconcile(self: &Arc<Self>, held: Reconcile) -> Option<(Archive, IsWidened)> {
         let mut hasher = Hasher::default();
         hasher.part(&serde_json::to_vec(&held).expect("a request has text keys only"));
@@ -678,7 +644,7 @@ impl Edition {
             return None;
         }
         let (edition, encoding) = (Arc::clone(self), Arc::clone(&answer));
-        // It ends even if the client leaves: the next one would begin anew.
+        // Completes without its client, for the next request.
         let encoded = tokio::task::spawn_blocking(move || {
             let _turn = turn;
             let archive = encoding.archive.get_or_init(|| edition.difference(&held)).clone();
@@ -688,7 +654,6 @@ impl Edition {
         Some(encoded.await.expect("encoding does not panic"))
     }
 
-    /// The answer to the request of this name, encoded or not.
     fn answer(&self, request: Digest) -> Arc<Answer> {
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(answer) = answers.get(&request).and_then(Weak::upgrade) {
@@ -708,7 +673,7 @@ impl Edition {
         let is_widened = wider.is_some();
         let mut archive = snapshot::difference(wider.as_ref().unwrap_or(&self.view), held, &self.segments);
         for piece in &mut archive.pieces {
-            // The others are cached segments.
+            // Others are cached segments.
             if piece.is_unique() {
                 *piece = Counted::bytes(std::mem::take(piece), &self.counters.answer_bytes);
             }
@@ -716,7 +681,7 @@ impl Edition {
         (archive, is_widened)
     }
 
-    /// What is read here, and with it what is read at the sender of `held`; none where all objects come whole.
+    /// Masks here, and joined with the client's. `None` if objects are served whole.
     fn masks(&self, held: &Reconcile) -> Option<(Kept, Kept)> {
         let own = Kept::parse(self.view.reads.as_deref()?).ok()?;
         let mut both = own.clone();
@@ -726,16 +691,16 @@ impl Edition {
         match readers {
             Some(readers) if !readers.is_empty() => readers.iter().for_each(|reads| both.join(reads)),
             _ if held.dirs.is_empty() && held.modules.as_ref().is_none_or(BTreeMap::is_empty) => {}
-            // Its policies were told to expect whole objects, or in words that are not ours.
+            // Whole objects expected, or masks unreadable.
             _ => both.join_alike(&Fields::all()),
         }
         Some((own, both))
     }
 
-    /// This view with all that is read at the sender of `held` too, where that is more.
+    /// Adds the client's fields; `None` if there are none.
     fn wider(&self, held: &Reconcile) -> Option<View> {
         let (own, both) = self.masks(held)?;
-        // Resources that its older policies may read and that are gone here: it keeps what it has of them.
+        // Older modules may read resources removed here: the client keeps them.
         let named: BTreeSet<_> = own.places().collect();
         let gone = |dir: &DirPath| both.places().any(|place| !named.contains(place) && dir.is_within(place));
         let is_taken = |dir: &DirPath| {
@@ -749,7 +714,6 @@ impl Edition {
         let mut batch = Batch::default();
         if !own.includes(&both) {
             let Replicated { objects, places, .. } = self.objects.get()?();
-            // An object that is gone cannot be widened, and goes.
             for (path, dir) in places.iter().flat_map(|place| within(&self.view.dirs, place)) {
                 let entries = dir.chunks.iter().flat_map(|chunk| &chunk.entries);
                 entries.for_each(|entry| batch.entry(path, entry.key.clone(), None));
@@ -757,7 +721,7 @@ impl Edition {
             for (place, object) in objects {
                 let (Some(dir), name) = (directory(&place, &object.key), &object.key.name) else { continue };
                 if self.view.dirs.get(&dir).is_some_and(|dir| dir.get(name).is_some()) {
-                    // One that cannot be cut was refused, and stays away.
+                    // Rejected before.
                     let Ok(json) = both.of(&place).cut_object(&object.json) else { continue };
                     batch.entry(&dir, name.clone(), Some(json));
                 }
@@ -772,14 +736,12 @@ impl Edition {
         Some(view.with_dirs(dirs.chain(stay).collect()))
     }
 
-    /// OPA's own delta from `from`, where OPA can take one.
-    pub fn native_delta(&self, from: Revision) -> Option<Archive> {
+    pub(crate) fn native_delta(&self, from: Revision) -> Option<Archive> {
         delta::encode(&self.view, &self.log, from, &self.bundle)
     }
 }
 
-/// What is in the cell, encoded by the first who asks, on a thread for long work. Whoever goes away meanwhile does not
-/// stop it: the next would begin anew.
+/// Encodes once on a blocking thread, even if the client disconnects.
 async fn once(cell: Arc<OnceCell<Archive>>, encode: impl FnOnce() -> Archive + Send + 'static) -> Archive {
     if let Some(archive) = cell.get() {
         return archive.clone();
@@ -793,7 +755,7 @@ async fn once(cell: Arc<OnceCell<Archive>>, encode: impl FnOnce() -> Archive + S
 
 #[cfg(test)]
 impl Bundle {
-    /// A bundle with two editions, and the revision of the first, which is far from the second.
+    /// Returns a bundle with two editions and its first revision.
     pub(crate) fn far_from_its_first() -> (Arc<Self>, Revision) {
         let bundle = Self::new("main".into(), None);
         let next = |view: &View, value: &'static str| {

@@ -1,7 +1,7 @@
-//! Bounded history of changed keys, with small edits.
+//! Bounded history of changed keys and edits.
 //!
-//! Frames are computed on request, from the newest values: a slow client costs no memory. A queue for each client would
-//! copy values and, when full, block or lose them.
+//! Frames use the newest values: a slow client costs no memory. A queue for each client would copy values and, when
+//! full, block or lose them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -22,30 +22,25 @@ pub struct Log {
     limits: BundleLimits,
 }
 
-/// Step from one revision to the next.
 pub(crate) struct Commit {
     before: Revision,
-    /// Changes.
     pub(crate) changed: Changed,
-    /// Whether fields were removed that older modules read.
+    /// Whether fields were removed.
     pub(crate) narrows: bool,
     edit_bytes: usize,
 }
 
-/// Changes since an older revision.
 #[derive(Default)]
 pub(crate) struct Since {
-    /// Whether fields were removed that older modules read.
+    /// Whether fields were removed.
     pub(crate) narrows: bool,
-    /// By directory: whether it existed then, and its changed keys.
+    /// Whether each existed then, and its changed keys.
     pub(crate) dirs: BTreeMap<DirPath, (bool, BTreeMap<Arc<str>, SinceKey>)>,
 }
 
-/// Key changed since an older revision.
 pub(crate) struct SinceKey {
-    /// Whether the key existed then.
     pub(crate) existed: bool,
-    /// Edits since then, oldest first. `None` if one is missing.
+    /// Oldest first. `None` if one is missing.
     pub(crate) edits: Option<Vec<Arc<Edit>>>,
 }
 
@@ -55,7 +50,6 @@ impl Log {
         Self { commits: VecDeque::new(), keys: 0, edit_bytes: 0, limits }
     }
 
-    /// An empty log with the same limits.
     #[must_use]
     pub(crate) fn emptied(&self) -> Self {
         Self::new(self.limits)
@@ -72,7 +66,7 @@ impl Log {
             self.keys -= oldest.changed.len();
             self.edit_bytes -= oldest.edit_bytes;
         }
-        // Oldest edits only: frames then send values for their keys.
+        // Oldest edits only: frames then send values.
         let mut edited = self.commits.iter_mut().filter(|commit| commit.edit_bytes > 0);
         while self.edit_bytes > self.limits.log_edit_bytes_max {
             let Some(oldest) = edited.next() else { break };
@@ -92,7 +86,7 @@ impl Log {
         self.commits.back().map(AsRef::as_ref).filter(|commit| commit.before == before)
     }
 
-    /// Changes since `data`. `None` if unknown.
+    /// `None` if unknown.
     pub(crate) fn data_since(&self, data: Digest) -> Option<Since> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
         let narrows = self.commits.range(from..).any(|commit| commit.narrows);
@@ -112,20 +106,20 @@ impl Log {
         Some(since)
     }
 
-    /// Directories changed since `data`, with repetitions. `None` if unknown.
+    /// With repetitions. `None` if unknown.
     pub(crate) fn dirs_since(&self, data: Digest) -> Option<impl Iterator<Item = &DirPath>> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
         let changed = self.commits.range(from..).flat_map(|commit| &commit.changed.dirs);
         Some(changed.map(|dir| &dir.path))
     }
 
-    /// Number of key changes since `data`, 0 if unknown.
+    /// 0 if unknown.
     pub(crate) fn data_keys_since(&self, data: Digest) -> usize {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data);
         from.map_or(0, |from| self.commits.range(from..).map(|commit| commit.changed.len()).sum())
     }
 
-    /// Ids of modules changed since `modules`. `None` if unknown.
+    /// `None` if unknown.
     pub(crate) fn modules_since(&self, modules: Digest) -> Option<Vec<&str>> {
         let from = self.commits.iter().rposition(|commit| commit.before.modules == modules)?;
         let changed = self.commits.range(from..).flat_map(|commit| &commit.changed.modules);

@@ -1,5 +1,5 @@
-//! Projects objects into a bundle: a replicated object is one entry, a data ConfigMap one directory, a policy ConfigMap
-//! its modules. A ConfigMap is accepted as a whole; otherwise its last good content stays. The layout is kube-mgmt's.
+//! Projects objects into entries and modules, with the layout of kube-mgmt. A ConfigMap is accepted as a whole;
+//! otherwise its last good content stays.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Bound;
@@ -29,30 +29,30 @@ use crate::store::ALLOCATION_BYTES;
 
 pub(crate) struct Projection {
     feeds: Vec<Feed>,
-    /// Feeds that were closed or rejected.
+    /// Closed or rejected.
     closed: BTreeSet<FeedId>,
-    /// Label of ConfigMaps whose `<key>_test.rego` run.
+    /// Label of ConfigMaps with tests.
     test_label: Option<String>,
     fields: Selection,
     kept: Kept,
     accepted: HashMap<ObjectId, ServedObject>,
     limit: Limit,
-    /// Objects over the limit, with the growth that each needs.
+    /// With the growth that each needs.
     over_limit: BTreeMap<ObjectId, usize>,
-    /// Whether rejected objects may be acceptable now.
+    /// Whether rejected objects may fit now.
     retry: bool,
     directories_max: usize,
     dirs: BTreeMap<DirPath, DirOwner>,
     policies: Policies,
-    /// Policy locations that read whole objects of a resource with automatic fields.
+    /// Reads of whole objects despite automatic fields.
     whole_reads: Vec<(Site, FeedId)>,
     refused: BTreeMap<ObjectId, RejectedObject>,
     configmaps: BTreeMap<ObjectKey, ConfigMapState>,
-    /// ConfigMaps with a new verdict.
+    /// With a new verdict.
     news: BTreeSet<ObjectKey>,
 }
 
-/// Maximum bytes of source quoted in a warning.
+/// Maximum bytes quoted in a warning.
 const LINE_BYTES_MAX: usize = 120;
 
 pub(crate) type ObjectId = (FeedId, ObjectKey);
@@ -71,7 +71,7 @@ struct DirOwner {
 
 struct RejectedObject {
     fault: Fault,
-    /// Object to retry once others are removed.
+    /// Retried once others are removed.
     retry: Option<Object>,
 }
 
@@ -103,7 +103,7 @@ impl Projection {
         }
     }
 
-    /// Adds a feed, unless its path is occupied.
+    /// Rejects a feed whose path is occupied.
     pub(crate) fn open(&mut self, id: FeedId, feed: Feed) -> Result<(), Error> {
         if let Content::Resource(prefix) = &feed.content {
             let free = check_disjoint(prefix, reserved([&OPAHUB, &SYSTEM]));
@@ -130,7 +130,6 @@ impl Projection {
         }
     }
 
-    /// Removes a feed with its objects and frees its path.
     pub(crate) fn close(&mut self, id: FeedId, batch: &mut Batch) {
         let known = self.accepted.keys().chain(self.refused.keys()).filter(|(feed, _)| *feed == id);
         for (feed, key) in known.cloned().collect::<BTreeSet<_>>() {
@@ -141,7 +140,7 @@ impl Projection {
         self.retry = true;
     }
 
-    /// Removes objects of these feeds that are not in `live`.
+    /// Removes objects that are not in `live`.
     pub(crate) fn remove_others(
         &mut self,
         feeds: &BTreeSet<FeedId>,
@@ -154,7 +153,6 @@ impl Projection {
         }
     }
 
-    /// Whether the feed's objects are ignored.
     pub(crate) fn is_closed(&self, id: FeedId) -> bool {
         self.closed.contains(&id)
     }
@@ -165,19 +163,19 @@ impl Projection {
             + refused * (size_of::<(ObjectId, RejectedObject)>() + ALLOCATION_BYTES)
     }
 
-    /// Restores the last good policies after a restart.
+    /// After a restart.
     pub(crate) fn restore(&mut self, good: LastGood) {
         self.policies.restore(good);
     }
 
-    /// Replaces the masks. Returns the feeds whose objects must be applied again.
+    /// Returns the feeds to apply again.
     pub(crate) fn keep(&mut self, kept: Kept) -> BTreeSet<FeedId> {
         let before = std::mem::replace(&mut self.kept, kept);
         let differs = |place: &DirPath| before.of(place) != self.kept.of(place);
         self.places().filter(|(_, place, _)| differs(place)).map(|(id, ..)| id).collect()
     }
 
-    /// Records the policies that read whole objects, for warnings.
+    /// Records reads of whole objects for warnings.
     pub(crate) fn read_by(&mut self, reads: &Reads, kept: &Kept) {
         let whole = self.following().filter(|(_, place, _)| kept.of(place).is_all());
         let whole_reads = whole.flat_map(|(id, place, scope)| {
@@ -188,7 +186,6 @@ impl Projection {
         self.news.extend(self.configmaps.keys().cloned());
     }
 
-    /// Masks for these reads.
     pub(crate) fn kept_for(&self, reads: &Reads) -> Kept {
         let places = self.following().map(|(_, place, scope)| (place.clone(), scope));
         let mut kept = Kept::of_reads(reads, places);
@@ -196,7 +193,6 @@ impl Projection {
         kept
     }
 
-    /// Resources with automatic fields.
     fn following(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
         let follows =
             |id: FeedId, place| self.fields.follows(place, !self.feeds[id.0].resource.is_named_only());
@@ -207,7 +203,6 @@ impl Projection {
         &self.kept
     }
 
-    /// Open feeds of replicated resources.
     pub(crate) fn places(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
         let open = self.feeds.iter().enumerate().map(|(id, feed)| (FeedId(id), feed));
         open.filter(|(id, _)| !self.closed.contains(id)).filter_map(|(id, feed)| {
@@ -216,13 +211,12 @@ impl Projection {
         })
     }
 
-    /// Next policies to check.
     pub(crate) fn job(&mut self) -> Option<Arc<Candidates>> {
         let (feeds, closed, dirs) = (&self.feeds, &self.closed, &self.dirs);
         self.policies.job(|root| check_root(feeds, closed, dirs, root).is_ok())
     }
 
-    /// Schedules a check of all policies. Results stay until then.
+    /// Results stay until the next check.
     pub(crate) fn recheck(&mut self) {
         self.policies.recheck();
     }
@@ -246,7 +240,7 @@ impl Projection {
         self.retry = true;
     }
 
-    /// The first [`PROBLEMS_MAX`] rejections in stable order.
+    /// In stable order, up to [`PROBLEMS_MAX`].
     pub(crate) fn problems(&self) -> Vec<Problem> {
         let refused = self.refused.iter().map(|(id, refused)| Problem {
             subject: self.subject(id),
@@ -265,7 +259,7 @@ impl Projection {
         refused.chain(policies).take(PROBLEMS_MAX).collect()
     }
 
-    /// New verdicts since the last call. `None` if the ConfigMap is removed or waits for a check.
+    /// New verdicts; `None` if removed or unchecked.
     pub(crate) fn told(&mut self) -> Vec<(ObjectKey, Option<Told>)> {
         let news = std::mem::take(&mut self.news);
         news.into_iter().map(|key| (key.clone(), self.verdict_for(&key))).collect()
@@ -291,7 +285,6 @@ impl Projection {
         Some(Told { observed: known.observed.clone(), verdict })
     }
 
-    /// Warnings about modules that read whole objects.
     fn whole_read_warnings(&self, texts: &Texts) -> impl Iterator<Item = String> {
         self.whole_reads.iter().filter_map(|(site, feed)| {
             let above = usize::try_from(site.row).ok()?.checked_sub(1)?;
@@ -316,7 +309,7 @@ impl Projection {
         self.retry |= is_policy || self.dirs.len() < places;
     }
 
-    /// Accepts rejected objects that have a path or room now. Called once for each commit.
+    /// Called once for each commit.
     pub(crate) fn retry_refused(&mut self, batch: &mut Batch) {
         if std::mem::take(&mut self.retry) {
             let refused = self.refused.iter().filter(|(id, _)| !self.over_limit.contains_key(*id));
@@ -325,7 +318,7 @@ impl Projection {
                 self.apply_change(Change::Put(feed, object), batch);
             }
         }
-        // In name order. An object that is too large does not block others.
+        // In name order. One that is too large does not block others.
         let fit: Vec<_> = self.over_limit.iter().filter(|(_, grows)| self.limit.has_room(**grows)).collect();
         let fit: Vec<_> = fit.into_iter().map(|(id, grows)| (id.clone(), *grows)).collect();
         for (id, grows) in fit {
@@ -336,7 +329,7 @@ impl Projection {
         }
     }
 
-    /// Applies an unchanged object with a new mask. The limit does not apply: new reads were measured before.
+    /// Applies a new mask. The limit counted new reads before.
     pub(crate) fn apply_again(&mut self, id: FeedId, object: Object, batch: &mut Batch) {
         self.limit.is_lax = self.accepted.contains_key(&(id, object.key.clone()));
         self.apply_change(Change::Put(id, object), batch);
@@ -423,7 +416,7 @@ impl Projection {
         let is_data = self.content(id.0) == &Content::Data;
         self.news.insert(id.1.clone());
         let Some(object) = object else {
-            // A new label may have moved the ConfigMap to the other feed.
+            // A new label may have moved it to the other feed.
             if self.configmaps.get(&id.1).is_some_and(|known| known.feed == id.0) {
                 self.configmaps.remove(&id.1);
             }
@@ -507,7 +500,6 @@ impl Projection {
         Ok(())
     }
 
-    /// Parses the modules of a policy ConfigMap.
     fn texts(&self, key: &ObjectKey, configmap: ConfigMap) -> Result<Texts, Error> {
         if !is_segment(&key.namespace) || !is_segment(&key.name) {
             return Err(Error::Name(key.to_string()));
@@ -579,13 +571,12 @@ impl Projection {
     }
 }
 
-/// Directory of an object whose resource is at `place`.
 pub(crate) fn directory(place: &DirPath, key: &ObjectKey) -> Option<DirPath> {
     if key.namespace.is_empty() { Some(place.clone()) } else { place.join(&key.namespace).ok() }
 }
 
-/// Warns of packages that share their first segment with replicated data. OPA copies all data below it at each write to
-/// find conflicts (OPA v1/storage/inmem/txn.go), which takes seconds.
+/// At each write below a package's first segment OPA copies all data there to find conflicts (OPA
+/// v1/storage/inmem/txn.go), which takes seconds.
 fn shared_segments<'a>(replicated: impl Iterator<Item = &'a DirPath>, texts: &Texts) -> Option<String> {
     let first = |path: &DirPath| path.relative().split('/').next().unwrap_or_default().to_owned();
     let replicated: BTreeSet<String> = replicated.map(first).collect();
@@ -606,7 +597,6 @@ fn shared_segments<'a>(replicated: impl Iterator<Item = &'a DirPath>, texts: &Te
 
 /// Agents' markers.
 static MARKERS: LazyLock<DirPath> = LazyLock::new(|| "/system/opahub".parse().expect("a path"));
-/// OPA's own state.
 static SYSTEM: LazyLock<DirPath> = LazyLock::new(|| "/system".parse().expect("a path"));
 /// Roots of bundles that own nothing else.
 static OPAHUB: LazyLock<DirPath> = LazyLock::new(|| "/opahub".parse().expect("a path"));
@@ -617,8 +607,7 @@ fn reserved<'a, const N: usize>(
     places.into_iter().map(|place| (&**place, "opa-hub or OPA itself".to_owned()))
 }
 
-/// Rejects a package root at, above or below data. `package system` is OPA's entry point: modules may use it next to
-/// the marker.
+/// `package system` is OPA's entry point: modules may use it next to the marker.
 fn check_root(
     feeds: &[Feed],
     closed: &BTreeSet<FeedId>,

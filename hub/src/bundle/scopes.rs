@@ -1,5 +1,5 @@
-//! Namespace views of a bundle: all policies and data, and the replicated objects that are cluster-scoped or in the
-//! namespace. Views are created on request, shared, and dropped when idle.
+//! Namespace views: all policies and data, with replicated objects that are cluster-scoped or in the namespace. Views
+//! are created on request and dropped when idle.
 
 use std::cell::LazyCell;
 use std::collections::{BTreeMap, HashMap};
@@ -18,7 +18,7 @@ use super::spec::Scoped;
 use super::view::{Changed, Directory, View};
 use crate::config::{SCOPE_IDLE, SCOPES_MAX};
 
-/// A namespace view is not available.
+/// No view.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// The request has no namespace.
@@ -32,13 +32,12 @@ pub enum Error {
     TooMany,
 }
 
-/// All namespace views of a bundle.
+/// The namespace views of a bundle.
 pub struct Scopes {
     scoped: Scoped,
     live: Mutex<BTreeMap<String, Scope>>,
 }
 
-/// Identifies a view, since the namespace may have a newer one.
 struct ViewId {
     id: u64,
     namespace: String,
@@ -46,18 +45,15 @@ struct ViewId {
 
 struct Scope {
     bundle: Arc<Bundle>,
-    /// Revision of the source bundle, `None` before the first.
     whole: Option<Revision>,
     /// At creation.
     has_objects: bool,
-    /// Since the last idle check.
     asked: Arc<AtomicBool>,
 }
 
-/// Map entry, without the shared directory.
+/// Map entry of a shared directory.
 const VIEW_DIRECTORY_BYTES: usize = 48;
 
-/// Directories by namespace.
 struct ByNamespace<'a> {
     shared: Dirs,
     namespaced: HashMap<&'a str, Dirs>,
@@ -65,7 +61,7 @@ struct ByNamespace<'a> {
 
 type Dirs = Vec<(DirPath, Arc<Directory>)>;
 
-/// Key of the view without namespaced objects: not a valid namespace.
+/// Key of the view without namespaced objects.
 const NO_NAMESPACE: &str = "";
 
 impl Scopes {
@@ -78,7 +74,7 @@ impl Scopes {
         self.live().keys().filter(|namespace| *namespace != NO_NAMESPACE).cloned().collect()
     }
 
-    /// Memory in bytes, without content shared with the bundle.
+    /// Bytes not shared with the bundle.
     pub(crate) fn memory(&self) -> usize {
         let bytes = |scope: &Scope| {
             let head = scope.bundle.head().borrow().clone();
@@ -88,14 +84,12 @@ impl Scopes {
         self.live().values().map(bytes).sum()
     }
 
-    /// The view of `namespace`, for clients that stay connected.
     pub(crate) fn of(&self, whole: &Arc<Bundle>, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
         let namespace = validate(namespace)?;
         self.view_of(whole, namespace)
     }
 
-    /// The view of `namespace` for a single response. Namespaces without objects share one view, so that invented names
-    /// cost nothing.
+    /// Namespaces without objects share one view: invented names cost nothing.
     pub(crate) fn once(&self, whole: &Arc<Bundle>, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
         let namespace = validate(namespace)?;
         let head = whole.head().borrow().clone();
@@ -112,7 +106,7 @@ impl Scopes {
         }
         let head = whole.head().borrow().clone();
         if live.len() >= SCOPES_MAX {
-            // Drops views that invented names may have created. A stream that is opening ends with its view.
+            // Drops views of invented names. Streams that are opening end.
             live.retain(|_, scope| scope.has_objects || scope.bundle.is_read());
         }
         if live.len() >= SCOPES_MAX {
@@ -136,12 +130,11 @@ impl Scopes {
         Ok(bundle)
     }
 
-    /// Updates all views to `edition`.
     pub(crate) fn follow(&self, edition: &Edition) {
         let dirs = LazyCell::new(|| self.by_namespace(&edition.view));
         for (namespace, scope) in self.live().iter_mut() {
             let before = scope.whole.replace(edition.view.revision);
-            // Only a commit that starts at the view's revision proves it unaffected.
+            // Only a commit from the view's revision proves that.
             let commit = before.and_then(|before| edition.log().last_from(before));
             let head = scope.bundle.head().borrow().clone();
             let concerns = |commit: &Commit| {
@@ -174,15 +167,14 @@ impl Scopes {
         }
     }
 
-    /// Moves all views back to `position`, with the source.
+    /// Follows a source that went back.
     pub(crate) fn advance(&self, position: &Position) {
         for scope in self.live().values() {
             scope.bundle.advance(position);
         }
     }
 
-    /// Namespace of a directory's objects. `None` if all namespaces share them: cluster-scoped objects are directly
-    /// below their resource.
+    /// `None` if all namespaces share it: cluster-scoped objects are directly below their resource.
     fn namespace_of<'a>(&self, dir: &'a DirPath) -> Option<&'a str> {
         let Scoped { root, whole } = &self.scoped;
         let below = dir.as_str().strip_prefix(root.as_str())?.strip_prefix('/')?;
@@ -194,7 +186,6 @@ impl Scopes {
         self.namespace_of(dir).is_none_or(|owner| owner == namespace)
     }
 
-    /// One lookup for each resource.
     fn has_objects(&self, whole: &View, namespace: &str) -> bool {
         let root = format!("{}/", self.scoped.root);
         let mut from = Bound::Included(root.clone());
@@ -213,7 +204,7 @@ impl Scopes {
             if namespaced.is_some_and(|(dir, _)| self.namespace_of(dir).is_some()) {
                 return true;
             }
-            // Skips the resource: '0' follows '/'.
+            // Skips this resource: '0' follows '/'.
             from = Bound::Included(format!("{root}{resource}0"));
         }
     }
@@ -230,8 +221,7 @@ impl Scopes {
         dirs
     }
 
-    /// Drops the view if no client asked since the last call or is connected. Returns whether it is dropped or
-    /// replaced.
+    /// Returns whether the view is dropped or replaced.
     fn evict_idle(&self, ViewId { id, namespace }: &ViewId) -> bool {
         let mut live = self.live();
         let Some(scope) = live.get(namespace).filter(|scope| scope.bundle.id == *id) else { return true };
@@ -259,7 +249,7 @@ fn validate(namespace: Option<&str>) -> Result<&str, Error> {
     if is_segment(namespace) { Ok(namespace) } else { Err(Error::Invalid(namespace.to_owned())) }
 }
 
-/// Throttles the archives of a view until it is idle. Does not namespaced the bundle: streams of a replaced bundle must end.
+/// Does not own the bundle: streams of a replaced bundle must end.
 async fn throttle_archives(
     whole: Weak<Bundle>,
     mut head: watch::Receiver<Option<Arc<Edition>>>,

@@ -1,4 +1,4 @@
-//! Immutable snapshots of a bundle's content: directories of entries, and modules. Snapshots share unchanged pieces.
+//! Immutable content of a bundle: directories of entries, and modules. Views share unchanged pieces.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -12,7 +12,7 @@ use super::edit::{EDITED_KEYS_MAX, Edit};
 use crate::policy::modules::Module;
 use crate::store::ALLOCATION_BYTES;
 
-/// Mean number of keys in a chunk. A change hashes and compresses about this many entries again.
+/// Mean keys of a chunk, which a change hashes and compresses again.
 const CHUNK_KEYS_MEAN: u32 = 64;
 
 /// Clones share the content.
@@ -24,20 +24,18 @@ pub struct View {
     pub dirs: Arc<BTreeMap<DirPath, Arc<Directory>>>,
     /// Modules by id.
     pub modules: Arc<BTreeMap<String, Arc<Module>>>,
-    /// Replicated resources, which are maps even if empty.
+    /// Replicated resources: maps even if empty.
     pub ensure: Arc<[DirPath]>,
-    /// Rego version of the modules, if configured.
+    /// Rego version, if configured.
     pub rego_version: Option<u8>,
-    /// Field masks that the modules need, as text. `None` if objects are served whole.
+    /// Field masks. `None` if objects are served whole.
     pub reads: Option<Arc<str>>,
 }
 
-/// Map of entries, cut into chunks of neighbouring keys. Keys alone decide where chunks end: equal entries make equal
-/// chunks (I2).
+/// Entries in chunks. Keys decide where chunks end: equal entries make equal chunks (I2).
 pub struct Directory {
-    /// Digest of the chunks' digests.
+    /// Digest of all chunks.
     pub digest: Digest,
-    /// Non-empty chunks in key order.
     pub(crate) chunks: Vec<Arc<Chunk>>,
 }
 
@@ -87,7 +85,7 @@ pub struct ChangedDirectory {
 pub struct ChangedKey {
     pub(crate) key: Arc<str>,
     pub(crate) existed: bool,
-    /// Edit of the value, if smaller than the value.
+    /// `None` if the value is as small.
     pub(crate) edit: Option<Arc<Edit>>,
 }
 
@@ -166,7 +164,7 @@ impl View {
         self.dirs.values().map(|dir| dir.len()).sum()
     }
 
-    /// Memory of entries and of modules in bytes, without values that the store shares.
+    /// Bytes of entries and of modules, without values that the store shares.
     pub(crate) fn memory(&self) -> (usize, usize) {
         let entry = |entry: &Entry| {
             let value = if entry.value.is_unique() { entry.value.len() + ALLOCATION_BYTES } else { 0 };
@@ -199,14 +197,14 @@ fn revision(
 }
 
 impl Directory {
-    /// Sets (`Some`) or removes (`None`) keys. Shares unchanged chunks.
+    /// Shares unchanged chunks.
     fn updated(old: Option<&Self>, mut keys: BTreeMap<Arc<str>, Option<Bytes>>) -> Self {
         let mut chunks: Vec<Arc<Chunk>> = Vec::new();
-        // Entries of the unfinished chunk. Not empty if the previous chunk lost its last key.
+        // Not empty if the previous chunk lost its last key.
         let mut open: Vec<Entry> = Vec::new();
         for chunk in old.map_or(&[][..], |old| &old.chunks) {
             let last = chunk.last_key();
-            // An unfinished last chunk receives all remaining keys.
+            // All remaining keys fall into an unfinished last chunk.
             let beyond = if is_boundary(last) { keys.split_off::<str>(last) } else { BTreeMap::new() };
             let mut chunk_keys = std::mem::replace(&mut keys, beyond);
             if let Some((key, value)) = keys.remove_entry(last) {
@@ -227,7 +225,7 @@ impl Directory {
         Self { digest: hasher.finish(), chunks }
     }
 
-    /// A directory whose entries only a client has.
+    /// Entries exist at the client only.
     pub(super) fn elsewhere(digest: Digest) -> Self {
         Self { digest, chunks: Vec::new() }
     }
@@ -267,7 +265,7 @@ impl Directory {
     }
 }
 
-/// Merges `entries` and `keys` in order into `open`, and complete chunks into `chunks`.
+/// Merges in order into `open`, and complete chunks into `chunks`.
 fn merge(
     entries: &[Entry],
     keys: BTreeMap<Arc<str>, Option<Bytes>>,
@@ -358,7 +356,6 @@ impl ChangedKey {
 }
 
 impl Changed {
-    /// Number of keys and modules.
     pub(crate) fn len(&self) -> usize {
         self.dirs.iter().map(|dir| dir.keys.len()).sum::<usize>() + self.modules.len()
     }
