@@ -32,14 +32,17 @@ use crate::model::{FeedId, Object, Problem, Replicated, Version};
 use crate::policy::analyze::Reads;
 use crate::policy::verdict::Verdicts;
 
+/// Maximum cached frames of an edition. Only a burst leaves clients at more revisions.
 const FRAMES_MAX: usize = 256;
+/// Maximum size of cached frames of an edition, in bytes.
 const FRAMES_BYTES_MAX: usize = 64 << 20;
 /// Maximum changed keys of a frame that is encoded inline: about 0.1 ms with 1 KB values.
-const NEAR_KEYS_MAX: usize = 64;
+const INLINE_ENCODE_KEYS_MAX: usize = 64;
 /// Maximum large frames of a bundle encoded at a time for opening streams: writers need a core.
-const FAR_ENCODES_MAX: usize = 1;
-/// Agents retry or ask another replica.
+const LARGE_ENCODES_MAX: usize = 1;
+/// Maximum time that a reconcile request waits to be read. Agents retry or ask another replica.
 const RECONCILE_WAIT: Duration = Duration::from_secs(10);
+/// Bytes of a reconcile request for each permit.
 const REQUEST_UNIT: usize = 1 << 10;
 
 /// Content of an archive.
@@ -61,7 +64,7 @@ pub struct Bundle {
     pub name: String,
     head: watch::Sender<Option<Arc<Edition>>>,
     paced: watch::Sender<Option<Arc<Edition>>>,
-    /// The head contains all changes before it.
+    /// Observed position of the source. The head contains all changes before it.
     position: Arc<Mutex<Position>>,
     problems: Mutex<Arc<[Problem]>>,
     reading: Arc<Mutex<Arc<Reading>>>,
@@ -143,10 +146,10 @@ pub(crate) struct Budget {
     answers: Mutex<VecDeque<Arc<Answer>>>,
 }
 
-/// Shared by equal requests.
+/// Answer to equal reconcile requests.
 #[derive(Default)]
 struct Answer {
-    /// Locked until encoded. If a client disconnects, the next request follows.
+    /// Locked until the answer is encoded. If the client disconnects, the next request takes over.
     first: tokio::sync::Mutex<()>,
     archive: OnceLock<(Archive, IsWidened)>,
 }
@@ -158,25 +161,25 @@ pub type IsWidened = bool;
 type Frames = HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>;
 
 /// Bytes counted until the last reference is dropped.
-struct Counted {
+struct MeteredBytes {
     bytes: Bytes,
     live: Arc<AtomicUsize>,
 }
 
-impl Counted {
+impl MeteredBytes {
     fn bytes(bytes: Bytes, live: &Arc<AtomicUsize>) -> Bytes {
         live.fetch_add(bytes.len(), Ordering::Relaxed);
         Bytes::from_owner(Self { bytes, live: Arc::clone(live) })
     }
 }
 
-impl AsRef<[u8]> for Counted {
+impl AsRef<[u8]> for MeteredBytes {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
     }
 }
 
-impl Drop for Counted {
+impl Drop for MeteredBytes {
     fn drop(&mut self) {
         self.live.fetch_sub(self.bytes.len(), Ordering::Relaxed);
     }
@@ -185,7 +188,7 @@ impl Drop for Counted {
 impl Default for Budget {
     fn default() -> Self {
         Self {
-            large_encodes: Semaphore::new(FAR_ENCODES_MAX),
+            large_encodes: Semaphore::new(LARGE_ENCODES_MAX),
             reconcile_encodes: Arc::new(Semaphore::new(RECONCILE_ENCODES_MAX)),
             requests: Semaphore::new(RECONCILE_REQUESTS_MAX / REQUEST_UNIT),
             answers: Mutex::default(),
@@ -194,7 +197,7 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// Clears the cache if needed.
+    /// Whether another answer may be encoded. Clears the cache if needed.
     fn has_room(&self, live: &AtomicUsize) -> bool {
         let has_room = || live.load(Ordering::Relaxed) <= RECONCILE_LIVE_MAX;
         if !has_room() {
@@ -207,9 +210,9 @@ impl Budget {
         let bytes = |answer: &Arc<Answer>| answer.archive.get().map_or(0, |(archive, _)| archive.bytes);
         let mut answers = self.answers();
         answers.push_back(answer);
-        let mut held: usize = answers.iter().map(bytes).sum();
-        while answers.len() > RECONCILE_CACHE_MAX || held > RECONCILE_CACHE_BYTES_MAX && answers.len() > 1 {
-            held -= answers.pop_front().as_ref().map_or(0, bytes);
+        let mut total: usize = answers.iter().map(bytes).sum();
+        while answers.len() > RECONCILE_CACHE_MAX || total > RECONCILE_CACHE_BYTES_MAX && answers.len() > 1 {
+            total -= answers.pop_front().as_ref().map_or(0, bytes);
         }
     }
 
@@ -220,11 +223,11 @@ impl Budget {
 
 /// Next step for a stream.
 pub enum Next {
-    /// At the head.
+    /// The client is at the head.
     UpToDate,
     /// Events that lead to the head.
     Frames(Bytes),
-    /// Unknown or too old: the client must reconcile.
+    /// The revision is unknown or too old: the client must reconcile.
     Unknown,
 }
 
@@ -246,7 +249,7 @@ impl Part {
         self != Self::Data
     }
 
-    /// Data archives name their modules.
+    /// Whether both views have equal archives. Data archives name their modules.
     fn is_same(self, one: &View, other: &View) -> bool {
         self.revision(one) == self.revision(other)
             && one.reads == other.reads
@@ -317,22 +320,22 @@ impl Bundle {
     pub(crate) async fn admit_reconcile(&self, bytes: usize) -> Option<SemaphorePermit<'_>> {
         let units = bytes.clamp(RECONCILE_REQUEST_MIN, RECONCILE_BYTES_MAX).div_ceil(REQUEST_UNIT);
         let units = u32::try_from(units).expect("a request is a few thousand units");
-        let turn =
+        let permit =
             tokio::time::timeout(RECONCILE_WAIT, self.budget.requests.acquire_many(units)).await.ok()?;
-        Some(turn.expect("it is never closed"))
+        Some(permit.expect("the semaphore is never closed"))
     }
 
-    /// Ignores [`pace`](Self::pace).
+    /// Whether anything but [`pace`](Self::pace) receives editions.
     pub(super) fn is_read(&self) -> bool {
         self.head.receiver_count() > 1 || self.paced.receiver_count() > 0
     }
 
-    /// Called once.
+    /// Sets the lister of replicated objects, once.
     pub fn set_objects(&self, objects: Objects) {
         _ = self.objects.set(objects);
     }
 
-    /// Unpruned objects, each with its resource's place.
+    /// Unpruned replicated objects, each with its resource's place.
     pub fn objects(&self) -> Vec<(DirPath, Object)> {
         self.replicated().objects
     }
@@ -356,10 +359,11 @@ impl Bundle {
         self.objects.get().map(|objects| objects()).unwrap_or_default()
     }
 
-    /// Publishes `view`.
+    /// Publishes `view`, which is within `bounds`.
     pub fn publish(&self, view: View, log: Log, bounds: Bounds) {
         self.counters.view_changes.fetch_add(1, Ordering::Relaxed);
         let before = self.head.borrow().clone();
+        // Unchanged parts share their archives.
         let archives = [Part::Whole, Part::Policy, Part::Data].map(|part| {
             let same = before.as_ref().filter(|before| part.is_same(&before.view, &view));
             same.map(|before| Arc::clone(&before.archives[part as usize])).unwrap_or_default()
@@ -385,11 +389,11 @@ impl Bundle {
         }
     }
 
-    /// Sets the position: the head contains all effects of earlier changes.
+    /// Advances the observed position without publishing. The head contains all changes before it.
     pub(crate) fn set_position(&self, position: &Position) {
         let before = {
-            let mut held = self.position.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *held, position.clone())
+            let mut current = self.position.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *current, position.clone())
         };
         self.advance(position);
         if let Some(scopes) = self.scopes.as_ref().filter(|_| position.is_behind(&before)) {
@@ -397,7 +401,7 @@ impl Bundle {
         }
     }
 
-    /// Moves the head; archives only move back.
+    /// Moves the head to `position`. The archived edition moves only if the source went back.
     pub(super) fn advance(&self, position: &Position) {
         let (head, paced) = (self.head.borrow().clone(), self.paced.borrow().clone());
         if let Some(head) = head
@@ -412,7 +416,7 @@ impl Bundle {
         }
     }
 
-    /// The head is as new as its bundle.
+    /// Newest position of `edition`. The head is as new as its bundle.
     pub(crate) fn newest_of(&self, edition: &Arc<Edition>) -> Position {
         let position = self.position();
         let is_head = self.head.borrow().as_ref().is_some_and(|head| Arc::ptr_eq(head, edition));
@@ -424,7 +428,7 @@ impl Bundle {
         self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Bytes by component.
+    /// Memory in bytes, by component.
     pub(crate) fn memory(&self) -> [(&'static str, usize); 8] {
         let head = self.head.borrow().clone();
         let (entries, modules) = head.as_ref().map(|head| head.view.memory()).unwrap_or_default();
@@ -442,9 +446,9 @@ impl Bundle {
     }
 
     pub(crate) fn set_problems(&self, problems: Vec<Problem>) {
-        let mut held = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
-        if **held != *problems {
-            *held = problems.into();
+        let mut current = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        if **current != *problems {
+            *current = problems.into();
         }
     }
 
@@ -461,7 +465,7 @@ impl Bundle {
         self.reading.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Walks all replicated objects.
+    /// Cost of each replicated resource. Reads all replicated objects.
     pub(crate) fn forecast(&self) -> Vec<forecast::Resource> {
         let (reading, edition) = (self.reading(), self.head.borrow().clone());
         let Some(edition) = edition else { return Vec::new() };
@@ -474,11 +478,11 @@ impl Bundle {
                 places.entry(place).or_default().push(sample);
             }
         }
-        let of = |(place, objects): (DirPath, Vec<Sample>)| {
+        let resource = |(place, objects): (DirPath, Vec<Sample>)| {
             let scope = Some(objects.iter().all(|object| object.namespace.is_empty()));
             forecast::resource(&place, scope, reading.kept.of(&place), reading.reads.as_ref(), &objects)
         };
-        places.into_iter().map(of).collect()
+        places.into_iter().map(resource).collect()
     }
 
     /// The newest edition, `None` until all sources have listed (I5).
@@ -515,7 +519,7 @@ impl Edition {
         &self.log
     }
 
-    /// No content is newer.
+    /// Position that no content is newer than.
     pub fn newest(&self) -> Position {
         self.bounds().newest.clone()
     }
@@ -524,53 +528,54 @@ impl Edition {
         self.bounds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Raises the head's position to `here` if a client at `there` needs that. Drops older frames.
-    pub fn tell_as_of(&self, here: &Position, there: &Position) {
+    /// Raises the position of this head to `current` if a client at `required` needs it. Drops frames with the older
+    /// position.
+    pub fn tell_as_of(&self, current: &Position, required: &Position) {
         let mut bounds = self.bounds();
-        if bounds.all.is_behind(there) && bounds.all.is_behind(here) {
-            let newest = here.clone().after(&bounds.newest);
-            *bounds = Bounds { all: here.clone(), newest };
+        if bounds.all.is_behind(required) && bounds.all.is_behind(current) {
+            let newest = current.clone().after(&bounds.newest);
+            *bounds = Bounds { all: current.clone(), newest };
             self.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
     }
 
-    /// Content that would go back in time at a client with `held` at `there`. `here` is the bundle's position before
-    /// this edition was read. `None` if unknown.
-    pub fn lag(&self, held: Revision, here: &Position, there: &Position) -> Option<Lag> {
-        if !here.is_behind(there) {
+    /// Content that this edition would take back at a client with revision `from`, observed at `required`. `current` is
+    /// the bundle's position before this edition was read. `None` if there is none, or `from` is unknown.
+    pub fn lag(&self, from: Revision, current: &Position, required: &Position) -> Option<Lag> {
+        if !current.is_behind(required) {
             return None;
         }
-        let modules = held.modules != self.view.revision.modules;
-        if held.data == self.view.revision.data {
-            return here.lag(there, std::iter::empty(), modules);
+        let modules = from.modules != self.view.revision.modules;
+        if from.data == self.view.revision.data {
+            return current.lag(required, std::iter::empty(), modules);
         }
-        here.lag(there, self.log.dirs_since(held.data)?, modules)
+        current.lag(required, self.log.dirs_since(from.data)?, modules)
     }
 
-    /// Like [`lag`](Self::lag), for a reconcile request. `modules`: digest of the client's modules, if known.
+    /// [`lag`](Self::lag) for a reconcile request. `modules` is the digest of the client's modules, if known.
     pub fn lag_of(
         &self,
-        held: &Reconcile,
+        request: &Reconcile,
         modules: Option<Digest>,
-        here: &Position,
-        there: &Position,
+        current: &Position,
+        required: &Position,
     ) -> Option<Lag> {
         let dirs = &self.view.dirs;
-        let gone = held.dirs.keys().filter(|dir| !dirs.contains_key(*dir));
-        let other = dirs.iter().filter(|(path, dir)| held.dirs.get(*path) != Some(&dir.digest));
-        let differ = gone.chain(other.map(|(path, _)| path));
-        here.lag(there, differ, modules != Some(self.view.revision.modules))
+        let removed = request.dirs.keys().filter(|dir| !dirs.contains_key(*dir));
+        let changed = dirs.iter().filter(|(path, dir)| request.dirs.get(*path) != Some(&dir.digest));
+        let differing = removed.chain(changed.map(|(path, _)| path));
+        current.lag(required, differing, modules != Some(self.view.revision.modules))
     }
 
-    /// Whether the frame is cached or cheap to encode.
-    pub(crate) fn is_near(&self, held: Revision) -> bool {
-        held == self.view.revision || self.log.data_keys_since(held.data) <= NEAR_KEYS_MAX || {
+    /// Whether the frame from `from` is cached or cheap to encode.
+    pub(crate) fn is_near(&self, from: Revision) -> bool {
+        from == self.view.revision || self.log.data_keys_since(from.data) <= INLINE_ENCODE_KEYS_MAX || {
             let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
-            frames.get(&held).is_some_and(|frame| frame.get().is_some())
+            frames.get(&from).is_some_and(|frame| frame.get().is_some())
         }
     }
 
-    /// Whether frames use all their memory.
+    /// Whether frames use all their memory: large ones must wait.
     pub(crate) fn is_full(&self) -> bool {
         self.counters.frame_bytes.load(Ordering::Relaxed) > FRAMES_LIVE_MAX
     }
@@ -580,22 +585,22 @@ impl Edition {
         self.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// [`next`](Self::next) on a blocking thread if expensive, few at a time.
-    pub(crate) async fn next_beside(self: &Arc<Self>, held: Revision) -> Next {
-        if self.is_near(held) {
-            return self.next(held);
+    /// Returns [`next`](Self::next). Large frames are encoded on a blocking thread, few at a time.
+    pub(crate) async fn next_beside(self: &Arc<Self>, from: Revision) -> Next {
+        if self.is_near(from) {
+            return self.next(from);
         }
-        let _turn = self.budget.large_encodes.acquire().await.expect("it is never closed");
-        if self.is_near(held) {
-            return self.next(held);
+        let _permit = self.budget.large_encodes.acquire().await.expect("the semaphore is never closed");
+        if self.is_near(from) {
+            return self.next(from);
         }
         let edition = Arc::clone(self);
-        tokio::task::spawn_blocking(move || edition.next(held)).await.expect("encoding does not panic")
+        tokio::task::spawn_blocking(move || edition.next(from)).await.expect("encoding does not panic")
     }
 
-    /// Each frame is encoded once (I4).
-    pub fn next(&self, held: Revision) -> Next {
-        if held == self.view.revision {
+    /// Next step for a client at `from`. Each frame is encoded once (I4).
+    pub fn next(&self, from: Revision) -> Next {
+        if from == self.view.revision {
             return Next::UpToDate;
         }
         let cell = {
@@ -606,48 +611,48 @@ impl Edition {
             {
                 frames.clear();
             }
-            Arc::clone(frames.entry(held).or_default())
+            Arc::clone(frames.entry(from).or_default())
         };
         let frame = cell.get_or_init(|| {
             let bounds = self.bounds().clone();
-            let frame = frame::encode(&self.view, &self.log, &bounds, held);
+            let frame = frame::encode(&self.view, &self.log, &bounds, from);
             self.counters.frame_encodes.fetch_add(u64::from(frame.is_some()), Ordering::Relaxed);
-            frame.map(|frame| Counted::bytes(frame.into(), &self.counters.frame_bytes))
+            frame.map(|frame| MeteredBytes::bytes(frame.into(), &self.counters.frame_bytes))
         });
         frame.clone().map_or(Next::Unknown, Next::Frames)
     }
 
-    /// Each archive is encoded once (I4).
+    /// Archive of `part`, encoded once (I4).
     pub async fn archive(self: &Arc<Self>, part: Part) -> Archive {
         let edition = Arc::clone(self);
         let cell = Arc::clone(&self.archives[part as usize]);
-        once(cell, move || {
+        encode_once(cell, move || {
             edition.counters.snapshot_encodes.fetch_add(1, Ordering::Relaxed);
             snapshot::whole(&edition.view, part, &edition.bundle, &edition.segments)
         })
         .await
     }
 
-    /// Archive of what `held` lacks; `None` if answers use all their memory. Equal requests share one encoding.
+    /// Archive of what the client of `request` lacks; `None` if answers use all their memory. Equal requests share one encoding.
     /// Includes all fields that the client's modules read until they are replaced (I10).
-    pub async fn reconcile(self: &Arc<Self>, held: Reconcile) -> Option<(Archive, IsWidened)> {
+    pub async fn reconcile(self: &Arc<Self>, request: Reconcile) -> Option<(Archive, IsWidened)> {
         let mut hasher = Hasher::default();
-        hasher.part(&serde_json::to_vec(&held).expect("a request has text keys only"));
+        hasher.part(&serde_json::to_vec(&request).expect("a request has text keys only"));
         let answer = self.answer(hasher.finish());
         let _first = answer.first.lock().await;
         if let Some(archive) = answer.archive.get() {
             return Some(archive.clone());
         }
-        let turns = Arc::clone(&self.budget.reconcile_encodes);
-        let turn = turns.acquire_owned().await.expect("it is never closed");
+        let permits = Arc::clone(&self.budget.reconcile_encodes);
+        let permit = permits.acquire_owned().await.expect("the semaphore is never closed");
         if !self.budget.has_room(&self.counters.answer_bytes) {
             return None;
         }
         let (edition, encoding) = (Arc::clone(self), Arc::clone(&answer));
-        // Completes without its client, for the next request.
+        // Completes if the client disconnects, for the next request.
         let encoded = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
-            let archive = encoding.archive.get_or_init(|| edition.difference(&held)).clone();
+            let _permit = permit;
+            let archive = encoding.archive.get_or_init(|| edition.difference(&request)).clone();
             edition.budget.cache(encoding);
             archive
         });
@@ -667,52 +672,54 @@ impl Edition {
         answer
     }
 
-    fn difference(&self, held: &Reconcile) -> (Archive, IsWidened) {
+    fn difference(&self, request: &Reconcile) -> (Archive, IsWidened) {
         self.counters.reconcile_encodes.fetch_add(1, Ordering::Relaxed);
-        let wider = self.wider(held);
-        let is_widened = wider.is_some();
-        let mut archive = snapshot::difference(wider.as_ref().unwrap_or(&self.view), held, &self.segments);
+        let widened = self.widened_for(request);
+        let is_widened = widened.is_some();
+        let mut archive =
+            snapshot::difference(widened.as_ref().unwrap_or(&self.view), request, &self.segments);
         for piece in &mut archive.pieces {
             // Others are cached segments.
             if piece.is_unique() {
-                *piece = Counted::bytes(std::mem::take(piece), &self.counters.answer_bytes);
+                *piece = MeteredBytes::bytes(std::mem::take(piece), &self.counters.answer_bytes);
             }
         }
         (archive, is_widened)
     }
 
-    /// Masks here, and joined with the client's. `None` if objects are served whole.
-    fn masks(&self, held: &Reconcile) -> Option<(Kept, Kept)> {
-        let own = Kept::parse(self.view.reads.as_deref()?).ok()?;
-        let mut both = own.clone();
-        let sane = |reads: &&String| held.reads.len() <= READS_MAX && reads.len() <= READS_BYTES_MAX;
-        let parse = |reads| Some(reads).filter(sane).and_then(|reads| Kept::parse(reads).ok());
-        let readers: Option<Vec<_>> = held.reads.iter().map(parse).collect();
+    /// Masks served here, and their union with the client's. `None` if objects are served whole.
+    fn masks(&self, request: &Reconcile) -> Option<(Kept, Kept)> {
+        let served = Kept::parse(self.view.reads.as_deref()?).ok()?;
+        let mut union = served.clone();
+        let is_bounded = |reads: &&String| request.reads.len() <= READS_MAX && reads.len() <= READS_BYTES_MAX;
+        let parse = |reads| Some(reads).filter(is_bounded).and_then(|reads| Kept::parse(reads).ok());
+        let readers: Option<Vec<_>> = request.reads.iter().map(parse).collect();
         match readers {
-            Some(readers) if !readers.is_empty() => readers.iter().for_each(|reads| both.join(reads)),
-            _ if held.dirs.is_empty() && held.modules.as_ref().is_none_or(BTreeMap::is_empty) => {}
-            // Whole objects expected, or masks unreadable.
-            _ => both.join_alike(&Fields::all()),
+            Some(readers) if !readers.is_empty() => readers.iter().for_each(|reads| union.join(reads)),
+            _ if request.dirs.is_empty() && request.modules.as_ref().is_none_or(BTreeMap::is_empty) => {}
+            // The client expects whole objects, or its masks are unreadable.
+            _ => union.join_alike(&Fields::all()),
         }
-        Some((own, both))
+        Some((served, union))
     }
 
-    /// Adds the client's fields; `None` if there are none.
-    fn wider(&self, held: &Reconcile) -> Option<View> {
-        let (own, both) = self.masks(held)?;
-        // Older modules may read resources removed here: the client keeps them.
-        let named: BTreeSet<_> = own.places().collect();
-        let gone = |dir: &DirPath| both.places().any(|place| !named.contains(place) && dir.is_within(place));
-        let is_taken = |dir: &DirPath| {
+    /// This view with the fields that the client needs in addition. `None` if there are none.
+    fn widened_for(&self, request: &Reconcile) -> Option<View> {
+        let (served, union) = self.masks(request)?;
+        // Older modules may read resources removed here: the client retains them.
+        let named: BTreeSet<_> = served.places().collect();
+        let is_removed =
+            |dir: &DirPath| union.places().any(|place| !named.contains(place) && dir.is_within(place));
+        let is_occupied = |dir: &DirPath| {
             let mut outer = std::iter::successors(Some(dir.clone()), DirPath::parent);
             let has_inner = || within(&self.view.dirs, dir).next().is_some();
             outer.any(|outer| self.view.dirs.contains_key(&outer)) || has_inner()
         };
-        let stay = held.dirs.iter().filter(|(dir, _)| gone(dir) && !is_taken(dir));
-        let stay: Vec<_> =
-            stay.map(|(dir, digest)| (dir.clone(), Arc::new(Directory::elsewhere(*digest)))).collect();
+        let retained = request.dirs.iter().filter(|(dir, _)| is_removed(dir) && !is_occupied(dir));
+        let retained: Vec<_> =
+            retained.map(|(dir, digest)| (dir.clone(), Arc::new(Directory::elsewhere(*digest)))).collect();
         let mut batch = Batch::default();
-        if !own.includes(&both) {
+        if !served.includes(&union) {
             let Replicated { objects, places, .. } = self.objects.get()?();
             for (path, dir) in places.iter().flat_map(|place| within(&self.view.dirs, place)) {
                 let entries = dir.chunks.iter().flat_map(|chunk| &chunk.entries);
@@ -721,19 +728,19 @@ impl Edition {
             for (place, object) in objects {
                 let (Some(dir), name) = (directory(&place, &object.key), &object.key.name) else { continue };
                 if self.view.dirs.get(&dir).is_some_and(|dir| dir.get(name).is_some()) {
-                    // Rejected before.
-                    let Ok(json) = both.of(&place).cut_object(&object.json) else { continue };
+                    // An object that cannot be pruned was rejected before.
+                    let Ok(json) = union.of(&place).cut_object(&object.json) else { continue };
                     batch.entry(&dir, name.clone(), Some(json));
                 }
             }
         }
-        let wider = self.view.apply(batch).map(|(view, _)| view);
-        if stay.is_empty() {
-            return wider;
+        let widened = self.view.apply(batch).map(|(view, _)| view);
+        if retained.is_empty() {
+            return widened;
         }
-        let view = wider.as_ref().unwrap_or(&self.view);
+        let view = widened.as_ref().unwrap_or(&self.view);
         let dirs = view.dirs.iter().map(|(path, dir)| (path.clone(), Arc::clone(dir)));
-        Some(view.with_dirs(dirs.chain(stay).collect()))
+        Some(view.with_dirs(dirs.chain(retained).collect()))
     }
 
     pub(crate) fn native_delta(&self, from: Revision) -> Option<Archive> {
@@ -742,7 +749,10 @@ impl Edition {
 }
 
 /// Encodes once on a blocking thread, even if the client disconnects.
-async fn once(cell: Arc<OnceCell<Archive>>, encode: impl FnOnce() -> Archive + Send + 'static) -> Archive {
+async fn encode_once(
+    cell: Arc<OnceCell<Archive>>,
+    encode: impl FnOnce() -> Archive + Send + 'static,
+) -> Archive {
     if let Some(archive) = cell.get() {
         return archive.clone();
     }
@@ -760,7 +770,7 @@ impl Bundle {
         let bundle = Self::new("main".into(), None);
         let next = |view: &View, value: &'static str| {
             let mut batch = Batch::default();
-            for key in 0..=NEAR_KEYS_MAX {
+            for key in 0..=INLINE_ENCODE_KEYS_MAX {
                 let value = Bytes::from_static(value.as_bytes());
                 batch.entry(&"/ns/m".parse().unwrap(), format!("k{key}"), Some(value));
             }
@@ -839,7 +849,7 @@ mod tests {
         budget.cache(answer(2 * RECONCILE_CACHE_BYTES_MAX));
         assert_eq!(budget.answers().len(), 1, "the newest");
         let live = &bundle.counters.answer_bytes;
-        let sent = Counted::bytes(vec![0_u8; RECONCILE_LIVE_MAX + 1].into(), live);
+        let sent = MeteredBytes::bytes(vec![0_u8; RECONCILE_LIVE_MAX + 1].into(), live);
         assert!(head(&bundle).reconcile(Reconcile::default()).await.is_none());
         assert!(budget.answers().is_empty());
         drop(sent);
