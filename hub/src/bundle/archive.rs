@@ -6,7 +6,7 @@
 use bytes::Bytes;
 use flate2::{Compress, Compression, FlushCompress, Status};
 
-/// 8 times smaller at 300 MB/s; level 1: 5 times at 400 MB/s.
+/// Compresses 8 times at 300 MB/s; level 1 compresses 5 times at 400 MB/s.
 const LEVEL: u32 = 2;
 const TAR_BLOCK: usize = 512;
 /// No name, time or system: equal content gives equal bytes.
@@ -42,7 +42,7 @@ impl Segment {
             let read = usize::try_from(compress.total_in()).expect("a segment fits into memory");
             let status = compress.compress_vec(&raw[read..], &mut out, FlushCompress::Full);
             assert_eq!(status.ok(), Some(Status::Ok), "compressing memory into memory does not fail");
-            // Complete once all is read and output has room.
+            // A full flush is complete once all is read and the output has room.
             if compress.total_in() == raw.len() as u64 && out.len() < out.capacity() {
                 break;
             }

@@ -14,7 +14,7 @@ use super::log::{Log, SinceKey};
 use super::snapshot::roots;
 use super::view::View;
 
-/// OPA v1/bundle/bundle.go.
+/// Marks a delta (OPA v1/bundle/bundle.go).
 const PATCH_FILE: &str = "patch.json";
 /// Maximum operations of a delta: OPA scans all pending ones for each.
 const OPS_MAX: usize = 1000;

@@ -8,15 +8,15 @@ use serde_json::value::RawValue;
 
 use crate::store::ALLOCATION_BYTES;
 
-/// In bytes. An edit of less saves nothing.
+/// Minimum bytes of an edited value: an edit of less saves nothing.
 const VALUE_BYTES_MIN: usize = 256;
-/// In bytes, for each key of each commit.
+/// Maximum bytes of an edit: the log has one for each key of each commit.
 const EDIT_BYTES_MAX: usize = 1024;
-/// OPA's time grows with their square.
+/// Maximum operations of an edit: OPA's time grows with their square.
 const EDIT_OPS_MAX: usize = 8;
-/// Each level parses its value again.
+/// Maximum depth of a member: each level parses its value again.
 const DEPTH_MAX: usize = 8;
-/// Changed keys of a commit; new masks and lists change more.
+/// Maximum keys of a commit with edits: new masks and lists change more.
 pub(crate) const EDITED_KEYS_MAX: usize = 64;
 
 /// Operations from one value to the next.

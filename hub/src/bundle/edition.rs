@@ -34,7 +34,6 @@ use crate::policy::verdict::Verdicts;
 
 /// Maximum cached frames of an edition. Only a burst leaves clients at more revisions.
 const FRAMES_MAX: usize = 256;
-/// Maximum size of cached frames of an edition, in bytes.
 const FRAMES_BYTES_MAX: usize = 64 << 20;
 /// Maximum changed keys of a frame that is encoded inline: about 0.1 ms with 1 KB values.
 const INLINE_ENCODE_KEYS_MAX: usize = 64;
@@ -428,7 +427,6 @@ impl Bundle {
         self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Memory in bytes, by component.
     pub(crate) fn memory(&self) -> [(&'static str, usize); 8] {
         let head = self.head.borrow().clone();
         let (entries, modules) = head.as_ref().map(|head| head.view.memory()).unwrap_or_default();
@@ -575,7 +573,7 @@ impl Edition {
         }
     }
 
-    /// Whether frames use all their memory: large ones must wait.
+    /// Whether large frames must wait for memory.
     pub(crate) fn is_full(&self) -> bool {
         self.counters.frame_bytes.load(Ordering::Relaxed) > FRAMES_LIVE_MAX
     }
@@ -633,8 +631,8 @@ impl Edition {
         .await
     }
 
-    /// Archive of what the client of `request` lacks; `None` if answers use all their memory. Equal requests share one encoding.
-    /// Includes all fields that the client's modules read until they are replaced (I10).
+    /// Archive of what the client of `request` lacks; `None` if answers use all their memory. Equal requests share one
+    /// encoding. The archive has all fields that the client's modules read until they are replaced (I10).
     pub async fn reconcile(self: &Arc<Self>, request: Reconcile) -> Option<(Archive, IsWidened)> {
         let mut hasher = Hasher::default();
         hasher.part(&serde_json::to_vec(&request).expect("a request has text keys only"));
@@ -806,7 +804,7 @@ mod tests {
         let _turn = busy.budget.large_encodes.acquire().await.unwrap();
         assert!(matches!(head(&idle).next_beside(held).await, Next::Frames(_)));
         let head = head(&busy);
-        assert!(poll(pin!(head.next_beside(held))).is_pending(), "its own turn is taken");
+        assert!(poll(pin!(head.next_beside(held))).is_pending(), "its own permit is taken");
         assert_eq!(busy.counters.frame_encodes.load(Ordering::Relaxed), 0);
     }
 

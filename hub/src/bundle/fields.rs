@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 use crate::policy::analyze::{Extent, Step};
 use crate::source::trim::Members;
 
-/// Tree of fields. Each value in the tree keeps its type, each scalar its content.
+/// Tree of fields. Values in the tree retain their type, scalars their content.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Fields {
     /// Includes all fields below.
@@ -20,7 +20,7 @@ pub struct Fields {
     whole: bool,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     names: BTreeMap<Arc<str>, Fields>,
-    /// For every member or element, too.
+    /// Mask of every member or element, in addition.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     any: Option<Box<Fields>>,
 }
@@ -127,7 +127,7 @@ impl Fields {
         }
     }
 
-    /// Joins all members: an index may be anything.
+    /// Joint mask of all members: an index may be anything.
     fn element(&self) -> Self {
         let mut fields = Self::default();
         self.names.values().chain(self.any.as_deref()).for_each(|other| fields.join(other));
@@ -232,7 +232,7 @@ impl fmt::Display for Fields {
 mod tests {
     use super::*;
 
-    /// `a.*.b`; `!` at the end for whole.
+    /// Paths are written `a.*.b`, with `!` at the end for all below.
     fn check(paths: &[&str], json: &str, expected: &str) {
         let mut fields = Fields::default();
         for path in paths {

@@ -25,12 +25,12 @@ const OPA_BYTES_PER_ENTRY: u64 = 1000;
 #[derive(Serialize, Debug)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Resource {
-    /// Below `data`.
+    /// Path below `data`.
     pub(crate) path: String,
     pub(crate) objects: usize,
-    /// At the source.
+    /// Size at the source.
     pub(crate) whole_bytes: usize,
-    /// As served.
+    /// Content as served.
     pub(crate) json_bytes: usize,
     /// Served bytes by namespace.
     pub(crate) namespaces: BTreeMap<String, usize>,
@@ -52,9 +52,9 @@ pub(crate) struct Field {
 pub(crate) struct Sample {
     /// Empty if cluster-scoped.
     pub(crate) namespace: Arc<str>,
-    /// At the source.
+    /// Size at the source.
     pub(crate) whole_bytes: usize,
-    /// As served.
+    /// Content as served.
     pub(crate) kept: Bytes,
 }
 

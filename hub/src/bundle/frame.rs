@@ -20,20 +20,20 @@ const EDIT_OPS_MAX: usize = PATCH_OPS_MAX / 2;
 /// large, or fields removed that its modules read (I10).
 pub(crate) fn encode(view: &View, log: &Log, bounds: &Bounds, from: Revision) -> Option<Vec<u8>> {
     let mut out = Vec::new();
-    let mut held = from;
-    if held.data != view.revision.data {
-        let since = log.data_since(held.data)?;
-        if since.narrows && held.modules != view.revision.modules {
+    let mut reached = from;
+    if reached.data != view.revision.data {
+        let since = log.data_since(reached.data)?;
+        if since.narrows && reached.modules != view.revision.modules {
             return None;
         }
-        let json = delta(view, &since, bounds, held.data)?;
-        held.data = view.revision.data;
-        write_event(&mut out, held, DELTA_EVENT, &json);
+        let json = delta(view, &since, bounds, reached.data)?;
+        reached.data = view.revision.data;
+        write_event(&mut out, reached, DELTA_EVENT, &json);
     }
-    if held.modules != view.revision.modules {
-        let json = policy(view, &log.modules_since(held.modules)?, bounds, held.modules);
-        held.modules = view.revision.modules;
-        write_event(&mut out, held, POLICY_EVENT, &json);
+    if reached.modules != view.revision.modules {
+        let json = policy(view, &log.modules_since(reached.modules)?, bounds, reached.modules);
+        reached.modules = view.revision.modules;
+        write_event(&mut out, reached, POLICY_EVENT, &json);
     }
     (out.len() <= FRAME_BYTES_MAX).then_some(out)
 }

@@ -1,5 +1,4 @@
-//! Field masks by resource. Agents return them as text: a hub serves the fields that their modules read until these are
-//! replaced (I10).
+//! Field masks by resource. Agents return them as text, so that a hub serves the fields that their modules read (I10).
 
 use std::collections::BTreeMap;
 
@@ -14,7 +13,7 @@ use crate::policy::analyze::Reads;
 pub struct Kept {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     places: BTreeMap<DirPath, Fields>,
-    /// For resources without a mask.
+    /// Mask of other resources.
     #[serde(default)]
     others: Fields,
 }
@@ -67,7 +66,6 @@ impl Kept {
         }
     }
 
-    /// Removes a resource.
     pub(crate) fn forget(&mut self, place: &DirPath) {
         self.places.remove(place);
     }
@@ -99,7 +97,6 @@ impl Kept {
             && places.into_iter().all(|place| self.of(place).includes(other.of(place)))
     }
 
-    /// Text for agents.
     pub(crate) fn to_text(&self) -> String {
         serde_json::to_string(self).expect("places and names are text")
     }
@@ -110,7 +107,7 @@ impl Kept {
     }
 }
 
-/// For objects `depth` names below `place`.
+/// Fields that are read of objects `depth` names below `place`.
 fn fields_read(reads: &Reads, place: &DirPath, depth: usize) -> Fields {
     let mut fields = Fields::default();
     for (path, extent, _) in reads.of_objects(place, depth) {

@@ -19,7 +19,7 @@ pub(crate) struct Limit {
     max: Option<usize>,
     pub(super) bytes: usize,
     by_feed: BTreeMap<FeedId, usize>,
-    /// Accepts growth beyond the maximum.
+    /// Whether growth beyond the maximum is accepted.
     pub(crate) is_lax: bool,
 }
 
@@ -27,7 +27,7 @@ pub(crate) struct Limit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Over {
     pub(crate) max: usize,
-    /// Feed with most data, in bytes below.
+    /// Feed with most data, which has `bytes`.
     pub(crate) heaviest: FeedId,
     pub(crate) bytes: usize,
 }
@@ -75,7 +75,7 @@ pub(crate) struct Scales<'a> {
 }
 
 impl<'a> Scales<'a> {
-    /// `None` if policies do not affect the size.
+    /// Returns `None` if policies do not affect the size.
     pub(crate) fn new(spec: &'a Spec, bundle: &Bundle) -> Option<Self> {
         let max = spec.max_bytes.filter(|_| !spec.fields.follows.is_nothing())?;
         let objects = bundle.objects();

@@ -25,22 +25,22 @@ pub struct Log {
 pub(crate) struct Commit {
     before: Revision,
     pub(crate) changed: Changed,
-    /// Whether fields were removed.
+    /// Whether fields were removed that older modules read.
     pub(crate) narrows: bool,
     edit_bytes: usize,
 }
 
 #[derive(Default)]
 pub(crate) struct Since {
-    /// Whether fields were removed.
+    /// Whether fields were removed that older modules read.
     pub(crate) narrows: bool,
-    /// Whether each existed then, and its changed keys.
+    /// By directory: whether it existed then, and its changed keys.
     pub(crate) dirs: BTreeMap<DirPath, (bool, BTreeMap<Arc<str>, SinceKey>)>,
 }
 
 pub(crate) struct SinceKey {
     pub(crate) existed: bool,
-    /// Oldest first. `None` if one is missing.
+    /// Edits since then, oldest first; `None` if one is missing.
     pub(crate) edits: Option<Vec<Arc<Edit>>>,
 }
 
@@ -86,7 +86,7 @@ impl Log {
         self.commits.back().map(AsRef::as_ref).filter(|commit| commit.before == before)
     }
 
-    /// `None` if unknown.
+    /// Changes since `data`; `None` if unknown.
     pub(crate) fn data_since(&self, data: Digest) -> Option<Since> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
         let narrows = self.commits.range(from..).any(|commit| commit.narrows);
@@ -106,20 +106,20 @@ impl Log {
         Some(since)
     }
 
-    /// With repetitions. `None` if unknown.
+    /// Directories changed since `data`, with repetitions; `None` if unknown.
     pub(crate) fn dirs_since(&self, data: Digest) -> Option<impl Iterator<Item = &DirPath>> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
         let changed = self.commits.range(from..).flat_map(|commit| &commit.changed.dirs);
         Some(changed.map(|dir| &dir.path))
     }
 
-    /// 0 if unknown.
+    /// Number of key changes since `data`; 0 if unknown.
     pub(crate) fn data_keys_since(&self, data: Digest) -> usize {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data);
         from.map_or(0, |from| self.commits.range(from..).map(|commit| commit.changed.len()).sum())
     }
 
-    /// `None` if unknown.
+    /// Ids of modules changed since `modules`; `None` if unknown.
     pub(crate) fn modules_since(&self, modules: Digest) -> Option<Vec<&str>> {
         let from = self.commits.iter().rposition(|commit| commit.before.modules == modules)?;
         let changed = self.commits.range(from..).flat_map(|commit| &commit.changed.modules);

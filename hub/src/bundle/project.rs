@@ -29,7 +29,7 @@ use crate::store::ALLOCATION_BYTES;
 
 pub(crate) struct Projection {
     feeds: Vec<Feed>,
-    /// Closed or rejected.
+    /// Feeds that were closed or rejected.
     closed: BTreeSet<FeedId>,
     /// Label of ConfigMaps with tests.
     test_label: Option<String>,
@@ -37,7 +37,7 @@ pub(crate) struct Projection {
     kept: Kept,
     accepted: HashMap<ObjectId, ServedObject>,
     limit: Limit,
-    /// With the growth that each needs.
+    /// Rejected objects, with the bytes that each needs.
     over_limit: BTreeMap<ObjectId, usize>,
     /// Whether rejected objects may fit now.
     retry: bool,
@@ -48,7 +48,7 @@ pub(crate) struct Projection {
     whole_reads: Vec<(Site, FeedId)>,
     refused: BTreeMap<ObjectId, RejectedObject>,
     configmaps: BTreeMap<ObjectKey, ConfigMapState>,
-    /// With a new verdict.
+    /// ConfigMaps with a new verdict.
     news: BTreeSet<ObjectKey>,
 }
 
@@ -71,7 +71,7 @@ struct DirOwner {
 
 struct RejectedObject {
     fault: Fault,
-    /// Retried once others are removed.
+    /// Object to retry once others are removed.
     retry: Option<Object>,
 }
 
@@ -163,12 +163,12 @@ impl Projection {
             + refused * (size_of::<(ObjectId, RejectedObject)>() + ALLOCATION_BYTES)
     }
 
-    /// After a restart.
+    /// Restores the policies after a restart.
     pub(crate) fn restore(&mut self, good: LastGood) {
         self.policies.restore(good);
     }
 
-    /// Returns the feeds to apply again.
+    /// Replaces the masks. Returns the feeds to apply again.
     pub(crate) fn keep(&mut self, kept: Kept) -> BTreeSet<FeedId> {
         let before = std::mem::replace(&mut self.kept, kept);
         let differs = |place: &DirPath| before.of(place) != self.kept.of(place);
@@ -216,7 +216,7 @@ impl Projection {
         self.policies.job(|root| check_root(feeds, closed, dirs, root).is_ok())
     }
 
-    /// Results stay until the next check.
+    /// Schedules a check of all policies. Results stay until then.
     pub(crate) fn recheck(&mut self) {
         self.policies.recheck();
     }
@@ -259,7 +259,7 @@ impl Projection {
         refused.chain(policies).take(PROBLEMS_MAX).collect()
     }
 
-    /// New verdicts; `None` if removed or unchecked.
+    /// New verdicts; `None` if the ConfigMap is removed or unchecked.
     pub(crate) fn told(&mut self) -> Vec<(ObjectKey, Option<Told>)> {
         let news = std::mem::take(&mut self.news);
         news.into_iter().map(|key| (key.clone(), self.verdict_for(&key))).collect()
@@ -309,7 +309,7 @@ impl Projection {
         self.retry |= is_policy || self.dirs.len() < places;
     }
 
-    /// Called once for each commit.
+    /// Accepts rejected objects that fit now. Called once for each commit.
     pub(crate) fn retry_refused(&mut self, batch: &mut Batch) {
         if std::mem::take(&mut self.retry) {
             let refused = self.refused.iter().filter(|(id, _)| !self.over_limit.contains_key(*id));
@@ -329,7 +329,7 @@ impl Projection {
         }
     }
 
-    /// Applies a new mask. The limit counted new reads before.
+    /// Applies a new mask to an object. The limit counted the reads before.
     pub(crate) fn apply_again(&mut self, id: FeedId, object: Object, batch: &mut Batch) {
         self.limit.is_lax = self.accepted.contains_key(&(id, object.key.clone()));
         self.apply_change(Change::Put(id, object), batch);
@@ -352,7 +352,7 @@ impl Projection {
             Ok(()) => _ = self.refused.remove(&id),
             Err(error) => {
                 let fault = Fault::new(error.code(), error.to_string());
-                // Thousands may follow the first.
+                // Logs the first only: thousands may follow.
                 let is_first = !matches!(error, Error::OverLimit { .. }) || self.over_limit.is_empty();
                 if let Error::OverLimit { grows, .. } = error {
                     self.over_limit.insert(id.clone(), grows);
@@ -575,8 +575,8 @@ pub(crate) fn directory(place: &DirPath, key: &ObjectKey) -> Option<DirPath> {
     if key.namespace.is_empty() { Some(place.clone()) } else { place.join(&key.namespace).ok() }
 }
 
-/// At each write below a package's first segment OPA copies all data there to find conflicts (OPA
-/// v1/storage/inmem/txn.go), which takes seconds.
+/// Warns of packages that share their first segment with replicated data: OPA copies that data at each write to find
+/// conflicts (v1/storage/inmem/txn.go), which takes seconds.
 fn shared_segments<'a>(replicated: impl Iterator<Item = &'a DirPath>, texts: &Texts) -> Option<String> {
     let first = |path: &DirPath| path.relative().split('/').next().unwrap_or_default().to_owned();
     let replicated: BTreeSet<String> = replicated.map(first).collect();
@@ -607,7 +607,7 @@ fn reserved<'a, const N: usize>(
     places.into_iter().map(|place| (&**place, "opa-hub or OPA itself".to_owned()))
 }
 
-/// `package system` is OPA's entry point: modules may use it next to the marker.
+/// Rejects roots that overlap data. `package system` is OPA's entry point: modules may use it next to the marker.
 fn check_root(
     feeds: &[Feed],
     closed: &BTreeSet<FeedId>,
@@ -715,7 +715,7 @@ mod tests {
             projection.take_outcome(outcome, &mut batch);
             projection.retry_refused(&mut batch);
         }
-        // ServedObject modules are part of every check.
+        // Accepted modules are part of every check.
         let is_new = |id: &String, module: &Arc<Module>| !before.contains(&(id.clone(), module.clone()));
         batch.modules.retain(|id, module| module.as_ref().is_none_or(|module| is_new(id, module)));
         let sign = |some: bool| if some { '+' } else { '-' };

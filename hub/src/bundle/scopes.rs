@@ -18,7 +18,7 @@ use super::spec::Scoped;
 use super::view::{Changed, Directory, View};
 use crate::config::{SCOPE_IDLE, SCOPES_MAX};
 
-/// No view.
+/// A view is not available.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// The request has no namespace.
@@ -46,7 +46,7 @@ struct ViewId {
 struct Scope {
     bundle: Arc<Bundle>,
     whole: Option<Revision>,
-    /// At creation.
+    /// Whether the namespace had objects at creation.
     has_objects: bool,
     asked: Arc<AtomicBool>,
 }
@@ -89,7 +89,7 @@ impl Scopes {
         self.view_of(whole, namespace)
     }
 
-    /// Namespaces without objects share one view: invented names cost nothing.
+    /// View for a single response. Namespaces without objects share one view: invented names cost nothing.
     pub(crate) fn once(&self, whole: &Arc<Bundle>, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
         let namespace = validate(namespace)?;
         let head = whole.head().borrow().clone();
@@ -134,7 +134,7 @@ impl Scopes {
         let dirs = LazyCell::new(|| self.by_namespace(&edition.view));
         for (namespace, scope) in self.live().iter_mut() {
             let before = scope.whole.replace(edition.view.revision);
-            // Only a commit from the view's revision proves that.
+            // Only a commit from the view's revision proves the view unaffected.
             let commit = before.and_then(|before| edition.log().last_from(before));
             let head = scope.bundle.head().borrow().clone();
             let concerns = |commit: &Commit| {
@@ -167,14 +167,15 @@ impl Scopes {
         }
     }
 
-    /// Follows a source that went back.
+    /// Moves all views back with the source.
     pub(crate) fn advance(&self, position: &Position) {
         for scope in self.live().values() {
             scope.bundle.advance(position);
         }
     }
 
-    /// `None` if all namespaces share it: cluster-scoped objects are directly below their resource.
+    /// Namespace of a directory; `None` if all namespaces share it. Cluster-scoped objects are directly below their
+    /// resource.
     fn namespace_of<'a>(&self, dir: &'a DirPath) -> Option<&'a str> {
         let Scoped { root, whole } = &self.scoped;
         let below = dir.as_str().strip_prefix(root.as_str())?.strip_prefix('/')?;
@@ -221,7 +222,7 @@ impl Scopes {
         dirs
     }
 
-    /// Returns whether the view is dropped or replaced.
+    /// Drops the view if idle. Returns whether it is dropped or replaced.
     fn evict_idle(&self, ViewId { id, namespace }: &ViewId) -> bool {
         let mut live = self.live();
         let Some(scope) = live.get(namespace).filter(|scope| scope.bundle.id == *id) else { return true };

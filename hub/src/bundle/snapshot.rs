@@ -52,11 +52,11 @@ pub(crate) fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache)
     archive
 }
 
-/// Encodes the parts of `view` that differ from `held`.
-pub(crate) fn difference(view: &View, held: &Reconcile, cache: &SegmentCache) -> Archive {
-    let lacks = |path: &DirPath, dir: &Arc<Directory>| held.dirs.get(path) != Some(&dir.digest);
+/// Encodes the parts of `view` that differ from `request`.
+pub(crate) fn difference(view: &View, request: &Reconcile, cache: &SegmentCache) -> Archive {
+    let lacks = |path: &DirPath, dir: &Arc<Directory>| request.dirs.get(path) != Some(&dir.digest);
     let dirs: Vec<_> = view.dirs.iter().filter(|(path, dir)| lacks(path, dir)).collect();
-    let modules: Vec<_> = match &held.modules {
+    let modules: Vec<_> = match &request.modules {
         None => Vec::new(),
         Some(digests) => view
             .modules
@@ -69,7 +69,7 @@ pub(crate) fn difference(view: &View, held: &Reconcile, cache: &SegmentCache) ->
     push_file(
         &mut first,
         HEAD_FILE,
-        &head(view, if held.modules.is_some() { Part::Whole } else { Part::Data }),
+        &head(view, if request.modules.is_some() { Part::Whole } else { Part::Data }),
     );
     push_modules(&mut first, view, &modules);
     let segments = segments(&dirs, cache, &mut HashMap::new());

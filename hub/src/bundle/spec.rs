@@ -15,7 +15,6 @@ use crate::model::{
 };
 use crate::policy::check::Dialect;
 
-/// API version of documents.
 pub(crate) const API_VERSION: &str = "opahub.dev/v1alpha1";
 /// Specification of a bundle.
 #[derive(Clone, PartialEq, Debug)]
@@ -227,7 +226,6 @@ enum Operator {
 type FieldsAndAuto = (Fields, bool);
 
 impl Spec {
-    /// Parses a document.
     pub(crate) fn parse(object: &Object) -> Result<Self, Error> {
         let mut json = serde_json::Deserializer::from_slice(&object.json);
         let document: Document = serde_path_to_error::deserialize(&mut json)?;
@@ -317,7 +315,6 @@ impl Spec {
         }
     }
 
-    /// Feed of documents.
     pub(crate) fn documents() -> Feed {
         Feed {
             resource: format!("{API_VERSION}/bundles").parse().expect("a resource"),
@@ -532,12 +529,10 @@ fn check_texts(field: &str, values: &[String]) -> Result<(), Error> {
     values.iter().try_for_each(|value| check_text(field, value, is_segment))
 }
 
-/// Whether this is a valid label name.
 pub(crate) fn is_label(label: &str) -> bool {
     label.split('/').count() <= 2 && label.split('/').all(is_segment)
 }
 
-/// Whether this is a valid label value.
 pub(crate) fn is_label_value(value: &str) -> bool {
     value.is_empty() || is_segment(value)
 }

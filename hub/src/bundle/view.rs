@@ -12,7 +12,7 @@ use super::edit::{EDITED_KEYS_MAX, Edit};
 use crate::policy::modules::Module;
 use crate::store::ALLOCATION_BYTES;
 
-/// Mean keys of a chunk, which a change hashes and compresses again.
+/// Mean keys of a chunk. A change hashes and compresses its chunk again.
 const CHUNK_KEYS_MEAN: u32 = 64;
 
 /// Clones share the content.
@@ -85,7 +85,7 @@ pub struct ChangedDirectory {
 pub struct ChangedKey {
     pub(crate) key: Arc<str>,
     pub(crate) existed: bool,
-    /// `None` if the value is as small.
+    /// Edit of the value; `None` if the value is as small.
     pub(crate) edit: Option<Arc<Edit>>,
 }
 
@@ -197,7 +197,7 @@ fn revision(
 }
 
 impl Directory {
-    /// Shares unchanged chunks.
+    /// Updates `old`. Unchanged chunks are shared.
     fn updated(old: Option<&Self>, mut keys: BTreeMap<Arc<str>, Option<Bytes>>) -> Self {
         let mut chunks: Vec<Arc<Chunk>> = Vec::new();
         // Not empty if the previous chunk lost its last key.
@@ -225,7 +225,7 @@ impl Directory {
         Self { digest: hasher.finish(), chunks }
     }
 
-    /// Entries exist at the client only.
+    /// A directory whose entries exist at the client only.
     pub(super) fn elsewhere(digest: Digest) -> Self {
         Self { digest, chunks: Vec::new() }
     }

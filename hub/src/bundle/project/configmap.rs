@@ -39,7 +39,7 @@ pub(crate) enum Error {
          select fewer objects or fields, or raise the limit"
     )]
     OverLimit { grows: usize, max: usize, heaviest: String, megabytes: usize },
-    /// An archive header lists them all.
+    /// An archive header lists all directories.
     #[error("directory limit reached: the bundle has {0} directories")]
     TooManyDirectories(usize),
 }
