@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tar_with_long_names() {
+    fn tar_has_long_names() {
         let long = format!("{}/data.json", "x".repeat(240));
         let mut tar = Vec::new();
         push_file(&mut tar, ".manifest", b"{}");

@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_replaced_where_an_edit_is_no_less() {
+    fn edit_is_none_if_the_value_is_as_small() {
         let long = "x".repeat(300);
         let many: Value =
             (0..9).map(|nth| (nth.to_string(), json!(1))).collect::<serde_json::Map<_, _>>().into();

@@ -801,7 +801,7 @@ mod tests {
     #[tokio::test]
     async fn bundles_encode_far_frames_independently() {
         let ((busy, held), (idle, _)) = (Bundle::far_from_its_first(), Bundle::far_from_its_first());
-        let _turn = busy.budget.large_encodes.acquire().await.unwrap();
+        let _permit = busy.budget.large_encodes.acquire().await.unwrap();
         assert!(matches!(head(&idle).next_beside(held).await, Next::Frames(_)));
         let head = head(&busy);
         assert!(poll(pin!(head.next_beside(held))).is_pending(), "its own permit is taken");
@@ -809,11 +809,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_request_whose_client_left_takes_no_turn() {
+    async fn disconnected_request_frees_its_permit() {
         let (bundle, _) = Bundle::far_from_its_first();
         let head = head(&bundle);
-        let turns = RECONCILE_ENCODES_MAX.try_into().unwrap();
-        let busy = bundle.budget.reconcile_encodes.acquire_many(turns).await.unwrap();
+        let permits = RECONCILE_ENCODES_MAX.try_into().unwrap();
+        let busy = bundle.budget.reconcile_encodes.acquire_many(permits).await.unwrap();
         let request = |dir: &str| Reconcile {
             dirs: BTreeMap::from([(dir.parse().unwrap(), Digest::of(b""))]),
             ..Reconcile::default()

@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn objects_are_cut_to_their_fields() {
+    fn objects_are_pruned_to_fields() {
         let pod = r#"{"kind":"Pod","metadata":{"labels":{"app":"a","x":"1.50"},"name":"p"},"spec":{"c":[{"image":"i","n":1.50},{"n":2}]}}"#;
         check(&[], pod, "{}");
         check(&["!"], pod, pod);
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_read_as_they_print() {
+    fn printed_paths_parse() {
         let paths = ["metadata.labels", "spec.containers[*].image", "metadata.annotations[\"a/b\"].c"];
         let printed = Fields::parse(paths).unwrap().to_string();
         assert_eq!(printed, "metadata.annotations.a/b.c…\nmetadata.labels…\nspec.containers[*].image…\n");

@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn what_includes_what() {
+    fn masks_include_narrower_masks() {
         for (wide, narrow, expected) in [
             (&["a.b"][..], &["a.b"][..], true),
             (&["a"], &["a.b.c", "a[*].d"], true),

@@ -732,7 +732,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_field_shows_is_silence() {
+    fn changes_outside_the_mask_change_nothing() {
         let feeds = vec![feed(Content::Resource("/kubernetes/pods".parse().unwrap()))];
         let kept = Kept::alike(Fields::parse(["metadata.labels"]).unwrap());
         let mut p = Projection::new(&Spec::of_feeds("main", feeds), kept);
@@ -757,7 +757,7 @@ mod tests {
     }
 
     #[test]
-    fn what_passes_the_limit_stays_as_it_was() {
+    fn objects_over_the_limit_stay_unchanged() {
         let feeds = vec![feed(Content::Policies), feed(Content::Data)];
         let spec = Spec { max_bytes: Some(30), ..Spec::of_feeds("main", feeds) };
         let p = &mut Projection::new(&spec, Kept::alike(Fields::all()));
@@ -776,7 +776,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fits_is_let_in_beside_what_does_not() {
+    fn fitting_objects_are_accepted_next_to_larger_ones() {
         let feeds = vec![feed(Content::Policies), feed(Content::Data)];
         let spec = Spec { max_bytes: Some(40), ..Spec::of_feeds("main", feeds) };
         let p = &mut Projection::new(&spec, Kept::alike(Fields::all()));
@@ -792,7 +792,7 @@ mod tests {
     }
 
     #[test]
-    fn data_is_taken_whole_or_not_at_all() {
+    fn data_configmaps_are_accepted_as_a_whole() {
         let p = &mut projection();
         check(p, 1, "a/m", Some(&[("x", "{}"), ("y", r#"{"a": 1}"#)]), &["+/a/m/x", "+/a/m/y"], &[]);
         check(p, 1, "a/m", Some(&[("x", "{}"), ("y", "{")]), &[], &["ConfigMap a/m key y is not JSON"]);
@@ -804,7 +804,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_no_path_are_problems_until_their_objects_go() {
+    fn invalid_names_are_problems_until_removed() {
         for feed in [1, 2] {
             let p = &mut projection();
             check(p, feed, "a b/m", Some(&[("x", "{}")]), &[], &["a b"]);
@@ -813,7 +813,7 @@ mod tests {
     }
 
     #[test]
-    fn data_stays_clear_of_what_is_replicated() {
+    fn data_does_not_overlap_replicated_resources() {
         let p = &mut projection();
         check(
             p,
@@ -836,7 +836,7 @@ mod tests {
     }
 
     #[test]
-    fn policies_are_taken_whole_or_not_at_all() {
+    fn policy_configmaps_are_accepted_as_a_whole() {
         let p = &mut projection();
         check(p, 0, "a/m", Some(&[("x.rego", "package x")]), &["+a/m/x.rego"], &[]);
         let two = [("x.rego", "package x\np := 1"), ("y.rego", "package")];
@@ -847,7 +847,7 @@ mod tests {
     }
 
     #[test]
-    fn packages_and_data_own_different_places() {
+    fn packages_and_data_do_not_overlap() {
         let p = &mut projection();
         check(p, 0, "a/m", Some(&[("x", "package shop")]), &["+a/m/x"], &[]);
         check(p, 1, "shop/roles", Some(&[("x", "{}")]), &[], &["conflicts with package shop"]);

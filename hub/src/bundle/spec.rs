@@ -240,10 +240,10 @@ impl Spec {
         let mut follows = Follows::default();
         let mut scoped = Scoped { root: root.clone(), whole: BTreeSet::new() };
         let mut is_scoped = false;
-        for (at, entry) in spec.replicate.iter().enumerate() {
-            let at = format!("spec.replicate[{at}]");
-            let place = entry.feeds(&at, &root, &mut feeds)?;
-            let (fields, is_auto) = fields(&format!("{at}.fields"), entry.fields.as_ref())?;
+        for (index, entry) in spec.replicate.iter().enumerate() {
+            let field = format!("spec.replicate[{index}]");
+            let place = entry.feeds(&field, &root, &mut feeds)?;
+            let (fields, is_auto) = fields(&format!("{field}.fields"), entry.fields.as_ref())?;
             given.insert(place.clone(), fields);
             if is_auto {
                 follows.places.insert(place.clone());
@@ -375,8 +375,8 @@ fn scopes(namespaces: &[String], ignored: &[String]) -> Vec<Scope> {
 
 impl Replicate {
     /// Adds the feeds of the returned place.
-    fn feeds(&self, at: &str, root: &DirPath, feeds: &mut Vec<Feed>) -> Result<DirPath, Error> {
-        let field = format!("{at}.resource");
+    fn feeds(&self, prefix: &str, root: &DirPath, feeds: &mut Vec<Feed>) -> Result<DirPath, Error> {
+        let field = format!("{prefix}.resource");
         let resource: Resource =
             self.resource.parse().map_err(|source| Error::Resource { field: field.clone(), source })?;
         let place = root.join(&resource.plural).expect("a resource's name is a segment");
@@ -388,16 +388,16 @@ impl Replicate {
             );
             return Err(Error::Both { field, why });
         }
-        check_texts(&format!("{at}.namespaces"), &self.namespaces)?;
-        check_texts(&format!("{at}.ignoreNamespaces"), &self.ignore_namespaces)?;
+        check_texts(&format!("{prefix}.namespaces"), &self.namespaces)?;
+        check_texts(&format!("{prefix}.ignoreNamespaces"), &self.ignore_namespaces)?;
         let names = !self.namespaces.is_empty();
         if names && !self.ignore_namespaces.is_empty()
             || self.cluster_scoped && (names || !self.ignore_namespaces.is_empty())
         {
             let why = "set only one of namespaces, ignoreNamespaces and clusterScoped".into();
-            return Err(Error::Both { field: at.to_owned(), why });
+            return Err(Error::Both { field: prefix.to_owned(), why });
         }
-        let labels = self.label_selector.terms(&format!("{at}.labelSelector"))?;
+        let labels = self.label_selector.terms(&format!("{prefix}.labelSelector"))?;
         let scopes = if self.cluster_scoped {
             vec![Scope::Cluster]
         } else {
@@ -414,31 +414,31 @@ impl Replicate {
 }
 
 impl LabelSelector {
-    fn terms(&self, at: &str) -> Result<Vec<LabelTerm>, Error> {
+    fn terms(&self, prefix: &str) -> Result<Vec<LabelTerm>, Error> {
         let mut terms = Vec::new();
         for (label, value) in &self.match_labels {
-            check_text(&format!("{at}.matchLabels"), label, is_label)?;
-            check_text(&format!("{at}.matchLabels"), value, is_label_value)?;
+            check_text(&format!("{prefix}.matchLabels"), label, is_label)?;
+            check_text(&format!("{prefix}.matchLabels"), value, is_label_value)?;
             terms.push(LabelTerm { label: label.clone(), is: Condition::In(vec![value.clone()]) });
         }
         for (index, Requirement { key, operator, values }) in self.match_expressions.iter().enumerate() {
-            let at = format!("{at}.matchExpressions[{index}]");
-            check_text(&format!("{at}.key"), key, is_label)?;
+            let prefix = format!("{prefix}.matchExpressions[{index}]");
+            check_text(&format!("{prefix}.key"), key, is_label)?;
             for value in values {
-                check_text(&format!("{at}.values"), value, is_label_value)?;
+                check_text(&format!("{prefix}.values"), value, is_label_value)?;
             }
             let takes_values = matches!(operator, Operator::In | Operator::NotIn);
             if takes_values == values.is_empty() {
                 let why = "In and NotIn need values, Exists and DoesNotExist allow none".into();
-                return Err(Error::Both { field: format!("{at}.values"), why });
+                return Err(Error::Both { field: format!("{prefix}.values"), why });
             }
-            let is = match operator {
+            let condition = match operator {
                 Operator::In => Condition::In(values.clone()),
                 Operator::NotIn => Condition::NotIn(values.clone()),
                 Operator::Exists => Condition::Exists,
                 Operator::DoesNotExist => Condition::DoesNotExist,
             };
-            terms.push(LabelTerm { label: key.clone(), is });
+            terms.push(LabelTerm { label: key.clone(), is: condition });
         }
         Ok(terms)
     }
@@ -479,9 +479,9 @@ pub(crate) fn entrypoint(text: &str) -> Option<DirPath> {
     DirPath::new(names.split('/')).ok()
 }
 
-fn entrypoint_at((at, text): (usize, &String)) -> Result<DirPath, Error> {
+fn entrypoint_at((index, text): (usize, &String)) -> Result<DirPath, Error> {
     let not = "not a decision; write package and rule, e.g. authz/allow";
-    let field = format!("spec.entrypoints[{at}]");
+    let field = format!("spec.entrypoints[{index}]");
     entrypoint(text).ok_or_else(|| Error::Value { field, value: text.clone(), not })
 }
 
@@ -565,7 +565,7 @@ mod tests {
     }
 
     #[test]
-    fn documents_say_what_flags_say_and_more() {
+    fn documents_select_feeds_and_fields() {
         let policies =
             "policies (v1/configmaps) [openpolicyagent.org/policy=rego,openpolicyagent.org/data!=opa] []";
         check(
@@ -617,7 +617,7 @@ mod tests {
     }
 
     #[test]
-    fn the_document_of_the_docs_is_one() {
+    fn documented_example_parses() {
         let docs = include_str!("../../../docs/bundles.md");
         let (_, yaml) = docs.split_once("```yaml\n").unwrap();
         let (yaml, _) = yaml.split_once("```").unwrap();
