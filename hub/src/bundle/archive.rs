@@ -11,6 +11,7 @@ const LEVEL: u32 = 2;
 const TAR_BLOCK: usize = 512;
 /// No name, time or system: equal content gives equal bytes.
 const GZIP_HEADER: [u8; 10] = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0xff];
+/// An empty last block.
 const DEFLATE_END: [u8; 2] = [3, 0];
 
 #[derive(Clone)]

@@ -1,5 +1,5 @@
-//! OPA's native delta bundles (`?delta=true`). Not the default: applying one makes OPA recompile, with undefined
-//! decisions meanwhile.
+//! OPA's native delta bundles (`?delta=true`). Off by default: OPA recompiles while applying one, and
+//! decisions are undefined.
 
 use opa_hub_proto::manifest::{MANIFEST_FILE, Manifest};
 use opa_hub_proto::path::escape;
@@ -88,7 +88,8 @@ pub(crate) fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Op
     Some(Archive::new([Segment::new(&tar)]))
 }
 
-/// Upserts each member of a new entry: OPA copies the parent each time, here the entry, not the directory (opa#6079).
+/// Upserts each member of a new entry: OPA copies the parent each time, so this copies the entry, not the
+/// directory (opa#6079).
 fn upsert<'a>(path: &str, value: &'a RawValue, ops: &mut Vec<Op<'a>>) {
     let members: Option<std::collections::BTreeMap<String, &'a RawValue>> =
         serde_json::from_str(value.get()).ok();

@@ -537,7 +537,7 @@ impl Edition {
         }
     }
 
-    /// Content that this edition would take back at a client with revision `from`, observed at `required`. `current` is
+    /// Content that this edition would revert at a client with revision `from`, observed at `required`. `current` is
     /// the bundle's position before this edition was read. `None` if there is none, or `from` is unknown.
     pub fn lag(&self, from: Revision, current: &Position, required: &Position) -> Option<Lag> {
         if !current.is_behind(required) {
@@ -578,7 +578,7 @@ impl Edition {
         self.counters.frame_bytes.load(Ordering::Relaxed) > FRAMES_LIVE_MAX
     }
 
-    /// Drops cached frames: a quiet namespace would keep them.
+    /// Drops cached frames, which would remain cached in a quiet namespace.
     pub fn forget_frames(&self) {
         self.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -685,7 +685,7 @@ impl Edition {
         (archive, is_widened)
     }
 
-    /// Masks served here, and their union with the client's. `None` if objects are served whole.
+    /// Masks of this hub, and their union with the client's. `None` if objects are served whole.
     fn masks(&self, request: &Reconcile) -> Option<(Kept, Kept)> {
         let served = Kept::parse(self.view.reads.as_deref()?).ok()?;
         let mut union = served.clone();
@@ -704,7 +704,7 @@ impl Edition {
     /// This view with the fields that the client needs in addition. `None` if there are none.
     fn widened_for(&self, request: &Reconcile) -> Option<View> {
         let (served, union) = self.masks(request)?;
-        // Older modules may read resources removed here: the client retains them.
+        // Older modules may read resources that this hub removed: the client retains them.
         let named: BTreeSet<_> = served.places().collect();
         let is_removed =
             |dir: &DirPath| union.places().any(|place| !named.contains(place) && dir.is_within(place));

@@ -45,13 +45,13 @@ struct ViewId {
 
 struct Scope {
     bundle: Arc<Bundle>,
-    whole: Option<Revision>,
+    source_revision: Option<Revision>,
     /// Whether the namespace had objects at creation.
     has_objects: bool,
     asked: Arc<AtomicBool>,
 }
 
-/// Map entry of a shared directory.
+/// Bytes of the map entry of a shared directory.
 const VIEW_DIRECTORY_BYTES: usize = 48;
 
 struct ByNamespace<'a> {
@@ -122,7 +122,7 @@ impl Scopes {
             bundle.publish(view, edition.log().emptied(), edition.bounds().clone());
         }
         let asked = Arc::new(AtomicBool::new(true));
-        let scope = Scope { bundle: Arc::clone(&bundle), whole: revision, has_objects, asked };
+        let scope = Scope { bundle: Arc::clone(&bundle), source_revision: revision, has_objects, asked };
         live.insert(namespace.to_owned(), scope);
         drop(live);
         let view = ViewId { id: bundle.id, namespace: namespace.to_owned() };
@@ -133,7 +133,7 @@ impl Scopes {
     pub(crate) fn follow(&self, edition: &Edition) {
         let dirs = LazyCell::new(|| self.by_namespace(&edition.view));
         for (namespace, scope) in self.live().iter_mut() {
-            let before = scope.whole.replace(edition.view.revision);
+            let before = scope.source_revision.replace(edition.view.revision);
             // Only a commit from the view's revision proves the view unaffected.
             let commit = before.and_then(|before| edition.log().last_from(before));
             let head = scope.bundle.head().borrow().clone();

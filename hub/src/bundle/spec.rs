@@ -16,6 +16,7 @@ use crate::model::{
 use crate::policy::check::Dialect;
 
 pub(crate) const API_VERSION: &str = "opahub.dev/v1alpha1";
+
 /// Specification of a bundle.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Spec {
