@@ -1,45 +1,40 @@
-//! A gzip'd tar put together from segments that were compressed before.
+//! Gzip'd tars of compressed segments.
 //!
-//! The whole is one gzip member (RFC 1952). Each segment is raw deflate (RFC 1951) that ends byte-aligned by a full
-//! flush and refers to nothing before itself, so segments can be joined in any order; an empty last block closes
-//! the stream and the CRCs are combined. Several members would be shorter to write, but many readers stop after the
-//! first.
+//! An archive is one gzip member (RFC 1952): many readers stop after the first. Segments are raw deflate (RFC 1951),
+//! end byte-aligned by a full flush and refer to nothing before themselves.
 
 use bytes::Bytes;
 use flate2::{Compress, Compression, FlushCompress, Status};
 
-/// zlib-rs compresses this data 8 times at 300 MB/s; one level less 5 times, at 400 MB/s.
+/// Compresses 8 times at 300 MB/s; level 1 compresses 5 times at 400 MB/s.
 const LEVEL: u32 = 2;
 const TAR_BLOCK: usize = 512;
-/// Magic, deflate, no name, no time, no level, unknown system: equal content gives equal bytes.
+/// No name, time or system: equal content gives equal bytes.
 const GZIP_HEADER: [u8; 10] = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0xff];
-/// A last block that is empty, with fixed codes.
+/// An empty last block.
 const DEFLATE_END: [u8; 2] = [3, 0];
 
-/// Compressed bytes that can stand anywhere in an archive.
 #[derive(Clone)]
-pub struct Segment {
+pub(crate) struct Segment {
     deflated: Bytes,
     crc: crc32fast::Hasher,
 }
 
-/// A whole archive, in pieces that other archives may share.
+/// Archive in pieces that other archives may share.
 #[derive(Clone)]
 pub struct Archive {
-    /// The bytes in their order.
+    /// Bytes in order.
     pub pieces: Vec<Bytes>,
-    /// Bytes in all.
+    /// Total size in bytes.
     pub bytes: usize,
 }
 
 impl Segment {
-    /// Compressed bytes.
     pub(super) fn len(&self) -> usize {
         self.deflated.len()
     }
 
-    /// Compresses `raw`.
-    pub fn new(raw: &[u8]) -> Self {
+    pub(crate) fn new(raw: &[u8]) -> Self {
         let mut crc = crc32fast::Hasher::new();
         crc.update(raw);
         let mut compress = Compress::new(Compression::new(LEVEL), false);
@@ -48,7 +43,7 @@ impl Segment {
             let read = usize::try_from(compress.total_in()).expect("a segment fits into memory");
             let status = compress.compress_vec(&raw[read..], &mut out, FlushCompress::Full);
             assert_eq!(status.ok(), Some(Status::Ok), "compressing memory into memory does not fail");
-            // A full flush is complete when all was read and the output did not fill up.
+            // A full flush is complete once all is read and the output has room.
             if compress.total_in() == raw.len() as u64 && out.len() < out.capacity() {
                 break;
             }
@@ -60,8 +55,7 @@ impl Segment {
 }
 
 impl Archive {
-    /// Joins segments that together hold a tar's entries.
-    pub fn new(segments: impl IntoIterator<Item = Segment>) -> Self {
+    pub(crate) fn new(segments: impl IntoIterator<Item = Segment>) -> Self {
         let mut pieces = vec![Bytes::from_static(&GZIP_HEADER)];
         let mut crc = crc32fast::Hasher::new();
         for segment in segments.into_iter().chain([Segment::new(&[0; 2 * TAR_BLOCK])]) {
@@ -71,7 +65,7 @@ impl Archive {
         let length = crc.total_len();
         let mut end = DEFLATE_END.to_vec();
         end.extend_from_slice(&crc.finalize().to_le_bytes());
-        // The length modulo 2³² (RFC 1952 §2.3.1).
+        // Modulo 2³² (RFC 1952 §2.3.1).
         end.extend_from_slice(&length.to_le_bytes()[..4]);
         pieces.push(end.into());
         let bytes = pieces.iter().map(Bytes::len).sum();
@@ -79,28 +73,24 @@ impl Archive {
     }
 }
 
-/// Appends a small file to a tar under construction.
-pub fn push_file(tar: &mut Vec<u8>, path: &str, content: &[u8]) {
+pub(crate) fn push_file(tar: &mut Vec<u8>, path: &str, content: &[u8]) {
     push_header(tar, path, content.len());
     tar.extend_from_slice(content);
     push_padding(tar, content.len());
 }
 
-/// Appends the header of a file whose `size` bytes, and their padding, follow.
-pub fn push_header(tar: &mut Vec<u8>, path: &str, size: usize) {
+pub(crate) fn push_header(tar: &mut Vec<u8>, path: &str, size: usize) {
     let mut header = tar::Header::new_gnu();
     header.set_size(size as u64);
     header.set_mode(0o644);
-    // With an empty reader the builder writes just the header, and a second one where the path is long. Dropped, it
-    // closes the archive, which is too early here.
+    // Writes one header, two for a long path. Drop closes the tar, which is undone.
     let mut builder = tar::Builder::new(&mut *tar);
     builder.append_data(&mut header, path, std::io::empty()).expect("a relative path, written into memory");
     drop(builder);
     tar.truncate(tar.len() - 2 * TAR_BLOCK);
 }
 
-/// Fills up the last block of a file of `size` bytes.
-pub fn push_padding(tar: &mut Vec<u8>, size: usize) {
+pub(crate) fn push_padding(tar: &mut Vec<u8>, size: usize) {
     tar.resize(tar.len() + size.next_multiple_of(TAR_BLOCK) - size, 0);
 }
 
@@ -133,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tar_with_long_names() {
+    fn tar_has_long_names() {
         let long = format!("{}/data.json", "x".repeat(240));
         let mut tar = Vec::new();
         push_file(&mut tar, ".manifest", b"{}");

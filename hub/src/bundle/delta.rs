@@ -1,5 +1,5 @@
-//! OPA's own delta bundle, for who asks for it with `?delta=true`. OPA recompiles its live compiler while it applies
-//! one, and decisions come out undefined meanwhile; the default is therefore a snapshot.
+//! OPA's native delta bundles (`?delta=true`). Off by default: OPA recompiles while applying one, and
+//! decisions are undefined.
 
 use opa_hub_proto::manifest::{MANIFEST_FILE, Manifest};
 use opa_hub_proto::path::escape;
@@ -14,9 +14,9 @@ use super::log::{Log, SinceKey};
 use super::snapshot::roots;
 use super::view::View;
 
-/// The file that makes a bundle a delta (OPA v1/bundle/bundle.go).
+/// Marks a delta (OPA v1/bundle/bundle.go).
 const PATCH_FILE: &str = "patch.json";
-/// Operations of one delta: OPA scans all pending ones for each.
+/// Maximum operations of a delta: OPA scans all pending ones for each.
 const OPS_MAX: usize = 1000;
 
 #[derive(Serialize)]
@@ -33,14 +33,14 @@ struct Op<'a> {
     value: Option<&'a RawValue>,
 }
 
-/// What leads from `from` to `view`; none where OPA needs a snapshot: the modules or the roots changed, the base is
-/// unknown, there is too much of it, or nothing (an empty delta wipes everything the bundle owns).
-pub fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Archive> {
+/// Encodes the changes from `from` to `view`. `None` if OPA needs a snapshot, or nothing changed: an empty delta wipes
+/// all roots.
+pub(crate) fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Archive> {
     if from.modules != view.revision.modules {
         return None;
     }
     let since = log.data_since(from.data)?;
-    let nothing = RawValue::from_string("{}".into()).ok()?;
+    let empty = RawValue::from_string("{}".into()).ok()?;
     let mut ops = Vec::new();
     for (path, (existed, keys)) in &since.dirs {
         let dir = view.dirs.get(path);
@@ -49,20 +49,20 @@ pub fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Ar
         }
         let Some(dir) = dir else {
             if *existed {
-                let kept = view.ensure.contains(path).then_some(&*nothing);
-                let name = if kept.is_some() { "replace" } else { "remove" };
-                ops.push(Op { name, path: path.to_string(), value: kept });
+                let value = view.ensure.contains(path).then_some(&*empty);
+                let name = if value.is_some() { "replace" } else { "remove" };
+                ops.push(Op { name, path: path.to_string(), value });
             }
             continue;
         };
-        for (key, SinceKey { existed: was, .. }) in keys {
+        for (key, SinceKey { existed, .. }) in keys {
             let path = format!("{path}/{}", escape(key));
             match dir.get(key) {
-                None if *was => ops.push(Op { name: "remove", path, value: None }),
+                None if *existed => ops.push(Op { name: "remove", path, value: None }),
                 None => {}
                 Some(entry) => {
                     let value: &RawValue = serde_json::from_slice(&entry.value).ok()?;
-                    if *was {
+                    if *existed {
                         ops.push(Op { name: "replace", path, value: Some(value) });
                     } else {
                         upsert(&path, value, &mut ops);
@@ -88,8 +88,8 @@ pub fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Ar
     Some(Archive::new([Segment::new(&tar)]))
 }
 
-/// A new entry is written member by member: each upsert copies the whole of its parent, which is then the entry
-/// itself instead of the directory (opa#6079).
+/// Upserts each member of a new entry: OPA copies the parent each time, so this copies the entry, not the
+/// directory (opa#6079).
 fn upsert<'a>(path: &str, value: &'a RawValue, ops: &mut Vec<Op<'a>>) {
     let members: Option<std::collections::BTreeMap<String, &'a RawValue>> =
         serde_json::from_str(value.get()).ok();

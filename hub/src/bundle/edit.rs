@@ -1,5 +1,4 @@
-//! Edits: the members of an object that one change sets or removes. A frame carries them in place of the whole value,
-//! so that a label on a pod of 10 KB costs a few hundred bytes on the wire, and as little work in OPA.
+//! Edits: members that a change sets or removes. Frames carry them instead of whole values.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,35 +8,33 @@ use serde_json::value::RawValue;
 
 use crate::store::ALLOCATION_BYTES;
 
-/// Minimum bytes of a value that is edited. A smaller one is replaced for about as many bytes.
+/// Minimum bytes of an edited value: an edit of less saves nothing.
 const VALUE_BYTES_MIN: usize = 256;
-/// Maximum bytes of an edit: the log holds one for each key of each commit.
+/// Maximum bytes of an edit: the log has one for each key of each commit.
 const EDIT_BYTES_MAX: usize = 1024;
-/// Maximum number of operations of an edit: the time that OPA takes for a patch grows with the square of their number.
+/// Maximum operations of an edit: OPA's time grows with their square.
 const EDIT_OPS_MAX: usize = 8;
-/// Maximum depth of a member. Each level reads its part of the value again.
+/// Maximum depth of a member: each level parses its value again.
 const DEPTH_MAX: usize = 8;
-/// Maximum number of keys of a commit with edits: what changes so much is re-cut, or listed again.
-pub const EDITED_KEYS_MAX: usize = 64;
+/// Maximum keys of a commit with edits: new masks and lists change more.
+pub(crate) const EDITED_KEYS_MAX: usize = 64;
 
-/// The operations that turn one value into the next.
+/// Operations from one value to the next.
 pub struct Edit {
     ops: Vec<Op>,
     bytes: usize,
 }
 
-/// Sets a member, or removes it.
 struct Op {
-    /// From the value to the member, escaped, with a leading slash.
+    /// Escaped path below the value.
     path: Box<str>,
     /// JSON; `None` removes.
     value: Option<Box<str>>,
-    /// Whether the member was there before.
     existed: bool,
 }
 
 impl Edit {
-    /// The edit that turns the JSON `old` into `new`. `None` where `new` by itself is as good.
+    /// Edit from `old` to `new`; `None` if `new` is as small.
     pub fn between(old: &[u8], new: &[u8]) -> Option<Self> {
         if new.len() < VALUE_BYTES_MIN {
             return None;
@@ -47,8 +44,7 @@ impl Edit {
         (edit.bytes * 2 <= new.len()).then_some(edit)
     }
 
-    /// Bytes in memory.
-    pub fn memory(&self) -> usize {
+    pub(crate) fn memory(&self) -> usize {
         size_of::<Self>() + self.bytes + self.ops.len() * (size_of::<Op>() + 2 * ALLOCATION_BYTES)
     }
 
@@ -56,32 +52,32 @@ impl Edit {
         &mut self,
         old: &BTreeMap<String, &RawValue>,
         new: &BTreeMap<String, &RawValue>,
-        at: &mut String,
+        path: &mut String,
         depth: usize,
     ) -> Option<()> {
-        let end = at.len();
-        let gone = old.keys().filter(|key| !new.contains_key(*key)).map(|key| (key, None));
-        let rest = new.iter().map(|(key, value)| (key, Some(*value)));
-        for (key, value) in gone.chain(rest) {
+        let end = path.len();
+        let removed = old.keys().filter(|key| !new.contains_key(*key)).map(|key| (key, None));
+        let present = new.iter().map(|(key, value)| (key, Some(*value)));
+        for (key, value) in removed.chain(present) {
             let before = old.get(key).map(|value| value.get());
             if before == value.map(RawValue::get) {
                 continue;
             }
-            // OPA has no path to a member without a name.
+            // OPA has no path to an empty name.
             if key.is_empty() {
                 return None;
             }
-            at.push('/');
-            at.push_str(&escape(key));
-            let both = before.zip(value).filter(|_| depth > 1);
-            let inner = both.and_then(|(before, value)| {
+            path.push('/');
+            path.push_str(&escape(key));
+            let pair = before.zip(value).filter(|_| depth > 1);
+            let inner = pair.and_then(|(before, value)| {
                 Some((members(before.as_bytes())?, members(value.get().as_bytes())?))
             });
             match inner {
-                Some((before, value)) => self.compare(&before, &value, at, depth - 1)?,
-                None => self.push(at, value, before.is_some())?,
+                Some((before, value)) => self.compare(&before, &value, path, depth - 1)?,
+                None => self.push(path, value, before.is_some())?,
             }
-            at.truncate(end);
+            path.truncate(end);
         }
         Some(())
     }
@@ -96,9 +92,8 @@ impl Edit {
     }
 }
 
-/// The operations that successive edits of one value amount to: one for each path, since OPA looks up the second
-/// operation on a path in the data from before the patch (v1/storage/inmem/txn.go). `None` where they are no less than
-/// `value`, which they lead to.
+/// Merges edits that lead to `value`, one operation for each path: OPA evaluates a second one against the data before
+/// the patch (v1/storage/inmem/txn.go). `None` if `value` is as small.
 pub fn merge<'a>(edits: &'a [Arc<Edit>], value: &[u8]) -> Option<Vec<(&'a str, Option<&'a str>)>> {
     let mut merged: Vec<(&Op, bool)> = Vec::new();
     for op in edits.iter().flat_map(|edit| &edit.ops) {
@@ -119,7 +114,6 @@ pub fn merge<'a>(edits: &'a [Arc<Edit>], value: &[u8]) -> Option<Vec<(&'a str, O
     (bytes * 2 <= value.len()).then_some(ops)
 }
 
-/// The members of a JSON object; `None` of anything else.
 fn members(json: &[u8]) -> Option<BTreeMap<String, &RawValue>> {
     if json.first() == Some(&b'{') { serde_json::from_slice(json).ok() } else { None }
 }
@@ -131,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_replaced_where_an_edit_is_no_less() {
+    fn edit_is_none_if_the_value_is_as_small() {
         let long = "x".repeat(300);
         let many: Value =
             (0..9).map(|nth| (nth.to_string(), json!(1))).collect::<serde_json::Map<_, _>>().into();

@@ -1,4 +1,4 @@
-//! What readers see: the view and the log at one moment, with everything that was encoded from them, once.
+//! Published snapshots: a view, its history and a cache of all encodings.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
@@ -32,114 +32,102 @@ use crate::model::{FeedId, Object, Problem, Replicated, Version};
 use crate::policy::analyze::Reads;
 use crate::policy::verdict::Verdicts;
 
-/// Frames kept for agents at different revisions; more than this many are behind only in a storm …
+/// Maximum cached frames of an edition. Only a burst leaves clients at more revisions.
 const FRAMES_MAX: usize = 256;
-/// … and the bytes that they may take together.
 const FRAMES_BYTES_MAX: usize = 64 << 20;
-/// Changed keys whose frame is encoded where it is asked for: about 0.1 ms with values of 1 KB. More is work for a
-/// thread beside those that write.
-const NEAR_KEYS_MAX: usize = 64;
-/// Frames of more keys that are encoded at a time for streams of one bundle that open: a core stays for those who write.
-const FAR_ENCODES_MAX: usize = 1;
-/// Time that a reconcile request waits for others of its bundle: agents retry, or ask another replica.
+/// Maximum changed keys of a frame that is encoded inline: about 0.1 ms with 1 KB values.
+const INLINE_ENCODE_KEYS_MAX: usize = 64;
+/// Maximum large frames of a bundle encoded at a time for opening streams: writers need a core.
+const LARGE_ENCODES_MAX: usize = 1;
+/// Maximum time that a reconcile request waits to be read. Agents retry or ask another replica.
 const RECONCILE_WAIT: Duration = Duration::from_secs(10);
-/// Bytes that one permit to read a reconcile request stands for.
+/// Bytes of a reconcile request for each permit.
 const REQUEST_UNIT: usize = 1 << 10;
 
-/// Which part of a view an archive holds.
+/// Content of an archive.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Part {
     /// Modules and data.
     Whole,
-    /// Modules only.
+    /// Modules.
     Policy,
-    /// Data only.
+    /// Data.
     Data,
 }
 
-/// A bundle: the newest edition for streams, and the one that trails it for archives.
+/// A bundle: the newest edition, and a throttled one for archives.
 pub struct Bundle {
-    /// Of this process; another bundle of the same name has another.
+    /// Unique within the process.
     pub id: u64,
-    /// Its name.
+    /// Bundle name.
     pub name: String,
     head: watch::Sender<Option<Arc<Edition>>>,
     paced: watch::Sender<Option<Arc<Edition>>>,
-    /// How far the source was heard, also where that changed nothing: the head holds all that happened before.
+    /// Observed position of the source. The head contains all changes before it.
     position: Arc<Mutex<Position>>,
     problems: Mutex<Arc<[Problem]>>,
-    /// What of replicated objects travels, and because of whom.
     reading: Arc<Mutex<Arc<Reading>>>,
-    /// What it is made of.
+    /// Feeds.
     pub feeds: Feeds,
-    /// What was said of each ConfigMap.
-    pub verdicts: Verdicts,
+    pub(crate) verdicts: Verdicts,
     segments: Arc<SegmentCache>,
     objects: Arc<OnceLock<Objects>>,
     newest: Arc<OnceLock<Newest>>,
-    /// What was done.
+    /// Counters.
     pub counters: Arc<Counters>,
     pub(crate) budget: Arc<Budget>,
-    /// How it looks from single namespaces; none: everybody gets all of it.
+    /// Namespace views, if enabled.
     pub scopes: Option<Scopes>,
 }
 
-/// What of replicated objects travels, and what policies read, where one follows from the other.
+/// Field masks and the reads behind them.
 #[derive(Default)]
 pub struct Reading {
-    /// What travels.
-    pub kept: Kept,
-    /// What is read.
-    pub reads: Option<Reads>,
+    pub(crate) kept: Kept,
+    pub(crate) reads: Option<Reads>,
 }
 
-/// Lists how new the newest objects of each feed may be.
+/// Returns the newest possible version of each feed's objects.
 pub type Newest = Box<dyn Fn() -> BTreeMap<FeedId, Version> + Send + Sync>;
 
 /// Lists the replicated objects.
 pub type Objects = Box<dyn Fn() -> Replicated + Send + Sync>;
 
-/// What was done since the start.
+/// Totals since the start, and memory.
 #[derive(Default)]
 pub struct Counters {
     /// Editions published.
     pub view_changes: AtomicU64,
     /// Frames encoded.
     pub frame_encodes: AtomicU64,
-    /// Bytes of what the writer remembers of objects.
-    pub projection_bytes: AtomicUsize,
-    /// Bytes of frames that are kept or under way.
+    pub(crate) projection_bytes: AtomicUsize,
+    /// Bytes of frames cached or being sent.
     pub frame_bytes: Arc<AtomicUsize>,
-    /// Bytes of reconcile answers that are cached or being sent, besides what archives share.
+    /// Bytes of reconcile answers cached or being sent, without shared content.
     pub answer_bytes: Arc<AtomicUsize>,
     /// Archives encoded.
     pub snapshot_encodes: AtomicU64,
     /// Reconcile answers encoded.
     pub reconcile_encodes: AtomicU64,
-    /// Streams of agents that are open.
-    pub agents: AtomicI64,
+    pub(crate) agents: AtomicI64,
     /// Archives sent, by [`Part`].
-    pub snapshots: [AtomicU64; 3],
-    /// Native deltas sent.
-    pub native_deltas: AtomicU64,
-    /// Reconcile requests answered.
-    pub reconciles: AtomicU64,
-    /// Streams refused because their revision is unknown.
-    pub unknown_revisions: AtomicU64,
+    pub(crate) snapshots: [AtomicU64; 3],
+    pub(crate) native_deltas: AtomicU64,
+    pub(crate) reconciles: AtomicU64,
+    pub(crate) unknown_revisions: AtomicU64,
 }
 
-/// See the module's text.
+/// A published snapshot.
 pub struct Edition {
-    /// The content.
+    /// Content.
     pub view: View,
-    /// When it was published.
-    pub published: SystemTime,
+    pub(crate) published: SystemTime,
     bounds: Mutex<Bounds>,
     bundle: String,
     log: Log,
     frames: Mutex<Frames>,
     archives: [Arc<OnceCell<Archive>>; 3],
-    /// By request. The requests that wait and the [`Budget`] own them.
+    /// Owned by waiting requests and the [`Budget`].
     answers: Mutex<HashMap<Digest, Weak<Answer>>>,
     segments: Arc<SegmentCache>,
     objects: Arc<OnceLock<Objects>>,
@@ -147,52 +135,50 @@ pub struct Edition {
     budget: Arc<Budget>,
 }
 
-/// Bounds the memory and the threads that a bundle's clients take, over all its namespaces.
+/// Limits memory and threads for all clients of a bundle.
 pub(crate) struct Budget {
-    /// Turns to encode frames of many keys for streams that open.
     pub(crate) large_encodes: Semaphore,
-    /// Turns to encode reconcile answers.
     reconcile_encodes: Arc<Semaphore>,
-    /// Reconcile requests, in [`REQUEST_UNIT`]s.
+    /// In [`REQUEST_UNIT`]s.
     requests: Semaphore,
-    /// Cached reconcile answers, the oldest first.
+    /// Oldest first.
     answers: Mutex<VecDeque<Arc<Answer>>>,
 }
 
-/// The answer to all reconcile requests that are the same.
+/// Answer to equal reconcile requests.
 #[derive(Default)]
 struct Answer {
-    /// Locked by the request that waits for a turn; the next one follows if its client leaves.
+    /// Locked until the answer is encoded. If the client disconnects, the next request takes over.
     first: tokio::sync::Mutex<()>,
     archive: OnceLock<(Archive, IsWidened)>,
 }
 
-/// Whether an answer holds objects as they were when it was encoded, which may be newer than its edition.
+/// Whether an answer has objects as of its encoding, newer than its edition.
 pub type IsWidened = bool;
 
-/// Frames to an edition, by where they lead from.
+/// Frames by start revision.
 type Frames = HashMap<Revision, Arc<OnceLock<Option<Bytes>>>>;
 
-/// Encoded bytes, counted until the last reference is dropped.
-struct Counted {
+/// Bytes counted until the last reference is dropped.
+struct MeteredBytes {
     bytes: Bytes,
     live: Arc<AtomicUsize>,
 }
 
-impl Counted {
+impl MeteredBytes {
     fn bytes(bytes: Bytes, live: &Arc<AtomicUsize>) -> Bytes {
         live.fetch_add(bytes.len(), Ordering::Relaxed);
         Bytes::from_owner(Self { bytes, live: Arc::clone(live) })
     }
 }
 
-impl AsRef<[u8]> for Counted {
+impl AsRef<[u8]> for MeteredBytes {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
     }
 }
 
-impl Drop for Counted {
+impl Drop for MeteredBytes {
     fn drop(&mut self) {
         self.live.fetch_sub(self.bytes.len(), Ordering::Relaxed);
     }
@@ -201,7 +187,7 @@ impl Drop for Counted {
 impl Default for Budget {
     fn default() -> Self {
         Self {
-            large_encodes: Semaphore::new(FAR_ENCODES_MAX),
+            large_encodes: Semaphore::new(LARGE_ENCODES_MAX),
             reconcile_encodes: Arc::new(Semaphore::new(RECONCILE_ENCODES_MAX)),
             requests: Semaphore::new(RECONCILE_REQUESTS_MAX / REQUEST_UNIT),
             answers: Mutex::default(),
@@ -210,7 +196,7 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// Whether one more answer may be encoded while `live` bytes of them exist. The cache makes room where it can.
+    /// Whether another answer may be encoded. Clears the cache if needed.
     fn has_room(&self, live: &AtomicUsize) -> bool {
         let has_room = || live.load(Ordering::Relaxed) <= RECONCILE_LIVE_MAX;
         if !has_room() {
@@ -223,9 +209,9 @@ impl Budget {
         let bytes = |answer: &Arc<Answer>| answer.archive.get().map_or(0, |(archive, _)| archive.bytes);
         let mut answers = self.answers();
         answers.push_back(answer);
-        let mut held: usize = answers.iter().map(bytes).sum();
-        while answers.len() > RECONCILE_CACHE_MAX || held > RECONCILE_CACHE_BYTES_MAX && answers.len() > 1 {
-            held -= answers.pop_front().as_ref().map_or(0, bytes);
+        let mut total: usize = answers.iter().map(bytes).sum();
+        while answers.len() > RECONCILE_CACHE_MAX || total > RECONCILE_CACHE_BYTES_MAX && answers.len() > 1 {
+            total -= answers.pop_front().as_ref().map_or(0, bytes);
         }
     }
 
@@ -234,18 +220,18 @@ impl Budget {
     }
 }
 
-/// What a stream at some revision is told.
+/// Next step for a stream.
 pub enum Next {
-    /// It holds the head.
+    /// The client is at the head.
     UpToDate,
-    /// These events lead to the head.
+    /// Events that lead to the head.
     Frames(Bytes),
-    /// Its revision is not remembered, or is too far away: it must reconcile.
+    /// The revision is unknown or too old: the client must reconcile.
     Unknown,
 }
 
 impl Part {
-    /// `whole`, `policy`, `data`.
+    /// Name of the part.
     pub fn name(self) -> &'static str {
         match self {
             Self::Whole => "whole",
@@ -254,24 +240,22 @@ impl Part {
         }
     }
 
-    /// Whether the part holds the data.
-    pub fn has_data(self) -> bool {
+    pub(crate) fn has_data(self) -> bool {
         self != Self::Policy
     }
 
-    /// Whether the part holds the modules.
-    pub fn has_modules(self) -> bool {
+    pub(crate) fn has_modules(self) -> bool {
         self != Self::Data
     }
 
-    /// Whether the archives of both views hold the same. That of data tells for which modules it is.
+    /// Whether both views have equal archives. Data archives name their modules.
     fn is_same(self, one: &View, other: &View) -> bool {
         self.revision(one) == self.revision(other)
             && one.reads == other.reads
             && (!self.has_data() || one.revision == other.revision)
     }
 
-    /// The revision of this part: changes whenever what OPA takes of its archive does.
+    /// Revision of the content.
     pub fn revision(self, view: &View) -> String {
         match self {
             Self::Whole => view.revision.to_string(),
@@ -282,7 +266,7 @@ impl Part {
 }
 
 impl Bundle {
-    /// A bundle that has nothing to serve yet.
+    /// Creates a bundle without edition.
     pub fn new(name: String, scoped: Option<Scoped>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
@@ -304,7 +288,6 @@ impl Bundle {
         }
     }
 
-    /// A part of it that has nothing to serve yet.
     pub(super) fn part(&self) -> Self {
         let (objects, counters) = (Arc::clone(&self.objects), Arc::clone(&self.counters));
         let newest = Arc::clone(&self.newest);
@@ -322,47 +305,45 @@ impl Bundle {
         }
     }
 
-    /// What whoever asks from `namespace` gets.
+    /// The bundle as seen by streams from `namespace`.
     pub fn of(self: &Arc<Self>, namespace: Option<&str>) -> Result<Arc<Self>, scopes::Error> {
         self.scopes.as_ref().map_or_else(|| Ok(Arc::clone(self)), |scopes| scopes.of(self, namespace))
     }
 
-    /// The same for a reader that takes one answer.
+    /// The bundle as seen by a single request from `namespace`.
     pub fn once(self: &Arc<Self>, namespace: Option<&str>) -> Result<Arc<Self>, scopes::Error> {
         self.scopes.as_ref().map_or_else(|| Ok(Arc::clone(self)), |scopes| scopes.once(self, namespace))
     }
 
-    /// Waits until a reconcile request of so many bytes may be read; `None` if that takes too long. What is returned lasts
-    /// until it was answered.
-    pub async fn admit_reconcile(&self, bytes: usize) -> Option<SemaphorePermit<'_>> {
+    /// Reserves memory for a request of `bytes`. `None` on timeout.
+    pub(crate) async fn admit_reconcile(&self, bytes: usize) -> Option<SemaphorePermit<'_>> {
         let units = bytes.clamp(RECONCILE_REQUEST_MIN, RECONCILE_BYTES_MAX).div_ceil(REQUEST_UNIT);
         let units = u32::try_from(units).expect("a request is a few thousand units");
-        let turn =
+        let permit =
             tokio::time::timeout(RECONCILE_WAIT, self.budget.requests.acquire_many(units)).await.ok()?;
-        Some(turn.expect("it is never closed"))
+        Some(permit.expect("the semaphore is never closed"))
     }
 
-    /// Whether anybody waits for a newer edition, besides [`pace`](Self::pace).
+    /// Whether anything but [`pace`](Self::pace) receives editions.
     pub(super) fn is_read(&self) -> bool {
         self.head.receiver_count() > 1 || self.paced.receiver_count() > 0
     }
 
-    /// Who has the whole objects: said once, by the writer.
+    /// Sets the lister of replicated objects, once.
     pub fn set_objects(&self, objects: Objects) {
         _ = self.objects.set(objects);
     }
 
-    /// The replicated objects that there are, whole, each with the place of its resource.
+    /// Unpruned replicated objects, each with its resource's place.
     pub fn objects(&self) -> Vec<(DirPath, Object)> {
         self.replicated().objects
     }
 
-    /// Lists how new the newest objects of each feed may be: called once, by the writer.
-    pub fn set_newest(&self, newest: Newest) {
+    pub(crate) fn set_newest(&self, newest: Newest) {
         _ = self.newest.set(newest);
     }
 
-    /// How new the newest object of the source may be.
+    /// Newest possible version of all objects.
     pub fn newest(&self) -> Position {
         let mut newest = Position::default();
         for (id, Version(version)) in self.newest.get().map(|newest| newest()).unwrap_or_default() {
@@ -377,11 +358,11 @@ impl Bundle {
         self.objects.get().map(|objects| objects()).unwrap_or_default()
     }
 
-    /// Makes `view`, which lies within `bounds`, the newest edition.
+    /// Publishes `view`, which is within `bounds`.
     pub fn publish(&self, view: View, log: Log, bounds: Bounds) {
         self.counters.view_changes.fetch_add(1, Ordering::Relaxed);
         let before = self.head.borrow().clone();
-        // A part that did not change keeps its archive.
+        // Unchanged parts share their archives.
         let archives = [Part::Whole, Part::Policy, Part::Data].map(|part| {
             let same = before.as_ref().filter(|before| part.is_same(&before.view, &view));
             same.map(|before| Arc::clone(&before.archives[part as usize])).unwrap_or_default()
@@ -407,11 +388,11 @@ impl Bundle {
         }
     }
 
-    /// Its head holds all that happened before this, and is as of then: what came and went meanwhile is not to come again.
-    pub fn set_position(&self, position: &Position) {
+    /// Advances the observed position without publishing. The head contains all changes before it.
+    pub(crate) fn set_position(&self, position: &Position) {
         let before = {
-            let mut held = self.position.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *held, position.clone())
+            let mut current = self.position.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *current, position.clone())
         };
         self.advance(position);
         if let Some(scopes) = self.scopes.as_ref().filter(|_| position.is_behind(&before)) {
@@ -419,7 +400,7 @@ impl Bundle {
         }
     }
 
-    /// Moves the head to `position`, and what archives are made of where the source went back.
+    /// Moves the head to `position`. The archived edition moves only if the source went back.
     pub(super) fn advance(&self, position: &Position) {
         let (head, paced) = (self.head.borrow().clone(), self.paced.borrow().clone());
         if let Some(head) = head
@@ -434,20 +415,19 @@ impl Bundle {
         }
     }
 
-    /// How new `edition` may be: as new as its bundle is now, while it is the head.
-    pub fn newest_of(&self, edition: &Arc<Edition>) -> Position {
+    /// Newest position of `edition`. The head is as new as its bundle.
+    pub(crate) fn newest_of(&self, edition: &Arc<Edition>) -> Position {
         let position = self.position();
         let is_head = self.head.borrow().as_ref().is_some_and(|head| Arc::ptr_eq(head, edition));
         if is_head { position.after(&edition.newest()) } else { edition.newest() }
     }
 
-    /// How far the source was heard: its head, whichever is that from now on, holds all that happened before.
+    /// Observed position of the source.
     pub fn position(&self) -> Position {
         self.position.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Bytes of its parts, each by its name.
-    pub fn memory(&self) -> [(&'static str, usize); 8] {
+    pub(crate) fn memory(&self) -> [(&'static str, usize); 8] {
         let head = self.head.borrow().clone();
         let (entries, modules) = head.as_ref().map(|head| head.view.memory()).unwrap_or_default();
         let load = |bytes: &AtomicUsize| bytes.load(Ordering::Relaxed);
@@ -463,31 +443,28 @@ impl Bundle {
         ]
     }
 
-    /// What is refused from now on.
-    pub fn set_problems(&self, problems: Vec<Problem>) {
-        let mut held = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
-        if **held != *problems {
-            *held = problems.into();
+    pub(crate) fn set_problems(&self, problems: Vec<Problem>) {
+        let mut current = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        if **current != *problems {
+            *current = problems.into();
         }
     }
 
-    /// What is refused.
+    /// Rejected objects.
     pub fn problems(&self) -> Arc<[Problem]> {
         self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What travels from now on.
-    pub fn set_reading(&self, reading: Reading) {
+    pub(crate) fn set_reading(&self, reading: Reading) {
         *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(reading);
     }
 
-    /// What travels, and because of whom.
-    pub fn reading(&self) -> Arc<Reading> {
+    pub(crate) fn reading(&self) -> Arc<Reading> {
         self.reading.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What each replicated resource costs. Takes as long as all its objects are many.
-    pub fn forecast(&self) -> Vec<forecast::Resource> {
+    /// Cost of each replicated resource. Reads all replicated objects.
+    pub(crate) fn forecast(&self) -> Vec<forecast::Resource> {
         let (reading, edition) = (self.reading(), self.head.borrow().clone());
         let Some(edition) = edition else { return Vec::new() };
         let mut places: BTreeMap<DirPath, Vec<Sample>> = BTreeMap::new();
@@ -499,28 +476,26 @@ impl Bundle {
                 places.entry(place).or_default().push(sample);
             }
         }
-        let of = |(place, objects): (DirPath, Vec<Sample>)| {
+        let resource = |(place, objects): (DirPath, Vec<Sample>)| {
             let scope = Some(objects.iter().all(|object| object.namespace.is_empty()));
             forecast::resource(&place, scope, reading.kept.of(&place), reading.reads.as_ref(), &objects)
         };
-        places.into_iter().map(of).collect()
+        places.into_iter().map(resource).collect()
     }
 
-    /// The newest edition; none before every source has listed once (I5).
+    /// The newest edition, `None` until all sources have listed (I5).
     pub fn head(&self) -> watch::Receiver<Option<Arc<Edition>>> {
         self.head.subscribe()
     }
 
-    /// The edition that archives of `part` are made of. Those with data trail the head, see [`pace`](Self::pace);
-    /// policies are small and change seldom.
+    /// The edition for archives of `part`. With data, see [`pace`](Self::pace).
     pub fn archived(&self, part: Part) -> watch::Receiver<Option<Arc<Edition>>> {
         if part.has_data() { self.paced.subscribe() } else { self.head.subscribe() }
     }
 
-    /// Hands editions on to [`archived`](Self::archived): at once after a quiet time, else one in
-    /// [`SNAPSHOT_INTERVAL`].
+    /// Passes editions to [`archived`](Self::archived), at most one in [`SNAPSHOT_INTERVAL`].
     pub fn pace(self: &Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
-        // At once: it counts among the readers.
+        // Subscribes at once, for `is_read`.
         let (bundle, mut head) = (Arc::clone(self), self.head());
         async move {
             loop {
@@ -538,12 +513,11 @@ impl Bundle {
 }
 
 impl Edition {
-    /// How it came to be.
     pub(super) fn log(&self) -> &Log {
         &self.log
     }
 
-    /// It holds nothing that happened after this.
+    /// Position that no content is newer than.
     pub fn newest(&self) -> Position {
         self.bounds().newest.clone()
     }
@@ -552,82 +526,79 @@ impl Edition {
         self.bounds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// It is still the head, and its bundle [is at](Bundle::position) `here`. Frames are told as of then, if they have to
-    /// be for somebody who is as of `there`: those that were encoded before may be too old for that.
-    pub fn tell_as_of(&self, here: &Position, there: &Position) {
+    /// Raises the position of this head to `current` if a client at `required` needs it. Drops frames with the older
+    /// position.
+    pub fn tell_as_of(&self, current: &Position, required: &Position) {
         let mut bounds = self.bounds();
-        if bounds.all.is_behind(there) && bounds.all.is_behind(here) {
-            let newest = here.clone().after(&bounds.newest);
-            *bounds = Bounds { all: here.clone(), newest };
+        if bounds.all.is_behind(required) && bounds.all.is_behind(current) {
+            let newest = current.clone().after(&bounds.newest);
+            *bounds = Bounds { all: current.clone(), newest };
             self.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
     }
 
-    /// What would go back in time at an agent that holds `held` as of `there`, where the source was heard up to `here`
-    /// before this edition was taken. One whose revision is not known here is not known to go back.
-    pub fn lag(&self, held: Revision, here: &Position, there: &Position) -> Option<Lag> {
-        if !here.is_behind(there) {
+    /// Content that this edition would revert at a client with revision `from`, observed at `required`. `current` is
+    /// the bundle's position before this edition was read. `None` if there is none, or `from` is unknown.
+    pub fn lag(&self, from: Revision, current: &Position, required: &Position) -> Option<Lag> {
+        if !current.is_behind(required) {
             return None;
         }
-        let modules = held.modules != self.view.revision.modules;
-        if held.data == self.view.revision.data {
-            return here.lag(there, std::iter::empty(), modules);
+        let modules = from.modules != self.view.revision.modules;
+        if from.data == self.view.revision.data {
+            return current.lag(required, std::iter::empty(), modules);
         }
-        here.lag(there, self.log.dirs_since(held.data)?, modules)
+        current.lag(required, self.log.dirs_since(from.data)?, modules)
     }
 
-    /// The same for the sender of a reconcile request, whose modules are of the digest `modules` where it knows.
+    /// [`lag`](Self::lag) for a reconcile request. `modules` is the digest of the client's modules, if known.
     pub fn lag_of(
         &self,
-        held: &Reconcile,
+        request: &Reconcile,
         modules: Option<Digest>,
-        here: &Position,
-        there: &Position,
+        current: &Position,
+        required: &Position,
     ) -> Option<Lag> {
         let dirs = &self.view.dirs;
-        let gone = held.dirs.keys().filter(|dir| !dirs.contains_key(*dir));
-        let other = dirs.iter().filter(|(path, dir)| held.dirs.get(*path) != Some(&dir.digest));
-        let differ = gone.chain(other.map(|(path, _)| path));
-        here.lag(there, differ, modules != Some(self.view.revision.modules))
+        let removed = request.dirs.keys().filter(|dir| !dirs.contains_key(*dir));
+        let changed = dirs.iter().filter(|(path, dir)| request.dirs.get(*path) != Some(&dir.digest));
+        let differing = removed.chain(changed.map(|(path, _)| path));
+        current.lag(required, differing, modules != Some(self.view.revision.modules))
     }
 
-    /// Whether what leads from `held` to this edition is at hand, or little to encode.
-    pub fn is_near(&self, held: Revision) -> bool {
-        held == self.view.revision || self.log.data_keys_since(held.data) <= NEAR_KEYS_MAX || {
+    /// Whether the frame from `from` is cached or cheap to encode.
+    pub(crate) fn is_near(&self, from: Revision) -> bool {
+        from == self.view.revision || self.log.data_keys_since(from.data) <= INLINE_ENCODE_KEYS_MAX || {
             let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
-            frames.get(&held).is_some_and(|frame| frame.get().is_some())
+            frames.get(&from).is_some_and(|frame| frame.get().is_some())
         }
     }
 
-    /// Frames take all the memory that they may: none of those far away is encoded.
-    pub fn is_full(&self) -> bool {
+    /// Whether large frames must wait for memory.
+    pub(crate) fn is_full(&self) -> bool {
         self.counters.frame_bytes.load(Ordering::Relaxed) > FRAMES_LIVE_MAX
     }
 
-    /// Gives up the frames that are kept in case that somebody asks for them again. Else those of a namespace stay until
-    /// something changes in it.
+    /// Drops cached frames, which would remain cached in a quiet namespace.
     pub fn forget_frames(&self) {
         self.frames.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// [`next`](Self::next), beside the threads that write and for a few of the bundle at a time, unless it
-    /// [is near](Self::is_near). Dropped while it waits, it takes no turn.
-    pub async fn next_beside(self: &Arc<Self>, held: Revision) -> Next {
-        if self.is_near(held) {
-            return self.next(held);
+    /// Returns [`next`](Self::next). Large frames are encoded on a blocking thread, few at a time.
+    pub(crate) async fn next_beside(self: &Arc<Self>, from: Revision) -> Next {
+        if self.is_near(from) {
+            return self.next(from);
         }
-        let _turn = self.budget.large_encodes.acquire().await.expect("it is never closed");
-        // Another one may have had it encoded meanwhile.
-        if self.is_near(held) {
-            return self.next(held);
+        let _permit = self.budget.large_encodes.acquire().await.expect("the semaphore is never closed");
+        if self.is_near(from) {
+            return self.next(from);
         }
         let edition = Arc::clone(self);
-        tokio::task::spawn_blocking(move || edition.next(held)).await.expect("encoding does not panic")
+        tokio::task::spawn_blocking(move || edition.next(from)).await.expect("encoding does not panic")
     }
 
-    /// What leads an agent from `held` to this edition. Encoded once for all who are at `held` (I4).
-    pub fn next(&self, held: Revision) -> Next {
-        if held == self.view.revision {
+    /// Next step for a client at `from`. Each frame is encoded once (I4).
+    pub fn next(&self, from: Revision) -> Next {
+        if from == self.view.revision {
             return Next::UpToDate;
         }
         let cell = {
@@ -638,57 +609,54 @@ impl Edition {
             {
                 frames.clear();
             }
-            Arc::clone(frames.entry(held).or_default())
+            Arc::clone(frames.entry(from).or_default())
         };
         let frame = cell.get_or_init(|| {
             let bounds = self.bounds().clone();
-            let frame = frame::encode(&self.view, &self.log, &bounds, held);
+            let frame = frame::encode(&self.view, &self.log, &bounds, from);
             self.counters.frame_encodes.fetch_add(u64::from(frame.is_some()), Ordering::Relaxed);
-            frame.map(|frame| Counted::bytes(frame.into(), &self.counters.frame_bytes))
+            frame.map(|frame| MeteredBytes::bytes(frame.into(), &self.counters.frame_bytes))
         });
         frame.clone().map_or(Next::Unknown, Next::Frames)
     }
 
-    /// The archive of `part`. Encoded once, however many ask (I4).
+    /// Archive of `part`, encoded once (I4).
     pub async fn archive(self: &Arc<Self>, part: Part) -> Archive {
         let edition = Arc::clone(self);
         let cell = Arc::clone(&self.archives[part as usize]);
-        once(cell, move || {
+        encode_once(cell, move || {
             edition.counters.snapshot_encodes.fetch_add(1, Ordering::Relaxed);
             snapshot::whole(&edition.view, part, &edition.bundle, &edition.segments)
         })
         .await
     }
 
-    /// The archive of what the sender of `held` lacks; none while answers take all the memory that they may. Encoded once
-    /// for all who hold the same, and for a few others at a time: dropped while it waits, it takes no turn. While modules
-    /// decide there that read more than those here, it holds what both read (I10): the sender asks again once they are
-    /// gone.
-    pub async fn reconcile(self: &Arc<Self>, held: Reconcile) -> Option<(Archive, IsWidened)> {
+    /// Archive of what the client of `request` lacks; `None` if answers use all their memory. Equal requests share one
+    /// encoding. The archive has all fields that the client's modules read until they are replaced (I10).
+    pub async fn reconcile(self: &Arc<Self>, request: Reconcile) -> Option<(Archive, IsWidened)> {
         let mut hasher = Hasher::default();
-        hasher.part(&serde_json::to_vec(&held).expect("a request has text keys only"));
+        hasher.part(&serde_json::to_vec(&request).expect("a request has text keys only"));
         let answer = self.answer(hasher.finish());
         let _first = answer.first.lock().await;
         if let Some(archive) = answer.archive.get() {
             return Some(archive.clone());
         }
-        let turns = Arc::clone(&self.budget.reconcile_encodes);
-        let turn = turns.acquire_owned().await.expect("it is never closed");
+        let permits = Arc::clone(&self.budget.reconcile_encodes);
+        let permit = permits.acquire_owned().await.expect("the semaphore is never closed");
         if !self.budget.has_room(&self.counters.answer_bytes) {
             return None;
         }
         let (edition, encoding) = (Arc::clone(self), Arc::clone(&answer));
-        // It ends even if the client leaves: the next one would begin anew.
+        // Completes if the client disconnects, for the next request.
         let encoded = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
-            let archive = encoding.archive.get_or_init(|| edition.difference(&held)).clone();
+            let _permit = permit;
+            let archive = encoding.archive.get_or_init(|| edition.difference(&request)).clone();
             edition.budget.cache(encoding);
             archive
         });
         Some(encoded.await.expect("encoding does not panic"))
     }
 
-    /// The answer to the request of this name, encoded or not.
     fn answer(&self, request: Digest) -> Arc<Answer> {
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(answer) = answers.get(&request).and_then(Weak::upgrade) {
@@ -702,54 +670,55 @@ impl Edition {
         answer
     }
 
-    fn difference(&self, held: &Reconcile) -> (Archive, IsWidened) {
+    fn difference(&self, request: &Reconcile) -> (Archive, IsWidened) {
         self.counters.reconcile_encodes.fetch_add(1, Ordering::Relaxed);
-        let wider = self.wider(held);
-        let is_widened = wider.is_some();
-        let mut archive = snapshot::difference(wider.as_ref().unwrap_or(&self.view), held, &self.segments);
+        let widened = self.widened_for(request);
+        let is_widened = widened.is_some();
+        let mut archive =
+            snapshot::difference(widened.as_ref().unwrap_or(&self.view), request, &self.segments);
         for piece in &mut archive.pieces {
-            // The others are cached segments.
+            // Others are cached segments.
             if piece.is_unique() {
-                *piece = Counted::bytes(std::mem::take(piece), &self.counters.answer_bytes);
+                *piece = MeteredBytes::bytes(std::mem::take(piece), &self.counters.answer_bytes);
             }
         }
         (archive, is_widened)
     }
 
-    /// What is read here, and with it what is read at the sender of `held`; none where all objects come whole.
-    fn masks(&self, held: &Reconcile) -> Option<(Kept, Kept)> {
-        let own = Kept::parse(self.view.reads.as_deref()?).ok()?;
-        let mut both = own.clone();
-        let sane = |reads: &&String| held.reads.len() <= READS_MAX && reads.len() <= READS_BYTES_MAX;
-        let parse = |reads| Some(reads).filter(sane).and_then(|reads| Kept::parse(reads).ok());
-        let readers: Option<Vec<_>> = held.reads.iter().map(parse).collect();
+    /// Masks of this hub, and their union with the client's. `None` if objects are served whole.
+    fn masks(&self, request: &Reconcile) -> Option<(Kept, Kept)> {
+        let served = Kept::parse(self.view.reads.as_deref()?).ok()?;
+        let mut union = served.clone();
+        let is_bounded = |reads: &&String| request.reads.len() <= READS_MAX && reads.len() <= READS_BYTES_MAX;
+        let parse = |reads| Some(reads).filter(is_bounded).and_then(|reads| Kept::parse(reads).ok());
+        let readers: Option<Vec<_>> = request.reads.iter().map(parse).collect();
         match readers {
-            Some(readers) if !readers.is_empty() => readers.iter().for_each(|reads| both.join(reads)),
-            _ if held.dirs.is_empty() && held.modules.as_ref().is_none_or(BTreeMap::is_empty) => {}
-            // Its policies were told to expect whole objects, or in words that are not ours.
-            _ => both.join_alike(&Fields::all()),
+            Some(readers) if !readers.is_empty() => readers.iter().for_each(|reads| union.join(reads)),
+            _ if request.dirs.is_empty() && request.modules.as_ref().is_none_or(BTreeMap::is_empty) => {}
+            // The client expects whole objects, or its masks are unreadable.
+            _ => union.join_alike(&Fields::all()),
         }
-        Some((own, both))
+        Some((served, union))
     }
 
-    /// This view with all that is read at the sender of `held` too, where that is more.
-    fn wider(&self, held: &Reconcile) -> Option<View> {
-        let (own, both) = self.masks(held)?;
-        // Resources that its older policies may read and that are gone here: it keeps what it has of them.
-        let named: BTreeSet<_> = own.places().collect();
-        let gone = |dir: &DirPath| both.places().any(|place| !named.contains(place) && dir.is_within(place));
-        let is_taken = |dir: &DirPath| {
+    /// This view with the fields that the client needs in addition. `None` if there are none.
+    fn widened_for(&self, request: &Reconcile) -> Option<View> {
+        let (served, union) = self.masks(request)?;
+        // Older modules may read resources that this hub removed: the client retains them.
+        let named: BTreeSet<_> = served.places().collect();
+        let is_removed =
+            |dir: &DirPath| union.places().any(|place| !named.contains(place) && dir.is_within(place));
+        let is_occupied = |dir: &DirPath| {
             let mut outer = std::iter::successors(Some(dir.clone()), DirPath::parent);
             let has_inner = || within(&self.view.dirs, dir).next().is_some();
             outer.any(|outer| self.view.dirs.contains_key(&outer)) || has_inner()
         };
-        let stay = held.dirs.iter().filter(|(dir, _)| gone(dir) && !is_taken(dir));
-        let stay: Vec<_> =
-            stay.map(|(dir, digest)| (dir.clone(), Arc::new(Directory::elsewhere(*digest)))).collect();
+        let retained = request.dirs.iter().filter(|(dir, _)| is_removed(dir) && !is_occupied(dir));
+        let retained: Vec<_> =
+            retained.map(|(dir, digest)| (dir.clone(), Arc::new(Directory::elsewhere(*digest)))).collect();
         let mut batch = Batch::default();
-        if !own.includes(&both) {
+        if !served.includes(&union) {
             let Replicated { objects, places, .. } = self.objects.get()?();
-            // An object that is gone cannot be widened, and goes.
             for (path, dir) in places.iter().flat_map(|place| within(&self.view.dirs, place)) {
                 let entries = dir.chunks.iter().flat_map(|chunk| &chunk.entries);
                 entries.for_each(|entry| batch.entry(path, entry.key.clone(), None));
@@ -757,30 +726,31 @@ impl Edition {
             for (place, object) in objects {
                 let (Some(dir), name) = (directory(&place, &object.key), &object.key.name) else { continue };
                 if self.view.dirs.get(&dir).is_some_and(|dir| dir.get(name).is_some()) {
-                    // One that cannot be cut was refused, and stays away.
-                    let Ok(json) = both.of(&place).cut_object(&object.json) else { continue };
+                    // An object that cannot be pruned was rejected before.
+                    let Ok(json) = union.of(&place).cut_object(&object.json) else { continue };
                     batch.entry(&dir, name.clone(), Some(json));
                 }
             }
         }
-        let wider = self.view.apply(batch).map(|(view, _)| view);
-        if stay.is_empty() {
-            return wider;
+        let widened = self.view.apply(batch).map(|(view, _)| view);
+        if retained.is_empty() {
+            return widened;
         }
-        let view = wider.as_ref().unwrap_or(&self.view);
+        let view = widened.as_ref().unwrap_or(&self.view);
         let dirs = view.dirs.iter().map(|(path, dir)| (path.clone(), Arc::clone(dir)));
-        Some(view.with_dirs(dirs.chain(stay).collect()))
+        Some(view.with_dirs(dirs.chain(retained).collect()))
     }
 
-    /// OPA's own delta from `from`, where OPA can take one.
-    pub fn native_delta(&self, from: Revision) -> Option<Archive> {
+    pub(crate) fn native_delta(&self, from: Revision) -> Option<Archive> {
         delta::encode(&self.view, &self.log, from, &self.bundle)
     }
 }
 
-/// What is in the cell, encoded by the first who asks, on a thread for long work. Whoever goes away meanwhile does not
-/// stop it: the next would begin anew.
-async fn once(cell: Arc<OnceCell<Archive>>, encode: impl FnOnce() -> Archive + Send + 'static) -> Archive {
+/// Encodes once on a blocking thread, even if the client disconnects.
+async fn encode_once(
+    cell: Arc<OnceCell<Archive>>,
+    encode: impl FnOnce() -> Archive + Send + 'static,
+) -> Archive {
     if let Some(archive) = cell.get() {
         return archive.clone();
     }
@@ -793,12 +763,12 @@ async fn once(cell: Arc<OnceCell<Archive>>, encode: impl FnOnce() -> Archive + S
 
 #[cfg(test)]
 impl Bundle {
-    /// A bundle with two editions, and the revision of the first, which is far from the second.
+    /// Returns a bundle with two editions and its first revision.
     pub(crate) fn far_from_its_first() -> (Arc<Self>, Revision) {
         let bundle = Self::new("main".into(), None);
         let next = |view: &View, value: &'static str| {
             let mut batch = Batch::default();
-            for key in 0..=NEAR_KEYS_MAX {
+            for key in 0..=INLINE_ENCODE_KEYS_MAX {
                 let value = Bytes::from_static(value.as_bytes());
                 batch.entry(&"/ns/m".parse().unwrap(), format!("k{key}"), Some(value));
             }
@@ -831,19 +801,19 @@ mod tests {
     #[tokio::test]
     async fn bundles_encode_far_frames_independently() {
         let ((busy, held), (idle, _)) = (Bundle::far_from_its_first(), Bundle::far_from_its_first());
-        let _turn = busy.budget.large_encodes.acquire().await.unwrap();
+        let _permit = busy.budget.large_encodes.acquire().await.unwrap();
         assert!(matches!(head(&idle).next_beside(held).await, Next::Frames(_)));
         let head = head(&busy);
-        assert!(poll(pin!(head.next_beside(held))).is_pending(), "its own turn is taken");
+        assert!(poll(pin!(head.next_beside(held))).is_pending(), "its own permit is taken");
         assert_eq!(busy.counters.frame_encodes.load(Ordering::Relaxed), 0);
     }
 
     #[tokio::test]
-    async fn a_request_whose_client_left_takes_no_turn() {
+    async fn disconnected_request_frees_its_permit() {
         let (bundle, _) = Bundle::far_from_its_first();
         let head = head(&bundle);
-        let turns = RECONCILE_ENCODES_MAX.try_into().unwrap();
-        let busy = bundle.budget.reconcile_encodes.acquire_many(turns).await.unwrap();
+        let permits = RECONCILE_ENCODES_MAX.try_into().unwrap();
+        let busy = bundle.budget.reconcile_encodes.acquire_many(permits).await.unwrap();
         let request = |dir: &str| Reconcile {
             dirs: BTreeMap::from([(dir.parse().unwrap(), Digest::of(b""))]),
             ..Reconcile::default()
@@ -877,7 +847,7 @@ mod tests {
         budget.cache(answer(2 * RECONCILE_CACHE_BYTES_MAX));
         assert_eq!(budget.answers().len(), 1, "the newest");
         let live = &bundle.counters.answer_bytes;
-        let sent = Counted::bytes(vec![0_u8; RECONCILE_LIVE_MAX + 1].into(), live);
+        let sent = MeteredBytes::bytes(vec![0_u8; RECONCILE_LIVE_MAX + 1].into(), live);
         assert!(head(&bundle).reconcile(Reconcile::default()).await.is_none());
         assert!(budget.answers().is_empty());
         drop(sent);

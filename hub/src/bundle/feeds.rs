@@ -1,4 +1,4 @@
-//! What each feed of a bundle was told and what came of it.
+//! Status of each watch of a bundle.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,73 +7,69 @@ use std::time::Duration;
 use crate::model::{self, FeedId};
 use crate::store;
 
-/// By feed; none: it ended. Cloning shares them.
+/// By feed, `None` if closed. Clones share the content.
 #[derive(Clone, Default)]
 pub struct Feeds(Arc<Mutex<Vec<Option<Arc<Feed>>>>>);
 
-/// A feed whose source was not heard for too long.
+/// A feed without recent response from its source.
 #[derive(Debug)]
 pub struct Stale {
-    /// Its name.
-    pub feed: String,
-    /// Since so long.
-    pub silent: Duration,
+    pub(crate) feed: String,
+    pub(crate) silent: Duration,
 }
 
 impl std::fmt::Display for Stale {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} was not heard for {} s", self.feed, self.silent.as_secs())
+        write!(f, "no response from {} for {} s", self.feed, self.silent.as_secs())
     }
 }
 
-/// One feed.
+/// Status of a feed.
 pub struct Feed {
-    /// Its name.
+    /// Display name.
     pub name: String,
-    /// What it is called in positions.
+    /// Name in positions.
     pub position_name: String,
-    /// What its watch said, which may serve others too.
-    pub watch: Arc<store::Counters>,
-    /// Objects and keys of which something changed for OPAs.
+    /// Counters of the watch, which bundles share.
+    pub(crate) watch: Arc<store::Counters>,
+    /// Total changed objects and keys.
     pub changes: AtomicU64,
 }
 
 impl Feeds {
-    /// The feeds that there are.
+    /// Open feeds.
     pub fn list(&self) -> Vec<Arc<Feed>> {
         self.with(|feeds| feeds.iter().flatten().cloned().collect())
     }
 
-    /// The feed whose source said nothing new for longest, where that is too long to trust what it said.
-    pub fn stale(&self) -> Option<Stale> {
+    /// The feed that has been stale for longest.
+    pub(crate) fn stale(&self) -> Option<Stale> {
         self.longest(|_| true)
     }
 
-    /// The same of what positions call `name`.
-    pub fn stale_of(&self, name: &str) -> Option<Stale> {
+    /// The stale feed with this position name.
+    pub(crate) fn stale_of(&self, name: &str) -> Option<Stale> {
         self.longest(|feed| feed.position_name == name)
     }
 
-    /// The same, of those whose source says nothing at all. What refuses one replica something refuses it to all.
-    pub fn silent(&self) -> Option<Stale> {
+    /// The stalest feed, except denied ones: every replica is denied those.
+    pub(crate) fn silent(&self) -> Option<Stale> {
         self.longest(|feed| !feed.watch.is_refused())
     }
 
-    fn longest(&self, of: impl Fn(&Feed) -> bool) -> Option<Stale> {
+    fn longest(&self, matches: impl Fn(&Feed) -> bool) -> Option<Stale> {
         let feeds = self.list();
-        let feeds = feeds.iter().filter(|feed| of(feed));
+        let feeds = feeds.iter().filter(|feed| matches(feed));
         let stale =
             feeds.filter_map(|feed| Some(Stale { silent: feed.watch.stale()?, feed: feed.name.clone() }));
         stale.max_by_key(|stale| stale.silent)
     }
 
-    /// The feed `id`, if it goes on.
-    pub fn of(&self, id: FeedId) -> Option<Arc<Feed>> {
+    pub(crate) fn of(&self, id: FeedId) -> Option<Arc<Feed>> {
         self.with(|feeds| feeds.get(id.0).cloned().flatten())
     }
 
-    /// The feed `id` begins.
-    pub fn open(&self, id: FeedId, feed: &model::Feed, watch: Arc<store::Counters>) {
+    pub(crate) fn open(&self, id: FeedId, feed: &model::Feed, watch: Arc<store::Counters>) {
         self.with(|feeds| {
             if feeds.len() <= id.0 {
                 feeds.resize(id.0 + 1, None);
@@ -83,8 +79,7 @@ impl Feeds {
         });
     }
 
-    /// Ends the feed `id`, if it was open.
-    pub fn close(&self, id: FeedId) {
+    pub(crate) fn close(&self, id: FeedId) {
         self.with(|feeds| feeds.get_mut(id.0).map(Option::take));
     }
 

@@ -1,4 +1,4 @@
-//! Which parts of an object travel: a tree of its fields, and the object cut down to it.
+//! Field masks: the parts of objects that are served.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,30 +12,28 @@ use serde_json::value::RawValue;
 use crate::policy::analyze::{Extent, Step};
 use crate::source::trim::Members;
 
-/// Fields of an object. What a policy asks about a value is whether it is there, of which kind it is, and, where it is
-/// no container, what it is: so much of every value in the tree is kept.
+/// Tree of fields. Values in the tree retain their type, scalars their content.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Fields {
-    /// All below is kept.
+    /// Includes all fields below.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     whole: bool,
-    /// By name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     names: BTreeMap<Arc<str>, Fields>,
-    /// Of every member or element, besides.
+    /// Mask of every member or element, in addition.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     any: Option<Box<Fields>>,
 }
 
-/// Why a text names no field.
+/// Invalid field path.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
-    "{0:?} names no field: write names and dots, [*] for every element, [\"…\"] for odd names, e.g. spec.containers[*].image"
+    "{0:?} names no field; write names and dots, [*] for every element, [\"…\"] for other names, e.g. spec.containers[*].image"
 )]
 pub struct InvalidField(String);
 
 impl Fields {
-    /// Keeps what lies at these paths, and all below.
+    /// Mask of these paths and all below.
     pub fn parse<'a>(paths: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidField> {
         let mut fields = Self::default();
         for path in paths {
@@ -44,17 +42,17 @@ impl Fields {
         Ok(fields)
     }
 
-    /// Everything.
+    /// Mask of all fields.
     pub fn all() -> Self {
         Self { whole: true, ..Self::default() }
     }
 
-    /// Whether everything is kept.
+    /// Whether all fields are included.
     pub fn is_all(&self) -> bool {
         self.whole
     }
 
-    /// Keeps what lies at `steps` too.
+    /// Adds the field at `steps`.
     pub fn insert(&mut self, steps: &[Step], extent: Extent) {
         if self.whole {
             return;
@@ -71,15 +69,15 @@ impl Fields {
         }
     }
 
-    /// Whether whoever reads what `other` keeps finds it here.
-    pub fn includes(&self, other: &Self) -> bool {
+    /// Whether all fields of `other` are included.
+    pub(crate) fn includes(&self, other: &Self) -> bool {
         let has =
-            |(name, fields): (&Arc<str>, &Self)| self.of(name).is_some_and(|held| held.includes(fields));
-        let any = |fields: &Self| self.any.as_ref().is_some_and(|held| held.includes(fields));
+            |(name, fields): (&Arc<str>, &Self)| self.child(name).is_some_and(|mask| mask.includes(fields));
+        let any = |fields: &Self| self.any.as_ref().is_some_and(|mask| mask.includes(fields));
         self.whole || !other.whole && other.names.iter().all(has) && other.any.as_deref().is_none_or(any)
     }
 
-    /// Keeps what `other` keeps too.
+    /// Adds the fields of `other`.
     pub fn join(&mut self, other: &Self) {
         if self.whole {
             return;
@@ -96,7 +94,7 @@ impl Fields {
         }
     }
 
-    /// The ends of the tree.
+    /// Paths of the leaves.
     pub fn paths(&self) -> Vec<(Vec<Step>, Extent)> {
         fn collect(fields: &Fields, path: &mut Vec<Step>, out: &mut Vec<(Vec<Step>, Extent)>) {
             if fields.whole {
@@ -116,29 +114,28 @@ impl Fields {
         paths
     }
 
-    /// What is kept of the member `name`.
-    fn of(&self, name: &str) -> Option<Self> {
+    fn child(&self, name: &str) -> Option<Self> {
         match (self.names.get(name), &self.any) {
             (None, None) => None,
             (Some(fields), None) => Some(fields.clone()),
             (None, Some(any)) => Some((**any).clone()),
             (Some(fields), Some(any)) => {
-                let mut both = fields.clone();
-                both.join(any);
-                Some(both)
+                let mut union = fields.clone();
+                union.join(any);
+                Some(union)
             }
         }
     }
 
-    /// What is kept of an element: of all alike, for an index may be anything.
-    fn of_elements(&self) -> Self {
+    /// Joint mask of all members: an index may be anything.
+    fn element(&self) -> Self {
         let mut fields = Self::default();
         self.names.values().chain(self.any.as_deref()).for_each(|other| fields.join(other));
         fields
     }
 
-    /// An object cut down to these fields.
-    pub fn cut_object(&self, json: &Bytes) -> Result<Bytes, serde_json::Error> {
+    /// Prunes an object.
+    pub(crate) fn cut_object(&self, json: &Bytes) -> Result<Bytes, serde_json::Error> {
         if self.whole {
             return Ok(json.clone());
         }
@@ -147,7 +144,7 @@ impl Fields {
         Ok(Bytes::copy_from_slice(&cut))
     }
 
-    /// Appends `json`, which has no insignificant white space, cut down to these fields.
+    /// Appends `json`, which has no insignificant white space, pruned.
     pub fn cut(&self, json: &str, out: &mut Vec<u8>) -> Result<(), serde_json::Error> {
         match json.as_bytes().first() {
             _ if self.whole => out.extend_from_slice(json.as_bytes()),
@@ -155,7 +152,7 @@ impl Fields {
                 out.push(b'{');
                 let empty = out.len();
                 for (name, value) in &serde_json::from_str::<Members>(json)?.0 {
-                    let Some(fields) = self.of(name.as_ref()) else { continue };
+                    let Some(fields) = self.child(name.as_ref()) else { continue };
                     if out.len() > empty {
                         out.push(b',');
                     }
@@ -168,9 +165,9 @@ impl Fields {
             Some(b'[') => {
                 out.push(b'[');
                 if !self.names.is_empty() || self.any.is_some() {
-                    let fields = self.of_elements();
-                    for (at, value) in serde_json::from_str::<Vec<&RawValue>>(json)?.iter().enumerate() {
-                        if at > 0 {
+                    let fields = self.element();
+                    for (index, value) in serde_json::from_str::<Vec<&RawValue>>(json)?.iter().enumerate() {
+                        if index > 0 {
                             out.push(b',');
                         }
                         fields.cut(value.get(), out)?;
@@ -184,8 +181,8 @@ impl Fields {
     }
 }
 
-/// What a name holds that is written in brackets and quotes.
-const ODD: [char; 6] = ['.', '[', ']', '"', '*', ' '];
+/// A name with one of these is written in brackets and quotes.
+const QUOTED_CHARS: [char; 6] = ['.', '[', ']', '"', '*', ' '];
 
 fn steps(path: &str) -> Option<Vec<Step>> {
     let mut steps = Vec::new();
@@ -202,7 +199,7 @@ fn steps(path: &str) -> Option<Vec<Step>> {
             let from = if steps.is_empty() { rest } else { rest.strip_prefix('.')? };
             let end = from.find(['.', '[']).unwrap_or(from.len());
             let (name, after) = from.split_at(end);
-            if name.is_empty() || name.contains(ODD) {
+            if name.is_empty() || name.contains(QUOTED_CHARS) {
                 return None;
             }
             steps.push(Step::Name(name.into()));
@@ -213,16 +210,16 @@ fn steps(path: &str) -> Option<Vec<Step>> {
 }
 
 impl fmt::Display for Fields {
-    /// As paths, one a line: `metadata.labels.app`, `spec.containers[*].image`; `…` behind what is kept whole.
+    /// One path per line, `…` if all fields below are included.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (steps, extent) in self.paths() {
-            for (at, step) in steps.iter().enumerate() {
+            for (index, step) in steps.iter().enumerate() {
                 match step {
                     Step::Any => f.write_str("[*]")?,
-                    Step::Name(name) if name.is_empty() || name.contains(ODD) => {
+                    Step::Name(name) if name.is_empty() || name.contains(QUOTED_CHARS) => {
                         write!(f, "[{}]", serde_json::Value::from(&**name))?;
                     }
-                    Step::Name(name) => write!(f, "{}{name}", if at == 0 { "" } else { "." })?,
+                    Step::Name(name) => write!(f, "{}{name}", if index == 0 { "" } else { "." })?,
                 }
             }
             writeln!(f, "{}", if extent == Extent::Whole { "…" } else { "" })?;
@@ -235,7 +232,7 @@ impl fmt::Display for Fields {
 mod tests {
     use super::*;
 
-    /// Steps as `a.*.b`; a `!` behind them for whole.
+    /// Paths are written `a.*.b`, with `!` at the end for all below.
     fn check(paths: &[&str], json: &str, expected: &str) {
         let mut fields = Fields::default();
         for path in paths {
@@ -255,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn objects_are_cut_to_their_fields() {
+    fn objects_are_pruned_to_fields() {
         let pod = r#"{"kind":"Pod","metadata":{"labels":{"app":"a","x":"1.50"},"name":"p"},"spec":{"c":[{"image":"i","n":1.50},{"n":2}]}}"#;
         check(&[], pod, "{}");
         check(&["!"], pod, pod);
@@ -277,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_read_as_they_print() {
+    fn printed_paths_parse() {
         let paths = ["metadata.labels", "spec.containers[*].image", "metadata.annotations[\"a/b\"].c"];
         let printed = Fields::parse(paths).unwrap().to_string();
         assert_eq!(printed, "metadata.annotations.a/b.c…\nmetadata.labels…\nspec.containers[*].image…\n");

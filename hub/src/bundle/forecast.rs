@@ -1,4 +1,4 @@
-//! What replicated objects cost: by resource, by namespace, by field, and in the memory of each OPA.
+//! Cost of replicated objects by resource, namespace and field, and in OPA's memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -13,65 +13,58 @@ use crate::policy::analyze::{Extent, Reads, Step};
 use crate::policy::plan::Site;
 use crate::source::trim::Members;
 
-/// Objects of a resource whose fields are weighed: one in so many that there are no more than these.
+/// Maximum objects of a resource whose fields are measured.
 const SAMPLE: usize = 1000;
-/// Fields that are shown of a resource, the heaviest first.
 const FIELDS_SHOWN: usize = 50;
 
-/// An empty OPA 1.22 …
+/// OPA 1.22. `opa-hub-loadtest memory` compares with a real one.
 const OPA_BYTES: u64 = 40 << 20;
-/// … and what each byte of JSON, times a hundred, and each entry adds to what it keeps resident. `opa-hub-loadtest
-/// memory` shows it beside what a real one takes.
 const OPA_PERCENT_OF_JSON: u64 = 620;
-const OPA_BYTES_AN_ENTRY: u64 = 1000;
+const OPA_BYTES_PER_ENTRY: u64 = 1000;
 
-/// A replicated resource.
 #[derive(Serialize, Debug)]
 #[serde(rename_all = "camelCase")]
-pub struct Resource {
-    /// Its path below `data`.
-    pub path: String,
-    /// How many objects.
-    pub objects: usize,
-    /// Bytes of JSON that the source gave.
-    pub whole_bytes: usize,
-    /// Bytes of JSON that travel.
-    pub json_bytes: usize,
-    /// The same by namespace.
-    pub namespaces: BTreeMap<String, usize>,
-    /// What makes these bytes, the heaviest first.
-    pub fields: Vec<Field>,
+pub(crate) struct Resource {
+    /// Path below `data`.
+    pub(crate) path: String,
+    pub(crate) objects: usize,
+    /// Size at the source.
+    pub(crate) whole_bytes: usize,
+    /// Content as served.
+    pub(crate) json_bytes: usize,
+    /// Served bytes by namespace.
+    pub(crate) namespaces: BTreeMap<String, usize>,
+    /// Largest first.
+    pub(crate) fields: Vec<Field>,
 }
 
-/// A field of the objects of a resource.
 #[derive(Serialize, Debug)]
 #[serde(rename_all = "camelCase")]
-pub struct Field {
-    /// `spec.containers[*].image`; `…` behind what travels with all that is below it.
-    pub path: String,
-    /// Bytes that would go without it, estimated from a sample.
-    pub json_bytes: usize,
-    /// Who reads it: `namespace/configmap/key:row:col`.
-    pub readers: Vec<String>,
+pub(crate) struct Field {
+    /// Ends with `…` if all fields below are included.
+    pub(crate) path: String,
+    /// Estimated from a sample.
+    pub(crate) json_bytes: usize,
+    /// `namespace/configmap/key:row:col`.
+    pub(crate) readers: Vec<String>,
 }
 
-/// One object: its namespace, the bytes that the source gave, and what travels.
-pub struct Sample {
-    /// Empty: it belongs to none.
-    pub namespace: Arc<str>,
-    /// As the source gave it.
-    pub whole_bytes: usize,
-    /// As it travels.
-    pub kept: Bytes,
+pub(crate) struct Sample {
+    /// Empty if cluster-scoped.
+    pub(crate) namespace: Arc<str>,
+    /// Size at the source.
+    pub(crate) whole_bytes: usize,
+    /// Content as served.
+    pub(crate) kept: Bytes,
 }
 
-/// Bytes that an OPA needs for so much data.
-pub fn opa_bytes(json_bytes: usize, entries: usize) -> u64 {
-    OPA_BYTES + json_bytes as u64 * OPA_PERCENT_OF_JSON / 100 + entries as u64 * OPA_BYTES_AN_ENTRY
+/// Estimates the resident memory of an OPA with this data.
+pub(crate) fn opa_bytes(json_bytes: usize, entries: usize) -> u64 {
+    OPA_BYTES + json_bytes as u64 * OPA_PERCENT_OF_JSON / 100 + entries as u64 * OPA_BYTES_PER_ENTRY
 }
 
-/// What the resource at `place` costs while `fields` of its `objects` travel, because `reads` says so.
-pub fn resource(
+/// Cost of the resource at `place` if `fields` are served, which follow from `reads`.
+pub(crate) fn resource(
     place: &DirPath,
     scope: IsClusterScoped,
     fields: &Fields,
@@ -83,18 +76,18 @@ pub fn resource(
         *namespaces.entry(object.namespace.to_string()).or_default() += object.kept.len();
     }
     let sampled: Vec<_> = objects.iter().step_by(objects.len().div_ceil(SAMPLE).max(1)).collect();
-    let paths = if fields.is_all() { outline(&sampled) } else { fields.paths() };
+    let paths = if fields.is_all() { top_level_fields(&sampled) } else { fields.paths() };
     let readers = reads.map(|reads| readers(reads, place, scope)).unwrap_or_default();
-    let weigh = |(steps, extent): (Vec<Step>, Extent)| {
+    let measure = |(steps, extent): (Vec<Step>, Extent)| {
         let mut only = Fields::default();
         only.insert(&steps, extent);
-        let bytes: usize = sampled.iter().map(|object| weight(&only, &object.kept)).sum();
+        let bytes: usize = sampled.iter().map(|object| size_of_fields(&only, &object.kept)).sum();
         let path = only.to_string().trim_end().to_owned();
         let readers = readers.get(&steps).or_else(|| readers.get(&Vec::new()));
         let readers = readers.into_iter().flatten().map(ToString::to_string).collect();
         Field { path, json_bytes: bytes * objects.len() / sampled.len().max(1), readers }
     };
-    let mut fields: Vec<_> = paths.into_iter().map(weigh).collect();
+    let mut fields: Vec<_> = paths.into_iter().map(measure).collect();
     fields.sort_by(|one, other| (other.json_bytes, &one.path).cmp(&(one.json_bytes, &other.path)));
     fields.truncate(FIELDS_SHOWN);
     Resource {
@@ -107,13 +100,13 @@ pub fn resource(
     }
 }
 
-fn weight(fields: &Fields, object: &Bytes) -> usize {
-    // Both hold the braces.
+fn size_of_fields(fields: &Fields, object: &Bytes) -> usize {
+    // Without the braces, which remain without the field.
     fields.cut_object(object).map_or(0, |cut| cut.len().saturating_sub(2))
 }
 
-/// The fields of whole objects, two names deep.
-fn outline(objects: &[&Sample]) -> Vec<(Vec<Step>, Extent)> {
+/// Fields of unpruned objects, two levels deep.
+fn top_level_fields(objects: &[&Sample]) -> Vec<(Vec<Step>, Extent)> {
     fn members(json: &str) -> Vec<(String, &str)> {
         let members = serde_json::from_str::<Members>(json).map(|members| members.0).unwrap_or_default();
         members.into_iter().map(|(name, value)| (name.into_owned(), value.get())).collect()
@@ -131,8 +124,8 @@ fn outline(objects: &[&Sample]) -> Vec<(Vec<Step>, Extent)> {
     found.into_iter().map(|steps| (steps, Extent::Whole)).collect()
 }
 
-/// Who reads what of the objects of a resource; those who read objects whole, or all of them, at no steps.
-pub fn readers(
+/// Readers by field. Readers of whole objects have no steps.
+pub(crate) fn readers(
     reads: &Reads,
     place: &DirPath,
     scope: IsClusterScoped,

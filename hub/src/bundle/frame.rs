@@ -1,4 +1,4 @@
-//! Frames: what an agent at an older revision lacks, computed from the head's content and written as events.
+//! Frames: the events that lead a client to the newest view.
 
 use std::collections::BTreeMap;
 
@@ -13,28 +13,27 @@ use super::edit;
 use super::log::{Log, Since};
 use super::view::{View, within};
 
-/// Maximum number of keys and of operations that edit them in a frame, so that it stays one PATCH of an agent.
+/// Maximum keys and edit operations of a frame: an agent applies one PATCH.
 const EDIT_OPS_MAX: usize = PATCH_OPS_MAX / 2;
 
-/// The events that lead from `from` to `view`, which lies within `bounds`: data first, then the modules that may read
-/// it. None when the log no longer reaches back to `from`, when the events are larger than an agent may hold, or when
-/// the modules at `from` read fields that are gone (I10): reconcile then.
-pub fn encode(view: &View, log: &Log, bounds: &Bounds, from: Revision) -> Option<Vec<u8>> {
+/// Encodes data, then the modules that may read it. `None` if the client must reconcile: unknown revision, events too
+/// large, or fields removed that its modules read (I10).
+pub(crate) fn encode(view: &View, log: &Log, bounds: &Bounds, from: Revision) -> Option<Vec<u8>> {
     let mut out = Vec::new();
-    let mut held = from;
-    if held.data != view.revision.data {
-        let since = log.data_since(held.data)?;
-        if since.narrows && held.modules != view.revision.modules {
+    let mut reached = from;
+    if reached.data != view.revision.data {
+        let since = log.data_since(reached.data)?;
+        if since.narrows && reached.modules != view.revision.modules {
             return None;
         }
-        let json = delta(view, &since, bounds, held.data)?;
-        held.data = view.revision.data;
-        write_event(&mut out, held, DELTA_EVENT, &json);
+        let json = delta(view, &since, bounds, reached.data)?;
+        reached.data = view.revision.data;
+        write_event(&mut out, reached, DELTA_EVENT, &json);
     }
-    if held.modules != view.revision.modules {
-        let json = policy(view, &log.modules_since(held.modules)?, bounds, held.modules);
-        held.modules = view.revision.modules;
-        write_event(&mut out, held, POLICY_EVENT, &json);
+    if reached.modules != view.revision.modules {
+        let json = policy(view, &log.modules_since(reached.modules)?, bounds, reached.modules);
+        reached.modules = view.revision.modules;
+        write_event(&mut out, reached, POLICY_EVENT, &json);
     }
     (out.len() <= FRAME_BYTES_MAX).then_some(out)
 }
@@ -45,7 +44,7 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
     let mut digests = BTreeMap::new();
     let keys: usize = since.dirs.values().map(|(_, keys)| keys.len()).sum();
     let mut edit_ops = EDIT_OPS_MAX.saturating_sub(keys);
-    // What goes makes room first, inner directories before outer ones: what comes may lie above or below.
+    // Removes first, inner directories before outer ones: new ones may be above or below.
     for (path, _) in
         since.dirs.iter().rev().filter(|(path, (existed, _))| *existed && !view.dirs.contains_key(*path))
     {
@@ -67,13 +66,13 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
                     Some((key, ops))
                 });
                 let edits: BTreeMap<_, _> = edits.collect();
-                let differ = |key: &str, was: bool| was || dir.get(key).is_some();
+                let differs = |key: &str, existed: bool| existed || dir.get(key).is_some();
                 let whole = keys.iter().filter(|(key, _)| !edits.contains_key(key));
-                let ops = whole.filter(|(key, since)| differ(key, since.existed)).count();
+                let ops = whole.filter(|(key, since)| differs(key, since.existed)).count();
                 if !existed && enclosing(view, path).is_none() {
                     ensure.push(path.clone());
                 }
-                // Replacing is cheaper for OPA than many operations, and for the wire too.
+                // Cheaper than many operations, for OPA and the wire.
                 if !existed || ops * 2 > dir.len() {
                     if patch.len() + dir.json_bytes() > FRAME_BYTES_MAX {
                         return None;
@@ -104,16 +103,15 @@ fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Ve
     let patch = String::from_utf8(patch.into_array()).expect("JSON values are UTF-8");
     let patch = RawValue::from_string(patch).expect("operations are written as JSON");
     let (to, narrows) = (view.revision.data, since.narrows);
-    let (position, newest) = told(bounds);
+    let (position, newest) = position_and_newest(bounds);
     let delta = Delta { from, to, position, newest, ensure, dirs: digests, narrows, ops, patch: &patch };
     Some(serde_json::to_vec(&delta).expect("a frame has text keys only"))
 }
 
-fn told(Bounds { all, newest }: &Bounds) -> (Position, Option<Position>) {
+fn position_and_newest(Bounds { all, newest }: &Bounds) -> (Position, Option<Position>) {
     (all.clone(), (newest != all).then(|| newest.clone()))
 }
 
-/// The map of a replicated resource that `dir` lies in.
 pub(super) fn enclosing<'a>(view: &'a View, dir: &DirPath) -> Option<&'a DirPath> {
     view.ensure.iter().find(|prefix| dir.is_within(prefix))
 }
@@ -121,7 +119,7 @@ pub(super) fn enclosing<'a>(view: &'a View, dir: &DirPath) -> Option<&'a DirPath
 fn policy(view: &View, ids: &[&str], bounds: &Bounds, from: Digest) -> Vec<u8> {
     let reads = view.reads.as_deref().map(str::to_owned);
     let (put, remove) = (BTreeMap::new(), Vec::new());
-    let (position, newest) = told(bounds);
+    let (position, newest) = position_and_newest(bounds);
     let mut policy = Policy { from, to: view.revision.modules, position, newest, put, remove, reads };
     for id in ids {
         match view.modules.get(*id) {

@@ -1,5 +1,4 @@
-//! What of the objects of each replicated resource travels, by the resource's place. As text it goes to agents, which
-//! give it back: until their modules are replaced they keep what those read (I10).
+//! Field masks by resource. Agents return them as text, so that a hub serves the fields that their modules read (I10).
 
 use std::collections::BTreeMap;
 
@@ -9,23 +8,23 @@ use serde::{Deserialize, Serialize};
 use super::fields::Fields;
 use crate::policy::analyze::Reads;
 
-/// See the module's text.
+/// Field mask of each resource.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Kept {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     places: BTreeMap<DirPath, Fields>,
-    /// Of resources that are not named.
+    /// Mask of other resources.
     #[serde(default)]
     others: Fields,
 }
 
-/// Whether the objects of a resource belong to no namespace; none: not known yet.
+/// Whether a resource is cluster-scoped. `None` if unknown.
 pub type IsClusterScoped = Option<bool>;
 
 impl Kept {
-    /// What is read of these resources.
+    /// Masks of the fields that policies read.
     pub fn of_reads(reads: &Reads, resources: impl IntoIterator<Item = (DirPath, IsClusterScoped)>) -> Self {
-        let of = |(place, scope): (DirPath, IsClusterScoped)| {
+        let mask = |(place, scope): (DirPath, IsClusterScoped)| {
             let depths: &[usize] = match scope {
                 Some(true) => &[1],
                 Some(false) => &[2],
@@ -33,51 +32,50 @@ impl Kept {
             };
             let mut fields = Fields::default();
             for depth in depths {
-                fields.join(&read_of(reads, &place, *depth));
+                fields.join(&fields_read(reads, &place, *depth));
             }
             (place, fields)
         };
-        Self { places: resources.into_iter().map(of).collect(), others: Fields::default() }
+        Self { places: resources.into_iter().map(mask).collect(), others: Fields::default() }
     }
 
-    /// These fields of the resources at these places, and of others.
+    /// Masks of named and other resources.
     pub fn new(places: BTreeMap<DirPath, Fields>, others: Fields) -> Self {
         Self { places, others }
     }
 
-    /// Whether everything is kept.
+    /// Whether all fields are included.
     pub fn is_all(&self) -> bool {
         self.others.is_all() && self.places.values().all(Fields::is_all)
     }
 
-    /// The same of every resource.
-    pub fn alike(fields: Fields) -> Self {
+    /// One mask for all resources.
+    pub(crate) fn alike(fields: Fields) -> Self {
         Self { places: BTreeMap::new(), others: fields }
     }
 
-    /// What is kept of the resource at `place`.
+    /// Mask of the resource at `place`.
     pub fn of(&self, place: &DirPath) -> &Fields {
         self.places.get(place).unwrap_or(&self.others)
     }
 
-    /// Names the resource at `place`, of which the same is kept as of those that are not named.
-    pub fn name(&mut self, place: &DirPath) {
+    /// Adds a resource with the default mask.
+    pub(crate) fn name(&mut self, place: &DirPath) {
         if !self.places.contains_key(place) {
             self.places.insert(place.clone(), self.others.clone());
         }
     }
 
-    /// Names the resource at `place` no longer.
-    pub fn forget(&mut self, place: &DirPath) {
+    pub(crate) fn forget(&mut self, place: &DirPath) {
         self.places.remove(place);
     }
 
-    /// The resources that are named.
+    /// Named resources.
     pub fn places(&self) -> impl Iterator<Item = &DirPath> {
         self.places.keys()
     }
 
-    /// Keeps what `other` keeps too.
+    /// Adds the fields of `other`.
     pub fn join(&mut self, other: &Self) {
         for place in other.places.keys().filter(|place| !self.places.contains_key(*place)).collect::<Vec<_>>()
         {
@@ -87,31 +85,30 @@ impl Kept {
         self.others.join(&other.others);
     }
 
-    /// Keeps these fields of every resource too.
-    pub fn join_alike(&mut self, fields: &Fields) {
+    /// Adds these fields to all resources.
+    pub(crate) fn join_alike(&mut self, fields: &Fields) {
         self.join(&Self::alike(fields.clone()));
     }
 
-    /// Whether whoever reads what `other` keeps finds it here.
-    pub fn includes(&self, other: &Self) -> bool {
+    /// Whether all fields of `other` are included.
+    pub(crate) fn includes(&self, other: &Self) -> bool {
         let places = self.places.keys().chain(other.places.keys());
         self.others.includes(&other.others)
             && places.into_iter().all(|place| self.of(place).includes(other.of(place)))
     }
 
-    /// As agents are told.
-    pub fn to_text(&self) -> String {
+    pub(crate) fn to_text(&self) -> String {
         serde_json::to_string(self).expect("places and names are text")
     }
 
-    /// What an agent was told.
+    /// Parses an agent's text.
     pub fn parse(text: &str) -> Result<Self, serde_json::Error> {
         serde_json::from_str(text)
     }
 }
 
-/// Fields that are read of objects that lie `depth` names below `place`.
-fn read_of(reads: &Reads, place: &DirPath, depth: usize) -> Fields {
+/// Fields that are read of objects `depth` names below `place`.
+fn fields_read(reads: &Reads, place: &DirPath, depth: usize) -> Fields {
     let mut fields = Fields::default();
     for (path, extent, _) in reads.of_objects(place, depth) {
         fields.insert(&path, extent);
@@ -132,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn what_includes_what() {
+    fn masks_include_narrower_masks() {
         for (wide, narrow, expected) in [
             (&["a.b"][..], &["a.b"][..], true),
             (&["a"], &["a.b.c", "a[*].d"], true),

@@ -1,8 +1,7 @@
-//! A bounded ring of what changed between two revisions: keys, and small edits of their values.
+//! Bounded history of changed keys and edits.
 //!
-//! A frame is computed from the head's values when somebody at an older revision asks, so a slow agent costs its
-//! position and nothing else. A broadcast queue for each agent would hold every value once more and would have to
-//! choose, when full, between waiting for the slowest and losing what it cannot hold.
+//! Frames use the newest values: a slow client costs no memory. A queue for each client would copy values and, when
+//! full, block or lose them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -14,7 +13,7 @@ use super::edit::Edit;
 use super::view::{Changed, ChangedKey};
 use crate::config::BundleLimits;
 
-/// See the module's text. Cloning copies pointers.
+/// Clones share the commits.
 #[derive(Clone)]
 pub struct Log {
     commits: VecDeque<Arc<Commit>>,
@@ -23,46 +22,40 @@ pub struct Log {
     limits: BundleLimits,
 }
 
-/// One step from a revision to the next.
-pub struct Commit {
+pub(crate) struct Commit {
     before: Revision,
-    /// What changed.
-    pub changed: Changed,
-    /// Whether it took fields that older modules read.
-    pub narrows: bool,
+    pub(crate) changed: Changed,
+    /// Whether fields were removed that older modules read.
+    pub(crate) narrows: bool,
     edit_bytes: usize,
 }
 
-/// Everything that changed since an older content, with how it was then.
 #[derive(Default)]
-pub struct Since {
-    /// Whether fields went that older modules read.
-    pub narrows: bool,
-    /// Directories: whether each existed then, and the changed keys.
-    pub dirs: BTreeMap<DirPath, (bool, BTreeMap<Arc<str>, SinceKey>)>,
+pub(crate) struct Since {
+    /// Whether fields were removed that older modules read.
+    pub(crate) narrows: bool,
+    /// By directory: whether it existed then, and its changed keys.
+    pub(crate) dirs: BTreeMap<DirPath, (bool, BTreeMap<Arc<str>, SinceKey>)>,
 }
 
-/// A key that changed since an older content.
-pub struct SinceKey {
-    /// Whether it existed then.
-    pub existed: bool,
-    /// The edits that lead from the value then to the one now, the oldest first. `None` where one is missing.
-    pub edits: Option<Vec<Arc<Edit>>>,
+pub(crate) struct SinceKey {
+    pub(crate) existed: bool,
+    /// Edits since then, oldest first; `None` if one is missing.
+    pub(crate) edits: Option<Vec<Arc<Edit>>>,
 }
 
 impl Log {
-    /// A log of nothing yet.
+    /// An empty log.
     pub fn new(limits: BundleLimits) -> Self {
         Self { commits: VecDeque::new(), keys: 0, edit_bytes: 0, limits }
     }
 
-    /// A log with the same bounds that remembers nothing.
     #[must_use]
-    pub fn emptied(&self) -> Self {
+    pub(crate) fn emptied(&self) -> Self {
         Self::new(self.limits)
     }
 
-    /// Remembers that `changed` led from the revision `before` to the next, and whether it `narrows` what objects hold.
+    /// Appends the step from `before`.
     pub fn push(&mut self, before: Revision, changed: Changed, narrows: bool) {
         let edit_bytes = changed.edit_bytes();
         self.keys += changed.len();
@@ -73,7 +66,7 @@ impl Log {
             self.keys -= oldest.changed.len();
             self.edit_bytes -= oldest.edit_bytes;
         }
-        // The keys of the oldest commits stay: values are sent for them.
+        // Oldest edits only: frames then send values.
         let mut edited = self.commits.iter_mut().filter(|commit| commit.edit_bytes > 0);
         while self.edit_bytes > self.limits.log_edit_bytes_max {
             let Some(oldest) = edited.next() else { break };
@@ -84,23 +77,22 @@ impl Log {
         }
     }
 
-    /// Bytes of all commits.
-    pub fn memory(&self) -> usize {
+    pub(crate) fn memory(&self) -> usize {
         self.keys * size_of::<ChangedKey>() + self.edit_bytes + self.commits.len() * size_of::<Commit>()
     }
 
-    /// The commit that led from `before` to the head; `None` if that is not remembered.
-    pub fn last_from(&self, before: Revision) -> Option<&Commit> {
+    /// The last commit, if it starts at `before`.
+    pub(crate) fn last_from(&self, before: Revision) -> Option<&Commit> {
         self.commits.back().map(AsRef::as_ref).filter(|commit| commit.before == before)
     }
 
-    /// The data that changed since the content was `data`; none when that is not remembered.
-    pub fn data_since(&self, data: Digest) -> Option<Since> {
+    /// Changes since `data`; `None` if unknown.
+    pub(crate) fn data_since(&self, data: Digest) -> Option<Since> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
         let narrows = self.commits.range(from..).any(|commit| commit.narrows);
         let mut since = Since { narrows, ..Since::default() };
         for dir in self.commits.range(from..).flat_map(|commit| &commit.changed.dirs) {
-            // The first commit of a key says how it was then.
+            // The first commit of a key has its state then.
             let (_, keys) = since.dirs.entry(dir.path.clone()).or_insert((dir.existed, BTreeMap::new()));
             for ChangedKey { key, existed, edit } in &dir.keys {
                 let since = || SinceKey { existed: *existed, edits: Some(Vec::new()) };
@@ -114,23 +106,21 @@ impl Log {
         Some(since)
     }
 
-    /// The directories that changed since the content was `data`, each as often as it did; none when that is not
-    /// remembered.
-    pub fn dirs_since(&self, data: Digest) -> Option<impl Iterator<Item = &DirPath>> {
+    /// Directories changed since `data`, with repetitions; `None` if unknown.
+    pub(crate) fn dirs_since(&self, data: Digest) -> Option<impl Iterator<Item = &DirPath>> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
         let changed = self.commits.range(from..).flat_map(|commit| &commit.changed.dirs);
         Some(changed.map(|dir| &dir.path))
     }
 
-    /// How many keys changed since the content was `data`, each counted as often as it did; 0 when that is not
-    /// remembered.
-    pub fn data_keys_since(&self, data: Digest) -> usize {
+    /// Number of key changes since `data`; 0 if unknown.
+    pub(crate) fn data_keys_since(&self, data: Digest) -> usize {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data);
         from.map_or(0, |from| self.commits.range(from..).map(|commit| commit.changed.len()).sum())
     }
 
-    /// The ids of the modules that changed since they were `modules`; none when that is not remembered.
-    pub fn modules_since(&self, modules: Digest) -> Option<Vec<&str>> {
+    /// Ids of modules changed since `modules`; `None` if unknown.
+    pub(crate) fn modules_since(&self, modules: Digest) -> Option<Vec<&str>> {
         let from = self.commits.iter().rposition(|commit| commit.before.modules == modules)?;
         let changed = self.commits.range(from..).flat_map(|commit| &commit.changed.modules);
         let mut ids: Vec<_> = changed.map(String::as_str).collect();

@@ -1,18 +1,18 @@
-//! What agents subscribe to: an immutable view of the content, a log of what changed, and everything encoded once.
+//! Immutable views of bundles, their histories and encodings.
 
 pub mod spec;
 
 pub mod feeds;
 
-pub mod limit;
+pub(crate) mod limit;
 
-pub mod project;
+pub(crate) mod project;
 
 pub mod fields;
 
 pub mod kept;
 
-pub mod forecast;
+pub(crate) mod forecast;
 
 pub mod view;
 
@@ -20,13 +20,13 @@ pub mod edit;
 
 pub mod log;
 
-pub mod frame;
+pub(crate) mod frame;
 
 pub mod archive;
 
-pub mod snapshot;
+pub(crate) mod snapshot;
 
-pub mod delta;
+pub(crate) mod delta;
 
 pub mod scopes;
 

@@ -1,6 +1,5 @@
-//! What an object means to the bundle: a replicated object is one entry, a ConfigMap of data one directory, a
-//! ConfigMap of policies its modules. A ConfigMap is accepted whole or not at all; refused, its last good content
-//! stays. The layout is kube-mgmt's.
+//! Projects objects into entries and modules, with the layout of kube-mgmt. A ConfigMap is accepted as a whole;
+//! otherwise its last good content stays.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Bound;
@@ -11,7 +10,7 @@ use opa_hub_proto::path::{DirPath, is_segment};
 
 mod configmap;
 
-pub use self::configmap::Error;
+pub(crate) use self::configmap::Error;
 use self::configmap::{ConfigMap, check_entry, data_value};
 use super::forecast;
 use super::kept::{IsClusterScoped, Kept};
@@ -28,70 +27,62 @@ use crate::policy::settle::{Candidates, Outcome, Texts};
 use crate::policy::verdict::{Fault, Observed, RETRIES, STATUS, Told, Verdict};
 use crate::store::ALLOCATION_BYTES;
 
-/// Turns changes of objects into changes of a view.
-pub struct Projection {
+pub(crate) struct Projection {
     feeds: Vec<Feed>,
-    /// Feeds that ended, or that never had a place of their own.
+    /// Feeds that were closed or rejected.
     closed: BTreeSet<FeedId>,
-    /// ConfigMaps whose `<key>_test.rego` are run: those with this label.
+    /// Label of ConfigMaps with tests.
     test_label: Option<String>,
     fields: Selection,
     kept: Kept,
-    /// What of an object is in the view.
-    accepted: HashMap<ObjectId, Accepted>,
+    accepted: HashMap<ObjectId, ServedObject>,
     limit: Limit,
-    /// Objects refused because of the limit, with the bytes by which each would make the data grow.
-    left_out: BTreeMap<ObjectId, usize>,
-    /// Whether what was refused may be accepted now.
+    /// Rejected objects, with the bytes that each needs.
+    over_limit: BTreeMap<ObjectId, usize>,
+    /// Whether rejected objects may fit now.
     retry: bool,
     directories_max: usize,
-    /// Entries by directory, with the ConfigMap that the directory belongs to.
-    dirs: BTreeMap<DirPath, Place>,
+    dirs: BTreeMap<DirPath, DirOwner>,
     policies: Policies,
-    /// Where policies take whole objects, and of which resource, though only fields should travel.
-    costly: Vec<(Site, FeedId)>,
-    refused: BTreeMap<ObjectId, Refused>,
-    /// ConfigMaps as they are, for whom verdicts are.
-    configmaps: BTreeMap<ObjectKey, Known>,
-    /// ConfigMaps of which something new may be told.
+    /// Reads of whole objects despite automatic fields.
+    whole_reads: Vec<(Site, FeedId)>,
+    refused: BTreeMap<ObjectId, RejectedObject>,
+    configmaps: BTreeMap<ObjectKey, ConfigMapState>,
+    /// ConfigMaps with a new verdict.
     news: BTreeSet<ObjectKey>,
 }
 
-/// Bytes of a policy's line that a warning quotes.
+/// Maximum bytes quoted in a warning.
 const LINE_BYTES_MAX: usize = 120;
 
 pub(crate) type ObjectId = (FeedId, ObjectKey);
 
 #[derive(Default)]
-struct Accepted {
-    /// Those of a ConfigMap of data.
+struct ServedObject {
+    /// Keys of a data ConfigMap.
     keys: Vec<String>,
-    /// Of JSON.
     bytes: usize,
 }
 
-struct Place {
+struct DirOwner {
     entries: usize,
-    /// Whether a ConfigMap lies here, not a replicated resource.
     is_configmap: bool,
 }
 
-struct Refused {
+struct RejectedObject {
     fault: Fault,
-    /// What may be taken once something else goes.
+    /// Object to retry once others are removed.
     retry: Option<Object>,
 }
 
-/// What is kept of a ConfigMap.
-struct Known {
+struct ConfigMapState {
     feed: FeedId,
     observed: Observed,
     warnings: Vec<String>,
 }
 
 impl Projection {
-    /// With nothing accepted yet.
-    pub fn new(spec: &Spec, kept: Kept) -> Self {
+    pub(crate) fn new(spec: &Spec, kept: Kept) -> Self {
         Self {
             feeds: spec.feeds.clone(),
             closed: BTreeSet::new(),
@@ -100,20 +91,20 @@ impl Projection {
             kept,
             accepted: HashMap::new(),
             limit: Limit::new(spec.max_bytes),
-            left_out: BTreeMap::new(),
+            over_limit: BTreeMap::new(),
             retry: false,
             directories_max: spec.limits.directories_max,
             dirs: BTreeMap::new(),
             policies: Policies::default(),
-            costly: Vec::new(),
+            whole_reads: Vec::new(),
             refused: BTreeMap::new(),
             configmaps: BTreeMap::new(),
             news: BTreeSet::new(),
         }
     }
 
-    /// Takes a feed that the hub was not started with; refuses it when somebody else owns its place.
-    pub fn open(&mut self, id: FeedId, feed: Feed) -> Result<(), Error> {
+    /// Rejects a feed whose path is occupied.
+    pub(crate) fn open(&mut self, id: FeedId, feed: Feed) -> Result<(), Error> {
         if let Content::Resource(prefix) = &feed.content {
             let free = check_disjoint(prefix, reserved([&OPAHUB, &SYSTEM]));
             let free = free
@@ -127,95 +118,92 @@ impl Projection {
         }
         self.closed.remove(&id);
         self.set_feed(id, feed);
-        // What policies should know of it is told anew.
+        // Warnings depend on replicated resources.
         self.news.extend(self.configmaps.keys().cloned());
         Ok(())
     }
 
     fn set_feed(&mut self, id: FeedId, feed: Feed) {
         match self.feeds.get_mut(id.0) {
-            Some(held) => *held = feed,
+            Some(old) => *old = feed,
             None => self.feeds.push(feed),
         }
     }
 
-    /// The feed ended: what it gave is removed, and its place is free.
-    pub fn close(&mut self, id: FeedId, batch: &mut Batch) {
+    pub(crate) fn close(&mut self, id: FeedId, batch: &mut Batch) {
         let known = self.accepted.keys().chain(self.refused.keys()).filter(|(feed, _)| *feed == id);
         for (feed, key) in known.cloned().collect::<BTreeSet<_>>() {
-            self.take(Change::Remove(feed, key), batch);
+            self.apply_change(Change::Remove(feed, key), batch);
         }
         self.closed.insert(id);
         self.policies.reconsider();
         self.retry = true;
     }
 
-    /// Removes the objects of these feeds that are in the view and not among `live`.
-    pub fn remove_others(&mut self, feeds: &BTreeSet<FeedId>, live: &HashSet<ObjectId>, batch: &mut Batch) {
+    /// Removes objects that are not in `live`.
+    pub(crate) fn remove_others(
+        &mut self,
+        feeds: &BTreeSet<FeedId>,
+        live: &HashSet<ObjectId>,
+        batch: &mut Batch,
+    ) {
         let known = self.accepted.keys().filter(|id| feeds.contains(&id.0) && !live.contains(*id));
         for (feed, key) in known.cloned().collect::<BTreeSet<_>>() {
             self.apply(Change::Remove(feed, key), batch);
         }
     }
 
-    /// Whether nothing of the feed is taken.
-    pub fn is_closed(&self, id: FeedId) -> bool {
+    pub(crate) fn is_closed(&self, id: FeedId) -> bool {
         self.closed.contains(&id)
     }
 
-    /// Bytes of what is remembered of objects.
-    pub fn memory(&self) -> usize {
-        let refused = self.refused.len() + self.left_out.len() + self.configmaps.len();
-        self.accepted.capacity() * size_of::<(ObjectId, Accepted)>()
-            + refused * (size_of::<(ObjectId, Refused)>() + ALLOCATION_BYTES)
+    pub(crate) fn memory(&self) -> usize {
+        let refused = self.refused.len() + self.over_limit.len() + self.configmaps.len();
+        self.accepted.capacity() * size_of::<(ObjectId, ServedObject)>()
+            + refused * (size_of::<(ObjectId, RejectedObject)>() + ALLOCATION_BYTES)
     }
 
-    /// Takes the policies that were accepted before a restart.
-    pub fn restore(&mut self, good: LastGood) {
+    /// Restores the policies after a restart.
+    pub(crate) fn restore(&mut self, good: LastGood) {
         self.policies.restore(good);
     }
 
-    /// What of replicated objects travels from now on. Says which feeds that concerns: their objects are to be applied
-    /// again.
-    pub fn keep(&mut self, kept: Kept) -> BTreeSet<FeedId> {
+    /// Replaces the masks. Returns the feeds to apply again.
+    pub(crate) fn keep(&mut self, kept: Kept) -> BTreeSet<FeedId> {
         let before = std::mem::replace(&mut self.kept, kept);
         let differs = |place: &DirPath| before.of(place) != self.kept.of(place);
         self.places().filter(|(_, place, _)| differs(place)).map(|(id, ..)| id).collect()
     }
 
-    /// Remembers which policies make whole objects travel, to tell who can mend it.
-    pub fn read_by(&mut self, reads: &Reads, kept: &Kept) {
+    /// Records reads of whole objects for warnings.
+    pub(crate) fn read_by(&mut self, reads: &Reads, kept: &Kept) {
         let whole = self.following().filter(|(_, place, _)| kept.of(place).is_all());
-        let costly = whole.flat_map(|(id, place, scope)| {
+        let whole_reads = whole.flat_map(|(id, place, scope)| {
             let sites = forecast::readers(reads, place, scope).remove(&Vec::new()).unwrap_or_default();
             sites.into_iter().map(move |site| (site, id))
         });
-        self.costly = costly.collect();
+        self.whole_reads = whole_reads.collect();
         self.news.extend(self.configmaps.keys().cloned());
     }
 
-    /// What is to be kept for policies that read this.
-    pub fn kept_for(&self, reads: &Reads) -> Kept {
+    pub(crate) fn kept_for(&self, reads: &Reads) -> Kept {
         let places = self.following().map(|(_, place, scope)| (place.clone(), scope));
         let mut kept = Kept::of_reads(reads, places);
         kept.join(&self.fields.given);
         kept
     }
 
-    /// The places whose fields follow the policies.
     fn following(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
         let follows =
             |id: FeedId, place| self.fields.follows(place, !self.feeds[id.0].resource.is_named_only());
         self.places().filter(move |(id, place, _)| follows(*id, place))
     }
 
-    /// What of replicated objects travels.
-    pub fn kept(&self) -> &Kept {
+    pub(crate) fn kept(&self) -> &Kept {
         &self.kept
     }
 
-    /// The feeds of replicated resources, with where each lies.
-    pub fn places(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
+    pub(crate) fn places(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
         let open = self.feeds.iter().enumerate().map(|(id, feed)| (FeedId(id), feed));
         open.filter(|(id, _)| !self.closed.contains(id)).filter_map(|(id, feed)| {
             let scope = (!feed.resource.is_named_only()).then_some(feed.scope == Scope::Cluster);
@@ -223,41 +211,37 @@ impl Projection {
         })
     }
 
-    /// The policies to be checked now, if any are.
-    pub fn job(&mut self) -> Option<Arc<Candidates>> {
+    pub(crate) fn job(&mut self) -> Option<Arc<Candidates>> {
         let (feeds, closed, dirs) = (&self.feeds, &self.closed, &self.dirs);
         self.policies.job(|root| check_root(feeds, closed, dirs, root).is_ok())
     }
 
-    /// Has all policies checked once more. Until then they are as the last check left them.
-    pub fn recheck(&mut self) {
+    /// Schedules a check of all policies. Results stay until then.
+    pub(crate) fn recheck(&mut self) {
         self.policies.recheck();
     }
 
-    /// Whether all policies were checked.
-    pub fn is_settled(&self) -> bool {
+    pub(crate) fn is_settled(&self) -> bool {
         self.policies.is_settled()
     }
 
-    /// The policies that are accepted.
-    pub fn last_good(&self) -> LastGood {
+    pub(crate) fn last_good(&self) -> LastGood {
         self.policies.last_good()
     }
 
-    /// Adds to `batch` what came of a check.
-    pub fn take_outcome(&mut self, outcome: Outcome, batch: &mut Batch) {
+    pub(crate) fn take_outcome(&mut self, outcome: Outcome, batch: &mut Batch) {
         let (changes, news) = self.policies.take(outcome);
         for (key, faults) in self.policies.refused().filter(|(key, _)| news.contains(*key)) {
             let verdict = Verdict { faults: faults.to_vec(), warnings: Vec::new() };
-            tracing::warn!(configmap = %key, error = verdict.message(), "refused; its last good content stays");
+            tracing::warn!(configmap = %key, error = verdict.message(), "ConfigMap rejected, last good content stays");
         }
         batch.modules.extend(changes);
         self.news.extend(news);
         self.retry = true;
     }
 
-    /// What is refused now, the first [`PROBLEMS_MAX`] of it, in a stable order.
-    pub fn problems(&self) -> Vec<Problem> {
+    /// In stable order, up to [`PROBLEMS_MAX`].
+    pub(crate) fn problems(&self) -> Vec<Problem> {
         let refused = self.refused.iter().map(|(id, refused)| Problem {
             subject: self.subject(id),
             message: refused.fault.message.clone(),
@@ -275,14 +259,13 @@ impl Projection {
         refused.chain(policies).take(PROBLEMS_MAX).collect()
     }
 
-    /// The ConfigMaps of which something new is to be told since the last call; none: it is gone, or what it holds
-    /// waits for a check.
-    pub fn told(&mut self) -> Vec<(ObjectKey, Option<Told>)> {
+    /// New verdicts; `None` if the ConfigMap is removed or unchecked.
+    pub(crate) fn told(&mut self) -> Vec<(ObjectKey, Option<Told>)> {
         let news = std::mem::take(&mut self.news);
-        news.into_iter().map(|key| (key.clone(), self.tell(&key))).collect()
+        news.into_iter().map(|key| (key.clone(), self.verdict_for(&key))).collect()
     }
 
-    fn tell(&self, key: &ObjectKey) -> Option<Told> {
+    fn verdict_for(&self, key: &ObjectKey) -> Option<Told> {
         let known = self.configmaps.get(key)?;
         let mut verdict = Verdict { faults: Vec::new(), warnings: known.warnings.clone() };
         if let Some(refused) = self.refused.get(&(known.feed, key.clone())) {
@@ -290,10 +273,10 @@ impl Projection {
         } else if self.feeds[known.feed.0].content == Content::Policies {
             match self.policies.opinion(key)? {
                 Opinion::Waiting => return None,
-                Opinion::Told { of, faults, warnings } => {
+                Opinion::Told { of: texts, faults, warnings } => {
                     let replicated = self.replicated().map(|(prefix, _)| prefix);
-                    verdict.warnings.extend(shared_segments(replicated, of));
-                    verdict.warnings.extend(self.costly_lines(of));
+                    verdict.warnings.extend(shared_segments(replicated, texts));
+                    verdict.warnings.extend(self.whole_read_warnings(texts));
                     verdict.faults.extend_from_slice(faults);
                     verdict.warnings.extend(warnings.iter().map(ToString::to_string));
                 }
@@ -302,61 +285,58 @@ impl Projection {
         Some(Told { observed: known.observed.clone(), verdict })
     }
 
-    /// Where these texts take whole objects though only fields should travel.
-    fn costly_lines(&self, of: &Texts) -> impl Iterator<Item = String> {
-        self.costly.iter().filter_map(|(site, feed)| {
+    fn whole_read_warnings(&self, texts: &Texts) -> impl Iterator<Item = String> {
+        self.whole_reads.iter().filter_map(|(site, feed)| {
             let above = usize::try_from(site.row).ok()?.checked_sub(1)?;
-            let line = of.modules.get(&site.file)?.text.lines().nth(above).unwrap_or_default().trim();
+            let line = texts.modules.get(&site.file)?.text.lines().nth(above).unwrap_or_default().trim();
             let line = &line[..line.floor_char_boundary(LINE_BYTES_MAX)];
             let (resource, megabytes) = (&self.feeds[feed.0], self.limit.bytes_of(*feed) >> 20);
             let bytes = if megabytes == 0 { "less than 1 MB".into() } else { format!("{megabytes} MB of JSON") };
             Some(format!(
-                "{site} takes {resource} whole, so all their fields travel, {bytes}; read fields, or if only other rules \
-                 use this one, annotate those that are asked for with \"entrypoint: true\": {line}"
+                "{site} reads whole objects of {resource}, so all fields are served, {bytes}; read single fields, or if only \
+                 other rules use this rule, annotate the queried rules with \"entrypoint: true\": {line}"
             ))
         })
     }
 
-    /// Adds to `batch` what `change` does to the view.
-    pub fn apply(&mut self, change: Change, batch: &mut Batch) {
+    pub(crate) fn apply(&mut self, change: Change, batch: &mut Batch) {
         let (Change::Put(feed, _) | Change::Remove(feed, _)) = &change;
         let (is_policy, places) = (self.content(*feed) == &Content::Policies, self.dirs.len());
-        self.take(change, batch);
+        self.apply_change(change, batch);
         if self.dirs.len() < places {
             self.policies.reconsider();
         }
         self.retry |= is_policy || self.dirs.len() < places;
     }
 
-    /// Accepts what was refused and has a place now. Called once for all changes of a commit.
-    pub fn retry_refused(&mut self, batch: &mut Batch) {
+    /// Accepts rejected objects that fit now. Called once for each commit.
+    pub(crate) fn retry_refused(&mut self, batch: &mut Batch) {
         if std::mem::take(&mut self.retry) {
-            let refused = self.refused.iter().filter(|(id, _)| !self.left_out.contains_key(*id));
+            let refused = self.refused.iter().filter(|(id, _)| !self.over_limit.contains_key(*id));
             let again = refused.filter_map(|((feed, _), refused)| Some((*feed, refused.retry.clone()?)));
             for (feed, object) in again.collect::<Vec<_>>() {
-                self.take(Change::Put(feed, object), batch);
+                self.apply_change(Change::Put(feed, object), batch);
             }
         }
-        // In the order of their names. What is too large for the room that is left keeps none of the others out.
-        let fit: Vec<_> = self.left_out.iter().filter(|(_, grows)| self.limit.has_room(**grows)).collect();
+        // In name order. One that is too large does not block others.
+        let fit: Vec<_> = self.over_limit.iter().filter(|(_, grows)| self.limit.has_room(**grows)).collect();
         let fit: Vec<_> = fit.into_iter().map(|(id, grows)| (id.clone(), *grows)).collect();
         for (id, grows) in fit {
             let object = self.refused.get(&id).and_then(|refused| refused.retry.clone());
             if let Some(object) = object.filter(|_| self.limit.has_room(grows)) {
-                self.take(Change::Put(id.0, object), batch);
+                self.apply_change(Change::Put(id.0, object), batch);
             }
         }
     }
 
-    /// The same for an object that did not change, but what is kept of it did. It is no growth that the limit is for:
-    /// who reads more was weighed before.
-    pub fn apply_again(&mut self, id: FeedId, object: Object, batch: &mut Batch) {
+    /// Applies a new mask to an object. The limit counted the reads before.
+    pub(crate) fn apply_again(&mut self, id: FeedId, object: Object, batch: &mut Batch) {
         self.limit.is_lax = self.accepted.contains_key(&(id, object.key.clone()));
-        self.take(Change::Put(id, object), batch);
+        self.apply_change(Change::Put(id, object), batch);
         self.limit.is_lax = false;
     }
 
-    fn take(&mut self, change: Change, batch: &mut Batch) {
+    fn apply_change(&mut self, change: Change, batch: &mut Batch) {
         let (id, object) = match change {
             Change::Put(feed, object) => ((feed, object.key.clone()), Some(object)),
             Change::Remove(feed, key) => ((feed, key), None),
@@ -367,20 +347,20 @@ impl Projection {
             Content::Data | Content::Policies => self.configmap(&id, object.as_ref(), batch),
             Content::Bundles => return,
         };
-        self.left_out.remove(&id);
+        self.over_limit.remove(&id);
         match result {
             Ok(()) => _ = self.refused.remove(&id),
             Err(error) => {
                 let fault = Fault::new(error.code(), error.to_string());
-                // Where one is left out, thousands may be.
-                let is_first = !matches!(error, Error::OverLimit { .. }) || self.left_out.is_empty();
+                // Logs the first only: thousands may follow.
+                let is_first = !matches!(error, Error::OverLimit { .. }) || self.over_limit.is_empty();
                 if let Error::OverLimit { grows, .. } = error {
-                    self.left_out.insert(id.clone(), grows);
+                    self.over_limit.insert(id.clone(), grows);
                 }
                 if is_first && self.refused.get(&id).is_none_or(|refused| refused.fault != fault) {
-                    tracing::warn!(subject = self.subject(&id), error = fault.message, "refused");
+                    tracing::warn!(subject = self.subject(&id), error = fault.message, "object rejected");
                 }
-                self.refused.insert(id, Refused { fault, retry: object.filter(|_| error.may_pass()) });
+                self.refused.insert(id, RejectedObject { fault, retry: object.filter(|_| error.may_pass()) });
             }
         }
     }
@@ -408,9 +388,9 @@ impl Projection {
             return object.map_or(Ok(()), |_| Err(Error::Name(key.namespace.to_string())));
         };
         let Some(object) = object else {
-            if let Some(Accepted { bytes, .. }) = self.accepted.remove(id) {
+            if let Some(ServedObject { bytes, .. }) = self.accepted.remove(id) {
                 self.resize(id.0, bytes, 0)?;
-                self.leave(&dir);
+                self.release_dir(&dir);
                 batch.entry(&dir, key.name.clone(), None);
             }
             return Ok(());
@@ -418,26 +398,25 @@ impl Projection {
         let json = self.kept.of(prefix).cut_object(&object.json).map_err(Error::NotAnObjectAtAll)?;
         check_entry(&key.name, json.len())?;
         let bytes = entry_bytes(&key.name, json.len());
-        self.resize(id.0, self.accepted.get(id).map_or(0, |held| held.bytes), bytes)?;
-        if let Some(held) = self.accepted.get_mut(id) {
-            held.bytes = bytes;
+        self.resize(id.0, self.accepted.get(id).map_or(0, |served| served.bytes), bytes)?;
+        if let Some(served) = self.accepted.get_mut(id) {
+            served.bytes = bytes;
         } else {
-            if let Err(error) = self.enter(&dir, false) {
+            if let Err(error) = self.retain_dir(&dir, false) {
                 self.resize(id.0, bytes, 0)?;
                 return Err(error);
             }
-            self.accepted.insert(id.clone(), Accepted { keys: Vec::new(), bytes });
+            self.accepted.insert(id.clone(), ServedObject { keys: Vec::new(), bytes });
         }
         batch.entry(&dir, key.name.clone(), Some(json));
         Ok(())
     }
 
-    /// Takes a ConfigMap, remembering how it looks now for whoever tells its verdict.
     fn configmap(&mut self, id: &ObjectId, object: Option<&Object>, batch: &mut Batch) -> Result<(), Error> {
         let is_data = self.content(id.0) == &Content::Data;
         self.news.insert(id.1.clone());
         let Some(object) = object else {
-            // By its label it may have gone over to the other feed.
+            // A new label may have moved it to the other feed.
             if self.configmaps.get(&id.1).is_some_and(|known| known.feed == id.0) {
                 self.configmaps.remove(&id.1);
             }
@@ -455,7 +434,7 @@ impl Projection {
             retries: metadata.annotation(RETRIES),
         });
         let warnings = configmap.as_ref().map(ConfigMap::warnings).unwrap_or_default();
-        self.configmaps.insert(id.1.clone(), Known { feed: id.0, observed, warnings });
+        self.configmaps.insert(id.1.clone(), ConfigMapState { feed: id.0, observed, warnings });
         let result = configmap.map_err(Error::NotAConfigMap).and_then(|map| {
             match map.data.iter().flatten().map(|(name, _)| name).find(|name| !is_segment(name)) {
                 Some(bad) => Err(Error::Name(bad.clone())),
@@ -493,27 +472,27 @@ impl Projection {
             values.insert(key, value);
         }
         let bytes = values.iter().map(|(key, value)| entry_bytes(key, value.len())).sum();
-        let held = self.accepted.get(id).map(|held| held.bytes);
-        if !values.is_empty() && held.is_none() {
+        let old_bytes = self.accepted.get(id).map(|served| served.bytes);
+        if !values.is_empty() && old_bytes.is_none() {
             self.check_place(&dir)?;
         }
-        self.resize(id.0, held.unwrap_or(0), bytes)?;
+        self.resize(id.0, old_bytes.unwrap_or(0), bytes)?;
         if !values.is_empty()
-            && held.is_none()
-            && let Err(error) = self.enter(&dir, true)
+            && old_bytes.is_none()
+            && let Err(error) = self.retain_dir(&dir, true)
         {
             self.resize(id.0, bytes, 0)?;
             return Err(error);
         }
         let old = if values.is_empty() {
-            self.accepted.remove(id).inspect(|_| self.leave(&dir))
+            self.accepted.remove(id).inspect(|_| self.release_dir(&dir))
         } else {
             let keys = values.keys().cloned().collect();
-            self.accepted.insert(id.clone(), Accepted { keys, bytes })
+            self.accepted.insert(id.clone(), ServedObject { keys, bytes })
         };
         let old = old.unwrap_or_default().keys;
-        for gone in old.into_iter().filter(|key| !values.contains_key(key)) {
-            batch.entry(&dir, gone, None);
+        for removed in old.into_iter().filter(|key| !values.contains_key(key)) {
+            batch.entry(&dir, removed, None);
         }
         for (key, value) in values {
             batch.entry(&dir, key, Some(value));
@@ -521,7 +500,6 @@ impl Projection {
         Ok(())
     }
 
-    /// The texts of a ConfigMap of policies, if they could be served at all.
     fn texts(&self, key: &ObjectKey, configmap: ConfigMap) -> Result<Texts, Error> {
         if !is_segment(&key.namespace) || !is_segment(&key.name) {
             return Err(Error::Name(key.to_string()));
@@ -535,37 +513,37 @@ impl Projection {
             if !is_test {
                 check_root(&self.feeds, &self.closed, &self.dirs, &module.root)?;
             }
-            let of = if is_test { &mut texts.tests } else { &mut texts.modules };
-            of.insert(format!("{key}/{name}"), Arc::new(module));
+            let target = if is_test { &mut texts.tests } else { &mut texts.modules };
+            target.insert(format!("{key}/{name}"), Arc::new(module));
         }
         let bytes = self.policies.bytes_beside(key) + texts.bytes();
         if bytes > MODULES_BYTES_MAX {
             return Err(Error::TooLarge {
-                what: "the bundle with it".into(),
+                subject: "the bundle with this ConfigMap".into(),
                 bytes,
                 max: MODULES_BYTES_MAX,
-                whose: "all modules together",
+                scope: "all modules together",
             });
         }
         Ok(texts)
     }
 
-    /// Whether data of a ConfigMap may lie at `dir`.
     fn check_place(&self, dir: &DirPath) -> Result<(), Error> {
         check_disjoint(dir, self.replicated().chain(reserved([&OPAHUB, &SYSTEM])))?;
         self.check_packages(dir)
     }
 
     fn check_packages(&self, dir: &DirPath) -> Result<(), Error> {
-        let owner = related(self.policies.roots(), dir).next().map(|(root, _)| root);
-        owner.map_or(Ok(()), |root| Err(taken(dir, format!("package {}", root.relative().replace('/', ".")))))
+        let owner = overlapping(self.policies.roots(), dir).next().map(|(root, _)| root);
+        owner.map_or(Ok(()), |root| {
+            Err(conflict(dir, format!("package {}", root.relative().replace('/', "."))))
+        })
     }
 
     fn replicated(&self) -> impl Iterator<Item = (&DirPath, String)> {
         replicated(&self.feeds, &self.closed)
     }
 
-    /// An object of `feed` has `new` bytes in place of `old`.
     fn resize(&mut self, feed: FeedId, old: usize, new: usize) -> Result<(), Error> {
         self.limit.change(feed, old, new).map_err(|Over { max, heaviest, bytes }| Error::OverLimit {
             grows: new.saturating_sub(old),
@@ -575,31 +553,30 @@ impl Projection {
         })
     }
 
-    fn enter(&mut self, dir: &DirPath, is_configmap: bool) -> Result<(), Error> {
+    fn retain_dir(&mut self, dir: &DirPath, is_configmap: bool) -> Result<(), Error> {
         if self.dirs.len() >= self.directories_max && !self.dirs.contains_key(dir) {
             return Err(Error::TooManyDirectories(self.directories_max));
         }
-        self.dirs.entry(dir.clone()).or_insert(Place { entries: 0, is_configmap }).entries += 1;
+        self.dirs.entry(dir.clone()).or_insert(DirOwner { entries: 0, is_configmap }).entries += 1;
         Ok(())
     }
 
-    fn leave(&mut self, dir: &DirPath) {
-        if let Some(place) = self.dirs.get_mut(dir) {
-            place.entries -= 1;
-            if place.entries == 0 {
+    fn release_dir(&mut self, dir: &DirPath) {
+        if let Some(owner) = self.dirs.get_mut(dir) {
+            owner.entries -= 1;
+            if owner.entries == 0 {
                 self.dirs.remove(dir);
             }
         }
     }
 }
 
-/// Where an object lies whose resource lies at `place`.
-pub fn directory(place: &DirPath, key: &ObjectKey) -> Option<DirPath> {
+pub(crate) fn directory(place: &DirPath, key: &ObjectKey) -> Option<DirPath> {
     if key.namespace.is_empty() { Some(place.clone()) } else { place.join(&key.namespace).ok() }
 }
 
-/// OPA looks, at each write below a package's first segment, whether rules and data collide, and copies all the data
-/// there for it (OPA v1/storage/inmem/txn.go): with many objects that takes it seconds.
+/// Warns of packages that share their first segment with replicated data: OPA copies that data at each write to find
+/// conflicts (v1/storage/inmem/txn.go), which takes seconds.
 fn shared_segments<'a>(replicated: impl Iterator<Item = &'a DirPath>, texts: &Texts) -> Option<String> {
     let first = |path: &DirPath| path.relative().split('/').next().unwrap_or_default().to_owned();
     let replicated: BTreeSet<String> = replicated.map(first).collect();
@@ -612,17 +589,16 @@ fn shared_segments<'a>(replicated: impl Iterator<Item = &'a DirPath>, texts: &Te
     (!shared.is_empty()).then(|| {
         let shared: Vec<_> = shared.into_iter().collect();
         format!(
-            "{} lies beside replicated data: OPA is slow at taking changes then; rename it, or use --policy-delivery bundle",
+            "{} shares a path with replicated data, which slows down writes to OPA; rename the package or use --policy-delivery bundle",
             shared.join(", ")
         )
     })
 }
 
-/// Where agents keep their state in OPA.
+/// Agents' markers.
 static MARKERS: LazyLock<DirPath> = LazyLock::new(|| "/system/opahub".parse().expect("a path"));
-/// What OPA keeps of itself below data, bundles among it.
 static SYSTEM: LazyLock<DirPath> = LazyLock::new(|| "/system".parse().expect("a path"));
-/// What the bundles own that own nothing of use.
+/// Roots of bundles that own nothing else.
 static OPAHUB: LazyLock<DirPath> = LazyLock::new(|| "/opahub".parse().expect("a path"));
 
 fn reserved<'a, const N: usize>(
@@ -631,12 +607,11 @@ fn reserved<'a, const N: usize>(
     places.into_iter().map(|place| (&**place, "opa-hub or OPA itself".to_owned()))
 }
 
-/// Whether a package may own `root`: nothing that data lies in, above or below. `package system` is OPA's own entry point,
-/// and is let pass beside the marker: as modules, not as a bundle.
+/// Rejects roots that overlap data. `package system` is OPA's entry point: modules may use it next to the marker.
 fn check_root(
     feeds: &[Feed],
     closed: &BTreeSet<FeedId>,
-    dirs: &BTreeMap<DirPath, Place>,
+    dirs: &BTreeMap<DirPath, DirOwner>,
     root: &DirPath,
 ) -> Result<(), Error> {
     let reserved = reserved([&OPAHUB, &MARKERS]).filter(|_| root.as_str() != "/system");
@@ -644,10 +619,10 @@ fn check_root(
     check_configmaps(dirs, root)
 }
 
-fn check_configmaps(dirs: &BTreeMap<DirPath, Place>, place: &DirPath) -> Result<(), Error> {
-    match related(dirs, place).find(|(_, owner)| owner.is_configmap) {
+fn check_configmaps(dirs: &BTreeMap<DirPath, DirOwner>, place: &DirPath) -> Result<(), Error> {
+    match overlapping(dirs, place).find(|(_, owner)| owner.is_configmap) {
         None => Ok(()),
-        Some((dir, _)) => Err(taken(place, format!("ConfigMap {}", dir.relative()))),
+        Some((dir, _)) => Err(conflict(place, format!("ConfigMap {}", dir.relative()))),
     }
 }
 
@@ -659,20 +634,21 @@ fn replicated<'a>(
     open.filter_map(|(_, feed)| Some((feed.place()?, format!("replicated {}", feed.resource))))
 }
 
-/// What lies at `place`, above it or below it.
-fn related<'a, T>(
+/// Paths at, above or below `place`.
+fn overlapping<'a, T>(
     map: &'a BTreeMap<DirPath, T>,
     place: &DirPath,
 ) -> impl Iterator<Item = (&'a DirPath, &'a T)> {
     let place = place.as_str().to_owned();
-    let ends: Vec<_> = place.match_indices('/').map(|(at, _)| at).skip(1).chain([place.len()]).collect();
+    let ends: Vec<_> =
+        place.match_indices('/').map(|(index, _)| index).skip(1).chain([place.len()]).collect();
     let above: Vec<_> = ends.into_iter().filter_map(|end| map.get_key_value(&place[..end])).collect();
     let from = format!("{place}/");
     let below = map.range::<str, _>((Bound::Excluded(from.as_str()), Bound::Unbounded));
     above.into_iter().chain(below.take_while(move |(path, _)| path.as_str().starts_with(&from)))
 }
 
-fn taken(place: &DirPath, owner: String) -> Error {
+fn conflict(place: &DirPath, owner: String) -> Error {
     Error::Taken { place: place.clone(), owner }
 }
 
@@ -682,7 +658,7 @@ fn check_disjoint<'a>(
 ) -> Result<(), Error> {
     match owners.find(|(other, _)| place.is_within(other) || other.is_within(place)) {
         None => Ok(()),
-        Some((_, owner)) => Err(taken(place, owner)),
+        Some((_, owner)) => Err(conflict(place, owner)),
     }
 }
 
@@ -709,7 +685,7 @@ mod tests {
         Projection::new(&spec, Kept::alike(Fields::all()))
     }
 
-    /// Applies a ConfigMap (`None`: its removal) and compares the batch, in words, and the refusals.
+    /// Applies a ConfigMap (`None` removes) and compares batch and rejections.
     fn check(
         projection: &mut Projection,
         feed: usize,
@@ -739,7 +715,7 @@ mod tests {
             projection.take_outcome(outcome, &mut batch);
             projection.retry_refused(&mut batch);
         }
-        // What is accepted already comes with every check.
+        // Accepted modules are part of every check.
         let is_new = |id: &String, module: &Arc<Module>| !before.contains(&(id.clone(), module.clone()));
         batch.modules.retain(|id, module| module.as_ref().is_none_or(|module| is_new(id, module)));
         let sign = |some: bool| if some { '+' } else { '-' };
@@ -756,7 +732,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_field_shows_is_silence() {
+    fn changes_outside_the_mask_change_nothing() {
         let feeds = vec![feed(Content::Resource("/kubernetes/pods".parse().unwrap()))];
         let kept = Kept::alike(Fields::parse(["metadata.labels"]).unwrap());
         let mut p = Projection::new(&Spec::of_feeds("main", feeds), kept);
@@ -781,27 +757,26 @@ mod tests {
     }
 
     #[test]
-    fn what_passes_the_limit_stays_as_it_was() {
+    fn objects_over_the_limit_stay_unchanged() {
         let feeds = vec![feed(Content::Policies), feed(Content::Data)];
         let spec = Spec { max_bytes: Some(30), ..Spec::of_feeds("main", feeds) };
         let p = &mut Projection::new(&spec, Kept::alike(Fields::all()));
-        let over = "over_limit";
+        let code = "over_limit";
         check(p, 1, "a/m", Some(&[("x", r#"{"a":10}"#)]), &["+/a/m/x"], &[]);
         check(p, 1, "a/n", Some(&[("x", r#"{"a":10}"#)]), &["+/a/n/x"], &[]);
-        let told = "larger than the limit of 30 bytes (maxBytes), and data (v1/configmaps) has 0 MB";
-        check(p, 1, "a/o", Some(&[("x", "{}")]), &[], &[told]);
+        let message = "larger than 30 bytes (maxBytes), and data (v1/configmaps) has 0 MB";
+        check(p, 1, "a/o", Some(&[("x", "{}")]), &[], &[message]);
         check(p, 1, "a/m", Some(&[("x", r#"{"a":1000000}"#)]), &[], &["a/m", "a/o"]);
-        assert_eq!(p.refused.values().map(|refused| &*refused.fault.code).collect::<Vec<_>>(), [over, over]);
-        // Smaller, and there is room for the next.
+        assert_eq!(p.refused.values().map(|refused| &*refused.fault.code).collect::<Vec<_>>(), [code, code]);
         check(p, 1, "a/m", Some(&[("x", "{}")]), &["+/a/m/x", "+/a/o/x"], &[]);
         check(p, 1, "a/p", Some(&[("x", "{}")]), &[], &["a/p"]);
         check(p, 1, "a/p", None, &[], &[]);
         check(p, 1, "a/n", None, &["-/a/n/x"], &[]);
-        assert_eq!(p.limit.bytes(), 14);
+        assert_eq!(p.limit.bytes, 14);
     }
 
     #[test]
-    fn what_fits_is_let_in_beside_what_does_not() {
+    fn fitting_objects_are_accepted_next_to_larger_ones() {
         let feeds = vec![feed(Content::Policies), feed(Content::Data)];
         let spec = Spec { max_bytes: Some(40), ..Spec::of_feeds("main", feeds) };
         let p = &mut Projection::new(&spec, Kept::alike(Fields::all()));
@@ -812,13 +787,12 @@ mod tests {
         check(p, 1, "a/small", Some(&[("x", &value(8))]), &[], &["a/big", "a/small"]);
         check(p, 1, "a/second", None, &["-/a/second/x", "+/a/small/x"], &["a/big"]);
         check(p, 1, "a/other", Some(&[("x", &value(20))]), &[], &["a/big", "a/other"]);
-        // It was left out, and what it becomes fits.
         check(p, 1, "a/big", Some(&[("x", "{}")]), &["+/a/big/x"], &["a/other"]);
         check(p, 1, "a/big", None, &["-/a/big/x"], &["a/other"]);
     }
 
     #[test]
-    fn data_is_taken_whole_or_not_at_all() {
+    fn data_configmaps_are_accepted_as_a_whole() {
         let p = &mut projection();
         check(p, 1, "a/m", Some(&[("x", "{}"), ("y", r#"{"a": 1}"#)]), &["+/a/m/x", "+/a/m/y"], &[]);
         check(p, 1, "a/m", Some(&[("x", "{}"), ("y", "{")]), &[], &["ConfigMap a/m key y is not JSON"]);
@@ -830,7 +804,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_no_path_are_problems_until_their_objects_go() {
+    fn invalid_names_are_problems_until_removed() {
         for feed in [1, 2] {
             let p = &mut projection();
             check(p, feed, "a b/m", Some(&[("x", "{}")]), &[], &["a b"]);
@@ -839,9 +813,16 @@ mod tests {
     }
 
     #[test]
-    fn data_stays_clear_of_what_is_replicated() {
+    fn data_does_not_overlap_replicated_resources() {
         let p = &mut projection();
-        check(p, 1, "kubernetes/pods", Some(&[("x", "{}")]), &[], &["replicated v1/configmaps owns already"]);
+        check(
+            p,
+            1,
+            "kubernetes/pods",
+            Some(&[("x", "{}")]),
+            &[],
+            &["conflicts with replicated v1/configmaps"],
+        );
         check(
             p,
             1,
@@ -855,7 +836,7 @@ mod tests {
     }
 
     #[test]
-    fn policies_are_taken_whole_or_not_at_all() {
+    fn policy_configmaps_are_accepted_as_a_whole() {
         let p = &mut projection();
         check(p, 0, "a/m", Some(&[("x.rego", "package x")]), &["+a/m/x.rego"], &[]);
         let two = [("x.rego", "package x\np := 1"), ("y.rego", "package")];
@@ -866,11 +847,10 @@ mod tests {
     }
 
     #[test]
-    fn packages_and_data_own_different_places() {
+    fn packages_and_data_do_not_overlap() {
         let p = &mut projection();
         check(p, 0, "a/m", Some(&[("x", "package shop")]), &["+a/m/x"], &[]);
-        check(p, 1, "shop/roles", Some(&[("x", "{}")]), &[], &["package shop owns already"]);
-        // What was refused for want of a place gets it when it becomes free.
+        check(p, 1, "shop/roles", Some(&[("x", "{}")]), &[], &["conflicts with package shop"]);
         check(p, 0, "a/m", None, &["+/shop/roles/x", "-a/m/x"], &[]);
         check(
             p,
@@ -878,24 +858,31 @@ mod tests {
             "a/m",
             Some(&[("x", "package shop.roles.y")]),
             &[],
-            &["ConfigMap shop/roles owns already"],
+            &["conflicts with ConfigMap shop/roles"],
         );
         check(p, 0, "a/m", Some(&[("x", "package shop.orders")]), &["+a/m/x"], &[]);
         check(p, 0, "b/m", Some(&[("x", "package kubernetes.admission")]), &["+b/m/x"], &[]);
         check(p, 0, "b/m", Some(&[("x", "package kubernetes.pods")]), &[], &["replicated"]);
-        check(p, 0, "b/m", Some(&[("x", "package system.opahub")]), &[], &["OPA itself owns already"]);
+        check(
+            p,
+            0,
+            "b/m",
+            Some(&[("x", "package system.opahub")]),
+            &[],
+            &["conflicts with opa-hub or OPA itself"],
+        );
         check(p, 0, "b/m", Some(&[("x", "package system")]), &["+b/m/x"], &[]);
         check(p, 0, "b/m", Some(&[("x", "package system.authz")]), &["+b/m/x"], &[]);
-        check(p, 1, "system/bundles", Some(&[("x", "{}")]), &[], &["OPA itself owns already"]);
+        check(p, 1, "system/bundles", Some(&[("x", "{}")]), &[], &["conflicts with opa-hub or OPA itself"]);
     }
 
     #[test]
     fn entries_and_modules_are_bounded() {
         let p = &mut projection();
         let huge = format!("{{\"a\":\"{}\"}}", "x".repeat(ENTRY_BYTES_MAX));
-        check(p, 1, "a/m", Some(&[("x", &huge)]), &[], &["more than the 10485760 that one entry may have"]);
+        check(p, 1, "a/m", Some(&[("x", &huge)]), &[], &["the maximum for one entry is 10485760"]);
         check(p, 1, "a/m", None, &[], &[]);
-        // Two of these pass the bound of all modules, one does not.
+        // Only one fits into the limit of all modules.
         let text = format!("package a\n# {}", "x".repeat(MODULES_BYTES_MAX / 40));
         let names: Vec<_> = (10..35).map(|at| format!("k{at}")).collect();
         let keys: Vec<_> = names.iter().map(|name| (name.as_str(), text.as_str())).collect();

@@ -1,6 +1,5 @@
-//! A bundle as it looks from one namespace: the same policies and data, and of replicated resources the objects of that
-//! namespace and those that belong to none. Each is made when somebody first asks, shared by all who ask alike, and
-//! dropped when nobody has asked for a while.
+//! Namespace views: all policies and data, with replicated objects that are cluster-scoped or in the namespace. Views
+//! are created on request and dropped when idle.
 
 use std::cell::LazyCell;
 use std::collections::{BTreeMap, HashMap};
@@ -19,94 +18,84 @@ use super::spec::Scoped;
 use super::view::{Changed, Directory, View};
 use crate::config::{SCOPE_IDLE, SCOPES_MAX};
 
-/// Why there is no view of a namespace.
+/// A view is not available.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
-    /// Nobody gets all of them here.
-    #[error(
-        "say which namespace's objects you want: add ?namespace=NAME, or give the agent --namespace NAME"
-    )]
+    /// The request has no namespace.
+    #[error("namespace missing; add ?namespace=NAME, or start the agent with --namespace NAME")]
     NoNamespace,
-    /// No namespace has such a name.
-    #[error("{0:?} is no namespace")]
+    /// Invalid namespace name.
+    #[error("{0:?} is not a valid namespace")]
     Invalid(String),
-    /// The hub is to bear this much.
-    #[error("{SCOPES_MAX} namespaces are being served: no more")]
+    /// Too many views.
+    #[error("namespace limit reached: {SCOPES_MAX} are being served; retry later")]
     TooMany,
 }
 
-/// The views of single namespaces.
+/// The namespace views of a bundle.
 pub struct Scopes {
     scoped: Scoped,
     live: Mutex<BTreeMap<String, Scope>>,
 }
 
-/// The view that a task paces: another one may have its namespace by now.
-struct Paced {
+struct ViewId {
     id: u64,
     namespace: String,
 }
 
 struct Scope {
     bundle: Arc<Bundle>,
-    /// The revision of the whole bundle that the view was derived from; `None` before there is one.
-    whole: Option<Revision>,
-    /// Whether the namespace had objects when the view was made.
+    source_revision: Option<Revision>,
+    /// Whether the namespace had objects at creation.
     has_objects: bool,
-    /// Whether a reader has asked since the last look.
     asked: Arc<AtomicBool>,
 }
 
-/// Bytes of a directory in the map of a view that shares it.
+/// Bytes of the map entry of a shared directory.
 const VIEW_DIRECTORY_BYTES: usize = 48;
 
-/// Directories of a view by the namespace that they belong to.
 struct ByNamespace<'a> {
     shared: Dirs,
-    own: HashMap<&'a str, Dirs>,
+    namespaced: HashMap<&'a str, Dirs>,
 }
 
 type Dirs = Vec<(DirPath, Arc<Directory>)>;
 
-/// The name under which the view without any namespace's objects is kept: no namespace is called so.
-const NONE: &str = "";
+/// Key of the view without namespaced objects.
+const NO_NAMESPACE: &str = "";
 
 impl Scopes {
-    /// No view yet.
-    pub fn new(scoped: Scoped) -> Self {
+    pub(crate) fn new(scoped: Scoped) -> Self {
         Self { scoped, live: Mutex::default() }
     }
 
-    /// The namespaces whose views are kept now.
+    /// Namespaces with a view.
     pub fn namespaces(&self) -> Vec<String> {
-        self.live().keys().filter(|namespace| *namespace != NONE).cloned().collect()
+        self.live().keys().filter(|namespace| *namespace != NO_NAMESPACE).cloned().collect()
     }
 
-    /// Bytes of the views that they do not share with the whole one.
-    pub fn memory(&self) -> usize {
-        let of = |scope: &Scope| {
+    /// Bytes not shared with the bundle.
+    pub(crate) fn memory(&self) -> usize {
+        let bytes = |scope: &Scope| {
             let head = scope.bundle.head().borrow().clone();
             let dirs = head.map_or(0, |head| head.view.dirs.len());
             size_of::<(Bundle, Edition)>() + dirs * VIEW_DIRECTORY_BYTES
         };
-        self.live().values().map(of).sum()
+        self.live().values().map(bytes).sum()
     }
 
-    /// The bundle as it looks from `namespace`, for a reader that stays connected. A new view follows the whole bundle
-    /// until it is idle.
-    pub fn of(&self, whole: &Arc<Bundle>, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
-        let namespace = checked(namespace)?;
+    pub(crate) fn of(&self, whole: &Arc<Bundle>, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
+        let namespace = validate(namespace)?;
         self.view_of(whole, namespace)
     }
 
-    /// The bundle as it looks from `namespace`, for a reader that takes one answer. All namespaces without objects share
-    /// one view, so that invented names cost nothing.
-    pub fn once(&self, whole: &Arc<Bundle>, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
-        let namespace = checked(namespace)?;
+    /// View for a single response. Namespaces without objects share one view: invented names cost nothing.
+    pub(crate) fn once(&self, whole: &Arc<Bundle>, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
+        let namespace = validate(namespace)?;
         let head = whole.head().borrow().clone();
         let has_objects = |edition: Arc<Edition>| self.has_objects(&edition.view, namespace);
         let is_known = self.live().contains_key(namespace) || head.is_some_and(has_objects);
-        self.view_of(whole, if is_known { namespace } else { NONE })
+        self.view_of(whole, if is_known { namespace } else { NO_NAMESPACE })
     }
 
     fn view_of(&self, whole: &Arc<Bundle>, namespace: &str) -> Result<Arc<Bundle>, Error> {
@@ -117,7 +106,7 @@ impl Scopes {
         }
         let head = whole.head().borrow().clone();
         if live.len() >= SCOPES_MAX {
-            // Views of namespaces without objects are made for any name. A stream that is being opened ends with its view.
+            // Drops views of invented names. Streams that are opening end.
             live.retain(|_, scope| scope.has_objects || scope.bundle.is_read());
         }
         if live.len() >= SCOPES_MAX {
@@ -127,31 +116,31 @@ impl Scopes {
         let revision = head.as_ref().map(|edition| edition.view.revision);
         let has_objects = head.as_ref().is_some_and(|edition| self.has_objects(&edition.view, namespace));
         if let Some(edition) = head {
-            let own = edition.view.dirs.iter().filter(|(dir, _)| self.has(namespace, dir));
-            let own = own.map(|(path, dir)| (path.clone(), Arc::clone(dir))).collect();
-            let view = edition.view.with_dirs(own);
+            let namespaced = edition.view.dirs.iter().filter(|(dir, _)| self.includes(namespace, dir));
+            let namespaced = namespaced.map(|(path, dir)| (path.clone(), Arc::clone(dir))).collect();
+            let view = edition.view.with_dirs(namespaced);
             bundle.publish(view, edition.log().emptied(), edition.bounds().clone());
         }
         let asked = Arc::new(AtomicBool::new(true));
-        let scope = Scope { bundle: Arc::clone(&bundle), whole: revision, has_objects, asked };
+        let scope = Scope { bundle: Arc::clone(&bundle), source_revision: revision, has_objects, asked };
         live.insert(namespace.to_owned(), scope);
         drop(live);
-        let paced = Paced { id: bundle.id, namespace: namespace.to_owned() };
-        tokio::spawn(pace(Arc::downgrade(whole), whole.head(), bundle.pace(), paced));
+        let view = ViewId { id: bundle.id, namespace: namespace.to_owned() };
+        tokio::spawn(throttle_archives(Arc::downgrade(whole), whole.head(), bundle.pace(), view));
         Ok(bundle)
     }
 
-    /// Brings the view of every namespace to `edition`.
-    pub fn follow(&self, edition: &Edition) {
+    pub(crate) fn follow(&self, edition: &Edition) {
         let dirs = LazyCell::new(|| self.by_namespace(&edition.view));
         for (namespace, scope) in self.live().iter_mut() {
-            let before = scope.whole.replace(edition.view.revision);
-            // A commit that the log has dropped, or that does not begin where the view is, proves nothing.
+            let before = scope.source_revision.replace(edition.view.revision);
+            // Only a commit from the view's revision proves the view unaffected.
             let commit = before.and_then(|before| edition.log().last_from(before));
             let head = scope.bundle.head().borrow().clone();
             let concerns = |commit: &Commit| {
                 let dirs = &commit.changed.dirs;
-                !commit.changed.modules.is_empty() || dirs.iter().any(|dir| self.has(namespace, &dir.path))
+                !commit.changed.modules.is_empty()
+                    || dirs.iter().any(|dir| self.includes(namespace, &dir.path))
             };
             if head.is_some() && commit.is_some_and(|commit| !concerns(commit)) {
                 continue;
@@ -163,12 +152,13 @@ impl Scopes {
                     continue;
                 }
                 if let Some(commit) = commit {
-                    let own = commit.changed.dirs.iter().filter(|dir| self.has(namespace, &dir.path));
+                    let namespaced =
+                        commit.changed.dirs.iter().filter(|dir| self.includes(namespace, &dir.path));
                     let modules = commit.changed.modules.clone();
                     log = head.log().clone();
                     log.push(
                         head.view.revision,
-                        Changed { dirs: own.cloned().collect(), modules },
+                        Changed { dirs: namespaced.cloned().collect(), modules },
                         commit.narrows,
                     );
                 }
@@ -177,15 +167,15 @@ impl Scopes {
         }
     }
 
-    /// Moves every view to `position`, to which the source went back.
-    pub fn advance(&self, position: &Position) {
+    /// Moves all views back with the source.
+    pub(crate) fn advance(&self, position: &Position) {
         for scope in self.live().values() {
             scope.bundle.advance(position);
         }
     }
 
-    /// The namespace whose objects a directory holds; `None` for what every namespace gets. Objects of no namespace lie
-    /// right below their resource.
+    /// Namespace of a directory; `None` if all namespaces share it. Cluster-scoped objects are directly below their
+    /// resource.
     fn namespace_of<'a>(&self, dir: &'a DirPath) -> Option<&'a str> {
         let Scoped { root, whole } = &self.scoped;
         let below = dir.as_str().strip_prefix(root.as_str())?.strip_prefix('/')?;
@@ -193,11 +183,10 @@ impl Scopes {
         (!whole.iter().any(|place| dir.is_within(place))).then_some(namespace)
     }
 
-    fn has(&self, namespace: &str, dir: &DirPath) -> bool {
-        self.namespace_of(dir).is_none_or(|of| of == namespace)
+    fn includes(&self, namespace: &str, dir: &DirPath) -> bool {
+        self.namespace_of(dir).is_none_or(|owner| owner == namespace)
     }
 
-    /// Whether the namespace has objects. Looks at each resource once.
     fn has_objects(&self, whole: &View, namespace: &str) -> bool {
         let root = format!("{}/", self.scoped.root);
         let mut from = Bound::Included(root.clone());
@@ -212,30 +201,29 @@ impl Scopes {
                 from = Bound::Excluded(dir.to_string());
                 continue;
             };
-            let own = whole.dirs.get_key_value(format!("{root}{resource}/{namespace}").as_str());
-            if own.is_some_and(|(dir, _)| self.namespace_of(dir).is_some()) {
+            let namespaced = whole.dirs.get_key_value(format!("{root}{resource}/{namespace}").as_str());
+            if namespaced.is_some_and(|(dir, _)| self.namespace_of(dir).is_some()) {
                 return true;
             }
-            // Behind everything below this resource: '0' follows '/'.
+            // Skips this resource: '0' follows '/'.
             from = Bound::Included(format!("{root}{resource}0"));
         }
     }
 
     fn by_namespace<'a>(&self, whole: &'a View) -> ByNamespace<'a> {
-        let mut dirs = ByNamespace { shared: Dirs::new(), own: HashMap::new() };
+        let mut dirs = ByNamespace { shared: Dirs::new(), namespaced: HashMap::new() };
         for (path, dir) in whole.dirs.iter() {
-            let of = match self.namespace_of(path) {
+            let group = match self.namespace_of(path) {
                 None => &mut dirs.shared,
-                Some(namespace) => dirs.own.entry(namespace).or_default(),
+                Some(namespace) => dirs.namespaced.entry(namespace).or_default(),
             };
-            of.push((path.clone(), Arc::clone(dir)));
+            group.push((path.clone(), Arc::clone(dir)));
         }
         dirs
     }
 
-    /// Whether the view is another one by now, or no reader has asked since the last call, nor is connected. It is dropped
-    /// then.
-    fn drop_idle(&self, Paced { id, namespace }: &Paced) -> bool {
+    /// Drops the view if idle. Returns whether it is dropped or replaced.
+    fn evict_idle(&self, ViewId { id, namespace }: &ViewId) -> bool {
         let mut live = self.live();
         let Some(scope) = live.get(namespace).filter(|scope| scope.bundle.id == *id) else { return true };
         let idle = !scope.asked.swap(false, Ordering::Relaxed) && !scope.bundle.is_read();
@@ -252,30 +240,29 @@ impl Scopes {
 
 impl ByNamespace<'_> {
     fn view(&self, whole: &View, namespace: &str) -> View {
-        let own = self.own.get(namespace).into_iter().flatten();
-        whole.with_dirs(self.shared.iter().chain(own).cloned().collect())
+        let namespaced = self.namespaced.get(namespace).into_iter().flatten();
+        whole.with_dirs(self.shared.iter().chain(namespaced).cloned().collect())
     }
 }
 
-fn checked(namespace: Option<&str>) -> Result<&str, Error> {
+fn validate(namespace: Option<&str>) -> Result<&str, Error> {
     let namespace = namespace.filter(|namespace| !namespace.is_empty()).ok_or(Error::NoNamespace)?;
     if is_segment(namespace) { Ok(namespace) } else { Err(Error::Invalid(namespace.to_owned())) }
 }
 
-/// Paces the archives of one namespace while it is read and the whole bundle exists. It does not hold the whole bundle:
-/// readers of a bundle that was replaced must see their streams end.
-async fn pace(
+/// Does not own the bundle: streams of a replaced bundle must end.
+async fn throttle_archives(
     whole: Weak<Bundle>,
     mut head: watch::Receiver<Option<Arc<Edition>>>,
     pacing: impl Future<Output = ()>,
-    paced: Paced,
+    view: ViewId,
 ) {
     let idle = async {
         loop {
             tokio::time::sleep(SCOPE_IDLE).await;
             let whole = whole.upgrade();
             let scopes = whole.as_ref().and_then(|whole| whole.scopes.as_ref());
-            if scopes.is_none_or(|scopes| scopes.drop_idle(&paced)) {
+            if scopes.is_none_or(|scopes| scopes.evict_idle(&view)) {
                 return;
             }
         }
@@ -284,6 +271,6 @@ async fn pace(
     tokio::select! {
         () = pacing => {}
         () = ended => {}
-        () = idle => tracing::debug!(namespace = paced.namespace, "idle namespace dropped"),
+        () = idle => tracing::debug!(namespace = view.namespace, "namespace view evicted"),
     }
 }

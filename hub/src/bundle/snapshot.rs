@@ -1,5 +1,4 @@
-//! A view as an archive. Its directories are cut into segments whose compressed bytes are kept from one snapshot to
-//! the next: a change compresses the segment it falls into again, and no other.
+//! Archives of views. Compressed segments are cached, so a change compresses only its segment again.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,16 +15,14 @@ use super::frame::enclosing;
 use super::view::{Chunk, Directory, View, within};
 use crate::config::{SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN};
 
-/// One in this many chunks may end a segment that is long enough, decided by the chunk's content, so that a change
-/// moves the ends of few segments.
+/// Mean chunks of a segment beyond the minimum. The content of a chunk decides, so that a change moves few ends.
 const SEGMENT_CHUNKS_MEAN: u8 = 4;
 
-/// The compressed segments of the last snapshot, by the digest of what they hold.
+/// Segments of the last archive, by content digest.
 #[derive(Default)]
-pub struct SegmentCache(Mutex<HashMap<Digest, Segment>>);
+pub(crate) struct SegmentCache(Mutex<HashMap<Digest, Segment>>);
 
-/// The whole archive of `part` of `view`.
-pub fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache) -> Archive {
+pub(crate) fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache) -> Archive {
     let dirs: Vec<_> = if part.has_data() { view.dirs.iter().collect() } else { Vec::new() };
     let modules: Vec<_> = if part.has_modules() { view.modules.keys().collect() } else { Vec::new() };
     let mut first = Vec::new();
@@ -55,29 +52,32 @@ pub fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache) -> Arc
     archive
 }
 
-/// The archive of what `held` lacks of `view`.
-pub fn difference(view: &View, held: &Reconcile, cache: &SegmentCache) -> Archive {
-    let lacks = |path: &DirPath, dir: &Arc<Directory>| held.dirs.get(path) != Some(&dir.digest);
+/// Encodes the parts of `view` that differ from `request`.
+pub(crate) fn difference(view: &View, request: &Reconcile, cache: &SegmentCache) -> Archive {
+    let lacks = |path: &DirPath, dir: &Arc<Directory>| request.dirs.get(path) != Some(&dir.digest);
     let dirs: Vec<_> = view.dirs.iter().filter(|(path, dir)| lacks(path, dir)).collect();
-    let modules: Vec<_> = match &held.modules {
+    let modules: Vec<_> = match &request.modules {
         None => Vec::new(),
-        Some(held) => {
-            view.modules.iter().filter(|(id, m)| held.get(*id) != Some(&m.digest)).map(|(id, _)| id).collect()
-        }
+        Some(digests) => view
+            .modules
+            .iter()
+            .filter(|(id, m)| digests.get(*id) != Some(&m.digest))
+            .map(|(id, _)| id)
+            .collect(),
     };
     let mut first = Vec::new();
     push_file(
         &mut first,
         HEAD_FILE,
-        &head(view, if held.modules.is_some() { Part::Whole } else { Part::Data }),
+        &head(view, if request.modules.is_some() { Part::Whole } else { Part::Data }),
     );
     push_modules(&mut first, view, &modules);
     let segments = segments(&dirs, cache, &mut HashMap::new());
     Archive::new([Segment::new(&first)].into_iter().chain(segments))
 }
 
-/// The paths below `data` that `part` owns: packages, replicated resources, ConfigMaps of data, never `""`.
-pub fn roots(view: &View, part: Part, bundle: &str) -> Vec<String> {
+/// Paths below `data` that `part` owns, never `""`.
+pub(crate) fn roots(view: &View, part: Part, bundle: &str) -> Vec<String> {
     let mut roots = Vec::new();
     if part.has_modules() {
         roots.extend(view.modules.values().map(|module| module.root.relative().to_owned()));
@@ -88,7 +88,7 @@ pub fn roots(view: &View, part: Part, bundle: &str) -> Vec<String> {
         roots.extend(others.map(|dir| dir.relative().to_owned()));
     }
     if roots.is_empty() {
-        // No roots at all means every root to OPA.
+        // To OPA, no roots mean all roots.
         roots.push(format!("opahub/{bundle}/{}", part.name()));
     }
     distinct_roots(roots)
@@ -120,7 +120,6 @@ fn data_file(dir: &DirPath) -> String {
     format!("{}/{DATA_FILE}", dir.relative())
 }
 
-/// A stretch of a tar.
 enum Piece<'a> {
     Open(&'a DirPath, &'a Directory),
     Chunk { chunk: &'a Chunk, first: bool },
@@ -128,7 +127,7 @@ enum Piece<'a> {
 }
 
 impl Piece<'_> {
-    /// Names what [`write`](Self::write) appends.
+    /// Identifies the bytes of [`write`](Self::write).
     fn hash(&self, hasher: &mut Hasher) {
         match self {
             Self::Open(path, dir) => {
@@ -190,8 +189,8 @@ fn segments(
     };
     for (path, dir) in dirs {
         open.push(Piece::Open(path, dir));
-        for (at, chunk) in dir.chunks.iter().enumerate() {
-            open.push(Piece::Chunk { chunk, first: at == 0 });
+        for (index, chunk) in dir.chunks.iter().enumerate() {
+            open.push(Piece::Chunk { chunk, first: index == 0 });
             bytes += chunk.json_bytes;
             let may_end = chunk.digest.as_bytes()[0].is_multiple_of(SEGMENT_CHUNKS_MEAN);
             if bytes >= SEGMENT_BYTES_MAX || bytes >= SEGMENT_BYTES_MIN && may_end {
@@ -208,8 +207,7 @@ fn segments(
 }
 
 impl SegmentCache {
-    /// Bytes of all segments.
-    pub fn memory(&self) -> usize {
+    pub(crate) fn memory(&self) -> usize {
         self.lock().values().map(|segment| segment.len() + size_of::<(Digest, Segment)>()).sum()
     }
 

@@ -1,4 +1,4 @@
-//! What a bundle is made of: as the flags say it, or a document of kind `Bundle`.
+//! Bundle specifications, from flags or documents of kind `Bundle`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,128 +15,99 @@ use crate::model::{
 };
 use crate::policy::check::Dialect;
 
-/// The API that documents belong to.
-pub const API_VERSION: &str = "opahub.dev/v1alpha1";
-/// See the module's text.
+pub(crate) const API_VERSION: &str = "opahub.dev/v1alpha1";
+
+/// Specification of a bundle.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Spec {
-    /// The bundle's name.
+    /// Bundle name.
     pub name: String,
-    /// What it is made of.
+    /// Feeds.
     pub feeds: Vec<Feed>,
-    /// Whether it also holds the resources that its policies read; none: only what is named.
+    /// Replication of resources that policies read, if enabled.
     pub auto: Option<AutoReplication>,
-    /// What is given out by namespace; none: everybody gets all.
+    /// Resources served by namespace, if enabled.
     pub scoped: Option<Scoped>,
-    /// What of replicated objects travels.
+    /// Served fields.
     pub fields: Selection,
-    /// Which Rego its policies are in.
+    /// Rego version.
     pub dialect: Dialect,
-    /// The label of ConfigMaps whose tests are run.
+    /// Label of ConfigMaps whose tests run.
     pub test_label: Option<String>,
-    /// Bytes of its data as JSON; none: as many as there are.
+    /// Maximum size of the data as JSON, in bytes.
     pub max_bytes: Option<usize>,
-    /// Limits of what it remembers and takes at a time.
+    /// History and batch limits.
     pub limits: BundleLimits,
 }
 
-/// Which of the resources that policies read are replicated, and where.
+/// Replication of resources that policies read.
 #[derive(Clone, PartialEq, Debug)]
 pub struct AutoReplication {
-    /// Below this path.
+    /// Parent path.
     pub path: DirPath,
-    /// But for these namespaces.
+    /// Ignored namespaces.
     pub ignored: Vec<String>,
 }
 
-/// The resources of which a reader gets the objects of one namespace.
+/// Resources that are served by namespace.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Scoped {
-    /// All below this path …
+    /// Parent path of the resources.
     pub root: DirPath,
-    /// … but these.
+    /// Resources served to all namespaces.
     pub whole: BTreeSet<DirPath>,
 }
 
-/// What of replicated objects travels.
+/// Selection of served fields.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Selection {
-    /// In any case.
+    /// Explicit fields.
     pub given: Kept,
-    /// Of which resources what policies read does too.
+    /// Resources with automatic fields.
     pub follows: Follows,
-    /// Policies read what these decisions (`authz/allow`) come to read; empty: what any rule does.
+    /// Decisions such as `authz/allow` that automatic fields are for; empty for all rules.
     pub entrypoints: Vec<DirPath>,
 }
 
-/// Resources whose fields follow the policies.
+/// Resources with automatic fields.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Follows {
-    /// At these places.
+    /// Named resources.
     pub places: BTreeSet<DirPath>,
-    /// Those that are replicated because policies read them.
+    /// Whether unnamed resources have automatic fields.
     pub others: bool,
 }
 
 impl Follows {
-    /// Whether no resource's do.
-    pub fn is_nothing(&self) -> bool {
+    /// Whether no resource has automatic fields.
+    pub(crate) fn is_nothing(&self) -> bool {
         self.places.is_empty() && !self.others
     }
 }
 
 impl Selection {
-    /// Whether the fields of what lies at `place` follow the policies.
-    pub fn follows(&self, place: &DirPath, is_named: bool) -> bool {
+    /// Whether the resource at `place` has automatic fields.
+    pub(crate) fn follows(&self, place: &DirPath, is_named: bool) -> bool {
         if is_named { self.follows.places.contains(place) } else { self.follows.others }
     }
 }
 
-/// Why a document is no bundle. It names the field.
+/// Invalid document.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// It does not parse.
+pub(crate) enum Error {
     #[error("{0}")]
     Parse(#[from] serde_path_to_error::Error<serde_json::Error>),
-    /// A kind or version that this hub does not know.
-    #[error("{0} is not known here: write apiVersion: {API_VERSION}, kind: Bundle")]
+    #[error("{0} is not supported; use apiVersion: {API_VERSION}, kind: Bundle")]
     Kind(String),
-    /// A text that is none of what it should be.
     #[error("{field}: {value:?} is {not}")]
-    Value {
-        /// Where.
-        field: String,
-        /// What is there.
-        value: String,
-        /// What is wrong with it.
-        not: &'static str,
-    },
-    /// No resource.
+    Value { field: String, value: String, not: &'static str },
     #[error("{field}: {source}")]
-    Resource {
-        /// Where.
-        field: String,
-        /// Why.
-        source: InvalidResource,
-    },
-    /// No field of an object.
+    Resource { field: String, source: InvalidResource },
     #[error("{field}: {source}")]
-    Fields {
-        /// Where.
-        field: String,
-        /// Why.
-        source: InvalidField,
-    },
-    /// Two things that exclude each other.
+    Fields { field: String, source: InvalidField },
     #[error("{field}: {why}")]
-    Both {
-        /// Where.
-        field: String,
-        /// Which, and what to do.
-        why: String,
-    },
-    /// Nothing to serve.
-    #[error("spec: it asks for nothing: name policies, data, replicate or replicateAuto")]
+    Both { field: String, why: String },
+    #[error("spec: nothing selected; set policies, data, replicate or replicateAuto")]
     Nothing,
 }
 
@@ -226,7 +197,6 @@ enum RegoVersion {
     V1,
 }
 
-/// meta/v1 LabelSelector.
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct LabelSelector {
@@ -253,29 +223,28 @@ enum Operator {
     DoesNotExist,
 }
 
-/// What an entry says of fields: what travels in any case, and whether what policies read does too.
-type FieldsOf = (Fields, bool);
+/// Explicit fields, and whether automatic fields are added.
+type FieldsAndAuto = (Fields, bool);
 
 impl Spec {
-    /// What the document in `object` asks for.
-    pub fn parse(object: &Object) -> Result<Self, Error> {
+    pub(crate) fn parse(object: &Object) -> Result<Self, Error> {
         let mut json = serde_json::Deserializer::from_slice(&object.json);
         let document: Document = serde_path_to_error::deserialize(&mut json)?;
         if document.api_version != API_VERSION || document.kind != "Bundle" {
             return Err(Error::Kind(format!("{} {}", document.api_version, document.kind)));
         }
         let Document { metadata: Metadata { name }, spec, .. } = document;
-        text("metadata.name", &name, is_segment)?;
+        check_text("metadata.name", &name, is_segment)?;
         let root = path("spec.replicatePath", &spec.replicate_path)?;
         let mut feeds = spec.configmap_feeds()?;
         let mut given = BTreeMap::new();
         let mut follows = Follows::default();
         let mut scoped = Scoped { root: root.clone(), whole: BTreeSet::new() };
         let mut is_scoped = false;
-        for (at, entry) in spec.replicate.iter().enumerate() {
-            let at = format!("spec.replicate[{at}]");
-            let place = entry.feeds(&at, &root, &mut feeds)?;
-            let (fields, is_auto) = fields(&format!("{at}.fields"), entry.fields.as_ref())?;
+        for (index, entry) in spec.replicate.iter().enumerate() {
+            let field = format!("spec.replicate[{index}]");
+            let place = entry.feeds(&field, &root, &mut feeds)?;
+            let (fields, is_auto) = fields(&format!("{field}.fields"), entry.fields.as_ref())?;
             given.insert(place.clone(), fields);
             if is_auto {
                 follows.places.insert(place.clone());
@@ -290,10 +259,9 @@ impl Spec {
         let mut auto = None;
         if let Some(entry) = spec.replicate_auto {
             (others, follows.others) = fields("spec.replicateAuto.fields", entry.fields.as_ref())?;
-            texts("spec.replicateAuto.ignoreNamespaces", &entry.ignore_namespaces)?;
+            check_texts("spec.replicateAuto.ignoreNamespaces", &entry.ignore_namespaces)?;
             if is_scoped != (entry.scope == ReplicateScope::Namespace) && !spec.replicate.is_empty() {
-                let why =
-                    "give all entries with it one scope: which resources policies will read is not known yet";
+                let why = "differs from the scope of entries in spec.replicate; use one scope, since policies may read any resource";
                 return Err(Error::Both { field: "spec.replicateAuto.scope".into(), why: why.into() });
             }
             is_scoped = entry.scope == ReplicateScope::Namespace;
@@ -305,11 +273,11 @@ impl Spec {
         let entrypoints: Vec<_> =
             (0..).zip(&spec.entrypoints).map(entrypoint_at).collect::<Result<_, _>>()?;
         if !entrypoints.is_empty() && follows.is_nothing() {
-            let why = "they say what fields: auto looks at, and no entry has that".into();
+            let why = "no entry has fields: auto; set it, or remove entrypoints".into();
             return Err(Error::Both { field: "spec.entrypoints".into(), why });
         }
         if let Some(label) = &spec.test_label {
-            text("spec.testLabel", label, is_label)?;
+            check_text("spec.testLabel", label, is_label)?;
         }
         let dialect = match spec.rego_version {
             None => Dialect::Default,
@@ -329,7 +297,7 @@ impl Spec {
         })
     }
 
-    /// One that asks for these feeds, all of them whole.
+    /// Specification of whole objects of these feeds.
     pub fn of_feeds(name: &str, feeds: Vec<Feed>) -> Self {
         Self {
             name: name.into(),
@@ -348,8 +316,7 @@ impl Spec {
         }
     }
 
-    /// Where documents are found.
-    pub fn documents() -> Feed {
+    pub(crate) fn documents() -> Feed {
         Feed {
             resource: format!("{API_VERSION}/bundles").parse().expect("a resource"),
             scope: Scope::Cluster,
@@ -361,20 +328,20 @@ impl Spec {
 
 impl DocumentSpec {
     fn configmap_feeds(&self) -> Result<Vec<Feed>, Error> {
-        let selected = |of: &ConfigMaps, field: &str, (label, value): (&str, &str)| {
-            texts(&format!("spec.{field}.namespaces"), &of.namespaces)?;
-            let labels = match &of.label_selector {
+        let select = |configmaps: &ConfigMaps, field: &str, (label, value): (&str, &str)| {
+            check_texts(&format!("spec.{field}.namespaces"), &configmaps.namespaces)?;
+            let labels = match &configmaps.label_selector {
                 Some(selector) => selector.terms(&format!("spec.{field}.labelSelector"))?,
                 None => vec![LabelTerm { label: label.into(), is: Condition::In(vec![value.into()]) }],
             };
-            Ok::<_, Error>((scopes(&of.namespaces, &[]), labels))
+            Ok::<_, Error>((scopes(&configmaps.namespaces, &[]), labels))
         };
-        let policies = self.policies.as_ref().map(|of| selected(of, "policies", POLICY_LABEL));
-        let data = self.data.as_ref().map(|of| selected(of, "data", DATA_LABEL));
+        let policies = self.policies.as_ref().map(|configmaps| select(configmaps, "policies", POLICY_LABEL));
+        let data = self.data.as_ref().map(|configmaps| select(configmaps, "data", DATA_LABEL));
         let (mut policies, data) = (policies.transpose()?, data.transpose()?);
-        // Where both labels are set data wins, as with the flags.
-        if let (Some((_, labels)), Some((_, of_data))) = (&mut policies, &data)
-            && let [LabelTerm { label, is: Condition::In(values) }] = &of_data[..]
+        // Data wins if both labels are set, as with flags.
+        if let (Some((_, labels)), Some((_, data_labels))) = (&mut policies, &data)
+            && let [LabelTerm { label, is: Condition::In(values) }] = &data_labels[..]
         {
             labels.push(LabelTerm { label: label.clone(), is: Condition::NotIn(values.clone()) });
         }
@@ -387,8 +354,8 @@ impl DocumentSpec {
     }
 }
 
-/// A watch for each scope.
-pub fn configmap_feeds(content: &Content, labels: &[LabelTerm], scopes: &[Scope]) -> Vec<Feed> {
+/// One feed for each scope.
+pub(crate) fn configmap_feeds(content: &Content, labels: &[LabelTerm], scopes: &[Scope]) -> Vec<Feed> {
     let feed = |scope: &Scope| Feed {
         resource: Resource::configmaps(),
         scope: scope.clone(),
@@ -398,7 +365,7 @@ pub fn configmap_feeds(content: &Content, labels: &[LabelTerm], scopes: &[Scope]
     scopes.iter().map(feed).collect()
 }
 
-/// These namespaces, each once; all but the `ignored` where none is named.
+/// Distinct `namespaces`, or all but `ignored`.
 fn scopes(namespaces: &[String], ignored: &[String]) -> Vec<Scope> {
     if namespaces.is_empty() {
         return vec![Scope::Namespaces { ignored: ignored.to_vec() }];
@@ -408,30 +375,30 @@ fn scopes(namespaces: &[String], ignored: &[String]) -> Vec<Scope> {
 }
 
 impl Replicate {
-    /// Adds its feeds, which lie at the place that is returned.
-    fn feeds(&self, at: &str, root: &DirPath, feeds: &mut Vec<Feed>) -> Result<DirPath, Error> {
-        let field = format!("{at}.resource");
+    /// Adds the feeds of the returned place.
+    fn feeds(&self, prefix: &str, root: &DirPath, feeds: &mut Vec<Feed>) -> Result<DirPath, Error> {
+        let field = format!("{prefix}.resource");
         let resource: Resource =
             self.resource.parse().map_err(|source| Error::Resource { field: field.clone(), source })?;
         let place = root.join(&resource.plural).expect("a resource's name is a segment");
         if let Some(other) = feeds.iter().find(|feed| feed.place() == Some(&place)) {
             let why = format!(
-                "{} lies at data.{} already: merge the two",
+                "{} is replicated to data.{} already; merge the two entries",
                 other.resource,
                 place.relative().replace('/', ".")
             );
             return Err(Error::Both { field, why });
         }
-        texts(&format!("{at}.namespaces"), &self.namespaces)?;
-        texts(&format!("{at}.ignoreNamespaces"), &self.ignore_namespaces)?;
+        check_texts(&format!("{prefix}.namespaces"), &self.namespaces)?;
+        check_texts(&format!("{prefix}.ignoreNamespaces"), &self.ignore_namespaces)?;
         let names = !self.namespaces.is_empty();
         if names && !self.ignore_namespaces.is_empty()
             || self.cluster_scoped && (names || !self.ignore_namespaces.is_empty())
         {
-            let why = "give namespaces, ignoreNamespaces or clusterScoped, one of them".into();
-            return Err(Error::Both { field: at.to_owned(), why });
+            let why = "set only one of namespaces, ignoreNamespaces and clusterScoped".into();
+            return Err(Error::Both { field: prefix.to_owned(), why });
         }
-        let labels = self.label_selector.terms(&format!("{at}.labelSelector"))?;
+        let labels = self.label_selector.terms(&format!("{prefix}.labelSelector"))?;
         let scopes = if self.cluster_scoped {
             vec![Scope::Cluster]
         } else {
@@ -448,40 +415,43 @@ impl Replicate {
 }
 
 impl LabelSelector {
-    fn terms(&self, at: &str) -> Result<Vec<LabelTerm>, Error> {
+    fn terms(&self, prefix: &str) -> Result<Vec<LabelTerm>, Error> {
         let mut terms = Vec::new();
         for (label, value) in &self.match_labels {
-            text(&format!("{at}.matchLabels"), label, is_label)?;
-            text(&format!("{at}.matchLabels"), value, is_label_value)?;
+            check_text(&format!("{prefix}.matchLabels"), label, is_label)?;
+            check_text(&format!("{prefix}.matchLabels"), value, is_label_value)?;
             terms.push(LabelTerm { label: label.clone(), is: Condition::In(vec![value.clone()]) });
         }
         for (index, Requirement { key, operator, values }) in self.match_expressions.iter().enumerate() {
-            let at = format!("{at}.matchExpressions[{index}]");
-            text(&format!("{at}.key"), key, is_label)?;
+            let prefix = format!("{prefix}.matchExpressions[{index}]");
+            check_text(&format!("{prefix}.key"), key, is_label)?;
             for value in values {
-                text(&format!("{at}.values"), value, is_label_value)?;
+                check_text(&format!("{prefix}.values"), value, is_label_value)?;
             }
             let takes_values = matches!(operator, Operator::In | Operator::NotIn);
             if takes_values == values.is_empty() {
-                let why = "In and NotIn take values, Exists and DoesNotExist take none".into();
-                return Err(Error::Both { field: format!("{at}.values"), why });
+                let why = "In and NotIn need values, Exists and DoesNotExist allow none".into();
+                return Err(Error::Both { field: format!("{prefix}.values"), why });
             }
-            let is = match operator {
+            let condition = match operator {
                 Operator::In => Condition::In(values.clone()),
                 Operator::NotIn => Condition::NotIn(values.clone()),
                 Operator::Exists => Condition::Exists,
                 Operator::DoesNotExist => Condition::DoesNotExist,
             };
-            terms.push(LabelTerm { label: key.clone(), is });
+            terms.push(LabelTerm { label: key.clone(), is: condition });
         }
         Ok(terms)
     }
 }
 
-fn fields(field: &str, value: Option<&Value>) -> Result<FieldsOf, Error> {
+fn fields(field: &str, value: Option<&Value>) -> Result<FieldsAndAuto, Error> {
     let paths = |paths: &[Value], is_auto| {
-        let invalid =
-            |value: &Value| Error::Value { field: field.into(), value: value.to_string(), not: "no text" };
+        let invalid = |value: &Value| Error::Value {
+            field: field.into(),
+            value: value.to_string(),
+            not: "not a string",
+        };
         let texts: Vec<_> =
             paths.iter().map(|path| path.as_str().ok_or_else(|| invalid(path))).collect::<Result<_, _>>()?;
         let fields = Fields::parse(texts);
@@ -492,32 +462,32 @@ fn fields(field: &str, value: Option<&Value>) -> Result<FieldsOf, Error> {
         Some(Value::String(word)) if word == "all" => Ok((Fields::all(), false)),
         Some(Value::String(word)) if word == "auto" => Ok((Fields::default(), true)),
         Some(Value::Array(list)) => paths(list, false),
-        Some(Value::Object(of)) if of.len() == 1 && of.contains_key("include") => {
-            paths(of["include"].as_array().map_or(&[], Vec::as_slice), true)
+        Some(Value::Object(object)) if object.len() == 1 && object.contains_key("include") => {
+            paths(object["include"].as_array().map_or(&[], Vec::as_slice), true)
         }
         Some(other) => Err(Error::Value {
             field: field.into(),
             value: other.to_string(),
-            not: "none of all, auto, a list of paths, and {include: [paths]} for auto and these",
+            not: "not valid; use all, auto, a list of paths, or {include: [paths]} for auto and these paths",
         }),
     }
 }
 
-/// A decision, as `authz/allow`, `data.authz.allow` or `authz.allow`.
-pub fn entrypoint(text: &str) -> Option<DirPath> {
+/// Parses a decision such as `authz/allow`, `data.authz.allow` or `authz.allow`.
+pub(crate) fn entrypoint(text: &str) -> Option<DirPath> {
     let names = text.trim_matches('/').replace('.', "/");
     let names = names.strip_prefix("data/").unwrap_or(&names);
     DirPath::new(names.split('/')).ok()
 }
 
-fn entrypoint_at((at, text): (usize, &String)) -> Result<DirPath, Error> {
-    let not = "no decision: write package and rule, e.g. authz/allow";
-    let field = format!("spec.entrypoints[{at}]");
+fn entrypoint_at((index, text): (usize, &String)) -> Result<DirPath, Error> {
+    let not = "not a decision; write package and rule, e.g. authz/allow";
+    let field = format!("spec.entrypoints[{index}]");
     entrypoint(text).ok_or_else(|| Error::Value { field, value: text.clone(), not })
 }
 
-/// A number of bytes: plain, or with Kubernetes' suffixes of size.
-pub fn bytes(text: &str) -> Option<usize> {
+/// Parses bytes with an optional Kubernetes suffix.
+pub(crate) fn bytes(text: &str) -> Option<usize> {
     const SUFFIXES: [(&str, usize); 6] = [
         ("Ki", 1 << 10),
         ("Mi", 1 << 20),
@@ -535,42 +505,36 @@ pub fn bytes(text: &str) -> Option<usize> {
 
 fn max_bytes(value: &Value) -> Result<usize, Error> {
     let text = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
-    let not = "no number of bytes: write e.g. 67108864 or 64Mi";
+    let not = "not a number of bytes; write e.g. 67108864 or 64Mi";
     bytes(&text).ok_or_else(|| Error::Value { field: "spec.maxBytes".into(), value: text, not })
 }
 
 fn path(field: &str, text: &str) -> Result<DirPath, Error> {
-    let not = "no path: write segments of letters, digits, '.', '_' and '-', separated by '/'";
+    let not = "not a path; write segments of letters, digits, '.', '_' and '-', separated by '/'";
     let value = |not| Error::Value { field: field.into(), value: text.into(), not };
     let path = DirPath::new(text.trim_matches('/').split('/')).map_err(|_| value(not))?;
-    if is_reserved(&path) {
-        Err(value("a place of OPA itself or of opa-hub: choose another one"))
-    } else {
-        Ok(path)
-    }
+    if is_reserved(&path) { Err(value("reserved for OPA or opa-hub; choose another path")) } else { Ok(path) }
 }
 
-/// Whether a path lies where OPA or opa-hub keep data of their own.
-pub fn is_reserved(path: &DirPath) -> bool {
+/// Whether OPA or opa-hub stores own data there.
+pub(crate) fn is_reserved(path: &DirPath) -> bool {
     matches!(path.relative().split('/').next(), Some("system" | "opahub"))
 }
 
-fn text(field: &str, value: &str, valid: impl Fn(&str) -> bool) -> Result<(), Error> {
-    let not = "not valid here";
+fn check_text(field: &str, value: &str, valid: impl Fn(&str) -> bool) -> Result<(), Error> {
+    let not = "not valid";
     if valid(value) { Ok(()) } else { Err(Error::Value { field: field.into(), value: value.into(), not }) }
 }
 
-fn texts(field: &str, values: &[String]) -> Result<(), Error> {
-    values.iter().try_for_each(|value| text(field, value, is_segment))
+fn check_texts(field: &str, values: &[String]) -> Result<(), Error> {
+    values.iter().try_for_each(|value| check_text(field, value, is_segment))
 }
 
-/// Whether a label may have this name.
-pub fn is_label(label: &str) -> bool {
+pub(crate) fn is_label(label: &str) -> bool {
     label.split('/').count() <= 2 && label.split('/').all(is_segment)
 }
 
-/// Whether a label may have this value.
-pub fn is_label_value(value: &str) -> bool {
+pub(crate) fn is_label_value(value: &str) -> bool {
     value.is_empty() || is_segment(value)
 }
 
@@ -586,9 +550,8 @@ mod tests {
         Spec::parse(&Object { key, json: json.to_string().into() })
     }
 
-    /// Compares feeds, or the error, in words.
     fn check(spec: &Value, expected: &[&str]) {
-        let said = match parse(spec) {
+        let found = match parse(spec) {
             Err(error) => vec![error.to_string()],
             Ok(spec) => {
                 let feed =
@@ -596,14 +559,14 @@ mod tests {
                 spec.feeds.iter().map(feed).collect()
             }
         };
-        assert_eq!(said.len(), expected.len(), "{spec}: {said:?}");
-        for (said, expected) in said.iter().zip(expected) {
-            assert!(said.contains(expected), "{spec}: {said}");
+        assert_eq!(found.len(), expected.len(), "{spec}: {found:?}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(found.contains(expected), "{spec}: {found}");
         }
     }
 
     #[test]
-    fn documents_say_what_flags_say_and_more() {
+    fn documents_select_feeds_and_fields() {
         let policies =
             "policies (v1/configmaps) [openpolicyagent.org/policy=rego,openpolicyagent.org/data!=opa] []";
         check(
@@ -655,7 +618,7 @@ mod tests {
     }
 
     #[test]
-    fn the_document_of_the_docs_is_one() {
+    fn documented_example_parses() {
         let docs = include_str!("../../../docs/bundles.md");
         let (_, yaml) = docs.split_once("```yaml\n").unwrap();
         let (yaml, _) = yaml.split_once("```").unwrap();
@@ -676,7 +639,7 @@ mod tests {
     #[test]
     fn errors_name_the_field() {
         for (spec, expected) in [
-            (json!({}), "asks for nothing"),
+            (json!({}), "nothing selected"),
             (json!({ "policy": {} }), "spec.policy: unknown field `policy`"),
             (json!({ "policies": { "namespaces": "a" } }), "spec.policies.namespaces: invalid type"),
             (
@@ -693,7 +656,7 @@ mod tests {
             ),
             (
                 json!({ "replicate": [{ "resource": "v1/pods", "fields": "some" }] }),
-                "spec.replicate[0].fields: \"\\\"some\\\"\" is none of all",
+                "spec.replicate[0].fields: \"\\\"some\\\"\" is not valid; use all",
             ),
             (
                 json!({ "replicate": [{ "resource": "v1/pods", "fields": ["a..b"] }] }),
@@ -701,18 +664,18 @@ mod tests {
             ),
             (
                 json!({ "replicate": [{ "resource": "v1/pods" }, { "resource": "x/v1/pods" }] }),
-                "spec.replicate[1].resource: v1/pods lies at data.kubernetes.pods",
+                "spec.replicate[1].resource: v1/pods is replicated to data.kubernetes.pods",
             ),
             (
                 json!({ "replicate": [{ "resource": "v1/pods", "namespaces": ["a"], "ignoreNamespaces": ["b"] }] }),
-                "spec.replicate[0]: give namespaces",
+                "spec.replicate[0]: set only one of namespaces",
             ),
             (
                 json!({ "data": { "labelSelector": { "matchExpressions": [{ "key": "a", "operator": "In" }] } } }),
                 "spec.data.labelSelector.matchExpressions[0].values: In and NotIn",
             ),
-            (json!({ "data": {}, "entrypoints": ["a/b"] }), "spec.entrypoints: they say"),
-            (json!({ "data": {}, "maxBytes": "64MB" }), "spec.maxBytes: \"64MB\" is no number of bytes"),
+            (json!({ "data": {}, "entrypoints": ["a/b"] }), "spec.entrypoints: no entry has"),
+            (json!({ "data": {}, "maxBytes": "64MB" }), "spec.maxBytes: \"64MB\" is not a number of bytes"),
             (json!({ "data": {}, "maxBytes": -1 }), "spec.maxBytes"),
         ] {
             check(&spec, &[expected]);

@@ -1,5 +1,4 @@
-//! The content of a bundle at one moment: directories of entries, and modules. Immutable, shared by `Arc`; a change
-//! builds the next view from the pieces that it does not touch.
+//! Immutable content of a bundle: directories of entries, and modules. Views share unchanged pieces.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -13,99 +12,85 @@ use super::edit::{EDITED_KEYS_MAX, Edit};
 use crate::policy::modules::Module;
 use crate::store::ALLOCATION_BYTES;
 
-/// One in this many keys ends a chunk, so that a change hashes and compresses about this many entries again.
+/// Mean keys of a chunk. A change hashes and compresses its chunk again.
 const CHUNK_KEYS_MEAN: u32 = 64;
 
-/// See the module's text.
+/// Clones share the content.
 #[derive(Clone)]
 pub struct View {
-    /// The digest of everything below.
+    /// Digest of the content.
     pub revision: Revision,
-    /// Directories that hold at least one entry.
+    /// Directories with at least one entry.
     pub dirs: Arc<BTreeMap<DirPath, Arc<Directory>>>,
     /// Modules by id.
     pub modules: Arc<BTreeMap<String, Arc<Module>>>,
-    /// Maps that exist even while nothing is in them: one for each replicated resource.
+    /// Replicated resources: maps even if empty.
     pub ensure: Arc<[DirPath]>,
-    /// Which Rego the modules are in, where the hub was told.
+    /// Rego version, if configured.
     pub rego_version: Option<u8>,
-    /// What of replicated objects the modules read, as agents are told; none: objects come whole.
+    /// Field masks. `None` if objects are served whole.
     pub reads: Option<Arc<str>>,
 }
 
-/// A map of entries, cut into chunks of neighbouring keys.
-///
-/// Where a chunk ends is decided by the key alone, so the same entries make the same chunks whatever the order in
-/// which they came (I2).
+/// Entries in chunks. Keys decide where chunks end: equal entries make equal chunks (I2).
 pub struct Directory {
-    /// Over the chunks' digests.
+    /// Digest of all chunks.
     pub digest: Digest,
-    /// In the order of their keys; none is empty.
-    pub chunks: Vec<Arc<Chunk>>,
+    pub(crate) chunks: Vec<Arc<Chunk>>,
 }
 
 /// Entries with neighbouring keys.
 pub struct Chunk {
-    /// Over every key and the digest of its value.
-    pub digest: Digest,
-    /// Bytes of [`write_json`](Self::write_json).
-    pub json_bytes: usize,
-    /// In the order of their keys.
-    pub entries: Vec<Entry>,
+    pub(crate) digest: Digest,
+    pub(crate) json_bytes: usize,
+    pub(crate) entries: Vec<Entry>,
 }
 
-/// One key and its value.
+/// A key and its value.
 #[derive(Clone)]
 pub struct Entry {
-    /// The key, unescaped.
+    /// Unescaped key.
     pub key: Arc<str>,
     /// JSON without insignificant white space.
     pub value: Bytes,
     digest: Digest,
 }
 
-/// What a batch does to a view: the last word on each key and module.
+/// Updates of a view.
 #[derive(Default)]
 pub struct Batch {
-    /// New values, or none for keys that go, by directory.
+    /// Values by directory and key. `None` removes.
     pub dirs: BTreeMap<DirPath, BTreeMap<Arc<str>, Option<Bytes>>>,
-    /// New modules, or none for those that go.
+    /// Modules by id. `None` removes.
     pub modules: BTreeMap<String, Option<Arc<Module>>>,
 }
 
-/// What really changed between two views.
+/// Difference of two views.
 #[derive(Default)]
 pub struct Changed {
-    /// Keys by directory, with whether they and the directory existed before.
-    pub dirs: Vec<ChangedDirectory>,
-    /// Ids of modules.
-    pub modules: Vec<String>,
+    pub(crate) dirs: Vec<ChangedDirectory>,
+    pub(crate) modules: Vec<String>,
 }
 
-/// The keys that changed in one directory.
+/// Changed keys of a directory.
 #[derive(Clone)]
 pub struct ChangedDirectory {
-    /// Which.
-    pub path: DirPath,
-    /// Whether it existed before.
-    pub existed: bool,
-    /// The keys.
-    pub keys: Vec<ChangedKey>,
+    pub(crate) path: DirPath,
+    pub(crate) existed: bool,
+    pub(crate) keys: Vec<ChangedKey>,
 }
 
-/// One key that changed.
+/// A changed key.
 #[derive(Clone)]
 pub struct ChangedKey {
-    /// Which.
-    pub key: Arc<str>,
-    /// Whether it existed before.
-    pub existed: bool,
-    /// The edit that leads from the old value to the new one, where it is less than the new one.
-    pub edit: Option<Arc<Edit>>,
+    pub(crate) key: Arc<str>,
+    pub(crate) existed: bool,
+    /// Edit of the value; `None` if the value is as small.
+    pub(crate) edit: Option<Arc<Edit>>,
 }
 
 impl View {
-    /// A view of nothing but the maps of the replicated resources.
+    /// A view without entries and modules.
     pub fn empty(ensure: Arc<[DirPath]>, rego_version: Option<u8>) -> Self {
         let dirs = Arc::default();
         let modules = Arc::default();
@@ -113,7 +98,7 @@ impl View {
         Self { revision, dirs, modules, ensure, rego_version, reads: None }
     }
 
-    /// The next view, and what it changes; none when nothing does.
+    /// Applies `batch`. `None` if nothing changes.
     pub fn apply(&self, batch: Batch) -> Option<(Self, Changed)> {
         let mut changed = Changed::default();
         let mut dirs = Arc::clone(&self.dirs);
@@ -136,10 +121,10 @@ impl View {
                 existed: old.is_some(),
                 keys: keys
                     .iter()
-                    .map(|(key, value)| ChangedKey::of(key, find(key), value.as_ref(), is_edited))
+                    .map(|(key, value)| ChangedKey::new(key, find(key), value.as_ref(), is_edited))
                     .collect(),
             });
-            let new = Directory::next(old.map(AsRef::as_ref), keys);
+            let new = Directory::updated(old.map(AsRef::as_ref), keys);
             let dirs = Arc::make_mut(&mut dirs);
             if new.chunks.is_empty() {
                 dirs.remove(&path)
@@ -149,7 +134,7 @@ impl View {
         }
         let mut modules = Arc::clone(&self.modules);
         for (id, module) in batch.modules {
-            if modules.get(&id).map(|held| held.digest) == module.as_ref().map(|module| module.digest) {
+            if modules.get(&id).map(|old| old.digest) == module.as_ref().map(|module| module.digest) {
                 continue;
             }
             let modules = Arc::make_mut(&mut modules);
@@ -167,20 +152,20 @@ impl View {
         Some((next, changed))
     }
 
-    /// The same view with these directories.
+    /// This view with other directories.
     #[must_use]
-    pub fn with_dirs(&self, dirs: BTreeMap<DirPath, Arc<Directory>>) -> Self {
+    pub(crate) fn with_dirs(&self, dirs: BTreeMap<DirPath, Arc<Directory>>) -> Self {
         let data = data_digest(dirs.iter().map(|(path, dir)| (path, dir.digest)), &self.ensure);
         Self { revision: Revision { data, ..self.revision }, dirs: Arc::new(dirs), ..self.clone() }
     }
 
-    /// The entries of all directories, counted.
+    /// Number of entries.
     pub fn entries(&self) -> usize {
         self.dirs.values().map(|dir| dir.len()).sum()
     }
 
-    /// Bytes of the entries, and of the modules. What the store holds too is not counted.
-    pub fn memory(&self) -> (usize, usize) {
+    /// Bytes of entries and of modules, without values that the store shares.
+    pub(crate) fn memory(&self) -> (usize, usize) {
         let entry = |entry: &Entry| {
             let value = if entry.value.is_unique() { entry.value.len() + ALLOCATION_BYTES } else { 0 };
             size_of::<Entry>() + entry.key.len() + ALLOCATION_BYTES + value
@@ -193,8 +178,7 @@ impl View {
         (entries, self.modules.iter().map(module).sum())
     }
 
-    /// Bytes of all the data as JSON.
-    pub fn json_bytes(&self) -> usize {
+    pub(crate) fn json_bytes(&self) -> usize {
         self.dirs.values().map(|dir| dir.json_bytes()).sum()
     }
 }
@@ -213,27 +197,27 @@ fn revision(
 }
 
 impl Directory {
-    /// `old` with these keys set (`Some`) or gone (`None`). Chunks that no key falls into are shared.
-    fn next(old: Option<&Self>, mut keys: BTreeMap<Arc<str>, Option<Bytes>>) -> Self {
+    /// Updates `old`. Unchanged chunks are shared.
+    fn updated(old: Option<&Self>, mut keys: BTreeMap<Arc<str>, Option<Bytes>>) -> Self {
         let mut chunks: Vec<Arc<Chunk>> = Vec::new();
-        // Entries of the chunk under construction: not empty while the chunk before lost its last key.
+        // Not empty if the previous chunk lost its last key.
         let mut open: Vec<Entry> = Vec::new();
         for chunk in old.map_or(&[][..], |old| &old.chunks) {
             let last = chunk.last_key();
-            // The last chunk may be waiting for the key that ends it: then all that is left falls into it.
-            let beyond = if ends_chunk(last) { keys.split_off::<str>(last) } else { BTreeMap::new() };
-            let mut here = std::mem::replace(&mut keys, beyond);
+            // All remaining keys fall into an unfinished last chunk.
+            let beyond = if is_boundary(last) { keys.split_off::<str>(last) } else { BTreeMap::new() };
+            let mut chunk_keys = std::mem::replace(&mut keys, beyond);
             if let Some((key, value)) = keys.remove_entry(last) {
-                here.insert(key, value);
+                chunk_keys.insert(key, value);
             }
-            if open.is_empty() && here.is_empty() {
+            if open.is_empty() && chunk_keys.is_empty() {
                 chunks.push(Arc::clone(chunk));
             } else {
-                merge(&chunk.entries, here, &mut open, &mut chunks);
+                merge(&chunk.entries, chunk_keys, &mut open, &mut chunks);
             }
         }
         merge(&[], keys, &mut open, &mut chunks);
-        close(&mut open, &mut chunks);
+        finish_chunk(&mut open, &mut chunks);
         let mut hasher = Hasher::default();
         for chunk in &chunks {
             hasher.part(chunk.digest.as_bytes());
@@ -241,39 +225,38 @@ impl Directory {
         Self { digest: hasher.finish(), chunks }
     }
 
-    /// A directory whose entries only a client has.
+    /// A directory whose entries exist at the client only.
     pub(super) fn elsewhere(digest: Digest) -> Self {
         Self { digest, chunks: Vec::new() }
     }
 
-    /// The entry of this key.
+    /// Entry of `key`.
     pub fn get(&self, key: &str) -> Option<&Entry> {
         let chunk = self.chunks.get(self.chunks.partition_point(|chunk| chunk.last_key() < key))?;
-        let at = chunk.entries.binary_search_by(|entry| (*entry.key).cmp(key)).ok()?;
-        Some(&chunk.entries[at])
+        let index = chunk.entries.binary_search_by(|entry| (*entry.key).cmp(key)).ok()?;
+        Some(&chunk.entries[index])
     }
 
-    /// How many entries.
+    /// Number of entries.
     pub fn len(&self) -> usize {
         self.chunks.iter().map(|chunk| chunk.entries.len()).sum()
     }
 
-    /// Never true of a directory in a view.
+    /// Always false in a view.
     pub fn is_empty(&self) -> bool {
         self.chunks.is_empty()
     }
 
-    /// Bytes of the directory as a JSON object.
-    pub fn json_bytes(&self) -> usize {
+    pub(crate) fn json_bytes(&self) -> usize {
         let chunks: usize = self.chunks.iter().map(|chunk| chunk.json_bytes).sum();
         chunks + 2 + self.chunks.len().saturating_sub(1)
     }
 
-    /// Appends the directory as a JSON object.
+    /// Appends a JSON object.
     pub fn write_json(&self, out: &mut Vec<u8>) {
         out.push(b'{');
-        for (at, chunk) in self.chunks.iter().enumerate() {
-            if at > 0 {
+        for (index, chunk) in self.chunks.iter().enumerate() {
+            if index > 0 {
                 out.push(b',');
             }
             chunk.write_json(out);
@@ -282,7 +265,7 @@ impl Directory {
     }
 }
 
-/// Moves entries and keys, in order, into `open`, and every chunk that is complete into `chunks`.
+/// Merges in order into `open`, and complete chunks into `chunks`.
 fn merge(
     entries: &[Entry],
     keys: BTreeMap<Arc<str>, Option<Bytes>>,
@@ -290,10 +273,10 @@ fn merge(
     chunks: &mut Vec<Arc<Chunk>>,
 ) {
     let mut push = |entry: Entry| {
-        let ends = ends_chunk(&entry.key);
+        let is_complete = is_boundary(&entry.key);
         open.push(entry);
-        if ends {
-            close(open, chunks);
+        if is_complete {
+            finish_chunk(open, chunks);
         }
     };
     let mut entries = entries.iter().peekable();
@@ -309,13 +292,13 @@ fn merge(
     entries.cloned().for_each(push);
 }
 
-fn close(open: &mut Vec<Entry>, chunks: &mut Vec<Arc<Chunk>>) {
+fn finish_chunk(open: &mut Vec<Entry>, chunks: &mut Vec<Arc<Chunk>>) {
     if !open.is_empty() {
         chunks.push(Arc::new(Chunk::new(std::mem::take(open))));
     }
 }
 
-fn ends_chunk(key: &str) -> bool {
+fn is_boundary(key: &str) -> bool {
     crc32fast::hash(key.as_bytes()).is_multiple_of(CHUNK_KEYS_MEAN)
 }
 
@@ -341,10 +324,10 @@ impl Chunk {
         &self.entries.last().expect("no chunk is empty").key
     }
 
-    /// Appends the entries as members of a JSON object, separated by commas.
-    pub fn write_json(&self, out: &mut Vec<u8>) {
-        for (at, entry) in self.entries.iter().enumerate() {
-            if at > 0 {
+    /// Appends the members of a JSON object.
+    pub(crate) fn write_json(&self, out: &mut Vec<u8>) {
+        for (index, entry) in self.entries.iter().enumerate() {
+            if index > 0 {
                 out.push(b',');
             }
             opa_hub_proto::patch::push_json_string(out, &entry.key);
@@ -355,7 +338,7 @@ impl Chunk {
 }
 
 impl Batch {
-    /// Sets (`Some`) or removes (`None`) one entry.
+    /// Sets (`Some`) or removes (`None`) an entry.
     pub fn entry(&mut self, dir: &DirPath, key: impl Into<Arc<str>>, value: Option<Bytes>) {
         let keys = match self.dirs.get_mut(dir) {
             Some(keys) => keys,
@@ -366,40 +349,32 @@ impl Batch {
 }
 
 impl ChangedKey {
-    fn of(key: &Arc<str>, old: Option<&Entry>, new: Option<&Bytes>, is_edited: bool) -> Self {
+    fn new(key: &Arc<str>, old: Option<&Entry>, new: Option<&Bytes>, is_edited: bool) -> Self {
         let edit = old.zip(new).filter(|_| is_edited).and_then(|(old, new)| Edit::between(&old.value, new));
         Self { key: Arc::clone(key), existed: old.is_some(), edit: edit.map(Arc::new) }
     }
 }
 
 impl Changed {
-    /// How many keys and modules.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.dirs.iter().map(|dir| dir.keys.len()).sum::<usize>() + self.modules.len()
     }
 
-    /// Bytes of the edits.
-    pub fn edit_bytes(&self) -> usize {
+    pub(crate) fn edit_bytes(&self) -> usize {
         let keys = self.dirs.iter().flat_map(|dir| &dir.keys);
         keys.filter_map(|key| key.edit.as_ref()).map(|edit| edit.memory()).sum()
     }
 
-    /// The same change without edits.
     #[must_use]
-    pub fn without_edits(&self) -> Self {
+    pub(crate) fn without_edits(&self) -> Self {
         let mut dirs = self.dirs.clone();
         dirs.iter_mut().flat_map(|dir| &mut dir.keys).for_each(|key| key.edit = None);
         Self { dirs, modules: self.modules.clone() }
     }
-
-    /// Never true of a change between two views.
-    pub fn is_empty(&self) -> bool {
-        self.dirs.is_empty() && self.modules.is_empty()
-    }
 }
 
-/// The directories of `dirs` at `path` or below it.
-pub fn within<'a>(
+/// Directories at or below `path`.
+pub(crate) fn within<'a>(
     dirs: &'a BTreeMap<DirPath, Arc<Directory>>,
     path: &'a DirPath,
 ) -> impl Iterator<Item = (&'a DirPath, &'a Arc<Directory>)> {
@@ -437,7 +412,7 @@ mod tests {
     }
 
     proptest! {
-        /// I2: the same content has the same revision and the same chunks, however it came to be.
+        /// I2, whatever the order of updates.
         #[test]
         fn i2_equal_content_equal_revision(script in scripts()) {
             let one = run(&script);
@@ -465,7 +440,7 @@ mod tests {
             }
         }
 
-        /// I2: different content has a different revision.
+        /// I2.
         #[test]
         fn i2_different_content_different_revision(script in scripts(), key in 0u16..400) {
             let before = run(&script);

@@ -422,7 +422,7 @@ mod tests {
         );
         check(&mut folder, &[("a.yaml", None)], &["+a/x", "-a/y"], &[]);
         let later = r#"{"apiVersion":"opahub.dev/v2","kind":"Bundle","metadata":{"name":"b"}}"#;
-        check(&mut folder, &[("later.json", Some(later))], &[], &["opahub.dev/v2 Bundle is not known here"]);
+        check(&mut folder, &[("later.json", Some(later))], &[], &["opahub.dev/v2 Bundle is not supported"]);
         check(&mut folder, &[("later.json", None)], &[], &[]);
         let list = r#"{"apiVersion":"v1","kind":"ConfigMapList","items":[{"metadata":{"name":"z"}}]}"#;
         check(&mut folder, &[("b.yaml", None), ("c.json", Some(list))], &["+default/z", "-a/x"], &[]);

@@ -273,7 +273,7 @@ async fn what_travels_is_told() -> anyhow::Result<()> {
         let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
         let warning = bundle["verdicts"]["opa/t"]["warnings"][0].as_str().unwrap_or_default();
         let expected =
-            ["opa/t/t.rego:2:1 takes v1/pods whole", ": all := data.kubernetes.pods[input.namespace]"];
+            ["opa/t/t.rego:2:1 reads whole objects of v1/pods", ": all := data.kubernetes.pods[input.namespace]"];
         if expected.iter().all(|part| warning.contains(part)) {
             Ok(())
         } else {

@@ -1,4 +1,4 @@
-//! What is read of one ConfigMap by itself, and why it is refused.
+//! Parsing and validation of a single ConfigMap.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -12,82 +12,40 @@ use crate::config::JSON_DEPTH_MAX;
 use crate::policy::modules;
 use crate::source::trim;
 
-/// Why an object is refused before any check.
+/// An object is rejected before any check.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// An object whose text is none.
-    #[error("it is no object: {0}")]
+pub(crate) enum Error {
+    #[error("invalid object: {0}")]
     NotAnObjectAtAll(serde_json::Error),
-    /// A ConfigMap that is none.
-    #[error("its data is no map of strings: {0}")]
+    #[error("data is not a map of strings: {0}")]
     NotAConfigMap(serde_json::Error),
-    /// A name that cannot be a place below `data`.
-    #[error("{0:?} cannot be part of a path below data: use letters, digits, '.', '_' and '-'")]
+    #[error("{0:?} is not a valid path segment below data; use letters, digits, '.', '_' and '-'")]
     Name(String),
-    /// A data key that does not parse.
     #[error("key {key} is not JSON: {source}")]
-    NotJson {
-        /// The key.
-        key: String,
-        /// Where and why.
-        source: serde_json::Error,
-    },
-    /// A data key that is a list, a number, a string.
-    #[error("key {0} is not a JSON object: wrap the value as {{\"…\": …}}")]
+    NotJson { key: String, source: serde_json::Error },
+    #[error("key {0} is not a JSON object; wrap the value as {{\"…\": …}}")]
     NotAnObject(String),
-    /// A data key that OPA would refuse to read.
     #[error("key {0} is nested deeper than {JSON_DEPTH_MAX} levels")]
     TooDeep(String),
-    /// A key whose text is no Rego module.
     #[error("key {key} is not a Rego module: {source}")]
-    Module {
-        /// The key.
-        key: String,
-        /// Where and why.
-        source: modules::Error,
-    },
-    /// Two sources for one path, or a package where data lies: OPA would refuse every later write of data.
-    #[error("it would own data{place}, which {owner} owns already: rename one of them")]
-    Taken {
-        /// What it would own.
-        place: DirPath,
-        /// Who owns that, or something above or below it.
-        owner: String,
-    },
-    /// More than an agent takes.
-    #[error("{what} has {bytes} bytes, more than the {max} that {whose} may have")]
-    TooLarge {
-        /// The key, or the object.
-        what: String,
-        /// Its size.
-        bytes: usize,
-        /// The bound.
-        max: usize,
-        /// What the bound is for.
-        whose: &'static str,
-    },
-    /// More than the bundle may hold.
+    Module { key: String, source: modules::Error },
+    /// Two owners for one path. A package at data would make OPA reject every later write.
+    #[error("data{place} conflicts with {owner}; rename one of them")]
+    Taken { place: DirPath, owner: String },
+    #[error("{subject} has {bytes} bytes; the maximum for {scope} is {max}")]
+    TooLarge { subject: String, bytes: usize, max: usize, scope: &'static str },
     #[error(
-        "left as it was: with it the data would be larger than the limit of {max} bytes (maxBytes), and {heaviest} has \
-         {megabytes} MB of it; select fewer objects or fields, or raise the limit"
+        "data size limit exceeded: the data would be larger than {max} bytes (maxBytes), and {heaviest} has {megabytes} MB; \
+         select fewer objects or fields, or raise the limit"
     )]
-    OverLimit {
-        /// Bytes by which the data would grow.
-        grows: usize,
-        /// The limit.
-        max: usize,
-        /// Who has most of it.
-        heaviest: String,
-        /// How much, rounded down.
-        megabytes: usize,
-    },
-    /// More places than the head of an archive may list.
-    #[error("the bundle already has {0} directories")]
+    OverLimit { grows: usize, max: usize, heaviest: String, megabytes: usize },
+    /// An archive header lists all directories.
+    #[error("directory limit reached: the bundle has {0} directories")]
     TooManyDirectories(usize),
 }
 
 impl Error {
-    /// As OPA would call it.
+    /// Error code, as in OPA.
     pub(super) fn code(&self) -> &'static str {
         match self {
             Self::NotAConfigMap(_) | Self::NotAnObjectAtAll(_) | Self::Name(_) => "invalid_object",
@@ -99,7 +57,7 @@ impl Error {
         }
     }
 
-    /// Whether it may be taken once something else goes.
+    /// Whether a retry may succeed once other objects are removed.
     pub(super) fn may_pass(&self) -> bool {
         matches!(
             self,
@@ -144,7 +102,7 @@ pub(super) fn check_entry(name: &str, bytes: usize) -> Result<(), Error> {
     if bytes <= ENTRY_BYTES_MAX {
         return Ok(());
     }
-    Err(Error::TooLarge { what: name.to_owned(), bytes, max: ENTRY_BYTES_MAX, whose: "one entry" })
+    Err(Error::TooLarge { subject: name.to_owned(), bytes, max: ENTRY_BYTES_MAX, scope: "one entry" })
 }
 
 pub(super) fn data_value(key: &str, text: &str) -> Result<Bytes, Error> {
