@@ -1,4 +1,4 @@
-//! `/v1/bundles`: the state of all bundles as JSON.
+//! `/v1/bundles`: bundles as JSON.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -48,11 +48,10 @@ pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Re
     Ok(Json(shown))
 }
 
-/// Returns the size of each replicated field and the policies that read it.
 pub(super) async fn fields(State(hub): State<Hub>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
     let bundle = hub.bundle(&name)?;
     let follows = bundle.reading().reads.is_some();
-    // A forecast copies all objects.
+    // Forecasts copy all objects.
     let permit = Arc::clone(&hub.0.forecasts).acquire_owned().await.expect("the semaphore is never closed");
     let forecast = tokio::task::spawn_blocking(move || {
         let _permit = permit;
@@ -65,12 +64,12 @@ pub(super) async fn fields(State(hub): State<Hub>, Path(name): Path<String>) -> 
     ))
 }
 
-/// Prefix of a bundle's entries in `Readiness`. The bundle of the flags has none.
+/// Prefix of a bundle's entries in `Readiness`, except the bundle of the flags.
 fn prefix(bundle: &str) -> String {
     format!("bundle {bundle}: ")
 }
 
-/// Range of a bundle's problems among all, which are sorted by subject.
+/// `problems` is sorted by subject.
 fn problem_range(bundle: &str, problems: &[Problem]) -> Range<usize> {
     let prefix = prefix(bundle);
     let first = problems.partition_point(|problem| problem.subject < prefix);
@@ -78,7 +77,7 @@ fn problem_range(bundle: &str, problems: &[Problem]) -> Range<usize> {
     first..first + count
 }
 
-/// Returns the `pending` entries of a bundle and of its watches.
+/// Includes those of the bundle's watches.
 fn pending_of<'a>(
     bundle: &str,
     feeds: &[Arc<Feed>],

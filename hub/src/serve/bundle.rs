@@ -1,6 +1,6 @@
 //! `GET /bundles/{name}[/policy|/data]`: OPA's bundle protocol (OPA v1/download/download.go).
 //!
-//! - A 304 repeats the client's ETag. Under `wait` an early 304 would make OPA retry without a pause.
+//! - A 304 repeats the client's ETag. An early 304 under `wait` would make OPA retry without pause.
 //! - `If-None-Match` may be a list, newest first, with weak tags.
 //! - OPA compares the content type byte by byte, and expects no `Content-Encoding` on a gzip'd tar.
 
@@ -29,18 +29,17 @@ use crate::bundle::archive::Archive;
 use crate::bundle::{Bundle, Edition, Part};
 use crate::config::{DELTA_CLIENTS_MAX, LONG_POLL_MAX};
 
-/// A client that requests the same delta again within this time failed to apply it.
+/// A request repeated within this time means that the client failed to apply the delta.
 const DELTA_RETRY: Duration = Duration::from_secs(60);
 
 #[derive(Deserialize)]
 pub(super) struct Options {
-    /// Prefer OPA's native delta bundle.
     #[serde(default)]
     delta: bool,
     namespace: Option<String>,
 }
 
-/// Clients that recently received a native delta, by base revision. A repeated request gets a snapshot.
+/// Recent native deltas by client and base revision.
 #[derive(Default)]
 pub(super) struct DeltaClients(Mutex<HashMap<(IpAddr, Revision), Instant>>);
 
@@ -60,7 +59,7 @@ pub(super) async fn get(
         _ => hub.part(&name, namespace)?,
     };
     let Some(edition) = wait_for(&bundle, &hub.0.stop, part, &tags, max_wait).await? else {
-        // On a replica that is behind, an older tag may have matched: repeat the client's newest.
+        // If this replica is behind, an older tag may match: repeat the newest.
         let newest = tags.first().map_or("", |tag| tag.raw);
         return Ok((StatusCode::NOT_MODIFIED, [(ETAG, newest)]).into_response());
     };
@@ -85,7 +84,7 @@ pub(super) async fn get(
     Ok((headers, respond(archive)).into_response())
 }
 
-/// Waits for an edition that matches none of `tags`. `None` after `max_wait`.
+/// Waits for an edition without a match in `tags`.
 async fn wait_for(
     bundle: &Bundle,
     stop: &CancellationToken,
@@ -107,11 +106,11 @@ async fn wait_for(
         let timed_out = tokio::select! {
             changed = tokio::time::timeout_at(deadline, editions.changed()) => match changed {
                 Ok(Ok(())) => false,
-                // The bundle was removed or replaced.
+                // The bundle was replaced.
                 Ok(Err(_closed)) => return Err(Error::NotReady),
                 Err(_late) => true,
             },
-            // OPA retries at once and reaches another replica, or this one after its restart.
+            // OPA retries at once, on another replica.
             () = stop.cancelled() => return Err(Error::NotReady),
         };
         if timed_out {

@@ -1,7 +1,7 @@
-//! HTTP/1.1 connections that axum serves, with a limit on each wait for the client.
+//! HTTP/1.1 connections served by axum.
 //!
-//! Hyper's header timeout also runs between two requests, but not during a response, so long polls and streams never
-//! time out. [`WRITE_TIMEOUT`] ends a connection whose client does not read.
+//! Hyper's header timeout also limits idle connections, but not responses such as long polls and streams.
+//! [`WRITE_TIMEOUT`] ends connections whose client does not read.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -27,11 +27,11 @@ use tokio_util::task::TaskTracker;
 use super::Limits;
 use crate::config::{ACCEPT_PAUSE, KEEPALIVE, WRITE_TIMEOUT};
 
-/// Maximum connections whose first request is a probe: a kubelet and a few load balancers.
+/// Enough for a kubelet and a few load balancers.
 pub(super) const PROBES_MAX: usize = 64;
-/// Maximum wait for a permit: long enough for a short burst.
+/// Long enough for a short burst.
 const PERMIT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Bytes read from a rejected connection: the head of any client's request.
+/// Maximum head of a rejected request.
 const REJECTED_HEAD_BYTES: usize = 4 << 10;
 const OVERLOADED: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
@@ -41,18 +41,15 @@ too many connections; retry later, or use another replica\n";
 pub(super) struct Connections {
     http: http1::Builder,
     router: TowerToHyperService<Router>,
-    /// One permit per open connection.
     permits: Arc<Semaphore>,
-    /// One permit per connection whose first request is a probe.
     probe_permits: Arc<Semaphore>,
-    /// Below this many free permits a connection closes after its response.
+    /// With fewer free permits, connections close after each response.
     low_permits: usize,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
 
 impl Connections {
-    /// On `stop` each connection closes after its current response.
     pub(super) fn new(router: Router, limits: Limits, stop: CancellationToken) -> Self {
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new()).header_read_timeout(limits.head);
@@ -71,13 +68,13 @@ impl Connections {
         Arc::clone(&self.permits).acquire_owned().await.expect("the semaphore is never closed")
     }
 
-    /// Serves a connection, or answers 503 if no permit is free in time.
+    /// Serves a connection, or answers 503 if no permit is free.
     pub(super) async fn admit(&self, tcp: TcpStream, peer: SocketAddr, is_probe: bool) {
         let permits = if is_probe { &self.probe_permits } else { &self.permits };
         match tokio::time::timeout(PERMIT_TIMEOUT, Arc::clone(permits).acquire_owned()).await {
             Ok(permit) => self.serve(tcp, peer, permit.expect("the semaphore is never closed")),
             Err(_late) => {
-                // Closing with unread bytes resets the connection, and the response is lost.
+                // Closing with unread bytes resets the connection and loses the response.
                 let mut request = [0; REJECTED_HEAD_BYTES];
                 _ = tcp.try_read(&mut request);
                 _ = tcp.try_write(OVERLOADED);
@@ -103,7 +100,7 @@ impl Connections {
         self.tasks.spawn(async move {
             let _permit = permit;
             let mut connection = pin!(connection);
-            // Errors come from the client: disconnected, timed out, or not HTTP.
+            // Errors come from the client.
             tokio::select! {
                 _ = connection.as_mut() => return,
                 () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
@@ -112,19 +109,17 @@ impl Connections {
         });
     }
 
-    /// Waits until all connections are closed.
     pub(super) async fn drained(&self) {
         self.tasks.close();
         self.tasks.wait().await;
     }
 }
 
-/// Accepts the next connection. Keepalive probes end it when the client's machine is unreachable.
 pub(super) async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
             Ok((tcp, peer)) => {
-                // Setting options fails only on a closed socket. Nagle's algorithm would delay small frames.
+                // Fails only on closed sockets. Nagle's algorithm would delay small frames.
                 _ = tcp.set_nodelay(true);
                 let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
                 _ = SockRef::from(&tcp).set_tcp_keepalive(&keepalive);
@@ -132,7 +127,7 @@ pub(super) async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
                 return (tcp, peer);
             }
             Err(error) => {
-                // Mostly: out of file descriptors. Open connections continue.
+                // Usually no file descriptors are left.
                 tracing::warn!(%error, "accepting a connection failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }

@@ -1,5 +1,5 @@
-//! Accepts connections and peeks at the first request. Stream requests that can be served go to the fan-out;
-//! everything else is passed to axum unread. TLS would be terminated here.
+//! Accepts connections and peeks at the first request. Stream requests go to the fan-out; all others, and those that
+//! fail, are passed to axum unread.
 
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -17,25 +17,22 @@ use super::fanout::Fanout;
 use super::stream::{Options, StreamRequest, header_text};
 use crate::config::{HEAD_BYTES_MAX, HEAD_LOOK, HEAD_MAX, HEADS_MAX};
 
-/// Maximum headers of a stream request: more than any agent, browser or proxy sends.
+/// More than any agent, browser or proxy sends.
 const HEADERS_MAX: usize = 64;
 const STREAM_PREFIX: &[u8] = b"GET /bundles/";
 
 const PROBE_PREFIXES: [&[u8]; 3] = [b"GET /livez", b"GET /readyz", b"GET /health"];
 
-/// A connection's first request, as far as received.
 enum FirstRequest {
-    /// The head is incomplete.
     Partial,
     Other,
     Probe,
-    /// A stream request and the length of its head.
+    /// With the length of its head.
     Stream(StreamRequest, usize),
 }
 
-/// Accepts connections until dropped.
 pub(super) async fn open(listener: TcpListener, hub: &Hub, fanout: &Arc<Fanout>, connections: &Connections) {
-    // Further connections wait in the kernel's queue.
+    // Excess connections wait in the kernel's queue.
     let heads = Arc::new(Semaphore::new(HEADS_MAX));
     loop {
         let Ok(permit) = Arc::clone(&heads).acquire_owned().await else { return };
@@ -49,8 +46,7 @@ pub(super) async fn open(listener: TcpListener, hub: &Hub, fanout: &Arc<Fanout>,
     }
 }
 
-/// Passes a stream to the fan-out. Returns any other connection and whether its request is a probe. `permit` is
-/// released once the head is complete.
+/// Returns connections that axum must serve, and whether they are probes. Releases `permit` after the head.
 async fn classify(
     tcp: TcpStream,
     permit: OwnedSemaphorePermit,
@@ -63,7 +59,7 @@ async fn classify(
         let Ok(Ok((request, length))) = peeked else { return Some((tcp, false)) };
         match request {
             FirstRequest::Partial if length > 0 && length < HEAD_BYTES_MAX && Instant::now() < deadline => {
-                // Peeked bytes keep the socket readable, so further bytes cannot be awaited.
+                // Peeked bytes keep the socket readable: more cannot be awaited.
                 tokio::time::sleep(HEAD_LOOK).await;
             }
             FirstRequest::Partial | FirstRequest::Other => return Some((tcp, false)),
@@ -86,8 +82,7 @@ async fn classify(
     }
 }
 
-/// Classifies the readable bytes and returns their number. The buffer is on the stack: 10,000 connections at once
-/// need no heap for it.
+/// The buffer is on the stack: 10,000 connections need no heap.
 fn peek(tcp: &TcpStream, cx: &mut Context<'_>) -> Poll<std::io::Result<(FirstRequest, usize)>> {
     let mut bytes = [0; HEAD_BYTES_MAX];
     let mut bytes = ReadBuf::new(&mut bytes);
@@ -95,13 +90,12 @@ fn peek(tcp: &TcpStream, cx: &mut Context<'_>) -> Poll<std::io::Result<(FirstReq
     Poll::Ready(Ok((parse(bytes.filled()), bytes.filled().len())))
 }
 
-/// Waits until the client closes its half. The unread head keeps the socket readable; tokio's `PRIORITY` alone is
-/// ready at the end of the stream and not at bytes.
+/// Waits until the client closes its half. Of tokio's interests only `PRIORITY` ignores the unread head.
 async fn client_closed(tcp: &TcpStream) {
     _ = tcp.ready(Interest::PRIORITY).await;
 }
 
-/// Reads the peeked head. False if the connection ended.
+/// Reads the peeked head.
 fn discard(tcp: &TcpStream, mut length: usize) -> bool {
     let mut buffer = [0; 1 << 10];
     while length > 0 {
@@ -186,7 +180,7 @@ mod tests {
         let permit = Arc::clone(&heads).acquire_owned().await.unwrap();
         let opening = classify(tcp, permit, &hub, &fanout);
         let disconnecting = async {
-            // The permit is free once the head was read.
+            // The head was read.
             _ = heads.acquire().await.unwrap();
             drop(client);
         };

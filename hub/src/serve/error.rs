@@ -1,4 +1,4 @@
-//! Errors of requests: an HTTP status, and JSON with the cause and the remedy.
+//! Request errors: status, cause and remedy.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ pub(super) enum Error {
     /// I5.
     #[error("hub is not ready: some resources are not listed yet; GET /readyz names them")]
     NotReady,
-    /// I10 cannot be guaranteed across two bundles.
+    /// I10.
     #[error("separate bundles cannot follow the policies' fields; use bundles/{0}, or an agent")]
     Split(String),
     #[error("revision {0} is unknown; POST the digests of your content to …/reconcile")]
@@ -33,22 +33,19 @@ pub(super) enum Error {
     InvalidRevision(String),
     #[error("{POSITION_HEADER} is invalid: {0}")]
     InvalidPosition(#[from] position::Invalid),
-    /// The client would go back in time.
     #[error("this replica is behind the client ({0}); retry, or use another replica")]
     Lags(Lag),
-    /// The replica is behind and its source is unavailable.
     #[error("this replica is behind the client ({lag}) and stale ({stale}); use another replica")]
     Stale { lag: Lag, stale: Stale },
     #[error("frame memory is exhausted; retry later, or use another replica")]
     Full,
     #[error("encoding the answer failed: answer memory is exhausted; retry later, or use another replica")]
     AnswersFull,
-    /// A body of unknown length would need memory for the largest one.
+    /// Would need memory for the largest body.
     #[error("reading the body failed: its length is unknown; send Content-Length")]
     LengthRequired,
     #[error("reading the body failed: incomplete after {0:?}; send all of the body within that time")]
     BodyTimeout(Duration),
-    /// The body is too long, or the connection ended.
     #[error("reading the body failed: {0}; send all of the body, at most {max} bytes", max = RECONCILE_BYTES_MAX)]
     Body(#[from] BytesRejection),
     #[error("parsing the reconcile request failed: {0}")]
@@ -56,7 +53,7 @@ pub(super) enum Error {
 }
 
 impl Error {
-    /// [`Self::Stale`] if the lagging watch is stale: agents ignore a lag that a stale hub reports.
+    /// Answers 503 if the watch is stale, since 412 from every hub lets agents go back in time.
     pub(super) fn lags(lag: Lag, feeds: &Feeds) -> Self {
         match feeds.stale_of(&lag.name) {
             Some(stale) => Self::Stale { lag, stale },

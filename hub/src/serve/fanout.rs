@@ -1,8 +1,8 @@
-//! Writes the streams of all bundles from a few tasks. Each bundle has one shard per core. A shard visits its
-//! connections when there is a new edition, at once after an idle time; changes during a visit are merged into the next.
+//! Writes streams from one task per shard; each bundle has one shard per core. Changes during one pass over a shard's
+//! connections are merged into the next.
 //!
-//! A connection is a socket, a revision and the unsent bytes of one event. A stalled client delays no other, and
-//! receives one merged frame when it reads again. That frame is encoded on a blocking thread.
+//! A stalled client delays no other, and receives one merged frame when it reads again. Large frames are encoded on a
+//! blocking thread.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::ErrorKind;
@@ -27,19 +27,17 @@ use crate::config::{
     ROUND_SLICE, SEND_BUFFER,
 };
 
-/// Heartbeats are spread over this many parts of their interval, so that they do not delay frames.
+/// Heartbeats are spread over the interval, so that they do not delay frames.
 const HEARTBEAT_GROUPS: usize = 16;
 
-/// The response ends with the connection.
 const RESPONSE: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncache-control: no-store\r\n\
                         connection: close\r\n\r\n";
 
-/// Id of a bundle, and number of one of its shards.
+/// Bundle id and shard number.
 type ShardKey = (u64, usize);
 
 pub(super) struct Fanout {
     shards: Mutex<HashMap<ShardKey, mpsc::UnboundedSender<Connection>>>,
-    /// One for each thread.
     shards_per_bundle: usize,
     tasks: TaskTracker,
     hub: Hub,
@@ -47,10 +45,9 @@ pub(super) struct Fanout {
 
 struct Connection {
     tcp: Arc<TcpStream>,
-    /// The client's revision once `unsent` is written.
+    /// The client's, once `unsent` is written.
     revision: Revision,
     unsent: Bytes,
-    /// Whether the client was told once that it is at the newest revision.
     synced_sent: bool,
     state: WriteState,
     _guard: StreamGuard,
@@ -58,13 +55,13 @@ struct Connection {
 
 enum WriteState {
     Ready,
-    /// The socket is full since this time; the task waits until it is writable.
+    /// Start of the wait, and the task that waits for the socket.
     SocketFull(Instant, #[expect(dead_code, reason = "aborts on drop")] AbortOnDropHandle<()>),
-    /// A large frame is being encoded.
+    /// Waits for a large frame.
     Encoding,
 }
 
-/// A frame and the revisions that it leads from and to.
+/// The revisions that a frame leads from and to, and the frame.
 type EncodedFrame = (Revision, Revision, Next);
 
 /// The client is gone, or must reconcile.
@@ -76,9 +73,9 @@ impl Fanout {
         Arc::new(Self { shards: Mutex::default(), shards_per_bundle, tasks: TaskTracker::new(), hub })
     }
 
-    /// Streams `bundle` to `tcp`, whose request was read, from `revision`.
+    /// Streams from `revision` to a client whose request was read.
     pub(super) fn join(self: &Arc<Self>, bundle: &Arc<Bundle>, tcp: TcpStream, revision: Revision) {
-        // Fails only on a closed socket.
+        // Fails only on closed sockets.
         _ = SockRef::from(&tcp).set_send_buffer_size(SEND_BUFFER);
         let mut connection = Connection {
             tcp: Arc::new(tcp),
@@ -93,7 +90,7 @@ impl Fanout {
         if let Some(shard) = shards.get(&key) {
             match shard.send(connection) {
                 Ok(()) => return,
-                // The shard has just ended.
+                // The shard just ended.
                 Err(mpsc::error::SendError(returned)) => connection = returned,
             }
         }
@@ -106,13 +103,12 @@ impl Fanout {
         });
     }
 
-    /// Waits until all streams are closed, after the stop.
     pub(super) async fn drained(&self) {
         self.tasks.close();
         self.tasks.wait().await;
     }
 
-    /// Removes the shard unless a connection is `joining`.
+    /// Removes the shard unless a connection joined.
     fn leave(&self, key: ShardKey, joining: &mpsc::UnboundedReceiver<Connection>) -> bool {
         let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
         let is_idle = joining.is_empty();
@@ -123,25 +119,23 @@ impl Fanout {
     }
 }
 
-/// The connections of one shard.
 struct ShardWriter {
     bundle: String,
     feeds: Feeds,
     head: watch::Receiver<Option<Arc<Edition>>>,
     joining: mpsc::UnboundedReceiver<Connection>,
     connections: Slab<Connection>,
-    /// Connections whose sockets are writable again.
+    /// Slots whose sockets are writable again.
     writable: (mpsc::UnboundedSender<usize>, mpsc::UnboundedReceiver<usize>),
-    /// Connections that need a large frame, by revision; the oldest request is first.
+    /// Slots that wait for a large frame, by revision, oldest first.
     catch_up_queue: VecDeque<(Revision, BTreeSet<usize>)>,
-    /// Whether the largest group was chosen last, not the first.
     largest_was_last: bool,
-    /// The large frame being encoded: one at a time.
+    /// At most one large frame.
     encoding: JoinSet<EncodedFrame>,
-    /// First slot of the next visit, so that no connection is always last.
+    /// First slot of the next pass: no connection is always last.
     first: usize,
     heartbeat_group: usize,
-    /// The latest frame, with its revisions: most connections need the same one.
+    /// Latest small frame: most connections need the same.
     frame: Option<(Revision, Revision, Bytes)>,
 }
 
@@ -173,7 +167,7 @@ impl ShardWriter {
                 () = stop.cancelled() => break,
                 changed = self.head.changed() => match changed {
                     Ok(()) => self.write_all().await,
-                    // The bundle was replaced: clients that reconnect receive the new one.
+                    // The bundle was replaced.
                     Err(_closed) => break,
                 },
                 Some(slot) = self.writable.1.recv() => self.on_writable(slot),
@@ -190,7 +184,7 @@ impl ShardWriter {
             }
         }
         fanout.shards.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
-        // Clients of a replaced bundle reconnect to this hub: they receive no go-away comment.
+        // Clients of a replaced bundle reconnect to this hub.
         let go_away = if stop.is_cancelled() { fanout.hub.farewell().await } else { Bytes::new() };
         self.drain(&go_away).await;
     }
@@ -200,7 +194,6 @@ impl ShardWriter {
         self.write(slot);
     }
 
-    /// Writes to all connections that are ready, and attaches those that joined in the meantime.
     async fn write_all(&mut self) {
         self.head.mark_unchanged();
         let slots = self.connections.capacity();
@@ -225,7 +218,6 @@ impl ShardWriter {
         }
     }
 
-    /// Brings a connection to the newest edition, or fills its socket, or closes it.
     fn write(&mut self, slot: usize) {
         let Some(edition) = self.head.borrow().clone() else { return };
         if let Err(Disconnected) = self.advance(slot, &edition) {
@@ -233,8 +225,7 @@ impl ShardWriter {
         }
     }
 
-    /// Starts to encode the frame of one queued revision on a blocking thread: alternately the first and the one most
-    /// connections wait for.
+    /// Encodes one queued frame: by turns the oldest request and the largest group.
     fn encode(&mut self) {
         let Some(edition) = self.head.borrow().clone() else { return };
         if !self.encoding.is_empty() || edition.is_full() {
@@ -253,12 +244,11 @@ impl ShardWriter {
                 self.encoding.spawn_blocking(move || (from, edition.view.revision, edition.next(from)));
                 return;
             }
-            // All of its connections are closed.
+            // Its connections are closed.
             self.catch_up_queue.remove(next);
         }
     }
 
-    /// Sends a large frame to the connections that wait for it.
     async fn deliver_encoded(&mut self, (from, to, next): EncodedFrame) {
         let group = self.catch_up_queue.iter().position(|(revision, _)| *revision == from);
         let waiting = group.and_then(|index| self.catch_up_queue.remove(index)).map(|(_, waiting)| waiting);
@@ -292,7 +282,7 @@ impl ShardWriter {
             if !connection.flush()? {
                 let (tcp, writable) = (Arc::clone(&connection.tcp), self.writable.0.clone());
                 let waiting = tokio::spawn(async move {
-                    // The next write returns the error.
+                    // The next write returns errors.
                     _ = tcp.writable().await;
                     _ = writable.send(slot);
                 });
@@ -309,7 +299,7 @@ impl ShardWriter {
                     connection.synced_sent = true;
                     synced_comment(&self.bundle, &self.feeds, to)
                 }
-                // A new connection may need a later position than this frame has.
+                // New connections may need a later position.
                 Some((from, newest, bytes))
                     if connection.synced_sent && (*from, *newest) == (connection.revision, to) =>
                 {
@@ -347,8 +337,7 @@ impl ShardWriter {
         }
     }
 
-    /// Sends heartbeats to one group, and removes connections that are closed, or stalled while frame memory is
-    /// exhausted.
+    /// Sends heartbeats, and removes closed connections, and stalled ones while frame memory is exhausted.
     fn heartbeat(&mut self) {
         self.heartbeat_group = (self.heartbeat_group + 1) % HEARTBEAT_GROUPS;
         let bytes = heartbeat(&self.feeds);
@@ -361,7 +350,7 @@ impl ShardWriter {
             let mut buffer = [0; 64];
             match connection.tcp.try_read(&mut buffer) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                // The client closed its half, failed, or sent unexpected bytes.
+                // Closed, failed, or unexpected bytes.
                 _ => {
                     self.connections.remove(slot);
                     continue;
@@ -373,18 +362,18 @@ impl ShardWriter {
             }
             if connection.unsent.is_empty() {
                 let is_pending = matches!(connection.state, WriteState::Encoding);
-                // Without the pending comment the client would take itself for synced.
+                // A plain heartbeat would report the client as synced.
                 connection.unsent = if is_pending { PENDING } else { bytes.clone() };
                 self.write(slot);
             }
         }
-        // The frame serves a burst of joins at one revision; dropping it frees its memory.
+        // Useful for a burst of joins only.
         self.frame = None;
-        // Frame memory may be available again.
+        // Memory may be free again.
         self.encode();
     }
 
-    /// Closes the connections a few at a time, also those of many small bundles, so that reconnects are spread.
+    /// Closes connections in small groups to spread reconnects, also over many small bundles.
     async fn drain(mut self, go_away: &[u8]) {
         while let Ok(connection) = self.joining.try_recv() {
             self.connections.insert(connection);
@@ -398,7 +387,7 @@ impl ShardWriter {
         for poll in 0.. {
             if poll >= first && (poll - first) % DRAIN_LOOKS == 0 {
                 let next = open.drain(open.len().saturating_sub(slice)..).map(|mut connection| {
-                    // A partial frame is completed first, if the client reads.
+                    // Partial frames are completed first.
                     connection.unsent = [&connection.unsent[..], go_away].concat().into();
                     connection
                 });
@@ -415,7 +404,7 @@ impl ShardWriter {
 }
 
 impl Connection {
-    /// Writes until the socket is full. Returns whether nothing is unsent.
+    /// Returns whether nothing is unsent.
     fn flush(&mut self) -> Result<bool, Disconnected> {
         while !self.unsent.is_empty() {
             match self.tcp.try_write(&self.unsent) {
@@ -432,7 +421,6 @@ impl Connection {
         self.revision == from && matches!(self.state, WriteState::Encoding)
     }
 
-    /// Whether the client has not read a large event for long.
     fn is_stalled(&self) -> bool {
         let is_stalled =
             matches!(&self.state, WriteState::SocketFull(since, _) if since.elapsed() > LARGE_STALL_MAX);

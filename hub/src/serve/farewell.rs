@@ -1,4 +1,4 @@
-//! The go-away comment sent at shutdown: the replicas that are ready to take over.
+//! The go-away comment of a hub that stops.
 
 use std::net::SocketAddr;
 
@@ -10,18 +10,17 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::config::{FAREWELL_MAX, FAREWELL_REPLICAS_MAX};
 
-/// Queries all addresses of `replicas` (`HOST:PORT`). This hub may be among them; its `/readyz` already fails.
+/// Names the ready addresses of `replicas` (`HOST:PORT`). This hub's own `/readyz` already fails.
 pub(super) async fn farewell(replicas: &[String]) -> Bytes {
     let ready = if replicas.is_empty() { Vec::new() } else { ready(replicas).await };
     let urls = ready.iter().map(String::as_str).collect();
     format!(": {}\n\n", Word::Go(urls)).into()
 }
 
-/// Base URLs of the addresses that answer ready within [`FAREWELL_MAX`].
 async fn ready(replicas: &[String]) -> Vec<String> {
     let deadline = Instant::now() + FAREWELL_MAX;
     let Ok(http) = reqwest::Client::builder().no_proxy().build() else { return Vec::new() };
-    // A lookup that hangs leaves half of the time for the other replicas.
+    // A hanging lookup leaves time for the other replicas.
     let lookups = replicas
         .iter()
         .map(|replica| timeout_at(deadline - FAREWELL_MAX / 2, tokio::net::lookup_host(replica)));

@@ -13,14 +13,13 @@ use serde_json::json;
 use super::Hub;
 use crate::bundle::Bundle;
 
-/// Always ok: a restart helps only a process that does not answer.
+/// Restarts help only processes that do not answer.
 pub(super) async fn live() -> &'static str {
     "ok\n"
 }
 
 #[derive(Deserialize)]
 pub(super) struct Options {
-    /// `None` accepts any bundle.
     bundle: Option<String>,
 }
 
@@ -36,8 +35,8 @@ pub(super) async fn ready(State(hub): State<Hub>, Query(options): Query<Options>
         .iter()
         .filter_map(|bundle| Some((bundle.name.clone(), bundle.feeds.stale()?.to_string())))
         .collect();
-    // An agent that names its bundle looks for a better replica. Without a name the Service decides: a denied resource
-    // is denied to every replica, and must not remove all of them.
+    // With a bundle name an agent looks for a better replica. Without, the Service decides: a denied resource is denied
+    // to all replicas, and must not remove all.
     let is_unreachable = |bundle: &Arc<Bundle>| match &options.bundle {
         Some(_) => stale.contains_key(&bundle.name),
         None => bundle.feeds.silent().is_some(),

@@ -1,4 +1,4 @@
-//! Memory use of the hub: bytes of every cache and queue.
+//! Memory of the hub's caches and queues.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
@@ -9,29 +9,27 @@ use tokio::time::Instant;
 
 use crate::bundles::Bundles;
 
-/// Resident bytes of an idle stream without kernel buffers, as measured by `opa-hub-loadtest fanout`.
+/// Without kernel buffers; measured by `opa-hub-loadtest fanout`.
 const STREAM_BYTES: usize = 1100;
 
-/// Resident bytes at the start, without file pages.
+/// Resident bytes at startup, without file pages.
 static START_BYTES: OnceLock<usize> = OnceLock::new();
 
-/// Records the resident memory at the start of the program.
+/// Records resident memory at startup.
 pub fn note_start() {
     START_BYTES.get_or_init(|| resident().map_or(0, |resident| resident.all - resident.files));
 }
 
-/// Minimum time between two counts: each visits every object under the store's lock.
+/// A count visits every object under the store's lock.
 const ACCOUNT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Cache of the last count, for concurrent scrapes.
+/// The last count, shared by scrapes.
 #[derive(Default)]
 pub(super) struct Account(tokio::sync::Mutex<Option<(Instant, Bytes)>>);
 
-/// Bytes by kind of memory.
 pub(super) type Bytes = BTreeMap<&'static str, usize>;
 
 impl Account {
-    /// Returns the cached count if recent, else counts.
     pub(super) async fn get(&self, bundles: &Arc<Bundles>) -> Bytes {
         let mut last = self.0.lock().await;
         if let Some((counted_at, bytes)) = &*last
@@ -66,11 +64,11 @@ fn account(bundles: &Bundles) -> Bytes {
 
 pub(super) struct Resident {
     pub(super) all: usize,
-    /// Bytes of file pages: mostly the program's text.
+    /// Mostly the program's text.
     files: usize,
 }
 
-/// Resident bytes of the process (proc_pid_statm(5)). `None` without procfs.
+/// See proc_pid_statm(5). `None` without procfs.
 pub(super) fn resident() -> Option<Resident> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
     let mut pages = statm.split(' ').skip(1).map_while(|pages| pages.parse::<usize>().ok());

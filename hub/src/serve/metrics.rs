@@ -1,4 +1,4 @@
-//! `GET /metrics` in OpenMetrics text. Values are collected at each scrape.
+//! `GET /metrics` in OpenMetrics text, collected at each scrape.
 
 use std::fmt;
 use std::sync::Arc;
@@ -43,7 +43,6 @@ impl fmt::Debug for Scrape {
     }
 }
 
-/// Collects samples from the bundles.
 struct Samples<'a>(&'a [Arc<Bundle>]);
 
 impl Samples<'_> {
@@ -55,7 +54,7 @@ impl Samples<'_> {
         self.by_bundle(|bundle| value(&bundle.counters).load(Relaxed))
     }
 
-    /// Samples are 0 while a bundle has no view.
+    /// 0 without a view.
     fn views(&self, value: impl Fn(&View) -> usize) -> Vec<Sample> {
         self.by_bundle(|bundle| {
             bundle.head().borrow().as_ref().map_or(0, |edition| value(&edition.view)) as u64

@@ -1,4 +1,4 @@
-//! HTTP server of the hub. Handlers read editions, which encode each shared answer once.
+//! HTTP server. Editions encode each shared answer once.
 
 mod api;
 mod bundle;
@@ -41,16 +41,16 @@ pub struct Hub(Arc<Shared>, Limits);
 /// Limits of a listener.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Maximum time for a request's head, from the start of the connection or the end of the last response.
+    /// Maximum time for a request's head, or between two requests.
     pub head: Duration,
     /// Maximum time for a request's body.
     pub body: Duration,
-    /// Maximum connections, without streams of the fan-out.
+    /// Maximum connections outside the fan-out.
     pub connections: usize,
 }
 
 impl Default for Limits {
-    /// Half of the file descriptors stay free for streams.
+    /// Leaves half of the file descriptors for streams.
     fn default() -> Self {
         let files = rlimit::Resource::NOFILE.get_soft().unwrap_or(u64::MAX);
         let connections =
@@ -63,19 +63,18 @@ struct Shared {
     bundles: Arc<Bundles>,
     checked_by: String,
     readiness: Readiness,
-    /// `HOST:PORT` of the other hubs.
+    /// `HOST:PORT` of other hubs.
     replicas: Vec<String>,
-    /// The go-away comment, built once at shutdown.
     farewell: OnceCell<Bytes>,
     stop: CancellationToken,
     deltas: bundle::DeltaClients,
     memory: memory::Account,
-    /// One permit: a forecast copies all objects.
+    /// One permit.
     forecasts: Arc<Semaphore>,
 }
 
 impl Hub {
-    /// Serves `bundles` until `stop`, then sends clients to `replicas`. `checked_by` names the compiler.
+    /// Serves `bundles` until `stop`, then sends clients to `replicas`.
     pub fn new(
         bundles: Arc<Bundles>,
         checked_by: String,
@@ -109,24 +108,24 @@ impl Hub {
 
     fn bundle(&self, name: &str) -> Result<Arc<Bundle>, Error> {
         self.0.bundles.get(name).ok_or_else(|| {
-            // During startup the bundle may still appear.
+            // The bundle may still appear.
             let is_starting = self.0.bundles.list().is_empty();
             if is_starting { Error::NotReady } else { Error::NoSuchBundle(name.to_owned()) }
         })
     }
 
-    /// Returns the bundle of a namespace, for a client that stays connected.
+    /// For clients that stay connected.
     fn part(&self, name: &str, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
         Ok(self.bundle(name)?.of(namespace)?)
     }
 
-    /// Returns the bundle of a namespace, for one answer.
+    /// For one answer.
     fn part_once(&self, name: &str, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
         Ok(self.bundle(name)?.once(namespace)?)
     }
 }
 
-/// Routes of all endpoints.
+/// All endpoints.
 pub fn router(hub: Hub) -> Router {
     Router::new()
         .route("/", get(dashboard::page))
@@ -155,7 +154,7 @@ pub fn router(hub: Hub) -> Router {
         .merge(health(hub))
 }
 
-/// Liveness and readiness. `/health` is kube-mgmt's name for the former.
+/// `/health` is kube-mgmt's name for `/livez`.
 fn health(hub: Hub) -> Router {
     Router::new()
         .route("/health", get(health::live))
@@ -164,7 +163,7 @@ fn health(hub: Hub) -> Router {
         .with_state(hub)
 }
 
-/// Serves health endpoints only, until dropped.
+/// Serves health endpoints until dropped.
 pub async fn run_health(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
     let limits = Limits { connections: PROBES_MAX, ..hub.1 };
     let connections = Connections::new(health(hub), limits, CancellationToken::new());
@@ -175,7 +174,7 @@ pub async fn run_health(listener: TcpListener, hub: Hub) -> std::io::Result<()> 
     }
 }
 
-/// Serves until the hub stops, then waits up to `DRAIN` for open connections.
+/// Serves until the hub stops, then drains connections for up to `DRAIN`.
 pub async fn run(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
     let stop = hub.0.stop.clone();
     let fanout = Fanout::new(hub.clone());

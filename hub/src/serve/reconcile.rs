@@ -1,4 +1,4 @@
-//! `POST /bundles/{name}/reconcile`: takes digests of the client's content, answers with an archive of the rest.
+//! `POST /bundles/{name}/reconcile`: digests in, an archive of the missing content out.
 
 use std::sync::atomic::Ordering;
 
@@ -42,7 +42,7 @@ pub(super) async fn post(
     let revision: Option<Revision> = header("last-event-id").and_then(|id| id.parse().ok());
     let position = current.clone().after(&edition.newest());
     let (snapshot, feeds) = (edition.clone(), bundle.feeds.clone());
-    // A large request needs some hundred milliseconds.
+    // Large requests need some hundred milliseconds.
     let parse = move || {
         let digests: Reconcile =
             serde_json::from_slice(&body).map_err(|error| Error::InvalidReconcile(error.to_string()))?;

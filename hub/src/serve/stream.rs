@@ -1,5 +1,5 @@
-//! `GET /bundles/{name}/stream`: server-sent events, each computed for the client's revision when the client is ready
-//! for more. A slow client receives fewer, larger events.
+//! `GET /bundles/{name}/stream`: server-sent events, computed when the client can receive more. Slow clients receive
+//! fewer, larger events.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -27,12 +27,11 @@ use crate::config::HEARTBEAT;
 
 #[derive(Deserialize)]
 pub(super) struct Options {
-    /// `Last-Event-ID`, for clients that cannot set headers.
+    /// For clients that cannot set `Last-Event-ID`.
     since: Option<String>,
     namespace: Option<String>,
 }
 
-/// A parsed request for a stream.
 pub(super) struct StreamRequest {
     name: String,
     namespace: Option<String>,
@@ -41,14 +40,14 @@ pub(super) struct StreamRequest {
 }
 
 impl StreamRequest {
-    /// `Last-Event-ID` takes precedence over the query's `since`.
+    /// `Last-Event-ID` takes precedence over `since`.
     pub(super) fn new(name: &str, options: Options, header: impl Fn(&str) -> Option<String>) -> Self {
         let (id, position) = (header("last-event-id"), header(POSITION_HEADER));
         let since = id.or(options.since).filter(|since| !since.is_empty());
         Self { name: name.to_owned(), namespace: options.namespace, since, position }
     }
 
-    /// Returns the bundle and the client's revision, or the reason that the client must not follow.
+    /// Returns the bundle and the client's revision.
     pub(super) async fn open(&self, hub: &Hub) -> Result<(Arc<Bundle>, Revision), Error> {
         let bundle = hub.part(&self.name, self.namespace.as_deref())?;
         let current = bundle.position();
@@ -83,7 +82,7 @@ impl std::fmt::Display for StreamRequest {
     }
 }
 
-/// Confirms that the client is at the newest revision, and makes proxies forward the response.
+/// Confirms the newest revision; proxies then forward the response.
 pub(super) fn synced_comment(bundle: &str, feeds: &Feeds, revision: Revision) -> Bytes {
     let comment = match feeds.stale() {
         Some(stale) => Word::Stale(&stale.to_string()).to_string(),
@@ -96,7 +95,7 @@ pub(super) fn header_text(value: &[u8]) -> String {
     String::from_utf8_lossy(value).into_owned()
 }
 
-/// Sent while the client's frame is being encoded.
+/// The client's frame is being encoded.
 pub(super) const PENDING: Bytes = Bytes::from_static(b": wait\n\n");
 
 /// An empty comment, or one that reports a stale source.
@@ -105,7 +104,7 @@ pub(super) fn heartbeat(feeds: &Feeds) -> Bytes {
     feeds.stale().map_or(Bytes::from_static(b":\n\n"), |stale| comment(stale.to_string()))
 }
 
-/// Serves streams that do not reach the fan-out: their request is not the first of its connection.
+/// Serves streams that are not the first request of their connection.
 pub(super) async fn get(
     State(hub): State<Hub>,
     Path(name): Path<String>,
@@ -157,8 +156,7 @@ fn events(body: StreamBody) -> impl Stream<Item = Result<Bytes, Infallible>> {
 }
 
 impl StreamBody {
-    /// Returns the next bytes. `None` ends the stream: the hub stops, the bundle was replaced, or the client's revision
-    /// is too old for a frame.
+    /// `None` if the hub stops, the bundle was replaced, or the client must reconcile.
     async fn next(&mut self) -> Option<Bytes> {
         while !self.go_away_sent {
             let edition = self.head.borrow_and_update().clone()?;
@@ -194,7 +192,7 @@ impl StreamBody {
     }
 }
 
-/// Counts an open stream until dropped.
+/// Counts open streams.
 pub(super) struct StreamGuard(Arc<Counters>);
 
 impl StreamGuard {

@@ -1,5 +1,5 @@
-//! Persists the last good policies in a file or in a ConfigMap. A restart restores them: while a ConfigMap is rejected,
-//! its last good modules are stored nowhere else (I6).
+//! Stores the last good policies in a file or a ConfigMap, for the next start: a rejected ConfigMap no longer contains
+//! them (I6).
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
@@ -29,37 +29,36 @@ use crate::policy::settle::Texts;
 use crate::readiness::Readiness;
 
 const SUBJECT: &str = "last good policies";
-/// Suffix of the file's name, and key in the ConfigMap.
 const FILE: &str = "last-good.json.gz";
-/// Maximum bytes of an object's name. The API server rejects longer ones.
+/// Limit of the API server.
 const OBJECT_NAME_MAX: usize = 253;
-/// Maximum characters of a bundle's name before a digest. With prefix and digest the name is within [`OBJECT_NAME_MAX`].
+/// Leaves room for prefix and digest within [`OBJECT_NAME_MAX`].
 const READABLE_CHARS_MAX: usize = 200;
 
-/// Reading or writing the last good policies failed.
+/// The last good policies could not be accessed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file or its folder.
+    /// The file or its folder is not accessible.
     #[error("accessing {path} failed: {source}; check --state-dir")]
     File {
-        /// The file.
+        /// Path of the file.
         path: String,
-        /// The cause.
+        /// Cause of the failure.
         source: std::io::Error,
     },
-    /// The content.
+    /// The content is not valid.
     #[error("decoding the last good policies failed: {0}; the hub starts without them")]
     Damaged(String),
-    /// The request to the API server.
+    /// The request to the API server failed.
     #[error("request to the API server failed: {0}; the hub retries")]
     Cluster(RequestError),
-    /// RBAC.
+    /// RBAC denies the request.
     #[error(
         "accessing the ConfigMap failed: forbidden; \
          grant the hub the verbs get, create, patch on configmaps in namespace {0}, or set --state-dir"
     )]
     Forbidden(String),
-    /// A ConfigMap is too small.
+    /// A ConfigMap cannot contain them.
     #[error(
         "writing the ConfigMap failed: {0} compressed bytes exceed the limit of {LAST_GOOD_OBJECT_MAX}; \
          set --state-dir"
@@ -85,18 +84,18 @@ pub struct Object {
 }
 
 impl Place {
-    /// A file per bundle in `dir`.
+    /// Stores a bundle in its own file in `dir`.
     pub fn folder(dir: &Path, bundle: &str) -> Self {
         Self::File(dir.join(format!("{bundle}.{FILE}")))
     }
 
-    /// A ConfigMap per bundle in `namespace`.
+    /// Stores a bundle in its own ConfigMap.
     pub fn cluster(client: Client, namespace: &str, bundle: &str) -> Self {
         let configmaps = Api::namespaced(client, namespace);
         Self::Cluster(Box::new(Object { configmaps, namespace: namespace.into(), name: object_name(bundle) }))
     }
 
-    /// Sends the stored policies to the writer, and returns them encoded.
+    /// Sends the stored policies to the writer, and returns their encoding.
     pub async fn restore(&self, writer: mpsc::Sender<Said>, readiness: &Readiness) -> Option<Vec<u8>> {
         let mut stored = self.load_with_retry(readiness).await;
         let restored =
@@ -108,13 +107,12 @@ impl Place {
         if !restored.is_empty() {
             tracing::info!(configmaps = restored.len(), "last good policies restored");
         }
-        // Sending fails only if the bundle was stopped.
+        // Fails only if the bundle was stopped.
         _ = writer.send(Said::Restored(restored)).await;
         stored
     }
 
-    /// Stores the accepted policies whenever they differ from `stored`, until the bundle is stopped. To a cluster this
-    /// replica writes only while it `leads`.
+    /// Stores accepted policies that differ from `stored`. In a cluster only the leader writes.
     pub async fn keep(
         self,
         mut stored: Option<Vec<u8>>,
@@ -147,14 +145,14 @@ impl Place {
             }
             tokio::select! {
                 changed = good.changed() => if changed.is_err() { return },
-                // The ConfigMap may have been written by another replica, or deleted.
+                // The ConfigMap may have changed.
                 Ok(()) = leads.changed() => stored = None,
             }
             tokio::time::sleep(LAST_GOOD_SETTLE).await;
         }
     }
 
-    /// Retries while the API server does not answer.
+    /// Retries API server failures.
     async fn load_with_retry(&self, readiness: &Readiness) -> Option<Vec<u8>> {
         let mut retry = RETRY;
         loop {
@@ -186,7 +184,7 @@ impl Place {
         }
     }
 
-    /// Writes `bytes`. `None` if this replica does not lead, or lost leadership during the write.
+    /// `None` unless this replica leads until the write completes.
     async fn save(&self, bytes: &[u8], leads: &watch::Receiver<bool>) -> Option<Result<(), Error>> {
         match self {
             Self::Nowhere => Some(Ok(())),
@@ -224,10 +222,10 @@ impl Object {
     }
 }
 
-/// Returns the name of a bundle's ConfigMap: `opa-hub-<bundle>` if valid, else `opa-hub-<readable>-<digest>`.
+/// Returns `opa-hub-<bundle>` if valid, else `opa-hub-<readable>-<digest>`.
 ///
-/// Every name is a valid DNS subdomain, and no two bundles share one. The plain form never ends in `-<digest>`, so the
-/// forms are disjoint, and names of the second form differ in the digest of the bundle's name.
+/// Names are valid DNS subdomains and unique: the first form never ends in `-<digest>`, and digests of different bundle
+/// names differ.
 pub fn object_name(bundle: &str) -> String {
     let plain = format!("opa-hub-{bundle}");
     let ends_in_digest = plain.rsplit_once('-').is_some_and(|(_, end)| end.parse::<Digest>().is_ok());
@@ -239,7 +237,7 @@ pub fn object_name(bundle: &str) -> String {
     format!("opa-hub-{readable}-{}", Digest::of(bundle.as_bytes()))
 }
 
-/// `IsDNS1123Subdomain` of Kubernetes (apimachinery pkg/util/validation).
+/// `IsDNS1123Subdomain` (apimachinery pkg/util/validation).
 fn is_object_name(name: &str) -> bool {
     let is_label = |label: &str| {
         label.starts_with(is_alphanumeric)
@@ -253,7 +251,7 @@ fn is_alphanumeric(c: char) -> bool {
     matches!(c, 'a'..='z' | '0'..='9')
 }
 
-/// Replaces the file atomically: a crash leaves the old or the new content.
+/// A crash leaves the old or the new content.
 fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(dir)?;

@@ -1,4 +1,4 @@
-//! Leader election by a Lease (coordination.k8s.io/v1). Only writing needs a leader; serving does not.
+//! Leader election by a Lease (coordination.k8s.io/v1). Serving needs no leader.
 
 use std::time::Duration;
 
@@ -16,23 +16,23 @@ use crate::readiness::Readiness;
 
 const SUBJECT: &str = "lease";
 
-/// Elects a leader with one Lease.
+/// Leader elector for one Lease.
 pub struct Striving {
     leases: Api<Lease>,
     name: String,
     identity: String,
-    /// Another holder's resourceVersion, and since when it has not changed. The clocks of two machines are never compared.
+    /// Another holder's resourceVersion and when it was first observed: clocks of machines are never compared.
     observed: Option<(String, Instant)>,
 }
 
 impl Striving {
-    /// Competes as `identity` for the Lease `name` in `namespace`.
+    /// Competes for the Lease `name` as `identity`.
     pub fn new(client: Client, namespace: &str, name: String, identity: String) -> Self {
         Self { leases: Api::namespaced(client, namespace), name, identity, observed: None }
     }
 
-    /// Acquires the Lease when free, renews it while owned, and publishes leadership on `leads`. On `stop` the Lease is
-    /// released, so that another replica takes over at once.
+    /// Acquires and renews the Lease, and publishes leadership on `leads`. `stop` releases the Lease, so that another
+    /// replica takes over at once.
     pub async fn run(
         mut self,
         leads: watch::Sender<bool>,
@@ -52,10 +52,9 @@ impl Striving {
         }
     }
 
-    /// Acquires and renews the Lease until dropped, and updates the renew `deadline`.
     async fn elect(&mut self, deadline: &watch::Sender<Instant>, readiness: &Readiness) {
         loop {
-            // Other replicas observe the renewal later, so their expiry is later too.
+            // Other replicas observe the renewal later, so they expire it later.
             let start = Instant::now();
             match within(LEASE_TIMEOUT, self.try_acquire_or_renew()).await {
                 Ok(is_owned) => {
@@ -134,7 +133,7 @@ impl Striving {
     }
 }
 
-/// Publishes leadership until the renew `deadline`, independent of requests, so that a slow one cannot prolong it.
+/// A timer independent of requests: none can prolong leadership.
 async fn lead_until(mut deadline: watch::Receiver<Instant>, leads: &watch::Sender<bool>) {
     loop {
         let until = *deadline.borrow_and_update();
@@ -156,7 +155,7 @@ fn publish(leads: &watch::Sender<bool>, leader: bool) -> bool {
     is_change
 }
 
-/// Returns `false` if another write came first.
+/// `false` after a conflict.
 fn is_written(result: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
     match result {
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),

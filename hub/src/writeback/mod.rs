@@ -1,4 +1,4 @@
-//! Writes verdicts, statuses and the last good policies. To the cluster only the leader writes.
+//! Writes verdicts, statuses and last good policies. Only the leader writes to the cluster.
 
 pub mod last_good;
 pub mod lease;
@@ -15,12 +15,12 @@ use tokio::sync::watch;
 
 use crate::readiness::Readiness;
 
-/// Returns the hub's namespace: `explicit`, or that of its pod or kubeconfig.
+/// Returns the `explicit` namespace, or that of the pod or kubeconfig.
 pub fn namespace(explicit: Option<&str>, client: &Client) -> String {
     explicit.unwrap_or_else(|| client.default_namespace()).to_owned()
 }
 
-/// Returns a unique identity for this process, since two hubs may run on one host.
+/// Returns an identity that is unique among processes of a host.
 pub fn identity() -> String {
     let host = std::env::var("HOSTNAME").unwrap_or_else(|_| FIELD_MANAGER.into());
     let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -32,7 +32,7 @@ const FIELD_MANAGER: &str = "opa-hub";
 /// A request to the API server failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
-    /// The request exceeded this time limit and was dropped.
+    /// The request was dropped after this time.
     #[error("no answer within {} s", .0.as_secs())]
     Timeout(Duration),
     /// The connection failed, or the API server rejected the request.
@@ -41,13 +41,12 @@ pub enum RequestError {
 }
 
 impl RequestError {
-    /// Whether RBAC denies the request.
     fn is_forbidden(&self) -> bool {
         matches!(self, Self::Failed(kube::Error::Api(status)) if status.code == 403)
     }
 }
 
-/// Returns the API server's message, without the rest of its answer.
+/// Returns the message without the rest of the answer.
 fn api_message(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => status.message.clone(),
@@ -55,8 +54,8 @@ fn api_message(error: &kube::Error) -> String {
     }
 }
 
-/// Runs `request` with a time `limit`, because kube's client has none. kube retries 429, 503 and 504 inside one call for
-/// minutes; the limit includes those retries.
+/// kube's client has no time limit, and retries 429, 503 and 504 inside one call for minutes. `limit` includes those
+/// retries.
 async fn within<T>(
     limit: Duration,
     request: impl Future<Output = Result<T, kube::Error>>,
@@ -67,8 +66,7 @@ async fn within<T>(
     }
 }
 
-/// Runs `writes` while this replica `leads`. Drops them, and their current request, when leadership ends. `None` if
-/// they did not complete.
+/// Drops `writes`, and their current request, when leadership ends. `None` if they did not complete.
 async fn while_leading<T>(leads: &watch::Receiver<bool>, writes: impl Future<Output = T>) -> Option<T> {
     let mut leads = leads.clone();
     if !*leads.borrow_and_update() {
@@ -76,13 +74,13 @@ async fn while_leading<T>(leads: &watch::Receiver<bool>, writes: impl Future<Out
     }
     tokio::select! {
         biased;
-        // Any change ends the writes, even if this replica is the leader again.
+        // Any change: this replica may already lead again.
         _ = leads.changed() => None,
         done = writes => Some(done),
     }
 }
 
-/// Reports `message` as the problem of `subject`, and logs it once.
+/// Reports a problem, and logs a new one.
 fn report(readiness: &Readiness, subject: &str, message: String) {
     if readiness.is_news(subject, &message) {
         tracing::warn!(subject, error = message, "reading or writing state failed");

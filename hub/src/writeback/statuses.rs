@@ -1,4 +1,4 @@
-//! Conditions of `Bundle` documents: `Accepted`, and `Complete` if nothing of the bundle is rejected.
+//! Conditions of `Bundle` documents: `Accepted` and `Complete`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -92,7 +92,7 @@ pub async fn run(
     }
 }
 
-/// Returns the conditions to write. `None` if the status is up to date.
+/// `None` if the status is current.
 fn outdated(name: &str, Opinion { object, error }: &Opinion, bundles: &Bundles) -> Option<Vec<Condition>> {
     let document: Document = serde_json::from_slice(&object.json).ok()?;
     let condition = |kind: &str, status: bool, reason: &str, message: String| Condition {

@@ -1,5 +1,4 @@
-//! Writes each verdict as an annotation of its ConfigMap, in kube-mgmt's format, and as a Kubernetes Event. A verdict is
-//! written once per change, and only to the version that was checked.
+//! Writes verdicts as kube-mgmt's annotations and as Events, once per change, and only to the version that was checked.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -22,21 +21,21 @@ use crate::readiness::Readiness;
 
 const SUBJECT: &str = "verdicts";
 const EVENTS: &str = "events";
-/// Maximum bytes of an Event's note. The API server rejects more than 1 KiB.
+/// The API server rejects more than 1 KiB.
 const NOTE_BYTES_MAX: usize = 1000;
 
-/// Writes one verdict per ConfigMap, merged from all bundles.
+/// Writes one verdict per ConfigMap.
 pub struct Writer {
     client: Client,
     recorder: Recorder,
     bundles: Arc<Bundles>,
     readiness: Readiness,
-    /// Last status of each ConfigMap and its time, so that a client that removes the annotation causes few writes.
+    /// Last status and its time: limits writes against a client that removes the annotation.
     written: HashMap<ObjectKey, (String, Instant)>,
 }
 
 impl Writer {
-    /// Writes as the event source `identity`.
+    /// `identity` is the source of Events.
     pub fn new(client: Client, identity: String, bundles: Arc<Bundles>, readiness: Readiness) -> Self {
         let reporter = Reporter { controller: FIELD_MANAGER.into(), instance: Some(identity) };
         let recorder = Recorder::new(client.clone(), reporter);
@@ -65,7 +64,6 @@ impl Writer {
         }
     }
 
-    /// Returns the ConfigMaps whose annotation differs from their verdict.
     fn outdated(&mut self) -> Vec<(ObjectKey, Told, String)> {
         let verdicts = self.verdicts();
         let written = &mut self.written;
@@ -82,7 +80,6 @@ impl Writer {
         outdated.collect()
     }
 
-    /// Returns the merged verdict of each ConfigMap.
     fn verdicts(&self) -> BTreeMap<ObjectKey, Told> {
         let mut verdicts: BTreeMap<ObjectKey, Vec<(String, Told)>> = BTreeMap::new();
         for bundle in self.bundles.list() {
@@ -96,7 +93,7 @@ impl Writer {
     }
 
     async fn write(&mut self, key: ObjectKey, current: &Told, status: String) {
-        // If the ConfigMap has changed, this version conflicts, and its next verdict is written instead.
+        // A changed ConfigMap conflicts, and its next verdict is written.
         let patch = json!({ "metadata": {
             "resourceVersion": current.observed.version,
             "annotations": { STATUS: status, RETRIES: NO_RETRIES },
@@ -127,7 +124,7 @@ impl Writer {
         self.written.insert(key, (status, Instant::now()));
     }
 
-    /// Publishes an Event for a ConfigMap that is rejected, or accepted after a rejection.
+    /// Publishes rejections, and the next acceptance.
     async fn publish_event(&self, key: &ObjectKey, current: &Told, uid: Option<String>) {
         let is_rejected = !current.verdict.faults.is_empty();
         let was_rejected =
@@ -165,8 +162,7 @@ impl Writer {
     }
 }
 
-/// Merges the verdicts that several bundles have for one ConfigMap: one rejection rejects it. `None` while the bundles
-/// have checked different versions.
+/// Rejects what any bundle rejects. `None` while bundles have checked different versions.
 fn merged(mut by_bundle: Vec<(String, Told)>) -> Option<Told> {
     if by_bundle.len() == 1 {
         return by_bundle.pop().map(|(_, current)| current);
