@@ -100,7 +100,7 @@ impl Connections {
         self.tasks.spawn(async move {
             let _permit = permit;
             let mut connection = pin!(connection);
-            // Errors come from the client.
+            // All errors are the client's.
             tokio::select! {
                 _ = connection.as_mut() => return,
                 () = stop.cancelled() => connection.as_mut().graceful_shutdown(),

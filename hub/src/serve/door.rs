@@ -59,7 +59,7 @@ async fn classify(
         let Ok(Ok((request, length))) = peeked else { return Some((tcp, false)) };
         match request {
             FirstRequest::Partial if length > 0 && length < HEAD_BYTES_MAX && Instant::now() < deadline => {
-                // Peeked bytes keep the socket readable: more cannot be awaited.
+                // Peeked bytes leave the socket readable, so more bytes cannot be awaited.
                 tokio::time::sleep(HEAD_LOOK).await;
             }
             FirstRequest::Partial | FirstRequest::Other => return Some((tcp, false)),

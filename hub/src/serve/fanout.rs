@@ -1,5 +1,5 @@
-//! Writes streams from one task per shard; each bundle has one shard per core. Changes during one pass over a shard's
-//! connections are merged into the next.
+//! Writes streams from one task per shard; each bundle has one shard per core. A shard passes over its connections when
+//! there is a new edition. Changes during a pass are merged into the next.
 //!
 //! A stalled client delays no other, and receives one merged frame when it reads again. Large frames are encoded on a
 //! blocking thread.
@@ -237,8 +237,9 @@ impl ShardWriter {
             let largest = || groups.max_by_key(|index| self.catch_up_queue[*index].1.len());
             let next = if self.largest_was_last { largest().unwrap_or(0) } else { 0 };
             let (from, waiting) = &self.catch_up_queue[next];
-            let is_waiting =
-                |slot: &usize| self.connections.get(*slot).is_some_and(|stream| stream.needs_frame(*from));
+            let is_waiting = |slot: &usize| {
+                self.connections.get(*slot).is_some_and(|connection| connection.needs_frame(*from))
+            };
             if waiting.iter().any(is_waiting) {
                 let from = *from;
                 self.encoding.spawn_blocking(move || (from, edition.view.revision, edition.next(from)));

@@ -35,8 +35,8 @@ pub(super) async fn ready(State(hub): State<Hub>, Query(options): Query<Options>
         .iter()
         .filter_map(|bundle| Some((bundle.name.clone(), bundle.feeds.stale()?.to_string())))
         .collect();
-    // With a bundle name an agent looks for a better replica. Without, the Service decides: a denied resource is denied
-    // to all replicas, and must not remove all.
+    // With a bundle name, an agent looks for a better replica. Without, the Service decides: a resource that is denied
+    // to every replica must not make all of them unready.
     let is_unreachable = |bundle: &Arc<Bundle>| match &options.bundle {
         Some(_) => stale.contains_key(&bundle.name),
         None => bundle.feeds.silent().is_some(),

@@ -40,7 +40,7 @@ pub(super) struct StreamRequest {
 }
 
 impl StreamRequest {
-    /// `Last-Event-ID` takes precedence over `since`.
+    /// `Last-Event-ID` overrides `since`.
     pub(super) fn new(name: &str, options: Options, header: impl Fn(&str) -> Option<String>) -> Self {
         let (id, position) = (header("last-event-id"), header(POSITION_HEADER));
         let since = id.or(options.since).filter(|since| !since.is_empty());

@@ -32,7 +32,7 @@ impl Striving {
     }
 
     /// Acquires and renews the Lease, and publishes leadership on `leads`. `stop` releases the Lease, so that another
-    /// replica takes over at once.
+    /// replica can lead at once.
     pub async fn run(
         mut self,
         leads: watch::Sender<bool>,
@@ -48,7 +48,7 @@ impl Striving {
         if publish(&leads, false)
             && let Err(error) = within(LEASE_TIMEOUT, self.release()).await
         {
-            tracing::debug!(%error, "release of the Lease failed");
+            tracing::debug!(%error, "releasing the Lease failed");
         }
     }
 
@@ -124,7 +124,7 @@ impl Striving {
         let message = if error.is_forbidden() {
             format!(
                 "renewing Lease {name} failed: forbidden; grant the hub the verbs get, create, update on \
-                 leases.coordination.k8s.io, or it writes no verdicts"
+                 leases.coordination.k8s.io; until then the hub writes no verdicts"
             )
         } else {
             format!("renewing Lease {name} failed: {error}")
