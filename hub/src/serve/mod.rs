@@ -41,7 +41,7 @@ pub struct Hub(Arc<Shared>, Limits);
 /// Limits of a listener.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Maximum time for a request's head, or between two requests.
+    /// Maximum time from the connection's start, or the last response, to the end of the next request's head.
     pub head: Duration,
     /// Maximum time for a request's body.
     pub body: Duration,
