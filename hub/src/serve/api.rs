@@ -1,4 +1,4 @@
-//! `/v1/bundles`: what is served, for people and scripts.
+//! `/v1/bundles`: bundles as JSON.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -21,8 +21,8 @@ pub(super) async fn list(State(hub): State<Hub>) -> Json<Value> {
     let listed = hub.0.bundles.list();
     let bundles: Vec<_> = listed.iter().map(|bundle| summary(&hub, bundle, &pending, &problems)).collect();
     for bundle in &listed {
-        let own = about(&bundle.name, &problems);
-        problems.drain(own);
+        let range = problem_range(&bundle.name, &problems);
+        problems.drain(range);
     }
     let notices = hub.0.readiness.notices();
     Json(json!({ "bundles": bundles, "pending": pending, "problems": problems, "notices": notices }))
@@ -32,7 +32,7 @@ pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Re
     let bundle = hub.bundle(&name)?;
     let mut shown = summary(&hub, &bundle, &hub.0.readiness.pendings(), &hub.0.readiness.problems());
     shown["verdicts"] = bundle.verdicts.with(|verdicts| {
-        verdicts.iter().map(|(key, told)| (key.to_string(), told.verdict.status())).collect()
+        verdicts.iter().map(|(key, observed)| (key.to_string(), observed.verdict.status())).collect()
     });
     if let Some(edition) = bundle.head().borrow().clone() {
         let view = &edition.view;
@@ -48,43 +48,44 @@ pub(super) async fn show(State(hub): State<Hub>, Path(name): Path<String>) -> Re
     Ok(Json(shown))
 }
 
-/// What replicated objects cost, and who reads what of them.
 pub(super) async fn fields(State(hub): State<Hub>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
     let bundle = hub.bundle(&name)?;
     let follows = bundle.reading().reads.is_some();
-    // It copies all objects.
-    let turn = Arc::clone(&hub.0.forecasts).acquire_owned().await.expect("it is never closed");
+    // Forecasts copy all objects.
+    let permit = Arc::clone(&hub.0.forecasts).acquire_owned().await.expect("the semaphore is never closed");
     let forecast = tokio::task::spawn_blocking(move || {
-        let _turn = turn;
+        let _permit = permit;
         bundle.forecast()
     });
-    let resources = forecast.await.expect("weighing does not panic");
-    let by = follows.then(|| hub.0.checked_by.clone());
-    Ok(Json(json!({ "name": name, "followPolicies": follows, "analysedBy": by, "resources": resources })))
+    let resources = forecast.await.expect("a forecast does not panic");
+    let analyser = follows.then(|| hub.0.checked_by.clone());
+    Ok(Json(
+        json!({ "name": name, "followPolicies": follows, "analysedBy": analyser, "resources": resources }),
+    ))
 }
 
-/// How the names of what is pending or wrong with one bundle begin. What concerns the bundle of the flags is the hub's.
+/// Prefix of a bundle's entries in `Readiness`, except the bundle of the flags.
 fn prefix(bundle: &str) -> String {
     format!("bundle {bundle}: ")
 }
 
-/// Where the problems of one bundle lie among all, which are sorted by subject.
-fn about(bundle: &str, problems: &[Problem]) -> Range<usize> {
+/// `problems` is sorted by subject.
+fn problem_range(bundle: &str, problems: &[Problem]) -> Range<usize> {
     let prefix = prefix(bundle);
     let first = problems.partition_point(|problem| problem.subject < prefix);
     let count = problems[first..].partition_point(|problem| problem.subject.starts_with(&prefix));
     first..first + count
 }
 
-/// What of `pending` a bundle waits for: by its own name, or by that of a watch, which may serve others too.
+/// Includes those of the bundle's watches.
 fn pending_of<'a>(
     bundle: &str,
     feeds: &[Arc<Feed>],
     pending: &'a BTreeMap<String, String>,
 ) -> BTreeMap<&'a String, &'a String> {
     let prefix = prefix(bundle);
-    let own = pending.range(prefix.clone()..).take_while(|(name, _)| name.starts_with(&prefix));
-    own.chain(feeds.iter().filter_map(|feed| pending.get_key_value(&feed.name))).collect()
+    let entries = pending.range(prefix.clone()..).take_while(|(name, _)| name.starts_with(&prefix));
+    entries.chain(feeds.iter().filter_map(|feed| pending.get_key_value(&feed.name))).collect()
 }
 
 fn summary(hub: &Hub, bundle: &Bundle, pending: &BTreeMap<String, String>, problems: &[Problem]) -> Value {
@@ -95,8 +96,9 @@ fn summary(hub: &Hub, bundle: &Bundle, pending: &BTreeMap<String, String>, probl
         let (objects, events) = (load(&feed.watch.objects), load(&feed.watch.events));
         json!({ "name": feed.name, "objects": objects, "events": events, "changes": load(&feed.changes) })
     });
-    let refused = bundle.problems();
-    let problems: Vec<_> = problems[about(&bundle.name, problems)].iter().chain(refused.iter()).collect();
+    let rejected = bundle.problems();
+    let problems: Vec<_> =
+        problems[problem_range(&bundle.name, problems)].iter().chain(rejected.iter()).collect();
     let mut summary = json!({
         "name": bundle.name,
         "ready": false,
@@ -133,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bundle_shows_what_is_wrong_with_itself() {
+    fn bundle_summary_has_only_its_own_problems() {
         let subjects = ["Bundle a", "bundle a: policies", "bundle a: v1/pods", "bundle ab: policies", "opa"];
         let problem = |subject: &&str| Problem { subject: (*subject).to_owned(), message: String::new() };
         let problems: Vec<_> = subjects.iter().map(problem).collect();
@@ -144,7 +146,8 @@ mod tests {
             ("ab", &["bundle ab: policies"]),
             ("main", &[]),
         ] {
-            let shown = problems[about(bundle, &problems)].iter().map(|problem| problem.subject.as_str());
+            let shown =
+                problems[problem_range(bundle, &problems)].iter().map(|problem| problem.subject.as_str());
             assert_eq!(shown.collect::<Vec<_>>(), expected);
             assert_eq!(pending_of(bundle, &[], &pending).into_keys().collect::<Vec<_>>(), expected);
         }

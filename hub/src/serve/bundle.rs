@@ -1,8 +1,8 @@
 //! `GET /bundles/{name}[/policy|/data]`: OPA's bundle protocol (OPA v1/download/download.go).
 //!
-//! What it takes to get right: a 304 carries the client's own ETag and is never sent early under `wait` (OPA would
-//! ask again at once, for ever); `If-None-Match` may be a list, newest first, and weak; the content type is compared
-//! byte by byte; a gzip'd tar goes without `Content-Encoding`.
+//! - A 304 repeats the client's ETag. An early 304 under `wait` would make OPA retry without pause.
+//! - `If-None-Match` may be a list, newest first, with weak tags.
+//! - OPA compares the content type byte by byte, and expects no `Content-Encoding` on a gzip'd tar.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -29,19 +29,17 @@ use crate::bundle::archive::Archive;
 use crate::bundle::{Bundle, Edition, Part};
 use crate::config::{DELTA_CLIENTS_MAX, LONG_POLL_MAX};
 
-/// A client that asks again from the revision it was given a delta for, within this time, failed to apply it.
+/// A request repeated within this time means that the client failed to apply the delta.
 const DELTA_RETRY: Duration = Duration::from_secs(60);
 
 #[derive(Deserialize)]
 pub(super) struct Options {
-    /// Answer with OPA's own delta where one is possible.
     #[serde(default)]
     delta: bool,
-    /// Whose objects are wanted.
     namespace: Option<String>,
 }
 
-/// Who was lately given a native delta, from which revision: who comes back from there gets a snapshot.
+/// Recent native deltas by client and base revision.
 #[derive(Default)]
 pub(super) struct DeltaClients(Mutex<HashMap<(IpAddr, Revision), Instant>>);
 
@@ -53,17 +51,17 @@ pub(super) async fn get(
     headers: HeaderMap,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
 ) -> Result<Response, Error> {
-    let held = entity_tags(text_values(&headers, IF_NONE_MATCH.as_str()));
-    let patience = wait(text_values(&headers, "prefer"), LONG_POLL_MAX);
+    let tags = entity_tags(text_values(&headers, IF_NONE_MATCH.as_str()));
+    let max_wait = wait(text_values(&headers, "prefer"), LONG_POLL_MAX);
     let namespace = options.namespace.as_deref();
-    let bundle = match patience {
+    let bundle = match max_wait {
         Duration::ZERO => hub.part_once(&name, namespace)?,
         _ => hub.part(&name, namespace)?,
     };
-    let Some(edition) = wait_for(&bundle, &hub.0.stop, part, &held, patience).await? else {
-        // An older tag of the list may have matched here, on a replica that lags: what the client holds stands.
-        let own = held.first().map_or("", |tag| tag.raw);
-        return Ok((StatusCode::NOT_MODIFIED, [(ETAG, own)]).into_response());
+    let Some(edition) = wait_for(&bundle, &hub.0.stop, part, &tags, max_wait).await? else {
+        // If this replica is behind, an older tag may match: repeat the newest.
+        let newest = tags.first().map_or("", |tag| tag.raw);
+        return Ok((StatusCode::NOT_MODIFIED, [(ETAG, newest)]).into_response());
     };
     let is_opa = || text_values(&headers, USER_AGENT.as_str()).any(|name| name.starts_with(OPA_AGENT));
     if part != Part::Whole && bundle.reading().reads.is_some() && is_opa() {
@@ -71,7 +69,7 @@ pub(super) async fn get(
     }
     let tag = format!("\"{}\"", part.revision(&edition.view));
     let delta = if options.delta && part == Part::Whole {
-        native_delta(&hub.0, &edition, &held, peer.ip())
+        native_delta(&hub.0, &edition, &tags, peer.ip())
     } else {
         None
     };
@@ -86,33 +84,33 @@ pub(super) async fn get(
     Ok((headers, respond(archive)).into_response())
 }
 
-/// The edition that the client lacks; none when it holds the newest until its patience ends.
+/// Waits for an edition without a match in `tags`.
 async fn wait_for(
     bundle: &Bundle,
     stop: &CancellationToken,
     part: Part,
-    held: &[Tag<'_>],
-    patience: Duration,
+    tags: &[Tag<'_>],
+    max_wait: Duration,
 ) -> Result<Option<Arc<Edition>>, Error> {
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + max_wait;
     let mut editions = bundle.archived(part);
     loop {
         let edition = editions.borrow_and_update().clone();
         let waits_for_first = edition.is_none();
         if let Some(edition) = edition {
             let revision = part.revision(&edition.view);
-            if held.iter().all(|tag| tag.opaque != revision) {
+            if tags.iter().all(|tag| tag.opaque != revision) {
                 return Ok(Some(edition));
             }
         }
         let timed_out = tokio::select! {
             changed = tokio::time::timeout_at(deadline, editions.changed()) => match changed {
                 Ok(Ok(())) => false,
-                // Another bundle took its name.
+                // The bundle was replaced.
                 Ok(Err(_closed)) => return Err(Error::NotReady),
                 Err(_late) => true,
             },
-            // OPA asks again at once, and finds another replica or the next start of this one.
+            // OPA retries at once, on another replica.
             () = stop.cancelled() => return Err(Error::NotReady),
         };
         if timed_out {
@@ -128,8 +126,8 @@ pub(super) fn respond(archive: Archive) -> Response {
     (headers, body).into_response()
 }
 
-fn native_delta(hub: &Shared, edition: &Edition, held: &[Tag], peer: IpAddr) -> Option<Archive> {
-    let from: Revision = held.first()?.opaque.parse().ok()?;
+fn native_delta(hub: &Shared, edition: &Edition, tags: &[Tag], peer: IpAddr) -> Option<Archive> {
+    let from: Revision = tags.first()?.opaque.parse().ok()?;
     if !hub.deltas.first_try(peer, from) {
         return None;
     }
@@ -138,16 +136,16 @@ fn native_delta(hub: &Shared, edition: &Edition, held: &[Tag], peer: IpAddr) -> 
 
 impl DeltaClients {
     fn first_try(&self, peer: IpAddr, from: Revision) -> bool {
-        let mut given = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        if given.len() >= DELTA_CLIENTS_MAX {
-            given.retain(|_, at| now - *at < DELTA_RETRY);
+        if sent.len() >= DELTA_CLIENTS_MAX {
+            sent.retain(|_, time| now - *time < DELTA_RETRY);
         }
-        if given.len() >= DELTA_CLIENTS_MAX {
+        if sent.len() >= DELTA_CLIENTS_MAX {
             return false;
         }
-        let before = given.insert((peer, from), now);
-        before.is_none_or(|at| now - at >= DELTA_RETRY)
+        let before = sent.insert((peer, from), now);
+        before.is_none_or(|time| now - time >= DELTA_RETRY)
     }
 }
 

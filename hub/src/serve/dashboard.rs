@@ -1,4 +1,4 @@
-//! `GET /`: one page over `/v1/bundles` and the stream.
+//! `GET /`: the dashboard page.
 
 use axum::response::Html;
 

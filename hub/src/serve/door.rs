@@ -1,5 +1,5 @@
-//! The front door: looks at the head of each connection's first request. A stream goes to the fan-out, head read and
-//! all; everything else, and a stream that cannot be opened, goes to axum untouched. Here is also where TLS would end.
+//! Accepts connections and peeks at the first request. Stream requests go to the fan-out; all others, and those that
+//! fail, are passed to axum unread.
 
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -14,75 +14,67 @@ use tokio::time::Instant;
 use super::Hub;
 use super::connections::{self, Connections};
 use super::fanout::Fanout;
-use super::stream::{Asked, Options, text};
+use super::stream::{Options, StreamRequest, header_text};
 use crate::config::{HEAD_BYTES_MAX, HEAD_LOOK, HEAD_MAX, HEADS_MAX};
 
-/// Headers of a request for a stream: more than any agent, browser or proxy sends.
+/// More than any agent, browser or proxy sends.
 const HEADERS_MAX: usize = 64;
-/// How a request for a stream begins.
-const STREAMS: &[u8] = b"GET /bundles/";
+const STREAM_PREFIX: &[u8] = b"GET /bundles/";
 
-/// How a request begins that asks whether the hub lives.
-const PROBES: [&[u8]; 3] = [b"GET /livez", b"GET /readyz", b"GET /health"];
+const PROBE_PREFIXES: [&[u8]; 3] = [b"GET /livez", b"GET /readyz", b"GET /health"];
 
-/// What the beginning of a request is.
-enum Head {
-    /// Not enough of it.
+enum FirstRequest {
     Partial,
-    /// Axum's.
     Other,
-    /// Axum's, also where other connections find no room.
     Probe,
-    /// For a stream, with its length.
-    Stream(Asked, usize),
+    /// With the length of its head.
+    Stream(StreamRequest, usize),
 }
 
-/// Accepts connections until it is dropped.
 pub(super) async fn open(listener: TcpListener, hub: &Hub, fanout: &Arc<Fanout>, connections: &Connections) {
-    // A storm waits in the kernel's queue, not here.
+    // Excess connections wait in the kernel's queue.
     let heads = Arc::new(Semaphore::new(HEADS_MAX));
     loop {
-        let Ok(looking) = Arc::clone(&heads).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&heads).acquire_owned().await else { return };
         let (tcp, peer) = connections::accept(&listener).await;
         let (hub, fanout, connections) = (hub.clone(), Arc::clone(fanout), connections.clone());
         tokio::spawn(async move {
-            if let Some((tcp, is_probe)) = look(tcp, looking, &hub, &fanout).await {
+            if let Some((tcp, is_probe)) = classify(tcp, permit, &hub, &fanout).await {
                 connections.admit(tcp, peer, is_probe).await;
             }
         });
     }
 }
 
-/// Hands a stream to the fan-out, and gives back everything else, and whether it is a probe.
-/// Another head is looked at once this one was read.
-async fn look(
+/// Returns connections that axum must serve, and whether they are probes. Releases `permit` after the head.
+async fn classify(
     tcp: TcpStream,
-    turn: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
     hub: &Hub,
     fanout: &Arc<Fanout>,
 ) -> Option<(TcpStream, bool)> {
-    let until = Instant::now() + HEAD_MAX;
+    let deadline = Instant::now() + HEAD_MAX;
     loop {
-        let peeked = tokio::time::timeout_at(until, std::future::poll_fn(|cx| peek(&tcp, cx))).await;
-        let Ok(Ok((head, length))) = peeked else { return Some((tcp, false)) };
-        match head {
-            Head::Partial if length > 0 && length < HEAD_BYTES_MAX && Instant::now() < until => {
-                // What was peeked at stays readable: there is no waiting for more of it.
+        let peeked = tokio::time::timeout_at(deadline, std::future::poll_fn(|cx| peek(&tcp, cx))).await;
+        let Ok(Ok((request, length))) = peeked else { return Some((tcp, false)) };
+        match request {
+            FirstRequest::Partial if length > 0 && length < HEAD_BYTES_MAX && Instant::now() < deadline => {
+                // Peeked bytes leave the socket readable, so more bytes cannot be awaited.
                 tokio::time::sleep(HEAD_LOOK).await;
             }
-            Head::Partial | Head::Other => return Some((tcp, false)),
-            Head::Probe => return Some((tcp, true)),
-            Head::Stream(asked, length) => {
-                // Opening may wait for long.
-                drop(turn);
+            FirstRequest::Partial | FirstRequest::Other => return Some((tcp, false)),
+            FirstRequest::Probe => return Some((tcp, true)),
+            FirstRequest::Stream(request, length) => {
+                // Opening may encode a large frame.
+                drop(permit);
                 let opened = tokio::select! {
                     biased;
-                    () = hung_up(&tcp) => return None,
-                    opened = asked.open(hub) => opened,
+                    () = client_closed(&tcp) => return None,
+                    opened = request.open(hub) => opened,
                 };
-                let Ok((bundle, held)) = opened else { return Some((tcp, false)) };
-                if read_head(&tcp, length) {
-                    fanout.join(&bundle, tcp, held);
+                let Ok((bundle, revision)) = opened else { return Some((tcp, false)) };
+                if discard(&tcp, length) {
+                    fanout.join(&bundle, tcp, revision);
                 }
                 return None;
             }
@@ -90,27 +82,25 @@ async fn look(
     }
 }
 
-/// What the bytes are that can be read, and how many there are. They are looked at on the stack: 10,000 connections at
-/// once need no memory for it.
-fn peek(tcp: &TcpStream, cx: &mut Context<'_>) -> Poll<std::io::Result<(Head, usize)>> {
+/// The buffer is on the stack: 10,000 connections need no heap.
+fn peek(tcp: &TcpStream, cx: &mut Context<'_>) -> Poll<std::io::Result<(FirstRequest, usize)>> {
     let mut bytes = [0; HEAD_BYTES_MAX];
     let mut bytes = ReadBuf::new(&mut bytes);
     ready!(tcp.poll_peek(cx, &mut bytes))?;
-    Poll::Ready(Ok((head(bytes.filled()), bytes.filled().len())))
+    Poll::Ready(Ok((parse(bytes.filled()), bytes.filled().len())))
 }
 
-/// Waits until the client ended its half. The unread head keeps the socket readable: of tokio's interests this one alone
-/// is ready at the end and not at bytes.
-async fn hung_up(tcp: &TcpStream) {
+/// Waits until the client closes its half. Of tokio's interests only `PRIORITY` ignores the unread head.
+async fn client_closed(tcp: &TcpStream) {
     _ = tcp.ready(Interest::PRIORITY).await;
 }
 
-/// Reads the head, which was peeked at.
-fn read_head(tcp: &TcpStream, mut length: usize) -> bool {
-    let mut piece = [0; 1 << 10];
+/// Reads the peeked head.
+fn discard(tcp: &TcpStream, mut length: usize) -> bool {
+    let mut buffer = [0; 1 << 10];
     while length > 0 {
-        let wanted = length.min(piece.len());
-        match tcp.try_read(&mut piece[..wanted]) {
+        let wanted = length.min(buffer.len());
+        match tcp.try_read(&mut buffer[..wanted]) {
             Ok(read) if read > 0 => length -= read,
             _ => return false,
         }
@@ -118,22 +108,22 @@ fn read_head(tcp: &TcpStream, mut length: usize) -> bool {
     true
 }
 
-fn head(bytes: &[u8]) -> Head {
-    if PROBES.iter().any(|probe| bytes.starts_with(probe)) {
-        return Head::Probe;
+fn parse(bytes: &[u8]) -> FirstRequest {
+    if PROBE_PREFIXES.iter().any(|probe| bytes.starts_with(probe)) {
+        return FirstRequest::Probe;
     }
-    let known = bytes.len().min(STREAMS.len());
-    if bytes[..known] != STREAMS[..known] {
-        return Head::Other;
+    let known = bytes.len().min(STREAM_PREFIX.len());
+    if bytes[..known] != STREAM_PREFIX[..known] {
+        return FirstRequest::Other;
     }
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut request = httparse::Request::new(&mut headers);
     let length = match request.parse(bytes) {
         Ok(httparse::Status::Complete(length)) => length,
-        Ok(httparse::Status::Partial) => return Head::Partial,
-        Err(_) => return Head::Other,
+        Ok(httparse::Status::Partial) => return FirstRequest::Partial,
+        Err(_) => return FirstRequest::Other,
     };
-    // What comes behind it, a body or another request, is axum's to refuse.
+    // axum rejects a body or a pipelined request.
     let has_body = |header: &&httparse::Header| {
         ["content-length", "transfer-encoding", "upgrade", "expect"]
             .iter()
@@ -143,20 +133,20 @@ fn head(bytes: &[u8]) -> Head {
         || request.version != Some(1)
         || request.headers.iter().any(|header| has_body(&header))
     {
-        return Head::Other;
+        return FirstRequest::Other;
     }
-    let asked = || {
+    let stream_request = || {
         let uri: Uri = request.path?.parse().ok()?;
         let name = uri.path().strip_prefix("/bundles/")?.strip_suffix("/stream")?;
         let Query(options) = Query::<Options>::try_from_uri(&uri).ok()?;
         let headers = request.headers.iter();
         let header = |name: &str| {
             let mut headers = headers.clone();
-            Some(text(headers.find(|header| header.name.eq_ignore_ascii_case(name))?.value))
+            Some(header_text(headers.find(|header| header.name.eq_ignore_ascii_case(name))?.value))
         };
-        Some(Asked::new(name, options, header))
+        Some(StreamRequest::new(name, options, header))
     };
-    asked().map_or(Head::Other, |asked| Head::Stream(asked, length))
+    stream_request().map_or(FirstRequest::Other, |request| FirstRequest::Stream(request, length))
 }
 
 #[cfg(test)]
@@ -173,8 +163,8 @@ mod tests {
     use crate::readiness::Readiness;
 
     #[tokio::test]
-    async fn a_stream_whose_client_left_takes_no_turn() {
-        let (bundle, held) = Bundle::far_from_its_first();
+    async fn disconnected_client_causes_no_encoding() {
+        let (bundle, revision) = Bundle::far_from_its_first();
         let bundles = Arc::new(Bundles::default());
         bundles.serve(Arc::clone(&bundle));
         let stop = CancellationToken::new();
@@ -183,25 +173,26 @@ mod tests {
         let _others = bundle.budget.large_encodes.acquire().await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let request = format!("GET /bundles/main/stream HTTP/1.1\r\nlast-event-id: {held}\r\n\r\n");
+        let request = format!("GET /bundles/main/stream HTTP/1.1\r\nlast-event-id: {revision}\r\n\r\n");
         client.write_all(request.as_bytes()).await.unwrap();
         let (tcp, _) = listener.accept().await.unwrap();
         let heads = Arc::new(Semaphore::new(1));
-        let turn = Arc::clone(&heads).acquire_owned().await.unwrap();
-        let opening = look(tcp, turn, &hub, &fanout);
-        let leaving = async {
-            // Its head was read by then.
+        let permit = Arc::clone(&heads).acquire_owned().await.unwrap();
+        let opening = classify(tcp, permit, &hub, &fanout);
+        let disconnecting = async {
+            // The head was read.
             _ = heads.acquire().await.unwrap();
             drop(client);
         };
-        let both = async { tokio::join!(opening, leaving) };
-        let (left, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it waits no more");
-        assert!(left.is_none());
+        let joined = async { tokio::join!(opening, disconnecting) };
+        let (connection, ()) =
+            tokio::time::timeout(Duration::from_secs(10), joined).await.expect("opening ends");
+        assert!(connection.is_none());
         assert_eq!(bundle.counters.frame_encodes.load(Ordering::Relaxed), 0);
     }
 
     #[test]
-    fn only_whole_requests_for_streams_are_taken() {
+    fn only_complete_stream_requests_are_accepted() {
         for (text, expected) in [
             ("", "partial"),
             ("GET /bun", "partial"),
@@ -221,13 +212,13 @@ mod tests {
             ("POST /bundles/main/stream HTTP/1.1\r\n\r\n", "other"),
             ("GET /bundles/\u{1}", "other"),
         ] {
-            let found = match head(text.as_bytes()) {
-                Head::Partial => "partial".to_owned(),
-                Head::Other => "other".to_owned(),
-                Head::Probe => "probe".to_owned(),
-                Head::Stream(asked, length) => {
+            let found = match parse(text.as_bytes()) {
+                FirstRequest::Partial => "partial".to_owned(),
+                FirstRequest::Other => "other".to_owned(),
+                FirstRequest::Probe => "probe".to_owned(),
+                FirstRequest::Stream(request, length) => {
                     assert_eq!(length, text.len());
-                    asked.to_string()
+                    request.to_string()
                 }
             };
             assert_eq!(found, expected, "{text}");

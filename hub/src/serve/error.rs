@@ -1,4 +1,4 @@
-//! What a request is told when it cannot be answered: a status, and JSON that says what to do.
+//! Request errors: status, cause and remedy.
 
 use std::time::Duration;
 
@@ -13,67 +13,47 @@ use opa_hub_proto::reconcile::RECONCILE_BYTES_MAX;
 use crate::bundle::feeds::{Feeds, Stale};
 use crate::bundle::scopes;
 
-/// Every way in which a request fails.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    /// No such bundle.
-    #[error("there is no bundle {0:?}; GET /v1/bundles lists them")]
+    #[error("no bundle is named {0:?}; GET /v1/bundles lists the names")]
     NoSuchBundle(String),
-    /// No part of it either.
     #[error(transparent)]
     Scope(#[from] scopes::Error),
     /// I5.
-    #[error("not ready: some sources have not listed yet, GET /readyz tells which")]
+    #[error("hub is not ready: some resources are not listed yet; GET /readyz names them")]
     NotReady,
-    /// I10 does not hold over two bundles.
-    #[error(
-        "fields follow the policies here, so data and policies must come in one bundle: use bundles/{0}, or an agent"
-    )]
+    /// I10.
+    #[error("separate bundles cannot follow the policies' fields; use bundles/{0}, or an agent")]
     Split(String),
-    /// The revision is not remembered, or is too far away.
-    #[error("revision {0} is not known here: POST the digests of what you hold to …/reconcile")]
+    #[error("revision {0} is unknown; POST the digests of your content to …/reconcile")]
     UnknownRevision(String),
-    /// A revision that is none.
-    #[error("{0:?} is no revision: send the id of the last event, or nothing to start at the head")]
-    InvalidRevision(String),
-    /// A position that is none.
-    #[error("in {POSITION_HEADER}: {0}")]
-    InvalidPosition(#[from] position::Invalid),
-    /// Who asks would go back in time.
-    #[error("here {0}, and it is not the same: ask again, or another hub")]
-    Lags(Lag),
-    /// The same, and nothing new is heard here either.
-    #[error("here {lag}, and {stale}: ask another hub")]
-    Stale {
-        /// What would go back.
-        lag: Lag,
-        /// Since when nothing was heard.
-        stale: Stale,
-    },
-    /// Many are far behind and read slowly.
-    #[error("frames for readers far behind take all their memory: ask again in a moment, or another hub")]
-    Full,
-    /// Answers that are cached or being sent take all the memory that they may.
     #[error(
-        "encoding the answer failed: memory for answers is used up; ask again in a moment, or another hub"
+        "{0:?} is not a revision; send the id of the last event, or none to start at the newest revision"
     )]
+    InvalidRevision(String),
+    #[error("{POSITION_HEADER} is invalid: {0}")]
+    InvalidPosition(#[from] position::Invalid),
+    #[error("this replica is behind the client ({0}); retry, or use another replica")]
+    Lags(Lag),
+    #[error("this replica is behind the client ({lag}) and stale ({stale}); use another replica")]
+    Stale { lag: Lag, stale: Stale },
+    #[error("frame memory is exhausted; retry later, or use another replica")]
+    Full,
+    #[error("encoding the answer failed: answer memory is exhausted; retry later, or use another replica")]
     AnswersFull,
-    /// A body of unknown length would need as much room as the largest.
+    /// Would need memory for the largest body.
     #[error("reading the body failed: its length is unknown; send Content-Length")]
     LengthRequired,
-    /// The body did not arrive in time.
-    #[error("reading the body failed: it is incomplete after {0:?}; send all of it within that time")]
+    #[error("reading the body failed: incomplete after {0:?}; send all of the body within that time")]
     BodyTimeout(Duration),
-    /// The body is too long, or the connection ended.
-    #[error("reading the body failed: {0}; send all of it, and at most {max} bytes", max = RECONCILE_BYTES_MAX)]
+    #[error("reading the body failed: {0}; send all of the body, at most {max} bytes", max = RECONCILE_BYTES_MAX)]
     Body(#[from] BytesRejection),
-    /// A reconcile request that does not parse.
-    #[error("not a reconcile request: {0}")]
+    #[error("parsing the reconcile request failed: {0}")]
     InvalidReconcile(String),
 }
 
 impl Error {
-    /// A hub that is cut off is no witness of a source that went back.
+    /// Answers 503 if the watch is stale, since 412 from every hub lets agents go back in time.
     pub(super) fn lags(lag: Lag, feeds: &Feeds) -> Self {
         match feeds.stale_of(&lag.name) {
             Some(stale) => Self::Stale { lag, stale },

@@ -1,8 +1,8 @@
-//! The fan-out: many streams of one bundle, written by a few tasks. Each goes over its streams when there is a new
-//! edition, at once after a quiet time; what changes meanwhile is merged into the next round, so the pause between two
-//! rounds is what a round costs. A stream is a socket, a revision, and what of a frame did not fit into the socket: a
-//! reader that stalls holds up nobody, and gets one merged frame when it reads again. That frame is encoded beside the
-//! rounds.
+//! Writes streams from one task per shard; each bundle has one shard per core. A shard passes over its connections when
+//! there is a new edition. Changes during a pass are merged into the next.
+//!
+//! A stalled client delays no other, and receives one merged frame when it reads again. Large frames are encoded on a
+//! blocking thread.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::ErrorKind;
@@ -14,12 +14,12 @@ use slab::Slab;
 use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use super::Hub;
-use super::stream::{Open, WAIT, greeting, heartbeat};
+use super::stream::{PENDING, StreamGuard, heartbeat, synced_comment};
 use crate::bundle::feeds::Feeds;
 use crate::bundle::{Bundle, Edition, Next};
 use crate::config::{
@@ -27,199 +27,181 @@ use crate::config::{
     ROUND_SLICE, SEND_BUFFER,
 };
 
-/// Heartbeats are spread over so many parts of their interval, or they would hold up frames.
-const BEATS: usize = 16;
+/// Heartbeats are spread over the interval, so that they do not delay frames.
+const HEARTBEAT_GROUPS: usize = 16;
 
-/// What a stream begins with. Its end is the connection's.
 const RESPONSE: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncache-control: no-store\r\n\
                         connection: close\r\n\r\n";
 
-/// See the module's text.
+/// Bundle id and shard number.
+type ShardKey = (u64, usize);
+
 pub(super) struct Fanout {
-    /// Who writes, by bundle and part.
-    writers: Mutex<HashMap<(u64, usize), mpsc::UnboundedSender<Stream>>>,
-    /// Parts into which the streams of a bundle are divided: one for each thread.
-    parts: usize,
+    shards: Mutex<HashMap<ShardKey, mpsc::UnboundedSender<Connection>>>,
+    shards_per_bundle: usize,
     tasks: TaskTracker,
     hub: Hub,
 }
 
-struct Stream {
+struct Connection {
     tcp: Arc<TcpStream>,
-    /// What the reader holds once `rest` is written.
-    held: Revision,
-    rest: Bytes,
-    /// It was told once that it holds all there is.
-    is_greeted: bool,
-    waits: Waits,
-    _open: Open,
+    /// The client's, once `unsent` is written.
+    revision: Revision,
+    unsent: Bytes,
+    synced_sent: bool,
+    state: WriteState,
+    _guard: StreamGuard,
 }
 
-/// What keeps a stream from being written to.
-enum Waits {
-    /// Nothing.
-    No,
-    /// The socket is full since then; a task waits until it is not.
-    Socket(Instant, #[expect(dead_code, reason = "ends with this")] Aborted),
-    /// Its frame is being encoded.
-    Frame,
+enum WriteState {
+    Ready,
+    /// Start of the wait, and the task that waits for the socket.
+    SocketFull(Instant, #[expect(dead_code, reason = "aborts on drop")] AbortOnDropHandle<()>),
+    /// Waits for a large frame.
+    Encoding,
 }
 
-struct Aborted(AbortHandle);
+/// The revisions that a frame leads from and to, and the frame.
+type EncodedFrame = (Revision, Revision, Next);
 
-impl Drop for Aborted {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// From where a frame leads, and to where.
-type Encoded = (Revision, Revision, Next);
-
-/// The reader is gone, or must reconcile.
-struct Over;
+/// The client is gone, or must reconcile.
+struct Disconnected;
 
 impl Fanout {
-    /// Of no streams yet, until `hub` stops.
     pub(super) fn new(hub: Hub) -> Arc<Self> {
-        let parts = std::thread::available_parallelism().map_or(1, usize::from);
-        Arc::new(Self { writers: Mutex::default(), parts, tasks: TaskTracker::new(), hub })
+        let shards_per_bundle = std::thread::available_parallelism().map_or(1, usize::from);
+        Arc::new(Self { shards: Mutex::default(), shards_per_bundle, tasks: TaskTracker::new(), hub })
     }
 
-    /// Writes `bundle` to `tcp` from now on. Its reader, whose request was read, is at `held`.
-    pub(super) fn join(self: &Arc<Self>, bundle: &Arc<Bundle>, tcp: TcpStream, held: Revision) {
-        // It fails on a socket that is gone only.
+    /// Streams from `revision` to a client whose request was read.
+    pub(super) fn join(self: &Arc<Self>, bundle: &Arc<Bundle>, tcp: TcpStream, revision: Revision) {
+        // Fails only on closed sockets.
         _ = SockRef::from(&tcp).set_send_buffer_size(SEND_BUFFER);
-        let mut stream = Stream {
+        let mut connection = Connection {
             tcp: Arc::new(tcp),
-            held,
-            rest: Bytes::from_static(RESPONSE.as_bytes()),
-            is_greeted: false,
-            waits: Waits::No,
-            _open: Open::new(Arc::clone(&bundle.counters)),
+            revision,
+            unsent: Bytes::from_static(RESPONSE.as_bytes()),
+            synced_sent: false,
+            state: WriteState::Ready,
+            _guard: StreamGuard::new(Arc::clone(&bundle.counters)),
         };
-        let key = (bundle.id, fastrand::usize(..self.parts));
-        let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(writer) = writers.get(&key) {
-            match writer.send(stream) {
+        let key = (bundle.id, fastrand::usize(..self.shards_per_bundle));
+        let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shard) = shards.get(&key) {
+            match shard.send(connection) {
                 Ok(()) => return,
-                // It ended just now.
-                Err(mpsc::error::SendError(back)) => stream = back,
+                // The shard just ended.
+                Err(mpsc::error::SendError(returned)) => connection = returned,
             }
         }
-        let (writer, joins) = mpsc::unbounded_channel();
-        _ = writer.send(stream);
-        writers.insert(key, writer);
-        let (rounds, fanout) = (Rounds::new(bundle, joins), Arc::clone(self));
+        let (shard, joining) = mpsc::unbounded_channel();
+        _ = shard.send(connection);
+        shards.insert(key, shard);
+        let (writer, fanout) = (ShardWriter::new(bundle, joining), Arc::clone(self));
         self.tasks.spawn(async move {
-            rounds.run(&fanout, key).await;
+            writer.run(&fanout, key).await;
         });
     }
 
-    /// Waits until all streams were ended, once the hub stops.
     pub(super) async fn drained(&self) {
         self.tasks.close();
         self.tasks.wait().await;
     }
 
-    /// Nobody has joined since `joins` was empty: the writer ends.
-    fn leave(&self, key: (u64, usize), joins: &mpsc::UnboundedReceiver<Stream>) -> bool {
-        let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_idle = joins.is_empty();
+    /// Removes the shard unless a connection joined.
+    fn leave(&self, key: ShardKey, joining: &mpsc::UnboundedReceiver<Connection>) -> bool {
+        let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_idle = joining.is_empty();
         if is_idle {
-            writers.remove(&key);
+            shards.remove(&key);
         }
         is_idle
     }
 }
 
-/// The streams of one part of a bundle.
-struct Rounds {
+struct ShardWriter {
     bundle: String,
     feeds: Feeds,
     head: watch::Receiver<Option<Arc<Edition>>>,
-    joins: mpsc::UnboundedReceiver<Stream>,
-    streams: Slab<Stream>,
-    /// Streams whose sockets take more again.
-    ready: (mpsc::UnboundedSender<usize>, mpsc::UnboundedReceiver<usize>),
-    /// Streams that are far behind, by what they hold; who came first is first.
-    behind: VecDeque<(Revision, BTreeSet<usize>)>,
-    /// Not the first but the largest group was served last.
-    large_was_last: bool,
-    /// What one of those revisions lacks is encoded, at most: the others wait.
-    encoding: JoinSet<Encoded>,
-    /// Where the next round begins, so that nobody is last each time.
+    joining: mpsc::UnboundedReceiver<Connection>,
+    connections: Slab<Connection>,
+    /// Slots whose sockets are writable again.
+    writable: (mpsc::UnboundedSender<usize>, mpsc::UnboundedReceiver<usize>),
+    /// Slots that wait for a large frame, by revision, oldest first.
+    catch_up_queue: VecDeque<(Revision, BTreeSet<usize>)>,
+    largest_was_last: bool,
+    /// At most one large frame.
+    encoding: JoinSet<EncodedFrame>,
+    /// First slot of the next pass: no connection is always last.
     first: usize,
-    beat: usize,
-    /// What leads from a revision to the head: mostly all are at one.
+    heartbeat_group: usize,
+    /// Latest small frame: most connections need the same.
     frame: Option<(Revision, Revision, Bytes)>,
 }
 
-impl Rounds {
-    fn new(bundle: &Bundle, joins: mpsc::UnboundedReceiver<Stream>) -> Self {
-        let (head, feeds) = (bundle.head(), bundle.feeds.clone());
-        let bundle = bundle.name.clone();
-        let (streams, ready) = (Slab::new(), mpsc::unbounded_channel());
+impl ShardWriter {
+    fn new(bundle: &Bundle, joining: mpsc::UnboundedReceiver<Connection>) -> Self {
         Self {
-            bundle,
-            feeds,
-            head,
-            joins,
-            streams,
-            ready,
-            behind: VecDeque::new(),
-            large_was_last: false,
+            bundle: bundle.name.clone(),
+            feeds: bundle.feeds.clone(),
+            head: bundle.head(),
+            joining,
+            connections: Slab::new(),
+            writable: mpsc::unbounded_channel(),
+            catch_up_queue: VecDeque::new(),
+            largest_was_last: false,
             encoding: JoinSet::new(),
             first: 0,
-            beat: 0,
+            heartbeat_group: 0,
             frame: None,
         }
     }
 
-    async fn run(mut self, fanout: &Fanout, key: (u64, usize)) {
-        let mut beats = tokio::time::interval(HEARTBEAT / u32::try_from(BEATS).expect("a few"));
-        beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    async fn run(mut self, fanout: &Fanout, key: ShardKey) {
+        let groups = u32::try_from(HEARTBEAT_GROUPS).expect("few groups");
+        let mut heartbeats = tokio::time::interval(HEARTBEAT / groups);
+        heartbeats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let stop = &fanout.hub.0.stop;
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 changed = self.head.changed() => match changed {
-                    Ok(()) => self.round().await,
-                    // Another bundle took the name of this one: whoever comes back is given that.
+                    Ok(()) => self.write_all().await,
+                    // The bundle was replaced.
                     Err(_closed) => break,
                 },
-                Some(at) = self.ready.1.recv() => self.resume(at),
-                Some(stream) = self.joins.recv() => self.begin(stream),
+                Some(slot) = self.writable.1.recv() => self.on_writable(slot),
+                Some(connection) = self.joining.recv() => self.attach(connection),
                 Some(encoded) = self.encoding.join_next() => {
-                    self.lead_on(encoded.expect("encoding does not panic")).await;
+                    self.deliver_encoded(encoded.expect("encoding does not panic")).await;
                 }
-                _ = beats.tick() => {
+                _ = heartbeats.tick() => {
                     self.heartbeat();
-                    if self.streams.is_empty() && fanout.leave(key, &self.joins) {
+                    if self.connections.is_empty() && fanout.leave(key, &self.joining) {
                         return;
                     }
                 }
             }
         }
-        fanout.writers.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
-        // Where another bundle took the name of this one, its readers come back to that: there is no other hub to go to.
-        let words = if stop.is_cancelled() { fanout.hub.farewell().await } else { Bytes::new() };
-        self.drain(&words).await;
+        fanout.shards.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        // Clients of a replaced bundle reconnect to this hub.
+        let go_away = if stop.is_cancelled() { fanout.hub.farewell().await } else { Bytes::new() };
+        self.drain(&go_away).await;
     }
 
-    fn begin(&mut self, stream: Stream) {
-        let at = self.streams.insert(stream);
-        self.write(at);
+    fn attach(&mut self, connection: Connection) {
+        let slot = self.connections.insert(connection);
+        self.write(slot);
     }
 
-    /// Brings everybody to the head, and lets those in who came meanwhile.
-    async fn round(&mut self) {
+    async fn write_all(&mut self) {
         self.head.mark_unchanged();
-        let slots = self.streams.capacity();
+        let slots = self.connections.capacity();
         for step in 0..slots {
-            let at = (self.first + step) % slots;
-            if self.streams.get(at).is_some_and(|stream| matches!(stream.waits, Waits::No)) {
-                self.write(at);
+            let slot = (self.first + step) % slots;
+            let connection = self.connections.get(slot);
+            if connection.is_some_and(|connection| matches!(connection.state, WriteState::Ready)) {
+                self.write(slot);
             }
             if step % ROUND_SLICE == ROUND_SLICE - 1 {
                 tokio::task::yield_now().await;
@@ -227,64 +209,67 @@ impl Rounds {
         }
         self.first = self.first.wrapping_add(ROUND_SLICE);
         for _ in 0..ROUND_SLICE {
-            let Ok(stream) = self.joins.try_recv() else { break };
-            self.begin(stream);
+            let Ok(connection) = self.joining.try_recv() else { break };
+            self.attach(connection);
         }
-        for _ in 0..self.ready.1.len() {
-            let Ok(at) = self.ready.1.try_recv() else { break };
-            self.resume(at);
+        for _ in 0..self.writable.1.len() {
+            let Ok(slot) = self.writable.1.try_recv() else { break };
+            self.on_writable(slot);
         }
     }
 
-    /// Writes what the stream at `at` lacks, as much as its socket takes.
-    fn write(&mut self, at: usize) {
+    fn write(&mut self, slot: usize) {
         let Some(edition) = self.head.borrow().clone() else { return };
-        if let Err(Over) = self.advance(at, &edition) {
-            self.streams.try_remove(at);
+        if let Err(Disconnected) = self.advance(slot, &edition) {
+            self.connections.try_remove(slot);
         }
     }
 
-    /// Encodes what one group of those lacks who are far behind, beside the rounds: by turns the first, and the largest,
-    /// which may be all others.
+    /// Encodes one queued frame: by turns the oldest request and the largest group.
     fn encode(&mut self) {
         let Some(edition) = self.head.borrow().clone() else { return };
         if !self.encoding.is_empty() || edition.is_full() {
             return;
         }
-        self.large_was_last = !self.large_was_last;
-        while !self.behind.is_empty() {
-            let largest = || (0..self.behind.len()).max_by_key(|at| self.behind[*at].1.len());
-            let next = if self.large_was_last { largest().unwrap_or(0) } else { 0 };
-            let (from, waiting) = &self.behind[next];
-            if waiting.iter().any(|at| self.streams.get(*at).is_some_and(|stream| stream.waits_at(*from))) {
+        self.largest_was_last = !self.largest_was_last;
+        while !self.catch_up_queue.is_empty() {
+            let groups = 0..self.catch_up_queue.len();
+            let largest = || groups.max_by_key(|index| self.catch_up_queue[*index].1.len());
+            let next = if self.largest_was_last { largest().unwrap_or(0) } else { 0 };
+            let (from, waiting) = &self.catch_up_queue[next];
+            let is_waiting = |slot: &usize| {
+                self.connections.get(*slot).is_some_and(|connection| connection.needs_frame(*from))
+            };
+            if waiting.iter().any(is_waiting) {
                 let from = *from;
                 self.encoding.spawn_blocking(move || (from, edition.view.revision, edition.next(from)));
                 return;
             }
-            // All of them have gone.
-            self.behind.remove(next);
+            // Its connections are closed.
+            self.catch_up_queue.remove(next);
         }
     }
 
-    /// Gives a frame to those who waited for it.
-    async fn lead_on(&mut self, (from, to, next): Encoded) {
-        let group = self.behind.iter().position(|(held, _)| *held == from);
-        let waiting = group.and_then(|at| self.behind.remove(at)).map(|(_, waiting)| waiting);
-        for (step, at) in waiting.into_iter().flatten().enumerate() {
-            // Another one may have its place by now.
-            let Some(stream) = self.streams.get_mut(at).filter(|stream| stream.waits_at(from)) else {
+    async fn deliver_encoded(&mut self, (from, to, next): EncodedFrame) {
+        let group = self.catch_up_queue.iter().position(|(revision, _)| *revision == from);
+        let waiting = group.and_then(|index| self.catch_up_queue.remove(index)).map(|(_, waiting)| waiting);
+        for (step, slot) in waiting.into_iter().flatten().enumerate() {
+            // The slot may have been reused.
+            let Some(connection) =
+                self.connections.get_mut(slot).filter(|connection| connection.needs_frame(from))
+            else {
                 continue;
             };
-            stream.waits = Waits::No;
+            connection.state = WriteState::Ready;
             match &next {
-                Next::Frames(bytes) => (stream.rest, stream.held) = (bytes.clone(), to),
+                Next::Frames(bytes) => (connection.unsent, connection.revision) = (bytes.clone(), to),
                 Next::UpToDate => {}
                 Next::Unknown => {
-                    self.streams.remove(at);
+                    self.connections.remove(slot);
                     continue;
                 }
             }
-            self.write(at);
+            self.write(slot);
             if step % ROUND_SLICE == ROUND_SLICE - 1 {
                 tokio::task::yield_now().await;
             }
@@ -292,153 +277,154 @@ impl Rounds {
         self.encode();
     }
 
-    fn advance(&mut self, at: usize, edition: &Edition) -> Result<(), Over> {
-        let Some(stream) = self.streams.get_mut(at) else { return Ok(()) };
+    fn advance(&mut self, slot: usize, edition: &Edition) -> Result<(), Disconnected> {
+        let Some(connection) = self.connections.get_mut(slot) else { return Ok(()) };
         loop {
-            if !stream.flush()? {
-                let (tcp, ready) = (Arc::clone(&stream.tcp), self.ready.0.clone());
+            if !connection.flush()? {
+                let (tcp, writable) = (Arc::clone(&connection.tcp), self.writable.0.clone());
                 let waiting = tokio::spawn(async move {
-                    // An error shows at the next write.
+                    // The next write returns errors.
                     _ = tcp.writable().await;
-                    _ = ready.send(at);
+                    _ = writable.send(slot);
                 });
-                stream.waits = Waits::Socket(Instant::now(), Aborted(waiting.abort_handle()));
+                connection.state = WriteState::SocketFull(Instant::now(), AbortOnDropHandle::new(waiting));
                 return Ok(());
             }
-            if let Waits::Frame = stream.waits {
+            if let WriteState::Encoding = connection.state {
                 return Ok(());
             }
             let to = edition.view.revision;
-            stream.rest = match &self.frame {
-                _ if stream.held == to && stream.is_greeted => return Ok(()),
-                _ if stream.held == to => {
-                    stream.is_greeted = true;
-                    greeting(&self.bundle, &self.feeds, to)
+            connection.unsent = match &self.frame {
+                _ if connection.revision == to && connection.synced_sent => return Ok(()),
+                _ if connection.revision == to => {
+                    connection.synced_sent = true;
+                    synced_comment(&self.bundle, &self.feeds, to)
                 }
-                // Who comes anew may have been promised a younger one.
-                Some((from, head, bytes)) if stream.is_greeted && (*from, *head) == (stream.held, to) => {
+                // New connections may need a later position.
+                Some((from, newest, bytes))
+                    if connection.synced_sent && (*from, *newest) == (connection.revision, to) =>
+                {
                     bytes.clone()
                 }
-                _ if !edition.is_near(stream.held) => {
-                    stream.waits = Waits::Frame;
-                    match self.behind.iter_mut().find(|(held, _)| *held == stream.held) {
-                        Some((_, waiting)) => _ = waiting.insert(at),
-                        None => self.behind.push_back((stream.held, BTreeSet::from([at]))),
+                _ if !edition.is_near(connection.revision) => {
+                    connection.state = WriteState::Encoding;
+                    let from = connection.revision;
+                    match self.catch_up_queue.iter_mut().find(|(revision, _)| *revision == from) {
+                        Some((_, waiting)) => _ = waiting.insert(slot),
+                        None => self.catch_up_queue.push_back((from, BTreeSet::from([slot]))),
                     }
                     self.encode();
                     return Ok(());
                 }
-                _ => match edition.next(stream.held) {
+                _ => match edition.next(connection.revision) {
                     Next::Frames(bytes) => {
-                        self.frame = Some((stream.held, to, bytes.clone()));
+                        self.frame = Some((connection.revision, to, bytes.clone()));
                         bytes
                     }
                     Next::UpToDate => return Ok(()),
-                    Next::Unknown => return Err(Over),
+                    Next::Unknown => return Err(Disconnected),
                 },
             };
-            stream.held = to;
+            connection.revision = to;
         }
     }
 
-    /// The socket of a stream takes more.
-    fn resume(&mut self, at: usize) {
-        if let Some(stream) = self.streams.get_mut(at)
-            && let Waits::Socket(..) = stream.waits
+    fn on_writable(&mut self, slot: usize) {
+        if let Some(connection) = self.connections.get_mut(slot)
+            && let WriteState::SocketFull(..) = connection.state
         {
-            stream.waits = Waits::No;
-            self.write(at);
+            connection.state = WriteState::Ready;
+            self.write(slot);
         }
     }
 
-    /// Tells readers that the hub is there, and whether it hears its source, and finds those who are not there.
+    /// Sends heartbeats, and removes closed connections, and stalled ones while frame memory is exhausted.
     fn heartbeat(&mut self) {
-        self.beat = (self.beat + 1) % BEATS;
+        self.heartbeat_group = (self.heartbeat_group + 1) % HEARTBEAT_GROUPS;
         let bytes = heartbeat(&self.feeds);
         let full = self.head.borrow().clone().filter(|edition| edition.is_full());
         if let Some(edition) = &full {
             edition.forget_frames();
         }
-        for at in (self.beat..self.streams.capacity()).step_by(BEATS) {
-            let Some(stream) = self.streams.get_mut(at) else { continue };
-            let mut nothing = [0; 64];
-            match stream.tcp.try_read(&mut nothing) {
+        for slot in (self.heartbeat_group..self.connections.capacity()).step_by(HEARTBEAT_GROUPS) {
+            let Some(connection) = self.connections.get_mut(slot) else { continue };
+            let mut buffer = [0; 64];
+            match connection.tcp.try_read(&mut buffer) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                // It ended its half, failed, or said what nobody asked for.
+                // Closed, failed, or unexpected bytes.
                 _ => {
-                    self.streams.remove(at);
+                    self.connections.remove(slot);
                     continue;
                 }
             }
-            if full.is_some() && stream.holds_much() {
-                self.streams.remove(at);
+            if full.is_some() && connection.is_stalled() {
+                self.connections.remove(slot);
                 continue;
             }
-            if stream.rest.is_empty() {
-                // No other word says that this was all.
-                stream.rest = if let Waits::Frame = stream.waits { WAIT } else { bytes.clone() };
-                self.write(at);
+            if connection.unsent.is_empty() {
+                let is_pending = matches!(connection.state, WriteState::Encoding);
+                // A plain heartbeat would report the client as synced.
+                connection.unsent = if is_pending { PENDING } else { bytes.clone() };
+                self.write(slot);
             }
         }
-        // Kept for a storm of joins at one revision, not for ever.
+        // Useful for a burst of joins only.
         self.frame = None;
-        // There may be room for the next of those far behind.
+        // Memory may be free again.
         self.encode();
     }
 
-    /// Ends streams with these words, a few at a time, so that their readers come back, or to another hub, spread over a
-    /// while; those of many small bundles too.
-    async fn drain(mut self, words: &[u8]) {
-        while let Ok(stream) = self.joins.try_recv() {
-            self.streams.insert(stream);
+    /// Closes connections in small groups to spread reconnects, also over many small bundles.
+    async fn drain(mut self, go_away: &[u8]) {
+        while let Ok(connection) = self.joining.try_recv() {
+            self.connections.insert(connection);
         }
-        let mut left: Vec<Stream> = self.streams.drain().collect();
-        fastrand::shuffle(&mut left);
-        let slice = left.len().div_ceil(DRAIN_ROUNDS).max(ROUND_SLICE);
-        let spare = DRAIN_ROUNDS.saturating_sub(left.len().div_ceil(slice));
+        let mut open: Vec<Connection> = self.connections.drain().collect();
+        fastrand::shuffle(&mut open);
+        let slice = open.len().div_ceil(DRAIN_ROUNDS).max(ROUND_SLICE);
+        let spare = DRAIN_ROUNDS.saturating_sub(open.len().div_ceil(slice));
         let first = fastrand::usize(..=spare * DRAIN_LOOKS);
-        let (until, mut ending) = (Instant::now() + DRAIN_HALVES, Vec::new());
-        for look in 0.. {
-            if look >= first && (look - first) % DRAIN_LOOKS == 0 {
-                let told = left.drain(left.len().saturating_sub(slice)..).map(|mut stream| {
-                    // Who has half of a frame gets the rest of it first, if it reads.
-                    stream.rest = [&stream.rest[..], words].concat().into();
-                    stream
+        let (deadline, mut closing) = (Instant::now() + DRAIN_HALVES, Vec::new());
+        for poll in 0.. {
+            if poll >= first && (poll - first) % DRAIN_LOOKS == 0 {
+                let next = open.drain(open.len().saturating_sub(slice)..).map(|mut connection| {
+                    // Partial frames are completed first.
+                    connection.unsent = [&connection.unsent[..], go_away].concat().into();
+                    connection
                 });
-                ending.extend(told);
+                closing.extend(next);
             }
-            left.retain_mut(|stream| stream.flush().is_ok());
-            ending.retain_mut(|stream| matches!(stream.flush(), Ok(false)));
-            if left.is_empty() && (ending.is_empty() || Instant::now() > until) {
+            open.retain_mut(|connection| connection.flush().is_ok());
+            closing.retain_mut(|connection| matches!(connection.flush(), Ok(false)));
+            if open.is_empty() && (closing.is_empty() || Instant::now() > deadline) {
                 return;
             }
-            tokio::time::sleep(DRAIN_ROUND / u32::try_from(DRAIN_LOOKS).expect("a few")).await;
+            tokio::time::sleep(DRAIN_ROUND / u32::try_from(DRAIN_LOOKS).expect("few polls")).await;
         }
     }
 }
 
-impl Stream {
-    /// Writes as much of what is under way as the socket takes. Whether that is all.
-    fn flush(&mut self) -> Result<bool, Over> {
-        while !self.rest.is_empty() {
-            match self.tcp.try_write(&self.rest) {
-                Ok(0) => return Err(Over),
-                Ok(written) => self.rest.advance(written),
+impl Connection {
+    /// Returns whether nothing is unsent.
+    fn flush(&mut self) -> Result<bool, Disconnected> {
+        while !self.unsent.is_empty() {
+            match self.tcp.try_write(&self.unsent) {
+                Ok(0) => return Err(Disconnected),
+                Ok(written) => self.unsent.advance(written),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-                Err(_) => return Err(Over),
+                Err(_) => return Err(Disconnected),
             }
         }
         Ok(true)
     }
 
-    /// What leads on from `held` is being encoded.
-    fn waits_at(&self, held: Revision) -> bool {
-        self.held == held && matches!(self.waits, Waits::Frame)
+    fn needs_frame(&self, from: Revision) -> bool {
+        self.revision == from && matches!(self.state, WriteState::Encoding)
     }
 
-    /// It has not read on for long, of a frame that is large.
-    fn holds_much(&self) -> bool {
-        let is_stalled = matches!(&self.waits, Waits::Socket(since, _) if since.elapsed() > LARGE_STALL_MAX);
-        is_stalled && self.rest.len() > LARGE_REST
+    fn is_stalled(&self) -> bool {
+        let is_stalled =
+            matches!(&self.state, WriteState::SocketFull(since, _) if since.elapsed() > LARGE_STALL_MAX);
+        is_stalled && self.unsent.len() > LARGE_REST
     }
 }

@@ -1,4 +1,4 @@
-//! The last words of a hub that stops: which other replicas are ready for its readers.
+//! The go-away comment of a hub that stops.
 
 use std::net::SocketAddr;
 
@@ -10,34 +10,35 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::config::{FAREWELL_MAX, FAREWELL_REPLICAS_MAX};
 
-/// Asks all addresses of `replicas` (`HOST:PORT`). This hub may be among them: it is not ready any more.
+/// Names the ready addresses of `replicas` (`HOST:PORT`). This hub's own `/readyz` already fails.
 pub(super) async fn farewell(replicas: &[String]) -> Bytes {
     let ready = if replicas.is_empty() { Vec::new() } else { ready(replicas).await };
     let urls = ready.iter().map(String::as_str).collect();
     format!(": {}\n\n", Word::Go(urls)).into()
 }
 
-/// Who says so in time.
 async fn ready(replicas: &[String]) -> Vec<String> {
-    let until = Instant::now() + FAREWELL_MAX;
+    let deadline = Instant::now() + FAREWELL_MAX;
     let Ok(http) = reqwest::Client::builder().no_proxy().build() else { return Vec::new() };
-    // A name that hangs must not cost the others their turn.
-    let look =
-        replicas.iter().map(|replica| timeout_at(until - FAREWELL_MAX / 2, tokio::net::lookup_host(replica)));
+    // A hanging lookup leaves time for the other replicas.
+    let lookups = replicas
+        .iter()
+        .map(|replica| timeout_at(deadline - FAREWELL_MAX / 2, tokio::net::lookup_host(replica)));
     let mut addresses: Vec<SocketAddr> =
-        join_all(look).await.into_iter().flatten().flatten().flatten().collect();
+        join_all(lookups).await.into_iter().flatten().flatten().flatten().collect();
     addresses.sort_unstable();
     addresses.dedup();
     fastrand::shuffle(&mut addresses);
-    let ask = async |address: SocketAddr| {
+    let probe = async |address: SocketAddr| {
         let url = format!("http://{address}");
-        let answer = http.get(format!("{url}/readyz")).send().await.ok()?;
-        answer.status().is_success().then_some(url)
+        let response = http.get(format!("{url}/readyz")).send().await.ok()?;
+        response.status().is_success().then_some(url)
     };
-    let mut asked: FuturesUnordered<_> = addresses.into_iter().take(FAREWELL_REPLICAS_MAX).map(ask).collect();
+    let mut probes: FuturesUnordered<_> =
+        addresses.into_iter().take(FAREWELL_REPLICAS_MAX).map(probe).collect();
     let mut ready = Vec::new();
-    while let Ok(Some(answer)) = timeout_at(until, asked.next()).await {
-        ready.extend(answer);
+    while let Ok(Some(url)) = timeout_at(deadline, probes.next()).await {
+        ready.extend(url);
     }
     ready
 }

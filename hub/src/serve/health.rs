@@ -13,18 +13,17 @@ use serde_json::json;
 use super::Hub;
 use crate::bundle::Bundle;
 
-/// The process answers: that is all a restart could mend.
+/// Restarts help only processes that do not answer.
 pub(super) async fn live() -> &'static str {
     "ok\n"
 }
 
 #[derive(Deserialize)]
 pub(super) struct Options {
-    /// Which bundle is asked for; none: any will do.
     bundle: Option<String>,
 }
 
-/// Every source has listed once, and there is an edition to serve whose sources were heard lately.
+/// Ready if nothing is pending and a bundle has an edition from sources that answer.
 pub(super) async fn ready(State(hub): State<Hub>, Query(options): Query<Options>) -> impl IntoResponse {
     let pending = hub.0.readiness.pendings();
     let mut bundles = hub.0.bundles.list();
@@ -36,13 +35,13 @@ pub(super) async fn ready(State(hub): State<Hub>, Query(options): Query<Options>
         .iter()
         .filter_map(|bundle| Some((bundle.name.clone(), bundle.feeds.stale()?.to_string())))
         .collect();
-    // Whether another replica does better is asked for a bundle. One that is ready at all is in the Service, where all
-    // of them would be missed that are refused the same.
-    let has_gone_silent = |bundle: &Arc<Bundle>| match &options.bundle {
+    // With a bundle name, an agent looks for a better replica. Without, the Service decides: a resource that is denied
+    // to every replica must not make all of them unready.
+    let is_unreachable = |bundle: &Arc<Bundle>| match &options.bundle {
         Some(_) => stale.contains_key(&bundle.name),
         None => bundle.feeds.silent().is_some(),
     };
-    let serves = |bundle: &Arc<Bundle>| bundle.head().borrow().is_some() && !has_gone_silent(bundle);
+    let serves = |bundle: &Arc<Bundle>| bundle.head().borrow().is_some() && !is_unreachable(bundle);
     let stopping = hub.0.stop.is_cancelled();
     let ready = !stopping
         && pending.is_empty()

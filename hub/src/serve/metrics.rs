@@ -1,4 +1,4 @@
-//! `GET /metrics` in OpenMetrics text. Values are read where they are kept, when somebody scrapes.
+//! `GET /metrics` in OpenMetrics text, collected at each scrape.
 
 use std::fmt;
 use std::sync::Arc;
@@ -43,28 +43,26 @@ impl fmt::Debug for Scrape {
     }
 }
 
-/// Every family, as read from the bundles.
-struct Families<'a>(&'a [Arc<Bundle>]);
+struct Samples<'a>(&'a [Arc<Bundle>]);
 
-impl Families<'_> {
-    /// One sample a bundle.
-    fn one(&self, value: impl Fn(&Bundle) -> u64) -> Vec<Sample> {
+impl Samples<'_> {
+    fn by_bundle(&self, value: impl Fn(&Bundle) -> u64) -> Vec<Sample> {
         self.0.iter().map(|bundle| (vec![("bundle", bundle.name.clone())], value(bundle))).collect()
     }
 
-    /// The same of what it counts.
-    fn count(&self, value: impl Fn(&Counters) -> &AtomicU64) -> Vec<Sample> {
-        self.one(|bundle| value(&bundle.counters).load(Relaxed))
+    fn counters(&self, value: impl Fn(&Counters) -> &AtomicU64) -> Vec<Sample> {
+        self.by_bundle(|bundle| value(&bundle.counters).load(Relaxed))
     }
 
-    /// The same of its newest view; 0 while there is none.
-    fn view(&self, value: impl Fn(&View) -> usize) -> Vec<Sample> {
-        self.one(|bundle| bundle.head().borrow().as_ref().map_or(0, |edition| value(&edition.view)) as u64)
+    /// 0 without a view.
+    fn views(&self, value: impl Fn(&View) -> usize) -> Vec<Sample> {
+        self.by_bundle(|bundle| {
+            bundle.head().borrow().as_ref().map_or(0, |edition| value(&edition.view)) as u64
+        })
     }
 
-    /// One sample a feed of a bundle.
     fn by_feed(&self, value: impl Fn(&Feed) -> &AtomicU64) -> Vec<Sample> {
-        let of = |bundle: &Arc<Bundle>| {
+        let samples = |bundle: &Arc<Bundle>| {
             let name = &bundle.name;
             let feeds = bundle.feeds.list();
             let sample = |feed: &Arc<Feed>| {
@@ -73,60 +71,67 @@ impl Families<'_> {
             };
             feeds.iter().map(sample).collect::<Vec<_>>()
         };
-        self.0.iter().flat_map(of).collect()
+        self.0.iter().flat_map(samples).collect()
     }
 
     fn snapshots(&self) -> Vec<Sample> {
-        let of = |bundle: &Arc<Bundle>| {
+        let samples = |bundle: &Arc<Bundle>| {
             [Part::Whole, Part::Policy, Part::Data].map(|part| {
                 let labels = vec![("bundle", bundle.name.clone()), ("part", part.name().to_owned())];
                 (labels, bundle.counters.snapshots[part as usize].load(Relaxed))
             })
         };
-        self.0.iter().flat_map(of).collect()
+        self.0.iter().flat_map(samples).collect()
     }
 }
 
-fn refused(bundle: &Bundle) -> u64 {
-    let refused = |told: &&Told| !told.verdict.faults.is_empty();
-    bundle.verdicts.with(|verdicts| verdicts.values().filter(refused).count() as u64)
+fn rejected_configmaps(bundle: &Bundle) -> u64 {
+    let is_rejected = |observed: &&Told| !observed.verdict.faults.is_empty();
+    bundle.verdicts.with(|verdicts| verdicts.values().filter(is_rejected).count() as u64)
 }
 
 impl Collector for Scrape {
     fn encode(&self, mut out: DescriptorEncoder) -> fmt::Result {
         let hub = &self.0.0;
         let bundles = hub.bundles.list();
-        let of = Families(&bundles);
+        let samples = Samples(&bundles);
         let gauges = [
             (
                 "agents",
-                "Streams that are open",
-                of.one(|bundle| bundle.counters.agents.load(Relaxed).unsigned_abs()),
+                "Number of open streams",
+                samples.by_bundle(|bundle| bundle.counters.agents.load(Relaxed).unsigned_abs()),
             ),
             (
                 "ready",
-                "Whether every source has listed once",
-                of.one(|bundle| u64::from(bundle.head().borrow().is_some())),
+                "Whether every resource has been listed",
+                samples.by_bundle(|bundle| u64::from(bundle.head().borrow().is_some())),
             ),
             (
                 "stale",
-                "Whether a source was not heard for too long",
-                of.one(|bundle| u64::from(bundle.feeds.stale().is_some())),
+                "Whether a source has been unavailable for too long",
+                samples.by_bundle(|bundle| u64::from(bundle.feeds.stale().is_some())),
             ),
-            ("entries", "Entries of the data", of.view(View::entries)),
-            ("modules", "Modules that are served", of.view(|view| view.modules.len())),
-            ("json_bytes", "Bytes of the data as JSON", of.view(View::json_bytes)),
-            ("problems", "ConfigMaps and objects refused", of.one(|bundle| bundle.problems().len() as u64)),
-            ("verdict_errors", "ConfigMaps whose newest content is refused", of.one(refused)),
-            ("source_objects", "Objects that a source has", of.by_feed(|feed| &feed.watch.objects)),
+            ("entries", "Number of data entries", samples.views(View::entries)),
+            ("modules", "Number of modules served", samples.views(|view| view.modules.len())),
+            ("json_bytes", "Number of data bytes as JSON", samples.views(View::json_bytes)),
+            (
+                "problems",
+                "Number of rejected ConfigMaps and objects",
+                samples.by_bundle(|bundle| bundle.problems().len() as u64),
+            ),
+            (
+                "verdict_errors",
+                "Number of ConfigMaps whose newest content is rejected",
+                samples.by_bundle(rejected_configmaps),
+            ),
+            ("source_objects", "Number of objects of a source", samples.by_feed(|feed| &feed.watch.objects)),
         ];
-        let of_memory =
-            self.1.iter().map(|(what, bytes)| (vec![("what", (*what).to_owned())], *bytes as u64));
+        let memory = self.1.iter().map(|(kind, bytes)| (vec![("what", (*kind).to_owned())], *bytes as u64));
         let gauges = gauges.into_iter().chain([
-            ("memory_bytes", "Bytes by what takes them, as the hub counts them", of_memory.collect()),
+            ("memory_bytes", "Number of bytes in memory by kind, as counted by the hub", memory.collect()),
             (
                 "resident_memory_bytes",
-                "Resident bytes of the process",
+                "Number of resident bytes of the process",
                 resident().map(|resident| (Vec::new(), resident.all as u64)).into_iter().collect(),
             ),
         ]);
@@ -134,40 +139,44 @@ impl Collector for Scrape {
             family(&mut out, name, help, MetricType::Gauge, &samples)?;
         }
         let counters = [
-            (
-                "source_events",
-                "Objects that sources said exist, changed or are gone",
-                of.by_feed(|feed| &feed.watch.events),
-            ),
+            ("source_events", "Total watch events received", samples.by_feed(|feed| &feed.watch.events)),
             (
                 "source_changes",
-                "Replicated objects of which something that travels changed",
-                of.by_feed(|feed| &feed.changes),
+                "Total changes to served fields of replicated objects",
+                samples.by_feed(|feed| &feed.changes),
             ),
-            ("view_changes", "Editions published", of.count(|counters| &counters.view_changes)),
+            ("view_changes", "Total editions published", samples.counters(|counters| &counters.view_changes)),
+            ("frame_encodes", "Total frames encoded", samples.counters(|counters| &counters.frame_encodes)),
             (
-                "frame_encodes",
-                "Frames encoded, each for all agents at one revision",
-                of.count(|counters| &counters.frame_encodes),
+                "snapshot_encodes",
+                "Total archives encoded",
+                samples.counters(|counters| &counters.snapshot_encodes),
             ),
-            ("snapshot_encodes", "Archives encoded", of.count(|counters| &counters.snapshot_encodes)),
-            ("snapshots_served", "Archives sent", of.snapshots()),
-            ("native_deltas_served", "OPA's own deltas sent", of.count(|counters| &counters.native_deltas)),
-            ("reconciles", "Reconcile requests answered", of.count(|counters| &counters.reconciles)),
+            ("snapshots_served", "Total archives sent", samples.snapshots()),
+            (
+                "native_deltas_served",
+                "Total native OPA deltas sent",
+                samples.counters(|counters| &counters.native_deltas),
+            ),
+            (
+                "reconciles",
+                "Total reconcile requests answered",
+                samples.counters(|counters| &counters.reconciles),
+            ),
             (
                 "reconcile_encodes",
-                "Reconcile answers encoded",
-                of.count(|counters| &counters.reconcile_encodes),
+                "Total reconcile answers encoded",
+                samples.counters(|counters| &counters.reconcile_encodes),
             ),
             (
                 "verdict_writes",
-                "Verdicts to be written to ConfigMaps",
+                "Total attempts to write a verdict to a ConfigMap",
                 vec![(Vec::new(), hub.bundles.verdict_writes.load(Relaxed))],
             ),
             (
                 "unknown_revisions",
-                "Streams refused for a revision that is not remembered",
-                of.count(|counters| &counters.unknown_revisions),
+                "Total streams rejected for an unknown revision",
+                samples.counters(|counters| &counters.unknown_revisions),
             ),
         ];
         for (name, help, samples) in counters {

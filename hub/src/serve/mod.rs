@@ -1,4 +1,4 @@
-//! The hub over HTTP. Handlers only read editions; what is shared by many is encoded by the edition, once.
+//! HTTP server. Editions encode each shared answer once.
 
 mod api;
 mod bundle;
@@ -34,23 +34,23 @@ use crate::serve::connections::{Connections, PROBES_MAX};
 use crate::serve::error::Error;
 use crate::serve::fanout::Fanout;
 
-/// What the handlers share.
+/// State of all handlers.
 #[derive(Clone)]
 pub struct Hub(Arc<Shared>, Limits);
 
-/// The waits for clients, and the number of clients, that a listener grants.
+/// Limits of a listener.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// From the start of a connection, or from the end of a response, to the end of the next request's head.
+    /// Maximum time from the connection's start, or the last response, to the end of the next request's head.
     pub head: Duration,
-    /// For a request's body.
+    /// Maximum time for a request's body.
     pub body: Duration,
-    /// Open connections, besides streams in the fan-out.
+    /// Maximum connections outside the fan-out.
     pub connections: usize,
 }
 
 impl Default for Limits {
-    /// Half of the process's file descriptors stay for streams.
+    /// Leaves half of the file descriptors for streams.
     fn default() -> Self {
         let files = rlimit::Resource::NOFILE.get_soft().unwrap_or(u64::MAX);
         let connections =
@@ -61,21 +61,20 @@ impl Default for Limits {
 
 struct Shared {
     bundles: Arc<Bundles>,
-    /// What checks the policies.
     checked_by: String,
     readiness: Readiness,
-    /// Other hubs like this one, as `HOST:PORT`, and what readers are told of them in the end.
+    /// `HOST:PORT` of other hubs.
     replicas: Vec<String>,
     farewell: OnceCell<Bytes>,
     stop: CancellationToken,
     deltas: bundle::DeltaClients,
     memory: memory::Account,
-    /// One turn to compute what fields cost.
+    /// One permit.
     forecasts: Arc<Semaphore>,
 }
 
 impl Hub {
-    /// A hub that serves `bundles`, whose policies are `checked_by`, until `stop`; then its readers go to `replicas`.
+    /// Serves `bundles` until `stop`, then sends clients to `replicas`.
     pub fn new(
         bundles: Arc<Bundles>,
         checked_by: String,
@@ -97,37 +96,36 @@ impl Hub {
         Self(Arc::new(shared), Limits::default())
     }
 
-    /// The same with other limits.
+    /// Replaces the default limits.
     #[must_use]
     pub fn with_limits(self, limits: Limits) -> Self {
         Self(self.0, limits)
     }
 
-    /// The last words to readers, once the hub stops.
     async fn farewell(&self) -> Bytes {
         self.0.farewell.get_or_init(|| farewell::farewell(&self.0.replicas)).await.clone()
     }
 
     fn bundle(&self, name: &str) -> Result<Arc<Bundle>, Error> {
         self.0.bundles.get(name).ok_or_else(|| {
-            // While the hub starts it may be to come.
-            let starts = self.0.bundles.list().is_empty();
-            if starts { Error::NotReady } else { Error::NoSuchBundle(name.to_owned()) }
+            // The bundle may still appear.
+            let is_starting = self.0.bundles.list().is_empty();
+            if is_starting { Error::NotReady } else { Error::NoSuchBundle(name.to_owned()) }
         })
     }
 
-    /// The bundle as it looks from a namespace, for a client that stays connected.
+    /// For clients that stay connected.
     fn part(&self, name: &str, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
         Ok(self.bundle(name)?.of(namespace)?)
     }
 
-    /// The bundle as it looks from a namespace, for one answer.
+    /// For one answer.
     fn part_once(&self, name: &str, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
         Ok(self.bundle(name)?.once(namespace)?)
     }
 }
 
-/// All that the hub answers.
+/// All endpoints.
 pub fn router(hub: Hub) -> Router {
     Router::new()
         .route("/", get(dashboard::page))
@@ -156,7 +154,7 @@ pub fn router(hub: Hub) -> Router {
         .merge(health(hub))
 }
 
-/// Whether the process answers, and whether it is ready. kube-mgmt's name for the first is `/health`.
+/// `/health` is kube-mgmt's name for `/livez`.
 fn health(hub: Hub) -> Router {
     Router::new()
         .route("/health", get(health::live))
@@ -165,18 +163,18 @@ fn health(hub: Hub) -> Router {
         .with_state(hub)
 }
 
-/// Serves health alone, until it is dropped.
+/// Serves health endpoints until dropped.
 pub async fn run_health(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
     let limits = Limits { connections: PROBES_MAX, ..hub.1 };
     let connections = Connections::new(health(hub), limits, CancellationToken::new());
     loop {
-        let room = connections.room().await;
+        let permit = connections.permit().await;
         let (tcp, peer) = connections::accept(&listener).await;
-        connections.serve(tcp, peer, room);
+        connections.serve(tcp, peer, permit);
     }
 }
 
-/// Serves until the hub stops, then gives requests in flight a moment to end.
+/// Serves until the hub stops, then drains connections for up to `DRAIN`.
 pub async fn run(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
     let stop = hub.0.stop.clone();
     let fanout = Fanout::new(hub.clone());

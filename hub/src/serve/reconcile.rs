@@ -1,4 +1,4 @@
-//! `POST /bundles/{name}/reconcile`: digests of what the sender holds in, an archive of what it lacks out.
+//! `POST /bundles/{name}/reconcile`: digests in, an archive of the missing content out.
 
 use std::sync::atomic::Ordering;
 
@@ -18,7 +18,6 @@ use super::error::Error;
 
 #[derive(Deserialize)]
 pub(super) struct Options {
-    /// Whose objects are wanted.
     namespace: Option<String>,
 }
 
@@ -30,30 +29,30 @@ pub(super) async fn post(
     request: Request,
 ) -> Result<Response, Error> {
     let bundle = hub.part_once(&name, options.namespace.as_deref())?;
-    let announced = request.body().size_hint().upper().and_then(|bytes| usize::try_from(bytes).ok());
-    let announced = announced.ok_or(Error::LengthRequired)?;
-    let _admitted = bundle.admit_reconcile(announced).await.ok_or(Error::AnswersFull)?;
+    let length = request.body().size_hint().upper().and_then(|bytes| usize::try_from(bytes).ok());
+    let length = length.ok_or(Error::LengthRequired)?;
+    let _permit = bundle.admit_reconcile(length).await.ok_or(Error::AnswersFull)?;
     let limit = hub.1.body;
     let body = timeout(limit, Bytes::from_request(request, &())).await;
     let body = body.map_err(|_late| Error::BodyTimeout(limit))??;
-    let here = bundle.position();
+    let current = bundle.position();
     let edition = bundle.head().borrow().clone().ok_or(Error::NotReady)?;
     let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
-    let there: Option<Position> = header(POSITION_HEADER).map(str::parse).transpose()?;
+    let required: Option<Position> = header(POSITION_HEADER).map(str::parse).transpose()?;
     let revision: Option<Revision> = header("last-event-id").and_then(|id| id.parse().ok());
-    let position = here.clone().after(&edition.newest());
-    let (judged, feeds) = (edition.clone(), bundle.feeds.clone());
-    // A large request takes some hundred milliseconds.
+    let position = current.clone().after(&edition.newest());
+    let (snapshot, feeds) = (edition.clone(), bundle.feeds.clone());
+    // Large requests need some hundred milliseconds.
     let parse = move || {
-        let held: Reconcile =
+        let digests: Reconcile =
             serde_json::from_slice(&body).map_err(|error| Error::InvalidReconcile(error.to_string()))?;
         let modules = revision.map(|revision| revision.modules);
-        let lag = there.and_then(|there| judged.lag_of(&held, modules, &here, &there));
-        lag.map_or(Ok(held), |lag| Err(Error::lags(lag, &feeds)))
+        let lag = required.and_then(|required| snapshot.lag_of(&digests, modules, &current, &required));
+        lag.map_or(Ok(digests), |lag| Err(Error::lags(lag, &feeds)))
     };
-    let held = tokio::task::spawn_blocking(parse).await.expect("parsing does not panic")?;
+    let digests = tokio::task::spawn_blocking(parse).await.expect("parsing does not panic")?;
     bundle.counters.reconciles.fetch_add(1, Ordering::Relaxed);
-    let (archive, is_widened) = edition.reconcile(held).await.ok_or(Error::AnswersFull)?;
+    let (archive, is_widened) = edition.reconcile(digests).await.ok_or(Error::AnswersFull)?;
     let position = if is_widened { position.after(&bundle.newest()) } else { position };
     Ok(([(POSITION_HEADER, position.to_string())], respond(archive)).into_response())
 }

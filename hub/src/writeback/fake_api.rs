@@ -1,4 +1,4 @@
-//! A fake API server that fails on demand, and the checks that every writer has to pass. Time is paused.
+//! A fake API server with outages, and checks that every writer must pass. Time is paused.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -17,62 +17,52 @@ use super::lease::Striving;
 use crate::config::{LEASE, RENEW_DEADLINE};
 use crate::readiness::Readiness;
 
-/// The namespace of the Lease and of the last good policies.
 pub(super) const NAMESPACE: &str = "opa-hub";
-/// The part of a path that names Leases.
 pub(super) const LEASES: &str = "/leases";
-/// Interval at which [`eventually`] looks, and so the precision of all times.
+/// Poll interval of [`eventually`], and precision of all times.
 pub(super) const TICK: Duration = Duration::from_millis(10);
-/// Virtual time after which a condition is taken never to hold: longer than any retry.
+/// Virtual time: longer than any retry.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// How requests fail.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Outage {
-    /// No answer.
     Hang,
-    /// 429 with `Retry-After: 1`, and the next try a second later, which kube's own retry layer makes within one call.
+    /// 429 with `Retry-After: 1`; kube retries within one call.
     Throttle,
-    /// This status, at once.
     Status(u16),
 }
 
 impl Outage {
-    /// All kinds.
     pub(super) const ALL: [Self; 5] =
         [Self::Hang, Self::Throttle, Self::Status(403), Self::Status(429), Self::Status(503)];
 }
 
-/// One request as it arrives at the API server.
 #[derive(Clone, Debug)]
 pub(super) struct Call {
     pub(super) method: Method,
     pub(super) path: String,
     pub(super) started: Instant,
-    /// When it was answered, or dropped by the client. `None` while it is under way.
+    /// Answered, or dropped by the client.
     pub(super) ended: Option<Instant>,
-    /// `None` while it is under way, or if it was dropped.
+    /// `None` until answered.
     pub(super) status: Option<u16>,
 }
 
 impl Call {
-    /// Whether its path contains `resource`.
     pub(super) fn is_of(&self, resource: &str) -> bool {
         self.path.contains(resource)
     }
 
-    /// Whether it is no read.
     pub(super) fn is_write(&self) -> bool {
         self.method != Method::GET
     }
 }
 
-/// The objects of the fake cluster, by path, and the newest resource version.
+/// The newest resource version, and objects by path.
 #[derive(Clone, Default)]
 pub(super) struct Cluster(Arc<Mutex<(u64, BTreeMap<String, Value>)>>);
 
 impl Cluster {
-    /// Deletes all objects whose path contains `resource`.
     pub(super) fn delete(&self, resource: &str) {
         self.0.lock().unwrap().1.retain(|path, _| !path.contains(resource));
     }
@@ -103,7 +93,7 @@ impl Cluster {
 }
 
 fn failure(code: u16) -> (u16, Value) {
-    // kube tells a missing object by the reason.
+    // kube recognises a missing object by this reason.
     let reason = if code == 404 { "NotFound" } else { "" };
     let status = json!({
         "apiVersion": "v1", "kind": "Status", "status": "Failure", "message": "fails on demand", "reason": reason,
@@ -112,7 +102,7 @@ fn failure(code: u16) -> (u16, Value) {
     (code, status)
 }
 
-/// The connection of one replica to the cluster.
+/// A replica's connection to the cluster.
 #[derive(Clone, Default)]
 pub(super) struct Link {
     cluster: Cluster,
@@ -121,39 +111,33 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// A connection that works.
     pub(super) fn to(cluster: &Cluster) -> Self {
         Self { cluster: cluster.clone(), ..Self::default() }
     }
 
-    /// Lets requests fail whose path contains `resource`.
     pub(super) fn fail(&self, resource: &'static str, outage: Outage) {
         self.outages.lock().unwrap().insert(resource, outage);
     }
 
-    /// Lets all new requests succeed.
     pub(super) fn heal(&self) {
         self.outages.lock().unwrap().clear();
     }
 
-    /// All requests up to now.
     pub(super) fn calls(&self) -> Vec<Call> {
         self.calls.lock().unwrap().clone()
     }
 
-    /// Number of requests for `resource` that began after `since`.
     pub(super) fn count(&self, resource: &str, since: Instant) -> usize {
         self.calls().iter().filter(|call| call.is_of(resource) && call.started > since).count()
     }
 
-    /// Start of the last renewal of the Lease that succeeded.
+    /// Start of the last successful renewal.
     pub(super) fn renewed(&self) -> Option<Instant> {
         let calls = self.calls();
         let renewal = |call: &&Call| call.is_of(LEASES) && call.is_write() && call.status == Some(200);
         calls.iter().rfind(renewal).map(|call| call.started)
     }
 
-    /// A client that sends its requests here.
     pub(super) fn client(&self) -> Client {
         let link = self.clone();
         let service = tower::service_fn(move |request: Request<Body>| {
@@ -163,7 +147,7 @@ impl Link {
         Client::new(service, NAMESPACE)
     }
 
-    /// Starts to elect `identity`. The receiver has not seen the first change.
+    /// The receiver has not seen the first change.
     pub(super) fn elect(&self, identity: &str) -> watch::Receiver<bool> {
         let (leads, follower) = watch::channel(false);
         let elector = Striving::new(self.client(), NAMESPACE, "opa-hub-main".into(), identity.into());
@@ -211,7 +195,6 @@ impl Link {
     }
 }
 
-/// A request under way, which ends when this is dropped.
 struct Running {
     calls: Arc<Mutex<Vec<Call>>>,
     index: usize,
@@ -229,7 +212,6 @@ impl Drop for Running {
     }
 }
 
-/// Waits, in virtual time, until `condition` holds.
 pub(super) async fn eventually(what: &str, condition: impl Fn() -> bool) {
     let until = Instant::now() + PATIENCE;
     while !condition() {
@@ -238,8 +220,7 @@ pub(super) async fn eventually(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// Checks that the writer that `write` starts sends nothing for `resource` after its replica's Lease expired, whatever
-/// the requests do.
+/// Checks that a writer sends nothing for `resource` after its replica's Lease expired.
 pub(super) async fn check_ends_with_leadership(
     resource: &'static str,
     write: impl Fn(Client, watch::Receiver<bool>, Readiness),
@@ -271,7 +252,7 @@ pub(super) async fn check_ends_with_leadership(
     }
 }
 
-/// Checks that the writer that `write` starts for a leader reports a request for `resource` that fails, and retries.
+/// Checks that a leader's writer reports and retries failed requests for `resource`.
 pub(super) async fn check_reports_and_retries(
     resource: &'static str,
     write: impl Fn(Client, watch::Receiver<bool>, Readiness),

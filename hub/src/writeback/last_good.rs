@@ -1,5 +1,5 @@
-//! The policies that were accepted last, kept where a hub that starts finds them: while a ConfigMap is bad its last
-//! good text is nowhere else (I6). In a folder, or in a ConfigMap of the hub's own.
+//! Stores the last good policies in a file or a ConfigMap, for the next start: a rejected ConfigMap no longer contains
+//! them (I6).
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
@@ -17,7 +17,7 @@ use opa_hub_proto::revision::Digest;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
-use super::{RequestError, WRITER, while_leading, within};
+use super::{FIELD_MANAGER, RequestError, report, while_leading, within};
 use crate::config::{
     LAST_GOOD_BYTES_MAX, LAST_GOOD_OBJECT_MAX, LAST_GOOD_SETTLE, RETRY, RETRY_MAX, WRITEBACK_TIMEOUT,
 };
@@ -28,56 +28,55 @@ use crate::policy::modules::Module;
 use crate::policy::settle::Texts;
 use crate::readiness::Readiness;
 
-/// What [`Readiness`] calls it.
 const SUBJECT: &str = "last good policies";
-/// The file, and the key of the ConfigMap.
 const FILE: &str = "last-good.json.gz";
-/// Maximum length of an object's name, in bytes. The API server rejects longer ones.
+/// Limit of the API server.
 const OBJECT_NAME_MAX: usize = 253;
-/// Characters of a bundle's name before a digest in an object's name: enough to recognise the bundle, and within
-/// [`OBJECT_NAME_MAX`] with the prefix and the digest.
+/// Leaves room for prefix and digest within [`OBJECT_NAME_MAX`].
 const READABLE_CHARS_MAX: usize = 200;
 
-/// Why the last good policies could not be read or kept.
+/// The last good policies could not be accessed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The folder.
-    #[error("{path}: {source}")]
+    /// The file or its folder is not accessible.
+    #[error("accessing {path} failed: {source}; check --state-dir")]
     File {
-        /// Which file.
+        /// Path of the file.
         path: String,
-        /// What is wrong with it.
+        /// Cause of the failure.
         source: std::io::Error,
     },
-    /// The content.
-    #[error("they are damaged: {0}")]
+    /// The content is not valid.
+    #[error("decoding the last good policies failed: {0}; the hub starts without them")]
     Damaged(String),
-    /// The request to the API server.
-    #[error("request to the API server failed: {0}; it is retried")]
+    /// The request to the API server failed.
+    #[error("request to the API server failed: {0}; the hub retries")]
     Cluster(RequestError),
-    /// RBAC.
+    /// RBAC denies the request.
     #[error(
-        "forbidden: grant the hub the verbs get, create, patch on configmaps in namespace {0}, or give --state-dir"
+        "accessing the ConfigMap failed: forbidden; \
+         grant the hub the verbs get, create, patch on configmaps in namespace {0}, or set --state-dir"
     )]
     Forbidden(String),
-    /// More than a ConfigMap holds.
+    /// A ConfigMap cannot contain them.
     #[error(
-        "they have {0} bytes compressed, more than the {LAST_GOOD_OBJECT_MAX} that a ConfigMap holds: give --state-dir"
+        "writing the ConfigMap failed: {0} compressed bytes exceed the limit of {LAST_GOOD_OBJECT_MAX}; \
+         set --state-dir"
     )]
     TooLarge(usize),
 }
 
-/// Where they are kept.
+/// Storage of a bundle's last good policies.
 pub enum Place {
-    /// Nowhere.
+    /// No storage.
     Nowhere,
-    /// In this file.
+    /// A file.
     File(PathBuf),
-    /// In this ConfigMap.
+    /// A ConfigMap.
     Cluster(Box<Object>),
 }
 
-/// A ConfigMap of the hub's own.
+/// A ConfigMap that the hub owns.
 pub struct Object {
     configmaps: Api<ConfigMap>,
     namespace: String,
@@ -85,58 +84,58 @@ pub struct Object {
 }
 
 impl Place {
-    /// A file of its own for each bundle.
+    /// Stores a bundle in its own file in `dir`.
     pub fn folder(dir: &Path, bundle: &str) -> Self {
         Self::File(dir.join(format!("{bundle}.{FILE}")))
     }
 
-    /// A ConfigMap of its own for each bundle.
+    /// Stores a bundle in its own ConfigMap.
     pub fn cluster(client: Client, namespace: &str, bundle: &str) -> Self {
         let configmaps = Api::namespaced(client, namespace);
         Self::Cluster(Box::new(Object { configmaps, namespace: namespace.into(), name: object_name(bundle) }))
     }
 
-    /// Says what was kept, and returns it as it is there.
-    pub async fn restore(&self, say: mpsc::Sender<Said>, readiness: &Readiness) -> Option<Vec<u8>> {
-        let mut kept = self.load_patiently(readiness).await;
-        let restored = kept.as_deref().map_or_else(|| Ok(LastGood::new()), decode).unwrap_or_else(|error| {
-            complain(readiness, &error);
-            kept = None;
-            LastGood::new()
-        });
+    /// Sends the stored policies to the writer, and returns their encoding.
+    pub async fn restore(&self, writer: mpsc::Sender<Said>, readiness: &Readiness) -> Option<Vec<u8>> {
+        let mut stored = self.load_with_retry(readiness).await;
+        let restored =
+            stored.as_deref().map_or_else(|| Ok(LastGood::new()), decode).unwrap_or_else(|error| {
+                report(readiness, SUBJECT, error.to_string());
+                stored = None;
+                LastGood::new()
+            });
         if !restored.is_empty() {
-            tracing::info!(configmaps = restored.len(), "found the last good policies");
+            tracing::info!(configmaps = restored.len(), "last good policies restored");
         }
-        // The writer ends with the bundle only.
-        _ = say.send(Said::Restored(restored)).await;
-        kept
+        // Fails only if the bundle was stopped.
+        _ = writer.send(Said::Restored(restored)).await;
+        stored
     }
 
-    /// Writes the accepted policies whenever they differ from what was `kept`, until the bundle ends. In a cluster this
-    /// replica writes only while it `leads`.
+    /// Stores accepted policies that differ from `stored`. In a cluster only the leader writes.
     pub async fn keep(
         self,
-        mut kept: Option<Vec<u8>>,
+        mut stored: Option<Vec<u8>>,
         mut good: watch::Receiver<Option<LastGood>>,
         mut leads: watch::Receiver<bool>,
         readiness: Readiness,
     ) {
         let mut retry = RETRY;
         loop {
-            let now = good.borrow_and_update().as_ref().map(encode);
-            if let Some(now) = now.filter(|now| kept.as_ref() != Some(now)) {
-                match self.save(&now, &leads).await {
+            let encoded = good.borrow_and_update().as_ref().map(encode);
+            if let Some(encoded) = encoded.filter(|encoded| stored.as_ref() != Some(encoded)) {
+                match self.save(&encoded, &leads).await {
                     Some(Ok(())) => {
                         readiness.problem(SUBJECT, None);
-                        (kept, retry) = (Some(now), RETRY);
+                        (stored, retry) = (Some(encoded), RETRY);
                     }
                     Some(Err(error)) => {
-                        complain(&readiness, &error);
+                        report(&readiness, SUBJECT, error.to_string());
                         tokio::time::sleep(retry).await;
                         retry = (retry * 2).min(RETRY_MAX);
                         continue;
                     }
-                    // The leader reports what it cannot write.
+                    // The leader reports failed writes.
                     None if retry > RETRY => {
                         readiness.problem(SUBJECT, None);
                         retry = RETRY;
@@ -146,24 +145,24 @@ impl Place {
             }
             tokio::select! {
                 changed = good.changed() => if changed.is_err() { return },
-                // Another replica may have written since, or somebody deleted the ConfigMap.
-                Ok(()) = leads.changed() => kept = None,
+                // The ConfigMap may have changed.
+                Ok(()) = leads.changed() => stored = None,
             }
             tokio::time::sleep(LAST_GOOD_SETTLE).await;
         }
     }
 
-    /// What is kept. An API server that does not answer is waited for, as its watches are.
-    async fn load_patiently(&self, readiness: &Readiness) -> Option<Vec<u8>> {
+    /// Retries API server failures.
+    async fn load_with_retry(&self, readiness: &Readiness) -> Option<Vec<u8>> {
         let mut retry = RETRY;
         loop {
             match self.load().await {
-                Ok(kept) => {
+                Ok(stored) => {
                     readiness.problem(SUBJECT, None);
-                    return kept;
+                    return stored;
                 }
                 Err(error) => {
-                    complain(readiness, &error);
+                    report(readiness, SUBJECT, error.to_string());
                     if !matches!(error, Error::Cluster(_)) {
                         return None;
                     }
@@ -185,7 +184,7 @@ impl Place {
         }
     }
 
-    /// Writes `bytes`. `None` if this replica does not lead, or ceased to while it wrote.
+    /// `None` unless this replica leads until the write completes.
     async fn save(&self, bytes: &[u8], leads: &watch::Receiver<bool>) -> Option<Result<(), Error>> {
         match self {
             Self::Nowhere => Some(Ok(())),
@@ -207,12 +206,12 @@ impl Object {
         if bytes.len() > LAST_GOOD_OBJECT_MAX {
             return Err(Error::TooLarge(bytes.len()));
         }
-        let labels = BTreeMap::from([("app.kubernetes.io/managed-by".to_owned(), WRITER.to_owned())]);
+        let labels = BTreeMap::from([("app.kubernetes.io/managed-by".to_owned(), FIELD_MANAGER.to_owned())]);
         let metadata =
             ObjectMeta { name: Some(self.name.clone()), labels: Some(labels), ..ObjectMeta::default() };
         let content = BTreeMap::from([(FILE.to_owned(), ByteString(bytes.to_owned()))]);
         let object = ConfigMap { metadata, binary_data: Some(content), ..ConfigMap::default() };
-        let params = PatchParams::apply(WRITER).force();
+        let params = PatchParams::apply(FIELD_MANAGER).force();
         let patch = Patch::Apply(&object);
         let patched = within(WRITEBACK_TIMEOUT, self.configmaps.patch(&self.name, &params, &patch)).await;
         patched.map(drop).map_err(|error| self.error(error))
@@ -223,13 +222,10 @@ impl Object {
     }
 }
 
-/// The name of a bundle's object: `opa-hub-<bundle>` where that is a valid name, else one with a digest of the bundle's
-/// name at its end.
+/// Returns `opa-hub-<bundle>` if valid, else `opa-hub-<readable>-<digest>`.
 ///
-/// Every name is a valid DNS subdomain, and no two bundles share one:
-/// - a name of the second kind ends in `-<digest>`, and a name of the first kind never does, so the kinds are disjoint;
-/// - two names of the first kind differ where the bundles' names differ;
-/// - two names of the second kind differ in their digests, which are equal for equal bundle names only.
+/// Names are valid DNS subdomains and unique: the first form never ends in `-<digest>`, and digests of different bundle
+/// names differ.
 pub fn object_name(bundle: &str) -> String {
     let plain = format!("opa-hub-{bundle}");
     let ends_in_digest = plain.rsplit_once('-').is_some_and(|(_, end)| end.parse::<Digest>().is_ok());
@@ -241,7 +237,7 @@ pub fn object_name(bundle: &str) -> String {
     format!("opa-hub-{readable}-{}", Digest::of(bundle.as_bytes()))
 }
 
-/// Whether `name` is a DNS subdomain as Kubernetes defines it (apimachinery pkg/util/validation, `IsDNS1123Subdomain`).
+/// `IsDNS1123Subdomain` (apimachinery pkg/util/validation).
 fn is_object_name(name: &str) -> bool {
     let is_label = |label: &str| {
         label.starts_with(is_alphanumeric)
@@ -255,7 +251,7 @@ fn is_alphanumeric(c: char) -> bool {
     matches!(c, 'a'..='z' | '0'..='9')
 }
 
-/// So that a crash leaves the old content or the new one.
+/// A crash leaves the old or the new content.
 fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(dir)?;
@@ -270,23 +266,14 @@ fn file_error(path: &Path, source: std::io::Error) -> Error {
     Error::File { path: path.display().to_string(), source }
 }
 
-fn complain(readiness: &Readiness, error: &Error) {
-    let because = error.to_string();
-    if readiness.is_news(SUBJECT, &because) {
-        tracing::warn!(error = because, "the last good policies may not outlive a restart");
-    }
-    readiness.problem(SUBJECT, Some(because));
-}
-
-/// By ConfigMap, `namespace/name`.
 #[derive(Serialize, Deserialize, Default)]
 struct Saved {
-    configmaps: BTreeMap<String, SavedTexts>,
+    /// By `namespace/name`.
+    configmaps: BTreeMap<String, SavedModules>,
 }
 
-/// By id.
 #[derive(Serialize, Deserialize, Default)]
-struct SavedTexts {
+struct SavedModules {
     modules: BTreeMap<String, String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     tests: BTreeMap<String, String>,
@@ -296,11 +283,11 @@ fn encode(good: &LastGood) -> Vec<u8> {
     let texts = |modules: &BTreeMap<String, Arc<Module>>| {
         modules.iter().map(|(id, module)| (id.clone(), module.text.clone())).collect()
     };
-    let save = |of: &Texts| SavedTexts { modules: texts(&of.modules), tests: texts(&of.tests) };
-    let saved = Saved { configmaps: good.iter().map(|(key, of)| (key.to_string(), save(of))).collect() };
-    let json = serde_json::to_vec(&saved).expect("it has text keys only");
+    let save = |set: &Texts| SavedModules { modules: texts(&set.modules), tests: texts(&set.tests) };
+    let saved = Saved { configmaps: good.iter().map(|(key, set)| (key.to_string(), save(set))).collect() };
+    let json = serde_json::to_vec(&saved).expect("all keys are strings");
     let mut gzip = GzEncoder::new(Vec::new(), Compression::best());
-    gzip.write_all(&json).and_then(|()| gzip.finish()).expect("written into memory")
+    gzip.write_all(&json).and_then(|()| gzip.finish()).expect("memory is writable")
 }
 
 fn decode(bytes: &[u8]) -> Result<LastGood, Error> {
@@ -312,15 +299,15 @@ fn decode(bytes: &[u8]) -> Result<LastGood, Error> {
         let module = Module::read(&text).map_err(|error| Error::Damaged(format!("{id}: {error}")))?;
         Ok((id, Arc::new(module)))
     };
-    let read = |(key, texts): (String, SavedTexts)| {
+    let modules_of = |(key, saved): (String, SavedModules)| {
         let (namespace, name) =
-            key.split_once('/').ok_or_else(|| Error::Damaged(format!("{key:?} names no ConfigMap")))?;
+            key.split_once('/').ok_or_else(|| Error::Damaged(format!("{key:?} is not namespace/name")))?;
         let key = ObjectKey { namespace: namespace.into(), name: name.into() };
-        let modules = texts.modules.into_iter().map(module).collect::<Result<_, _>>()?;
-        let tests = texts.tests.into_iter().map(module).collect::<Result<_, _>>()?;
+        let modules = saved.modules.into_iter().map(module).collect::<Result<_, _>>()?;
+        let tests = saved.tests.into_iter().map(module).collect::<Result<_, _>>()?;
         Ok((key, Arc::new(Texts { modules, tests })))
     };
-    saved.configmaps.into_iter().map(read).collect()
+    saved.configmaps.into_iter().map(modules_of).collect()
 }
 
 #[cfg(test)]
@@ -342,13 +329,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_found() {
+    fn stored_policies_are_restored() {
         assert_eq!(decode(&encode(&good())).unwrap(), good());
         assert_eq!(encode(&good()), encode(&good()), "equal content is not written again");
     }
 
     #[test]
-    fn i9_what_is_damaged_is_told() {
+    fn i9_damaged_content_is_reported() {
         let bytes = encode(&good());
         for damaged in [&b""[..], b"{}", &bytes[..bytes.len() / 2]] {
             assert!(matches!(decode(damaged), Err(Error::Damaged(_))));
@@ -356,7 +343,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_outlives_its_writer() {
+    async fn file_is_replaced_and_read() {
         let dir = tempfile::tempdir().unwrap();
         let place = || Place::folder(&dir.path().join("new"), "main");
         let (_, follower) = watch::channel(false);
@@ -420,9 +407,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_lost_read_at_the_start_is_reported_and_retried() {
         let read = |client: Client, _: watch::Receiver<bool>, readiness: Readiness| {
-            let (say, _) = mpsc::channel(1);
+            let (writer, _) = mpsc::channel(1);
             let place = Place::cluster(client, NAMESPACE, "main");
-            tokio::spawn(async move { place.restore(say, &readiness).await });
+            tokio::spawn(async move { place.restore(writer, &readiness).await });
         };
         check_reports_and_retries("/configmaps", read).await;
     }
@@ -439,10 +426,10 @@ mod tests {
             cluster.delete("/configmaps");
             leads.send_replace(true);
             let writes = || link.calls().iter().filter(|call| call.is_write()).count();
-            eventually("it is written", || writes() == term).await;
+            eventually("the policies are written", || writes() == term).await;
             leads.send_replace(false);
         }
-        let kept = Place::cluster(link.client(), NAMESPACE, "main").load().await.unwrap();
-        assert_eq!(kept, Some(encode(&good())));
+        let stored = Place::cluster(link.client(), NAMESPACE, "main").load().await.unwrap();
+        assert_eq!(stored, Some(encode(&good())));
     }
 }

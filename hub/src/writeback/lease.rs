@@ -1,5 +1,4 @@
-//! Which replica writes: the holder of a Lease (coordination.k8s.io/v1). Serving needs no leader; a hub that may not
-//! have the Lease serves as well as any.
+//! Leader election by a Lease (coordination.k8s.io/v1). Serving needs no leader.
 
 use std::time::Duration;
 
@@ -11,30 +10,29 @@ use kube::{Api, Client};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::{RequestError, within};
+use super::{RequestError, report, within};
 use crate::config::{LEASE, LEASE_RENEW, LEASE_TIMEOUT, RENEW_DEADLINE};
 use crate::readiness::Readiness;
 
-/// What [`Readiness`] calls it.
 const SUBJECT: &str = "lease";
 
-/// Strives for one Lease.
+/// Leader elector for one Lease.
 pub struct Striving {
     leases: Api<Lease>,
     name: String,
     identity: String,
-    /// The resourceVersion of another's Lease, and since when it was not renewed. Clocks are not compared.
-    seen: Option<(String, Instant)>,
+    /// Another holder's resourceVersion and when it was first observed: clocks of machines are never compared.
+    observed: Option<(String, Instant)>,
 }
 
 impl Striving {
-    /// For the Lease `name` in `namespace`, as `identity`.
+    /// Competes for the Lease `name` as `identity`.
     pub fn new(client: Client, namespace: &str, name: String, identity: String) -> Self {
-        Self { leases: Api::namespaced(client, namespace), name, identity, seen: None }
+        Self { leases: Api::namespaced(client, namespace), name, identity, observed: None }
     }
 
-    /// Acquires the Lease when it is free and renews it while held. Publishes on `leads` whether this replica is the
-    /// leader. On `stop` the Lease is released, so that another replica need not wait until it expires.
+    /// Acquires and renews the Lease, and publishes leadership on `leads`. `stop` releases the Lease, so that another
+    /// replica can lead at once.
     pub async fn run(
         mut self,
         leads: watch::Sender<bool>,
@@ -48,33 +46,32 @@ impl Striving {
             () = stop => {}
         }
         if publish(&leads, false)
-            && let Err(error) = within(LEASE_TIMEOUT, self.give_back()).await
+            && let Err(error) = within(LEASE_TIMEOUT, self.release()).await
         {
-            tracing::debug!(%error, "release of the Lease failed");
+            tracing::debug!(%error, "releasing the Lease failed");
         }
     }
 
-    /// Tries to acquire or renew the Lease until it is dropped, and moves the renew `deadline`.
     async fn elect(&mut self, deadline: &watch::Sender<Instant>, readiness: &Readiness) {
         loop {
-            // Other replicas see a renewal after this moment: their clock for it starts later.
+            // Other replicas observe the renewal later, so they expire it later.
             let start = Instant::now();
-            match within(LEASE_TIMEOUT, self.strive()).await {
-                Ok(held) => {
-                    deadline.send_replace(if held { start + RENEW_DEADLINE } else { start });
+            match within(LEASE_TIMEOUT, self.try_acquire_or_renew()).await {
+                Ok(is_owned) => {
+                    deadline.send_replace(if is_owned { start + RENEW_DEADLINE } else { start });
                     readiness.problem(SUBJECT, None);
                 }
-                Err(error) => self.complain(&error, readiness),
+                Err(error) => self.report(&error, readiness),
             }
             tokio::time::sleep(LEASE_RENEW).await;
         }
     }
 
-    async fn strive(&mut self) -> Result<bool, kube::Error> {
+    async fn try_acquire_or_renew(&mut self) -> Result<bool, kube::Error> {
         let Some(mut lease) = self.leases.get_opt(&self.name).await? else {
             let metadata = ObjectMeta { name: Some(self.name.clone()), ..ObjectMeta::default() };
             let lease = Lease { metadata, spec: Some(self.spec(0)) };
-            return settled(self.leases.create(&PostParams::default(), &lease).await);
+            return is_written(self.leases.create(&PostParams::default(), &lease).await);
         };
         let spec = lease.spec.take().unwrap_or_default();
         let holder = spec.holder_identity.unwrap_or_default();
@@ -84,22 +81,22 @@ impl Striving {
             lease.spec = Some(LeaseSpec { acquire_time: acquired, ..self.spec(transitions) });
         } else {
             let version = lease.metadata.resource_version.clone().unwrap_or_default();
-            let since = match &self.seen {
-                Some((seen, since)) if *seen == version => *since,
+            let since = match &self.observed {
+                Some((observed, since)) if *observed == version => *since,
                 _ => Instant::now(),
             };
-            self.seen = Some((version, since));
-            let lasts = spec.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
-            let lasts = lasts.map_or(LEASE, Duration::from_secs);
-            if !holder.is_empty() && since.elapsed() < lasts {
+            self.observed = Some((version, since));
+            let seconds = spec.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
+            let duration = seconds.map_or(LEASE, Duration::from_secs);
+            if !holder.is_empty() && since.elapsed() < duration {
                 return Ok(false);
             }
             lease.spec = Some(self.spec(transitions + 1));
         }
-        settled(self.leases.replace(&self.name, &PostParams::default(), &lease).await)
+        is_written(self.leases.replace(&self.name, &PostParams::default(), &lease).await)
     }
 
-    async fn give_back(&self) -> Result<(), kube::Error> {
+    async fn release(&self) -> Result<(), kube::Error> {
         let Some(mut lease) = self.leases.get_opt(&self.name).await? else { return Ok(()) };
         let Some(spec) =
             lease.spec.as_mut().filter(|spec| spec.holder_identity.as_ref() == Some(&self.identity))
@@ -122,24 +119,21 @@ impl Striving {
         }
     }
 
-    fn complain(&self, error: &RequestError, readiness: &Readiness) {
-        let because = if error.is_forbidden() {
+    fn report(&self, error: &RequestError, readiness: &Readiness) {
+        let name = &self.name;
+        let message = if error.is_forbidden() {
             format!(
-                "forbidden: grant the hub the verbs get, create, update on leases.coordination.k8s.io {}; until then \
-                 it writes no verdicts",
-                self.name
+                "renewing Lease {name} failed: forbidden; grant the hub the verbs get, create, update on \
+                 leases.coordination.k8s.io; until then the hub writes no verdicts"
             )
         } else {
-            format!("cannot renew the Lease {}: {error}", self.name)
+            format!("renewing Lease {name} failed: {error}")
         };
-        if readiness.is_news(SUBJECT, &because) {
-            tracing::warn!("{because}");
-        }
-        readiness.problem(SUBJECT, Some(because));
+        report(readiness, SUBJECT, message);
     }
 }
 
-/// Publishes leadership until the renew `deadline`. A timer beside the requests: none of them can prolong leadership.
+/// A timer independent of requests: none can prolong leadership.
 async fn lead_until(mut deadline: watch::Receiver<Instant>, leads: &watch::Sender<bool>) {
     loop {
         let until = *deadline.borrow_and_update();
@@ -152,17 +146,17 @@ async fn lead_until(mut deadline: watch::Receiver<Instant>, leads: &watch::Sende
     }
 }
 
-/// Publishes whether this replica is the `leader`. Returns whether that is a change.
+/// Returns whether leadership changed.
 fn publish(leads: &watch::Sender<bool>, leader: bool) -> bool {
-    let is_change = leads.send_if_modified(|led| std::mem::replace(led, leader) != leader);
+    let is_change = leads.send_if_modified(|published| std::mem::replace(published, leader) != leader);
     if is_change {
         tracing::info!(leader, "leadership changed");
     }
     is_change
 }
 
-/// Whether a write went through; somebody else's came first when not.
-fn settled(result: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
+/// `false` after a conflict.
+fn is_written(result: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
     match result {
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
         other => other.map(|_| true),
@@ -181,13 +175,13 @@ mod tests {
         for outage in Outage::ALL {
             let link = Link::default();
             let leads = link.elect("a");
-            eventually("it leads", || *leads.borrow()).await;
+            eventually("a leads", || *leads.borrow()).await;
             link.fail(LEASES, outage);
-            eventually("it no longer leads", || !*leads.borrow()).await;
+            eventually("a no longer leads", || !*leads.borrow()).await;
             let age = link.renewed().unwrap().elapsed();
             assert!((RENEW_DEADLINE..=RENEW_DEADLINE + 2 * TICK).contains(&age), "{outage:?}: {age:?}");
             link.heal();
-            eventually("it leads again", || *leads.borrow()).await;
+            eventually("a leads again", || *leads.borrow()).await;
         }
     }
 
@@ -195,7 +189,7 @@ mod tests {
     async fn one_lost_renewal_does_not_end_leadership() {
         let link = Link::default();
         let mut leads = link.elect("a");
-        eventually("it leads", || *leads.borrow()).await;
+        eventually("a leads", || *leads.borrow()).await;
         leads.mark_unchanged();
         let renewed = link.renewed();
         link.fail(LEASES, Outage::Hang);
@@ -214,13 +208,13 @@ mod tests {
             let stop = CancellationToken::new();
             let elector = Striving::new(link.client(), NAMESPACE, "opa-hub-main".into(), "a".into());
             let run = tokio::spawn(elector.run(leads, Readiness::default(), stop.clone().cancelled_owned()));
-            eventually("it leads", || *leading.borrow()).await;
+            eventually("a leads", || *leading.borrow()).await;
             if let Some(outage) = outage {
                 link.fail(LEASES, outage);
             }
             let stopped = Instant::now();
             stop.cancel();
-            eventually("it ends", || run.is_finished()).await;
+            eventually("the elector ends", || run.is_finished()).await;
             assert!(!*leading.borrow() && stopped.elapsed() <= LEASE_TIMEOUT + 2 * TICK, "{outage:?}");
             let next = Link::to(&cluster).elect("b");
             eventually("another replica leads", || *next.borrow()).await;

@@ -1,13 +1,9 @@
-//! What the hub writes down: verdicts where authors of policies look, and the last good policies where a restart finds
-//! them. Of several replicas the one that holds the Lease writes to the cluster.
-
-pub mod lease;
-
-pub mod verdicts;
-
-pub mod statuses;
+//! Writes verdicts, statuses and last good policies. Only the leader writes to the cluster.
 
 pub mod last_good;
+pub mod lease;
+pub mod statuses;
+pub mod verdicts;
 
 #[cfg(test)]
 mod fake_api;
@@ -17,49 +13,49 @@ use std::time::{Duration, SystemTime};
 use kube::Client;
 use tokio::sync::watch;
 
-/// The hub's own namespace: the one `given`, else that of its pod or its kubeconfig.
-pub fn namespace(given: Option<&str>, client: &Client) -> String {
-    given.unwrap_or_else(|| client.default_namespace()).to_owned()
+use crate::readiness::Readiness;
+
+/// Returns the `explicit` namespace, or that of the pod or kubeconfig.
+pub fn namespace(explicit: Option<&str>, client: &Client) -> String {
+    explicit.unwrap_or_else(|| client.default_namespace()).to_owned()
 }
 
-/// Who writes: the pod, and the process, since two hubs may run on one host.
+/// Returns an identity that is unique among processes of a host.
 pub fn identity() -> String {
-    let host = std::env::var("HOSTNAME").unwrap_or_else(|_| WRITER.into());
+    let host = std::env::var("HOSTNAME").unwrap_or_else(|_| FIELD_MANAGER.into());
     let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     format!("{host}_{}-{}", std::process::id(), started.as_micros())
 }
 
-/// The name under which the hub writes.
-const WRITER: &str = "opa-hub";
+const FIELD_MANAGER: &str = "opa-hub";
 
-/// Why a request to the API server failed.
+/// A request to the API server failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
-    /// The request exceeded this time limit and was dropped.
+    /// The request was dropped after this time.
     #[error("no answer within {} s", .0.as_secs())]
     Timeout(Duration),
-    /// The connection failed, or the API server refused the request.
-    #[error("{}", words(.0))]
+    /// The connection failed, or the API server rejected the request.
+    #[error("{}", api_message(.0))]
     Failed(kube::Error),
 }
 
 impl RequestError {
-    /// Whether RBAC denies the request.
     fn is_forbidden(&self) -> bool {
         matches!(self, Self::Failed(kube::Error::Api(status)) if status.code == 403)
     }
 }
 
-/// The API server's words, without all the rest of its answer.
-fn words(error: &kube::Error) -> String {
+/// Returns the message without the rest of the answer.
+fn api_message(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => status.message.clone(),
         other => other.to_string(),
     }
 }
 
-/// Sends `request` with a time `limit`. kube's client has none: it waits without end for an answer, and retries 429, 503
-/// and 504 inside one call for minutes. The limit covers those retries, which end with the dropped call.
+/// kube's client has no time limit, and retries 429, 503 and 504 inside one call for minutes. `limit` includes those
+/// retries.
 async fn within<T>(
     limit: Duration,
     request: impl Future<Output = Result<T, kube::Error>>,
@@ -70,8 +66,7 @@ async fn within<T>(
     }
 }
 
-/// Runs `writes` while this replica `leads`, and drops them, with the request under way, when its leadership ends. `None`
-/// if they did not complete.
+/// Drops `writes`, and their current request, when leadership ends. `None` if they did not complete.
 async fn while_leading<T>(leads: &watch::Receiver<bool>, writes: impl Future<Output = T>) -> Option<T> {
     let mut leads = leads.clone();
     if !*leads.borrow_and_update() {
@@ -79,8 +74,16 @@ async fn while_leading<T>(leads: &watch::Receiver<bool>, writes: impl Future<Out
     }
     tokio::select! {
         biased;
-        // Any change ends the writes, also if this replica has become the leader again since.
+        // Any change: this replica may already lead again.
         _ = leads.changed() => None,
         done = writes => Some(done),
     }
+}
+
+/// Reports a problem, and logs a new one.
+fn report(readiness: &Readiness, subject: &str, message: String) {
+    if readiness.is_news(subject, &message) {
+        tracing::warn!(subject, error = message, "reading or writing state failed");
+    }
+    readiness.problem(subject, Some(message));
 }

@@ -1,5 +1,4 @@
-//! What is said of documents of kind `Bundle`, in their status: whether the document is accepted, and whether something
-//! of the bundle is refused.
+//! Conditions of `Bundle` documents: `Accepted` and `Complete`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,17 +10,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::watch;
 
-use super::{RequestError, WRITER, while_leading, within};
+use super::{FIELD_MANAGER, RequestError, report, while_leading, within};
 use crate::bundle::spec::API_VERSION;
 use crate::bundles::Bundles;
 use crate::config::{STATUS_LOOK, STATUS_PROBLEMS_MAX, WRITEBACK_TIMEOUT};
 use crate::documents::{Opinion, Opinions};
 use crate::readiness::Readiness;
 
-/// What [`Readiness`] calls it.
 const SUBJECT: &str = "bundle statuses";
 
-/// The parts of a document that are looked at here.
 #[derive(Deserialize)]
 struct Document {
     metadata: Metadata,
@@ -57,7 +54,7 @@ struct Condition {
     message: String,
 }
 
-/// Writes while this replica `leads`, for ever.
+/// Writes statuses while this replica `leads`.
 pub async fn run(
     client: Client,
     bundles: Arc<Bundles>,
@@ -76,15 +73,15 @@ pub async fn run(
     let documents: Api<DynamicObject> = Api::all_with(client, &resource);
     loop {
         let now = opinions.borrow_and_update().clone();
-        let write_due = async {
+        let write_outdated = async {
             for (name, opinion) in now {
-                if let Some(conditions) = due(&name, &opinion, &bundles) {
+                if let Some(conditions) = outdated(&name, &opinion, &bundles) {
                     write(&documents, &name, &conditions, &readiness).await;
                 }
             }
         };
-        if while_leading(&leads, write_due).await.is_none() {
-            // The leader reports what it cannot write.
+        if while_leading(&leads, write_outdated).await.is_none() {
+            // The leader reports failed writes.
             readiness.problem(SUBJECT, None);
         }
         tokio::select! {
@@ -95,8 +92,8 @@ pub async fn run(
     }
 }
 
-/// What the status does not say yet.
-fn due(name: &str, Opinion { object, error }: &Opinion, bundles: &Bundles) -> Option<Vec<Condition>> {
+/// `None` if the status is current.
+fn outdated(name: &str, Opinion { object, error }: &Opinion, bundles: &Bundles) -> Option<Vec<Condition>> {
     let document: Document = serde_json::from_slice(&object.json).ok()?;
     let condition = |kind: &str, status: bool, reason: &str, message: String| Condition {
         kind: kind.into(),
@@ -106,62 +103,64 @@ fn due(name: &str, Opinion { object, error }: &Opinion, bundles: &Bundles) -> Op
         reason: reason.into(),
         message,
     };
-    let mut wanted = vec![match error {
+    let mut desired = vec![match error {
         None => condition("Accepted", true, "Accepted", String::new()),
         Some(error) => {
-            condition("Accepted", false, "Invalid", format!("{error}; the last good document stays"))
+            condition("Accepted", false, "Invalid", format!("{error}; the last good document stays in use"))
         }
     }];
     if let Some(bundle) = bundles.get(name).filter(|bundle| bundle.head().borrow().is_some()) {
         let problems = bundle.problems();
-        wanted.push(if problems.is_empty() {
+        desired.push(if problems.is_empty() {
             condition("Complete", true, "Complete", String::new())
         } else {
-            let told = problems.iter().take(STATUS_PROBLEMS_MAX);
-            let mut told: Vec<_> =
-                told.map(|problem| format!("{}: {}", problem.subject, problem.message)).collect();
-            if problems.len() > told.len() {
-                told.push(format!("and {} more", problems.len() - told.len()));
+            let first = problems.iter().take(STATUS_PROBLEMS_MAX);
+            let mut messages: Vec<_> =
+                first.map(|problem| format!("{}: {}", problem.subject, problem.message)).collect();
+            if problems.len() > messages.len() {
+                messages.push(format!("and {} more", problems.len() - messages.len()));
             }
-            condition("Complete", false, "Refused", told.join("; "))
+            condition("Complete", false, "Refused", messages.join("; "))
         });
     }
-    let held: BTreeMap<_, _> =
+    let current: BTreeMap<_, _> =
         document.status.conditions.iter().map(|condition| (&*condition.kind, condition)).collect();
-    let says = |wanted: &Condition| {
-        held.get(&*wanted.kind).is_some_and(|held| {
-            (&held.status, &held.message, held.observed_generation)
-                == (&wanted.status, &wanted.message, wanted.observed_generation)
+    let is_current = |desired: &Condition| {
+        current.get(&*desired.kind).is_some_and(|current| {
+            (&current.status, &current.message, current.observed_generation)
+                == (&desired.status, &desired.message, desired.observed_generation)
         })
     };
-    if wanted.iter().all(says) {
+    if desired.iter().all(is_current) {
         return None;
     }
     let now = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-    for wanted in &mut wanted {
-        let since = held.get(&*wanted.kind).filter(|held| held.status == wanted.status);
-        wanted.last_transition_time =
-            since.map_or_else(|| now.clone(), |held| held.last_transition_time.clone());
+    for desired in &mut desired {
+        let unchanged = current.get(&*desired.kind).filter(|current| current.status == desired.status);
+        desired.last_transition_time =
+            unchanged.map_or_else(|| now.clone(), |current| current.last_transition_time.clone());
     }
-    Some(wanted)
+    Some(desired)
 }
 
 async fn write(documents: &Api<DynamicObject>, name: &str, conditions: &[Condition], readiness: &Readiness) {
     let patch = json!({ "status": { "conditions": conditions } });
-    let params = PatchParams { field_manager: Some(WRITER.into()), ..PatchParams::default() };
+    let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
     let patch = Patch::Merge(patch);
-    let because = match within(WRITEBACK_TIMEOUT, documents.patch_status(name, &params, &patch)).await {
-        Ok(_) => None,
-        Err(RequestError::Failed(kube::Error::Api(status))) if status.code == 404 => None,
-        Err(error) if error.is_forbidden() => {
-            Some("forbidden: grant the hub the verb patch on bundles.opahub.dev/status".to_owned())
+    match within(WRITEBACK_TIMEOUT, documents.patch_status(name, &params, &patch)).await {
+        Ok(_) => readiness.problem(SUBJECT, None),
+        Err(RequestError::Failed(kube::Error::Api(status))) if status.code == 404 => {
+            readiness.problem(SUBJECT, None);
         }
-        Err(error) => Some(format!("cannot write the status of Bundle {name}: {error}")),
-    };
-    if let Some(because) = because.as_ref().filter(|because| readiness.is_news(SUBJECT, because)) {
-        tracing::warn!("{because}");
+        Err(error) if error.is_forbidden() => {
+            let message = "writing statuses failed: forbidden; \
+                           grant the hub the verb patch on bundles.opahub.dev/status";
+            report(readiness, SUBJECT, message.to_owned());
+        }
+        Err(error) => {
+            report(readiness, SUBJECT, format!("writing the status of Bundle {name} failed: {error}"));
+        }
     }
-    readiness.problem(SUBJECT, because);
 }
 
 #[cfg(test)]

@@ -1,5 +1,4 @@
-//! Verdicts as annotations on their ConfigMaps, as kube-mgmt writes them, and as Kubernetes Events: once a change,
-//! never because of its own write, never on a version that nobody judged.
+//! Writes verdicts as kube-mgmt's annotations and as Events, once per change, and only to the version that was checked.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -13,43 +12,41 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::{RequestError, WRITER, while_leading, within};
+use super::{FIELD_MANAGER, RequestError, report, while_leading, within};
 use crate::bundles::Bundles;
 use crate::config::{VERDICT_AGAIN, VERDICT_LOOK, WRITEBACK_TIMEOUT};
 use crate::model::ObjectKey;
 use crate::policy::verdict::{NO_RETRIES, RETRIES, STATUS, Told, Verdict};
 use crate::readiness::Readiness;
 
-/// What [`Readiness`] calls it.
 const SUBJECT: &str = "verdicts";
-/// The subject of failed Events.
 const EVENTS: &str = "events";
-/// Bytes of an Event's note: the API server refuses more than 1 KiB.
+/// The API server rejects more than 1 KiB.
 const NOTE_BYTES_MAX: usize = 1000;
 
-/// Writes the verdicts of all bundles: one for each ConfigMap.
+/// Writes one verdict per ConfigMap.
 pub struct Writer {
     client: Client,
     recorder: Recorder,
     bundles: Arc<Bundles>,
     readiness: Readiness,
-    /// What was written last, and when: whoever removes the annotation again and again is not fought.
+    /// Last status and its time: limits writes against a client that removes the annotation.
     written: HashMap<ObjectKey, (String, Instant)>,
 }
 
 impl Writer {
-    /// A writer that has written nothing.
+    /// `identity` is the source of Events.
     pub fn new(client: Client, identity: String, bundles: Arc<Bundles>, readiness: Readiness) -> Self {
-        let reporter = Reporter { controller: WRITER.into(), instance: Some(identity) };
+        let reporter = Reporter { controller: FIELD_MANAGER.into(), instance: Some(identity) };
         let recorder = Recorder::new(client.clone(), reporter);
         Self { client, recorder, bundles, readiness, written: HashMap::new() }
     }
 
-    /// Writes while this replica `leads`, for ever.
+    /// Writes while this replica `leads`.
     pub async fn run(mut self, mut leads: watch::Receiver<bool>) {
         loop {
-            if while_leading(&leads, Box::pin(self.write_due())).await.is_none() {
-                // The leader reports what it cannot write.
+            if while_leading(&leads, Box::pin(self.write_outdated())).await.is_none() {
+                // The leader reports failed writes.
                 self.readiness.problem(SUBJECT, None);
                 self.readiness.problem(EVENTS, None);
             }
@@ -61,91 +58,90 @@ impl Writer {
         }
     }
 
-    async fn write_due(&mut self) {
-        for (key, told, status) in self.due() {
-            self.write(key, &told, status).await;
+    async fn write_outdated(&mut self) {
+        for (key, current, status) in self.outdated() {
+            self.write(key, &current, status).await;
         }
     }
 
-    /// The ConfigMaps that do not say what is to be said of them.
-    fn due(&mut self) -> Vec<(ObjectKey, Told, String)> {
+    fn outdated(&mut self) -> Vec<(ObjectKey, Told, String)> {
         let verdicts = self.verdicts();
         let written = &mut self.written;
         written.retain(|key, _| verdicts.contains_key(key));
-        let due = verdicts.into_iter().filter_map(|(key, told)| {
-            let status = told.verdict.status().to_string();
-            let says = told.observed.status.as_deref() == Some(&*status)
-                && told.observed.retries.as_deref() == Some(NO_RETRIES);
-            let just_said = written
+        let outdated = verdicts.into_iter().filter_map(|(key, current)| {
+            let status = current.verdict.status().to_string();
+            let is_annotated = current.observed.status.as_deref() == Some(&*status)
+                && current.observed.retries.as_deref() == Some(NO_RETRIES);
+            let is_recent = written
                 .get(&key)
-                .is_some_and(|(said, when)| *said == status && when.elapsed() < VERDICT_AGAIN);
-            (!says && !just_said).then_some((key, told, status))
+                .is_some_and(|(last, time)| *last == status && time.elapsed() < VERDICT_AGAIN);
+            (!is_annotated && !is_recent).then_some((key, current, status))
         });
-        due.collect()
+        outdated.collect()
     }
 
-    /// What is to be said of each ConfigMap. Where several bundles hold it, it is refused while one of them refuses it,
-    /// and the bundle is named; none while one has not seen the newest of it.
     fn verdicts(&self) -> BTreeMap<ObjectKey, Told> {
         let mut verdicts: BTreeMap<ObjectKey, Vec<(String, Told)>> = BTreeMap::new();
         for bundle in self.bundles.list() {
-            bundle.verdicts.with(|told| {
-                for (key, told) in told.iter() {
-                    verdicts.entry(key.clone()).or_default().push((bundle.name.clone(), told.clone()));
+            bundle.verdicts.with(|bundle_verdicts| {
+                for (key, current) in bundle_verdicts.iter() {
+                    verdicts.entry(key.clone()).or_default().push((bundle.name.clone(), current.clone()));
                 }
             });
         }
-        verdicts.into_iter().filter_map(|(key, told)| Some((key, merged(told)?))).collect()
+        verdicts.into_iter().filter_map(|(key, by_bundle)| Some((key, merged(by_bundle)?))).collect()
     }
 
-    async fn write(&mut self, key: ObjectKey, told: &Told, status: String) {
-        // With the version: if the ConfigMap changed meanwhile, there will be another verdict.
+    async fn write(&mut self, key: ObjectKey, current: &Told, status: String) {
+        // A changed ConfigMap conflicts, and its next verdict is written.
         let patch = json!({ "metadata": {
-            "resourceVersion": told.observed.version,
+            "resourceVersion": current.observed.version,
             "annotations": { STATUS: status, RETRIES: NO_RETRIES },
         } });
         let configmaps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &key.namespace);
-        let params = PatchParams { field_manager: Some(WRITER.into()), ..PatchParams::default() };
+        let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
         self.bundles.verdict_writes.fetch_add(1, Ordering::Relaxed);
         let patch = Patch::Merge(patch);
         match within(WRITEBACK_TIMEOUT, configmaps.patch_metadata(&key.name, &params, &patch)).await {
             Ok(metadata) => {
                 self.readiness.problem(SUBJECT, None);
-                self.tell(&key, told, metadata.metadata.uid).await;
+                self.publish_event(&key, current, metadata.metadata.uid).await;
             }
             Err(RequestError::Failed(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => return,
             Err(error) => {
-                let because = if error.is_forbidden() {
+                let message = if error.is_forbidden() {
                     format!(
-                        "forbidden: grant the hub the verb patch on configmaps in namespace {}",
+                        "writing verdicts failed: forbidden; \
+                         grant the hub the verb patch on configmaps in namespace {}",
                         key.namespace
                     )
                 } else {
-                    format!("cannot write the verdict of ConfigMap {key}: {error}")
+                    format!("writing the verdict of ConfigMap {key} failed: {error}")
                 };
-                self.complain(SUBJECT, because);
+                report(&self.readiness, SUBJECT, message);
             }
         }
         self.written.insert(key, (status, Instant::now()));
     }
 
-    /// An Event for a ConfigMap that is refused, and for one that no longer is.
-    async fn tell(&self, key: &ObjectKey, told: &Told, uid: Option<String>) {
-        let refused = !told.verdict.faults.is_empty();
-        let was_refused = told.observed.status.as_ref().is_some_and(|status| status.contains(r#""error""#));
-        if !refused && !was_refused {
+    /// Publishes rejections, and the next acceptance.
+    async fn publish_event(&self, key: &ObjectKey, current: &Told, uid: Option<String>) {
+        let is_rejected = !current.verdict.faults.is_empty();
+        let was_rejected =
+            current.observed.status.as_ref().is_some_and(|status| status.contains(r#""error""#));
+        if !is_rejected && !was_rejected {
             return;
         }
-        let mut note = if refused { told.verdict.message() } else { "accepted".into() };
+        let mut note = if is_rejected { current.verdict.message() } else { "accepted".into() };
         note.truncate(note.floor_char_boundary(NOTE_BYTES_MAX));
         let event = Event {
-            type_: if refused { EventType::Warning } else { EventType::Normal },
-            reason: if refused { "Refused" } else { "Accepted" }.into(),
+            type_: if is_rejected { EventType::Warning } else { EventType::Normal },
+            reason: if is_rejected { "Refused" } else { "Accepted" }.into(),
             note: Some(note),
             action: "Check".into(),
             secondary: None,
         };
-        let about = ObjectReference {
+        let regarding = ObjectReference {
             api_version: Some("v1".into()),
             kind: Some("ConfigMap".into()),
             name: Some(key.name.to_string()),
@@ -153,29 +149,27 @@ impl Writer {
             uid,
             ..ObjectReference::default()
         };
-        match within(WRITEBACK_TIMEOUT, self.recorder.publish(&event, &about)).await {
+        match within(WRITEBACK_TIMEOUT, self.recorder.publish(&event, &regarding)).await {
             Ok(()) => self.readiness.problem(EVENTS, None),
             Err(error) => {
-                let because = "grant the hub the verbs create and patch on events.events.k8s.io";
-                self.complain(EVENTS, format!("cannot write an Event: {error} ({because})"));
+                let message = format!(
+                    "publishing an Event failed: {error}; \
+                     grant the hub the verbs create and patch on events.events.k8s.io"
+                );
+                report(&self.readiness, EVENTS, message);
             }
         }
     }
-
-    fn complain(&self, subject: &str, because: String) {
-        if self.readiness.is_news(subject, &because) {
-            tracing::warn!("{because}");
-        }
-        self.readiness.problem(subject, Some(because));
-    }
 }
 
-fn merged(mut told: Vec<(String, Told)>) -> Option<Told> {
-    if told.len() == 1 {
-        return told.pop().map(|(_, told)| told);
+/// Rejects what any bundle rejects. `None` while bundles have checked different versions.
+fn merged(mut by_bundle: Vec<(String, Told)>) -> Option<Told> {
+    if by_bundle.len() == 1 {
+        return by_bundle.pop().map(|(_, current)| current);
     }
-    let mut all = Told { observed: told.first()?.1.observed.clone(), verdict: Verdict::default() };
-    for (bundle, Told { observed, verdict }) in told {
+    let observed = by_bundle.first()?.1.observed.clone();
+    let mut all = Told { observed, verdict: Verdict::default() };
+    for (bundle, Told { observed, verdict }) in by_bundle {
         if observed != all.observed {
             return None;
         }

@@ -242,7 +242,7 @@ async fn answers_to_distinct_requests_take_bounded_memory() {
         if status != StatusCode::OK {
             assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
             let error = axum::body::to_bytes(body, ENTRY).await.unwrap();
-            assert!(String::from_utf8_lossy(&error).contains("ask again in a moment"), "{error:?}");
+            assert!(String::from_utf8_lossy(&error).contains("retry later"), "{error:?}");
         }
     }
     assert!(live() <= RECONCILE_CACHE_BYTES_MAX, "{} cached", live());
