@@ -239,15 +239,15 @@ impl Pipeline {
             self.projection.read_by(reads, &target);
         }
         self.bundle.set_reading(Reading { kept: target.clone(), reads });
-        let mut union = self.projection.kept().clone();
-        union.join(&target);
+        let mut combined = self.projection.kept().clone();
+        combined.join(&target);
         let due = Instant::now() + NARROW_AFTER;
-        self.pending_removal = (union != target || !unread.is_empty()).then_some(PendingRemoval {
+        self.pending_removal = (combined != target || !unread.is_empty()).then_some(PendingRemoval {
             remaining: target,
             resources: unread,
             due,
         });
-        self.set_fields(union);
+        self.set_fields(combined);
         if self.phase != Phase::Live {
             self.remove_unread();
         }
