@@ -1,4 +1,4 @@
-//! Running bundles. Each has its own writer and policy check, so that none waits for another.
+//! Running bundles. Each has its own threads, so that none waits for another.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
@@ -28,22 +28,22 @@ pub struct Bundles {
     pub store: OnceLock<Arc<Store>>,
     /// Notified of new verdicts.
     pub verdicts: Arc<Notify>,
-    /// Number of attempted verdict writes.
+    /// Attempted verdict writes.
     pub verdict_writes: AtomicU64,
 }
 
 impl Bundles {
-    /// Returns the bundle `name`.
+    /// Returns a bundle.
     pub fn get(&self, name: &str) -> Option<Arc<Bundle>> {
         self.served.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 
-    /// Returns all bundles, sorted by name.
+    /// Returns all bundles by name.
     pub fn list(&self) -> Vec<Arc<Bundle>> {
         self.served.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// Serves `bundle` in place of any other of its name.
+    /// Adds or replaces a bundle.
     pub fn serve(&self, bundle: Arc<Bundle>) {
         let mut served = self.served.write().unwrap_or_else(PoisonError::into_inner);
         served.insert(bundle.name.clone(), bundle);
@@ -71,7 +71,7 @@ pub struct Stages {
     pub bundles: Arc<Bundles>,
 }
 
-/// A running bundle. Its tasks stop on drop.
+/// Running bundle. Its tasks stop on drop.
 pub struct Running {
     /// Specification.
     pub spec: Arc<Spec>,
@@ -87,8 +87,8 @@ pub struct Running {
 pub type Ended = &'static str;
 
 impl Stages {
-    /// Starts a bundle. Its last good policies are `restored`, or else loaded from storage. `gates` delays the hub's
-    /// readiness until the first snapshot. Problems of the bundle of the flags (`is_flags`) omit its name.
+    /// Starts a bundle with the `restored` policies, or else the stored ones. `gates` delays the hub's readiness until the
+    /// first snapshot. Problems of the flags' bundle (`is_flags`) omit its name.
     pub async fn start(
         &self,
         spec: Arc<Spec>,
@@ -150,7 +150,7 @@ impl Stages {
         running
     }
 
-    /// Stores the last good policies of `running` whenever they change. With `restore`, first loads the stored ones.
+    /// Stores changed last good policies, after sending the stored ones to `restore`.
     pub fn keep(
         &self,
         running: &mut Running,
@@ -171,7 +171,7 @@ impl Stages {
     }
 }
 
-/// Runs `work` on its own thread, since the runtime's blocking threads are for short work. Propagates panics.
+/// Runs long `work` on its own thread, not on one of the runtime. Propagates panics.
 async fn on_thread(name: &str, work: impl FnOnce() + Send + 'static) {
     let (done, ended) = oneshot::channel::<()>();
     let runtime = Handle::current();
@@ -189,7 +189,7 @@ async fn on_thread(name: &str, work: impl FnOnce() + Send + 'static) {
 }
 
 impl Running {
-    /// Returns the accepted policies; `None` before the first check.
+    /// Accepted policies; `None` before the first check.
     pub fn good(&self) -> Option<LastGood> {
         self.last_good.borrow().clone()
     }

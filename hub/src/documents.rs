@@ -1,5 +1,4 @@
-//! Controller that runs the bundles of flags, of `--config FILE` and of the source. A rejected document changes nothing but
-//! its status.
+//! Controller of bundles from flags, a file and the source. A rejected document changes only its status.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::Metadata;
@@ -27,23 +26,21 @@ pub type Opinions = BTreeMap<String, Opinion>;
 pub struct Opinion {
     /// The document.
     pub object: Object,
-    /// Reason of a rejection.
+    /// Rejection.
     pub error: Option<String>,
 }
 
-/// Reconciles running bundles with their documents.
-pub struct Documents {
+pub(crate) struct Documents {
     stages: Stages,
     flags: Option<Arc<Spec>>,
     file: Option<DocumentFile>,
     source: Subscription,
     objects: BTreeMap<String, Object>,
     statuses: watch::Sender<Opinions>,
-    /// Rejected documents with the reasons.
     rejected: BTreeMap<String, String>,
     managed: BTreeMap<String, ManagedBundle>,
     tasks: JoinSet<Ended>,
-    /// Whether the source's documents were listed or the list failed.
+    /// Whether the source has listed or failed.
     is_settled: bool,
 }
 
@@ -65,8 +62,7 @@ const DOCUMENTS: &str = "bundle documents";
 const FEED: FeedId = FeedId(0);
 
 impl Documents {
-    /// Creates a controller for the documents of the source, of the file at `path` and of `flags`.
-    pub fn new(stages: Stages, flags: Option<Spec>, path: Option<PathBuf>) -> Self {
+    pub(crate) fn new(stages: Stages, flags: Option<Spec>, path: Option<PathBuf>) -> Self {
         let source = stages.store.subscribe();
         source.open(FEED, &Spec::documents());
         stages.readiness.pending(DOCUMENTS, "not listed yet");
@@ -85,13 +81,12 @@ impl Documents {
         }
     }
 
-    /// Subscribes to the statuses of the source's documents.
-    pub fn opinions(&self) -> watch::Receiver<Opinions> {
+    pub(crate) fn opinions(&self) -> watch::Receiver<Opinions> {
         self.statuses.subscribe()
     }
 
     /// Runs until a task of a bundle panics.
-    pub async fn run(mut self) -> anyhow::Error {
+    pub(crate) async fn run(mut self) -> anyhow::Error {
         loop {
             self.reconcile().await;
             let has_file = self.file.is_some();
@@ -133,7 +128,7 @@ impl Documents {
                 tracing::info!("waiting for documents of kind Bundle");
             }
         }
-        // The bundle of a rejected document stays.
+        // Bundles of rejected documents stay.
         let removed = self.managed.extract_if(.., |name, _| self.is_settled && !desired.names.contains(name));
         for (name, managed) in removed.collect::<Vec<_>>() {
             tracing::info!(bundle = name, "document deleted, bundle removed");
@@ -209,7 +204,6 @@ impl Documents {
         desired
     }
 
-    /// Starts the bundle, or its replacement if the spec changed.
     async fn ensure_running(&mut self, name: String, spec: Arc<Spec>, gates: bool) {
         let Self { stages, managed, tasks, .. } = self;
         let Some(bundle) = managed.get_mut(&name) else {
@@ -234,7 +228,7 @@ impl Documents {
     }
 }
 
-/// Waits until one of these bundles has a snapshot, or forever without any.
+/// Waits for a snapshot of any of these bundles.
 async fn any_live(heads: Vec<Head>) {
     let live =
         |mut head: watch::Receiver<_>| Box::pin(async move { head.wait_for(Option::is_some).await.is_ok() });
@@ -249,7 +243,7 @@ type Head = watch::Receiver<Option<Arc<Edition>>>;
 #[derive(Default)]
 struct Desired {
     specs: Vec<(String, Arc<Spec>)>,
-    /// Names of rejected documents too.
+    /// Includes rejected documents.
     names: BTreeSet<String>,
 }
 

@@ -37,11 +37,11 @@ pub enum Said {
     Restored(LastGood),
     /// Result of the running check.
     Checked {
-        /// Accepted and rejected policies.
+        /// Accepted policies.
         outcome: Outcome,
-        /// Data that accepted policies read; `None` if fields do not follow policies.
+        /// Data that they read; `None` if fields do not follow policies.
         reads: Option<Reads>,
-        /// Auto-replicated resources still read; `None` if unknown or not requested.
+        /// Auto-replicated resources still read; `None` if unknown.
         resources: Option<BTreeSet<DirPath>>,
     },
     /// Repeats the check after a better analysis.
@@ -64,16 +64,16 @@ pub struct Pipeline {
     snapshot: View,
     history: Log,
     observed: Watermarks,
-    /// Policy watches when the running check began.
+    /// Policies in the running check.
     in_check: Watermarks,
-    /// Policy watches when the last complete check began.
+    /// Policies in the last complete check.
     verified: Watermarks,
     bundle: Arc<Bundle>,
     readiness: Readiness,
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
     last_good: watch::Sender<Option<LastGood>>,
     is_restored: bool,
-    /// Whether the last good policies are published while later changes are checked.
+    /// Whether last good policies are published during the check.
     has_interim: bool,
     list_waiters: Vec<oneshot::Sender<()>>,
     auto_resources: BTreeSet<DirPath>,
@@ -82,7 +82,7 @@ pub struct Pipeline {
     phase: Phase,
 }
 
-/// Fields and resources are removed after agents have applied the policies that do not read them (I10).
+/// Data is removed after agents have dropped the policies that read it (I10).
 struct PendingRemoval {
     remaining: Kept,
     resources: BTreeSet<DirPath>,
@@ -164,7 +164,7 @@ impl Pipeline {
         self.source.gate();
     }
 
-    /// Runs until every command sender is dropped. Blocks its thread.
+    /// Runs until all senders are dropped. Blocks its thread.
     pub fn run(mut self, mut commands: mpsc::Receiver<Said>) {
         futures::executor::block_on(async {
             loop {
@@ -189,7 +189,7 @@ impl Pipeline {
                 self.is_restored = true;
             }
             Said::Checked { outcome, reads, resources } => {
-                // Fields and the policies that read them share a commit: frames send data first.
+                // In the policies' commit, whose frames send data first.
                 if reads.is_some() || resources.is_some() {
                     self.add_fields(reads, resources.as_ref());
                 }
@@ -217,7 +217,7 @@ impl Pipeline {
         }
     }
 
-    /// Adds newly read fields now, and schedules the removal of unread data.
+    /// Adds read fields, and schedules the removal of unread data.
     fn add_fields(&mut self, reads: Option<Reads>, resources: Option<&BTreeSet<DirPath>>) {
         let unread: BTreeSet<_> = match resources {
             Some(resources) => self.auto_resources.difference(resources).cloned().collect(),
@@ -227,7 +227,6 @@ impl Pipeline {
             Some(reads) => self.projection.kept_for(reads),
             None => self.projection.kept().clone(),
         };
-        // Agents receive the names of the resources.
         for path in self.auto_resources.difference(&unread) {
             target.name(path);
         }
@@ -272,7 +271,7 @@ impl Pipeline {
     fn set_fields(&mut self, kept: Kept) {
         let feeds = self.projection.keep(kept);
         let objects = self.source.objects_of(&feeds);
-        // An object whose deletion is still queued cannot be pruned again.
+        // Deleted objects cannot be pruned again.
         let live = objects.iter().map(|(id, object)| (*id, object.key.clone())).collect();
         self.projection.remove_others(&feeds, &live, &mut self.batch);
         for (id, object) in objects {
@@ -380,7 +379,7 @@ impl Pipeline {
             self.project_all();
             self.phase = Phase::Checking;
         }
-        // Read first: a list that ends before the drain is not drained yet.
+        // Before the drain, which must include the list.
         let is_settled = self.source.is_settled();
         let is_all = self.drain(max);
         self.projection.retry_refused(&mut self.batch);
@@ -456,8 +455,7 @@ impl Pipeline {
         }
     }
 
-    /// Applies the listed objects in one order on every replica, since the first object owns a path (I2).
-    /// Restored policies precede data, data precedes new policies.
+    /// Applies data, then new policies, in one order on every replica, since the first object owns a path (I2).
     fn project_all(&mut self) {
         let mut listed = self.source.start();
         let is_policy = |id: FeedId| self.feeds[id.0].content == Content::Policies;

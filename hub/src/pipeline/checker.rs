@@ -23,9 +23,9 @@ use crate::policy::verdict::Fault;
 use crate::readiness::Readiness;
 use crate::source::auto::{self, Auto};
 
-/// Time after which a starting hub serves the last good policies during the check.
+/// Time after which a starting hub serves the last good policies.
 const INTERIM_AFTER: Duration = Duration::from_secs(2);
-/// Maximum time in which a check starts analyses to measure data.
+/// Maximum time to start analyses that measure data.
 const QUOTA_ANALYSIS_MAX: Duration = Duration::from_secs(30);
 /// Maximum time that edits wait for the analysis.
 const ANALYSIS_MAX: Duration = Duration::from_secs(15);
@@ -34,7 +34,7 @@ const PUBLISH_INTERVAL: Duration = Duration::from_secs(60);
 /// Readiness subject of the field analysis.
 const FIELDS: &str = "--fields auto";
 
-/// Checks policies until the writer stops. If the compiler fails without any change too, the check is retried.
+/// Checks policies until the writer stops, and retries if the compiler fails.
 pub async fn check(
     compiler: Compiler,
     mut jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
@@ -44,7 +44,7 @@ pub async fn check(
     bundle: Arc<Bundle>,
     readiness: Readiness,
 ) {
-    // An earlier document of the bundle may have reported these.
+    // Reported by an earlier document.
     if auto.is_none() {
         readiness.problem(auto::SUBJECT, None);
     }
@@ -77,7 +77,7 @@ pub async fn check(
         last = None;
         let started = Instant::now();
         analyst.allow(QUOTA_ANALYSIS_MAX);
-        // A long check after a restart must not delay the last good policies.
+        // A long check must not delay the last good policies.
         let is_restart = std::mem::take(&mut is_first) && candidates.values().any(|unit| unit.good.is_some());
         let resolved = tokio::select! {
             resolved = resolve(&compiler, &candidates, &spec, &bundle, &mut analyst) => resolved,
@@ -146,7 +146,7 @@ pub async fn check(
 
 struct ReadsQuery {
     accepted: BTreeMap<ObjectKey, Arc<Texts>>,
-    /// Path of auto-replicated resources; `None` without them.
+    /// Path of auto-replicated resources.
     path: Option<DirPath>,
     /// `None` if fields do not follow policies.
     entrypoints: Option<Vec<DirPath>>,
@@ -160,7 +160,6 @@ struct Analysis {
     found: Option<QueryResult<Found>>,
 }
 
-/// Decisions without a result.
 #[derive(Default)]
 struct Gaps {
     /// Whether OPA did not run.
@@ -174,7 +173,7 @@ enum Part {
     /// Names below the path.
     Names,
     Fields,
-    /// Data that a decision with unknown fields names.
+    /// Data that a failed decision names.
     Data,
 }
 
@@ -239,7 +238,7 @@ impl Gaps {
                 || first.failed.iter().any(is_filled))
     }
 
-    /// Pause before the next run; `elapsed`: duration of the last one.
+    /// Pause after a run of `elapsed`.
     fn pause(&self, elapsed: Duration) -> Duration {
         if self.has_failed {
             CHECK_RETRY.max(elapsed)
@@ -336,7 +335,7 @@ impl SizeCheck<'_> {
     }
 }
 
-/// Returns the data that accepted modules read: all data if OPA did not run. Reports problems and warnings.
+/// Returns the read data: all if OPA did not run. Reports problems and warnings.
 fn report_reads(
     found: &Result<Option<Found>, check::Error>,
     outcome: &mut Outcome,
