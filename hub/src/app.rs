@@ -183,7 +183,7 @@ fn last_good_storage(
     })
 }
 
-/// Starts the leader's writers. The returned task ends once the Lease is released.
+/// Starts the leader's writers. The returned task releases the Lease.
 #[expect(clippy::too_many_arguments, reason = "joins all other parts")]
 fn start_writeback(
     config: &Config,

@@ -1,4 +1,4 @@
-//! Running bundles. Each has its own threads, so that none waits for another.
+//! Running bundles, each on its own threads.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
@@ -87,8 +87,8 @@ pub struct Running {
 pub type Ended = &'static str;
 
 impl Stages {
-    /// Starts a bundle with the `restored` policies, or else the stored ones. `gates` delays the hub's readiness until the
-    /// first snapshot. Problems of the flags' bundle (`is_flags`) omit its name.
+    /// Starts a bundle with the `restored` policies, or else the stored ones. `gates` delays the hub's readiness. Problems
+    /// of the flags' bundle (`is_flags`) omit its name.
     pub async fn start(
         &self,
         spec: Arc<Spec>,
@@ -171,7 +171,7 @@ impl Stages {
     }
 }
 
-/// Runs long `work` on its own thread, not on one of the runtime. Propagates panics.
+/// Runs long `work` on its own thread. Propagates panics.
 async fn on_thread(name: &str, work: impl FnOnce() + Send + 'static) {
     let (done, ended) = oneshot::channel::<()>();
     let runtime = Handle::current();
@@ -189,13 +189,11 @@ async fn on_thread(name: &str, work: impl FnOnce() + Send + 'static) {
 }
 
 impl Running {
-    /// Accepted policies; `None` before the first check.
-    pub fn good(&self) -> Option<LastGood> {
+    pub(crate) fn good(&self) -> Option<LastGood> {
         self.last_good.borrow().clone()
     }
 
-    /// Clears the reported problems.
-    pub fn forget(&self) {
+    pub(crate) fn forget(&self) {
         self.readiness.forget();
     }
 

@@ -57,7 +57,6 @@ struct DocumentFile {
     error: Option<String>,
 }
 
-/// Readiness subject of the documents.
 const DOCUMENTS: &str = "bundle documents";
 const FEED: FeedId = FeedId(0);
 

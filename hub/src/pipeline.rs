@@ -1,5 +1,5 @@
-//! The single writer of a bundle. It drains all pending changes and publishes one snapshot for them. Policies are checked
-//! concurrently, so data never waits for the compiler.
+//! Single writer of a bundle. Pending changes become one snapshot. Policies are checked concurrently, so data never waits
+//! for the compiler.
 
 mod checker;
 
@@ -91,9 +91,9 @@ struct PendingRemoval {
 
 #[derive(Default)]
 struct Watermarks {
-    /// Every change up to these versions was drained.
+    /// All changes up to these were drained.
     complete: BTreeMap<FeedId, Version>,
-    /// No change after these versions was drained.
+    /// No later changes were drained.
     newest: BTreeMap<FeedId, Version>,
 }
 
@@ -181,7 +181,7 @@ impl Pipeline {
         });
     }
 
-    /// Handles a command. The next commit publishes its effect.
+    /// Handles a command, for the next commit.
     pub fn hear(&mut self, command: Said) {
         match command {
             Said::Restored(good) => {
@@ -189,7 +189,7 @@ impl Pipeline {
                 self.is_restored = true;
             }
             Said::Checked { outcome, reads, resources } => {
-                // In the policies' commit, whose frames send data first.
+                // Same commit as the policies: its frames send data first.
                 if reads.is_some() || resources.is_some() {
                     self.add_fields(reads, resources.as_ref());
                 }
@@ -217,7 +217,7 @@ impl Pipeline {
         }
     }
 
-    /// Adds read fields, and schedules the removal of unread data.
+    /// Adds fields, and schedules the removal of unread data.
     fn add_fields(&mut self, reads: Option<Reads>, resources: Option<&BTreeSet<DirPath>>) {
         let unread: BTreeSet<_> = match resources {
             Some(resources) => self.auto_resources.difference(resources).cloned().collect(),
@@ -280,14 +280,13 @@ impl Pipeline {
         self.observed.newest = self.source.newest();
     }
 
-    /// Drains up to `max` changes into the batch. Returns whether none are left.
+    /// Returns whether no changes are left.
     fn drain(&mut self, max: usize) -> bool {
         let Taken { changes, all, newest } = self.source.take(max);
         let is_all = all.is_some();
         if let Some(all) = all {
             self.observed.complete = all;
         } else {
-            // A new watch is incomplete.
             self.observed.complete.retain(|id, _| newest.contains_key(id));
             for id in newest.keys() {
                 self.observed.complete.entry(*id).or_insert(Version(0));
@@ -379,7 +378,7 @@ impl Pipeline {
             self.project_all();
             self.phase = Phase::Checking;
         }
-        // Before the drain, which must include the list.
+        // Read before the drain, so that a settled list is drained.
         let is_settled = self.source.is_settled();
         let is_all = self.drain(max);
         self.projection.retry_refused(&mut self.batch);
@@ -388,7 +387,6 @@ impl Pipeline {
         }
         if let Some(candidates) = self.projection.job() {
             self.in_check = self.policy_watermarks();
-            // Fails only at shutdown.
             _ = self.jobs.send(candidates);
         } else if self.projection.is_settled() {
             self.verified = self.policy_watermarks();

@@ -1,4 +1,4 @@
-//! Policy check, concurrent with the writer: accepts policies and finds the data that they read.
+//! Policy check, concurrent with the writer. Finds the data that policies read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -31,7 +31,6 @@ const QUOTA_ANALYSIS_MAX: Duration = Duration::from_secs(30);
 const ANALYSIS_MAX: Duration = Duration::from_secs(15);
 /// Time after which a better but incomplete analysis is published.
 const PUBLISH_INTERVAL: Duration = Duration::from_secs(60);
-/// Readiness subject of the field analysis.
 const FIELDS: &str = "--fields auto";
 
 /// Checks policies until the writer stops, and retries if the compiler fails.
@@ -276,7 +275,7 @@ async fn resolve(
         candidates,
         entrypoints,
         analyst,
-        before: None,
+        last_good_bytes: None,
     });
     let check = async |selection: &Selection| {
         let mut faults = compiler.check(selection).await?;
@@ -297,13 +296,12 @@ struct SizeCheck<'a> {
     candidates: &'a Candidates,
     entrypoints: &'a [DirPath],
     analyst: &'a mut Analyst,
-    /// Bytes with the last good policies.
-    before: Option<usize>,
+    last_good_bytes: Option<usize>,
 }
 
 impl SizeCheck<'_> {
     async fn check(&mut self, selection: &Selection<'_>) -> Result<Vec<Fault>, check::Error> {
-        // A different analysis must not reject last good policies.
+        // Another analysis must not reject last good policies.
         if !selection.values().any(|selected| selected.is_changed) {
             return Ok(Vec::new());
         }
@@ -312,10 +310,10 @@ impl SizeCheck<'_> {
             return Ok(Vec::new());
         };
         let good = self.candidates.values().filter_map(|candidate| candidate.good.as_deref());
-        if self.before.is_none() {
-            self.before = self.measure(&good.flat_map(|texts| &texts.modules).collect()).await?;
+        if self.last_good_bytes.is_none() {
+            self.last_good_bytes = self.measure(&good.flat_map(|texts| &texts.modules).collect()).await?;
         }
-        let fault = self.before.and_then(|before| self.scales.fault(bytes, before));
+        let fault = self.last_good_bytes.and_then(|before| self.scales.fault(bytes, before));
         Ok(fault.map(|message| Fault::new("over_limit", message)).into_iter().collect())
     }
 
@@ -335,7 +333,7 @@ impl SizeCheck<'_> {
     }
 }
 
-/// Returns the read data: all if OPA did not run. Reports problems and warnings.
+/// Returns the read data: all if OPA did not run.
 fn report_reads(
     found: &Result<Option<Found>, check::Error>,
     outcome: &mut Outcome,
