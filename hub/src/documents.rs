@@ -97,7 +97,7 @@ impl Documents {
                 () = next_live => {}
                 Some(ended) = self.tasks.join_next() => match ended {
                     Err(error) if error.is_panic() => return error.into(),
-                    // Its bundle was dropped.
+                    // The bundle was dropped.
                     Err(_) => {}
                     Ok(task) => tracing::debug!(task, "bundle task ended"),
                 },
@@ -163,9 +163,10 @@ impl Documents {
                 None => format!("Bundle {}", object.key.name),
             };
             let result = match Spec::parse(object) {
-                _ if desired.names.contains(&*object.key.name) => {
-                    Err("a bundle of this name is given by flags or by another document: rename one (the flags' is --bundle)".into())
-                }
+                _ if desired.names.contains(&*object.key.name) => Err(
+                    "a bundle of this name is given by flags (--bundle) or by another document; rename one"
+                        .into(),
+                ),
                 Ok(_) if !self.managed.contains_key(&*object.key.name) && room == 0 => {
                     Err(format!("{BUNDLES_MAX} bundles run already, which is the maximum; delete one"))
                 }

@@ -48,7 +48,7 @@ pub enum Said {
     Recheck,
     /// Replicates resources that policies under check read.
     Opened {
-        /// Their watches.
+        /// Watches to add.
         feeds: Vec<Feed>,
         /// Dropped once every watch has listed or failed.
         settled: oneshot::Sender<()>,
