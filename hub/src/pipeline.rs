@@ -382,7 +382,7 @@ impl Pipeline {
         let is_settled = self.source.is_settled();
         let is_all = self.drain(max);
         self.projection.retry_refused(&mut self.batch);
-        if is_all && is_settled && !self.list_waiters.is_empty() {
+        if is_all && is_settled {
             self.list_waiters.clear();
         }
         if let Some(candidates) = self.projection.job() {
