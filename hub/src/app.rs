@@ -1,4 +1,4 @@
-//! The only wiring: which stage feeds which, and how they end.
+//! Creates, joins and stops all parts of the hub.
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -23,14 +23,13 @@ use crate::writeback::last_good::{self, Place};
 use crate::writeback::{lease, statuses, verdicts};
 use crate::{fields_of, serve, telemetry, writeback};
 
-/// The notice of a hub without an OPA.
 const NOT_COMPILED: &str = "policies are parsed, not compiled: no opa program was found; put opa on the PATH, or set \
                             OPA_BIN to it";
 
-/// What runs as long as the hub does; each ends with its name.
+/// Tasks that run until shutdown. Each returns its name.
 type Tasks = JoinSet<anyhow::Result<&'static str>>;
 
-/// Runs the hub as the command line says until it is told to stop.
+/// Runs the command line's task.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let (level, format) = cli.log();
@@ -44,11 +43,11 @@ pub fn main() -> ExitCode {
                 return Ok(());
             }
         };
-        tracing::info!(from = %config.source, "starting");
+        tracing::info!(source = %config.source, "starting");
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let result = runtime.block_on(run(config));
-        // The writers' threads end with their queues; a folder being read is not waited for.
+        // Writer threads end with their queues. A folder scan may block.
         runtime.shutdown_background();
         result
     };
@@ -65,10 +64,11 @@ async fn run(config: Config) -> anyhow::Result<()> {
     match rlimit::increase_nofile_limit(u64::MAX) {
         Ok(files) if files < FILES_WANTED => tracing::warn!(
             files,
-            "each stream takes a file descriptor: raise the hard limit (LimitNOFILE, ulimit -Hn) for more agents"
+            reason = "each stream needs a file descriptor; raise the hard limit (LimitNOFILE, ulimit -Hn)",
+            "file descriptor limit is low"
         ),
-        Ok(files) => tracing::debug!(files, "file descriptors"),
-        Err(error) => tracing::warn!(%error, "cannot raise the limit of open files"),
+        Ok(files) => tracing::debug!(files, "file descriptor limit raised"),
+        Err(error) => tracing::warn!(%error, "raising file descriptor limit failed"),
     }
     let listener = listen(config.listen)?;
     let health = match config.health {
@@ -78,97 +78,101 @@ async fn run(config: Config) -> anyhow::Result<()> {
     serve::memory::note_start();
     let readiness = Readiness::default();
     let compiler = Compiler::find(config.opa.as_deref(), Dialect::Default).await?;
-    let checked_by = compiler.name();
-    tracing::info!(by = checked_by, "checking policies");
+    let checker = compiler.name();
+    tracing::info!(compiler = checker, "policy compiler selected");
     if let Compiler::Syntax(_) = compiler {
-        tracing::warn!("{NOT_COMPILED}");
+        tracing::warn!(reason = NOT_COMPILED, "policies are not compiled");
         readiness.notice("opa", NOT_COMPILED.into());
     }
     let stop = CancellationToken::new();
     let mut tasks = Tasks::new();
     let store = Arc::new(Store::new(readiness.clone()));
     let (events, queue) = mpsc::channel(EVENT_QUEUE_MAX);
-    let cluster = follow(&config, &store, events, &readiness, &mut tasks).await?;
+    let cluster = start_source(&config, &store, events, &readiness, &mut tasks).await?;
     tasks.spawn({
         let store = Arc::clone(&store);
         async move {
             tokio::task::spawn_blocking(move || store.run(queue)).await?;
-            Ok("the store")
+            Ok("store")
         }
     });
     let bundles = Arc::new(Bundles::default());
     bundles.store.get_or_init(|| Arc::clone(&store));
-    let leads = watch::Sender::new(false);
+    let is_leader = watch::Sender::new(false);
     let stages = Stages {
         store,
         compiler,
-        place: place(&config, cluster.clone()),
-        leads: leads.subscribe(),
+        place: last_good_storage(&config, cluster.clone()),
+        leads: is_leader.subscribe(),
         readiness: readiness.clone(),
         bundles: Arc::clone(&bundles),
     };
     let documents = Documents::new(stages, config.flags.clone(), config.documents.clone());
     let lease = cluster.map(|client| {
-        write_down(&config, client, leads, &bundles, documents.opinions(), &readiness, &stop, &mut tasks)
+        let statuses = documents.opinions();
+        start_writeback(&config, client, is_leader, &bundles, statuses, &readiness, &stop, &mut tasks)
     });
     tasks.spawn(async move { Err(documents.run().await) });
     let address = listener.local_addr()?;
-    let hub = serve::Hub::new(bundles, checked_by, readiness, config.replicas.clone(), stop.clone());
+    let hub = serve::Hub::new(bundles, checker, readiness, config.replicas.clone(), stop.clone());
     if let Some(listener) = health {
         let served = serve::run_health(listener, hub.clone());
-        tasks.spawn(async move { served.await.map(|()| "the health endpoint").map_err(Into::into) });
+        tasks.spawn(async move { served.await.map(|()| "health endpoint").map_err(Into::into) });
     }
     let server = tokio::spawn(serve::run(listener, hub));
-    tracing::info!("dashboard at http://{address}/");
+    let dashboard = format!("http://{address}/");
+    tracing::info!(%dashboard, "listening");
 
     let ended = tokio::select! {
-        () = signal() => Ok(()),
+        () = shutdown_signal() => Ok(()),
         Some(ended) = tasks.join_next() => match ended {
-            Ok(Ok(name)) => Err(anyhow::anyhow!("{name} ended unexpectedly")),
+            Ok(Ok(task)) => Err(anyhow::anyhow!("task ended unexpectedly: {task}")),
             Ok(Err(error)) => Err(error),
             Err(panic) => Err(panic.into()),
         },
     };
     tracing::info!("stopping");
-    let until = tokio::time::Instant::now() + DRAIN;
+    let deadline = tokio::time::Instant::now() + DRAIN;
     stop.cancel();
-    server.await?.context("cannot serve")?;
+    server.await?.context("serving failed")?;
     if let Some(lease) = lease {
-        // It began to be given back with the stop. Whoever waits for it takes it when it runs out, at worst.
-        _ = tokio::time::timeout_at(until, lease).await;
+        // The stop releases the Lease. If that takes too long, the Lease expires.
+        _ = tokio::time::timeout_at(deadline, lease).await;
     }
     ended
 }
 
-/// Starts the source. What is returned reaches the cluster, where there is one.
-async fn follow(
+/// Starts the source. Returns the client of a cluster.
+async fn start_source(
     config: &Config,
     store: &Store,
     events: source::Sender,
     readiness: &Readiness,
     tasks: &mut Tasks,
 ) -> anyhow::Result<Option<kube::Client>> {
-    let (wanted, readiness) = (store.wanted(), readiness.clone());
+    let (watches, readiness) = (store.wanted(), readiness.clone());
     match &config.source {
         Source::Folder(dir) => {
-            let source = folder::run(dir.clone(), wanted, events, readiness);
-            tasks.spawn(async move { source.await.map(|()| "the manifests folder").map_err(Into::into) });
+            let source = folder::run(dir.clone(), watches, events, readiness);
+            tasks.spawn(async move { source.await.map(|()| "manifests folder").map_err(Into::into) });
             Ok(None)
         }
         Source::Kubernetes { kubeconfig } => {
             let client = kubernetes::client(kubeconfig.as_deref()).await?;
-            let source = kubernetes::run(client.clone(), wanted, events, readiness);
+            let source = kubernetes::run(client.clone(), watches, events, readiness);
             tasks.spawn(async move {
                 source.await;
-                Ok("the watches")
+                Ok("watches")
             });
             Ok(Some(client))
         }
     }
 }
 
-/// Where the last good policies of each bundle are kept.
-fn place(config: &Config, cluster: Option<kube::Client>) -> Box<dyn Fn(&str) -> Place + Send + Sync> {
+fn last_good_storage(
+    config: &Config,
+    cluster: Option<kube::Client>,
+) -> Box<dyn Fn(&str) -> Place + Send + Sync> {
     let (dir, namespace) = (config.state_dir.clone(), config.namespace.clone());
     Box::new(move |bundle| match (&dir, &cluster) {
         (Some(dir), _) => Place::folder(dir, bundle),
@@ -179,14 +183,14 @@ fn place(config: &Config, cluster: Option<kube::Client>) -> Box<dyn Fn(&str) -> 
     })
 }
 
-/// Starts what writes to the cluster while this replica leads. What is returned ends once the Lease was given back.
-#[expect(clippy::too_many_arguments, reason = "it joins what the others made")]
-fn write_down(
+/// Starts the leader's writers. The returned task releases the Lease.
+#[expect(clippy::too_many_arguments, reason = "joins all other parts")]
+fn start_writeback(
     config: &Config,
     client: kube::Client,
-    leads: watch::Sender<bool>,
+    is_leader: watch::Sender<bool>,
     bundles: &Arc<Bundles>,
-    opinions: watch::Receiver<Opinions>,
+    document_statuses: watch::Receiver<Opinions>,
     readiness: &Readiness,
     stop: &CancellationToken,
     tasks: &mut Tasks,
@@ -195,21 +199,26 @@ fn write_down(
     if config.write_verdicts {
         let writer =
             verdicts::Writer::new(client.clone(), identity.clone(), Arc::clone(bundles), readiness.clone());
-        let write = writer.run(leads.subscribe());
+        let write = writer.run(is_leader.subscribe());
         tasks.spawn(async move {
             write.await;
-            Ok("the writer of verdicts")
+            Ok("verdict writer")
         });
     }
-    let write =
-        statuses::run(client.clone(), Arc::clone(bundles), opinions, leads.subscribe(), readiness.clone());
+    let write = statuses::run(
+        client.clone(),
+        Arc::clone(bundles),
+        document_statuses,
+        is_leader.subscribe(),
+        readiness.clone(),
+    );
     tasks.spawn(async move {
         write.await;
-        Ok("the writer of statuses")
+        Ok("status writer")
     });
     let namespace = writeback::namespace(config.namespace.as_deref(), &client);
-    let striving = lease::Striving::new(client, &namespace, last_good::object_name(&config.bundle), identity);
-    tokio::spawn(striving.run(leads, readiness.clone(), stop.clone().cancelled_owned()))
+    let elector = lease::Striving::new(client, &namespace, last_good::object_name(&config.bundle), identity);
+    tokio::spawn(elector.run(is_leader, readiness.clone(), stop.clone().cancelled_owned()))
 }
 
 fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
@@ -219,10 +228,10 @@ fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
         socket.bind(address)?;
         socket.listen(LISTEN_BACKLOG)
     };
-    bind().with_context(|| format!("cannot listen on {address}"))
+    bind().with_context(|| format!("listening on {address} failed"))
 }
 
-async fn signal() {
+async fn shutdown_signal() {
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
         .expect("SIGTERM can be listened for");
     tokio::select! {

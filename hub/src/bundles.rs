@@ -1,4 +1,4 @@
-//! The bundles that there are: each with a writer, a check and a keeper of its own, so that none waits for another.
+//! Running bundles, each on its own threads.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
@@ -20,76 +20,75 @@ use crate::source::auto::Auto;
 use crate::store::Store;
 use crate::writeback::last_good::Place;
 
-/// What is served, by name.
+/// Served bundles, by name.
 #[derive(Default)]
 pub struct Bundles {
     served: RwLock<BTreeMap<String, Arc<Bundle>>>,
-    /// The objects that they share, once it is there.
+    /// Watched objects, set at startup.
     pub store: OnceLock<Arc<Store>>,
-    /// Rung when a verdict of any is new.
+    /// Notified of new verdicts.
     pub verdicts: Arc<Notify>,
-    /// Verdicts that were to be written to ConfigMaps.
+    /// Attempted verdict writes.
     pub verdict_writes: AtomicU64,
 }
 
 impl Bundles {
-    /// The bundle of this name.
+    /// Returns a bundle.
     pub fn get(&self, name: &str) -> Option<Arc<Bundle>> {
         self.served.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 
-    /// All, by name.
+    /// Returns all bundles by name.
     pub fn list(&self) -> Vec<Arc<Bundle>> {
         self.served.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// Serves `bundle` under its name from now on.
+    /// Adds or replaces a bundle.
     pub fn serve(&self, bundle: Arc<Bundle>) {
         let mut served = self.served.write().unwrap_or_else(PoisonError::into_inner);
         served.insert(bundle.name.clone(), bundle);
     }
 
-    /// Serves it no more. Streams of it end.
+    /// Removes a bundle and ends its streams.
     pub fn withdraw(&self, name: &str) {
         self.served.write().unwrap_or_else(PoisonError::into_inner).remove(name);
     }
 }
 
-/// What every bundle is started with.
+/// Starts bundles.
 pub struct Stages {
-    /// Where its objects are.
+    /// Watched objects.
     pub store: Arc<Store>,
-    /// What checks policies.
+    /// Policy compiler.
     pub compiler: Compiler,
-    /// Where the last good policies of a bundle are kept.
+    /// Storage of a bundle's last good policies.
     pub place: Box<dyn Fn(&str) -> Place + Send + Sync>,
-    /// Whether this replica writes to the cluster.
+    /// Whether this replica is the leader.
     pub leads: watch::Receiver<bool>,
-    /// What is waited for, and what is wrong.
+    /// Readiness of the hub.
     pub readiness: Readiness,
-    /// Who is told of verdicts.
+    /// Served bundles.
     pub bundles: Arc<Bundles>,
 }
 
-/// A bundle that is being written. Its stages end with it.
+/// Running bundle. Its tasks stop on drop.
 pub struct Running {
-    /// As which.
+    /// Specification.
     pub spec: Arc<Spec>,
-    /// What is served of it.
+    /// Served content.
     pub bundle: Arc<Bundle>,
     readiness: Readiness,
-    good: watch::Receiver<Option<LastGood>>,
+    last_good: watch::Receiver<Option<LastGood>>,
     tasks: Vec<AbortHandle>,
     _stop: DropGuard,
 }
 
-/// How a task of a bundle ended: with what it is called.
+/// Name of a finished task.
 pub type Ended = &'static str;
 
 impl Stages {
-    /// Starts the stages of `spec` among `tasks`. The policies that are good already are the `restored` ones, or else
-    /// those that were kept over a restart. If it `gates`, the hub is not ready before the bundle is. What is wrong
-    /// with the bundle of the flags (`is_flags`) is told without its name.
+    /// Starts a bundle with the `restored` policies, or else the stored ones. `gates` delays the hub's readiness. Problems
+    /// of the flags' bundle (`is_flags`) omit its name.
     pub async fn start(
         &self,
         spec: Arc<Spec>,
@@ -107,70 +106,77 @@ impl Stages {
         let mut bundle = Bundle::new(spec.name.clone(), spec.scoped.clone());
         bundle.verdicts = Verdicts::telling(Arc::clone(&self.bundles.verdicts));
         let bundle = Arc::new(bundle);
-        let (writer, Ends { jobs, good }) =
+        let (writer, Ends { jobs, good: last_good }) =
             Pipeline::new(&spec, Arc::clone(&bundle), &self.store, readiness.clone());
         if gates {
             writer.gate();
         }
-        let (say, said) = mpsc::channel(1);
+        let (commands, receiver) = mpsc::channel(1);
         let stop = CancellationToken::new();
         let mut handles = Vec::new();
         handles.push(tasks.spawn(async move {
-            on_thread("opa-hub-writer", move || writer.run(said)).await;
-            "the writer"
+            on_thread("opa-hub-writer", move || writer.run(receiver)).await;
+            "writer"
         }));
         let auto = spec.auto.clone().map(|auto| Auto::new(auto, &spec.feeds));
-        let (checked, of, whose) = (Arc::clone(&spec), Arc::clone(&bundle), readiness.clone());
-        let (tell, stopped) = (say.clone(), stop.clone());
+        let check_inputs = (Arc::clone(&spec), Arc::clone(&bundle), readiness.clone());
+        let (check_commands, stopped) = (commands.clone(), stop.clone());
         handles.push(tasks.spawn(async move {
-            let checking = move || {
+            let check = move || {
+                let (spec, bundle, readiness) = check_inputs;
                 Handle::current().block_on(async {
                     tokio::select! {
-                        () = pipeline::check(compiler, jobs, tell, auto, checked, of, whose) => {}
+                        () = pipeline::check(compiler, jobs, check_commands, auto, spec, bundle, readiness) => {}
                         () = stopped.cancelled() => {}
                     }
                 });
             };
-            on_thread("opa-hub-check", checking).await;
-            "the check"
+            on_thread("opa-hub-check", check).await;
+            "policy check"
         }));
         handles.push(tasks.spawn({
             let bundle = Arc::clone(&bundle);
             async move {
                 bundle.pace().await;
-                "the pacer"
+                "archive throttle"
             }
         }));
-        let mut running = Running { spec, bundle, readiness, good, tasks: handles, _stop: stop.drop_guard() };
+        let mut running =
+            Running { spec, bundle, readiness, last_good, tasks: handles, _stop: stop.drop_guard() };
         match restored {
-            Some(good) => _ = say.send(Said::Restored(good)).await,
-            None => self.keep(&mut running, Some(say), tasks),
+            Some(policies) => _ = commands.send(Said::Restored(policies)).await,
+            None => self.keep(&mut running, Some(commands), tasks),
         }
         running
     }
 
-    /// Keeps what is good of `running` from now on. What was kept is told to `say` first.
-    pub fn keep(&self, running: &mut Running, say: Option<mpsc::Sender<Said>>, tasks: &mut JoinSet<Ended>) {
-        let place = (self.place)(&running.spec.name);
-        let (good, leads, readiness) = (running.good.clone(), self.leads.clone(), running.readiness.clone());
+    /// Stores changed last good policies, after sending the stored ones to `restore`.
+    pub fn keep(
+        &self,
+        running: &mut Running,
+        restore: Option<mpsc::Sender<Said>>,
+        tasks: &mut JoinSet<Ended>,
+    ) {
+        let storage = (self.place)(&running.spec.name);
+        let (last_good, is_leader) = (running.last_good.clone(), self.leads.clone());
+        let readiness = running.readiness.clone();
         running.tasks.push(tasks.spawn(async move {
-            let kept = match say {
-                Some(say) => place.restore(say, &readiness).await,
+            let stored = match restore {
+                Some(commands) => storage.restore(commands, &readiness).await,
                 None => None,
             };
-            place.keep(kept, good, leads, readiness).await;
-            "the keeper of the last good policies"
+            storage.keep(stored, last_good, is_leader, readiness).await;
+            "last good storage"
         }));
     }
 }
 
-/// Runs `work` on a thread of its own and waits for its end, or panics as it does. The runtime's threads for blocking
-/// work are few, and for work that ends soon.
+/// Runs long `work` on its own thread. Propagates panics.
 async fn on_thread(name: &str, work: impl FnOnce() + Send + 'static) {
     let (done, ended) = oneshot::channel::<()>();
     let runtime = Handle::current();
     let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-        // Dropped at the end, and by a panic.
+        // Dropped on return and on panic.
         let _done = done;
         let _in_runtime = runtime.enter();
         work();
@@ -183,17 +189,15 @@ async fn on_thread(name: &str, work: impl FnOnce() + Send + 'static) {
 }
 
 impl Running {
-    /// Its good policies; none: they were not checked yet.
-    pub fn good(&self) -> Option<LastGood> {
-        self.good.borrow().clone()
+    pub(crate) fn good(&self) -> Option<LastGood> {
+        self.last_good.borrow().clone()
     }
 
-    /// Nothing is wrong with it any more.
-    pub fn forget(&self) {
+    pub(crate) fn forget(&self) {
         self.readiness.forget();
     }
 
-    /// Whether there is an edition of it.
+    /// Whether a snapshot is published.
     pub fn is_live(&self) -> bool {
         self.bundle.head().borrow().is_some()
     }

@@ -1,4 +1,4 @@
-//! The command line: kube-mgmt's flags for what is watched, ours for where it goes.
+//! Command line. Flags of the watched objects are kube-mgmt's.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -19,64 +19,56 @@ use crate::config::{Config, Source};
 use crate::model::{Condition, Content, Feed, LabelTerm, Resource, Scope};
 use crate::policy::check::Dialect;
 
-/// opa-hub watches a Kubernetes API server once and serves its policies, JSON data and replicated resources to every
-/// OPA: as bundles to OPA itself, as a delta stream to opa-hub-agent.
+/// Watch a Kubernetes API server once and serve its policies, JSON data and replicated resources to every OPA.
 ///
-/// With --manifests it reads a folder instead of a cluster. With neither --manifests nor --kubeconfig it takes
-/// KUBECONFIG, ~/.kube/config or the pod's service account.
+/// Without --manifests and --kubeconfig, the cluster is that of KUBECONFIG, ~/.kube/config or the pod's service account.
 #[derive(Parser, Debug)]
 #[command(version, name = "opa-hub", args_conflicts_with_subcommands = true)]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
     flags: Flags,
 }
 
-/// What the program does instead of serving.
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Show which fields of replicated objects the policies of a folder read, and what they are of all bytes
+    /// Show which fields of replicated objects the policies of a folder read, and their size
     Fields(Box<Flags>),
 }
 
-/// What is to be done.
-pub enum Task {
-    /// Serve for ever.
+pub(crate) enum Task {
     Serve(Config),
-    /// Show fields.
     Fields(Config),
 }
 
 /// All flags.
 #[derive(Args, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
-pub struct Flags {
-    /// Read this folder of manifests (YAML or JSON, watched for changes) instead of a cluster
+pub(crate) struct Flags {
+    /// Read a folder of YAML or JSON manifests, watched for changes, instead of a cluster
     #[arg(long, value_name = "DIR", env = "OPA_HUB_MANIFESTS", conflicts_with = "kubeconfig")]
     manifests: Option<PathBuf>,
-    /// Serve the bundles of this file too: documents of kind Bundle, read again when it changes. Documents of the
-    /// source are followed without a flag
+    /// File of Bundle documents, served next to those of the source and reloaded on change
     #[arg(long, value_name = "FILE", env = "OPA_HUB_CONFIG")]
     config: Option<PathBuf>,
-    /// Reach the API server by this kubeconfig
+    /// Kubeconfig of the API server
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
-    /// Serve bundles, streams, the dashboard and metrics here
+    /// Address of bundles, streams, the dashboard and metrics
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_LISTEN", default_value = "127.0.0.1:8080", value_parser = listen_address)]
     listen: SocketAddr,
-    /// Serve /health, /livez and /readyz here too
+    /// Additional address of /health, /livez and /readyz
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT", value_parser = listen_address)]
     health_endpoint: Option<SocketAddr>,
-    /// The replicas of this hub, this one among them or not, as agents reach them. When it stops it tells its agents
-    /// which of them are ready. A name with many addresses, such as that of a headless Service, stands for all of them
+    /// Replicas of this hub, to which agents are sent at shutdown; a name stands for all its addresses
     #[arg(long, value_name = "HOST:PORT,…", env = "OPA_HUB_REPLICAS", value_delimiter = ',', value_parser = host_port)]
     replicas: Vec<String>,
-    /// The bundle's name, as in /bundles/NAME
+    /// Name of the bundle, as in /bundles/NAME
     #[arg(long, value_name = "NAME", env = "OPA_HUB_BUNDLE", default_value = "main")]
     bundle: String,
 
-    /// Namespaces to take policies and data from; * for all, which needs the right to list ConfigMaps everywhere
+    /// Namespaces of policies and data; * for all, which needs the right to list ConfigMaps cluster-wide
     #[arg(
         long,
         value_name = "NS,…",
@@ -85,11 +77,11 @@ pub struct Flags {
         help_heading = "Policies and data"
     )]
     namespaces: Vec<String>,
-    /// Take policies from labelled ConfigMaps
+    /// Load policies from labelled ConfigMaps
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
           require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Policies and data")]
     enable_policies: bool,
-    /// The label that marks a ConfigMap with policies
+    /// Label of policy ConfigMaps
     #[arg(
         long,
         value_name = "LABEL",
@@ -97,14 +89,14 @@ pub struct Flags {
         help_heading = "Policies and data"
     )]
     policy_label: String,
-    /// The value that this label must have
+    /// Value of the policy label
     #[arg(long, value_name = "VALUE", default_value = "rego", help_heading = "Policies and data")]
     policy_value: String,
-    /// Take JSON data from labelled ConfigMaps
+    /// Load JSON data from labelled ConfigMaps
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
           require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Policies and data")]
     enable_data: bool,
-    /// The label that marks a ConfigMap with data; it wins where both labels are set
+    /// Label of data ConfigMaps; wins over the policy label
     #[arg(
         long,
         value_name = "LABEL",
@@ -112,11 +104,11 @@ pub struct Flags {
         help_heading = "Policies and data"
     )]
     data_label: String,
-    /// The value that this label must have
+    /// Value of the data label
     #[arg(long, value_name = "VALUE", default_value = "opa", help_heading = "Policies and data")]
     data_value: String,
 
-    /// Replicate a namespaced resource, e.g. v1/pods or apps/v1/deployments; may be given many times
+    /// Replicate a namespaced resource, e.g. v1/pods or apps/v1/deployments; repeatable
     #[arg(
         long,
         value_name = "[GROUP/]VERSION/RESOURCE",
@@ -124,7 +116,7 @@ pub struct Flags {
         help_heading = "Replication"
     )]
     replicate: Vec<Resource>,
-    /// Replicate a cluster-scoped resource, e.g. v1/nodes; may be given many times
+    /// Replicate a cluster-scoped resource, e.g. v1/nodes; repeatable
     #[arg(
         long,
         value_name = "[GROUP/]VERSION/RESOURCE",
@@ -132,21 +124,18 @@ pub struct Flags {
         help_heading = "Replication"
     )]
     replicate_cluster: Vec<Resource>,
-    /// Replicate the resources that policies read below data.PATH too, for as long as one does: which they are is asked
-    /// of OPA, which group serves a name of the API server
+    /// Also replicate each resource below the replication path while a policy reads it
     #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1,
           require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Replication")]
     replicate_auto: bool,
-    /// Where below data the resources go: data.PATH.resource.namespace.name
+    /// Path of replicated objects: data.PATH.resource.namespace.name
     #[arg(long, value_name = "PATH", default_value = "kubernetes", help_heading = "Replication")]
     replicate_path: String,
-    /// What of replicated resources each reader gets: all namespaces, or those of the one that it names (?namespace=,
-    /// or the agent's --namespace) and what belongs to none
+    /// Replicated objects that a client receives, by its ?namespace= or the agent's --namespace
     #[arg(long, value_name = "SCOPE", default_value = "cluster", help_heading = "Replication")]
     replicate_scope: ReplicateScope,
-    /// The fields of replicated objects that travel: auto for those that the policies read, paths such as
-    /// metadata.labels,spec.containers[*].image (what a policy reads beyond is undefined), all for everything, and
-    /// paths beside auto for what others read. `opa-hub fields` shows what your policies read
+    /// Served fields of replicated objects: all, auto for those that policies read, or paths such as
+    /// metadata.labels,spec.containers[*].image, which also extend auto. `opa-hub fields` shows what policies read
     #[arg(
         long,
         value_name = "PATH,…",
@@ -155,54 +144,50 @@ pub struct Flags {
         help_heading = "Replication"
     )]
     fields: Vec<String>,
-    /// With --fields auto: only what these decisions and those annotated as entrypoints come to read, e.g. authz/allow;
-    /// every rule, when there are none
+    /// Decisions that --fields auto analyses next to annotated entrypoints, e.g. authz/allow; without either, all rules
     #[arg(long, value_name = "PATH,…", value_delimiter = ',', help_heading = "Replication")]
     entrypoints: Vec<String>,
-    /// Refuse what would make the data of the bundle larger than this, as JSON: plain bytes, or e.g. 64Mi
-    #[arg(long, value_name = "BYTES", value_parser = bytes, help_heading = "Replication")]
+    /// Maximum bytes of the bundle's data, e.g. 64Mi; objects beyond are rejected
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "Replication")]
     max_bytes: Option<usize>,
     /// Namespaces whose objects are not replicated
     #[arg(long, value_name = "NS,…", value_delimiter = ',', help_heading = "Replication")]
     replicate_ignore_namespaces: Vec<String>,
 
-    /// The OPA that checks policies before any other OPA gets them; the `opa` on the search path when not given, and
-    /// where there is none, a parser that sees syntax only
+    /// OPA that checks policies [default: opa on the PATH, or else a syntax-only parser]
     #[arg(long, value_name = "FILE", env = "OPA_BIN", help_heading = "Checking policies")]
     opa_bin: Option<PathBuf>,
-    /// Check policies as OPA before 1.0 takes them, and say so in the bundle
+    /// Check and serve policies as Rego v0
     #[arg(long, conflicts_with = "v1_compatible", help_heading = "Checking policies")]
     v0_compatible: bool,
-    /// Check policies as OPA from 1.0 on takes them, and say so in the bundle
+    /// Check and serve policies as Rego v1
     #[arg(long, help_heading = "Checking policies")]
     v1_compatible: bool,
-    /// Run the keys that end in _test.rego of ConfigMaps that carry this label with the value true, instead of serving
-    /// them: a ConfigMap whose tests fail is refused
+    /// Run the _test.rego keys of ConfigMaps with this label set to true, and reject those that fail
     #[arg(long, value_name = "LABEL", help_heading = "Checking policies")]
     test_label: Option<String>,
-    /// Keep the last good policies in this folder, so that a restart keeps them while a newer text is bad; in a cluster
-    /// they are kept in a ConfigMap when this is not given
+    /// Store the last good policies in this folder [default in a cluster: a ConfigMap]
     #[arg(long, value_name = "DIR", env = "OPA_HUB_STATE_DIR", help_heading = "Checking policies")]
     state_dir: Option<PathBuf>,
-    /// Write to each ConfigMap what was said of it, as kube-mgmt does, and as an Event when it is refused
+    /// Write verdicts to the kube-mgmt status annotation, and emit an Event for each rejection
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
           require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Checking policies")]
     write_verdicts: bool,
-    /// The hub's own namespace, for its Lease and its last good policies [default: the pod's, or the kubeconfig's]
+    /// Namespace of the Lease and the last good policies [default: the pod's, or the kubeconfig's]
     #[arg(long, value_name = "NS", env = "POD_NAMESPACE", help_heading = "Checking policies")]
     namespace: Option<String>,
 
-    /// What is logged: error, warn, info, debug, trace (RUST_LOG says it in detail)
+    /// Log level: error, warn, info, debug or trace; RUST_LOG overrides it
     #[arg(
         long,
         value_name = "LEVEL",
         env = "OPA_HUB_LOG_LEVEL",
         default_value = "info",
-        value_parser = level,
+        value_parser = parse_level,
         help_heading = "Logging"
     )]
     log_level: tracing::Level,
-    /// How it is logged
+    /// Log format
     #[arg(
         long,
         value_name = "FORMAT",
@@ -213,79 +198,56 @@ pub struct Flags {
     log_format: LogFormat,
 }
 
-/// Whose objects a reader gets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum ReplicateScope {
-    /// Those of all namespaces
+pub(crate) enum ReplicateScope {
+    /// All namespaces
     Cluster,
-    /// Those of the namespace that it names
+    /// The client's namespace, and cluster-scoped objects
     Namespace,
 }
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Plain text.
     Text,
-    /// One JSON object a line.
+    /// JSON lines.
     Json,
 }
 
-/// Flags that parse one by one and make no sense together.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum Error {
-    /// A bundle's name goes into URLs and paths.
-    #[error("--bundle {0:?}: use letters, digits, '.', '_' and '-'")]
+pub(crate) enum Error {
+    #[error("--bundle {0:?} is not valid; use letters, digits, '.', '_' and '-'")]
     BundleName(String),
-    /// No field of an object.
     #[error("--fields: {0}")]
     Fields(#[from] InvalidField),
-    /// Everything and something.
-    #[error("--fields: all is everything: give it alone")]
+    #[error("--fields all cannot be combined with other fields; remove one of them")]
     AllFields,
-    /// No decision.
-    #[error("--entrypoints {0:?}: write package and rule, e.g. authz/allow")]
+    #[error("--entrypoints {0:?} is not a decision; write package and rule, e.g. authz/allow")]
     Entrypoint(String),
-    /// They narrow down what policies read.
-    #[error("--entrypoints says what --fields auto looks at: give both")]
+    #[error("--entrypoints needs --fields auto; set both")]
     EntrypointsAlone,
-    /// No place below data.
-    #[error("--replicate-path {0:?}: write segments of letters, digits, '.', '_' and '-', separated by '/'")]
+    #[error(
+        "--replicate-path {0:?} is not valid; write segments of letters, digits, '.', '_' and '-', separated by '/'"
+    )]
     ReplicatePath(String),
-    /// A place that somebody else owns.
-    #[error("--replicate-path {0:?} is a place of OPA itself or of opa-hub: choose another one")]
+    #[error("--replicate-path {0:?} is reserved for OPA or opa-hub; choose another one")]
     Reserved(String),
-    /// A namespace or label that the API server would refuse.
     #[error("{flag} {value:?} is not valid")]
-    Value {
-        /// The flag.
-        flag: &'static str,
-        /// What it was given.
-        value: String,
-    },
-    /// Both would lie at one path.
-    #[error("{first} and {second} would both be replicated to data.{path}: give only one of them")]
-    SamePath {
-        /// One of them.
-        first: String,
-        /// The other.
-        second: String,
-        /// Where both would lie.
-        path: String,
-    },
+    Value { flag: &'static str, value: String },
+    #[error("{first} and {second} are both replicated to data.{path}; remove one of them")]
+    SamePath { first: String, second: String, path: String },
 }
 
 impl Cli {
-    /// What is asked for.
-    pub fn task(&self) -> Result<Task, Error> {
+    pub(crate) fn task(&self) -> Result<Task, Error> {
         match &self.command {
             None => self.flags.config().map(Task::Serve),
             Some(Command::Fields(flags)) => flags.config().map(Task::Fields),
         }
     }
 
-    /// How it is to be logged.
-    pub fn log(&self) -> (tracing::Level, LogFormat) {
+    pub(crate) fn log(&self) -> (tracing::Level, LogFormat) {
         let flags = match &self.command {
             None => &self.flags,
             Some(Command::Fields(flags)) => flags,
@@ -312,20 +274,20 @@ impl Flags {
             None => Source::Kubernetes { kubeconfig: self.kubeconfig.clone() },
         };
         if let Some(namespace) = &self.namespace {
-            check("--namespace", namespace, is_segment)?;
+            validate("--namespace", namespace, is_segment)?;
         }
         if let Some(label) = &self.test_label {
-            check("--test-label", label, is_label)?;
+            validate("--test-label", label, is_label)?;
         }
         let dialect = match (self.v0_compatible, self.v1_compatible) {
             (true, _) => Dialect::V0,
             (false, true) => Dialect::V1,
             (false, false) => Dialect::Default,
         };
-        let fields = self.selection(&feeds)?;
+        let fields = self.field_selection(&feeds)?;
         let auto = self
             .replicate_auto
-            .then(|| AutoReplication { path: replicate_path.clone(), ignored: self.ignored() });
+            .then(|| AutoReplication { path: replicate_path.clone(), ignored: self.ignored_namespaces() });
         let scoped = self.replicate_scope == ReplicateScope::Namespace;
         let spec = Spec {
             name: self.bundle.clone(),
@@ -338,14 +300,14 @@ impl Flags {
             feeds,
             auto,
         };
-        let asks = !spec.feeds.is_empty() || spec.auto.is_some();
+        let is_empty = spec.feeds.is_empty() && spec.auto.is_none();
         Ok(Config {
             source,
             listen: self.listen,
             health: self.health_endpoint,
             replicas: self.replicas.clone(),
             bundle: self.bundle.clone(),
-            flags: asks.then_some(spec),
+            flags: (!is_empty).then_some(spec),
             documents: self.config.clone(),
             opa: self.opa_bin.clone(),
             state_dir: self.state_dir.clone(),
@@ -354,7 +316,7 @@ impl Flags {
         })
     }
 
-    fn selection(&self, feeds: &[Feed]) -> Result<Selection, Error> {
+    fn field_selection(&self, feeds: &[Feed]) -> Result<Selection, Error> {
         let paths = self.fields.iter().map(String::as_str).filter(|path| !matches!(*path, "all" | "auto"));
         let fields = Fields::parse(paths)?;
         let has = |word: &str| self.fields.iter().any(|path| path == word);
@@ -378,8 +340,8 @@ impl Flags {
 
     fn configmap_feeds(&self) -> Result<Vec<Feed>, Error> {
         let label = |label_flag, label: &String, value_flag, value: &String| {
-            check(label_flag, label, is_label)?;
-            check(value_flag, value, is_label_value)?;
+            validate(label_flag, label, is_label)?;
+            validate(value_flag, value, is_label_value)?;
             Ok::<_, Error>(LabelTerm { label: label.clone(), is: Condition::In(vec![value.clone()]) })
         };
         let policy = label("--policy-label", &self.policy_label, "--policy-value", &self.policy_value)?;
@@ -401,7 +363,7 @@ impl Flags {
                 scopes = vec![Scope::Namespaces { ignored: Vec::new() }];
                 break;
             }
-            check("--namespaces", namespace, is_segment)?;
+            validate("--namespaces", namespace, is_segment)?;
             let scope = Scope::Namespace(namespace.clone());
             if !scopes.contains(&scope) {
                 scopes.push(scope);
@@ -411,14 +373,14 @@ impl Flags {
         Ok(feeds.flatten().collect())
     }
 
-    fn ignored(&self) -> Vec<String> {
+    fn ignored_namespaces(&self) -> Vec<String> {
         self.replicate_ignore_namespaces.iter().filter(|ns| !ns.is_empty()).cloned().collect()
     }
 
     fn resource_feeds(&self, path: &DirPath) -> Result<Vec<Feed>, Error> {
-        let ignored = self.ignored();
+        let ignored = self.ignored_namespaces();
         for namespace in &ignored {
-            check("--replicate-ignore-namespaces", namespace, is_segment)?;
+            validate("--replicate-ignore-namespaces", namespace, is_segment)?;
         }
         let namespaced =
             self.replicate.iter().map(|resource| (resource, Scope::Namespaces { ignored: ignored.clone() }));
@@ -451,8 +413,8 @@ impl Flags {
     }
 }
 
-/// A level by its name here or in kube-mgmt.
-fn level(name: &str) -> Result<tracing::Level, String> {
+/// Accepts kube-mgmt's names too.
+fn parse_level(name: &str) -> Result<tracing::Level, String> {
     let name = match name {
         "warning" => "warn",
         "fatal" | "panic" => "error",
@@ -461,7 +423,7 @@ fn level(name: &str) -> Result<tracing::Level, String> {
     name.parse().map_err(|_| "write error, warn, info, debug or trace".to_owned())
 }
 
-fn bytes(text: &str) -> Result<usize, String> {
+fn parse_bytes(text: &str) -> Result<usize, String> {
     spec::bytes(text).ok_or_else(|| "write a number of bytes, e.g. 67108864 or 64Mi".to_owned())
 }
 
@@ -474,7 +436,7 @@ fn host_port(text: &str) -> Result<String, String> {
     }
 }
 
-fn check(flag: &'static str, value: &str, valid: impl Fn(&str) -> bool) -> Result<(), Error> {
+fn validate(flag: &'static str, value: &str, valid: impl Fn(&str) -> bool) -> Result<(), Error> {
     if valid(value) { Ok(()) } else { Err(Error::Value { flag, value: value.to_owned() }) }
 }
 
@@ -484,10 +446,9 @@ mod tests {
 
     use super::*;
 
-    /// Parses flags and compares the feeds, or the error, in words.
     fn check(flags: &str, expected: &[&str]) {
         let cli = Cli::try_parse_from(["opa-hub"].into_iter().chain(flags.split_whitespace())).unwrap();
-        let said = match cli.flags.config() {
+        let actual = match cli.flags.config() {
             Err(error) => vec![error.to_string()],
             Ok(config) => config
                 .flags
@@ -496,9 +457,9 @@ mod tests {
                 .map(|feed| format!("{feed} [{}] [{}]", feed.label_selector(), feed.field_selector()))
                 .collect(),
         };
-        assert_eq!(said.len(), expected.len(), "{flags}: {said:?}");
-        for (said, expected) in said.iter().zip(expected) {
-            assert!(said.contains(expected), "{flags}: {said}");
+        assert_eq!(actual.len(), expected.len(), "{flags}: {actual:?}");
+        for (actual, expected) in actual.iter().zip(expected) {
+            assert!(actual.contains(expected), "{flags}: {actual}");
         }
     }
 
@@ -508,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn feeds_of_kube_mgmts_flags() {
+    fn kube_mgmt_flags_select_watches() {
         let policies =
             "policies (v1/configmaps) [openpolicyagent.org/policy=rego,openpolicyagent.org/data!=opa] []";
         let data = "data (v1/configmaps) [openpolicyagent.org/data=opa] []";
@@ -533,17 +494,17 @@ mod tests {
     }
 
     #[test]
-    fn contradictions_are_told() {
+    fn contradicting_flags_are_rejected() {
         check(
             "--replicate v1/events --replicate events.k8s.io/v1/events",
-            &["would both be replicated to data.kubernetes.events"],
+            &["are both replicated to data.kubernetes.events"],
         );
-        check("--replicate v1/pods --replicate-cluster v1/pods", &["would both be"]);
-        check("--fields auto,all", &["all is everything"]);
+        check("--replicate v1/pods --replicate-cluster v1/pods", &["are both replicated"]);
+        check("--fields auto,all", &["cannot be combined"]);
         check("--bundle a/b", &["--bundle"]);
         check("--replicate-path a//b", &["--replicate-path"]);
         check("--replicate-path system/a", &["choose another one"]);
         check("--policy-value a,b", &["--policy-value"]);
-        check("--fields metadata.labels,a..b", &["--fields: \"a..b\" names no field"]);
+        check("--fields metadata.labels,a..b", &["--fields: \"a..b\""]);
     }
 }

@@ -1,5 +1,4 @@
-//! Which bundles there are to be: the one that flags ask for, those of a file, and those of the source. What they ask
-//! for is started, replaced and stopped here; what cannot be understood changes nothing but what is said of it.
+//! Controller of bundles from flags, a file and the source. A rejected document changes only its status.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::Metadata;
@@ -19,103 +18,96 @@ use crate::model::{Change, FeedId, Object};
 use crate::source::folder;
 use crate::store::Subscription;
 
-/// What is said of each document of the source, by name.
+/// Statuses of the source's documents, by name.
 pub type Opinions = BTreeMap<String, Opinion>;
 
-/// What is said of a document.
+/// Status of a document.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Opinion {
     /// The document.
     pub object: Object,
-    /// Why it is refused.
+    /// Rejection.
     pub error: Option<String>,
 }
 
-/// See the module's text.
-pub struct Documents {
+pub(crate) struct Documents {
     stages: Stages,
     flags: Option<Arc<Spec>>,
-    file: Option<File>,
+    file: Option<DocumentFile>,
     source: Subscription,
     objects: BTreeMap<String, Object>,
-    opinions: watch::Sender<Opinions>,
-    /// What is wrong with each document that is refused now.
-    refused: BTreeMap<String, String>,
-    slots: BTreeMap<String, Slot>,
+    statuses: watch::Sender<Opinions>,
+    rejected: BTreeMap<String, String>,
+    managed: BTreeMap<String, ManagedBundle>,
     tasks: JoinSet<Ended>,
-    /// The source's documents were told, or cannot be had.
-    settled: bool,
+    /// Whether the source has listed or failed.
+    is_settled: bool,
 }
 
-/// A bundle that is served, and the one that takes its place once it can.
-struct Slot {
+struct ManagedBundle {
     running: Running,
+    /// Replaces `running` once it has a snapshot.
     next: Option<Running>,
 }
 
-/// A file of documents.
-struct File {
+struct DocumentFile {
     path: PathBuf,
     stamp: Option<(SystemTime, u64, u64)>,
     objects: Vec<Object>,
     error: Option<String>,
 }
 
-/// What [`Readiness`](crate::readiness::Readiness) calls them.
 const DOCUMENTS: &str = "bundle documents";
-/// The only one.
 const FEED: FeedId = FeedId(0);
 
 impl Documents {
-    /// Those of the source, of the file at `path`, and the one of the flags.
-    pub fn new(stages: Stages, flags: Option<Spec>, path: Option<PathBuf>) -> Self {
+    pub(crate) fn new(stages: Stages, flags: Option<Spec>, path: Option<PathBuf>) -> Self {
         let source = stages.store.subscribe();
         source.open(FEED, &Spec::documents());
-        stages.readiness.pending(DOCUMENTS, "not looked at yet");
-        let file = path.map(|path| File { path, stamp: None, objects: Vec::new(), error: None });
+        stages.readiness.pending(DOCUMENTS, "not listed yet");
+        let file = path.map(|path| DocumentFile { path, stamp: None, objects: Vec::new(), error: None });
         Self {
             stages,
             flags: flags.map(Arc::new),
             file,
             source,
             objects: BTreeMap::new(),
-            opinions: watch::Sender::default(),
-            refused: BTreeMap::new(),
-            slots: BTreeMap::new(),
+            statuses: watch::Sender::default(),
+            rejected: BTreeMap::new(),
+            managed: BTreeMap::new(),
             tasks: JoinSet::new(),
-            settled: false,
+            is_settled: false,
         }
     }
 
-    /// What is said of the source's documents, for whoever writes it down.
-    pub fn opinions(&self) -> watch::Receiver<Opinions> {
-        self.opinions.subscribe()
+    pub(crate) fn opinions(&self) -> watch::Receiver<Opinions> {
+        self.statuses.subscribe()
     }
 
-    /// Follows them for ever. Returns why it cannot.
-    pub async fn run(mut self) -> anyhow::Error {
+    /// Runs until a task of a bundle panics.
+    pub(crate) async fn run(mut self) -> anyhow::Error {
         loop {
-            self.turn().await;
+            self.reconcile().await;
             let has_file = self.file.is_some();
-            let nexts = self.slots.values().filter_map(|slot| slot.next.as_ref());
-            let replaced = replaced(nexts.map(|next| next.bundle.head()).collect());
+            let nexts = self.managed.values().filter_map(|managed| managed.next.as_ref());
+            let next_live = any_live(nexts.map(|next| next.bundle.head()).collect());
             tokio::select! {
                 () = self.source.changed() => {}
                 () = tokio::time::sleep(DOCUMENTS_LOOK), if has_file => {}
-                () = replaced => {}
+                () = next_live => {}
                 Some(ended) = self.tasks.join_next() => match ended {
                     Err(error) if error.is_panic() => return error.into(),
-                    // Of a bundle that was dropped.
+                    // The bundle was dropped.
                     Err(_) => {}
-                    Ok(name) => tracing::debug!(name, "a stage ended"),
+                    Ok(task) => tracing::debug!(task, "bundle task ended"),
                 },
             }
         }
     }
 
-    async fn turn(&mut self) {
+    async fn reconcile(&mut self) {
         if let Some(file) = &mut self.file {
-            file.look();
+            file.poll();
         }
         for change in self.source.take(usize::MAX).changes {
             match change {
@@ -123,121 +115,121 @@ impl Documents {
                 Change::Remove(_, key) => _ = self.objects.remove(&*key.name),
             }
         }
-        let was_settled = self.settled;
-        self.settled |= self.source.is_settled();
-        let wanted = self.wanted();
-        for (name, spec) in wanted.specs {
-            self.provide(name, spec, !was_settled).await;
+        let was_settled = self.is_settled;
+        self.is_settled |= self.source.is_settled();
+        let desired = self.desired();
+        for (name, spec) in desired.specs {
+            self.ensure_running(name, spec, !was_settled).await;
         }
-        if self.settled && !was_settled {
+        if self.is_settled && !was_settled {
             self.stages.readiness.ready(DOCUMENTS);
-            if self.slots.is_empty() {
-                tracing::info!("no bundle yet: waiting for documents of kind Bundle");
+            if self.managed.is_empty() {
+                tracing::info!("waiting for documents of kind Bundle");
             }
         }
-        // A document that is refused keeps its bundle.
-        let gone = self.slots.extract_if(.., |name, _| self.settled && !wanted.names.contains(name));
-        for (name, slot) in gone.collect::<Vec<_>>() {
-            tracing::info!(bundle = name, "its document is gone: no longer served");
+        // Bundles of rejected documents stay.
+        let removed = self.managed.extract_if(.., |name, _| self.is_settled && !desired.names.contains(name));
+        for (name, managed) in removed.collect::<Vec<_>>() {
+            tracing::info!(bundle = name, "document deleted, bundle removed");
             self.stages.bundles.withdraw(&name);
-            slot.running.forget();
+            managed.running.forget();
         }
-        for slot in self.slots.values_mut() {
-            if slot.next.as_ref().is_some_and(Running::is_live)
-                && let Some(mut next) = slot.next.take()
+        for managed in self.managed.values_mut() {
+            if managed.next.as_ref().is_some_and(Running::is_live)
+                && let Some(mut next) = managed.next.take()
             {
-                tracing::info!(bundle = next.spec.name, "served as its newest document says");
+                tracing::info!(bundle = next.spec.name, "bundle replaced");
                 self.stages.bundles.serve(Arc::clone(&next.bundle));
                 self.stages.keep(&mut next, None, &mut self.tasks);
-                slot.running = next;
+                managed.running = next;
             }
         }
     }
 
-    /// What is asked for, of the first who asks for each name.
-    fn wanted(&mut self) -> Wanted {
-        let mut wanted = Wanted::default();
-        let mut refused = BTreeMap::new();
-        let mut opinions = Opinions::new();
-        let mut room = BUNDLES_MAX.saturating_sub(self.slots.len());
+    /// Validates all documents. The first one of a name wins.
+    fn desired(&mut self) -> Desired {
+        let mut desired = Desired::default();
+        let mut rejected = BTreeMap::new();
+        let mut statuses = Opinions::new();
+        let mut room = BUNDLES_MAX.saturating_sub(self.managed.len());
         if let Some(spec) = &self.flags {
-            wanted.names.insert(spec.name.clone());
-            wanted.specs.push((spec.name.clone(), Arc::clone(spec)));
+            desired.names.insert(spec.name.clone());
+            desired.specs.push((spec.name.clone(), Arc::clone(spec)));
         }
-        let of_file = self.file.iter().flat_map(|file| &file.objects).map(|object| (true, object));
-        for (is_file, object) in of_file.chain(self.objects.values().map(|object| (false, object))) {
+        let in_file = self.file.iter().flat_map(|file| &file.objects).map(|object| (true, object));
+        for (is_file, object) in in_file.chain(self.objects.values().map(|object| (false, object))) {
             let subject = match self.file.as_ref().filter(|_| is_file) {
                 Some(file) => format!("{}: Bundle {}", file.path.display(), object.key.name),
                 None => format!("Bundle {}", object.key.name),
             };
             let result = match Spec::parse(object) {
-                _ if wanted.names.contains(&*object.key.name) => {
-                    Err("a bundle of this name is given by flags or by another document: rename one (the flags' is --bundle)".into())
-                }
-                Ok(_) if !self.slots.contains_key(&*object.key.name) && room == 0 => {
-                    Err(format!("{BUNDLES_MAX} bundles are being served: no more"))
+                _ if desired.names.contains(&*object.key.name) => Err(
+                    "a bundle of this name is given by flags (--bundle) or by another document; rename one"
+                        .into(),
+                ),
+                Ok(_) if !self.managed.contains_key(&*object.key.name) && room == 0 => {
+                    Err(format!("{BUNDLES_MAX} bundles run already, which is the maximum; delete one"))
                 }
                 result => result.map_err(|error| error.to_string()),
             };
             let error = result.as_ref().err().cloned();
             if let Some(error) = &error {
-                refused.insert(subject, error.clone());
+                rejected.insert(subject, error.clone());
             }
             if !is_file {
-                opinions.insert(object.key.name.to_string(), Opinion { object: object.clone(), error });
+                statuses.insert(object.key.name.to_string(), Opinion { object: object.clone(), error });
             }
-            wanted.names.insert(object.key.name.to_string());
-            room -= usize::from(result.is_ok() && !self.slots.contains_key(&*object.key.name));
-            wanted.specs.extend(result.ok().map(|spec| (spec.name.clone(), Arc::new(spec))));
+            desired.names.insert(object.key.name.to_string());
+            room -= usize::from(result.is_ok() && !self.managed.contains_key(&*object.key.name));
+            desired.specs.extend(result.ok().map(|spec| (spec.name.clone(), Arc::new(spec))));
         }
         if let Some((file, error)) = self.file.as_ref().and_then(|file| Some((file, file.error.clone()?))) {
-            refused.insert(file.path.display().to_string(), error);
+            rejected.insert(file.path.display().to_string(), error);
         }
-        for subject in self.refused.keys().filter(|subject| !refused.contains_key(*subject)) {
+        for subject in self.rejected.keys().filter(|subject| !rejected.contains_key(*subject)) {
             self.stages.readiness.problem(subject, None);
         }
-        for (subject, error) in &refused {
+        for (subject, error) in &rejected {
             if self.stages.readiness.is_news(subject, error) {
-                tracing::warn!(document = subject, error, "refused; the last good one stays");
+                tracing::warn!(document = subject, error, "document rejected");
             }
             self.stages.readiness.problem(subject, Some(error.clone()));
         }
-        self.refused = refused;
-        self.opinions.send_if_modified(|held| {
-            let changed = *held != opinions;
-            *held = opinions;
+        self.rejected = rejected;
+        self.statuses.send_if_modified(|current| {
+            let changed = *current != statuses;
+            *current = statuses;
             changed
         });
-        wanted
+        desired
     }
 
-    /// Sees to it that the bundle is, or will be, as `spec` says.
-    async fn provide(&mut self, name: String, spec: Arc<Spec>, gates: bool) {
-        let Self { stages, slots, tasks, .. } = self;
-        let Some(slot) = slots.get_mut(&name) else {
-            let feeds = spec.feeds.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            tracing::info!(bundle = name, feeds, "starting");
+    async fn ensure_running(&mut self, name: String, spec: Arc<Spec>, gates: bool) {
+        let Self { stages, managed, tasks, .. } = self;
+        let Some(bundle) = managed.get_mut(&name) else {
+            let watches = spec.feeds.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            tracing::info!(bundle = name, watches, "bundle starting");
             let is_flags = self.flags.as_ref().is_some_and(|flags| flags.name == name);
             let running = stages.start(spec, None, gates, is_flags, tasks).await;
             stages.bundles.serve(Arc::clone(&running.bundle));
-            slots.insert(name, Slot { running, next: None });
+            managed.insert(name, ManagedBundle { running, next: None });
             return;
         };
-        let newest = slot.next.as_ref().unwrap_or(&slot.running);
+        let newest = bundle.next.as_ref().unwrap_or(&bundle.running);
         if newest.spec == spec {
             return;
         }
-        tracing::info!(bundle = name, "its document changed: a new one is made");
-        slot.next = None;
-        if *slot.running.spec == *spec {
+        tracing::info!(bundle = name, "document changed, replacing bundle");
+        bundle.next = None;
+        if *bundle.running.spec == *spec {
             return;
         }
-        slot.next = Some(stages.start(spec, slot.running.good(), false, false, tasks).await);
+        bundle.next = Some(stages.start(spec, bundle.running.good(), false, false, tasks).await);
     }
 }
 
-/// Waits until one of these is live; for ever, if there is none.
-async fn replaced(heads: Vec<Head>) {
+/// Waits for a snapshot of any of these bundles.
+async fn any_live(heads: Vec<Head>) {
     let live =
         |mut head: watch::Receiver<_>| Box::pin(async move { head.wait_for(Option::is_some).await.is_ok() });
     if heads.is_empty() {
@@ -248,17 +240,16 @@ async fn replaced(heads: Vec<Head>) {
 
 type Head = watch::Receiver<Option<Arc<Edition>>>;
 
-/// What is asked for.
 #[derive(Default)]
-struct Wanted {
+struct Desired {
     specs: Vec<(String, Arc<Spec>)>,
-    /// Also of those that cannot be understood.
+    /// Includes rejected documents.
     names: BTreeSet<String>,
 }
 
-impl File {
-    /// Reads it, if it changed. What it held stays while it cannot be read.
-    fn look(&mut self) {
+impl DocumentFile {
+    /// Reads the file if it changed. On failure the last documents stay.
+    fn poll(&mut self) {
         let stamp = |file: Metadata| Some((file.modified().ok()?, file.len(), file.ino()));
         let now = std::fs::metadata(&self.path).ok().and_then(stamp);
         if now.is_some() && now == self.stamp {
@@ -276,7 +267,7 @@ fn read(path: &Path) -> Result<Vec<Object>, String> {
     let objects = folder::read_file(path)?;
     let mut names = BTreeSet::new();
     match objects.iter().find(|object| !names.insert(object.key.name.clone())) {
-        Some(twice) => Err(format!("it holds two documents of the name {}: rename one", twice.key.name)),
+        Some(duplicate) => Err(format!("two documents are named {}; rename one", duplicate.key.name)),
         None => Ok(objects),
     }
 }

@@ -1,6 +1,5 @@
-//! The one writer of a bundle: changes in, editions out. It runs on a thread of its own, takes whatever waits, and
-//! publishes once for all of it, so that a lone change travels at once and a storm is merged. Policies are checked
-//! beside it: data never waits for a compiler.
+//! Single writer of a bundle. Pending changes become one snapshot. Policies are checked concurrently, so data never waits
+//! for the compiler.
 
 mod checker;
 
@@ -29,103 +28,92 @@ use crate::store::{Store, Subscription, Taken};
 
 pub use checker::check;
 
-/// What [`Readiness`] calls the policies.
+/// Readiness subject of the policy check.
 pub const POLICIES: &str = "policies checked";
 
-/// What the writer is told of policies.
+/// Command to the writer.
 pub enum Said {
-    /// The policies that were accepted before a restart.
+    /// Policies accepted before a restart.
     Restored(LastGood),
-    /// What came of the check under way.
+    /// Result of the running check.
     Checked {
-        /// What is accepted.
+        /// Accepted policies.
         outcome: Outcome,
-        /// What that reads; none: fields do not follow from it.
+        /// Data that they read; `None` if fields do not follow policies.
         reads: Option<Reads>,
-        /// Places of the resources that it reads and the spec does not name; `None` if that is not known, or not asked.
+        /// Auto-replicated resources still read; `None` if unknown.
         resources: Option<BTreeSet<DirPath>>,
     },
-    /// More is known of what policies read than when they were checked.
+    /// Repeats the check after a better analysis.
     Recheck,
-    /// Resources that policies are about to read.
+    /// Replicates resources that policies under check read.
     Opened {
-        /// Not open yet.
+        /// Watches to add.
         feeds: Vec<Feed>,
-        /// Dropped once they were listed, or cannot be had.
+        /// Dropped once every watch has listed or failed.
         settled: oneshot::Sender<()>,
     },
 }
 
-/// The writer.
+/// Writer of one bundle.
 pub struct Pipeline {
-    /// The spec's, and those that came because of policies.
     feeds: Vec<Feed>,
     source: Subscription,
     projection: Projection,
     batch: Batch,
-    view: View,
-    log: Log,
-    /// How far each feed is in what was taken.
-    heard: Heard,
-    /// How far those of policies are in the check under way …
-    checking: Heard,
-    /// … and in what came of the last.
-    checked: Heard,
+    snapshot: View,
+    history: Log,
+    observed: Watermarks,
+    /// Policies in the running check.
+    in_check: Watermarks,
+    /// Policies in the last complete check.
+    verified: Watermarks,
     bundle: Arc<Bundle>,
     readiness: Readiness,
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
-    good: watch::Sender<Option<LastGood>>,
-    restored: bool,
-    /// The policies that were good before a restart may be served.
+    last_good: watch::Sender<Option<LastGood>>,
+    is_restored: bool,
+    /// Whether last good policies are published during the check.
     has_interim: bool,
-    /// Who waits for feeds that were opened lately.
-    opening: Vec<oneshot::Sender<()>>,
-    /// Resources that came because policies read them.
-    auto: BTreeSet<DirPath>,
-    /// Data that goes once agents are past the policies that read it.
-    narrower: Option<Narrower>,
+    list_waiters: Vec<oneshot::Sender<()>>,
+    auto_resources: BTreeSet<DirPath>,
+    pending_removal: Option<PendingRemoval>,
     limits: config::BundleLimits,
-    stage: Stage,
+    phase: Phase,
 }
 
-/// What remains of replicated objects once older policies no longer decide.
-struct Narrower {
-    kept: Kept,
-    /// Resources that go.
-    closing: BTreeSet<DirPath>,
-    at: Instant,
+/// Data is removed after agents have dropped the policies that read it (I10).
+struct PendingRemoval {
+    remaining: Kept,
+    resources: BTreeSet<DirPath>,
+    due: Instant,
 }
 
-/// How far feeds are.
 #[derive(Default)]
-struct Heard {
-    /// All is taken that happened before …
-    all: BTreeMap<FeedId, Version>,
-    /// … and nothing that happened after this.
+struct Watermarks {
+    /// All changes up to these were drained.
+    complete: BTreeMap<FeedId, Version>,
+    /// No later changes were drained.
     newest: BTreeMap<FeedId, Version>,
 }
 
-/// How far the first edition is.
 #[derive(PartialEq, Eq, Clone, Copy)]
-enum Stage {
-    /// Not every source has listed yet.
+enum Phase {
     Listing,
-    /// All is known, and the policies are being checked.
     Checking,
-    /// Editions are published.
     Live,
 }
 
-/// Where the writer's ends lead.
+/// Receivers of a writer's output.
 pub struct Ends {
-    /// What is to be checked: never more than one at a time.
+    /// Policies to check, one set at a time.
     pub jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
-    /// What is accepted, whenever that changed.
+    /// Accepted policies; `None` before the first check.
     pub good: watch::Receiver<Option<LastGood>>,
 }
 
 impl Pipeline {
-    /// A writer of `bundle` as `spec` says that has seen nothing, and waits for [`Said::Restored`].
+    /// Creates a writer, which publishes nothing before [`Said::Restored`].
     pub fn new(spec: &Spec, bundle: Arc<Bundle>, store: &Arc<Store>, readiness: Readiness) -> (Self, Ends) {
         let ensure: BTreeSet<_> = spec.feeds.iter().filter_map(|feed| feed.place().cloned()).collect();
         let source = store.subscribe();
@@ -134,89 +122,88 @@ impl Pipeline {
             bundle.feeds.open(FeedId(id), feed, watch);
         }
         let (jobs, checker) = mpsc::unbounded_channel();
-        let good = watch::Sender::new(None);
-        let ends = Ends { jobs: checker, good: good.subscribe() };
-        let mut view = View::empty(ensure.into_iter().collect(), spec.dialect.version());
+        let last_good = watch::Sender::new(None);
+        let ends = Ends { jobs: checker, good: last_good.subscribe() };
+        let mut snapshot = View::empty(ensure.into_iter().collect(), spec.dialect.version());
         let kept = spec.fields.given.clone();
         let reads = (!spec.fields.follows.is_nothing()).then(Reads::default);
-        // Given fields are known to agents too, in case that they follow the policies after a restart.
+        // Agents need explicit fields too: after a restart fields may follow policies.
         let is_auto = spec.auto.is_some();
-        view.reads = (reads.is_some() || !kept.is_all() || is_auto).then(|| kept.to_text().into());
+        snapshot.reads = (reads.is_some() || !kept.is_all() || is_auto).then(|| kept.to_text().into());
         bundle.set_reading(Reading { kept: kept.clone(), reads });
         bundle.set_objects(Box::new(source.replicated()));
         bundle.set_newest(Box::new(source.newest_by_feed()));
         let writer = Self {
-            view,
+            snapshot,
             source,
             projection: Projection::new(spec, kept),
-            auto: BTreeSet::new(),
-            narrower: None,
+            auto_resources: BTreeSet::new(),
+            pending_removal: None,
             limits: spec.limits,
             feeds: spec.feeds.clone(),
             batch: Batch::default(),
-            log: Log::new(spec.limits),
-            heard: Heard::default(),
-            checking: Heard::default(),
-            checked: Heard::default(),
+            history: Log::new(spec.limits),
+            observed: Watermarks::default(),
+            in_check: Watermarks::default(),
+            verified: Watermarks::default(),
             bundle,
             readiness,
             jobs,
-            good,
-            restored: false,
+            last_good,
+            is_restored: false,
             has_interim: false,
-            opening: Vec::new(),
-            stage: Stage::Listing,
+            list_waiters: Vec::new(),
+            phase: Phase::Listing,
         };
         (writer, ends)
     }
 
-    /// The hub is not ready before there is an edition.
+    /// Delays the hub's readiness until the first snapshot.
     pub fn gate(&self) {
         self.readiness.pending(POLICIES, "not checked yet");
         self.source.gate();
     }
 
-    /// Writes until nobody says anything of policies any more. Blocks its thread.
-    pub fn run(mut self, mut said: mpsc::Receiver<Said>) {
+    /// Runs until all senders are dropped. Blocks its thread.
+    pub fn run(mut self, mut commands: mpsc::Receiver<Said>) {
         futures::executor::block_on(async {
             loop {
                 tokio::select! {
                     () = self.source.changed() => {}
-                    said = said.recv() => match said {
-                        Some(said) => self.hear(said),
+                    command = commands.recv() => match command {
+                        Some(command) => self.hear(command),
                         None => return,
                     },
-                    () = due(self.narrower.as_ref().map(|narrower| narrower.at)) => self.narrow(),
+                    () = sleep_until_some(self.pending_removal.as_ref().map(|removal| removal.due)) => self.narrow(),
                 }
                 self.commit();
             }
         });
     }
 
-    /// Takes what was said of policies into the batch.
-    pub fn hear(&mut self, said: Said) {
-        match said {
+    /// Handles a command, for the next commit.
+    pub fn hear(&mut self, command: Said) {
+        match command {
             Said::Restored(good) => {
                 self.projection.restore(good);
-                self.restored = true;
+                self.is_restored = true;
             }
             Said::Checked { outcome, reads, resources } => {
-                // Before the policies that read it, and in one commit with them: frames tell data first.
+                // Same commit as the policies: its frames send data first.
                 if reads.is_some() || resources.is_some() {
-                    self.widen(reads, resources.as_ref());
+                    self.add_fields(reads, resources.as_ref());
                 }
-                // Policies that only wait are not checked yet.
-                let checking = std::mem::take(&mut self.checking);
+                let in_check = std::mem::take(&mut self.in_check);
                 match outcome.progress {
-                    Progress::All => self.checked = checking,
+                    Progress::All => self.verified = in_check,
                     Progress::Good => self.has_interim = true,
                     Progress::Nothing => {}
                 }
                 self.projection.take_outcome(outcome, &mut self.batch);
                 let good = self.projection.last_good();
-                self.good.send_if_modified(|held| {
-                    let changed = held.as_ref() != Some(&good);
-                    *held = Some(good);
+                self.last_good.send_if_modified(|current| {
+                    let changed = current.as_ref() != Some(&good);
+                    *current = Some(good);
                     changed
                 });
             }
@@ -225,84 +212,87 @@ impl Pipeline {
                 for feed in &feeds {
                     self.open(feed);
                 }
-                self.opening.push(settled);
+                self.list_waiters.push(settled);
             }
         }
     }
 
-    /// Keeps what is read from now on, beside what was read until now.
-    fn widen(&mut self, reads: Option<Reads>, resources: Option<&BTreeSet<DirPath>>) {
-        let closing: BTreeSet<_> = match resources {
-            Some(resources) => self.auto.difference(resources).cloned().collect(),
-            None => self.narrower.take().map(|narrower| narrower.closing).unwrap_or_default(),
+    /// Adds fields, and schedules the removal of unread data.
+    fn add_fields(&mut self, reads: Option<Reads>, resources: Option<&BTreeSet<DirPath>>) {
+        let unread: BTreeSet<_> = match resources {
+            Some(resources) => self.auto_resources.difference(resources).cloned().collect(),
+            None => self.pending_removal.take().map(|removal| removal.resources).unwrap_or_default(),
         };
         let mut target = match &reads {
             Some(reads) => self.projection.kept_for(reads),
             None => self.projection.kept().clone(),
         };
-        // The text tells agents which resources there are for these policies.
-        for place in self.auto.difference(&closing) {
-            target.name(place);
+        for path in self.auto_resources.difference(&unread) {
+            target.name(path);
         }
-        for place in &closing {
-            target.forget(place);
+        for path in &unread {
+            target.forget(path);
         }
-        self.view.reads = Some(target.to_text().into());
+        self.snapshot.reads = Some(target.to_text().into());
         if let Some(reads) = &reads {
             self.projection.read_by(reads, &target);
         }
         self.bundle.set_reading(Reading { kept: target.clone(), reads });
-        let mut both = self.projection.kept().clone();
-        both.join(&target);
-        let at = Instant::now() + NARROW_AFTER;
-        self.narrower =
-            (both != target || !closing.is_empty()).then_some(Narrower { kept: target, closing, at });
-        self.keep(both);
-        if self.stage != Stage::Live {
-            self.give_up();
+        let mut combined = self.projection.kept().clone();
+        combined.join(&target);
+        let due = Instant::now() + NARROW_AFTER;
+        self.pending_removal = (combined != target || !unread.is_empty()).then_some(PendingRemoval {
+            remaining: target,
+            resources: unread,
+            due,
+        });
+        self.set_fields(combined);
+        if self.phase != Phase::Live {
+            self.remove_unread();
         }
     }
 
-    /// Gives up what is no longer read, in a commit of its own.
+    /// Removes unread data in a separate commit.
     pub fn narrow(&mut self) {
-        if self.give_up() {
+        if self.remove_unread() {
             self.publish(true);
         }
     }
 
-    fn give_up(&mut self) -> bool {
-        let Some(Narrower { kept, closing, .. }) = self.narrower.take() else { return false };
-        self.close(&closing);
-        self.keep(kept);
+    fn remove_unread(&mut self) -> bool {
+        let Some(PendingRemoval { remaining, resources, .. }) = self.pending_removal.take() else {
+            return false;
+        };
+        self.close(&resources);
+        self.set_fields(remaining);
         true
     }
 
-    fn keep(&mut self, kept: Kept) {
+    fn set_fields(&mut self, kept: Kept) {
         let feeds = self.projection.keep(kept);
         let objects = self.source.objects_of(&feeds);
-        // What is gone and was not taken yet has no object to be cut anew.
+        // Deleted objects cannot be pruned again.
         let live = objects.iter().map(|(id, object)| (*id, object.key.clone())).collect();
         self.projection.remove_others(&feeds, &live, &mut self.batch);
         for (id, object) in objects {
             self.projection.apply_again(id, object, &mut self.batch);
         }
-        self.heard.newest = self.source.newest();
+        self.observed.newest = self.source.newest();
     }
 
-    /// Takes so much at most of what changed into the batch. Whether that is all.
-    fn take(&mut self, max: usize) -> bool {
+    /// Returns whether no changes are left.
+    fn drain(&mut self, max: usize) -> bool {
         let Taken { changes, all, newest } = self.source.take(max);
         let is_all = all.is_some();
         if let Some(all) = all {
-            self.heard.all = all;
+            self.observed.complete = all;
         } else {
-            // Of a feed that came meanwhile nothing is all there.
-            self.heard.all.retain(|id, _| newest.contains_key(id));
+            self.observed.complete.retain(|id, _| newest.contains_key(id));
             for id in newest.keys() {
-                self.heard.all.entry(*id).or_insert(Version(0));
+                self.observed.complete.entry(*id).or_insert(Version(0));
             }
         }
-        self.heard.newest = newest;
+        self.observed.newest = newest;
         for change in changes {
             let (Change::Put(id, _) | Change::Remove(id, _)) = &change;
             if !self.projection.is_closed(*id) {
@@ -312,116 +302,120 @@ impl Pipeline {
         is_all
     }
 
-    /// How far policies are in what was taken.
-    fn policies_heard(&self) -> Heard {
-        let of = |heard: &BTreeMap<FeedId, Version>| {
-            let heard = heard.iter().map(|(id, version)| (*id, *version));
-            heard.filter(|(id, _)| self.is_policies(*id)).collect()
+    fn policy_watermarks(&self) -> Watermarks {
+        let policies_only = |versions: &BTreeMap<FeedId, Version>| {
+            let versions = versions.iter().map(|(id, version)| (*id, *version));
+            versions.filter(|(id, _)| self.is_policies(*id)).collect()
         };
-        Heard { all: of(&self.heard.all), newest: of(&self.heard.newest) }
+        Watermarks {
+            complete: policies_only(&self.observed.complete),
+            newest: policies_only(&self.observed.newest),
+        }
     }
 
     fn is_policies(&self, id: FeedId) -> bool {
         self.feeds[id.0].content == Content::Policies
     }
 
-    fn position(&self, of: impl Fn(&Heard) -> &BTreeMap<FeedId, Version>) -> Position {
+    fn position(&self, versions: impl Fn(&Watermarks) -> &BTreeMap<FeedId, Version>) -> Position {
         let mut position = Position::default();
-        let others = of(&self.heard).iter().filter(|(id, _)| !self.is_policies(**id));
-        for (id, Version(version)) in others.chain(of(&self.checked)) {
+        let data = versions(&self.observed).iter().filter(|(id, _)| !self.is_policies(**id));
+        for (id, Version(version)) in data.chain(versions(&self.verified)) {
             position.heard(self.feeds[id.0].position_name(), *version);
         }
         position
     }
 
     fn open(&mut self, feed: &Feed) {
-        if let Some(narrower) = &mut self.narrower
-            && let Some(place) = feed.place()
+        if let Some(removal) = &mut self.pending_removal
+            && let Some(path) = feed.place()
         {
-            narrower.closing.remove(place);
+            removal.resources.remove(path);
         }
-        if feed.place().is_some_and(|place| self.auto.contains(place)) {
+        if feed.place().is_some_and(|path| self.auto_resources.contains(path)) {
             return;
         }
         let name = feed.to_string();
-        let held = self.feeds.iter().position(|held| held.content == feed.content);
-        let id = FeedId(held.unwrap_or(self.feeds.len()));
+        let index = self.feeds.iter().position(|known| known.content == feed.content);
+        let id = FeedId(index.unwrap_or(self.feeds.len()));
         match self.feeds.get_mut(id.0) {
-            Some(held) => *held = feed.clone(),
+            Some(known) => *known = feed.clone(),
             None => self.feeds.push(feed.clone()),
         }
-        let refused = self.projection.open(id, feed.clone()).err();
-        match &refused {
-            Some(error) => tracing::warn!(feed = name, %error, "not replicated"),
+        let rejection = self.projection.open(id, feed.clone()).err();
+        match &rejection {
+            Some(error) => tracing::warn!(resource = name, %error, "resource not replicated"),
             None => self.bundle.feeds.open(id, feed, self.source.open(id, feed)),
         }
-        self.auto.extend(feed.place().cloned());
-        self.readiness.problem(&format!("replicated {name}"), refused.map(|error| error.to_string()));
+        self.auto_resources.extend(feed.place().cloned());
+        self.readiness.problem(&format!("replicated {name}"), rejection.map(|error| error.to_string()));
     }
 
-    fn close(&mut self, places: &BTreeSet<DirPath>) {
-        let named = |feed: &Feed| feed.place().is_some_and(|place| places.contains(place));
-        let ids: Vec<_> = (0..self.feeds.len()).filter(|id| named(&self.feeds[*id])).map(FeedId).collect();
+    fn close(&mut self, resources: &BTreeSet<DirPath>) {
+        let is_closing = |feed: &Feed| feed.place().is_some_and(|path| resources.contains(path));
+        let ids: Vec<_> =
+            (0..self.feeds.len()).filter(|id| is_closing(&self.feeds[*id])).map(FeedId).collect();
         for id in ids {
             self.source.close(id);
             self.projection.close(id, &mut self.batch);
             self.bundle.feeds.close(id);
             self.readiness.problem(&format!("replicated {}", self.feeds[id.0]), None);
         }
-        self.auto.retain(|place| !places.contains(place));
+        self.auto_resources.retain(|path| !resources.contains(path));
     }
 
-    /// Publishes what the batch changed, once every source has listed and every policy was checked (I5, I6).
+    /// Publishes pending changes once every watch has listed and every policy was checked (I5, I6).
     pub fn commit(&mut self) {
         self.commit_some(self.limits.commit_events_max);
     }
 
-    /// The same of so many changes at most.
+    /// Like [`commit`](Self::commit), with at most `max` changes.
     pub fn commit_some(&mut self, max: usize) {
-        if self.stage == Stage::Listing {
-            if !self.source.is_listed() || !self.restored {
+        if self.phase == Phase::Listing {
+            if !self.source.is_listed() || !self.is_restored {
                 return;
             }
             self.project_all();
-            self.stage = Stage::Checking;
+            self.phase = Phase::Checking;
         }
-        // In this order: a list that ends in between is not taken yet.
+        // Read before the drain, so that a settled list is drained.
         let is_settled = self.source.is_settled();
-        let is_all = self.take(max);
+        let is_all = self.drain(max);
         self.projection.retry_refused(&mut self.batch);
-        if is_all && is_settled && !self.opening.is_empty() {
-            self.opening.clear();
+        if is_all && is_settled {
+            self.list_waiters.clear();
         }
         if let Some(candidates) = self.projection.job() {
-            self.checking = self.policies_heard();
-            // The checker ends with the hub only.
+            self.in_check = self.policy_watermarks();
             _ = self.jobs.send(candidates);
         } else if self.projection.is_settled() {
-            self.checked = self.policies_heard();
+            self.verified = self.policy_watermarks();
         }
         self.bundle.counters.projection_bytes.store(self.projection.memory(), Ordering::Relaxed);
         self.bundle.verdicts.take(self.projection.told());
         self.bundle.set_problems(self.projection.problems());
-        if self.stage == Stage::Checking && !self.has_interim && !self.projection.is_settled() {
+        if self.phase == Phase::Checking && !self.has_interim && !self.projection.is_settled() {
             return;
         }
         self.publish(false);
     }
 
-    /// `narrows`: fields go that older modules read.
+    /// `narrows`: removes fields that older modules read.
     fn publish(&mut self, narrows: bool) {
-        let is_first = self.stage == Stage::Checking;
-        self.stage = Stage::Live;
-        let before = self.view.revision;
-        match self.view.apply(std::mem::take(&mut self.batch)) {
-            None if !is_first => return self.bundle.set_position(&self.position(|heard| &heard.all)),
+        let is_first = self.phase == Phase::Checking;
+        self.phase = Phase::Live;
+        let before = self.snapshot.revision;
+        match self.snapshot.apply(std::mem::take(&mut self.batch)) {
+            None if !is_first => {
+                return self.bundle.set_position(&self.position(|watermarks| &watermarks.complete));
+            }
             None => {}
-            Some((view, changed)) => {
-                tracing::debug!(bundle = self.bundle.name, revision = %view.revision, keys = changed.len(), "new view");
+            Some((snapshot, changed)) => {
+                tracing::debug!(bundle = self.bundle.name, revision = %snapshot.revision, keys = changed.len(), "snapshot created");
                 self.count(&changed);
-                self.view = view;
+                self.snapshot = snapshot;
                 if !is_first {
-                    self.log.push(before, changed, narrows);
+                    self.history.push(before, changed, narrows);
                 }
             }
         }
@@ -429,50 +423,52 @@ impl Pipeline {
             self.readiness.ready(POLICIES);
             tracing::info!(
                 bundle = self.bundle.name,
-                revision = %self.view.revision,
-                modules = self.view.modules.len(),
-                directories = self.view.dirs.len(),
-                entries = self.view.entries(),
+                revision = %self.snapshot.revision,
+                modules = self.snapshot.modules.len(),
+                directories = self.snapshot.dirs.len(),
+                entries = self.snapshot.entries(),
                 "ready"
             );
         }
-        let all = self.position(|heard| &heard.all);
-        let bounds = Bounds { all: all.clone(), newest: self.position(|heard| &heard.newest) };
-        self.bundle.publish(self.view.clone(), self.log.clone(), bounds);
-        self.bundle.set_position(&all);
+        let complete = self.position(|watermarks| &watermarks.complete);
+        let bounds = Bounds { all: complete.clone(), newest: self.position(|watermarks| &watermarks.newest) };
+        self.bundle.publish(self.snapshot.clone(), self.history.clone(), bounds);
+        self.bundle.set_position(&complete);
     }
 
     fn count(&self, changed: &Changed) {
-        for (id, place, _) in self.projection.places() {
-            let of = match &self.feeds[id.0].scope {
-                Scope::Namespace(namespace) => place.join(namespace).unwrap_or_else(|_| place.clone()),
-                _ => place.clone(),
+        for (id, path, _) in self.projection.places() {
+            let dir = match &self.feeds[id.0].scope {
+                Scope::Namespace(namespace) => path.join(namespace).unwrap_or_else(|_| path.clone()),
+                _ => path.clone(),
             };
-            let keys = changed.dirs.iter().filter(|dir| dir.path.is_within(&of)).map(|dir| dir.keys.len());
+            let keys = changed
+                .dirs
+                .iter()
+                .filter(|changes| changes.path.is_within(&dir))
+                .map(|changes| changes.keys.len());
             if let Some(feed) = self.bundle.feeds.of(id) {
                 feed.changes.fetch_add(keys.sum::<usize>() as u64, Ordering::Relaxed);
             }
         }
     }
 
-    /// Takes what all sources listed in one order on every replica, since who comes first may keep another out (I2):
-    /// behind the policies that were restored data comes first, then the policies that are new.
+    /// Applies data, then new policies, in one order on every replica, since the first object owns a path (I2).
     fn project_all(&mut self) {
-        let mut first = self.source.start();
+        let mut listed = self.source.start();
         let is_policy = |id: FeedId| self.feeds[id.0].content == Content::Policies;
-        first.sort_unstable_by(|(a, one), (b, other)| {
+        listed.sort_unstable_by(|(a, one), (b, other)| {
             (is_policy(*a), a, &one.key).cmp(&(is_policy(*b), b, &other.key))
         });
-        for (id, object) in first {
+        for (id, object) in listed {
             self.projection.apply(Change::Put(id, object), &mut self.batch);
         }
     }
 }
 
-/// Waits until then; for ever, where there is nothing to wait for.
-async fn due(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
+async fn sleep_until_some(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
     }
 }

@@ -67,7 +67,7 @@ fn a_hub_without_an_opa_gives_notice_and_rejects_nothing() {
     let (mut address, mut is_ready, mut warnings) = (None, false, Vec::new());
     while address.is_none() || !is_ready {
         let line = log.next().unwrap().unwrap();
-        if let Some((_, url)) = line.split_once("dashboard at http://") {
+        if let Some((_, url)) = line.split_once("dashboard=http://") {
             address = Some(url.trim_end_matches('/').to_owned());
         }
         is_ready |= line.contains(": ready ");
