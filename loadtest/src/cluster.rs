@@ -1,4 +1,4 @@
-//! Objects on the API server: ConfigMaps, pods, namespaces.
+//! Kubernetes objects that the lab creates and reads.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,37 +18,32 @@ use crate::eventually::within;
 use crate::lab::process::Usage;
 use crate::pods;
 
-/// The label that marks policies.
+/// Label of policy ConfigMaps.
 pub const POLICY: (&str, &str) = ("openpolicyagent.org/policy", "rego");
-/// The label that marks data.
+/// Label of data ConfigMaps.
 pub const DATA: (&str, &str) = ("openpolicyagent.org/data", "opa");
 
-/// The annotation that holds a verdict.
 const STATUS: &str = "openpolicyagent.org/kube-mgmt-status";
-/// The label of namespaces of guests: their prefix.
 const GUESTS: &str = "opahub.dev/load";
 
-/// A new namespace gets its default account within this time.
 const ACCOUNT_COMES: Duration = Duration::from_secs(10);
-/// Maximum time for the removal of namespaces: the cluster waits half a minute for pods alone, and removes the objects of a
-/// run at its own rate.
+/// The cluster waits 30 s for pods alone.
 const REMOVAL: Duration = Duration::from_secs(600);
-/// Pause between two looks at namespaces that are being removed, to spare the user's API server.
 const REMOVAL_LOOK: Duration = Duration::from_millis(500);
 
-/// Whether it is an answer of the API server with this status.
+/// Whether the error is an API server response with this status code.
 pub fn has_code(error: &anyhow::Error, code: u16) -> bool {
     matches!(error.downcast_ref(), Some(kube::Error::Api(status)) if status.code == code)
 }
 
-/// Changes of pods that the API server produced.
+/// Counter of pod changes.
 pub struct PodEvents {
     count: Arc<AtomicU64>,
     task: JoinHandle<()>,
 }
 
 impl PodEvents {
-    /// Changes until now.
+    /// Number of changes so far.
     pub fn count(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }
@@ -60,29 +55,29 @@ impl Drop for PodEvents {
     }
 }
 
-/// Writes objects.
+/// Client for the lab's objects.
 #[derive(Clone)]
 pub struct Cluster {
-    /// With the rights to do so.
+    /// Client with the rights that the calls need.
     pub client: Client,
 }
 
 impl Cluster {
-    /// Posts any object to its collection, e.g. `/api/v1/pods`.
+    /// Posts an object to its collection, e.g. `/api/v1/pods`.
     pub async fn create(&self, collection: &str, object: &Value) -> anyhow::Result<()> {
         let request = http::Request::post(collection).header("content-type", "application/json");
         self.client.request::<Value>(request.body(serde_json::to_vec(object)?)?).await?;
         Ok(())
     }
 
-    /// Merges into any object, e.g. `/api/v1/namespaces/x/pods/y/status`.
+    /// Merge-patches an object.
     pub async fn merge(&self, object: &str, patch: &Value) -> anyhow::Result<()> {
         let request = http::Request::patch(object).header("content-type", "application/merge-patch+json");
         self.client.request::<Value>(request.body(serde_json::to_vec(patch)?)?).await?;
         Ok(())
     }
 
-    /// Grants a user these rules in the whole cluster, under a name of their own.
+    /// Grants a user cluster-wide `rules` by a ClusterRole and binding `name`.
     pub async fn grant(&self, name: &str, user: &str, rules: &[Value]) -> anyhow::Result<()> {
         const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
         let role = json!({ "metadata": { "name": name }, "rules": rules });
@@ -112,7 +107,7 @@ impl Cluster {
         self.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition).await
     }
 
-    /// Makes a namespace, unless it is there.
+    /// Creates a namespace, if absent.
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
         let labels = pods::guests().map(|prefix| BTreeMap::from([(GUESTS.to_owned(), prefix)]));
         let namespace = Namespace {
@@ -125,7 +120,7 @@ impl Cluster {
         }
     }
 
-    /// Posts a pod to a namespace that may be new: what pods need there comes a moment later.
+    /// Posts a pod; retries while its namespace lacks the default service account.
     pub async fn guest(&self, namespace: &str, pod: &Value) -> anyhow::Result<()> {
         let until = Instant::now() + ACCOUNT_COMES;
         loop {
@@ -138,7 +133,7 @@ impl Cluster {
         }
     }
 
-    /// Removes the namespaces of the guests of this prefix, and waits until they are gone with all that is in them.
+    /// Removes the run's namespaces and waits for their end.
     pub async fn remove_guests(&self, prefix: &str) -> anyhow::Result<()> {
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
         let theirs = ListParams::default().labels(&format!("{GUESTS}={prefix}"));
@@ -162,7 +157,7 @@ impl Cluster {
         })
     }
 
-    /// Makes or replaces a ConfigMap.
+    /// Creates or replaces a ConfigMap.
     pub async fn configmap(
         &self,
         namespace: &str,
@@ -190,14 +185,14 @@ impl Cluster {
         }
     }
 
-    /// Removes a ConfigMap.
+    /// Deletes a ConfigMap.
     pub async fn delete_configmap(&self, namespace: &str, name: &str) -> anyhow::Result<()> {
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
         api.delete(name, &DeleteParams::default()).await?;
         Ok(())
     }
 
-    /// Makes a pod with these labels.
+    /// Creates a pod with these labels.
     pub async fn pod(&self, namespace: &str, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<()> {
         let labels: BTreeMap<_, _> = labels.iter().copied().collect();
         let pod: Pod = serde_json::from_value(json!({
@@ -222,25 +217,25 @@ impl Cluster {
         Ok(())
     }
 
-    /// Removes a pod at once.
+    /// Deletes a pod without grace period.
     pub async fn delete_pod(&self, namespace: &str, name: &str) -> anyhow::Result<()> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         api.delete(name, &DeleteParams::default().grace_period(0)).await?;
         Ok(())
     }
 
-    /// A ConfigMap, as it is.
+    /// Reads a ConfigMap.
     pub async fn get_configmap(&self, namespace: &str, name: &str) -> anyhow::Result<ConfigMap> {
         Ok(Api::namespaced(self.client.clone(), namespace).get(name).await?)
     }
 
-    /// The annotation of a ConfigMap that holds its verdict; `Null` when it has none.
+    /// Verdict annotation of a ConfigMap; `Null` if absent.
     pub async fn status(&self, namespace: &str, name: &str) -> anyhow::Result<Value> {
         let annotations = self.get_configmap(namespace, name).await?.metadata.annotations.unwrap_or_default();
         Ok(annotations.get(STATUS).map_or(Ok(Value::Null), |status| serde_json::from_str(status))?)
     }
 
-    /// What Events say of a ConfigMap: type, reason and note of each.
+    /// Type, reason and note of each Event about a ConfigMap.
     pub async fn events(&self, namespace: &str, name: &str) -> anyhow::Result<Vec<String>> {
         let request = http::Request::get(format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"));
         let list: Value = self.client.request(request.body(Vec::new())?).await?;
@@ -254,14 +249,14 @@ impl Cluster {
         Ok(self.client.request_text(http::Request::get("/metrics").body(Vec::new())?).await?)
     }
 
-    /// Start time of the API server's instance that answers, and its CPU and memory, by its own metrics.
+    /// Start time, CPU and memory of the API server, from its metrics.
     pub async fn server_usage(&self) -> anyhow::Result<(String, Usage)> {
         let text = self.metrics().await?;
         let value = |name: &str| {
             let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
             value.with_context(|| format!("the API server has no metric {name}"))
         };
-        // Numbers come as `1.2e+06`.
+        // The value may be written as `1.2e+06`.
         let memory: f64 = value("process_resident_memory_bytes")?.parse()?;
         let rss: u64 = format!("{memory:.0}").parse()?;
         let cpu = Duration::try_from_secs_f64(value("process_cpu_seconds_total")?.parse()?)?;
@@ -269,7 +264,7 @@ impl Cluster {
         Ok((started, Usage { rss, peak: rss, cpu, children: Duration::ZERO, kernel: 0 }))
     }
 
-    /// The sum of the API server's own metric over the samples with these labels; 0 where it has none of them.
+    /// Sum of a metric over samples with these labels; 0 without any.
     pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<u64> {
         let text = self.metrics().await?;
         anyhow::ensure!(text.contains(&format!("# TYPE {name} ")), "the API server has no metric {name}");
@@ -278,12 +273,11 @@ impl Cluster {
             line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{'))
                 && labels.iter().all(|label| line.contains(label))
         });
-        // Large ones come as `1.2e+06`.
         let sum: f64 = samples.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
         Ok(format!("{sum:.0}").parse()?)
     }
 
-    /// Counts the changes of pods from now on, by a watch of its own, and shows each pod that was made or changed.
+    /// Counts pod changes from now on; `show` receives added and modified pods.
     pub async fn count_pod_events(
         &self,
         show: impl Fn(&ObjectMeta) + Send + 'static,
@@ -299,7 +293,7 @@ impl Cluster {
         let counted = Arc::clone(&count);
         let task = tokio::spawn(async move {
             while let Some(Ok(event)) = events.next().await {
-                // A deletion is told twice: that it begins, and that it is done.
+                // A deletion sends two events: its beginning and its end.
                 let begins =
                     matches!(&event, WatchEvent::Modified(pod) if pod.metadata.deletion_timestamp.is_some());
                 counted.fetch_add(u64::from(!begins), Ordering::Relaxed);
@@ -311,7 +305,7 @@ impl Cluster {
         Ok(PodEvents { count, task })
     }
 
-    /// All pods as they should lie at `data.kubernetes.pods`: by namespace and name, without managedFields.
+    /// Pods as expected at `data.kubernetes.pods`.
     pub async fn pods(&self, ignored: &[&str]) -> anyhow::Result<Value> {
         let request = http::Request::get("/api/v1/pods").body(Vec::new())?;
         let list: Value = self.client.request(request).await?;

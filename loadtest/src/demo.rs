@@ -1,4 +1,4 @@
-//! The hands-on: a policy, an edit, a pod, data, an OPA that dies, each on real components, with its time.
+//! `demo`: a walk through policies, edits, data and restarts, with times.
 
 use std::time::{Duration, Instant};
 
@@ -14,10 +14,8 @@ const GUEST_TOO: &str = "package example\n\ndefault allow := false\n\nallow if i
 const UNCOMPILABLE: &str = "package example\n\nallow if data.roles.no_such_function(input.user)\n";
 const ROLES: &str = r#"{"admin": ["read", "write"], "guest": ["read"]}"#;
 
-/// Modules beside which an edit is timed.
 const MODULES: usize = 100;
 
-/// Runs the steps, printing each with its result; ends by itself.
 pub(crate) async fn run() -> anyhow::Result<()> {
     for name in ["opa-hub", "opa-hub-agent"] {
         program(name)?;
@@ -120,7 +118,6 @@ pub(crate) async fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The annotation of the policy's ConfigMap, once it says `expected`.
 async fn verdict(cluster: &Cluster, expected: &str) -> anyhow::Result<Value> {
     let said = eventually("the verdict", async || {
         let said = cluster.status(NAMESPACE, "example").await.map_err(|error| error.to_string())?;

@@ -1,4 +1,4 @@
-//! The lab from the command line.
+//! Command line of the lab.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -25,17 +25,15 @@ use opa_hub_loadtest::lab::{ControlPlane, assets};
 
 use self::scenario::{catchup, churn, failover, fanout, restart, slow, soak, start, tenant};
 
-/// The lab of opa-hub: real etcd, kube-apiserver, kubectl and OPA, built once from their Go modules, run as child
-/// processes on loopback, gone when the command ends.
+/// The lab of opa-hub: etcd, kube-apiserver, kubectl and OPA on loopback, built once from their Go modules
 #[derive(Parser)]
 #[command(version, name = "opa-hub-loadtest")]
 struct Cli {
-    /// Use the cluster of this file, kind included, instead of the lab's; needs --create-pods. Its API server is measured
-    /// by its own metrics
+    /// Use this cluster instead of the lab's; needs --create-pods. API server usage is read from its metrics
     #[arg(long, global = true, value_name = "FILE")]
     kubeconfig: Option<std::path::PathBuf>,
-    /// Create pods in the cluster of --kubeconfig, in namespaces of their own, which are removed in the end. Nothing
-    /// schedules them, but all that watches pods of all namespaces receives them, production OPAs included
+    /// Create pods in the cluster of --kubeconfig, in namespaces that are removed at the end. They are never
+    /// scheduled, but every watch of all pods receives them, including production OPAs
     #[arg(long, global = true)]
     create_pods: bool,
     #[command(subcommand)]
@@ -44,36 +42,36 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Find or build the components; the last line on stdout is the folder that holds them
+    /// Find or build the components; print their folder on the last line of stdout
     Assets,
-    /// Keep a control plane up until Ctrl-C; prints how to reach it
+    /// Run a control plane until Ctrl-C; print its kubeconfig
     Lab,
-    /// Measure what many pods cost in OPA, agent and hub, whole and cut down to what policies read
+    /// Measure memory with whole objects and with the fields that policies read
     Memory(memory::Options),
-    /// Many agents: one change at a time, then as many as go, beside a thread that only writes
+    /// Measure delivery to many agents: single changes, then maximum throughput
     Fanout(fanout::Options),
-    /// Pods change on a real API server: what that costs it by who listens, and how long until OPAs decide by it
+    /// Measure API server load and time to decision while pods change
     Churn(churn::Options),
-    /// OPAs from cold, joins at once, snapshots after a change
+    /// Measure cold starts of OPAs, simultaneous joins, and snapshots after a change
     Start(start::Options),
-    /// kill -9 of the hub, the agents, the OPAs and the API server
+    /// Kill and restart the hub, the agents, the OPAs and the API server
     Restart(restart::Options),
-    /// kill -9 of a hub with many agents: another replica, and the same one started again
+    /// Kill the hub of many agents: fail over to a replica, or restart the hub
     Failover(failover::Options),
-    /// Agents that read slowly or not at all, and what that costs the others
+    /// Measure the cost of slow and stalled agents
     Slow(slow::Options),
-    /// An agent thousands of changes behind, while its OPA is asked
+    /// Measure an agent that resumes thousands of changes behind
     Catchup(catchup::Options),
-    /// Changes at a rate for minutes
+    /// Apply changes at a constant rate for minutes
     Soak(soak::Options),
-    /// Two bundles of one hub: one tenant attacks it, the other one works as before
+    /// Serve two tenants, one of which attacks the hub
     Tenant(tenant::Options),
-    /// Write tables and pictures anew from results that were kept, and one table of all goals; fails when one is missed
+    /// Regenerate tables and charts from stored results; fail if a goal is missed
     Report {
-        /// Where they were kept
+        /// Folder of stored results
         dir: std::path::PathBuf,
     },
-    /// What `fanout` compares with
+    /// Serve the socket writer that `fanout` compares with
     #[command(hide = true)]
     Raw {
         #[arg(long)]
@@ -81,7 +79,7 @@ enum Command {
         #[arg(long)]
         bytes: usize,
     },
-    /// Walk through everything on a real cluster with one OPA and one agent
+    /// Walk through all features with one OPA and one agent
     Demo,
 }
 
@@ -91,7 +89,7 @@ async fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("opa-hub-loadtest: {error:#}");
-            // Not by return: what builds the lab's components on a thread of its own would be waited for.
+            // Returning would wait for the thread that builds components.
             std::process::exit(1)
         }
     }
@@ -123,7 +121,6 @@ async fn run() -> anyhow::Result<()> {
         ended = perform(command) => ended,
         stopped = signal() => stopped.and_then(|()| if is_lab { Ok(()) } else { Err(anyhow::anyhow!("stopped")) }),
     };
-    // Whatever came of it, nothing stays behind.
     let removed = ControlPlane::renew_guests().await;
     if ended.is_err()
         && let Err(error) = &removed

@@ -1,4 +1,4 @@
-//! `memory`: what many pods cost in OPA, agent and hub, with whole objects and with the fields that policies read.
+//! `memory`: memory and delays with whole objects and with the fields that policies read.
 
 mod picture;
 mod world;
@@ -19,37 +19,33 @@ pub(crate) use self::world::fill;
 use self::world::{Stage, World};
 use crate::scenario::at_least;
 
-/// OPA's collector gives memory back while it is idle and while it works: it is measured after this pause and after the
-/// label changes.
+/// OPA's garbage collector frees memory while idle.
 const OPA_SETTLES: Duration = Duration::from_secs(10);
-/// What the hub accounts for of its resident memory.
+/// Ratio of accounted to resident memory.
 const ACCOUNTED: std::ops::RangeInclusive<f64> = 0.8..=1.2;
-/// Pods that are rolled out.
 const ROLLED_OUT: usize = 20;
 
-/// What is measured, and where the results go.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Pods, 10 KB each as the API server serves them
+    /// Pods of 10 KB each
     #[arg(long, default_value_t = 30_000, value_parser = at_least::<2>)]
     pods: usize,
-    /// Where the pods are
+    /// Source of the pods
     #[arg(long, value_enum, default_value = "folder")]
     source: SourceKind,
-    /// Label changes that are timed
+    /// Timed label changes
     #[arg(long, default_value_t = 50, value_parser = at_least::<1>)]
     changes: usize,
-    /// Write memory-SOURCE.json, .md and .svg here
+    /// Write memory-SOURCE.json, .md and .svg to this folder
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
 
-/// Where objects come from.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SourceKind {
-    /// A folder of manifests
+    /// Folder of manifests
     Folder,
-    /// A real API server, filled first: about 4 minutes for 30,000 pods
+    /// API server, filled first: about 4 minutes for 30,000 pods
     Cluster,
 }
 
@@ -62,13 +58,11 @@ impl SourceKind {
     }
 }
 
-/// What came of one choice of fields.
 struct Measured {
     fields: &'static str,
     hub_ready: Duration,
     hub_cpu: Duration,
     hub: Usage,
-    /// As the hub counts it.
     hub_accounted: u64,
     snapshot: u64,
     load: Duration,
@@ -85,7 +79,7 @@ struct Measured {
 }
 
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
-    // Not within what is timed.
+    // Builds are not timed.
     for name in ["opa-hub", "opa-hub-agent"] {
         program(name)?;
     }
@@ -169,7 +163,7 @@ fn usage(process: Option<&Process>) -> anyhow::Result<Usage> {
     process.context("it runs")?.usage()
 }
 
-/// Times from the edit of a pod's label to OPA's data, sorted, and the hub's processor time a change.
+/// Sorted times from label edit to OPA's data, and the hub's CPU time per change.
 async fn label_changes(
     world: &World,
     hub: &Hub,
@@ -196,7 +190,6 @@ async fn label_changes(
     Ok((times, cpu / u32::try_from(changes)?))
 }
 
-/// Time from an edit that makes a policy read one field more to its first decision.
 async fn policy_edit(world: &World, opa: &Opa, fields: &str) -> anyhow::Result<Duration> {
     let pod = Nth(1);
     let started = Instant::now();
@@ -210,7 +203,6 @@ async fn policy_edit(world: &World, opa: &Opa, fields: &str) -> anyhow::Result<D
     Ok(started.elapsed())
 }
 
-/// Pods come, are bound, started, ready, and go, one after the other.
 async fn rollout(world: &World, hub: &Hub) -> anyhow::Result<()> {
     for at in 0..ROLLED_OUT {
         for stage in [Stage::Posted, Stage::Bound, Stage::Started, Stage::Ready, Stage::Gone] {
@@ -226,7 +218,6 @@ async fn rollout(world: &World, hub: &Hub) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a row shows of a column.
 type Cell<'a> = &'a dyn Fn(&Measured) -> String;
 
 fn table(options: &Options, all: &Measured, auto: &Measured) -> String {

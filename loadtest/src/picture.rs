@@ -1,5 +1,4 @@
-//! Delays as a picture: percentiles to the right, a logarithmic scale of milliseconds upwards, a line for each who was
-//! measured.
+//! Line chart of delay percentiles on a logarithmic scale.
 
 use std::fmt::Write as _;
 
@@ -13,7 +12,6 @@ const TOP: f64 = 48.0;
 const BOTTOM: f64 = 40.0;
 const COLOURS: [&str; 6] = ["#1f7a5c", "#9aa7b4", "#b4552d", "#3465a4", "#8a5fa8", "#a08030"];
 
-/// An SVG that reads on light and on dark ground.
 pub(crate) fn curves(title: &str, lines: &[(String, &[f64])]) -> String {
     let values = || lines.iter().flat_map(|(_, curve)| curve.iter().copied());
     let low = 10_f64.powf(values().fold(f64::MAX, f64::min).max(0.01).log10().floor());
@@ -22,7 +20,7 @@ pub(crate) fn curves(title: &str, lines: &[(String, &[f64])]) -> String {
         let share = (ms.max(low) / low).log10() / (high / low).log10();
         HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
     };
-    // Each nine of the percentiles is as wide as the one before.
+    // Every further nine of a percentile has equal width.
     let x = |percent: f64| {
         let nines = |percent: f64| -(1.0 - percent / 100.0).max(0.00005).log10();
         LEFT + nines(percent) / nines(100.0) * (WIDTH - LEFT - RIGHT)

@@ -1,5 +1,4 @@
-//! Real OPAs that are asked for a decision, again and again, which shows the change that they have: from the moment that it
-//! was due to the decision.
+//! Probes of real OPAs: the time from a due change to its decision.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -13,29 +12,23 @@ use tokio::task::JoinSet;
 
 use crate::histogram::Histogram;
 
-/// Between two questions, while there is something to wait for.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// Rules that decide by a pod's labels, for the namespace and the name in their input.
 pub(crate) const RULE: &str = "package load
 
 round := data.kubernetes.pods[input.namespace][input.name].metadata.labels.round
 
 app := data.kubernetes.pods[input.namespace][input.name].metadata.labels.app
 ";
-/// Fields that these rules read, as JSON pointers into a pod.
+/// As JSON pointers.
 pub(crate) const READS: &[&str] = &["/metadata/labels/round", "/metadata/labels/app"];
-/// Where that rule is asked for.
 pub(crate) const DECISION: &str = "/load/round";
 
-/// The input for a pod.
 pub(crate) fn input(nth: Nth) -> Value {
     json!({ "namespace": nth.namespace(), "name": nth.name() })
 }
 
-/// Asks OPAs to decide by one pod's label.
 pub(crate) struct Probes {
-    /// Each is told the changes of that pod, and when they were due.
     wanted: Vec<UnboundedSender<(u64, Instant)>>,
     _asking: JoinSet<()>,
     pub(crate) delays: Arc<Histogram>,
@@ -43,7 +36,6 @@ pub(crate) struct Probes {
 }
 
 impl Probes {
-    /// Of the OPAs at these addresses, by this pod.
     pub(crate) fn start(opas: &[String], nth: Nth) -> anyhow::Result<Self> {
         let body = json!({ "input": input(nth) }).to_string();
         let mut wanted = Vec::new();
@@ -78,12 +70,10 @@ impl Probes {
         Ok(Self { wanted, _asking: asking, delays, held })
     }
 
-    /// The pod has the change `number` from now on, which was due then.
     pub(crate) fn expect(&self, number: u64, due: Instant) {
         self.wanted.iter().for_each(|wanted| _ = wanted.send((number, due)));
     }
 
-    /// Whether every OPA has the change `number`.
     pub(crate) fn have(&self, number: u64) -> bool {
         self.held.iter().all(|held| held.load(Relaxed) >= number)
     }

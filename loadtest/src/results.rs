@@ -1,5 +1,4 @@
-//! What a scenario measured: figures by who was measured, run by run. Kept as JSON, shown as a Markdown table of
-//! medians with the goals below it, and drawn.
+//! Results of a scenario: stored as JSON, rendered as a table of medians with goals, and a chart.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -13,50 +12,40 @@ use serde::{Deserialize, Serialize};
 use crate::histogram::Histogram;
 use crate::picture;
 
-/// The table of all goals that [`report`] writes.
 const SUMMARY: &str = "README.md";
 
-/// All runs of a scenario.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Results {
-    /// Its name, and that of its files.
     pub(crate) scenario: String,
-    /// What was done, in a sentence.
     pub(crate) what: String,
-    /// What does it again.
     pub(crate) command: String,
-    /// The machine, and what ran on it.
     pub(crate) machine: String,
-    /// The code and the day of the first run.
     #[serde(default)]
     pub(crate) version: Version,
     pub(crate) goals: Vec<Goal>,
     pub(crate) runs: Vec<Vec<Measured>>,
 }
 
-/// The code that was measured.
 #[derive(Serialize, Deserialize, Clone, Default)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Version {
-    /// The commit; `None` outside a repository.
+    /// `None` outside a repository.
     #[serde(default)]
     commit: Option<String>,
-    /// Whether files differed from it.
     #[serde(default)]
     is_changed: bool,
-    /// The day, as `2026-11-25`.
+    /// Such as `2026-11-25`.
     #[serde(default)]
     date: String,
 }
 
-/// What came of one who was measured in one run.
 #[derive(Serialize, Deserialize, Clone, Default)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Measured {
     pub(crate) who: String,
     pub(crate) figures: Vec<Figure>,
-    /// Delays in milliseconds at the percents of [`CURVE`], by name.
+    /// Milliseconds at the percentiles of [`CURVE`], by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) curves: BTreeMap<String, Vec<f64>>,
 }
@@ -68,7 +57,7 @@ pub(crate) struct Figure {
     pub(crate) value: f64,
 }
 
-/// A bound on a figure, or on its ratio to that of somebody else in the same run.
+/// Upper bound of a figure, or of its ratio to another subject in the same run.
 #[derive(Serialize, Deserialize, Clone)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Goal {
@@ -79,9 +68,7 @@ pub(crate) struct Goal {
     pub(crate) relative_to: Option<String>,
 }
 
-/// What came of a goal.
 struct Judgement {
-    /// The median of the runs, and between which values they lie.
     found: String,
     bound: String,
     verdict: Verdict,
@@ -94,7 +81,6 @@ enum Verdict {
     NotMeasured,
 }
 
-/// Where curves are sampled.
 pub(crate) const CURVE: [f64; 12] = [1.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.99, 100.0];
 
 impl Measured {
@@ -102,14 +88,13 @@ impl Measured {
         Self { who: who.to_owned(), ..Self::default() }
     }
 
-    /// What came of nothing (a share of no deliveries, say) is not measured.
+    /// Skips non-finite values, such as a share of zero deliveries.
     pub(crate) fn add(&mut self, name: &str, unit: &str, value: f64) {
         if value.is_finite() {
             self.figures.push(Figure { name: name.to_owned(), unit: unit.to_owned(), value });
         }
     }
 
-    /// Adds the percentiles of `delays` under this name, if there are any.
     pub(crate) fn add_delays(&mut self, name: &str, delays: &Histogram) {
         if delays.count() == 0 {
             return;
@@ -127,17 +112,14 @@ impl Measured {
 }
 
 impl Goal {
-    /// `figure` of `who` is at most this.
     pub(crate) fn at_most(who: &str, figure: &str, at_most: f64) -> Self {
         Self { who: who.to_owned(), figure: figure.to_owned(), at_most, relative_to: None }
     }
 
-    /// … times that of `other`.
     pub(crate) fn times(self, other: &str) -> Self {
         Self { relative_to: Some(other.to_owned()), ..self }
     }
 
-    /// What `run` has to say to it.
     fn of(&self, run: &[Measured]) -> Option<f64> {
         let value = |who: &str| run.iter().find(|of| of.who == who)?.value(&self.figure);
         let own = value(&self.who)?;
@@ -163,7 +145,7 @@ impl Goal {
         };
         let (low, high) =
             found.iter().fold((f64::MAX, f64::MIN), |(low, high), f| (low.min(*f), high.max(*f)));
-        // Both sides of a ratio were disturbed alike; a limit is one in each run.
+        // Noise affects both sides of a ratio, so its median counts.
         let decisive = if unit == "×" { middle } else { high };
         let verdict = if decisive <= self.at_most { Verdict::Met } else { Verdict::Missed };
         let spread =
@@ -183,19 +165,17 @@ impl std::fmt::Display for Verdict {
 }
 
 impl Results {
-    /// Nothing yet.
     pub(crate) fn new(scenario: &str, what: String, command: String, goals: Vec<Goal>) -> Self {
         let (scenario, machine) = (scenario.to_owned(), machine());
         Self { scenario, what, command, machine, version: Version::now(), goals, runs: Vec::new() }
     }
 
-    /// Reads what was kept.
     fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read(path)?;
         serde_json::from_slice(&text).with_context(|| format!("{} holds no results", path.display()))
     }
 
-    /// Takes a run, and keeps all so far in `out`: what comes later may fail.
+    /// Stores all results so far: a later run may fail.
     pub(crate) fn push(&mut self, run: Vec<Measured>, out: Option<&Path>) -> anyhow::Result<()> {
         self.runs.push(run);
         let Some(out) = out else { return Ok(()) };
@@ -205,7 +185,6 @@ impl Results {
         self.draw(out)
     }
 
-    /// Prints the table.
     pub(crate) fn finish(&self, out: Option<&Path>) {
         println!("{}", self.table());
         if let Some(out) = out {
@@ -213,7 +192,6 @@ impl Results {
         }
     }
 
-    /// Writes the table and the picture into `out`.
     fn draw(&self, out: &Path) -> anyhow::Result<()> {
         std::fs::write(out.join(format!("{}.md", self.scenario)), self.table())?;
         let medians = self.medians();
@@ -227,7 +205,6 @@ impl Results {
         Ok(())
     }
 
-    /// Of each figure of each who was measured, over the runs.
     fn medians(&self) -> Vec<Measured> {
         let of = |who: &Measured| {
             let runs: Vec<_> =
@@ -249,7 +226,7 @@ impl Results {
         };
         let mut all: Vec<&Measured> = Vec::new();
         for who in self.runs.iter().flatten() {
-            // A peer may have failed in one run and not in another.
+            // A baseline may fail in one run only.
             if !all.iter().any(|of| of.who == who.who) {
                 all.push(who);
             }
@@ -296,7 +273,6 @@ impl Results {
 }
 
 impl Version {
-    /// The code as it lies here, today.
     fn now() -> Self {
         let date = k8s_openapi::jiff::Timestamp::now().to_string();
         let date = date.split('T').next().unwrap_or_default().to_owned();
@@ -307,7 +283,6 @@ impl Version {
         }
     }
 
-    /// Whether programs have changed since.
     fn is_old(&self) -> bool {
         let Some(commit) = &self.commit else { return true };
         let changes = ["diff", "--name-only", commit, "HEAD", "--", "hub/src", "agent/src", "proto/src"];
@@ -323,7 +298,6 @@ impl std::fmt::Display for Version {
     }
 }
 
-/// The output of git in this repository; `None` where that is empty or git fails.
 fn git(args: &[&str]) -> Option<String> {
     let output =
         Command::new("git").current_dir(env!("CARGO_MANIFEST_DIR")).arg("-C").arg("..").args(args).output();
@@ -332,14 +306,13 @@ fn git(args: &[&str]) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
-/// Writes tables and pictures anew from what is kept in `dir`, and one table of all goals, which is printed. Says how
-/// many are missed.
+/// Returns the number of missed goals.
 pub(crate) fn report(dir: &Path) -> anyhow::Result<usize> {
     let files = std::fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
     let mut files: Vec<_> = files.map(|file| file.map(|file| file.path())).collect::<Result<_, _>>()?;
     files.sort_unstable();
     files.retain(|file| file.extension().is_some_and(|kind| kind == "json"));
-    // What `memory` keeps is of another kind.
+    // `memory` stores another format.
     files.retain(|file| !file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("memory-")));
     anyhow::ensure!(!files.is_empty(), "{} holds no results", dir.display());
     let mut text = "| goal | at most | found | | command | of |\n|---|--:|--:|---|---|---|\n".to_owned();
@@ -366,7 +339,6 @@ pub(crate) fn report(dir: &Path) -> anyhow::Result<usize> {
     Ok(missed)
 }
 
-/// What figures depend on.
 fn machine() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -380,7 +352,6 @@ fn machine() -> String {
     format!("{build}{cores} cores, {gigabytes} GiB, Linux {}; {}", kernel.trim(), assets::versions())
 }
 
-/// The middle value, or halfway between the two that are.
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let upper = *values.get(values.len() / 2)?;
@@ -393,7 +364,7 @@ fn shown(value: f64, unit: &str) -> String {
 }
 
 fn digits(value: f64) -> String {
-    // No minus before nothing.
+    // Turns -0 into 0.
     let value = value + 0.0;
     if value.abs() >= 100.0 || value.fract().abs() < f64::EPSILON {
         format!("{value:.0}")
@@ -423,7 +394,7 @@ mod tests {
             Goal::at_most("ours", "share of nothing", 1.0),
         ];
         let mut results = Results::new("x", "Ten agents".into(), "opa-hub-loadtest x".into(), goals);
-        // The ratio is one within a run: 1.4, not 150 by 100.
+        // Ratios are per run.
         for (ours, raw) in [(100.0, 100.0), (140.0, 100.0), (150.0, 80.0), (900.0, 1000.0)] {
             results.runs.push(vec![measured("ours", ours), measured("raw", raw)]);
         }

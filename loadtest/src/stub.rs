@@ -1,5 +1,4 @@
-//! An API server that only lists and watches pods, for runs that measure the hub alone: a real one tops out near 100
-//! changes a second on two cores.
+//! A fake API server with pods. Real ones reach only 100 changes per second on two cores.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
@@ -20,12 +19,9 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// Seconds that a watch lasts whose client does not say it.
 const WATCH_SECONDS: u64 = 300;
 
-/// See the module's text.
 pub(crate) struct Stub {
-    /// For the hub.
     pub(crate) kubeconfig: PathBuf,
     pods: Pods,
     server: JoinHandle<()>,
@@ -39,36 +35,32 @@ type Make = fn(usize, u64, u64) -> Value;
 struct Shared {
     make: Make,
     state: Mutex<World>,
-    /// How many events there are.
     events: watch::Sender<usize>,
 }
 
 #[derive(Default)]
 struct World {
     pods: BTreeMap<usize, Value>,
-    /// The newest.
     events: VecDeque<Bytes>,
-    /// How many there were before them.
+    /// Number of evicted events.
     gone: usize,
 }
 
-/// Events that are kept for watches: half a minute of the fastest runs.
+/// Half a minute of the fastest runs.
 const EVENTS_MAX: usize = 50_000;
 
 impl World {
-    /// Of the newest event.
     fn version(&self) -> usize {
         self.gone + self.events.len()
     }
 }
 
 impl Stub {
-    /// Serves this many pods of about 300 bytes in namespaces of 100.
+    /// Pods have about 300 bytes.
     pub(crate) async fn start(dir: &Path, pods: usize) -> anyhow::Result<Self> {
         Self::of(dir, pods, object).await
     }
 
-    /// Serves this many pods that `make` makes of their number, that of their last change, and their version.
     pub(crate) async fn of(dir: &Path, pods: usize, make: Make) -> anyhow::Result<Self> {
         let shared = Shared { make, state: Mutex::default(), events: watch::Sender::new(0) };
         let served = Pods(Arc::new(shared));
@@ -92,7 +84,7 @@ impl Stub {
         Ok(Self { kubeconfig, pods: served, server })
     }
 
-    /// All pods, by namespace and name, as they should lie at `data.kubernetes.pods`.
+    /// Pods as expected at `data.kubernetes.pods`.
     pub(crate) fn pods(&self) -> Value {
         let world = self.pods.0.state.lock().unwrap_or_else(PoisonError::into_inner);
         let mut all = json!({});
@@ -103,14 +95,12 @@ impl Stub {
         all
     }
 
-    /// Path of the status of `pod` below `data`, in OPA.
     pub(crate) fn path(&self, pod: usize) -> String {
         let object = (self.pods.0.make)(pod, 0, 0);
         let of = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
         format!("/kubernetes/pods/{}/{}/status", of("namespace"), of("name"))
     }
 
-    /// Gives `pod` the number of the change that this is.
     pub(crate) fn change(&self, pod: usize, number: u64) {
         self.pods.put(pod, number);
     }
@@ -127,7 +117,7 @@ impl Pods {
         let mut world = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
         let object = (self.0.make)(pod, number, world.version() as u64 + 1);
         let kind = if world.pods.contains_key(&pod) { "MODIFIED" } else { "ADDED" };
-        // In the order that API servers write.
+        // In an API server's field order.
         world.events.push_back(format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n").into());
         world.pods.insert(pod, object);
         if world.events.len() > EVENTS_MAX {
@@ -143,7 +133,7 @@ impl Pods {
         list("PodList", &items, world.version())
     }
 
-    /// The events behind the first `from`, in one piece, and how many there are then; none when they are not all kept.
+    /// Events from index `from` and their new count; `None` if some were evicted.
     fn after(&self, from: usize) -> Option<(Bytes, usize)> {
         let world = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
         let news: Vec<_> = world.events.iter().skip(from.checked_sub(world.gone)?).cloned().collect();
@@ -151,7 +141,6 @@ impl Pods {
     }
 }
 
-/// A pod of 300 bytes that shows the `number` of its last change.
 pub(crate) fn object(pod: usize, number: u64, version: u64) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Pod",
@@ -163,12 +152,11 @@ pub(crate) fn object(pod: usize, number: u64, version: u64) -> Value {
     })
 }
 
-/// A pod of 10 KB that shows the `number` of its last change.
 pub(crate) fn large_object(pod: usize, number: u64, version: u64) -> Value {
     let mut object = Nth(pod).served();
     object["metadata"]["resourceVersion"] = version.to_string().into();
     object["metadata"]["labels"]["round"] = number.to_string().into();
-    // The hub leaves them out.
+    // The hub drops these.
     object["metadata"].as_object_mut().and_then(|metadata| metadata.remove("managedFields"));
     object
 }
@@ -211,7 +199,6 @@ async fn none(Query(asked): Query<BTreeMap<String, String>>) -> Response {
     watched(&asked, stream::pending())
 }
 
-/// As an API server says it.
 async fn unknown() -> Response {
     (StatusCode::NOT_FOUND, Json(refusal(404, "NotFound", "only pods are served here"))).into_response()
 }
@@ -222,7 +209,7 @@ fn refusal(code: u16, reason: &str, message: &str) -> Value {
     })
 }
 
-/// These events until the watch is over: its orderly end proves that the server is there.
+/// An orderly end proves that the server is alive.
 fn watched(
     asked: &BTreeMap<String, String>,
     events: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static,

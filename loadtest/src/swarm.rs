@@ -1,7 +1,5 @@
-//! Thousands of agents in one process, from many loopback addresses, by the protocol of real ones: each holds the
-//! digests of its directories, resumes, reconciles and fails over, and counts a change as delivered when the digest
-//! over those that a frame leaves is the one that the hub promised, as real agents do. Some are witnesses: they hold
-//! what OPA would, so that it can be compared with what the source has.
+//! Thousands of simulated agents, which verify every frame's digest. Some are verifiers: they store the content too,
+//! to compare with the source.
 
 mod agent;
 mod content;
@@ -25,30 +23,22 @@ use self::agent::Agent;
 use self::content::{Digests, digest, take_archive};
 use crate::histogram::Histogram;
 
-/// Connections that are opened at a time.
 const OPENING: usize = 256;
-/// Witnesses of a swarm.
 const WITNESSES: usize = 20;
 
-/// Whole objects, for [`Swarm::astray`].
+/// Whole objects, for [`Swarm::mismatches`].
 pub(crate) const WHOLE: &[&str] = &[""];
-/// Maximum time until the witnesses have what is under way.
 const SETTLE: Duration = Duration::from_secs(5);
-/// Pause between two comparisons meanwhile.
 const COMPARE: Duration = Duration::from_millis(50);
 
-/// How an agent reads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Pace {
-    /// All that comes, as it comes.
     Steady,
-    /// A few bytes now and then.
     Trickling,
-    /// Nothing, until the swarm is told to wake.
+    /// Reads nothing until [`Swarm::wake`].
     Stalled,
 }
 
-/// See the module's text.
 pub(crate) struct Swarm {
     shared: Arc<Shared>,
     agents: JoinSet<anyhow::Result<()>>,
@@ -57,46 +47,38 @@ pub(crate) struct Swarm {
 struct Shared {
     start: Arc<Start>,
     hubs: Vec<SocketAddr>,
-    /// When the change of each number was due.
     due: Schedule,
-    /// The last change that each agent has.
     held: Vec<AtomicU64>,
     delays: Mutex<Arc<Histogram>>,
-    /// What those hold who are witnesses.
     contents: BTreeMap<usize, Mutex<Value>>,
     opening: Semaphore,
     is_awake: watch::Sender<bool>,
     counts: Counts,
-    /// What went wrong at somebody's last try.
     trouble: Mutex<String>,
 }
 
-/// What agents hold at the start.
 pub(crate) struct Start {
     pub(crate) revision: Revision,
     pub(crate) data: DataHead,
     pub(crate) position: Position,
-    /// What policies read of it, in the hub's words.
+    /// Serialised field masks.
     pub(crate) reads: Option<String>,
     pub(crate) content: Value,
 }
 
-/// When changes are due, which are numbered from 1. What is late at the source counts as the server's delay.
+/// Due times of changes, numbered from 1. Delays at the source count as the server's.
 #[derive(Clone)]
 pub(crate) struct Schedule {
     due: Arc<Mutex<Vec<Instant>>>,
-    /// Of each so many one is looked for: where one change may pass another, of those none does.
+    /// Only multiples are measured: other changes may overtake each other.
     every: u64,
 }
 
-/// What the agents did.
 #[derive(Default)]
 pub(crate) struct Counts {
     pub(crate) open: AtomicUsize,
     pub(crate) frames: AtomicU64,
-    /// Operations in those.
     pub(crate) operations: AtomicU64,
-    /// Those of agents that stalled.
     pub(crate) frames_of_stalled: AtomicU64,
     pub(crate) bytes: AtomicU64,
     pub(crate) reconciles: AtomicU64,
@@ -111,24 +93,20 @@ impl Default for Schedule {
 }
 
 impl Schedule {
-    /// One of each so many is looked for.
     pub(crate) fn of_each(every: u64) -> Self {
         Self { due: Arc::default(), every }
     }
 
-    /// The next change is due then. Says its number.
     pub(crate) fn push(&self, at: Instant) -> u64 {
         let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
         due.push(at);
         due.len() as u64
     }
 
-    /// How many there are.
     pub(crate) fn len(&self) -> u64 {
         self.due.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
 
-    /// When the change `number` was due.
     pub(crate) fn at(&self, number: u64) -> Option<Instant> {
         let at = usize::try_from(number.checked_sub(1)?).ok()?;
         self.due.lock().unwrap_or_else(PoisonError::into_inner).get(at).copied()
@@ -145,7 +123,6 @@ impl Schedule {
 }
 
 impl Start {
-    /// What `hub` serves now.
     pub(crate) async fn of(hub: &str) -> anyhow::Result<Self> {
         let http = opa_hub_loadtest::lab::http()?;
         let answer = http.get(format!("{hub}/bundles/main/data")).send().await?.error_for_status()?;
@@ -159,8 +136,6 @@ impl Start {
 }
 
 impl Swarm {
-    /// Opens a stream for each agent at the first of the hubs, some of them with these paces, and waits until all are
-    /// open.
     pub(crate) async fn open(
         start: Arc<Start>,
         hubs: Vec<SocketAddr>,
@@ -189,24 +164,21 @@ impl Swarm {
         }
         let mut swarm = Self { shared, agents };
         swarm.until("every stream is open", |shared| shared.counts.open.load(Relaxed) == count).await?;
-        // Whoever comes back later comes as fast as real ones do.
+        // Backoff alone paces later connections.
         swarm.shared.opening.add_permits(count);
         Ok(swarm)
     }
 
-    /// What the agents did so far.
     pub(crate) fn counts(&self) -> &Counts {
         &self.shared.counts
     }
 
-    /// Delays are counted anew; what was counted so far.
     pub(crate) fn take_delays(&self) -> Arc<Histogram> {
         let mut delays = self.shared.delays.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut delays, Arc::new(Histogram::new()))
     }
 
-    /// Number of witnesses that do not hold the source's pods, by namespace and name, as far as the run made them: each
-    /// pod is a part of the source's, with all that is at these JSON pointers.
+    /// Number of verifiers whose pods are no part of the source's, or differ at these JSON pointers.
     pub(crate) fn astray(&self, source: &Value, fields: &[&str]) -> usize {
         let source = pods::own(source);
         let is_right = |held: &Value, source: &Value| {
@@ -221,7 +193,7 @@ impl Swarm {
         self.shared.contents.values().filter(|content| !holds(content)).count()
     }
 
-    /// Number of witnesses that are [astray](Self::astray) once what is under way has arrived.
+    /// Waits for pending changes first.
     pub(crate) async fn settle(&self, source: &Value, fields: &[&str]) -> usize {
         let until = Instant::now() + SETTLE;
         loop {
@@ -233,24 +205,20 @@ impl Swarm {
         }
     }
 
-    /// How many of the agents from `first` on have the change `number`.
     pub(crate) fn at(&self, number: u64, first: usize) -> usize {
         self.shared.held.iter().skip(first).filter(|held| held.load(Relaxed) >= number).count()
     }
 
-    /// Waits until the agents from `first` on have the change `number`.
     pub(crate) async fn reach(&mut self, number: u64, first: usize) -> anyhow::Result<()> {
         let what = format!("every agent has change {number}");
         let has = |shared: &Shared| shared.held.iter().skip(first).all(|held| held.load(Relaxed) >= number);
         self.until(&what, has).await
     }
 
-    /// Stalled and trickling agents read on as others do.
     pub(crate) fn wake(&self) {
         self.shared.is_awake.send_replace(true);
     }
 
-    /// Fails when an agent met what none must meet.
     pub(crate) fn check(&mut self) -> anyhow::Result<()> {
         match self.agents.try_join_next() {
             Some(ended) => ended?.context("an agent gave up"),
@@ -273,14 +241,13 @@ impl Swarm {
     }
 }
 
-/// Returns true if two maps have the same keys, with values that `is_right`.
 fn is_alike(held: &Value, source: &Value, is_right: impl Fn(&Value, &Value) -> bool) -> bool {
     let (Some(held), Some(source)) = (held.as_object(), source.as_object()) else { return false };
     held.len() == source.len()
         && held.iter().all(|(key, held)| source.get(key).is_some_and(|source| is_right(held, source)))
 }
 
-/// Returns true if `held` is `source`, with members of objects left out.
+/// Whether `found` is `source` with some object members left out.
 fn is_part(held: &Value, source: &Value) -> bool {
     match (held, source) {
         (Value::Object(held), Value::Object(source)) => {

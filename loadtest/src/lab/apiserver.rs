@@ -1,4 +1,4 @@
-//! The control plane: etcd and kube-apiserver, or a cluster that belongs to the user.
+//! The control plane: etcd and kube-apiserver, or an external cluster.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,39 +19,36 @@ use super::{assets, certificates, free_port, given};
 use crate::cluster::Cluster;
 use crate::pods;
 
-/// A user with no rights but those that a test grants.
+/// User without initial rights.
 pub const PLAIN_USER: &str = "plain";
 
 /// A running control plane.
 pub struct ControlPlane {
-    /// For everything that belongs to it.
+    /// Folder of logs, keys and data.
     pub dir: TempDir,
-    /// The folder of the components.
+    /// Folder of the components.
     pub assets: PathBuf,
-    /// For an administrator.
+    /// Administrator's kubeconfig.
     pub kubeconfig: PathBuf,
-    /// For [`PLAIN_USER`]; none in a cluster that was there before.
+    /// Kubeconfig of [`PLAIN_USER`]; `None` for an external cluster.
     pub plain_kubeconfig: Option<PathBuf>,
     own: Option<Own>,
-    /// Start time of the API server that was measured first, where it is not ours.
+    /// Start time of the external API server instance measured first.
     measured: OnceLock<String>,
 }
 
-/// A cluster that belongs to the user.
 pub(super) struct Existing {
     kubeconfig: PathBuf,
-    /// As `v1.37.2`.
+    /// Such as `v1.37.2`.
     pub(super) version: String,
 }
 
 static EXISTING: OnceLock<Existing> = OnceLock::new();
 
-/// The user's cluster; `None` if the lab starts its own.
 pub(super) fn existing() -> Option<&'static Existing> {
     EXISTING.get()
 }
 
-/// What we started ourselves.
 struct Own {
     apiserver: Option<Process>,
     etcd: Etcd,
@@ -60,8 +57,7 @@ struct Own {
 }
 
 impl ControlPlane {
-    /// Uses the cluster of this file from now on, wherever a control plane would be started. Fails if the cluster or
-    /// the user's rights there do not suffice. Pods are guests there.
+    /// Uses this cluster as control plane. Fails if its version or the user's rights do not suffice.
     pub async fn use_cluster(kubeconfig: &Path) -> anyhow::Result<()> {
         super::init();
         let version = given::check(&client(kubeconfig).await?).await?;
@@ -69,7 +65,7 @@ impl ControlPlane {
         Self::renew_guests().await
     }
 
-    /// Removes what was created there, and chooses names that nobody has.
+    /// Removes the run's namespaces from the external cluster and picks a new prefix.
     pub async fn renew_guests() -> anyhow::Result<()> {
         let Some(existing) = existing() else { return Ok(()) };
         if let Some(prefix) = pods::guests() {
@@ -80,12 +76,12 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Starts a control plane, unless [`use_cluster`](Self::use_cluster) named one.
+    /// Starts a control plane, or uses the external cluster.
     pub async fn start() -> anyhow::Result<Self> {
         Self::start_with(&[]).await
     }
 
-    /// The same, with further flags for the API server where it is ours.
+    /// Starts a control plane with these API server flags, ignored by an external cluster.
     pub async fn start_with(flags: &[&str]) -> anyhow::Result<Self> {
         super::init();
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
@@ -109,29 +105,28 @@ impl ControlPlane {
         Ok(plane)
     }
 
-    /// A client with an administrator's rights.
+    /// A client with administrator's rights.
     pub async fn client(&self) -> anyhow::Result<Client> {
         client(&self.kubeconfig).await
     }
 
-    /// A way to the API server that can be shut.
+    /// A proxy to the API server that can block traffic.
     pub async fn valve(&self) -> anyhow::Result<Valve> {
         let own = self.own.as_ref().context("this cluster was there before; the way to it is not ours")?;
         Valve::start(format!("127.0.0.1:{}", own.port)).await
     }
 
-    /// For an administrator, by way of `valve`.
+    /// Administrator's kubeconfig that connects through `proxy`.
     pub fn kubeconfig_through(&self, valve: &Valve) -> anyhow::Result<PathBuf> {
         kubeconfig(self.dir.path(), valve.port, "admin")
     }
 
-    /// What the API server has taken so far; none where it is not ours.
+    /// Usage of the lab's API server; `None` for an external cluster.
     pub fn usage(&self) -> Option<Usage> {
         self.own.as_ref()?.apiserver.as_ref()?.usage().ok()
     }
 
-    /// CPU and memory of the API server until now, by its own metrics where it is not ours; `None` if another instance
-    /// of it answers than before.
+    /// Usage of the API server, for an external cluster from its metrics; `None` after a change of instance.
     pub async fn reported_usage(&self) -> anyhow::Result<Option<Usage>> {
         if self.is_own() {
             return Ok(self.usage());
@@ -140,19 +135,19 @@ impl ControlPlane {
         Ok((*self.measured.get_or_init(|| started.clone()) == started).then_some(usage))
     }
 
-    /// Whether [`stop_apiserver`](Self::stop_apiserver) is possible.
+    /// Whether the lab started, and can stop, the control plane.
     pub fn is_own(&self) -> bool {
         self.own.is_some()
     }
 
-    /// Kills the API server; etcd keeps running.
+    /// Kills the API server; etcd continues to run.
     pub fn stop_apiserver(&mut self) {
         if let Some(own) = &mut self.own {
             own.apiserver = None;
         }
     }
 
-    /// Kills etcd too, does this with its data's folder, and starts both again.
+    /// Runs `act` on etcd's data folder while both servers are stopped.
     pub async fn while_stopped(
         &mut self,
         act: impl FnOnce(&Path) -> std::io::Result<()>,
@@ -165,7 +160,7 @@ impl ControlPlane {
         self.start_apiserver().await
     }
 
-    /// Starts the API server and waits until it serves.
+    /// Starts the API server and waits until ready.
     pub async fn start_apiserver(&mut self) -> anyhow::Result<()> {
         let Some(own) = &mut self.own else {
             bail!("this cluster was there before; it is not ours to restart")
@@ -214,7 +209,6 @@ async fn http_get(client: &Client, path: &str) -> Result<String, String> {
     client.request_text(request).await.map_err(|error| error.to_string())
 }
 
-/// Writes the keys, certificates and tokens of a cluster.
 fn credentials(dir: &Path) -> anyhow::Result<()> {
     certificates::write(dir, "server", &["127.0.0.1", "localhost"])?;
     let accounts = KeyPair::generate()?;

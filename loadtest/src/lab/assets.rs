@@ -1,4 +1,4 @@
-//! Finds the lab's components, or builds them once from Go modules into a cache folder that every clone shares.
+//! Finds the lab's components, or builds them from Go modules into a shared cache.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -14,18 +14,16 @@ use super::apiserver::existing;
 
 const GO_MOD: &str = include_str!("../../lab/go.mod");
 const GO_SUM: &str = include_str!("../../lab/go.sum");
-/// The components, each with the Go package that it is built from. OPA is the first: a cluster of the user needs no other.
+/// OPA is first: an external cluster needs no other.
 const COMPONENTS: [(&str, &str); 4] = [
     ("opa", "github.com/open-policy-agent/opa"),
     ("etcd", "go.etcd.io/etcd/server/v3"),
     ("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
     ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
 ];
-/// Between two lines of progress.
 const PROGRESS: Duration = Duration::from_secs(10);
 
-/// The folder that holds `etcd`, `kube-apiserver`, `kubectl` and `opa`, or `opa` alone beside a cluster of the user.
-/// Blocks; the first time it may build for ten minutes, and says so on stderr.
+/// Folder of the components. Blocks for up to ten minutes of building the first time.
 pub fn folder() -> anyhow::Result<PathBuf> {
     let cache = cache()?;
     let given: Vec<_> = COMPONENTS.iter().map(|(name, _)| given(name)).collect();
@@ -64,7 +62,7 @@ pub fn folder() -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-/// What the components are, in words.
+/// Names and versions of the components.
 pub fn versions() -> String {
     let name = |(name, package): &(&str, &str)| match given(name) {
         Some(path) => format!("{name} of {}", path.display()),
@@ -76,7 +74,6 @@ pub fn versions() -> String {
     COMPONENTS.iter().filter(|(name, _)| *name != "kubectl").map(name).collect::<Vec<_>>().join(", ")
 }
 
-/// A component that the environment already has.
 fn given(name: &str) -> Option<PathBuf> {
     let is_file = |path: &PathBuf| path.is_file();
     if name == "opa" {
@@ -88,7 +85,6 @@ fn given(name: &str) -> Option<PathBuf> {
     Some(PathBuf::from(assets).join(name)).filter(is_file)
 }
 
-/// Names what the folder holds: the versions that are built, the paths that are given.
 fn key(given: &[Option<PathBuf>]) -> String {
     let mut hasher = Sha256::new();
     hasher.update(GO_MOD);
@@ -111,7 +107,7 @@ fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<
     fs::write(module.join("go.mod"), GO_MOD)?;
     fs::write(module.join("go.sum"), GO_SUM)?;
     let version = version(package)?;
-    // The API server needs a version that parses.
+    // The API server requires a version that parses.
     let flags = format!("-s -w -X k8s.io/component-base/version.gitVersion={version}");
     eprintln!("lab: building {name} {version} from its Go module, once");
     let mut command = Command::new("go");
@@ -149,7 +145,6 @@ fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<
     Ok(())
 }
 
-/// The version of the module that `package` belongs to, from the first lines of go.mod that require it.
 fn version(package: &str) -> anyhow::Result<&'static str> {
     let mut requirements = GO_MOD.lines().filter_map(|line| {
         let mut words = line.split_whitespace();

@@ -1,13 +1,13 @@
-//! Checks of a cluster that belongs to the user, before anything is created there.
+//! Checks of an external cluster before any write.
 
 use anyhow::{Context as _, ensure};
 use kube::Client;
 use serde_json::{Value, json};
 
-/// First Kubernetes version that keeps scheduling gates by default. Older ones drop the field and schedule the pods.
+/// First version with scheduling gates; older ones would schedule the pods.
 const GATES_SINCE: (u32, u32) = (1, 27);
 
-/// Rights that load runs need: verb, API group, resource.
+/// Verb, API group, resource.
 const RIGHTS: [(&str, &str, &str); 16] = [
     ("create", "", "namespaces"),
     ("list", "", "namespaces"),
@@ -27,7 +27,6 @@ const RIGHTS: [(&str, &str, &str); 16] = [
     ("update", "coordination.k8s.io", "leases"),
 ];
 
-/// Checks version, rights and Bundle documents, and returns the version.
 pub(super) async fn check(client: &Client) -> anyhow::Result<String> {
     let version =
         client.apiserver_version().await.context("reading the cluster's version failed")?.git_version;
@@ -51,7 +50,7 @@ pub(super) async fn check(client: &Client) -> anyhow::Result<String> {
         "checking rights failed: the user of the kubeconfig may not {}; grant that in all namespaces, as docs/load.md shows",
         missing.join(", ")
     );
-    // The run's hub would serve them, and write their status against the hub that they are for.
+    // The run's hub would serve these documents and overwrite their status.
     let documents = http::Request::get("/apis/opahub.dev/v1alpha1/bundles?limit=1").body(Vec::new())?;
     match client.request::<Value>(documents).await {
         Ok(list) => ensure!(
@@ -74,7 +73,7 @@ async fn may(client: &Client, spec: &Value) -> anyhow::Result<bool> {
     Ok(answer["status"]["allowed"] == true)
 }
 
-/// Compares the version's text, since some servers leave the fields for major and minor empty.
+/// Parses the text: some servers leave major and minor empty.
 fn has_gates(version: &str) -> bool {
     let mut numbers = version.trim_start_matches('v').split('.').map_while(|part| part.parse().ok());
     (numbers.next(), numbers.next()) >= (Some(GATES_SINCE.0), Some(GATES_SINCE.1))

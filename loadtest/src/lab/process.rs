@@ -1,4 +1,4 @@
-//! A child process with a log, gone when it is dropped.
+//! Child processes with a log, killed on drop.
 
 use std::fmt::Display;
 use std::fs::{self, File};
@@ -10,29 +10,28 @@ use anyhow::{Context, bail};
 
 use crate::eventually::eventually;
 
-/// Lines of the log that a failure shows.
 const TAIL: usize = 12;
 
-/// Bytes of a page in `/proc/net/sockstat`: what x86-64 has, and what most kernels for ARM are built with.
+/// Page size of x86-64 and most ARM kernels.
 const PAGE: u64 = 4096;
 
-/// What a process takes.
+/// Resource usage of a process.
 #[derive(Clone, Copy, Debug)]
 pub struct Usage {
-    /// Bytes of memory now.
+    /// Resident memory, in bytes.
     pub rss: u64,
-    /// The most that it ever had.
+    /// Maximum resident memory, in bytes.
     pub peak: u64,
-    /// Of one core, in steps of 10 ms (`USER_HZ` is 100 on Linux).
+    /// CPU time, in steps of 10 ms (`USER_HZ` is 100 on Linux).
     pub cpu: Duration,
-    /// The same of its children that ended.
+    /// CPU time of children that ended.
     pub children: Duration,
-    /// Bytes that the kernel holds for sockets and other objects, of all processes of the machine: a process's share
-    /// shows only in a cgroup of its own. Zero if it runs elsewhere.
+    /// Slabs and socket buffers of the whole machine, in bytes; zero for a remote process. The share of one process is
+    /// not available outside a cgroup.
     pub kernel: u64,
 }
 
-/// See the module's text.
+/// A child process with a log.
 pub struct Process {
     name: String,
     child: Child,
@@ -40,7 +39,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command`, its output appended to `<dir>/<name>.log`.
+    /// Starts `command`; its output is appended to `<dir>/<name>.log`.
     pub fn start(name: &str, dir: &Path, command: &mut Command) -> anyhow::Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log)?;
@@ -49,7 +48,7 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, log })
     }
 
-    /// Tries until it succeeds; fails at once, with the end of its log, when the process ends.
+    /// Retries until success; fails at once, with the end of the log, if the process ends.
     pub async fn until<T, E: Display>(
         &mut self,
         what: &str,
@@ -58,7 +57,7 @@ impl Process {
         let ended = std::cell::Cell::new(None);
         let attempt = async || match self.child.try_wait() {
             Ok(None) => attempt().await.map(Some).map_err(|error| error.to_string()),
-            // Success, so that nobody waits on.
+            // `Ok` ends the retries.
             Ok(Some(status)) => Ok(ended.replace(Some(status)).and(None)),
             Err(error) => Err(error.to_string()),
         };
@@ -67,34 +66,34 @@ impl Process {
         value.with_context(tail)
     }
 
-    /// How it ended, and what it said last; none while it runs.
+    /// Exit status and last log lines; `None` while running.
     pub fn has_ended(&mut self) -> Option<anyhow::Error> {
         let status = self.child.try_wait().ok()??;
         Some(anyhow::anyhow!("{} ended with {status}:\n{}", self.name, self.tail()))
     }
 
-    /// Kills it as `kill -9` does, and waits until it is gone.
+    /// Sends SIGKILL and waits for the end.
     pub fn kill(&mut self) {
-        // Both fail only when it is gone already.
+        // Both fail only after the process has ended.
         _ = self.child.kill();
         _ = self.child.wait();
     }
 
-    /// Stops it as `kill -STOP` does: it hangs, and its connections stay open.
+    /// Sends SIGSTOP: connections stay open.
     pub fn suspend(&self) -> anyhow::Result<()> {
         let status = Command::new("kill").args(["-STOP", &self.child.id().to_string()]).status()?;
         anyhow::ensure!(status.success(), "cannot suspend {}", self.name);
         Ok(())
     }
 
-    /// Tells it to stop, as Kubernetes does.
+    /// Sends SIGTERM, as Kubernetes does.
     pub fn terminate(&self) -> anyhow::Result<()> {
         let status = Command::new("kill").arg(self.child.id().to_string()).status()?;
         anyhow::ensure!(status.success(), "cannot stop {}", self.name);
         Ok(())
     }
 
-    /// Waits until it has ended.
+    /// Waits until the process has ended.
     pub async fn ended(&mut self) -> anyhow::Result<()> {
         let name = self.name.clone();
         let ended = async || match self.child.try_wait() {
@@ -105,18 +104,17 @@ impl Process {
         eventually(format!("{name} ends"), ended).await.map(drop)
     }
 
-    /// Its process id.
+    /// Process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has taken of the machine so far.
+    /// Usage so far.
     pub fn usage(&self) -> anyhow::Result<Usage> {
-        // Of one that has ended there is none.
         Usage::of(&self.child.id().to_string()).with_context(|| format!("{}:\n{}", self.name, self.tail()))
     }
 
-    /// All that it logged.
+    /// The whole log.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
@@ -129,7 +127,7 @@ impl Process {
 }
 
 impl Usage {
-    /// Of the process of this number, or of the one that asks, `self`.
+    /// Usage of the process with this id, or of `self`.
     pub fn of(process: &str) -> anyhow::Result<Self> {
         let file = |name: &str| fs::read_to_string(format!("/proc/{process}/{name}"));
         let status = file("status")?;
@@ -138,8 +136,7 @@ impl Usage {
             line.and_then(|line| line.trim_end_matches("kB").trim().parse::<u64>().ok())
         };
         let stat = file("stat")?;
-        // Behind the program's name, which may hold anything (proc_pid_stat(5): utime, stime, cutime and cstime are fields 14 to
-        // 17).
+        // The program's name may contain spaces. Fields 14 to 17 of proc_pid_stat(5) are utime to cstime.
         let fields: Vec<_> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
         let [own, children] = [11..13, 13..15].map(|range| {
             let ticks = fields.get(range)?.iter().flat_map(|field| field.parse::<u64>());
@@ -155,7 +152,6 @@ impl Usage {
     }
 }
 
-/// Bytes of slabs (a socket's structures) and of socket buffers.
 fn kernel_memory() -> Option<u64> {
     let number = |file: &str, line: &str, field: &str| {
         let text = fs::read_to_string(file).ok()?;
@@ -175,7 +171,7 @@ impl Drop for Process {
     }
 }
 
-/// A program of this workspace, built if it is not there or older than its sources.
+/// A program of this workspace, rebuilt if older than its sources.
 pub fn program(name: &str) -> anyhow::Result<PathBuf> {
     let exe = std::env::current_exe()?;
     let mut dir = exe.parent().context("a program lies in a folder")?;
@@ -183,7 +179,6 @@ pub fn program(name: &str) -> anyhow::Result<PathBuf> {
         dir = dir.parent().context("deps lies in a folder")?;
     }
     let target = dir.parent().context("the target folder")?;
-    // The agent has a profile of its own.
     let (profile, folder) = match (dir.ends_with("release"), name) {
         (false, _) => ("dev", "debug"),
         (true, "opa-hub-agent") => ("agent", "agent"),
@@ -203,7 +198,7 @@ pub fn program(name: &str) -> anyhow::Result<PathBuf> {
         if !cargo.status().context("cannot run cargo")?.success() {
             bail!("cannot build {name}");
         }
-        // Cargo leaves what is newest already as it was.
+        // Cargo does not touch a file that is already up to date.
         fs::File::open(&path)?.set_modified(std::time::SystemTime::now())?;
     }
     Ok(path)

@@ -1,5 +1,4 @@
-//! A TCP proxy that can be shut: then it holds back what comes, in both directions, and closes nothing, as a network
-//! does that loses every packet.
+//! A TCP proxy that can block traffic without closing connections, like a network that loses every packet.
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -8,7 +7,7 @@ use tokio::task::JoinHandle;
 
 /// A running proxy.
 pub struct Valve {
-    /// Where it listens on loopback.
+    /// Port on loopback.
     pub port: u16,
     open: watch::Sender<bool>,
     task: JoinHandle<()>,
@@ -20,7 +19,7 @@ impl Valve {
         Self::holding(target, b"").await
     }
 
-    /// The same, but shut it holds back only what begins like this, as requests with one method do.
+    /// Like [`start`](Self::start), but blocks only chunks that start with `prefix`.
     pub async fn holding(target: String, prefix: &'static [u8]) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
@@ -34,7 +33,7 @@ impl Valve {
         Ok(Self { port, open, task })
     }
 
-    /// Opens or shuts it.
+    /// Forwards or blocks traffic.
     pub fn set_open(&self, open: bool) {
         self.open.send_replace(open);
     }
@@ -46,7 +45,6 @@ impl Drop for Valve {
     }
 }
 
-/// Until either side closes.
 async fn forward(client: TcpStream, target: String, prefix: &'static [u8], open: watch::Receiver<bool>) {
     let Ok(server) = TcpStream::connect(target).await else { return };
     let (mut client_read, mut client_write) = client.into_split();

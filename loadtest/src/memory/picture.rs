@@ -1,4 +1,4 @@
-//! The result as a picture: bars for whole objects and for fields, each pair to its own scale.
+//! Bar chart of whole objects against fields.
 
 use std::fmt::Write as _;
 
@@ -10,7 +10,6 @@ const BAR: f64 = 380.0;
 const ROW: f64 = 62.0;
 const TOP: f64 = 56.0;
 
-/// An SVG that reads on light and on dark ground.
 pub(super) fn draw(pods: usize, all: &Measured, auto: &Measured) -> String {
     let megabytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let share = |row: &Measured| 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
@@ -53,7 +52,6 @@ pub(super) fn draw(pods: usize, all: &Measured, auto: &Measured) -> String {
     svg + "</svg>\n"
 }
 
-/// In lines that fit beside the bars.
 fn wrapped(text: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split(' ') {

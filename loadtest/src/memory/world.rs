@@ -1,4 +1,4 @@
-//! Many pods and ten policies, in a folder or on an API server.
+//! Pods and ten policies, in a folder or on an API server.
 
 use std::path::{Path, PathBuf};
 
@@ -11,11 +11,8 @@ use serde_json::{Value, json};
 
 use super::SourceKind;
 
-/// Where policies are.
 const NAMESPACE: &str = "opa";
-/// Requests to the API server at a time while it is filled.
 const FILLERS: usize = 16;
-/// So often it is told how far that is.
 const PROGRESS: usize = 5000;
 
 const POLICIES: [(&str, &str); 10] = [
@@ -31,7 +28,6 @@ const POLICIES: [(&str, &str); 10] = [
     ("tier", include_str!("../../policies/tier.rego")),
 ];
 
-/// How far a pod's life is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Stage {
     Posted,
@@ -41,7 +37,6 @@ pub(super) enum Stage {
     Gone,
 }
 
-/// See the module's text.
 pub(super) struct World {
     pub(super) assets: PathBuf,
     pub(super) hub_flags: Vec<String>,
@@ -83,7 +78,6 @@ impl World {
         Ok(world)
     }
 
-    /// Where processes put their logs.
     pub(super) fn dir(&self) -> &Path {
         match &self.place {
             Place::Folder { work, .. } => work.path(),
@@ -91,17 +85,15 @@ impl World {
         }
     }
 
-    /// Bytes of what `url` answers.
     pub(super) async fn length(&self, url: &str) -> anyhow::Result<u64> {
         reqwest::get(url).await?.error_for_status()?.content_length().context("it says how long it is")
     }
 
-    /// The policies as they are, as before any edit.
     pub(super) async fn reset_policies(&self) -> anyhow::Result<()> {
         self.policies("").await
     }
 
-    /// Makes a policy read the node's name besides, which this `word` goes with.
+    /// The edited policy reads the node name too, and returns `word` with it.
     pub(super) async fn edit_policy(&self, word: &str) -> anyhow::Result<()> {
         let rule = format!(
             "\nnode := [\"{word}\", data.kubernetes.pods[input.namespace][input.pod].spec.nodeName]\n"
@@ -135,11 +127,10 @@ impl World {
         }
     }
 
-    /// Gives a pod's label `team` this value.
     pub(super) async fn label(&self, nth: Nth, team: &str) -> anyhow::Result<()> {
         match &self.place {
             Place::Folder { manifests, .. } => {
-                // The pod leaves the large file for one of its own, so that the edit is what is measured.
+                // A separate file avoids rewriting the large one.
                 let first = "pods-000.json";
                 let hot = format!("hot-{}.json", nth.0);
                 if !manifests.path().join(&hot).exists() {
@@ -157,7 +148,6 @@ impl World {
         }
     }
 
-    /// Brings a pod to this stage of its life.
     pub(super) async fn put(&self, nth: Nth, stage: Stage) -> anyhow::Result<()> {
         match &self.place {
             Place::Folder { manifests, .. } => {
@@ -177,7 +167,6 @@ impl World {
     }
 }
 
-/// What is reported of a pod at this stage.
 fn status(nth: Nth, stage: Stage) -> Value {
     let mut status = nth.status();
     match stage {
@@ -205,7 +194,6 @@ async fn on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result
             cluster.namespace(&namespace).await?;
             cluster.guest(&namespace, &nth.posted()).await
         }
-        // Guests stay where they are.
         Stage::Bound if pods::guests().is_some() => Ok(()),
         Stage::Bound => {
             let binding =
@@ -219,7 +207,6 @@ async fn on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result
     }
 }
 
-/// Brings all pods to life.
 pub(crate) async fn fill(cluster: &Cluster, pods: usize) -> anyhow::Result<()> {
     for first in (0..pods).step_by(PODS_A_NAMESPACE) {
         cluster.namespace(&Nth(first).namespace()).await?;
@@ -240,7 +227,7 @@ fn list(items: &[Value]) -> Value {
     json!({ "apiVersion": "v1", "kind": "List", "items": items })
 }
 
-/// As an editor does, so that nobody reads half of it.
+/// Renames into place: the hub never reads a partial file.
 fn write(dir: &Path, file: &str, content: &Value) -> anyhow::Result<()> {
     let draft = dir.join(".draft");
     std::fs::write(&draft, content.to_string())?;

@@ -1,4 +1,4 @@
-//! Who is measured: the hub with its agents, and what it is compared with, each started and watched alike.
+//! The setups that scenarios compare: the hub with agents, and alternatives.
 
 pub(crate) mod raw;
 pub(crate) mod watches;
@@ -21,60 +21,50 @@ use crate::probe::RULE;
 use crate::scenario::{address, hub_flags};
 use crate::swarm::{Schedule, Start, Swarm};
 
-/// Somebody who brings pods to OPAs, or costs the API server what that costs.
 #[derive(Clone)]
 pub(crate) enum Peer {
-    /// Nobody: what changes cost by themselves.
+    /// The changes alone.
     Nothing,
-    /// One hub, an agent beside each OPA.
+    /// One hub, and an agent for each OPA.
     Hub,
-    /// The same, and many agents more.
     HubAndMany,
-    /// One hub, which sends what policies read.
+    /// One hub with `--fields=auto`.
     HubAuto,
-    /// The same, and many agents more.
     HubAutoAndMany,
-    /// One hub, an agent beside each OPA, and a policy whose package shares its first segment with the pods, as
-    /// kube-mgmt documents it.
+    /// A policy package shares a path with the pods, as in kube-mgmt's documentation.
     HubShared,
-    /// OPAs that load the hub's bundle themselves.
+    /// OPAs that load the hub's bundle directly.
     Bundles,
-    /// Raw watches, and no OPA.
+    /// Raw watches without OPAs.
     Watches,
-    /// kube-mgmt beside each OPA.
+    /// One kube-mgmt for each OPA.
     Sidecars(Sidecar),
 }
 
-/// A program that is kube-mgmt.
 #[derive(Clone)]
 pub(crate) struct Sidecar {
     program: PathBuf,
-    /// Name and version, for tables.
     name: String,
 }
 
-/// How many there are of what.
 #[derive(Clone, Copy)]
 pub(crate) struct Scale {
     pub(crate) pods: usize,
     pub(crate) opas: usize,
-    /// Agents beside those of the OPAs, or raw watches.
+    /// Simulated agents, or raw watches.
     pub(crate) agents: usize,
 }
 
-/// Label of the run's policies. No default of kube-mgmt or of a hub selects it.
+/// Selected by no default of kube-mgmt or the hub.
 pub(crate) const POLICY_LABEL: &str = "opahub.dev/load-policy";
-/// Value of that label for the policy that OPAs are asked to decide by.
 pub(crate) const DECISIONS: &str = "decisions";
-/// Value of that label for the same policy and [`ADMISSION`].
 const DECISIONS_AND_ADMISSION: &str = "decisions-and-admission";
-/// Module whose package shares its first segment with `data.kubernetes.pods`.
+/// Shares a path with `data.kubernetes.pods`.
 const ADMISSION: &str = "package kubernetes.admission
 
 deny contains \"label app is missing\" if not input.request.object.metadata.labels.app
 ";
 
-/// Creates the policies of all peers; each hub selects its own.
 pub(crate) async fn policy(cluster: &Cluster) -> anyhow::Result<()> {
     let namespace = Nth(0).namespace();
     for (name, modules) in [
@@ -86,7 +76,6 @@ pub(crate) async fn policy(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The peer that is measured with this program; without one it is left out, with a word.
 pub(crate) fn sidecars(kube_mgmt: Option<PathBuf>) -> Option<Peer> {
     let Some(program) = kube_mgmt else {
         eprintln!("sidecars are left out: --kube-mgmt says where the program is");
@@ -96,7 +85,7 @@ pub(crate) fn sidecars(kube_mgmt: Option<PathBuf>) -> Option<Peer> {
     Some(Peer::Sidecars(Sidecar { program, name }))
 }
 
-/// Version of a kube-mgmt: that of its module or of its release, else its commit.
+/// Version of the module or release, else the commit.
 fn version(program: &Path) -> String {
     let lines = |command: &mut Command| -> Vec<String> {
         let output = command.stdin(Stdio::null()).output().map(|output| output.stdout).unwrap_or_default();
@@ -112,7 +101,6 @@ fn version(program: &Path) -> String {
     known.or(commit).unwrap_or("of unknown version").to_owned()
 }
 
-/// Gone when it is dropped.
 pub(crate) struct Running {
     pub(crate) hub: Option<Hub>,
     pub(crate) opas: Vec<Opa>,
@@ -120,7 +108,7 @@ pub(crate) struct Running {
     pub(crate) swarm: Option<Swarm>,
     sidecars: Vec<Process>,
     watches: Option<Watches>,
-    /// From nothing to all pods in every OPA, all started at once.
+    /// Time until every OPA has all pods.
     pub(crate) cold: Duration,
 }
 
@@ -139,7 +127,7 @@ impl Peer {
         }
     }
 
-    /// Returns true if its failure ends the run: a layout that OPA itself is slow with may fail, as other programs may.
+    /// Others may fail: OPA is slow with a shared package.
     pub(crate) fn must_succeed(&self) -> bool {
         matches!(self, Self::Nothing) || self.has_agents() && !matches!(self, Self::HubShared)
     }
@@ -148,7 +136,6 @@ impl Peer {
         matches!(self, Self::Hub | Self::HubAndMany | Self::HubAuto | Self::HubAutoAndMany | Self::HubShared)
     }
 
-    /// Starts it, and waits until every OPA has every pod.
     pub(crate) async fn start(
         &self,
         plane: &ControlPlane,
@@ -191,7 +178,7 @@ impl Peer {
                 Self::Sidecars(sidecar) => {
                     let mut command = Command::new(&sidecar.program);
                     command.arg(format!("--opa-url={}/v1", opa.url)).arg("--replicate=v1/pods");
-                    // Only pods are measured, and nobody's ConfigMaps are written to.
+                    // Only pods are measured.
                     command.args(["--enable-policies=false", "--enable-data=false"]);
                     command.arg(format!("--kubeconfig={kubeconfig}"));
                     sidecars.push(Process::start(&format!("kube-mgmt-{at}"), dir, &mut command)?);
@@ -228,17 +215,14 @@ impl Peer {
 }
 
 impl Running {
-    /// Bytes that raw watches were sent so far.
     pub(crate) fn received(&self) -> Option<u64> {
         self.watches.as_ref().map(Watches::received)
     }
 
-    /// Raw watches that the API server gave up.
     pub(crate) fn given_up(&self) -> Option<u64> {
         self.watches.as_ref().map(Watches::ended)
     }
 
-    /// Seconds of CPU that each kind of process took so far.
     pub(crate) fn cpu(&self) -> anyhow::Result<Vec<(&'static str, f64)>> {
         let hub = self.hub.iter().filter_map(|hub| hub.process.as_ref());
         let agents = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
@@ -252,7 +236,7 @@ impl Running {
         kinds.into_iter().map(|(name, processes)| Ok((name, sum(processes)?))).collect()
     }
 
-    /// Memory of all that stands beside one OPA, and of that OPA: the median.
+    /// Medians of sidecar and OPA.
     pub(crate) fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
         let beside = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
         let mut beside: Vec<_> =
@@ -266,10 +250,9 @@ impl Running {
     }
 }
 
-/// kube-mgmt takes more than a minute to load ten OPAs with 3,000 pods.
+/// kube-mgmt needs more than a minute to load ten OPAs with 3,000 pods.
 const PATIENCE_WITH_SIDECARS: Duration = Duration::from_secs(600);
 
-/// Waits until one of them ends, and says how.
 async fn ends(processes: &mut [Process]) -> anyhow::Error {
     loop {
         for process in &mut *processes {
@@ -281,8 +264,7 @@ async fn ends(processes: &mut [Process]) -> anyhow::Error {
     }
 }
 
-/// Waits until `opa` has the first of the pods, the last, one between, and then as many as there are: to count is work
-/// for OPA.
+/// Samples three pods first: counting is work for OPA.
 async fn has_pods(opa: &Opa, count: usize, patience: Duration) -> anyhow::Result<()> {
     for nth in [Nth(0), Nth(count / 2), Nth(count - 1)] {
         let path = format!("/kubernetes/pods/{}/{}/metadata/labels/app", nth.namespace(), nth.name());

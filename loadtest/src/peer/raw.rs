@@ -1,6 +1,5 @@
-//! The socket limit: as many threads as cores that encode frames of the same size and write them to every connection.
-//! What a hub takes beyond it is the hub's own. Their readers cannot tell them from a hub: the frames are whole, and so
-//! is the work that they make. A reader that is behind gets one merged frame, as from a hub.
+//! Lower bound for a hub: one thread per core writes valid frames of equal size to all readers. Slow readers receive
+//! one merged frame, as from a hub.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -21,31 +20,25 @@ use socket2::SockRef;
 use crate::stub;
 use crate::swarm::Start;
 
-/// What a driver says first; readers say `GET`.
+/// Distinguishes a driver from readers, which send `GET`.
 const HELLO: &[u8] = b"DRIVE\n";
-/// … and then, for each event.
 const GO: &[u8] = b"GO\n";
-/// What is answered to each reader.
 const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
-/// What the hub sets for its streams.
+/// Same as the hub's streams.
 const SEND_BUFFER: usize = 16 << 10;
 
-/// What those are asked for who write.
 enum Task {
     Join(TcpStream),
-    /// One event for everybody, with this number.
     Round(u64),
 }
 
 struct Reader {
     tcp: TcpStream,
-    /// The last event that it was sent.
     at: u64,
-    /// What of that did not fit into the socket.
+    /// Unsent part of that event.
     rest: Vec<u8>,
 }
 
-/// Drives a process that [serves](serve).
 pub(crate) struct Driver(TcpStream);
 
 impl Driver {
@@ -56,13 +49,11 @@ impl Driver {
         Ok(Self(tcp))
     }
 
-    /// The next event for everybody, once the one before was written.
     pub(crate) fn go(&mut self) -> anyhow::Result<()> {
         Ok(self.0.write_all(GO)?)
     }
 }
 
-/// What its readers hold at the start.
 pub(crate) fn start() -> anyhow::Result<Start> {
     let (dir, digest) = (dir()?, Digest::of(b"0"));
     let content = json!({ "kubernetes": { "pods": { "team-000": {} } } });
@@ -70,7 +61,6 @@ pub(crate) fn start() -> anyhow::Result<Start> {
     Ok(Start { revision: revision(0)?, data, position: Position::default(), reads: None, content })
 }
 
-/// Serves for ever. Events have so many bytes.
 pub(crate) fn serve(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
     let listener = TcpListener::bind(address)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -102,7 +92,7 @@ pub(crate) fn serve(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
 }
 
 fn drive(tcp: TcpStream, writers: &[Sender<Task>]) -> anyhow::Result<()> {
-    // What came first is no event.
+    // The first line is `HELLO`.
     for (number, line) in (0..).zip(BufReader::new(tcp).lines()) {
         line?;
         if number > 0 {
@@ -118,7 +108,6 @@ fn write(tasks: &Receiver<Task>, bytes: usize) -> anyhow::Result<()> {
         match task {
             Task::Join(tcp) => readers.push(Reader { tcp, at: 0, rest: Vec::new() }),
             Task::Round(mut newest) => loop {
-                // Rounds that came meanwhile are merged into this one.
                 for task in tasks.try_iter() {
                     match task {
                         Task::Join(tcp) => readers.push(Reader { tcp, at: 0, rest: Vec::new() }),
@@ -135,7 +124,7 @@ fn write(tasks: &Receiver<Task>, bytes: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes to every reader whose socket has room, and returns whether all have it.
+/// Returns whether every reader is up to date.
 fn round(readers: &mut [Reader], number: u64, bytes: usize) -> anyhow::Result<bool> {
     let mut frames: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
     let mut all = true;
@@ -174,7 +163,6 @@ fn revision(number: u64) -> anyhow::Result<Revision> {
     Ok(Revision { modules: modules_digest([], None), data })
 }
 
-/// The event that leads from one number to another.
 fn frame(from: u64, to: u64, bytes: usize) -> anyhow::Result<Vec<u8>> {
     let of = |filler: usize| -> anyhow::Result<Vec<u8>> {
         let mut value = stub::object(0, to, to);

@@ -1,4 +1,4 @@
-//! Raw watches of all pods, each on a connection of its own: what as many sidecars cost the API server.
+//! Raw watches of all pods: the API server load of as many sidecars.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,7 +8,6 @@ use anyhow::Context as _;
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-/// Watches that are open until this is dropped.
 pub(crate) struct Watches {
     _open: JoinSet<()>,
     received: Arc<AtomicU64>,
@@ -16,20 +15,18 @@ pub(crate) struct Watches {
 }
 
 impl Watches {
-    /// Bytes that all of them were sent so far.
     pub(crate) fn received(&self) -> u64 {
         self.received.load(Relaxed)
     }
 
-    /// How many of them the API server has ended: it gives up on who does not keep up.
+    /// Watches ended by the API server, which drops slow readers.
     pub(crate) fn ended(&self) -> u64 {
         self.ended.load(Relaxed)
     }
 }
 
-/// Opens this many.
 pub(crate) async fn open(kubeconfig: &Path, count: usize) -> anyhow::Result<Watches> {
-    // The lab's is JSON, a user's is YAML.
+    // JSON from the lab, YAML from a user.
     let text = std::fs::read_to_string(kubeconfig)?;
     let config: Value = serde_saphyr::from_str(&text)?;
     let cluster = &config["clusters"][0]["cluster"];

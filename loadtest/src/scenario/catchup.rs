@@ -1,6 +1,4 @@
-//! `catchup`: an agent that was away for thousands of changes, and resumes from what its OPA says that it holds. How
-//! many frames and PATCHes it takes, and how long its OPA's queries wait meanwhile: after a burst, which is a few commits,
-//! after as many commits as changes, and with objects of 10 KB.
+//! `catchup`: an agent resumes thousands of changes behind, while its OPA serves queries.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -18,16 +16,14 @@ use crate::results::{Goal, Measured, Results};
 use crate::stub::{Stub, large_object, object};
 use crate::swarm::{Schedule, Start, Swarm};
 
-/// Between two queries.
 const QUERY: Duration = Duration::from_millis(2);
-/// Queries before the agent starts, too: what they take by themselves.
+/// Queries before the agent starts, for comparison.
 const ALONE: Duration = Duration::from_secs(2);
-/// Of the pods of a namespace so many in a hundred change: of more the whole namespace is sent, in fewer operations.
+/// In percent. Above this, the hub sends the whole namespace.
 const CHANGED: usize = 40;
-/// Changes a second of the phase that spreads them: few enough that the hub commits nearly each by itself, as a log's
-/// bound needs, and not the minutes that a cluster's rate would take.
+/// Per second: slow enough for nearly one commit each, which exceeds the history.
 const SPREAD_RATE: f64 = 500.0;
-/// Share of pods and changes in the phase with pods of 10 KB: an OPA takes 90 KB of memory for one of them.
+/// Divisor: a pod of 10 KB uses 90 KB of OPA's memory.
 const LARGE_SHARE: usize = 10;
 const FRAMES: &str = "frames";
 const RECONCILES: &str = "reconciles";
@@ -38,10 +34,10 @@ const WAITS: &str = "query of OPA meanwhile";
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Changes that it misses
+    /// Missed changes
     #[arg(long, default_value_t = 10_000, value_parser = at_least::<1>)]
     changes: usize,
-    /// Pods, of which 40 in a hundred change
+    /// Number of pods; 40 % of them change
     #[arg(long, default_value_t = 20_000, value_parser = at_least::<100>)]
     pods: usize,
     #[command(flatten)]
@@ -59,7 +55,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         vec![
             Goal::at_most(BURST, FRAMES, 1.0),
             Goal::at_most(BURST, &format!("{WAITS}, max"), 50.0),
-            // Beyond the log, and beyond the size of a frame, one repair by digests has to do.
+            // Beyond the history, one repair by digests suffices.
             Goal::at_most(SPREAD, RECONCILES, 1.0),
             Goal::at_most(SPREAD, &format!("{WAITS}, max"), 50.0),
             Goal::at_most(LARGE, RECONCILES, 1.0),
@@ -142,7 +138,7 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     let count = |name: &str| done[name].as_u64().with_context(|| format!("a count of {name}"));
     measured.add(FRAMES, "", count("frames")? as f64);
     if count("frames")? > 0 {
-        // A second agent gets the same frame, and tells what is in it.
+        // A second agent receives the same frame and counts its operations.
         let mut second = Swarm::open(start, vec![address(&hub)?], Schedule::default(), 1, &[]).await?;
         second.reach(changes as u64, 0).await?;
         measured.add("operations in it", "", second.counts().operations.load(Relaxed) as f64);
@@ -154,7 +150,6 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     Ok(measured)
 }
 
-/// That OPA took so far, by its own count.
 async fn patches(opa: &Opa) -> anyhow::Result<f64> {
     let text =
         opa_hub_loadtest::lab::http()?.get(format!("{}/metrics", opa.url)).send().await?.text().await?;
@@ -163,7 +158,7 @@ async fn patches(opa: &Opa) -> anyhow::Result<f64> {
     Ok(patches.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
 }
 
-/// Asks OPA of a pod again and again, when it is due, whatever the query before takes.
+/// Queries are due at fixed times, regardless of earlier latency.
 async fn ask(opa: &Opa, path: &str, queries: &Histogram, stop: &Cell<bool>) -> anyhow::Result<()> {
     let mut due = Instant::now();
     while !stop.get() {

@@ -1,5 +1,4 @@
-//! `churn`: pods come, change and go on a real API server. What that costs it, by who listens, and how long until an OPA
-//! decides by it.
+//! `churn`: API server load and time to decision while pods change, for each baseline.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,11 +22,10 @@ use crate::probe::{self, Probes};
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Schedule, WHOLE};
 
-/// Of so many changes one is of the pod that OPAs are asked of, one makes a pod, and one removes it.
+/// One in so many changes is of the probed pod.
 const CYCLE: u64 = 10;
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// Phases until now, of all runs.
 static PHASE: AtomicU64 = AtomicU64::new(0);
 
 const EVENTS: &str = "events";
@@ -41,22 +39,22 @@ const AUTO_AND_MANY: &str = "opa-hub, fields auto, and many agents";
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Pods of 10 KB
+    /// Number of pods of 10 KB
     #[arg(long, default_value_t = 3000, value_parser = at_least::<2>)]
     pods: usize,
-    /// Real OPAs
+    /// Number of real OPAs
     #[arg(long, default_value_t = 10, value_parser = at_least::<1>)]
     opas: usize,
-    /// Many agents beside those, and raw watches
+    /// Number of additional simulated agents, or of raw watches
     #[arg(long, default_value_t = 1000, value_parser = at_least::<1>)]
     agents: usize,
-    /// Changes a second
+    /// Changes per second
     #[arg(long, default_value_t = 30, value_parser = at_least::<1>)]
     rate: usize,
-    /// How long changes come
+    /// Duration of the changes, in seconds
     #[arg(long, default_value_t = 30, value_parser = at_least::<1>)]
     seconds: usize,
-    /// Measure OPAs with this kube-mgmt beside each, too
+    /// Also measure OPAs with this kube-mgmt as sidecar
     #[arg(long, value_name = "PROGRAM")]
     kube_mgmt: Option<PathBuf>,
     #[command(flatten)]
@@ -117,14 +115,13 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         for peer in &order {
             match once(peer, &plane, &cluster, scale, (rate, seconds)).await {
                 Ok(of) => measured.push(of),
-                // What a peer can do is worth knowing all the same.
                 Err(error) if !peer.must_succeed() => eprintln!("  {} failed: {error:#}", peer.name()),
                 Err(error) => return Err(error),
             }
         }
         measured.sort_by_key(|of| peers.iter().position(|peer| peer.name() == of.who));
         results.push(measured, common.out.as_deref())?;
-        // Who comes later meets an API server that has more behind it.
+        // Later baselines meet an API server with a longer history.
         order.rotate_left(2);
     }
     results.finish(common.out.as_deref());
@@ -140,7 +137,7 @@ async fn once(
 ) -> anyhow::Result<Measured> {
     let due = Schedule::of_each(CYCLE);
     let idle = idle(cluster).await?;
-    // Or an OPA that is late would show the number of whoever was measured before.
+    // Otherwise a late OPA returns the previous baseline's number.
     label(cluster, Nth(0), "0").await?;
     let phase = PHASE.fetch_add(1, Relaxed);
     let mut running = peer.start(plane, scale, &due).await?;
@@ -151,7 +148,6 @@ async fn once(
     let watching = watches(cluster).await?.saturating_sub(idle);
     let hub = running.hub.as_ref().map(usage).transpose()?;
     let received = running.received();
-    // The part of a delay that is the API server's.
     let delays = Arc::new(Histogram::new());
     let (due_of_events, of_events) = (due.clone(), Arc::clone(&delays));
     let events = cluster.count_pod_events(move |pod| {
@@ -164,13 +160,13 @@ async fn once(
     let events = events.await?;
     let server = plane.reported_usage().await?;
     let (mut probed, mut changing) = (0, JoinSet::new());
-    // On a busy API server one change of that pod would pass another, and the last number would never be seen.
+    // Sequential: a busy API server could reorder concurrent changes.
     let (hot, mut numbers) = unbounded_channel::<u64>();
     let (of_hot, due_of_hot, asked) = (cluster.clone(), due.clone(), Arc::clone(&probes));
     changing.spawn(async move {
         while let Some(number) = numbers.recv().await {
             label(&of_hot, Nth(0), &number.to_string()).await?;
-            // No OPA has it before, and questions take time from the API server.
+            // Not earlier: queries load the API server.
             asked.expect(number, due_of_hot.at(number).context("a change is due")?);
         }
         Ok(())
@@ -180,7 +176,7 @@ async fn once(
             hot.send(number)?;
             probed = number;
         } else {
-            // None waits for the one before: what is late is late for everybody.
+            // Concurrent: a late change must not delay the next.
             changing.spawn(change(cluster.clone(), scale.pods, phase, number));
         }
         Ok(())
@@ -191,7 +187,7 @@ async fn once(
         changed??;
     }
     let served = plane.reported_usage().await?;
-    // A change that is none costs nobody anything.
+    // No-op updates would cost nothing.
     eventually("the API server has told all changes", async || equal(&events.count(), &last)).await?;
     measured.add(EVENTS, "", events.count() as f64);
     measured.add_delays(EVENT, &delays);
@@ -215,7 +211,7 @@ async fn once(
     if let (Some(before), Some(after)) = (server, served) {
         measured.add(CPU, "ms", seconds(before, after) / last as f64 * 1000.0);
         measured.add("API server memory", "MB", megabytes(after.rss));
-        // Each instance of an API server counts its own.
+        // An external API server may have several instances.
         measured.add(WATCHES, "", watching as f64);
     }
     if let (Some(before), Some(after)) = (received, running.received()) {
@@ -243,8 +239,6 @@ async fn once(
     Ok(measured)
 }
 
-/// One change of ten makes a pod and the next but four removes it; one is of the first pod, elsewhere, and one each of seven
-/// others.
 async fn change(cluster: Cluster, pods: usize, phase: u64, number: u64) -> anyhow::Result<()> {
     let extra = Nth(pods + (number / CYCLE) as usize);
     match number % CYCLE {
@@ -253,13 +247,13 @@ async fn change(cluster: Cluster, pods: usize, phase: u64, number: u64) -> anyho
             pod["metadata"]["labels"]["round"] = number.to_string().into();
             cluster.namespace(&extra.namespace()).await?;
             match cluster.guest(&extra.namespace(), &pod).await {
-                // Of a peer that failed before it was removed.
+                // Left by a failed baseline.
                 Err(error) if has_code(&error, 409) => Ok(()),
                 made => made,
             }
         }
         8 => remove(&cluster, extra).await,
-        // Another value in each phase, and none that an agent takes for a change that it is asked for.
+        // Differs in each phase, and is no change number.
         _ => label(&cluster, Nth(1 + number as usize % (pods - 1)), &format!("{phase}-{number}")).await,
     }
 }
@@ -268,7 +262,7 @@ async fn label(cluster: &Cluster, nth: Nth, round: &str) -> anyhow::Result<()> {
     cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", round)]).await
 }
 
-/// It may be a busy API server's that is to make it yet.
+/// Retries: the pod may not exist yet.
 async fn remove(cluster: &Cluster, nth: Nth) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
@@ -285,7 +279,7 @@ async fn watches(cluster: &Cluster) -> anyhow::Result<u64> {
     cluster.metric("apiserver_longrunning_requests", &[("verb", "WATCH")]).await
 }
 
-/// Watches that are open when those of whoever was measured before have ended.
+/// Open watches, once those of earlier baselines have ended.
 async fn idle(cluster: &Cluster) -> anyhow::Result<u64> {
     let mut last = watches(cluster).await?;
     loop {

@@ -1,5 +1,4 @@
-//! `failover`: a hub dies, or the network to it goes silent. How long until every agent has what changed then, by another
-//! replica, and by the same hub started again with empty memory.
+//! `failover`: time until every agent has a change after its hub fails.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,19 +25,17 @@ const LOADED: &str = "real agents that loaded their OPA anew";
 const OTHER: &str = "another replica";
 const SAME: &str = "the same hub, restarted";
 const SILENT: &str = "another replica, packets dropped";
-/// What travels of a pod, a fifth of its 10 KB.
 const FIELDS: &str = "--fields=metadata.labels,spec.containers[*].image,status.podIP";
-/// Those of them that lie at one place, as JSON pointers into a pod.
+/// Those of the fields that are at one place, as JSON pointers.
 const POINTERS: &[&str] = &["/metadata/labels", "/status/podIP"];
 
-/// Fault of the hub that agents are connected to.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fault {
-    /// `kill -9`: the kernel closes its connections.
+    /// SIGKILL: the kernel closes connections.
     Killed,
-    /// `kill -9`, and a start at the same address with empty memory.
+    /// SIGKILL, then a start with empty memory.
     Restarted,
-    /// The network to it forwards nothing and closes nothing.
+    /// The network loses all packets.
     Silent,
 }
 
@@ -46,10 +43,10 @@ enum Fault {
 pub(crate) struct Options {
     #[arg(long, default_value_t = 10_000, value_parser = at_least::<1>)]
     agents: usize,
-    /// Pods on the API server
+    /// Number of pods
     #[arg(long, default_value_t = 1000, value_parser = at_least::<1>)]
     pods: usize,
-    /// Real agents beside those, each with an OPA
+    /// Number of real agents in addition, each with an OPA
     #[arg(long, default_value_t = 3, value_parser = at_least::<1>)]
     opas: usize,
     #[command(flatten)]
@@ -71,7 +68,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most(SAME, ALL, 5000.0),
             Goal::at_most(SAME, LOADED, 0.0),
             Goal::at_most(SAME, ASTRAY, 0.0),
-            // An agent leaves a hub that it has not heard for 15 s.
+            // Agents leave a hub after 15 s of silence.
             Goal::at_most(SILENT, ALL, 20_000.0),
             Goal::at_most(SILENT, RECONCILES, 0.0),
             Goal::at_most(SILENT, LOADED, 0.0),
@@ -130,7 +127,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
         let change = async |number: u64| {
             cluster.label_pod(&hot.namespace(), &hot.name(), &[("round", &number.to_string())]).await
         };
-        // One before, so that a log leads on where there is one.
+        // Creates a history to resume from.
         let number = due.push(Instant::now());
         change(number).await?;
         swarm.reach(number, 0).await?;
@@ -174,7 +171,6 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
     Ok(measured)
 }
 
-/// Answers to reconcile requests that a hub encoded.
 async fn answers(hub: &Hub) -> anyhow::Result<u64> {
     hub.metric("opa_hub_reconcile_encodes_total").await
 }

@@ -1,5 +1,4 @@
-//! `fanout`: many agents, one change at a time and then as many as go. What a delivery costs the hub, beside what it
-//! costs threads that only write the same to the same readers.
+//! `fanout`: cost of a delivery to many agents, compared with plain socket writers.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -18,10 +17,9 @@ use crate::peer::raw;
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Schedule, Swarm, WHOLE};
 
-/// Between two changes: everybody is idle again.
+/// Agents become idle between changes.
 const PAUSE: Duration = Duration::from_millis(300);
-/// Changes that are under way at a time while they come as fast as they go: the next is due when all have the last but
-/// one, so that nobody waits for news and nobody falls behind.
+/// Changes in flight: no agent falls behind, and none waits.
 const UNDER_WAY: u64 = 2;
 
 const DELAY: &str = "change at an agent";
@@ -32,13 +30,13 @@ const ENCODES: &str = "frames encoded a change";
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Agents, each with a stream of its own
+    /// Number of agents, one stream each
     #[arg(long, default_value_t = 10_000, value_parser = at_least::<1>)]
     agents: usize,
-    /// Changes, one after the other
+    /// Number of single changes
     #[arg(long, default_value_t = 20, value_parser = at_least::<1>)]
     rounds: usize,
-    /// How long changes come as fast as all agents get them, then
+    /// Duration of maximum throughput after that, in seconds
     #[arg(long, default_value_t = 10, value_parser = at_least::<1>)]
     sustained_seconds: usize,
     #[command(flatten)]
@@ -64,7 +62,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most("opa-hub", &format!("{DELAY}, p99"), 1.3).times("raw"),
             Goal::at_most("opa-hub", CPU, 1.25).times("raw"),
             Goal::at_most("opa-hub", MEMORY, 2048.0),
-            // 0.9 as many deliveries.
+            // 0.9 times the deliveries.
             Goal::at_most("opa-hub", SLOWNESS, 1.11).times("raw"),
             Goal::at_most("opa-hub", ENCODES, 1.0),
             Goal::at_most("opa-hub", ASTRAY, 0.0),
@@ -81,7 +79,6 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A hub over an API server of one pod.
 async fn ours(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measured, usize)> {
     let Crowd { stub, hub, due, swarm, before, .. } = &mut Crowd::start(1, agents, &[]).await?;
     tokio::time::sleep(PAUSE * 10).await;
@@ -102,7 +99,6 @@ async fn ours(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(M
     Ok((measured, bytes))
 }
 
-/// Threads that write as many bytes to as many sockets.
 async fn raw(
     dir: &Path,
     agents: usize,
@@ -120,7 +116,7 @@ async fn raw(
     let mut swarm = Swarm::open(start, vec![address], due.clone(), agents, &[]).await?;
     tokio::time::sleep(PAUSE * 10).await;
     eprintln!("  raw: {agents} readers");
-    // The number is counted over there.
+    // The raw server counts by itself.
     let mut change = async |_| driver.go();
     let mut measured = Measured::new("raw");
     one_by_one(&mut measured, &mut swarm, &due, &process, before, rounds, &mut change).await?;
@@ -128,7 +124,7 @@ async fn raw(
     Ok(measured)
 }
 
-/// Says the bytes of an event.
+/// Returns the bytes of an event.
 async fn one_by_one(
     measured: &mut Measured,
     swarm: &mut Swarm,
@@ -160,7 +156,7 @@ async fn one_by_one(
     Ok(bytes.round() as usize)
 }
 
-/// Changes as fast as they go, from the one behind `last` on. No delay is counted meanwhile: that is work of the readers.
+/// Delays are not recorded, to spare the readers.
 async fn sustained(
     measured: &mut Measured,
     swarm: &mut Swarm,

@@ -1,4 +1,4 @@
-//! `restart`: each part is killed and started again, with something changed meanwhile. How long until the decision is right.
+//! `restart`: time to a right decision after each component is killed and restarted.
 
 use std::time::{Duration, Instant};
 
@@ -21,17 +21,16 @@ const SNAPSHOTS: &str = "OPAs that were loaded anew";
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Pods of 10 KB
+    /// Number of pods of 10 KB
     #[arg(long, default_value_t = 3000, value_parser = at_least::<1>)]
     pods: usize,
-    /// Real OPAs, each with an agent
+    /// Number of real OPAs, each with an agent
     #[arg(long, default_value_t = 5, value_parser = at_least::<1>)]
     opas: usize,
     #[command(flatten)]
     common: Common,
 }
 
-/// What is killed and started again.
 #[derive(Clone, Copy)]
 enum Part {
     Hub,
@@ -84,7 +83,7 @@ async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
             agent.wait_in_step().await?;
         }
         let loaded = snapshots(&running).await?;
-        // Agents that were started again count from nothing.
+        // Restarted agents count from zero.
         let before = if matches!(part, Part::Agents) { 0 } else { before };
         of.add(SNAPSHOTS, "", loaded.saturating_sub(before) as f64);
         eprintln!("  {name}: {:.0} ms", took.as_secs_f64() * 1000.0);

@@ -1,5 +1,5 @@
-//! `slow`: some agents do not read, some read a few bytes now and then. What that costs the others, and the hub. Each
-//! phase has a base of as many steady agents alone, since readers cost the cores that they share with the hub.
+//! `slow`: cost of stalled and trickling agents. The control has only the steady agents, since readers share the hub's
+//! cores.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -18,21 +18,21 @@ const MEMORY: &str = "more hub memory a slow agent";
 const KERNEL_MEMORY: &str = "more kernel memory a slow agent, both ends";
 const ENDED: &str = "streams that ended";
 const SLOW: &str = "1 % stalled, 1 % trickling";
-/// What 200 slow agents cost is less than what a process's memory varies by.
+/// The memory of 200 slow agents is within a process's noise.
 const SLOWER: &str = "10 % stalled, 10 % trickling";
 const STEADY: &str = "the 98 % steady alone";
 const FEWER_STEADY: &str = "the 80 % steady alone";
-/// Each base, and the phase that is compared with it: of the agents, one in so many is stalled and one trickling.
+/// Control, phase, and divisor for stalled and for trickling agents.
 const PHASES: [(&str, &str, usize); 2] = [(STEADY, SLOW, 100), (FEWER_STEADY, SLOWER, 10)];
 
 #[derive(Args)]
 pub(crate) struct Options {
     #[arg(long, default_value_t = 10_000, value_parser = at_least::<100>)]
     agents: usize,
-    /// Changes a second
+    /// Changes per second
     #[arg(long, default_value_t = 5, value_parser = at_least::<1>)]
     rate: usize,
-    /// How long changes come: after 12 s of 5 changes the sockets of those are full who do not read
+    /// Duration of the changes, in seconds; 12 s at 5 per second fill the sockets of stalled agents
     #[arg(long, default_value_t = 40, value_parser = at_least::<1>)]
     seconds: usize,
     #[command(flatten)]
@@ -60,7 +60,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         for (base, name, share) in PHASES {
             let each = agents / share;
             let steady = agents - 2 * each;
-            // The machine differs for whichever comes first.
+            // Alternates: the first phase meets another machine state.
             let (mut alone, mut slow) = (None, None);
             for is_slow in [run % 2 == 1, run % 2 == 0] {
                 if is_slow {
@@ -81,11 +81,10 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Bytes that memory grew by while changes came.
+/// In bytes.
 struct Growth {
-    /// The hub's resident memory.
     resident: f64,
-    /// The kernel's, with that of the agents' ends.
+    /// Includes the agents' ends.
     kernel: f64,
 }
 

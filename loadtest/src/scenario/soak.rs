@@ -1,4 +1,4 @@
-//! `soak`: changes at a rate for minutes. Nobody falls behind, nothing is lost, nothing grows.
+//! `soak`: changes at a constant rate for minutes.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::results::{Goal, Measured, Results};
 use crate::swarm::WHOLE;
 
 const PODS: usize = 3000;
-/// After the last change: who has not got it by then has fallen behind.
+/// Agents without the last change by then have fallen behind.
 const GRACE: Duration = Duration::from_secs(1);
 const DELAY: &str = "change at an agent";
 const BEHIND: &str = "agents without the last change after 1 s";
@@ -23,10 +23,10 @@ const SLOPE: &str = "p99 of the last tenth beside the first";
 pub(crate) struct Options {
     #[arg(long, default_value_t = 1000, value_parser = at_least::<1>)]
     agents: usize,
-    /// Changes a second
+    /// Changes per second
     #[arg(long, default_value_t = 500, value_parser = at_least::<1>)]
     rate: usize,
-    /// How long changes come
+    /// Duration of the changes, in seconds
     #[arg(long, default_value_t = 600, value_parser = at_least::<10>)]
     seconds: usize,
     #[command(flatten)]

@@ -1,5 +1,4 @@
-//! `start`: many at once from cold. Real OPAs beside a real API server, then a thousand agents that join at a time, and a
-//! snapshot of many pods after one of them changed.
+//! `start`: cold starts of OPAs, simultaneous joins, and snapshots after a change.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -17,7 +16,6 @@ use crate::results::{Goal, Measured, Results};
 use crate::stub::Stub;
 use crate::swarm::Schedule;
 
-/// Changes after each of which the snapshot is asked for.
 const CHANGES: u64 = 20;
 const COLD: &str = "until every OPA has every pod";
 const ENCODES: &str = "snapshots encoded for all that join";
@@ -25,19 +23,19 @@ const SNAPSHOT: &str = "hub CPU of one change and a snapshot of it";
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Pods of 10 KB on the API server
+    /// Number of pods of 10 KB on the API server
     #[arg(long, default_value_t = 3000, value_parser = at_least::<1>)]
     pods: usize,
-    /// Real OPAs
+    /// Number of real OPAs
     #[arg(long, default_value_t = 10, value_parser = at_least::<1>)]
     opas: usize,
-    /// Agents that ask for a snapshot at once
+    /// Number of agents that request a snapshot at once
     #[arg(long, default_value_t = 1000, value_parser = at_least::<1>)]
     joins: usize,
-    /// Pods of 300 bytes in the snapshot that changes
+    /// Number of pods of 300 bytes in the changing snapshot
     #[arg(long, default_value_t = 30_000, value_parser = at_least::<1>)]
     small_pods: usize,
-    /// Measure OPAs with this kube-mgmt beside each, too
+    /// Also measure OPAs with this kube-mgmt as sidecar
     #[arg(long, value_name = "PROGRAM")]
     kube_mgmt: Option<PathBuf>,
     #[command(flatten)]
@@ -86,7 +84,6 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Snapshots over a stub.
 async fn join(measured: &mut Measured, joins: usize, pods: usize) -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let stub = Stub::start(dir.path(), pods).await?;
@@ -113,7 +110,7 @@ async fn join(measured: &mut Measured, joins: usize, pods: usize) -> anyhow::Res
             equal(&(now > editions), &true)
         })
         .await?;
-        // Archives trail the head by a second at most.
+        // Archives are throttled to about one per second.
         eventually("a new snapshot", async || {
             get().await.map_err(|error| error.to_string())?;
             let now =

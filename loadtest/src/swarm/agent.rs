@@ -1,4 +1,4 @@
-//! One agent: a stream that is read at its pace, resumed, reconciled and failed over as a real agent does it.
+//! A simulated agent, with the protocol of a real one.
 
 use std::cell::RefCell;
 use std::fmt::Write as _;
@@ -22,22 +22,22 @@ use tokio::net::{TcpSocket, TcpStream};
 use super::content::{Digests, digest, newest, number, place, take_archive};
 use super::{Pace, Shared};
 
-/// Agents from one loopback address: it has 28,000 ports, and one that was used rests for a minute.
+/// An address has 28,000 ports, reserved for a minute after use.
 const FROM_ONE_ADDRESS: usize = 500;
-/// Pauses between tries, as real agents make them.
+/// Same backoff as real agents.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
-/// A hub that says nothing for this long is gone.
+/// A hub is considered dead after this time.
 const SILENCE: Duration = Duration::from_secs(15);
-/// What a trickling agent reads, and how often.
+/// Bytes and interval of reads.
 const TRICKLE: (usize, Duration) = (64, Duration::from_millis(100));
-/// What stalled and trickling agents have room for.
+/// Receive buffer of stalled and trickling agents.
 const LITTLE: u32 = 4096;
-/// Bytes of one read: of a frame with a pod of 10 KB all.
+/// Fits a frame with a pod of 10 KB.
 const READ_MAX: usize = 64 * 1024;
 
 thread_local! {
-    /// One for all agents of a thread, so that each costs little.
+    /// Shared by a thread's agents, so that each is cheap.
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_MAX]);
 }
 
@@ -51,22 +51,18 @@ pub(super) struct Agent {
     position: Position,
 }
 
-/// Why a stream ended.
 enum End {
-    /// The hub said so.
     Told,
     Broken,
-    /// It was not one yet: what was lacking is there now.
+    /// The stream can be opened.
     Reconciled,
 }
 
-/// What a hub answered.
 struct Answer {
     status: u16,
-    /// Of an archive.
     position: Position,
     tcp: TcpStream,
-    /// What of the body came with the head.
+    /// Bytes received with the headers.
     body: Vec<u8>,
 }
 
@@ -89,7 +85,7 @@ impl Agent {
         }
     }
 
-    /// Until the stream ends. An error is one that no agent must meet.
+    /// Errors are protocol violations.
     async fn session(&mut self, pause: &mut Duration) -> anyhow::Result<End> {
         let shared = Arc::clone(&self.shared);
         let turn = shared.opening.acquire().await?;
@@ -160,7 +156,7 @@ impl Agent {
         }
     }
 
-    /// A frame must lead on from what is held, to what it promises. Not taken: one that is older.
+    /// Fails if digests do not match; returns false for an outdated frame.
     fn take(&mut self, judge: &mut Judge, id: &str, event: &str, data: &[u8]) -> anyhow::Result<bool> {
         let now = Instant::now();
         self.shared.counts.frames.fetch_add(1, Relaxed);
@@ -208,7 +204,6 @@ impl Agent {
         }
     }
 
-    /// Takes what is lacking, and opens the stream next.
     async fn reconcile(&mut self) -> anyhow::Result<End> {
         let reads = self.shared.start.reads.iter().cloned().collect();
         let request = Reconcile { dirs: self.data.dirs.clone(), modules: None, reads };

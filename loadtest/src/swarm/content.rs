@@ -1,4 +1,4 @@
-//! What agents hold: archives, the values that witnesses keep, and the numbers of changes in them.
+//! Content of archives and verifiers.
 
 use std::io::Read as _;
 
@@ -10,7 +10,6 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, data_digest};
 use serde_json::{Value, json};
 
-/// The value of a directory, made a map where it is not there.
 pub(super) fn place<'a>(content: &'a mut Value, dir: &DirPath) -> &'a mut Value {
     let at = dir.relative().split('/').fold(content, |at, segment| &mut at[segment]);
     if at.is_null() {
@@ -23,8 +22,7 @@ pub(super) fn digest(data: &DataHead) -> Digest {
     data_digest(data.dirs.iter().map(|(dir, digest)| (dir, *digest)), &data.ensure)
 }
 
-/// The newest change that `text` shows, of each so many: objects carry the number of theirs in a label, which an edit
-/// sets by its path.
+/// Newest multiple of `every` in `text`. Objects have their change's number in a label, which edits set by path.
 pub(super) fn number(text: &str, every: u64) -> Option<u64> {
     let numbers =
         ["\"round\":\"", "/round\",\"value\":\""].into_iter().flat_map(|label| text.split(label).skip(1));
@@ -32,14 +30,13 @@ pub(super) fn number(text: &str, every: u64) -> Option<u64> {
     numbers.filter(|number: &u64| number.is_multiple_of(every)).max()
 }
 
-/// What an archive says that is held once it is applied.
 pub(super) struct Digests {
     pub(super) data: DataHead,
     pub(super) modules: Option<Digest>,
     pub(super) reads: Option<String>,
 }
 
-/// Takes an archive into `content`, unless that is null, and says what is held then.
+/// A null `content` is not updated.
 pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Result<Digests> {
     let mut tar = tar::Archive::new(GzDecoder::new(archive));
     let mut entries = tar.entries()?;
@@ -52,7 +49,7 @@ pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Resul
     if content.is_null() {
         return Ok(Digests { data, modules: head.modules_digest, reads: head.reads });
     }
-    // What the archive does not name is gone; what it names and does not hold stayed.
+    // Directories that the archive does not name are removed; those without content are unchanged.
     let mut next = json!({});
     data.ensure.iter().for_each(|dir| _ = place(&mut next, dir));
     for dir in data.dirs.keys() {
@@ -74,7 +71,6 @@ pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Resul
     Ok(Digests { data, modules: head.modules_digest, reads: head.reads })
 }
 
-/// The newest change that an archive shows.
 pub(super) fn newest(archive: &[u8], every: u64) -> anyhow::Result<Option<u64>> {
     let mut text = String::new();
     GzDecoder::new(archive).read_to_string(&mut text)?;

@@ -1,5 +1,4 @@
-//! `tenant`: one hub with two bundles of the cluster. Tenant A attacks the hub with all that its rights allow, tenant B
-//! works as before. The scenario measures by how much later B sees its own changes, and the memory of the hub.
+//! `tenant`: tenant A attacks a hub; measures tenant B's slowdown and the hub's memory.
 
 #![expect(clippy::large_futures, reason = "one run at a time, which is awaited once")]
 mod attack;
@@ -32,20 +31,18 @@ use self::work::{LATE_MAX, POLICIES, Tenant, drain, revision};
 use super::{Common, at_least, command, megabytes};
 use crate::results::{Goal, Measured, Results};
 
-/// Maximum time of a start: the hub is built first, if it is older than its sources.
+/// Includes building an outdated hub.
 const START_MAX: Duration = Duration::from_secs(600);
 
-/// Interval at which the hub's memory is sampled: a runaway grows by 1 GB/s, so by 25 MB.
+/// A runaway hub grows by 25 MB per sample.
 const GUARD_LOOK: Duration = Duration::from_millis(25);
-/// Bytes of memory at which the hub is stopped, so that the machine survives.
+/// Protects the machine from a runaway hub.
 const MEMORY_DEADLY: u64 = 2 << 30;
 
-/// Columns other than those of the attacks.
 const CALM: &str = "no attack";
 const WHOLE: &str = "the whole run";
 
 const WRITES: &str = "answer of the API server to B";
-/// Figures.
 const SLOWDOWN: &str = "slowdown of B (p99, the worst kind of work)";
 const DONE: &str = "edits and requests of B";
 const UNSEEN: &str = "of these never seen";
@@ -57,29 +54,26 @@ const CONTROL: &str = "slowdown of B by the same writes, not selected by the hub
 const MEMORY: &str = "hub memory, highest";
 const RESTARTS: &str = "times that the hub had to be started again";
 const DIFFERENCES: &str = "differences from B's expected content at the end";
-/// The goals.
 const SLOWDOWN_MAX: f64 = 2.0;
 const MEMORY_MAX_MB: f64 = 600.0;
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Length of a phase: one without an attack, then one of each attack
+    /// Duration of a phase, in seconds: one without an attack, then one per attack
     #[arg(long, default_value_t = 20, value_parser = at_least::<2>)]
     seconds: usize,
     #[command(flatten)]
     common: Common,
 }
 
-/// Bytes of the hub's memory.
 #[derive(Default)]
 struct Memory {
-    /// The most of the current phase, as sampled.
+    /// Sampled maximum of the phase, in bytes.
     phase: Cell<u64>,
-    /// The most of any hub, by the kernel's count.
+    /// Kernel's maximum over all hubs, in bytes.
     peak: Cell<u64>,
 }
 
-/// Everything that runs.
 struct Lab {
     tenant: Tenant,
     _agent: Agent,
@@ -94,10 +88,9 @@ struct Lab {
     _reader_of_a: JoinSet<()>,
 }
 
-/// Results of a phase.
 struct Phase {
     measured: Measured,
-    /// p99 of each kind of B's work, in seconds.
+    /// For each kind of B's work, in seconds.
     p99: [f64; 4],
     unseen: u64,
     failures: Vec<String>,
@@ -133,7 +126,7 @@ async fn once(length: Duration) -> anyhow::Result<(Vec<Measured>, Vec<String>)> 
     let mut calm = [0.0; 4];
     let attacks = ATTACKS.into_iter().map(|(name, attack)| (name, Some(attack)));
     for (name, attack) in std::iter::once((CALM, None)).chain(attacks) {
-        // The same writes beside the hub come first.
+        // Control: the same writes, not selected by the hub.
         let control = attack.is_some_and(Attack::writes).then_some(false);
         let (mut slowdowns, mut measured) = (Vec::new(), Measured::new(name));
         for is_selected in control.into_iter().chain([true]) {
@@ -237,8 +230,7 @@ impl Lab {
         })
     }
 
-    /// B works for this long while A attacks, or writes as much that the hub does not select. Ends early when the hub
-    /// does.
+    /// Ends early if the hub ends.
     async fn phase(
         &mut self,
         name: &str,
@@ -277,12 +269,12 @@ impl Lab {
             let (delays, seen_of_kind) = tracker.take();
             measured.add_delays(kind, &delays);
             *p99 = delays.percentile(99.0);
-            // As many as `at_rate` makes, even when the phase ended early.
+            // Same as `at_rate`, even if the phase ended early.
             done += (rate * length.as_secs_f64()) as u64;
             seen += seen_of_kind;
         }
         measured.add_delays(WRITES, &self.tenant.writes.take().0);
-        // One curve an attack is as much as a picture shows.
+        // More curves would make the chart unreadable.
         measured.curves.retain(|kind, _| kind == POLICIES);
         let unseen = done.saturating_sub(seen);
         measured.add(DONE, "", done as f64);
@@ -301,7 +293,7 @@ impl Lab {
         if unseen > 0 {
             failures.push(format!("{unseen} of {done} edits and requests of B were never seen"));
         }
-        // One that was started again counts from then.
+        // A restarted hub counts from zero.
         for (name, (before, after)) in CPU.into_iter().zip(before.into_iter().zip(after)) {
             measured.add(name, "s", after.saturating_sub(before).as_secs_f64());
         }
@@ -314,7 +306,7 @@ impl Lab {
         Ok(Phase { measured, p99, unseen, failures })
     }
 
-    /// CPU so far, as in [`CPU`]. Zero of what has ended.
+    /// In the order of [`CPU`]; zero for a process that ended.
     fn cpu(&self) -> [Duration; 3] {
         let hub = self.hub.process.as_ref().and_then(|process| process.usage().ok());
         let apiserver = self.plane.usage();
@@ -325,8 +317,7 @@ impl Lab {
         [hub, runs, apiserver]
     }
 
-    /// Removes what the attack left. A hub that ended, or does not serve both tenants after that, is started again.
-    /// Returns why.
+    /// Restarts a hub that ended or does not serve both tenants. Returns the reason.
     async fn recover(&mut self, death: Option<String>) -> anyhow::Result<Option<String>> {
         let trouble = match death {
             Some(death) => Some(format!("the attack killed the hub: {death}")),
@@ -343,7 +334,7 @@ impl Lab {
         Ok(trouble)
     }
 
-    /// Removes what an attack left, and waits until the hub serves an edit of each tenant. The inner error is the hub's.
+    /// Waits until the hub serves an edit of each tenant. The inner error is the hub's.
     async fn calm(&mut self) -> anyhow::Result<Result<(), String>> {
         let (site, tenant) = (self.site(true)?, &self.tenant);
         let calm = async {
@@ -356,7 +347,7 @@ impl Lab {
         Ok(calmed.and_then(|calmed| calmed.map_err(|error| format!("{error:#}"))))
     }
 
-    /// Compares the values in B's OPA with those written last, and B's revision with that of a hub that saw no attack.
+    /// Compares B's OPA with the last writes, and B's revision with that of a fresh hub.
     async fn differences(&self) -> anyhow::Result<Vec<String>> {
         let mut differences = Vec::new();
         for (path, tracker) in [
@@ -393,7 +384,7 @@ impl Memory {
     }
 }
 
-/// Does this work while the hub runs within its memory. The error is how the hub ended.
+/// The error is the cause of the hub's end.
 async fn guarded<T>(
     process: &mut Process,
     memory: &Memory,
@@ -404,7 +395,7 @@ async fn guarded<T>(
             if let Some(ended) = process.has_ended() {
                 return format!("{ended:#}");
             }
-            // Between its end and the next look there is no usage.
+            // No usage between the hub's end and the next sample.
             if let Ok(usage) = process.usage() {
                 memory.sample(usage);
                 if usage.rss > MEMORY_DEADLY {

@@ -1,4 +1,4 @@
-//! Tenant B: its work, what reads its bundle, and how long each edit takes to be seen.
+//! Tenant B: its work and the delay of each edit.
 
 use std::io::Read as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -18,50 +18,43 @@ use crate::histogram::Histogram;
 use crate::scenario::at_rate;
 use crate::swarm::Schedule;
 
-/// B's work, a second. Each policy edit costs two runs of OPA, which two cores must bear next to everything else.
+/// Per second. A policy edit costs two runs of OPA.
 const POLICY_RATE: f64 = 2.0;
 const CHANGE_RATE: f64 = 15.0;
 const ARCHIVE_RATE: f64 = 15.0;
 
-/// Maximum time until an edit of B is seen. Later ones count as unseen.
+/// Later edits count as unseen.
 pub(super) const LATE_MAX: Duration = Duration::from_secs(30);
 
-/// Maximum silence of B's stream: three heartbeats.
+/// Three heartbeats.
 const SILENCE: Duration = Duration::from_secs(15);
-/// Pause before a stream is opened again.
 const RETRY: Duration = Duration::from_millis(100);
-/// Interval at which B's OPA is asked while an edit is awaited.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Kinds of B's work.
 pub(super) const POLICIES: &str = "policy edit until B's OPA decides by it";
 const PODS: &str = "pod change until B's stream has it";
 const EDITS: &str = "data edit until B's stream has it";
 const ARCHIVES: &str = "B's archive";
 
-/// One kind of work: what was asked, what was seen, and how long each took.
 pub(super) struct Tracker {
     pub(super) due: Schedule,
     state: Mutex<State>,
 }
 
 struct State {
-    /// The newest number that was seen.
     newest: u64,
-    /// Numbers that are awaited, each since the API server accepted it.
+    /// With the time at which the API server accepted each.
     open: Vec<(u64, Instant)>,
     seen: u64,
     delays: Histogram,
 }
 
-/// B, with what reads its bundle.
 pub(super) struct Tenant {
     pub(super) policies: Arc<Tracker>,
     pub(super) pods: Arc<Tracker>,
     pub(super) edits: Arc<Tracker>,
     pub(super) archives: Arc<Tracker>,
     pub(super) writes: Tracker,
-    /// Streams that ended.
     pub(super) ended: Arc<AtomicU64>,
     pub(super) _reading: JoinSet<()>,
 }
@@ -76,7 +69,7 @@ impl Tenant {
         let (http, hub) = (http.clone(), hub.to_owned());
         reading.spawn(async move {
             loop {
-                // However it ended, the next one begins with all that there is.
+                // Each stream starts with the full archive.
                 _ = follow(&http, &hub, &of_pods, &of_edits).await;
                 of_ended.fetch_add(1, Relaxed);
                 tokio::time::sleep(RETRY).await;
@@ -86,7 +79,6 @@ impl Tenant {
         Self { policies, pods, edits, archives, writes, ended, _reading: reading }
     }
 
-    /// The kinds of work with their rates.
     pub(super) fn kinds(&self) -> [(&'static str, f64, &Tracker); 4] {
         [
             (POLICIES, POLICY_RATE, &self.policies),
@@ -142,7 +134,6 @@ impl Tenant {
         Ok(())
     }
 
-    /// A write of B, as long as the API server takes for it.
     async fn timed(&self, write: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
         let started = Instant::now();
         in_time("a write to the API server", WRITE_MAX, write).await?;
@@ -150,7 +141,6 @@ impl Tenant {
         Ok(())
     }
 
-    /// Waits until one edit of each kind is seen.
     pub(super) async fn is_served(&self, site: &Site) -> anyhow::Result<()> {
         self.edit_policy(site, self.policies.due.push(Instant::now())).await?;
         self.change_pod(site, self.pods.due.push(Instant::now())).await?;
@@ -165,7 +155,6 @@ impl Tenant {
     }
 }
 
-/// Asks B's OPA for the newest policy while one is awaited.
 async fn ask(http: Client, url: String, policies: Arc<Tracker>) {
     loop {
         if !policies.is_done()
@@ -177,12 +166,10 @@ async fn ask(http: Client, url: String, policies: Arc<Tracker>) {
     }
 }
 
-/// The policy by which B's OPA decides now.
 pub(super) async fn revision(http: &Client, url: &str) -> Option<u64> {
     get(http, url).await.ok()?["result"].as_str()?.parse().ok()
 }
 
-/// Reads B's stream until it ends.
 async fn follow(http: &Client, hub: &str, pods: &Tracker, edits: &Tracker) -> anyhow::Result<()> {
     let arrive = |text: &str| {
         for (mark, tracker) in [("\"round\":\"", pods), ("\"setting\":\"", edits)] {
@@ -192,7 +179,7 @@ async fn follow(http: &Client, hub: &str, pods: &Tracker, edits: &Tracker) -> an
         }
     };
     let mut stream = http.get(format!("{hub}/bundles/{B}/stream")).send().await?.error_for_status()?;
-    // A stream begins at the newest revision: what led to it is in the archive.
+    // Earlier changes are in the archive.
     let request = http.post(format!("{hub}/bundles/{B}/reconcile")).body(r#"{"dirs":{}}"#);
     let archive = request.timeout(REQUEST_MAX).send().await?.error_for_status()?.bytes().await?;
     let mut text = String::new();
@@ -210,12 +197,10 @@ async fn follow(http: &Client, hub: &str, pods: &Tracker, edits: &Tracker) -> an
     Ok(())
 }
 
-/// The newest number behind `mark`.
 pub(super) fn newest(text: &str, mark: &str) -> Option<u64> {
     text.split(mark).skip(1).filter_map(|rest| rest.split('"').next()?.parse().ok()).max()
 }
 
-/// Asks for B's archive once.
 async fn archive(site: Site, due: Instant, archives: Arc<Tracker>) {
     let get = async {
         let request = site.http.get(format!("{}/bundles/{B}", site.hub)).timeout(LATE_MAX);
@@ -225,7 +210,6 @@ async fn archive(site: Site, due: Instant, archives: Arc<Tracker>) {
     archives.answer(due, is_whole);
 }
 
-/// Reads A's stream, as an agent of A does, until it is aborted.
 pub(super) async fn drain(http: Client, hub: String) {
     let url = format!("{hub}/bundles/{A}/stream?namespace={A}");
     loop {
@@ -246,7 +230,7 @@ impl Tracker {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The edit of this number was accepted now. It may have been seen before that was known.
+    /// The edit may have arrived already.
     pub(super) fn expect(&self, number: u64) {
         let mut state = self.state();
         state.open.push((number, Instant::now()));
@@ -254,12 +238,10 @@ impl Tracker {
         state.arrive(newest);
     }
 
-    /// The edit of this number is seen, and so are those before it.
     pub(super) fn arrive(&self, number: u64) {
         self.state().arrive(number);
     }
 
-    /// A request that was due then has its answer.
     pub(super) fn answer(&self, due: Instant, is_good: bool) {
         let mut state = self.state();
         state.seen += u64::from(is_good);
@@ -270,7 +252,7 @@ impl Tracker {
         self.state().open.is_empty()
     }
 
-    /// Delays so far, and how many were seen. An edit that is still open counts with its age, and is no longer awaited.
+    /// Resets the tracker. Open edits count with their age.
     pub(super) fn take(&self) -> (Histogram, u64) {
         let mut state = self.state();
         for (_, since) in std::mem::take(&mut state.open) {
@@ -306,7 +288,7 @@ mod tests {
         tracker.expect(2);
         tracker.arrive(2);
         tracker.arrive(2);
-        // It was seen before its write was answered.
+        // Seen before the write returned.
         tracker.arrive(3);
         tracker.expect(3);
         assert!(tracker.is_done());
