@@ -24,12 +24,12 @@ pub const POLICY: (&str, &str) = ("openpolicyagent.org/policy", "rego");
 pub const DATA: (&str, &str) = ("openpolicyagent.org/data", "opa");
 
 const STATUS: &str = "openpolicyagent.org/kube-mgmt-status";
-const GUESTS: &str = "opahub.dev/load";
+const RUN_LABEL: &str = "opahub.dev/load";
 
-const ACCOUNT_COMES: Duration = Duration::from_secs(10);
+const ACCOUNT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The cluster waits 30 s for pods alone.
-const REMOVAL: Duration = Duration::from_secs(600);
-const REMOVAL_LOOK: Duration = Duration::from_millis(500);
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(600);
+const REMOVAL_POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Whether the error is an API server response with this status code.
 pub fn has_code(error: &anyhow::Error, code: u16) -> bool {
@@ -109,7 +109,7 @@ impl Cluster {
 
     /// Creates a namespace, if absent.
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
-        let labels = pods::guests().map(|prefix| BTreeMap::from([(GUESTS.to_owned(), prefix)]));
+        let labels = pods::external_prefix().map(|prefix| BTreeMap::from([(RUN_LABEL.to_owned(), prefix)]));
         let namespace = Namespace {
             metadata: ObjectMeta { name: Some(name.into()), labels, ..Default::default() },
             ..Default::default()
@@ -121,8 +121,8 @@ impl Cluster {
     }
 
     /// Posts a pod; retries while its namespace lacks the default service account.
-    pub async fn guest(&self, namespace: &str, pod: &Value) -> anyhow::Result<()> {
-        let until = Instant::now() + ACCOUNT_COMES;
+    pub async fn create_pod(&self, namespace: &str, pod: &Value) -> anyhow::Result<()> {
+        let until = Instant::now() + ACCOUNT_TIMEOUT;
         loop {
             match self.create(&format!("/api/v1/namespaces/{namespace}/pods"), pod).await {
                 Err(error) if Instant::now() < until && has_code(&error, 403) => {
@@ -134,26 +134,26 @@ impl Cluster {
     }
 
     /// Removes the run's namespaces and waits for their end.
-    pub async fn remove_guests(&self, prefix: &str) -> anyhow::Result<()> {
+    pub async fn remove_run_namespaces(&self, prefix: &str) -> anyhow::Result<()> {
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
-        let theirs = ListParams::default().labels(&format!("{GUESTS}={prefix}"));
-        for namespace in namespaces.list(&theirs).await? {
+        let params = ListParams::default().labels(&format!("{RUN_LABEL}={prefix}"));
+        for namespace in namespaces.list(&params).await? {
             if namespace.metadata.deletion_timestamp.is_none() {
                 let name = namespace.metadata.name.unwrap_or_default();
                 namespaces.delete(&name, &DeleteParams::default()).await?;
             }
         }
         let gone = async || {
-            let left = namespaces.list(&theirs).await.map_err(|error| error.to_string())?.items.len();
+            let left = namespaces.list(&params).await.map_err(|error| error.to_string())?.items.len();
             if left == 0 {
                 return Ok(());
             }
-            tokio::time::sleep(REMOVAL_LOOK).await;
+            tokio::time::sleep(REMOVAL_POLL_INTERVAL).await;
             Err(format!("{left} are left"))
         };
-        let removed = within(REMOVAL, "namespaces of the run are removed", gone).await.map(drop);
+        let removed = within(REMOVAL_TIMEOUT, "namespaces of the run are removed", gone).await.map(drop);
         removed.with_context(|| {
-            format!("cleaning up failed; repeat it with `kubectl delete namespaces -l {GUESTS}`")
+            format!("cleaning up failed; repeat it with `kubectl delete namespaces -l {RUN_LABEL}`")
         })
     }
 

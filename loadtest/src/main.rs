@@ -6,15 +6,15 @@
     reason = "counts and percentiles of a load run are far from either bound"
 )]
 
+mod baseline;
+mod chart;
 mod demo;
+mod fake_apiserver;
 mod histogram;
 mod memory;
-mod peer;
-mod picture;
 mod probe;
 mod results;
 mod scenario;
-mod stub;
 mod swarm;
 
 use std::process::ExitCode;
@@ -99,7 +99,7 @@ async fn run() -> anyhow::Result<()> {
     rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
     let Cli { kubeconfig, create_pods, command } = Cli::parse();
     if let Command::Raw { listen, bytes } = command {
-        return peer::raw::serve(listen, bytes);
+        return baseline::raw::serve(listen, bytes);
     }
     if let Some(kubeconfig) = &kubeconfig {
         let uses_it = matches!(
@@ -121,7 +121,7 @@ async fn run() -> anyhow::Result<()> {
         ended = perform(command) => ended,
         stopped = signal() => stopped.and_then(|()| if is_lab { Ok(()) } else { Err(anyhow::anyhow!("stopped")) }),
     };
-    let removed = ControlPlane::renew_guests().await;
+    let removed = ControlPlane::reset_external_cluster().await;
     if ended.is_err()
         && let Err(error) = &removed
     {

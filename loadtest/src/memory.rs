@@ -1,6 +1,6 @@
 //! `memory`: memory and delays with whole objects and with the fields that policies read.
 
-mod picture;
+mod chart;
 mod world;
 
 use std::fmt::Write as _;
@@ -97,7 +97,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         std::fs::create_dir_all(out)?;
         std::fs::write(file("md"), &table)?;
         std::fs::write(file("json"), serde_json::to_string_pretty(&results(&options, &rows))? + "\n")?;
-        std::fs::write(file("svg"), picture::draw(options.pods, all, auto))?;
+        std::fs::write(file("svg"), chart::draw(options.pods, all, auto))?;
         println!("written to {}", out.display());
     }
     Ok(())

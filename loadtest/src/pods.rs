@@ -8,33 +8,33 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 /// Pods per namespace.
-pub const PODS_A_NAMESPACE: usize = 300;
+pub const PODS_PER_NAMESPACE: usize = 300;
 
 const APPS: [&str; 8] = ["orders", "catalog", "cart", "payment", "search", "mail", "report", "gateway"];
 
-static GUESTS: Mutex<Option<String>> = Mutex::new(None);
+static EXTERNAL_PREFIX: Mutex<Option<String>> = Mutex::new(None);
 
 /// Makes pods for an external cluster, where no controller may act on them.
-pub fn be_guests(prefix: String) {
-    *GUESTS.lock().unwrap_or_else(PoisonError::into_inner) = Some(prefix);
+pub fn use_external_cluster(prefix: String) {
+    *EXTERNAL_PREFIX.lock().unwrap_or_else(PoisonError::into_inner) = Some(prefix);
 }
 
 /// Namespace prefix in an external cluster; `None` in the lab's.
-pub fn guests() -> Option<String> {
-    GUESTS.lock().unwrap_or_else(PoisonError::into_inner).clone()
+pub fn external_prefix() -> Option<String> {
+    EXTERNAL_PREFIX.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// Prefix of the pods' namespaces.
 pub fn prefix() -> String {
-    guests().unwrap_or_else(|| "team".to_owned())
+    external_prefix().unwrap_or_else(|| "team".to_owned())
 }
 
 /// Entries of the run's namespaces.
-pub fn own(by_namespace: &Value) -> BTreeMap<&str, &Value> {
+pub fn entries_of_run(by_namespace: &Value) -> BTreeMap<&str, &Value> {
     let prefix = prefix();
     let all = by_namespace.as_object().into_iter().flatten();
-    let own = all.filter(|(namespace, _)| namespace.starts_with(&prefix));
-    own.map(|(namespace, value)| (namespace.as_str(), value)).collect()
+    let entries = all.filter(|(namespace, _)| namespace.starts_with(&prefix));
+    entries.map(|(namespace, value)| (namespace.as_str(), value)).collect()
 }
 
 /// Number of a pod, from 0.
@@ -44,7 +44,7 @@ pub struct Nth(pub usize);
 impl Nth {
     /// Namespace, shared by [`PODS_PER_NAMESPACE`] pods.
     pub fn namespace(self) -> String {
-        format!("{}-{:03}", prefix(), self.0 / PODS_A_NAMESPACE)
+        format!("{}-{:03}", prefix(), self.0 / PODS_PER_NAMESPACE)
     }
 
     /// Pod name.
@@ -64,7 +64,7 @@ impl Nth {
     /// Pod IP.
     pub fn address(self) -> String {
         // RFC 2544 reserves 198.18.0.0/15 for benchmarks.
-        let (first, second) = match guests() {
+        let (first, second) = match external_prefix() {
             Some(_) => (198, 18 + self.0 / 65536 % 2),
             None => (10, 64 + self.0 / 65536 % 64),
         };
@@ -115,7 +115,7 @@ impl Nth {
                 ],
             },
         });
-        if guests().is_some() {
+        if external_prefix().is_some() {
             // Neither owner nor account exists there.
             pod["metadata"].as_object_mut().and_then(|metadata| metadata.remove("ownerReferences"));
             pod["spec"]["serviceAccountName"] = json!("default");
@@ -161,7 +161,7 @@ impl Nth {
                 "restartCount": 0, "lastState": {}, "state": { "running": { "startedAt": time } },
             })
         };
-        let host = match guests() {
+        let host = match external_prefix() {
             // RFC 5737: documentation address.
             Some(_) => "192.0.2.1".to_owned(),
             None => format!("192.168.{}.{}", self.0 / 100 / 250, self.0 / 100 % 250),

@@ -9,8 +9,8 @@ use anyhow::Context as _;
 use opa_hub_loadtest::lab::assets;
 use serde::{Deserialize, Serialize};
 
+use crate::chart;
 use crate::histogram::Histogram;
-use crate::picture;
 
 const SUMMARY: &str = "README.md";
 
@@ -200,7 +200,7 @@ impl Results {
             .flat_map(|of| of.curves.iter().map(|(name, curve)| (format!("{}: {name}", of.who), &curve[..])))
             .collect();
         if !lines.is_empty() {
-            std::fs::write(out.join(format!("{}.svg", self.scenario)), picture::curves(&self.what, &lines))?;
+            std::fs::write(out.join(format!("{}.svg", self.scenario)), chart::curves(&self.what, &lines))?;
         }
         Ok(())
     }

@@ -24,7 +24,7 @@ use self::content::{Digests, digest, take_archive};
 use crate::histogram::Histogram;
 
 const OPENING: usize = 256;
-const WITNESSES: usize = 20;
+const VERIFIERS: usize = 20;
 
 /// Whole objects, for [`Swarm::mismatches`].
 pub(crate) const WHOLE: &[&str] = &[""];
@@ -143,9 +143,9 @@ impl Swarm {
         count: usize,
         paces: &[(Pace, usize)],
     ) -> anyhow::Result<Self> {
-        let witnesses = (0..count).step_by((count / WITNESSES).max(1));
+        let verifiers = (0..count).step_by((count / VERIFIERS).max(1));
         let shared = Arc::new(Shared {
-            contents: witnesses.map(|at| (at, Mutex::new(start.content.clone()))).collect(),
+            contents: verifiers.map(|at| (at, Mutex::new(start.content.clone()))).collect(),
             start,
             hubs,
             due,
@@ -179,14 +179,14 @@ impl Swarm {
     }
 
     /// Number of verifiers whose pods are no part of the source's, or differ at these JSON pointers.
-    pub(crate) fn astray(&self, source: &Value, fields: &[&str]) -> usize {
-        let source = pods::own(source);
+    pub(crate) fn mismatches(&self, source: &Value, fields: &[&str]) -> usize {
+        let source = pods::entries_of_run(source);
         let is_right = |held: &Value, source: &Value| {
             fields.iter().all(|field| held.pointer(field) == source.pointer(field)) && is_part(held, source)
         };
         let holds = |content: &Mutex<Value>| {
             let content = content.lock().unwrap_or_else(PoisonError::into_inner);
-            let held = pods::own(&content["kubernetes"]["pods"]);
+            let held = pods::entries_of_run(&content["kubernetes"]["pods"]);
             held.keys().eq(source.keys())
                 && held.values().zip(source.values()).all(|(held, source)| is_alike(held, source, is_right))
         };
@@ -194,12 +194,12 @@ impl Swarm {
     }
 
     /// Waits for pending changes first.
-    pub(crate) async fn settle(&self, source: &Value, fields: &[&str]) -> usize {
+    pub(crate) async fn settled_mismatches(&self, source: &Value, fields: &[&str]) -> usize {
         let until = Instant::now() + SETTLE;
         loop {
-            let astray = self.astray(source, fields);
-            if astray == 0 || Instant::now() > until {
-                return astray;
+            let mismatches = self.mismatches(source, fields);
+            if mismatches == 0 || Instant::now() > until {
+                return mismatches;
             }
             tokio::time::sleep(COMPARE).await;
         }

@@ -12,10 +12,10 @@ use kube::{Api, Client, Config};
 use rcgen::KeyPair;
 use tempfile::TempDir;
 
+use super::blackhole_proxy::BlackholeProxy;
 use super::etcd::Etcd;
 use super::process::{Process, Usage};
-use super::valve::Valve;
-use super::{assets, certificates, free_port, given};
+use super::{assets, certificates, external_cluster, free_port};
 use crate::cluster::Cluster;
 use crate::pods;
 
@@ -32,24 +32,24 @@ pub struct ControlPlane {
     pub kubeconfig: PathBuf,
     /// Kubeconfig of [`PLAIN_USER`]; `None` for an external cluster.
     pub plain_kubeconfig: Option<PathBuf>,
-    own: Option<Own>,
+    processes: Option<LocalProcesses>,
     /// Start time of the external API server instance measured first.
     measured: OnceLock<String>,
 }
 
-pub(super) struct Existing {
+pub(super) struct ExternalCluster {
     kubeconfig: PathBuf,
     /// Such as `v1.37.2`.
     pub(super) version: String,
 }
 
-static EXISTING: OnceLock<Existing> = OnceLock::new();
+static EXTERNAL: OnceLock<ExternalCluster> = OnceLock::new();
 
-pub(super) fn existing() -> Option<&'static Existing> {
-    EXISTING.get()
+pub(super) fn external() -> Option<&'static ExternalCluster> {
+    EXTERNAL.get()
 }
 
-struct Own {
+struct LocalProcesses {
     apiserver: Option<Process>,
     etcd: Etcd,
     port: u16,
@@ -60,19 +60,19 @@ impl ControlPlane {
     /// Uses this cluster as control plane. Fails if its version or the user's rights do not suffice.
     pub async fn use_cluster(kubeconfig: &Path) -> anyhow::Result<()> {
         super::init();
-        let version = given::check(&client(kubeconfig).await?).await?;
-        _ = EXISTING.set(Existing { kubeconfig: kubeconfig.to_owned(), version });
-        Self::renew_guests().await
+        let version = external_cluster::check(&client(kubeconfig).await?).await?;
+        _ = EXTERNAL.set(ExternalCluster { kubeconfig: kubeconfig.to_owned(), version });
+        Self::reset_external_cluster().await
     }
 
     /// Removes the run's namespaces from the external cluster and picks a new prefix.
-    pub async fn renew_guests() -> anyhow::Result<()> {
-        let Some(existing) = existing() else { return Ok(()) };
-        if let Some(prefix) = pods::guests() {
-            Cluster { client: client(&existing.kubeconfig).await? }.remove_guests(&prefix).await?;
+    pub async fn reset_external_cluster() -> anyhow::Result<()> {
+        let Some(external) = external() else { return Ok(()) };
+        if let Some(prefix) = pods::external_prefix() {
+            Cluster { client: client(&external.kubeconfig).await? }.remove_run_namespaces(&prefix).await?;
         }
         let name = std::iter::repeat_with(fastrand::alphanumeric).take(6).collect::<String>();
-        pods::be_guests(format!("opa-hub-load-{}", name.to_lowercase()));
+        pods::use_external_cluster(format!("opa-hub-load-{}", name.to_lowercase()));
         Ok(())
     }
 
@@ -87,10 +87,10 @@ impl ControlPlane {
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
         let mut dir = TempDir::with_prefix("opa-hub-lab-")?;
         dir.disable_cleanup(std::env::var_os("OPA_HUB_LAB_KEEP").is_some());
-        if let Some(existing) = existing() {
-            let kubeconfig = existing.kubeconfig.clone();
+        if let Some(external) = external() {
+            let kubeconfig = external.kubeconfig.clone();
             let measured = OnceLock::new();
-            return Ok(Self { dir, assets, kubeconfig, plain_kubeconfig: None, own: None, measured });
+            return Ok(Self { dir, assets, kubeconfig, plain_kubeconfig: None, processes: None, measured });
         }
         let port = free_port()?;
         credentials(dir.path())?;
@@ -98,9 +98,9 @@ impl ControlPlane {
         let plain = self::kubeconfig(dir.path(), port, PLAIN_USER)?;
         let etcd = Etcd::start(&assets, dir.path())?;
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        let own = Own { apiserver: None, etcd, port, flags };
-        let (own, plain_kubeconfig, measured) = (Some(own), Some(plain), OnceLock::new());
-        let mut plane = Self { dir, assets, kubeconfig, plain_kubeconfig, own, measured };
+        let processes = LocalProcesses { apiserver: None, etcd, port, flags };
+        let (processes, plain_kubeconfig, measured) = (Some(processes), Some(plain), OnceLock::new());
+        let mut plane = Self { dir, assets, kubeconfig, plain_kubeconfig, processes, measured };
         plane.start_apiserver().await?;
         Ok(plane)
     }
@@ -111,24 +111,25 @@ impl ControlPlane {
     }
 
     /// A proxy to the API server that can block traffic.
-    pub async fn valve(&self) -> anyhow::Result<Valve> {
-        let own = self.own.as_ref().context("this cluster was there before; the way to it is not ours")?;
-        Valve::start(format!("127.0.0.1:{}", own.port)).await
+    pub async fn blackhole_proxy(&self) -> anyhow::Result<BlackholeProxy> {
+        let processes =
+            self.processes.as_ref().context("this cluster was there before; the way to it is not ours")?;
+        BlackholeProxy::start(format!("127.0.0.1:{}", processes.port)).await
     }
 
     /// Administrator's kubeconfig that connects through `proxy`.
-    pub fn kubeconfig_through(&self, valve: &Valve) -> anyhow::Result<PathBuf> {
-        kubeconfig(self.dir.path(), valve.port, "admin")
+    pub fn kubeconfig_through(&self, proxy: &BlackholeProxy) -> anyhow::Result<PathBuf> {
+        kubeconfig(self.dir.path(), proxy.port, "admin")
     }
 
     /// Usage of the lab's API server; `None` for an external cluster.
     pub fn usage(&self) -> Option<Usage> {
-        self.own.as_ref()?.apiserver.as_ref()?.usage().ok()
+        self.processes.as_ref()?.apiserver.as_ref()?.usage().ok()
     }
 
     /// Usage of the API server, for an external cluster from its metrics; `None` after a change of instance.
     pub async fn reported_usage(&self) -> anyhow::Result<Option<Usage>> {
-        if self.is_own() {
+        if self.is_local() {
             return Ok(self.usage());
         }
         let (started, usage) = Cluster { client: self.client().await? }.server_usage().await?;
@@ -136,14 +137,14 @@ impl ControlPlane {
     }
 
     /// Whether the lab started, and can stop, the control plane.
-    pub fn is_own(&self) -> bool {
-        self.own.is_some()
+    pub fn is_local(&self) -> bool {
+        self.processes.is_some()
     }
 
     /// Kills the API server; etcd continues to run.
     pub fn stop_apiserver(&mut self) {
-        if let Some(own) = &mut self.own {
-            own.apiserver = None;
+        if let Some(processes) = &mut self.processes {
+            processes.apiserver = None;
         }
     }
 
@@ -153,26 +154,27 @@ impl ControlPlane {
         act: impl FnOnce(&Path) -> std::io::Result<()>,
     ) -> anyhow::Result<()> {
         self.stop_apiserver();
-        let own = self.own.as_mut().context("this cluster was there before; it is not ours to stop")?;
-        own.etcd.stop();
+        let processes =
+            self.processes.as_mut().context("this cluster was there before; it is not ours to stop")?;
+        processes.etcd.stop();
         act(&self.dir.path().join("etcd"))?;
-        own.etcd = Etcd::start(&self.assets, self.dir.path())?;
+        processes.etcd = Etcd::start(&self.assets, self.dir.path())?;
         self.start_apiserver().await
     }
 
     /// Starts the API server and waits until ready.
     pub async fn start_apiserver(&mut self) -> anyhow::Result<()> {
-        let Some(own) = &mut self.own else {
+        let Some(processes) = &mut self.processes else {
             bail!("this cluster was there before; it is not ours to restart")
         };
         let dir = self.dir.path();
         let file = |name: &str| dir.join(name).display().to_string();
         let mut command = Command::new(self.assets.join("kube-apiserver"));
-        command.arg(format!("--etcd-servers={}", own.etcd.url));
+        command.arg(format!("--etcd-servers={}", processes.etcd.url));
         command.args([
             "--bind-address=127.0.0.1",
             "--endpoint-reconciler-type=none",
-            &format!("--secure-port={}", own.port),
+            &format!("--secure-port={}", processes.port),
             &format!("--cert-dir={}", file("certificates")),
             &format!("--tls-cert-file={}", file("server.crt")),
             &format!("--tls-private-key-file={}", file("server.key")),
@@ -184,7 +186,7 @@ impl ControlPlane {
             "--authorization-mode=RBAC",
             "--disable-admission-plugins=ServiceAccount",
         ]);
-        command.args(&own.flags);
+        command.args(&processes.flags);
         let mut process = Process::start("kube-apiserver", dir, &mut command)?;
         let client = self.client().await?;
         let serves = async || {
@@ -193,7 +195,7 @@ impl ControlPlane {
             Ok::<_, String>(ready)
         };
         process.until("the API server serves", serves).await?;
-        self.own.as_mut().context("it is ours")?.apiserver = Some(process);
+        self.processes.as_mut().context("it is ours")?.apiserver = Some(process);
         Ok(())
     }
 }

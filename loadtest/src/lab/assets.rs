@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use sha2::{Digest, Sha256};
 
-use super::apiserver::existing;
+use super::apiserver::external;
 
 const GO_MOD: &str = include_str!("../../lab/go.mod");
 const GO_SUM: &str = include_str!("../../lab/go.sum");
@@ -32,7 +32,7 @@ pub fn folder() -> anyhow::Result<PathBuf> {
     if whole.is_dir() {
         return Ok(whole);
     }
-    let (folder, components) = match existing() {
+    let (folder, components) = match external() {
         Some(_) => (cache.join(format!("{key}-opa")), &COMPONENTS[..1]),
         None => (whole, &COMPONENTS[..]),
     };
@@ -68,8 +68,8 @@ pub fn versions() -> String {
         Some(path) => format!("{name} of {}", path.display()),
         None => format!("{name} {}", version(package).unwrap_or("of no version")),
     };
-    if let Some(existing) = existing() {
-        return format!("{}, API server {} of a cluster of its own", name(&COMPONENTS[0]), existing.version);
+    if let Some(external) = external() {
+        return format!("{}, API server {} of a cluster of its own", name(&COMPONENTS[0]), external.version);
     }
     COMPONENTS.iter().filter(|(name, _)| *name != "kubectl").map(name).collect::<Vec<_>>().join(", ")
 }

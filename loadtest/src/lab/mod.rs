@@ -10,7 +10,7 @@ pub mod etcd;
 
 pub mod apiserver;
 
-mod given;
+mod external_cluster;
 
 pub mod opa;
 
@@ -18,7 +18,7 @@ pub mod hub;
 
 pub mod agent;
 
-pub mod valve;
+pub mod blackhole_proxy;
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;

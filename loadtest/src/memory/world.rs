@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use futures::{StreamExt as _, TryStreamExt as _};
 use opa_hub_loadtest::cluster::{Cluster, POLICY};
 use opa_hub_loadtest::lab::{ControlPlane, assets};
-use opa_hub_loadtest::pods::{self, Nth, PODS_A_NAMESPACE};
+use opa_hub_loadtest::pods::{self, Nth, PODS_PER_NAMESPACE};
 use serde_json::{Value, json};
 
 use super::SourceKind;
@@ -56,7 +56,7 @@ impl World {
             SourceKind::Folder => {
                 let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
                 let all: Vec<_> = (0..pods).map(Nth).collect();
-                for (at, nths) in all.chunks(PODS_A_NAMESPACE).enumerate() {
+                for (at, nths) in all.chunks(PODS_PER_NAMESPACE).enumerate() {
                     let items: Vec<_> = nths.iter().map(|nth| nth.served()).collect();
                     write(manifests.path(), &format!("pods-{at:03}.json"), &list(&items))?;
                 }
@@ -134,7 +134,7 @@ impl World {
                 let first = "pods-000.json";
                 let hot = format!("hot-{}.json", nth.0);
                 if !manifests.path().join(&hot).exists() {
-                    let others = (0..PODS_A_NAMESPACE.min(self.pods)).filter(|at| *at != nth.0);
+                    let others = (0..PODS_PER_NAMESPACE.min(self.pods)).filter(|at| *at != nth.0);
                     let others: Vec<_> = others.map(|at| Nth(at).served()).collect();
                     write(manifests.path(), first, &list(&others))?;
                 }
@@ -192,9 +192,9 @@ async fn on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result
     match stage {
         Stage::Posted => {
             cluster.namespace(&namespace).await?;
-            cluster.guest(&namespace, &nth.posted()).await
+            cluster.create_pod(&namespace, &nth.posted()).await
         }
-        Stage::Bound if pods::guests().is_some() => Ok(()),
+        Stage::Bound if pods::external_prefix().is_some() => Ok(()),
         Stage::Bound => {
             let binding =
                 json!({ "metadata": { "name": name }, "target": { "kind": "Node", "name": nth.node() } });
@@ -208,7 +208,7 @@ async fn on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result
 }
 
 pub(crate) async fn fill(cluster: &Cluster, pods: usize) -> anyhow::Result<()> {
-    for first in (0..pods).step_by(PODS_A_NAMESPACE) {
+    for first in (0..pods).step_by(PODS_PER_NAMESPACE) {
         cluster.namespace(&Nth(first).namespace()).await?;
     }
     let made = futures::stream::iter((0..pods).map(Nth)).map(|nth| async move {

@@ -11,9 +11,9 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Opa, assets};
 
 use super::{Common, address, at_least, at_rate, command, hub_over};
+use crate::fake_apiserver::{FakeApiServer, large_object, object};
 use crate::histogram::Histogram;
 use crate::results::{Goal, Measured, Results};
-use crate::stub::{Stub, large_object, object};
 use crate::swarm::{Schedule, Start, Swarm};
 
 const QUERY: Duration = Duration::from_millis(2);
@@ -79,8 +79,8 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let dir = tempfile::tempdir()?;
     let make = if who == LARGE { large_object } else { object };
-    let stub = Stub::of(dir.path(), pods, make).await?;
-    let hub = hub_over(&stub, dir.path()).await?;
+    let apiserver = FakeApiServer::of(dir.path(), pods, make).await?;
+    let hub = hub_over(&apiserver, dir.path()).await?;
     let opa = Opa::start(&assets, dir.path(), None, &[]).await?;
     let mut agent = Agent::start(dir.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
     agent.wait_in_step().await?;
@@ -88,7 +88,7 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     let start = Arc::new(Start::of(&hub.url).await?);
     let commits = hub.metric("opa_hub_view_changes_total").await?;
     let changed: Vec<_> = (0..pods).filter(|pod| pod % 100 < CHANGED).collect();
-    let change = |number: u64| stub.change(changed[number as usize % changed.len()], number);
+    let change = |number: u64| apiserver.change(changed[number as usize % changed.len()], number);
     if who == SPREAD {
         let time = Duration::from_secs_f64((changes as f64 + 0.5) / SPREAD_RATE);
         at_rate(&Schedule::default(), SPREAD_RATE, time, async |number, _| {
@@ -111,7 +111,7 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
         tokio::time::sleep(ALONE).await;
         stop.set(true);
     };
-    let asked = stub.path(1);
+    let asked = apiserver.path(1);
     tokio::join!(ask(&opa, &asked, &alone, &stop), pause).0?;
     let before = patches(&opa).await?;
     let (queries, started) = (Histogram::new(), Instant::now());
@@ -133,7 +133,7 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     measured.add("commits that it missed", "", commits as f64);
     measured.add("until OPA has all that the hub has", "ms", arrived?.as_secs_f64() * 1000.0);
     let held = opa.data("/kubernetes/pods").await?;
-    ensure!(held == stub.pods(), "OPA holds other pods than the source");
+    ensure!(held == apiserver.pods(), "OPA holds other pods than the source");
     let done = &agent.status().await?["done"];
     let count = |name: &str| done[name].as_u64().with_context(|| format!("a count of {name}"));
     measured.add(FRAMES, "", count("frames")? as f64);

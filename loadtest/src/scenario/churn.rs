@@ -15,9 +15,9 @@ use opa_hub_loadtest::pods::Nth;
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::task::JoinSet;
 
-use super::{ASTRAY, Common, at_least, at_rate, cluster_of, command, megabytes, seconds, usage};
+use super::{Common, MISMATCHES, at_least, at_rate, cluster_of, command, megabytes, seconds, usage};
+use crate::baseline::{self, Baseline, Scale};
 use crate::histogram::Histogram;
-use crate::peer::{self, Peer, Scale};
 use crate::probe::{self, Probes};
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Schedule, WHOLE};
@@ -64,17 +64,17 @@ pub(crate) struct Options {
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { pods, opas, agents, rate, seconds, kube_mgmt, common } = options;
     let scale = Scale { pods, opas, agents };
-    let mut peers = vec![
-        Peer::Nothing,
-        Peer::HubAutoAndMany,
-        Peer::HubAndMany,
-        Peer::HubAuto,
-        Peer::Hub,
-        Peer::Watches,
-        Peer::Bundles,
-        Peer::HubShared,
+    let mut baselines = vec![
+        Baseline::Nothing,
+        Baseline::HubAutoAndMany,
+        Baseline::HubAndMany,
+        Baseline::HubAuto,
+        Baseline::Hub,
+        Baseline::Watches,
+        Baseline::Bundles,
+        Baseline::HubShared,
     ];
-    peers.extend(peer::sidecars(kube_mgmt));
+    baselines.extend(baseline::sidecars(kube_mgmt));
     let settings = [
         ("pods", pods),
         ("opas", opas),
@@ -99,27 +99,29 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most(MANY, &format!("{DECISION}, p99"), 60.0),
             Goal::at_most("opa-hub", &format!("{DECISION}, p99"), 30.0),
             Goal::at_most("opa-hub, fields auto", &format!("{DECISION}, p99"), 30.0),
-            Goal::at_most(MANY, ASTRAY, 0.0),
+            Goal::at_most(MANY, MISMATCHES, 0.0),
         ],
     );
-    let mut order = peers.clone();
+    let mut order = baselines.clone();
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
         let (plane, cluster) = cluster_of(pods).await?;
-        peer::policy(&cluster).await?;
-        if !plane.is_own() {
+        baseline::policy(&cluster).await?;
+        if !plane.is_local() {
             eprintln!("watches are left out: raw ones are for the lab's API server");
-            order.retain(|peer| !matches!(peer, Peer::Watches));
+            order.retain(|baseline| !matches!(baseline, Baseline::Watches));
         }
         let mut measured = Vec::new();
-        for peer in &order {
-            match once(peer, &plane, &cluster, scale, (rate, seconds)).await {
+        for baseline in &order {
+            match once(baseline, &plane, &cluster, scale, (rate, seconds)).await {
                 Ok(of) => measured.push(of),
-                Err(error) if !peer.must_succeed() => eprintln!("  {} failed: {error:#}", peer.name()),
+                Err(error) if !baseline.must_succeed() => {
+                    eprintln!("  {} failed: {error:#}", baseline.name());
+                }
                 Err(error) => return Err(error),
             }
         }
-        measured.sort_by_key(|of| peers.iter().position(|peer| peer.name() == of.who));
+        measured.sort_by_key(|of| baselines.iter().position(|baseline| baseline.name() == of.who));
         results.push(measured, common.out.as_deref())?;
         // Later baselines meet an API server with a longer history.
         order.rotate_left(2);
@@ -129,7 +131,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 async fn once(
-    peer: &Peer,
+    baseline: &Baseline,
     plane: &ControlPlane,
     cluster: &Cluster,
     scale: Scale,
@@ -140,9 +142,9 @@ async fn once(
     // Otherwise a late OPA returns the previous baseline's number.
     label(cluster, Nth(0), "0").await?;
     let phase = PHASE.fetch_add(1, Relaxed);
-    let mut running = peer.start(plane, scale, &due).await?;
+    let mut running = baseline.start(plane, scale, &due).await?;
     tokio::time::sleep(SETTLE).await;
-    let mut measured = Measured::new(peer.name());
+    let mut measured = Measured::new(baseline.name());
     let urls: Vec<_> = running.opas.iter().map(|opa| opa.url.clone()).collect();
     let probes = Arc::new(Probes::start(&urls, Nth(0))?);
     let watching = watches(cluster).await?.saturating_sub(idle);
@@ -201,8 +203,12 @@ async fn once(
         measured.add("snapshots encoded", "", hub.metric("opa_hub_snapshot_encodes_total").await? as f64);
     }
     if let Some(swarm) = &mut running.swarm {
-        let fields = if matches!(peer, Peer::HubAutoAndMany) { probe::READS } else { WHOLE };
-        measured.add(ASTRAY, "", swarm.settle(&cluster.pods(&[]).await?, fields).await as f64);
+        let fields = if matches!(baseline, Baseline::HubAutoAndMany) { probe::READS } else { WHOLE };
+        measured.add(
+            MISMATCHES,
+            "",
+            swarm.settled_mismatches(&cluster.pods(&[]).await?, fields).await as f64,
+        );
         measured.add_delays("change to agent", &swarm.take_delays());
     }
     if probed > 0 {
@@ -235,7 +241,7 @@ async fn once(
         let deliveries = last as f64 * scale.agents as f64;
         measured.add("bytes an agent and change", "B", counts.bytes.load(Relaxed) as f64 / deliveries);
     }
-    eprintln!("  {}: {last} changes", peer.name());
+    eprintln!("  {}: {last} changes", baseline.name());
     Ok(measured)
 }
 
@@ -246,7 +252,7 @@ async fn change(cluster: Cluster, pods: usize, phase: u64, number: u64) -> anyho
             let mut pod = extra.posted();
             pod["metadata"]["labels"]["round"] = number.to_string().into();
             cluster.namespace(&extra.namespace()).await?;
-            match cluster.guest(&extra.namespace(), &pod).await {
+            match cluster.create_pod(&extra.namespace(), &pod).await {
                 // Left by a failed baseline.
                 Err(error) if has_code(&error, 409) => Ok(()),
                 made => made,

@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::Args;
 use opa_hub_loadtest::eventually::{equal, eventually};
-use opa_hub_loadtest::lab::valve::Valve;
+use opa_hub_loadtest::lab::blackhole_proxy::BlackholeProxy;
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa};
 use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
 
-use super::{ASTRAY, Common, address, at_least, cluster_of, command, hub_flags};
+use super::{Common, MISMATCHES, address, at_least, cluster_of, command, hub_flags};
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Schedule, Start, Swarm};
-use crate::{peer, probe};
+use crate::{baseline, probe};
 
 const SETTLE: Duration = Duration::from_secs(3);
 const ALL: &str = "from the fault until every agent has a change made right after it";
@@ -64,15 +64,15 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most(OTHER, ALL, 2000.0),
             Goal::at_most(OTHER, RECONCILES, 0.0),
             Goal::at_most(OTHER, LOADED, 0.0),
-            Goal::at_most(OTHER, ASTRAY, 0.0),
+            Goal::at_most(OTHER, MISMATCHES, 0.0),
             Goal::at_most(SAME, ALL, 5000.0),
             Goal::at_most(SAME, LOADED, 0.0),
-            Goal::at_most(SAME, ASTRAY, 0.0),
+            Goal::at_most(SAME, MISMATCHES, 0.0),
             // Agents leave a hub after 15 s of silence.
             Goal::at_most(SILENT, ALL, 20_000.0),
             Goal::at_most(SILENT, RECONCILES, 0.0),
             Goal::at_most(SILENT, LOADED, 0.0),
-            Goal::at_most(SILENT, ASTRAY, 0.0),
+            Goal::at_most(SILENT, MISMATCHES, 0.0),
         ],
     );
     for run in 0..common.runs {
@@ -85,8 +85,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 
 async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
     let (plane, cluster) = cluster_of(pods).await?;
-    peer::policy(&cluster).await?;
-    let mut flags = hub_flags(&plane, peer::DECISIONS);
+    baseline::policy(&cluster).await?;
+    let mut flags = hub_flags(&plane, baseline::DECISIONS);
     flags.push(FIELDS.into());
     let flags: Vec<_> = flags.iter().map(String::as_str).collect();
     let dir = plane.dir.path();
@@ -100,9 +100,9 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
             first.spawn()?;
             first.wait_ready().await?;
         }
-        let valve = Valve::start(address(first)?.to_string()).await?;
+        let proxy = BlackholeProxy::start(address(first)?.to_string()).await?;
         let mut known = match fault {
-            Fault::Silent => vec![format!("http://127.0.0.1:{}", valve.port)],
+            Fault::Silent => vec![format!("http://127.0.0.1:{}", proxy.port)],
             Fault::Killed | Fault::Restarted => vec![first.url.clone()],
         };
         if fault != Fault::Restarted {
@@ -137,7 +137,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
         let number = due.push(Instant::now());
         match fault {
             Fault::Killed | Fault::Restarted => first.kill(),
-            Fault::Silent => valve.set_open(false),
+            Fault::Silent => proxy.set_open(false),
         }
         change(number).await?;
         if fault == Fault::Restarted {
@@ -164,7 +164,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
             loads += agent.status().await?["done"]["snapshots"].as_u64().context("a count")?;
         }
         of.add(LOADED, "", loads as f64 - opas as f64);
-        of.add(ASTRAY, "", swarm.settle(&cluster.pods(&[]).await?, POINTERS).await as f64);
+        of.add(MISMATCHES, "", swarm.settled_mismatches(&cluster.pods(&[]).await?, POINTERS).await as f64);
         eprintln!("  {who}: {:.0} ms", delays.percentile(100.0) * 1000.0);
         measured.push(of);
     }

@@ -12,8 +12,8 @@ use clap::Args;
 use opa_hub_loadtest::lab::free_port;
 use opa_hub_loadtest::lab::process::{Process, Usage};
 
-use super::{ASTRAY, Common, Crowd, at_least, command, kernel_growth, seconds};
-use crate::peer::raw;
+use super::{Common, Crowd, MISMATCHES, at_least, command, kernel_growth, seconds};
+use crate::baseline::raw;
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Schedule, Swarm, WHOLE};
 
@@ -65,7 +65,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             // 0.9 times the deliveries.
             Goal::at_most("opa-hub", SLOWNESS, 1.11).times("raw"),
             Goal::at_most("opa-hub", ENCODES, 1.0),
-            Goal::at_most("opa-hub", ASTRAY, 0.0),
+            Goal::at_most("opa-hub", MISMATCHES, 0.0),
         ],
     );
     for run in 0..common.runs {
@@ -80,21 +80,21 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 async fn ours(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measured, usize)> {
-    let Crowd { stub, hub, due, swarm, before, .. } = &mut Crowd::start(1, agents, &[]).await?;
+    let Crowd { apiserver, hub, due, swarm, before, .. } = &mut Crowd::start(1, agents, &[]).await?;
     tokio::time::sleep(PAUSE * 10).await;
     eprintln!("  opa-hub: {agents} agents");
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
     let process = hub.process.as_ref().context("the hub runs")?;
     let mut measured = Measured::new("opa-hub");
     let change = async |number| {
-        stub.change(0, number);
+        apiserver.change(0, number);
         Ok(())
     };
     let bytes = one_by_one(&mut measured, swarm, due, process, *before, rounds, change).await?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await? - encodes;
     measured.add(ENCODES, "", encodes as f64 / rounds as f64);
     sustained(&mut measured, swarm, process, due.len(), time, change).await?;
-    measured.add(ASTRAY, "", swarm.astray(&stub.pods(), WHOLE) as f64);
+    measured.add(MISMATCHES, "", swarm.mismatches(&apiserver.pods(), WHOLE) as f64);
     anyhow::ensure!(swarm.counts().ended.load(Relaxed) == 0, "an agent lost its stream");
     Ok((measured, bytes))
 }

@@ -23,9 +23,9 @@ use opa_hub_loadtest::lab::{ControlPlane, Hub};
 use opa_hub_loadtest::pods::{self, Nth};
 use tempfile::TempDir;
 
+use crate::baseline::POLICY_LABEL;
+use crate::fake_apiserver::FakeApiServer;
 use crate::memory;
-use crate::peer::POLICY_LABEL;
-use crate::stub::Stub;
 use crate::swarm::{Pace, Schedule, Start, Swarm};
 
 #[derive(Args)]
@@ -42,7 +42,7 @@ pub(crate) struct Common {
 pub(crate) const KERNEL: &str = "kernel memory of the connections, both ends";
 
 /// Column for [`Swarm::mismatches`].
-pub(crate) const ASTRAY: &str = "witnesses that hold something else in the end";
+pub(crate) const MISMATCHES: &str = "witnesses that hold something else in the end";
 
 /// Larger numbers are typing errors.
 const MOST: usize = 1_000_000;
@@ -54,8 +54,8 @@ pub(crate) fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> 
 
 pub(crate) fn command(name: &str, options: &[(&str, usize)]) -> String {
     let options = options.iter().map(|(name, value)| format!(" --{name} {value}"));
-    let guests = if pods::guests().is_some() { " --kubeconfig FILE --create-pods" } else { "" };
-    format!("opa-hub-loadtest {name}{}{guests}", options.collect::<String>())
+    let external = if pods::external_prefix().is_some() { " --kubeconfig FILE --create-pods" } else { "" };
+    format!("opa-hub-loadtest {name}{}{external}", options.collect::<String>())
 }
 
 pub(crate) fn kernel_growth(from: Usage, to: Usage) -> f64 {
@@ -63,7 +63,7 @@ pub(crate) fn kernel_growth(from: Usage, to: Usage) -> f64 {
 }
 
 pub(crate) async fn cluster_of(pods: usize) -> anyhow::Result<(ControlPlane, Cluster)> {
-    ControlPlane::renew_guests().await?;
+    ControlPlane::reset_external_cluster().await?;
     let plane = ControlPlane::start().await?;
     let cluster = Cluster { client: plane.client().await? };
     eprintln!("  making {pods} pods in namespaces {} and so on", Nth(0).namespace());
@@ -90,7 +90,7 @@ pub(crate) fn hub_flags(plane: &ControlPlane, policies: &str) -> Vec<String> {
 }
 
 pub(crate) struct Crowd {
-    pub(crate) stub: Stub,
+    pub(crate) apiserver: FakeApiServer,
     pub(crate) hub: Hub,
     pub(crate) due: Schedule,
     pub(crate) swarm: Swarm,
@@ -103,17 +103,17 @@ impl Crowd {
     /// Returns once every stream is open.
     pub(crate) async fn start(pods: usize, agents: usize, paces: &[(Pace, usize)]) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
-        let stub = Stub::start(dir.path(), pods).await?;
-        let hub = hub_over(&stub, dir.path()).await?;
+        let apiserver = FakeApiServer::start(dir.path(), pods).await?;
+        let hub = hub_over(&apiserver, dir.path()).await?;
         let (before, due) = (usage(&hub)?, Schedule::default());
         let start = Arc::new(Start::of(&hub.url).await?);
         let swarm = Swarm::open(start, vec![address(&hub)?], due.clone(), agents, paces).await?;
-        Ok(Self { stub, hub, due, swarm, before, _dir: dir })
+        Ok(Self { apiserver, hub, due, swarm, before, _dir: dir })
     }
 }
 
-pub(crate) async fn hub_over(stub: &Stub, dir: &Path) -> anyhow::Result<Hub> {
-    let kubeconfig = stub.kubeconfig.display().to_string();
+pub(crate) async fn hub_over(apiserver: &FakeApiServer, dir: &Path) -> anyhow::Result<Hub> {
+    let kubeconfig = apiserver.kubeconfig.display().to_string();
     Hub::start(dir, &["--kubeconfig", &kubeconfig, "--replicate=v1/pods", "--log-level=error"]).await
 }
 

@@ -11,7 +11,7 @@ use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
 
 use super::{Common, at_least, cluster_of, command};
-use crate::peer::{self, Peer, Running, Scale};
+use crate::baseline::{self, Baseline, Running, Scale};
 use crate::probe;
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::Schedule;
@@ -62,8 +62,9 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 
 async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
     let (mut plane, cluster) = cluster_of(pods).await?;
-    peer::policy(&cluster).await?;
-    let mut running = Peer::Hub.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
+    baseline::policy(&cluster).await?;
+    let mut running =
+        Baseline::Hub.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
     let parts = [
         ("the hub", Part::Hub),
         ("the agents", Part::Agents),
@@ -72,7 +73,7 @@ async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
     ];
     let mut measured = Vec::new();
     for ((name, part), round) in parts.into_iter().zip(1_u64..) {
-        if matches!(part, Part::ApiServer) && !plane.is_own() {
+        if matches!(part, Part::ApiServer) && !plane.is_local() {
             continue;
         }
         let before = snapshots(&running).await?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{ASTRAY, Common, Crowd, KERNEL, at_least, at_rate, command, kernel_growth, usage};
+use super::{Common, Crowd, KERNEL, MISMATCHES, at_least, at_rate, command, kernel_growth, usage};
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Pace, WHOLE};
 
@@ -51,7 +51,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most(SLOWER, MEMORY, 4.0),
             Goal::at_most(SLOW, ENDED, 0.0),
             Goal::at_most(SLOWER, ENDED, 0.0),
-            Goal::at_most(SLOW, ASTRAY, 0.0),
+            Goal::at_most(SLOW, MISMATCHES, 0.0),
         ],
     );
     for run in 0..common.runs {
@@ -96,12 +96,13 @@ async fn once(
     time: usize,
 ) -> anyhow::Result<(Measured, Growth)> {
     let paces = [(Pace::Stalled, each), (Pace::Trickling, each)];
-    let Crowd { stub, hub, due, swarm, before: alone, .. } = &mut Crowd::start(PODS, agents, &paces).await?;
+    let Crowd { apiserver, hub, due, swarm, before: alone, .. } =
+        &mut Crowd::start(PODS, agents, &paces).await?;
     tokio::time::sleep(SETTLE).await;
     swarm.take_delays();
     let before = usage(hub)?;
     let last = at_rate(due, rate as f64, Duration::from_secs(time as u64), async |number, _| {
-        stub.change(number as usize % PODS, number);
+        apiserver.change(number as usize % PODS, number);
         swarm.check()
     })
     .await?;
@@ -121,7 +122,7 @@ async fn once(
         measured.add("changes that there were", "", last as f64);
     }
     measured.add(ENDED, "", swarm.counts().ended.load(Relaxed) as f64);
-    measured.add(ASTRAY, "", swarm.astray(&stub.pods(), WHOLE) as f64);
+    measured.add(MISMATCHES, "", swarm.mismatches(&apiserver.pods(), WHOLE) as f64);
     eprintln!("  {}: {last} changes", measured.who);
     Ok((measured, grown))
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{
-    ASTRAY, Common, Crowd, KERNEL, at_least, at_rate, command, kernel_growth, megabytes, seconds, usage,
+    Common, Crowd, KERNEL, MISMATCHES, at_least, at_rate, command, kernel_growth, megabytes, seconds, usage,
 };
 use crate::histogram::Histogram;
 use crate::results::{Goal, Measured, Results};
@@ -44,7 +44,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most("opa-hub", &format!("{DELAY}, p99"), 250.0),
             Goal::at_most("opa-hub", SLOPE, 1.25),
             Goal::at_most("opa-hub", BEHIND, 0.0),
-            Goal::at_most("opa-hub", ASTRAY, 0.0),
+            Goal::at_most("opa-hub", MISMATCHES, 0.0),
         ],
     );
     for run in 0..common.runs {
@@ -57,7 +57,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 
 async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measured> {
     const PARTS: usize = 10;
-    let Crowd { stub, hub, due, swarm, before: alone, .. } = &mut Crowd::start(PODS, agents, &[]).await?;
+    let Crowd { apiserver, hub, due, swarm, before: alone, .. } =
+        &mut Crowd::start(PODS, agents, &[]).await?;
     let before = usage(hub)?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
     let mut measured = Measured::new("opa-hub");
@@ -65,7 +66,7 @@ async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measure
     for part in 1..=PARTS {
         let part_of_time = Duration::from_secs(time as u64) / PARTS as u32;
         last = at_rate(due, rate as f64, part_of_time, async |number, _| {
-            stub.change(number as usize % PODS, number);
+            apiserver.change(number as usize % PODS, number);
             swarm.check()
         })
         .await?;
@@ -86,7 +87,7 @@ async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measure
     measured.add("p99 of the last tenth", "ms", p99[PARTS - 1]);
     measured.add(SLOPE, "×", p99[PARTS - 1] / p99[0]);
     measured.add(BEHIND, "", behind as f64);
-    measured.add(ASTRAY, "", swarm.astray(&stub.pods(), WHOLE) as f64);
+    measured.add(MISMATCHES, "", swarm.mismatches(&apiserver.pods(), WHOLE) as f64);
     measured.add("streams that ended", "", counts.ended.load(Relaxed) as f64);
     measured.add("changes in a frame", "", deliveries / frames);
     let encodes = hub.metric("opa_hub_frame_encodes_total").await? - encodes;

@@ -11,9 +11,9 @@ use opa_hub_loadtest::lab::http;
 use super::{
     Common, KERNEL, at_least, cluster_of, command, hub_over, kernel_growth, megabytes, seconds, usage,
 };
-use crate::peer::{self, Peer, Scale};
+use crate::baseline::{self, Baseline, Scale};
+use crate::fake_apiserver::FakeApiServer;
 use crate::results::{Goal, Measured, Results};
-use crate::stub::Stub;
 use crate::swarm::Schedule;
 
 const CHANGES: u64 = 20;
@@ -44,8 +44,8 @@ pub(crate) struct Options {
 
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { pods, opas, joins, small_pods, kube_mgmt, common } = options;
-    let mut peers = vec![Peer::Hub, Peer::HubAuto, Peer::Bundles];
-    peers.extend(peer::sidecars(kube_mgmt));
+    let mut baselines = vec![Baseline::Hub, Baseline::HubAuto, Baseline::Bundles];
+    baselines.extend(baseline::sidecars(kube_mgmt));
     let settings =
         [("pods", pods), ("opas", opas), ("joins", joins), ("small-pods", small_pods), ("runs", common.runs)];
     let mut results = Results::new(
@@ -64,16 +64,17 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
         let (plane, cluster) = cluster_of(pods).await?;
-        peer::policy(&cluster).await?;
+        baseline::policy(&cluster).await?;
         let mut measured = Vec::new();
-        for peer in &peers {
-            let running = peer.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
-            let mut of = Measured::new(peer.name());
+        for baseline in &baselines {
+            let running =
+                baseline.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
+            let mut of = Measured::new(baseline.name());
             of.add(COLD, "s", running.cold.as_secs_f64());
             for (name, cpu) in running.cpu()? {
                 of.add(&format!("CPU of {name} by then"), "s", cpu);
             }
-            eprintln!("  {}: {:.1} s", peer.name(), running.cold.as_secs_f64());
+            eprintln!("  {}: {:.1} s", baseline.name(), running.cold.as_secs_f64());
             measured.push(of);
         }
         drop(plane);
@@ -86,8 +87,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 
 async fn join(measured: &mut Measured, joins: usize, pods: usize) -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
-    let stub = Stub::start(dir.path(), pods).await?;
-    let hub = hub_over(&stub, dir.path()).await?;
+    let apiserver = FakeApiServer::start(dir.path(), pods).await?;
+    let hub = hub_over(&apiserver, dir.path()).await?;
     let (http, url) = (http()?, format!("{}/bundles/main/data", hub.url));
     let get = async || anyhow::Ok(http.get(&url).send().await?.error_for_status()?.bytes().await?.len());
     let (started, alone) = (Instant::now(), usage(&hub)?);
@@ -104,7 +105,7 @@ async fn join(measured: &mut Measured, joins: usize, pods: usize) -> anyhow::Res
         let editions = hub.metric("opa_hub_view_changes_total").await?;
         let before = hub.metric("opa_hub_snapshot_encodes_total").await?;
         let used = usage(&hub)?;
-        stub.change(pods / 2, number);
+        apiserver.change(pods / 2, number);
         eventually("the hub has the change", async || {
             let now = hub.metric("opa_hub_view_changes_total").await.map_err(|error| error.to_string())?;
             equal(&(now > editions), &true)

@@ -6,21 +6,21 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// A running proxy.
-pub struct Valve {
+pub struct BlackholeProxy {
     /// Port on loopback.
     pub port: u16,
     open: watch::Sender<bool>,
     task: JoinHandle<()>,
 }
 
-impl Valve {
+impl BlackholeProxy {
     /// Forwards to `target` (`HOST:PORT`).
     pub async fn start(target: String) -> anyhow::Result<Self> {
-        Self::holding(target, b"").await
+        Self::with_prefix(target, b"").await
     }
 
     /// Like [`start`](Self::start), but blocks only chunks that start with `prefix`.
-    pub async fn holding(target: String, prefix: &'static [u8]) -> anyhow::Result<Self> {
+    pub async fn with_prefix(target: String, prefix: &'static [u8]) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
         let open = watch::Sender::new(true);
@@ -39,7 +39,7 @@ impl Valve {
     }
 }
 
-impl Drop for Valve {
+impl Drop for BlackholeProxy {
     fn drop(&mut self) {
         self.task.abort();
     }

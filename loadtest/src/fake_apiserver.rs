@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 
 const WATCH_SECONDS: u64 = 300;
 
-pub(crate) struct Stub {
+pub(crate) struct FakeApiServer {
     pub(crate) kubeconfig: PathBuf,
     pods: Pods,
     server: JoinHandle<()>,
@@ -55,7 +55,7 @@ impl World {
     }
 }
 
-impl Stub {
+impl FakeApiServer {
     /// Pods have about 300 bytes.
     pub(crate) async fn start(dir: &Path, pods: usize) -> anyhow::Result<Self> {
         Self::of(dir, pods, object).await
@@ -106,7 +106,7 @@ impl Stub {
     }
 }
 
-impl Drop for Stub {
+impl Drop for FakeApiServer {
     fn drop(&mut self) {
         self.server.abort();
     }

@@ -17,7 +17,7 @@ use serde_json::json;
 use serde_json::value::RawValue;
 use socket2::SockRef;
 
-use crate::stub;
+use crate::fake_apiserver;
 use crate::swarm::Start;
 
 /// Distinguishes a driver from readers, which send `GET`.
@@ -165,7 +165,7 @@ fn revision(number: u64) -> anyhow::Result<Revision> {
 
 fn frame(from: u64, to: u64, bytes: usize) -> anyhow::Result<Vec<u8>> {
     let of = |filler: usize| -> anyhow::Result<Vec<u8>> {
-        let mut value = stub::object(0, to, to);
+        let mut value = fake_apiserver::object(0, to, to);
         value["status"]["filler"] = "x".repeat(filler).into();
         let patch = json!([{ "op": "add", "path": "/kubernetes/pods/team-000/web-00000", "value": value }]);
         let delta = Delta {

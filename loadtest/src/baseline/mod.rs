@@ -22,7 +22,7 @@ use crate::scenario::{address, hub_flags};
 use crate::swarm::{Schedule, Start, Swarm};
 
 #[derive(Clone)]
-pub(crate) enum Peer {
+pub(crate) enum Baseline {
     /// The changes alone.
     Nothing,
     /// One hub, and an agent for each OPA.
@@ -76,13 +76,13 @@ pub(crate) async fn policy(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(crate) fn sidecars(kube_mgmt: Option<PathBuf>) -> Option<Peer> {
+pub(crate) fn sidecars(kube_mgmt: Option<PathBuf>) -> Option<Baseline> {
     let Some(program) = kube_mgmt else {
         eprintln!("sidecars are left out: --kube-mgmt says where the program is");
         return None;
     };
     let name = format!("kube-mgmt {}", version(&program));
-    Some(Peer::Sidecars(Sidecar { program, name }))
+    Some(Baseline::Sidecars(Sidecar { program, name }))
 }
 
 /// Version of the module or release, else the commit.
@@ -112,7 +112,7 @@ pub(crate) struct Running {
     pub(crate) cold: Duration,
 }
 
-impl Peer {
+impl Baseline {
     pub(crate) fn name(&self) -> &str {
         match self {
             Self::Nothing => "nobody",
@@ -151,7 +151,7 @@ impl Peer {
         let flags: Vec<_> = flags.iter().map(String::as_str).collect();
         let hub = match self {
             Self::Bundles => Some(Hub::start(dir, &flags).await?),
-            peer if peer.has_agents() => Some(Hub::start(dir, &flags).await?),
+            baseline if baseline.has_agents() => Some(Hub::start(dir, &flags).await?),
             _ => None,
         };
         let url = hub.as_ref().map(|hub| hub.url.clone()).unwrap_or_default();
@@ -170,7 +170,7 @@ impl Peer {
         let (mut agents, mut sidecars) = (Vec::new(), Vec::new());
         for (at, opa) in opas.iter().enumerate() {
             match self {
-                peer if peer.has_agents() => {
+                baseline if baseline.has_agents() => {
                     let agent =
                         Agent::start(dir, &Agent::address()?, &[&url], &opa.url, Delivery::Rest, &[])?;
                     agents.push(agent);
