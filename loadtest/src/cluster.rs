@@ -143,7 +143,7 @@ impl Cluster {
                 namespaces.delete(&name, &DeleteParams::default()).await?;
             }
         }
-        let gone = async || {
+        let is_removed = async || {
             let left = namespaces.list(&params).await.map_err(|error| error.to_string())?.items.len();
             if left == 0 {
                 return Ok(());
@@ -151,7 +151,8 @@ impl Cluster {
             tokio::time::sleep(REMOVAL_POLL_INTERVAL).await;
             Err(format!("{left} are left"))
         };
-        let removed = within(REMOVAL_TIMEOUT, "namespaces of the run are removed", gone).await.map(drop);
+        let removed =
+            within(REMOVAL_TIMEOUT, "namespaces of the run are removed", is_removed).await.map(drop);
         removed.with_context(|| {
             format!("cleaning up failed; repeat it with `kubectl delete namespaces -l {RUN_LABEL}`")
         })
@@ -165,14 +166,14 @@ impl Cluster {
         label: Option<(&str, &str)>,
         data: &[(&str, &str)],
     ) -> anyhow::Result<()> {
-        let own = |(key, value): (&str, &str)| (key.to_owned(), value.to_owned());
+        let to_owned = |(key, value): (&str, &str)| (key.to_owned(), value.to_owned());
         let configmap = ConfigMap {
             metadata: ObjectMeta {
                 name: Some(name.into()),
-                labels: label.map(|label| BTreeMap::from([own(label)])),
+                labels: label.map(|label| BTreeMap::from([to_owned(label)])),
                 ..Default::default()
             },
-            data: Some(data.iter().copied().map(own).collect()),
+            data: Some(data.iter().copied().map(to_owned).collect()),
             ..Default::default()
         };
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
@@ -239,9 +240,9 @@ impl Cluster {
     pub async fn events(&self, namespace: &str, name: &str) -> anyhow::Result<Vec<String>> {
         let request = http::Request::get(format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"));
         let list: Value = self.client.request(request.body(Vec::new())?).await?;
-        let about = |event: &&Value| event["regarding"]["name"] == name;
+        let is_about = |event: &&Value| event["regarding"]["name"] == name;
         let text = |event: &Value, field: &str| event[field].as_str().unwrap_or_default().to_owned();
-        let events = list["items"].as_array().into_iter().flatten().filter(about);
+        let events = list["items"].as_array().into_iter().flatten().filter(is_about);
         Ok(events.map(|e| [text(e, "type"), text(e, "reason"), text(e, "note")].join(" ")).collect())
     }
 
@@ -294,9 +295,9 @@ impl Cluster {
         let task = tokio::spawn(async move {
             while let Some(Ok(event)) = events.next().await {
                 // A deletion sends two events: its beginning and its end.
-                let begins =
+                let is_deletion_start =
                     matches!(&event, WatchEvent::Modified(pod) if pod.metadata.deletion_timestamp.is_some());
-                counted.fetch_add(u64::from(!begins), Ordering::Relaxed);
+                counted.fetch_add(u64::from(!is_deletion_start), Ordering::Relaxed);
                 if let WatchEvent::Added(pod) | WatchEvent::Modified(pod) = &event {
                     show(&pod.metadata);
                 }

@@ -7,7 +7,7 @@ use anyhow::bail;
 
 /// Enough to start processes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Retries until success and returns the elapsed time; fails after [`PATIENCE`].
 pub async fn eventually<T, E: Display>(
@@ -30,7 +30,7 @@ pub async fn within<T, E: Display>(
             Err(error) if started.elapsed() > patience => {
                 bail!("{what}: not within {} s: {error}", patience.as_secs())
             }
-            Err(_) => tokio::time::sleep(LOOK).await,
+            Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
         }
     }
 }

@@ -30,39 +30,39 @@ pub(crate) struct FakeApiServer {
 #[derive(Clone)]
 struct Pods(Arc<Shared>);
 
-type Make = fn(usize, u64, u64) -> Value;
+type PodFactory = fn(usize, u64, u64) -> Value;
 
 struct Shared {
-    make: Make,
-    state: Mutex<World>,
+    factory: PodFactory,
+    state: Mutex<Store>,
     events: watch::Sender<usize>,
 }
 
 #[derive(Default)]
-struct World {
+struct Store {
     pods: BTreeMap<usize, Value>,
     events: VecDeque<Bytes>,
     /// Number of evicted events.
-    gone: usize,
+    evicted: usize,
 }
 
 /// Half a minute of the fastest runs.
 const EVENTS_MAX: usize = 50_000;
 
-impl World {
+impl Store {
     fn version(&self) -> usize {
-        self.gone + self.events.len()
+        self.evicted + self.events.len()
     }
 }
 
 impl FakeApiServer {
     /// Pods have about 300 bytes.
     pub(crate) async fn start(dir: &Path, pods: usize) -> anyhow::Result<Self> {
-        Self::of(dir, pods, object).await
+        Self::start_with(dir, pods, small_pod).await
     }
 
-    pub(crate) async fn of(dir: &Path, pods: usize, make: Make) -> anyhow::Result<Self> {
-        let shared = Shared { make, state: Mutex::default(), events: watch::Sender::new(0) };
+    pub(crate) async fn start_with(dir: &Path, pods: usize, factory: PodFactory) -> anyhow::Result<Self> {
+        let shared = Shared { factory, state: Mutex::default(), events: watch::Sender::new(0) };
         let served = Pods(Arc::new(shared));
         (0..pods).for_each(|pod| served.put(pod, 0));
         let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -76,9 +76,9 @@ impl FakeApiServer {
         std::fs::write(&kubeconfig, text.to_string())?;
         let router = Router::new()
             .route("/api/v1", get(resources))
-            .route("/api/v1/pods", get(pods_of))
-            .route("/api/v1/configmaps", get(none))
-            .fallback(unknown)
+            .route("/api/v1/pods", get(list_or_watch_pods))
+            .route("/api/v1/configmaps", get(list_or_watch_configmaps))
+            .fallback(not_found)
             .with_state(served.clone());
         let server = tokio::spawn(async move { _ = axum::serve(listener, router).await });
         Ok(Self { kubeconfig, pods: served, server })
@@ -86,19 +86,19 @@ impl FakeApiServer {
 
     /// Pods as expected at `data.kubernetes.pods`.
     pub(crate) fn pods(&self) -> Value {
-        let world = self.pods.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let store = self.pods.0.state.lock().unwrap_or_else(PoisonError::into_inner);
         let mut all = json!({});
-        for pod in world.pods.values() {
-            let of = |field: &str| pod["metadata"][field].as_str().unwrap_or_default().to_owned();
-            all[of("namespace")][of("name")] = pod.clone();
+        for pod in store.pods.values() {
+            let metadata = |field: &str| pod["metadata"][field].as_str().unwrap_or_default().to_owned();
+            all[metadata("namespace")][metadata("name")] = pod.clone();
         }
         all
     }
 
-    pub(crate) fn path(&self, pod: usize) -> String {
-        let object = (self.pods.0.make)(pod, 0, 0);
-        let of = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
-        format!("/kubernetes/pods/{}/{}/status", of("namespace"), of("name"))
+    pub(crate) fn status_path(&self, pod: usize) -> String {
+        let object = (self.pods.0.factory)(pod, 0, 0);
+        let metadata = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
+        format!("/kubernetes/pods/{}/{}/status", metadata("namespace"), metadata("name"))
     }
 
     pub(crate) fn change(&self, pod: usize, number: u64) {
@@ -114,34 +114,34 @@ impl Drop for FakeApiServer {
 
 impl Pods {
     fn put(&self, pod: usize, number: u64) {
-        let mut world = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let object = (self.0.make)(pod, number, world.version() as u64 + 1);
-        let kind = if world.pods.contains_key(&pod) { "MODIFIED" } else { "ADDED" };
+        let mut store = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let object = (self.0.factory)(pod, number, store.version() as u64 + 1);
+        let kind = if store.pods.contains_key(&pod) { "MODIFIED" } else { "ADDED" };
         // In an API server's field order.
-        world.events.push_back(format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n").into());
-        world.pods.insert(pod, object);
-        if world.events.len() > EVENTS_MAX {
-            world.events.pop_front();
-            world.gone += 1;
+        store.events.push_back(format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n").into());
+        store.pods.insert(pod, object);
+        if store.events.len() > EVENTS_MAX {
+            store.events.pop_front();
+            store.evicted += 1;
         }
-        self.0.events.send_replace(world.version());
+        self.0.events.send_replace(store.version());
     }
 
     fn list(&self) -> Value {
-        let world = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let items: Vec<_> = world.pods.values().cloned().collect();
-        list("PodList", &items, world.version())
+        let store = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let items: Vec<_> = store.pods.values().cloned().collect();
+        list("PodList", &items, store.version())
     }
 
     /// Events from index `from` and their new count; `None` if some were evicted.
-    fn after(&self, from: usize) -> Option<(Bytes, usize)> {
-        let world = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let news: Vec<_> = world.events.iter().skip(from.checked_sub(world.gone)?).cloned().collect();
-        Some((news.concat().into(), world.version()))
+    fn events_from(&self, from: usize) -> Option<(Bytes, usize)> {
+        let store = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let events: Vec<_> = store.events.iter().skip(from.checked_sub(store.evicted)?).cloned().collect();
+        Some((events.concat().into(), store.version()))
     }
 }
 
-pub(crate) fn object(pod: usize, number: u64, version: u64) -> Value {
+pub(crate) fn small_pod(pod: usize, number: u64, version: u64) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
@@ -152,7 +152,7 @@ pub(crate) fn object(pod: usize, number: u64, version: u64) -> Value {
     })
 }
 
-pub(crate) fn large_object(pod: usize, number: u64, version: u64) -> Value {
+pub(crate) fn large_pod(pod: usize, number: u64, version: u64) -> Value {
     let mut object = Nth(pod).served();
     object["metadata"]["resourceVersion"] = version.to_string().into();
     object["metadata"]["labels"]["round"] = number.to_string().into();
@@ -169,52 +169,55 @@ async fn resources() -> Json<Value> {
     }))
 }
 
-async fn pods_of(State(pods): State<Pods>, Query(asked): Query<BTreeMap<String, String>>) -> Response {
-    if asked.contains_key("sendInitialEvents") {
+async fn list_or_watch_pods(
+    State(pods): State<Pods>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Response {
+    if query.contains_key("sendInitialEvents") {
         return (StatusCode::UNPROCESSABLE_ENTITY, "no streaming lists here").into_response();
     }
-    if !asked.contains_key("watch") {
+    if !query.contains_key("watch") {
         return Json(pods.list()).into_response();
     }
-    let from = asked.get("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or_default();
-    if pods.after(from).is_none() {
-        return (StatusCode::GONE, Json(refusal(410, "Expired", "too old"))).into_response();
+    let from = query.get("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or_default();
+    if pods.events_from(from).is_none() {
+        return (StatusCode::GONE, Json(error_status(410, "Expired", "too old"))).into_response();
     }
-    let news = pods.0.events.subscribe();
-    let events = stream::unfold((pods, news, from), |(pods, mut news, from)| async move {
-        news.wait_for(|count| *count > from).await.ok()?;
-        let (bytes, count) = pods.after(from)?;
-        Some((Ok::<_, Infallible>(bytes), (pods, news, count)))
+    let event_count = pods.0.events.subscribe();
+    let events = stream::unfold((pods, event_count, from), |(pods, mut event_count, from)| async move {
+        event_count.wait_for(|count| *count > from).await.ok()?;
+        let (bytes, count) = pods.events_from(from)?;
+        Some((Ok::<_, Infallible>(bytes), (pods, event_count, count)))
     });
-    watched(&asked, events)
+    watch_response(&query, events)
 }
 
-async fn none(Query(asked): Query<BTreeMap<String, String>>) -> Response {
-    if asked.contains_key("sendInitialEvents") {
+async fn list_or_watch_configmaps(Query(query): Query<BTreeMap<String, String>>) -> Response {
+    if query.contains_key("sendInitialEvents") {
         return (StatusCode::UNPROCESSABLE_ENTITY, "no streaming lists here").into_response();
     }
-    if !asked.contains_key("watch") {
+    if !query.contains_key("watch") {
         return Json(list("ConfigMapList", &[], 1)).into_response();
     }
-    watched(&asked, stream::pending())
+    watch_response(&query, stream::pending())
 }
 
-async fn unknown() -> Response {
-    (StatusCode::NOT_FOUND, Json(refusal(404, "NotFound", "only pods are served here"))).into_response()
+async fn not_found() -> Response {
+    (StatusCode::NOT_FOUND, Json(error_status(404, "NotFound", "only pods are served here"))).into_response()
 }
 
-fn refusal(code: u16, reason: &str, message: &str) -> Value {
+fn error_status(code: u16, reason: &str, message: &str) -> Value {
     json!({
         "kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code, "message": message,
     })
 }
 
 /// An orderly end proves that the server is alive.
-fn watched(
-    asked: &BTreeMap<String, String>,
+fn watch_response(
+    query: &BTreeMap<String, String>,
     events: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static,
 ) -> Response {
-    let seconds = asked.get("timeoutSeconds").and_then(|seconds| seconds.parse().ok());
+    let seconds = query.get("timeoutSeconds").and_then(|seconds| seconds.parse().ok());
     let end = tokio::time::sleep(Duration::from_secs(seconds.unwrap_or(WATCH_SECONDS)));
     ([("content-type", "application/json")], Body::from_stream(events.take_until(end))).into_response()
 }

@@ -21,7 +21,10 @@ impl Histogram {
     }
 
     pub(crate) fn add(&self, other: &Self) {
-        self.0.iter().zip(&other.0).for_each(|(own, other)| _ = own.fetch_add(other.load(Relaxed), Relaxed));
+        self.0
+            .iter()
+            .zip(&other.0)
+            .for_each(|(count, other)| _ = count.fetch_add(other.load(Relaxed), Relaxed));
     }
 
     pub(crate) fn count(&self) -> u64 {
@@ -29,11 +32,11 @@ impl Histogram {
     }
 
     pub(crate) fn percentile(&self, percent: f64) -> f64 {
-        let wanted = (self.count() as f64 * percent / 100.0).ceil().max(1.0);
+        let rank = (self.count() as f64 * percent / 100.0).ceil().max(1.0);
         let mut seen = 0.0;
         for (bucket, count) in self.0.iter().enumerate() {
             seen += count.load(Relaxed) as f64;
-            if seen >= wanted {
+            if seen >= rank {
                 return FIRST * STEP.powf(bucket as f64);
             }
         }

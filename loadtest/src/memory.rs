@@ -20,10 +20,10 @@ use self::world::{Stage, World};
 use crate::scenario::at_least;
 
 /// OPA's garbage collector frees memory while idle.
-const OPA_SETTLES: Duration = Duration::from_secs(10);
+const OPA_IDLE_TIME: Duration = Duration::from_secs(10);
 /// Ratio of accounted to resident memory.
-const ACCOUNTED: std::ops::RangeInclusive<f64> = 0.8..=1.2;
-const ROLLED_OUT: usize = 20;
+const ACCOUNTED_RATIO: std::ops::RangeInclusive<f64> = 0.8..=1.2;
+const ROLLOUT_PODS: usize = 20;
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -58,7 +58,7 @@ impl SourceKind {
     }
 }
 
-struct Measured {
+struct Measurement {
     fields: &'static str,
     hub_ready: Duration,
     hub_cpu: Duration,
@@ -103,7 +103,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn measure(world: &World, fields: &'static str, options: &Options) -> anyhow::Result<Measured> {
+async fn measure(world: &World, fields: &'static str, options: &Options) -> anyhow::Result<Measurement> {
     world.reset_policies().await?;
     let flag = format!("--fields={fields}");
     let flags: Vec<&str> = world.hub_flags.iter().map(String::as_str).chain([flag.as_str()]).collect();
@@ -120,7 +120,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
     agent.wait_in_step().await?;
     let load = started.elapsed();
     eprintln!("  OPA loaded after {:.1} s", load.as_secs_f64());
-    tokio::time::sleep(OPA_SETTLES).await;
+    tokio::time::sleep(OPA_IDLE_TIME).await;
     let snapshot = world.length(&format!("{}/bundles/main", hub.url)).await?;
 
     let (changes, cpu) = label_changes(world, &hub, &opa, options.changes).await?;
@@ -135,10 +135,10 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
     let (hub_accounted, rss) = (hub.metric("opa_hub_memory_bytes").await?, usage(hub.process.as_ref())?.rss);
     let share = hub_accounted as f64 / rss as f64;
     anyhow::ensure!(
-        ACCOUNTED.contains(&share),
+        ACCOUNTED_RATIO.contains(&share),
         "the hub accounts for {hub_accounted} of its {rss} resident bytes: see opa_hub_memory_bytes at /metrics"
     );
-    Ok(Measured {
+    Ok(Measurement {
         fields,
         hub_ready,
         hub_cpu,
@@ -204,10 +204,10 @@ async fn policy_edit(world: &World, opa: &Opa, fields: &str) -> anyhow::Result<D
 }
 
 async fn rollout(world: &World, hub: &Hub) -> anyhow::Result<()> {
-    for at in 0..ROLLED_OUT {
+    for index in 0..ROLLOUT_PODS {
         for stage in [Stage::Posted, Stage::Bound, Stage::Started, Stage::Ready, Stage::Gone] {
             let before = hub.metric("opa_hub_source_events_total").await?;
-            world.put(Nth(world.pods + at), stage).await?;
+            world.put(Nth(world.pods + index), stage).await?;
             eventually(format!("the hub sees {stage:?}"), async || {
                 let events = hub.metric("opa_hub_source_events_total").await.map_err(|e| e.to_string())?;
                 if events > before { Ok(()) } else { Err("not yet".to_owned()) }
@@ -218,13 +218,13 @@ async fn rollout(world: &World, hub: &Hub) -> anyhow::Result<()> {
     Ok(())
 }
 
-type Cell<'a> = &'a dyn Fn(&Measured) -> String;
+type Cell<'a> = &'a dyn Fn(&Measurement) -> String;
 
-fn table(options: &Options, all: &Measured, auto: &Measured) -> String {
+fn table(options: &Options, all: &Measurement, auto: &Measurement) -> String {
     let megabytes = |bytes: u64| format!("{:.1} MB", bytes as f64 / f64::from(1 << 20));
     let seconds = |time: Duration| format!("{:.2} s", time.as_secs_f64());
     let milliseconds = |time: Duration| format!("{:.1} ms", time.as_secs_f64() * 1000.0);
-    let share = |row: &Measured| {
+    let share = |row: &Measurement| {
         let share = 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
         format!("{} of {} ({share:.0} %)", row.rollout_changes, row.rollout_events)
     };
@@ -258,9 +258,9 @@ fn table(options: &Options, all: &Measured, auto: &Measured) -> String {
     text
 }
 
-fn results(options: &Options, rows: &[Measured]) -> Value {
+fn results(options: &Options, rows: &[Measurement]) -> Value {
     let usage = |usage: &Usage| json!({ "rssBytes": usage.rss, "peakBytes": usage.peak, "cpuSeconds": usage.cpu.as_secs_f64() });
-    let row = |row: &Measured| {
+    let row = |row: &Measurement| {
         json!({
             "fields": row.fields, "hubReadySeconds": row.hub_ready.as_secs_f64(),
             "hubReadyCpuSeconds": row.hub_cpu.as_secs_f64(), "hub": usage(&row.hub), "hubAccountedBytes": row.hub_accounted, "snapshotBytes": row.snapshot,

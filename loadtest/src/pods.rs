@@ -129,7 +129,7 @@ impl Nth {
 
     fn container(self, name: &str, port: u16) -> Value {
         let upper = name.to_uppercase();
-        let env = (0..14).map(|at| json!({ "name": format!("{upper}_SETTING_{at}"), "value": format!("http://{name}-{at}.{}.svc.cluster.local:8080", self.namespace()) }));
+        let env = (0..14).map(|index| json!({ "name": format!("{upper}_SETTING_{index}"), "value": format!("http://{name}-{index}.{}.svc.cluster.local:8080", self.namespace()) }));
         let probe = |path: &str| json!({ "httpGet": { "path": path, "port": port, "scheme": "HTTP" }, "initialDelaySeconds": 5, "timeoutSeconds": 2, "periodSeconds": 10, "successThreshold": 1, "failureThreshold": 3 });
         json!({
             "name": name, "image": format!("registry.example.com/shop/{name}:2.14.{}", self.0 % 7),
@@ -203,16 +203,16 @@ impl Nth {
 }
 
 /// Random, so pods compress realistically.
-fn digest(of: &str, number: usize) -> String {
-    let hash = Sha256::digest(format!("{of} {number}"));
+fn digest(seed: &str, number: usize) -> String {
+    let hash = Sha256::digest(format!("{seed} {number}"));
     hash.iter().fold(String::new(), |mut text, byte| {
         _ = write!(text, "{byte:02x}");
         text
     })
 }
 
-fn uid(of: &str, number: usize) -> String {
-    let hash = digest(of, number);
+fn uid(seed: &str, number: usize) -> String {
+    let hash = digest(seed, number);
     [&hash[..8], &hash[8..12], &hash[12..16], &hash[16..20], &hash[20..32]].join("-")
 }
 

@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 
 use crate::histogram::Histogram;
 
-const LOOK: Duration = Duration::from_millis(1);
+const QUERY_INTERVAL: Duration = Duration::from_millis(1);
 
 pub(crate) const RULE: &str = "package load
 
@@ -29,53 +29,53 @@ pub(crate) fn input(nth: Nth) -> Value {
 }
 
 pub(crate) struct Probes {
-    wanted: Vec<UnboundedSender<(u64, Instant)>>,
+    queues: Vec<UnboundedSender<(u64, Instant)>>,
     _asking: JoinSet<()>,
     pub(crate) delays: Arc<Histogram>,
-    held: Arc<Vec<AtomicU64>>,
+    newest: Arc<Vec<AtomicU64>>,
 }
 
 impl Probes {
     pub(crate) fn start(opas: &[String], nth: Nth) -> anyhow::Result<Self> {
         let body = json!({ "input": input(nth) }).to_string();
-        let mut wanted = Vec::new();
+        let mut queues = Vec::new();
         let (delays, mut asking) = (Arc::new(Histogram::new()), JoinSet::new());
-        let held: Arc<Vec<AtomicU64>> = Arc::new(opas.iter().map(|_| 0.into()).collect());
-        for (at, opa) in opas.iter().enumerate() {
+        let newest: Arc<Vec<AtomicU64>> = Arc::new(opas.iter().map(|_| 0.into()).collect());
+        for (index, opa) in opas.iter().enumerate() {
             let (url, http, body) = (format!("{opa}/v1/data{DECISION}"), http()?, body.clone());
-            let (out, mut news) = unbounded_channel();
-            wanted.push(out);
-            let (delays, held) = (Arc::clone(&delays), Arc::clone(&held));
+            let (queue, mut expected) = unbounded_channel();
+            queues.push(queue);
+            let (delays, newest) = (Arc::clone(&delays), Arc::clone(&newest));
             asking.spawn(async move {
-                while let Some(first) = news.recv().await {
-                    let mut due: Vec<(u64, Instant)> = vec![first];
-                    while !due.is_empty() {
-                        while let Ok(next) = news.try_recv() {
-                            due.push(next);
+                while let Some(first) = expected.recv().await {
+                    let mut open: Vec<(u64, Instant)> = vec![first];
+                    while !open.is_empty() {
+                        while let Ok(next) = expected.try_recv() {
+                            open.push(next);
                         }
                         let found = ask(&http, &url, body.clone()).await;
-                        due.retain(|(number, at)| {
+                        open.retain(|(number, due)| {
                             let is_open = found.is_none_or(|found| found < *number);
                             if !is_open {
-                                delays.record(at.elapsed());
+                                delays.record(due.elapsed());
                             }
                             is_open
                         });
-                        held[at].store(found.unwrap_or(0), Relaxed);
-                        tokio::time::sleep(LOOK).await;
+                        newest[index].store(found.unwrap_or(0), Relaxed);
+                        tokio::time::sleep(QUERY_INTERVAL).await;
                     }
                 }
             });
         }
-        Ok(Self { wanted, _asking: asking, delays, held })
+        Ok(Self { queues, _asking: asking, delays, newest })
     }
 
     pub(crate) fn expect(&self, number: u64, due: Instant) {
-        self.wanted.iter().for_each(|wanted| _ = wanted.send((number, due)));
+        self.queues.iter().for_each(|queue| _ = queue.send((number, due)));
     }
 
-    pub(crate) fn have(&self, number: u64) -> bool {
-        self.held.iter().all(|held| held.load(Relaxed) >= number)
+    pub(crate) fn all_have(&self, number: u64) -> bool {
+        self.newest.iter().all(|newest| newest.load(Relaxed) >= number)
     }
 }
 

@@ -68,7 +68,7 @@ pub(crate) struct Goal {
     pub(crate) relative_to: Option<String>,
 }
 
-struct Judgement {
+struct Evaluation {
     found: String,
     bound: String,
     verdict: Verdict,
@@ -120,37 +120,42 @@ impl Goal {
         Self { relative_to: Some(other.to_owned()), ..self }
     }
 
-    fn of(&self, run: &[Measured]) -> Option<f64> {
-        let value = |who: &str| run.iter().find(|of| of.who == who)?.value(&self.figure);
-        let own = value(&self.who)?;
+    fn value_in(&self, run: &[Measured]) -> Option<f64> {
+        let value = |who: &str| run.iter().find(|row| row.who == who)?.value(&self.figure);
+        let value_of_subject = value(&self.who)?;
         match &self.relative_to {
-            None => Some(own),
-            Some(other) => value(other).map(|other| own / other).filter(|ratio| ratio.is_finite()),
+            None => Some(value_of_subject),
+            Some(other) => {
+                value(other).map(|other| value_of_subject / other).filter(|ratio| ratio.is_finite())
+            }
         }
     }
 
-    fn judge(&self, runs: &[Vec<Measured>]) -> Judgement {
-        let figures = runs.iter().flatten().flat_map(|of| &of.figures);
+    fn evaluate(&self, runs: &[Vec<Measured>]) -> Evaluation {
+        let figures = runs.iter().flatten().flat_map(|row| &row.figures);
         let unit = match &self.relative_to {
             Some(_) => "×",
             None => figures.into_iter().find(|f| f.name == self.figure).map_or("", |f| f.unit.as_str()),
         };
         let bound = match &self.relative_to {
             Some(other) => format!("{} × {other}", self.at_most),
-            None => shown(self.at_most, unit),
+            None => format_value(self.at_most, unit),
         };
-        let found: Vec<_> = runs.iter().filter_map(|run| self.of(run)).collect();
+        let found: Vec<_> = runs.iter().filter_map(|run| self.value_in(run)).collect();
         let Some(middle) = median(found.clone()) else {
-            return Judgement { found: String::new(), bound, verdict: Verdict::NotMeasured };
+            return Evaluation { found: String::new(), bound, verdict: Verdict::NotMeasured };
         };
         let (low, high) =
             found.iter().fold((f64::MAX, f64::MIN), |(low, high), f| (low.min(*f), high.max(*f)));
         // Noise affects both sides of a ratio, so its median counts.
         let decisive = if unit == "×" { middle } else { high };
         let verdict = if decisive <= self.at_most { Verdict::Met } else { Verdict::Missed };
-        let spread =
-            if found.len() > 1 { format!(" ({} to {})", digits(low), digits(high)) } else { String::new() };
-        Judgement { found: shown(middle, unit) + &spread, bound, verdict }
+        let spread = if found.len() > 1 {
+            format!(" ({} to {})", format_digits(low), format_digits(high))
+        } else {
+            String::new()
+        };
+        Evaluation { found: format_value(middle, unit) + &spread, bound, verdict }
     }
 }
 
@@ -197,7 +202,9 @@ impl Results {
         let medians = self.medians();
         let lines: Vec<_> = medians
             .iter()
-            .flat_map(|of| of.curves.iter().map(|(name, curve)| (format!("{}: {name}", of.who), &curve[..])))
+            .flat_map(|row| {
+                row.curves.iter().map(|(name, curve)| (format!("{}: {name}", row.who), &curve[..]))
+            })
             .collect();
         if !lines.is_empty() {
             std::fs::write(out.join(format!("{}.svg", self.scenario)), chart::curves(&self.what, &lines))?;
@@ -206,38 +213,38 @@ impl Results {
     }
 
     fn medians(&self) -> Vec<Measured> {
-        let of = |who: &Measured| {
+        let median_row = |subject: &Measured| {
             let runs: Vec<_> =
-                self.runs.iter().filter_map(|run| run.iter().find(|of| of.who == who.who)).collect();
+                self.runs.iter().filter_map(|run| run.iter().find(|row| row.who == subject.who)).collect();
             let over = |value: &dyn Fn(&Measured) -> Option<f64>| {
-                median(runs.iter().filter_map(|of| value(of)).collect()).unwrap_or_default()
+                median(runs.iter().filter_map(|row| value(row)).collect()).unwrap_or_default()
             };
             let figure =
-                |figure: &Figure| Figure { value: over(&|of| of.value(&figure.name)), ..figure.clone() };
+                |figure: &Figure| Figure { value: over(&|row| row.value(&figure.name)), ..figure.clone() };
             let curve = |name: &String| {
-                let at = |at| over(&|of| of.curves.get(name)?.get(at).copied());
-                (name.clone(), (0..CURVE.len()).map(at).collect())
+                let point = |index| over(&|row| row.curves.get(name)?.get(index).copied());
+                (name.clone(), (0..CURVE.len()).map(point).collect())
             };
             Measured {
-                who: who.who.clone(),
-                figures: who.figures.iter().map(figure).collect(),
-                curves: who.curves.keys().map(curve).collect(),
+                who: subject.who.clone(),
+                figures: subject.figures.iter().map(figure).collect(),
+                curves: subject.curves.keys().map(curve).collect(),
             }
         };
         let mut all: Vec<&Measured> = Vec::new();
-        for who in self.runs.iter().flatten() {
+        for subject in self.runs.iter().flatten() {
             // A baseline may fail in one run only.
-            if !all.iter().any(|of| of.who == who.who) {
-                all.push(who);
+            if !all.iter().any(|row| row.who == subject.who) {
+                all.push(subject);
             }
         }
-        all.into_iter().map(of).collect()
+        all.into_iter().map(median_row).collect()
     }
 
     fn table(&self) -> String {
         let medians = self.medians();
         let mut names: Vec<(&str, &str)> = Vec::new();
-        for figure in medians.iter().flat_map(|of| &of.figures) {
+        for figure in medians.iter().flat_map(|row| &row.figures) {
             if !names.iter().any(|(name, _)| *name == figure.name) {
                 names.push((&figure.name, &figure.unit));
             }
@@ -247,15 +254,15 @@ impl Results {
             count => format!("medians of {count} runs"),
         };
         let mut text = format!("{}: `{}`, {runs}\n\n| |", self.what, self.command);
-        for of in &medians {
-            _ = write!(text, " {} |", of.who);
+        for row in &medians {
+            _ = write!(text, " {} |", row.who);
         }
         text = text + "\n|---|" + &"--:|".repeat(medians.len());
         for (name, unit) in names {
             _ = write!(text, "\n| {name} |");
-            for of in &medians {
-                match of.value(name) {
-                    Some(value) => _ = write!(text, " {} |", shown(value, unit)),
+            for row in &medians {
+                match row.value(name) {
+                    Some(value) => _ = write!(text, " {} |", format_value(value, unit)),
                     None => text += " |",
                 }
             }
@@ -265,7 +272,7 @@ impl Results {
             text += "\n| goal: a limit by the worst run, a ratio by the median | at most | found | |\n|---|--:|--:|---|\n";
         }
         for goal in &self.goals {
-            let Judgement { found, bound, verdict } = goal.judge(&self.runs);
+            let Evaluation { found, bound, verdict } = goal.evaluate(&self.runs);
             _ = writeln!(text, "| {} of {} | {bound} | {found} | {verdict} |", goal.figure, goal.who);
         }
         text + "\n" + &self.machine + "; " + &self.version.to_string() + "\n"
@@ -321,7 +328,7 @@ pub(crate) fn report(dir: &Path) -> anyhow::Result<usize> {
         let results = Results::read(&file)?;
         results.draw(dir)?;
         for goal in &results.goals {
-            let Judgement { found, bound, verdict } = goal.judge(&results.runs);
+            let Evaluation { found, bound, verdict } = goal.evaluate(&results.runs);
             let (scenario, command) = (&results.scenario, &results.command);
             _ = writeln!(
                 text,
@@ -359,11 +366,11 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     Some(f64::midpoint(lower, upper))
 }
 
-fn shown(value: f64, unit: &str) -> String {
-    format!("{} {unit}", digits(value)).trim_end().to_owned()
+fn format_value(value: f64, unit: &str) -> String {
+    format!("{} {unit}", format_digits(value)).trim_end().to_owned()
 }
 
-fn digits(value: f64) -> String {
+fn format_digits(value: f64) -> String {
     // Turns -0 into 0.
     let value = value + 0.0;
     if value.abs() >= 100.0 || value.fract().abs() < f64::EPSILON {

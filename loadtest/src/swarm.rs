@@ -20,16 +20,16 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use self::agent::Agent;
-use self::content::{Digests, digest, take_archive};
+use self::content::{Digests, apply_archive, digest};
 use crate::histogram::Histogram;
 
-const OPENING: usize = 256;
+const OPENING_MAX: usize = 256;
 const VERIFIERS: usize = 20;
 
 /// Whole objects, for [`Swarm::mismatches`].
 pub(crate) const WHOLE: &[&str] = &[""];
 const SETTLE: Duration = Duration::from_secs(5);
-const COMPARE: Duration = Duration::from_millis(50);
+const COMPARE_INTERVAL: Duration = Duration::from_millis(50);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Pace {
@@ -48,13 +48,13 @@ struct Shared {
     start: Arc<Start>,
     hubs: Vec<SocketAddr>,
     due: Schedule,
-    held: Vec<AtomicU64>,
+    newest: Vec<AtomicU64>,
     delays: Mutex<Arc<Histogram>>,
     contents: BTreeMap<usize, Mutex<Value>>,
     opening: Semaphore,
     is_awake: watch::Sender<bool>,
     counts: Counts,
-    trouble: Mutex<String>,
+    last_error: Mutex<String>,
 }
 
 pub(crate) struct Start {
@@ -79,27 +79,27 @@ pub(crate) struct Counts {
     pub(crate) open: AtomicUsize,
     pub(crate) frames: AtomicU64,
     pub(crate) operations: AtomicU64,
-    pub(crate) frames_of_stalled: AtomicU64,
+    pub(crate) stalled_frames: AtomicU64,
     pub(crate) bytes: AtomicU64,
     pub(crate) reconciles: AtomicU64,
     pub(crate) ended: AtomicU64,
-    pub(crate) refused: AtomicU64,
+    pub(crate) rejected: AtomicU64,
 }
 
 impl Default for Schedule {
     fn default() -> Self {
-        Self::of_each(1)
+        Self::sampling(1)
     }
 }
 
 impl Schedule {
-    pub(crate) fn of_each(every: u64) -> Self {
+    pub(crate) fn sampling(every: u64) -> Self {
         Self { due: Arc::default(), every }
     }
 
-    pub(crate) fn push(&self, at: Instant) -> u64 {
+    pub(crate) fn push(&self, due_at: Instant) -> u64 {
         let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
-        due.push(at);
+        due.push(due_at);
         due.len() as u64
     }
 
@@ -107,12 +107,12 @@ impl Schedule {
         self.due.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
 
-    pub(crate) fn at(&self, number: u64) -> Option<Instant> {
-        let at = usize::try_from(number.checked_sub(1)?).ok()?;
-        self.due.lock().unwrap_or_else(PoisonError::into_inner).get(at).copied()
+    pub(crate) fn due_at(&self, number: u64) -> Option<Instant> {
+        let index = usize::try_from(number.checked_sub(1)?).ok()?;
+        self.due.lock().unwrap_or_else(PoisonError::into_inner).get(index).copied()
     }
 
-    fn since(&self, from: u64, to: u64, now: Instant, delays: &Histogram) {
+    fn record_delays(&self, from: u64, to: u64, now: Instant, delays: &Histogram) {
         let due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
         for (number, due) in (1..=to).zip(&*due).skip(usize::try_from(from).unwrap_or(usize::MAX)) {
             if number.is_multiple_of(self.every) {
@@ -123,13 +123,13 @@ impl Schedule {
 }
 
 impl Start {
-    pub(crate) async fn of(hub: &str) -> anyhow::Result<Self> {
+    pub(crate) async fn fetch(hub: &str) -> anyhow::Result<Self> {
         let http = opa_hub_loadtest::lab::http()?;
-        let answer = http.get(format!("{hub}/bundles/main/data")).send().await?.error_for_status()?;
-        let position = answer.headers().get(POSITION_HEADER).and_then(|position| position.to_str().ok());
+        let response = http.get(format!("{hub}/bundles/main/data")).send().await?.error_for_status()?;
+        let position = response.headers().get(POSITION_HEADER).and_then(|position| position.to_str().ok());
         let position = position.and_then(|position| position.parse().ok()).unwrap_or_default();
         let mut content = json!({});
-        let Digests { data, modules, reads } = take_archive(&answer.bytes().await?, &mut content)?;
+        let Digests { data, modules, reads } = apply_archive(&response.bytes().await?, &mut content)?;
         let revision = Revision { data: digest(&data), modules: modules.context("a digest of the modules")? };
         Ok(Self { revision, data, position, reads, content })
     }
@@ -145,25 +145,25 @@ impl Swarm {
     ) -> anyhow::Result<Self> {
         let verifiers = (0..count).step_by((count / VERIFIERS).max(1));
         let shared = Arc::new(Shared {
-            contents: verifiers.map(|at| (at, Mutex::new(start.content.clone()))).collect(),
+            contents: verifiers.map(|index| (index, Mutex::new(start.content.clone()))).collect(),
             start,
             hubs,
             due,
-            held: (0..count).map(|_| AtomicU64::new(0)).collect(),
+            newest: (0..count).map(|_| AtomicU64::new(0)).collect(),
             delays: Mutex::new(Arc::new(Histogram::new())),
-            opening: Semaphore::new(OPENING),
+            opening: Semaphore::new(OPENING_MAX),
             is_awake: watch::Sender::new(false),
             counts: Counts::default(),
-            trouble: Mutex::default(),
+            last_error: Mutex::default(),
         });
         let mut slow = paces.iter().flat_map(|(pace, count)| std::iter::repeat_n(*pace, *count));
         let mut agents = JoinSet::new();
-        for at in 0..count {
+        for index in 0..count {
             let pace = slow.next().unwrap_or(Pace::Steady);
-            agents.spawn(Agent::run(Arc::clone(&shared), at, pace));
+            agents.spawn(Agent::run(Arc::clone(&shared), index, pace));
         }
         let mut swarm = Self { shared, agents };
-        swarm.until("every stream is open", |shared| shared.counts.open.load(Relaxed) == count).await?;
+        swarm.wait_until("every stream is open", |shared| shared.counts.open.load(Relaxed) == count).await?;
         // Backoff alone paces later connections.
         swarm.shared.opening.add_permits(count);
         Ok(swarm)
@@ -181,16 +181,20 @@ impl Swarm {
     /// Number of verifiers whose pods are no part of the source's, or differ at these JSON pointers.
     pub(crate) fn mismatches(&self, source: &Value, fields: &[&str]) -> usize {
         let source = pods::entries_of_run(source);
-        let is_right = |held: &Value, source: &Value| {
-            fields.iter().all(|field| held.pointer(field) == source.pointer(field)) && is_part(held, source)
+        let matches = |found: &Value, source: &Value| {
+            fields.iter().all(|field| found.pointer(field) == source.pointer(field))
+                && is_subset(found, source)
         };
-        let holds = |content: &Mutex<Value>| {
+        let is_equal = |content: &Mutex<Value>| {
             let content = content.lock().unwrap_or_else(PoisonError::into_inner);
-            let held = pods::entries_of_run(&content["kubernetes"]["pods"]);
-            held.keys().eq(source.keys())
-                && held.values().zip(source.values()).all(|(held, source)| is_alike(held, source, is_right))
+            let found = pods::entries_of_run(&content["kubernetes"]["pods"]);
+            found.keys().eq(source.keys())
+                && found
+                    .values()
+                    .zip(source.values())
+                    .all(|(found, source)| has_matching_entries(found, source, matches))
         };
-        self.shared.contents.values().filter(|content| !holds(content)).count()
+        self.shared.contents.values().filter(|content| !is_equal(content)).count()
     }
 
     /// Waits for pending changes first.
@@ -201,18 +205,19 @@ impl Swarm {
             if mismatches == 0 || Instant::now() > until {
                 return mismatches;
             }
-            tokio::time::sleep(COMPARE).await;
+            tokio::time::sleep(COMPARE_INTERVAL).await;
         }
     }
 
-    pub(crate) fn at(&self, number: u64, first: usize) -> usize {
-        self.shared.held.iter().skip(first).filter(|held| held.load(Relaxed) >= number).count()
+    pub(crate) fn count_with(&self, number: u64, first: usize) -> usize {
+        self.shared.newest.iter().skip(first).filter(|newest| newest.load(Relaxed) >= number).count()
     }
 
     pub(crate) async fn reach(&mut self, number: u64, first: usize) -> anyhow::Result<()> {
         let what = format!("every agent has change {number}");
-        let has = |shared: &Shared| shared.held.iter().skip(first).all(|held| held.load(Relaxed) >= number);
-        self.until(&what, has).await
+        let has =
+            |shared: &Shared| shared.newest.iter().skip(first).all(|newest| newest.load(Relaxed) >= number);
+        self.wait_until(&what, has).await
     }
 
     pub(crate) fn wake(&self) {
@@ -226,14 +231,14 @@ impl Swarm {
         }
     }
 
-    async fn until(&mut self, what: &str, is: impl Fn(&Shared) -> bool) -> anyhow::Result<()> {
+    async fn wait_until(&mut self, what: &str, condition: impl Fn(&Shared) -> bool) -> anyhow::Result<()> {
         const PATIENCE: Duration = Duration::from_secs(120);
         let until = Instant::now() + PATIENCE;
-        while !is(&self.shared) {
+        while !condition(&self.shared) {
             self.check()?;
             if Instant::now() > until {
-                let trouble = self.shared.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-                bail!("{what}: not within {} s, {trouble}", PATIENCE.as_secs());
+                let last_error = self.shared.last_error.lock().unwrap_or_else(PoisonError::into_inner);
+                bail!("{what}: not within {} s, {last_error}", PATIENCE.as_secs());
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -241,22 +246,23 @@ impl Swarm {
     }
 }
 
-fn is_alike(held: &Value, source: &Value, is_right: impl Fn(&Value, &Value) -> bool) -> bool {
-    let (Some(held), Some(source)) = (held.as_object(), source.as_object()) else { return false };
-    held.len() == source.len()
-        && held.iter().all(|(key, held)| source.get(key).is_some_and(|source| is_right(held, source)))
+fn has_matching_entries(found: &Value, source: &Value, matches: impl Fn(&Value, &Value) -> bool) -> bool {
+    let (Some(found), Some(source)) = (found.as_object(), source.as_object()) else { return false };
+    found.len() == source.len()
+        && found.iter().all(|(key, found)| source.get(key).is_some_and(|source| matches(found, source)))
 }
 
 /// Whether `found` is `source` with some object members left out.
-fn is_part(held: &Value, source: &Value) -> bool {
-    match (held, source) {
-        (Value::Object(held), Value::Object(source)) => {
-            held.iter().all(|(key, held)| source.get(key).is_some_and(|source| is_part(held, source)))
+fn is_subset(found: &Value, source: &Value) -> bool {
+    match (found, source) {
+        (Value::Object(found), Value::Object(source)) => {
+            found.iter().all(|(key, found)| source.get(key).is_some_and(|source| is_subset(found, source)))
         }
-        (Value::Array(held), Value::Array(source)) => {
-            held.len() == source.len() && held.iter().zip(source).all(|(held, source)| is_part(held, source))
+        (Value::Array(found), Value::Array(source)) => {
+            found.len() == source.len()
+                && found.iter().zip(source).all(|(found, source)| is_subset(found, source))
         }
-        _ => held == source,
+        _ => found == source,
     }
 }
 
@@ -265,13 +271,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_of_an_object_are_told_from_stale_ones() {
+    fn subsets_of_an_object_differ_from_stale_ones() {
         let source =
             json!({ "labels": { "app": "a", "round": "2" }, "images": [{ "name": "x", "image": "i" }] });
         for part in
             [json!({}), json!({ "labels": { "round": "2" } }), json!({ "images": [{ "image": "i" }] })]
         {
-            assert!(is_part(&part, &source), "{part}");
+            assert!(is_subset(&part, &source), "{part}");
         }
         for other in [
             json!({ "labels": { "round": "1" } }),
@@ -279,7 +285,7 @@ mod tests {
             json!({ "images": [] }),
             json!({ "labels": "2" }),
         ] {
-            assert!(!is_part(&other, &source), "{other}");
+            assert!(!is_subset(&other, &source), "{other}");
         }
     }
 }

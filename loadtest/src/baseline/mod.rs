@@ -78,7 +78,7 @@ pub(crate) async fn policy(cluster: &Cluster) -> anyhow::Result<()> {
 
 pub(crate) fn sidecars(kube_mgmt: Option<PathBuf>) -> Option<Baseline> {
     let Some(program) = kube_mgmt else {
-        eprintln!("sidecars are left out: --kube-mgmt says where the program is");
+        eprintln!("kube-mgmt is skipped; pass its program as --kube-mgmt");
         return None;
     };
     let name = format!("kube-mgmt {}", version(&program));
@@ -94,8 +94,8 @@ fn version(program: &Path) -> String {
     let build = lines(Command::new("go").args(["version", "-m"]).arg(program));
     let module = build.iter().find(|line| line.starts_with("mod\t")).and_then(|line| line.split('\t').nth(2));
     let commit = build.iter().find_map(|line| line.split_once("vcs.revision=")).map(|(_, commit)| commit);
-    let said = lines(Command::new(program).arg("--version"));
-    let release = said.iter().find_map(|line| line.strip_prefix("Version:")).map(str::trim);
+    let output = lines(Command::new(program).arg("--version"));
+    let release = output.iter().find_map(|line| line.strip_prefix("Version:")).map(str::trim);
     let known =
         module.filter(|module| *module != "(devel)").or(release.filter(|release| !release.is_empty()));
     known.or(commit).unwrap_or("of unknown version").to_owned()
@@ -168,7 +168,7 @@ impl Baseline {
         let opas =
             try_join_all((0..count).map(|_| Opa::start(&plane.assets, dir, config.as_ref(), &[]))).await?;
         let (mut agents, mut sidecars) = (Vec::new(), Vec::new());
-        for (at, opa) in opas.iter().enumerate() {
+        for (index, opa) in opas.iter().enumerate() {
             match self {
                 baseline if baseline.has_agents() => {
                     let agent =
@@ -181,7 +181,7 @@ impl Baseline {
                     // Only pods are measured.
                     command.args(["--enable-policies=false", "--enable-data=false"]);
                     command.arg(format!("--kubeconfig={kubeconfig}"));
-                    sidecars.push(Process::start(&format!("kube-mgmt-{at}"), dir, &mut command)?);
+                    sidecars.push(Process::start(&format!("kube-mgmt-{index}"), dir, &mut command)?);
                 }
                 _ => {}
             }
@@ -191,17 +191,17 @@ impl Baseline {
                 opa.put_policy("load", RULE).await?;
             }
         }
-        let patience = if sidecars.is_empty() { PATIENCE } else { PATIENCE_WITH_SIDECARS };
+        let patience = if sidecars.is_empty() { PATIENCE } else { SIDECAR_PATIENCE };
         let all = try_join_all(opas.iter().map(|opa| has_pods(opa, scale.pods, patience)));
         tokio::select! {
             all = all => drop(all?),
-            ended = ends(&mut sidecars) => return Err(ended),
+            ended = first_exit(&mut sidecars) => return Err(ended),
         }
         try_join_all(agents.iter_mut().map(Agent::wait_in_step)).await?;
         let cold = started.elapsed();
         let swarm = match &hub {
             Some(hub) if matches!(self, Self::HubAndMany | Self::HubAutoAndMany) => {
-                let start = Arc::new(Start::of(&hub.url).await?);
+                let start = Arc::new(Start::fetch(&hub.url).await?);
                 Some(Swarm::open(start, vec![address(hub)?], due.clone(), scale.agents, &[]).await?)
             }
             _ => None,
@@ -219,7 +219,7 @@ impl Running {
         self.watches.as_ref().map(Watches::received)
     }
 
-    pub(crate) fn given_up(&self) -> Option<u64> {
+    pub(crate) fn dropped_watches(&self) -> Option<u64> {
         self.watches.as_ref().map(Watches::ended)
     }
 
@@ -238,26 +238,27 @@ impl Running {
 
     /// Medians of sidecar and OPA.
     pub(crate) fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
-        let beside = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
-        let mut beside: Vec<_> =
-            beside.map(|of| of.usage().map(|usage| usage.rss)).collect::<Result<_, _>>()?;
+        let sidecars = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
+        let mut sidecars: Vec<_> =
+            sidecars.map(|process| process.usage().map(|usage| usage.rss)).collect::<Result<_, _>>()?;
         let opas = self.opas.iter().filter_map(|opa| opa.process.as_ref());
-        let mut opas: Vec<_> = opas.map(|of| of.usage().map(|usage| usage.rss)).collect::<Result<_, _>>()?;
-        beside.sort_unstable();
+        let mut opas: Vec<_> =
+            opas.map(|process| process.usage().map(|usage| usage.rss)).collect::<Result<_, _>>()?;
+        sidecars.sort_unstable();
         opas.sort_unstable();
         let middle = |all: &[u64]| all.get(all.len() / 2).copied();
-        Ok(middle(&opas).map(|opa| (middle(&beside).unwrap_or_default(), opa)))
+        Ok(middle(&opas).map(|opa| (middle(&sidecars).unwrap_or_default(), opa)))
     }
 }
 
 /// kube-mgmt needs more than a minute to load ten OPAs with 3,000 pods.
-const PATIENCE_WITH_SIDECARS: Duration = Duration::from_secs(600);
+const SIDECAR_PATIENCE: Duration = Duration::from_secs(600);
 
-async fn ends(processes: &mut [Process]) -> anyhow::Error {
+async fn first_exit(processes: &mut [Process]) -> anyhow::Error {
     loop {
         for process in &mut *processes {
-            if let Some(how) = process.has_ended() {
-                return how;
+            if let Some(error) = process.exit_error() {
+                return error;
             }
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -275,10 +276,10 @@ async fn has_pods(opa: &Opa, count: usize, patience: Duration) -> anyhow::Result
         })
         .await?;
     }
-    let (prefix, wanted) = (pods::prefix(), count as u64);
+    let (prefix, expected) = (pods::prefix(), count as u64);
     let counted = async || match opa.count_pods(&prefix).await {
-        Ok(found) if found >= wanted => Ok(()),
-        Ok(found) => Err(format!("it has {found} of {wanted}")),
+        Ok(found) if found >= expected => Ok(()),
+        Ok(found) => Err(format!("OPA has {found} of {expected}")),
         Err(error) => Err(error.to_string()),
     };
     within(patience, "OPA has every pod", counted).await.map(drop)

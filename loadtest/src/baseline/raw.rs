@@ -22,7 +22,7 @@ use crate::swarm::Start;
 
 /// Distinguishes a driver from readers, which send `GET`.
 const HELLO: &[u8] = b"DRIVE\n";
-const GO: &[u8] = b"GO\n";
+const NEXT: &[u8] = b"GO\n";
 const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
 /// Same as the hub's streams.
 const SEND_BUFFER: usize = 16 << 10;
@@ -34,9 +34,9 @@ enum Task {
 
 struct Reader {
     tcp: TcpStream,
-    at: u64,
+    sent: u64,
     /// Unsent part of that event.
-    rest: Vec<u8>,
+    unsent: Vec<u8>,
 }
 
 pub(crate) struct Driver(TcpStream);
@@ -49,8 +49,8 @@ impl Driver {
         Ok(Self(tcp))
     }
 
-    pub(crate) fn go(&mut self) -> anyhow::Result<()> {
-        Ok(self.0.write_all(GO)?)
+    pub(crate) fn send_next(&mut self) -> anyhow::Result<()> {
+        Ok(self.0.write_all(NEXT)?)
     }
 }
 
@@ -68,9 +68,9 @@ pub(crate) fn serve(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
     for _ in 0..cores {
         let (out, tasks) = channel();
         writers.push(out);
-        std::thread::spawn(move || write(&tasks, bytes).expect("readers keep up, and do not go"));
+        std::thread::spawn(move || write(&tasks, bytes).expect("readers keep up and stay connected"));
     }
-    for (at, accepted) in listener.incoming().enumerate() {
+    for (index, accepted) in listener.incoming().enumerate() {
         let mut tcp = accepted?;
         let mut first = [0; 1];
         if tcp.peek(&mut first)? == 0 {
@@ -86,7 +86,7 @@ pub(crate) fn serve(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
         SockRef::from(&tcp).set_send_buffer_size(SEND_BUFFER)?;
         tcp.write_all(RESPONSE)?;
         tcp.set_nonblocking(true)?;
-        writers[at % cores].send(Task::Join(tcp))?;
+        writers[index % cores].send(Task::Join(tcp))?;
     }
     Ok(())
 }
@@ -106,15 +106,15 @@ fn write(tasks: &Receiver<Task>, bytes: usize) -> anyhow::Result<()> {
     let mut readers: Vec<Reader> = Vec::new();
     for task in tasks {
         match task {
-            Task::Join(tcp) => readers.push(Reader { tcp, at: 0, rest: Vec::new() }),
+            Task::Join(tcp) => readers.push(Reader { tcp, sent: 0, unsent: Vec::new() }),
             Task::Round(mut newest) => loop {
                 for task in tasks.try_iter() {
                     match task {
-                        Task::Join(tcp) => readers.push(Reader { tcp, at: 0, rest: Vec::new() }),
+                        Task::Join(tcp) => readers.push(Reader { tcp, sent: 0, unsent: Vec::new() }),
                         Task::Round(number) => newest = number,
                     }
                 }
-                if round(&mut readers, newest, bytes)? {
+                if write_all(&mut readers, newest, bytes)? {
                     break;
                 }
                 std::thread::sleep(Duration::from_millis(1));
@@ -125,26 +125,26 @@ fn write(tasks: &Receiver<Task>, bytes: usize) -> anyhow::Result<()> {
 }
 
 /// Returns whether every reader is up to date.
-fn round(readers: &mut [Reader], number: u64, bytes: usize) -> anyhow::Result<bool> {
+fn write_all(readers: &mut [Reader], number: u64, bytes: usize) -> anyhow::Result<bool> {
     let mut frames: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
-    let mut all = true;
+    let mut is_complete = true;
     for reader in readers {
-        if reader.rest.is_empty() && reader.at < number {
-            let frame = match frames.entry(reader.at) {
+        if reader.unsent.is_empty() && reader.sent < number {
+            let frame = match frames.entry(reader.sent) {
                 Entry::Occupied(frame) => frame.into_mut(),
-                Entry::Vacant(missing) => missing.insert(frame(reader.at, number, bytes)?),
+                Entry::Vacant(missing) => missing.insert(frame(reader.sent, number, bytes)?),
             };
             let written = push(&mut reader.tcp, frame)?;
             if written > 0 {
-                (reader.at, reader.rest) = (number, frame[written..].to_vec());
+                (reader.sent, reader.unsent) = (number, frame[written..].to_vec());
             }
-        } else if !reader.rest.is_empty() {
-            let written = push(&mut reader.tcp, &reader.rest)?;
-            reader.rest.drain(..written);
+        } else if !reader.unsent.is_empty() {
+            let written = push(&mut reader.tcp, &reader.unsent)?;
+            reader.unsent.drain(..written);
         }
-        all &= reader.rest.is_empty() && reader.at == number;
+        is_complete &= reader.unsent.is_empty() && reader.sent == number;
     }
-    Ok(all)
+    Ok(is_complete)
 }
 
 fn push(tcp: &mut TcpStream, bytes: &[u8]) -> std::io::Result<usize> {
@@ -164,8 +164,8 @@ fn revision(number: u64) -> anyhow::Result<Revision> {
 }
 
 fn frame(from: u64, to: u64, bytes: usize) -> anyhow::Result<Vec<u8>> {
-    let of = |filler: usize| -> anyhow::Result<Vec<u8>> {
-        let mut value = fake_apiserver::object(0, to, to);
+    let encode = |filler: usize| -> anyhow::Result<Vec<u8>> {
+        let mut value = fake_apiserver::small_pod(0, to, to);
         value["status"]["filler"] = "x".repeat(filler).into();
         let patch = json!([{ "op": "add", "path": "/kubernetes/pods/team-000/web-00000", "value": value }]);
         let delta = Delta {
@@ -183,5 +183,5 @@ fn frame(from: u64, to: u64, bytes: usize) -> anyhow::Result<Vec<u8>> {
         write_event(&mut out, revision(to)?, DELTA_EVENT, &serde_json::to_vec(&delta)?);
         Ok(out)
     };
-    of(bytes.saturating_sub(of(0)?.len()))
+    encode(bytes.saturating_sub(encode(0)?.len()))
 }

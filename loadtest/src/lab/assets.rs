@@ -21,20 +21,20 @@ const COMPONENTS: [(&str, &str); 4] = [
     ("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
     ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
 ];
-const PROGRESS: Duration = Duration::from_secs(10);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Folder of the components. Blocks for up to ten minutes of building the first time.
 pub fn folder() -> anyhow::Result<PathBuf> {
     let cache = cache()?;
-    let given: Vec<_> = COMPONENTS.iter().map(|(name, _)| given(name)).collect();
-    let key = key(&given);
-    let whole = cache.join(&key);
-    if whole.is_dir() {
-        return Ok(whole);
+    let installed: Vec<_> = COMPONENTS.iter().map(|(name, _)| find_installed(name)).collect();
+    let key = key(&installed);
+    let full = cache.join(&key);
+    if full.is_dir() {
+        return Ok(full);
     }
     let (folder, components) = match external() {
         Some(_) => (cache.join(format!("{key}-opa")), &COMPONENTS[..1]),
-        None => (whole, &COMPONENTS[..]),
+        None => (full, &COMPONENTS[..]),
     };
     if folder.is_dir() {
         return Ok(folder);
@@ -52,8 +52,8 @@ pub fn folder() -> anyhow::Result<PathBuf> {
     let scratch = folder.with_extension("partial");
     _ = fs::remove_dir_all(&scratch);
     fs::create_dir_all(&scratch)?;
-    for ((name, package), given) in components.iter().zip(&given) {
-        match given {
+    for ((name, package), path) in components.iter().zip(&installed) {
+        match path {
             Some(path) => symlink(path, scratch.join(name))?,
             None => build(&cache, &scratch, name, package)?,
         }
@@ -64,7 +64,7 @@ pub fn folder() -> anyhow::Result<PathBuf> {
 
 /// Names and versions of the components.
 pub fn versions() -> String {
-    let name = |(name, package): &(&str, &str)| match given(name) {
+    let name = |(name, package): &(&str, &str)| match find_installed(name) {
         Some(path) => format!("{name} of {}", path.display()),
         None => format!("{name} {}", version(package).unwrap_or("of no version")),
     };
@@ -74,7 +74,7 @@ pub fn versions() -> String {
     COMPONENTS.iter().filter(|(name, _)| *name != "kubectl").map(name).collect::<Vec<_>>().join(", ")
 }
 
-fn given(name: &str) -> Option<PathBuf> {
+fn find_installed(name: &str) -> Option<PathBuf> {
     let is_file = |path: &PathBuf| path.is_file();
     if name == "opa" {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -85,18 +85,19 @@ fn given(name: &str) -> Option<PathBuf> {
     Some(PathBuf::from(assets).join(name)).filter(is_file)
 }
 
-fn key(given: &[Option<PathBuf>]) -> String {
+fn key(installed: &[Option<PathBuf>]) -> String {
     let mut hasher = Sha256::new();
     hasher.update(GO_MOD);
     hasher.update(GO_SUM);
-    hasher.update(format!("{given:?}"));
+    hasher.update(format!("{installed:?}"));
     hasher.finalize().iter().take(6).fold(String::new(), |key, byte| format!("{key}{byte:02x}"))
 }
 
 fn cache() -> anyhow::Result<PathBuf> {
-    let of = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let user = || of("XDG_CACHE_HOME").or_else(|| Some(of("HOME")?.join(".cache")));
-    of("OPA_HUB_LAB")
+    let env_path =
+        |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let user = || env_path("XDG_CACHE_HOME").or_else(|| Some(env_path("HOME")?.join(".cache")));
+    env_path("OPA_HUB_LAB")
         .or_else(|| Some(user()?.join("opa-hub").join("lab")))
         .context("set OPA_HUB_LAB to a folder for the lab's components: there is no HOME")
 }
@@ -123,14 +124,14 @@ fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<
         Err(error) => return Err(error).context("cannot run go"),
     };
     let started = Instant::now();
-    let mut told = started;
+    let mut reported = started;
     let mut packages = 0;
     let mut last = Vec::new();
     for line in BufReader::new(child.stderr.take().context("stderr is piped")?).lines() {
         let line = line?;
         packages += 1;
-        if told.elapsed() >= PROGRESS {
-            told = Instant::now();
+        if reported.elapsed() >= PROGRESS_INTERVAL {
+            reported = Instant::now();
             eprintln!("lab:   {name}: {packages} packages, {} s, now {line}", started.elapsed().as_secs());
         }
         last.push(line);

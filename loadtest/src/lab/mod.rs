@@ -46,13 +46,13 @@ pub fn http() -> anyhow::Result<reqwest::Client> {
 /// An unused loopback port, never returned twice. Ephemeral ports are avoided: the kernel could assign one before the
 /// caller listens.
 pub fn free_port() -> anyhow::Result<u16> {
-    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    static RESERVED: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     const PORTS: Range<u16> = 10_000..32_000;
     const TRIES: usize = 10_000;
-    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut reserved = RESERVED.lock().unwrap_or_else(PoisonError::into_inner);
     let mut ports = std::iter::repeat_with(|| fastrand::u16(PORTS)).take(TRIES);
-    let free = |port: &u16| !given.contains(port) && TcpListener::bind(("127.0.0.1", *port)).is_ok();
-    let port = ports.find(free).context("no port is free")?;
-    given.insert(port);
+    let is_free = |port: &u16| !reserved.contains(port) && TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let port = ports.find(is_free).context("no port is free")?;
+    reserved.insert(port);
     Ok(port)
 }

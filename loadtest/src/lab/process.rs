@@ -10,10 +10,10 @@ use anyhow::{Context, bail};
 
 use crate::eventually::eventually;
 
-const TAIL: usize = 12;
+const TAIL_LINES: usize = 12;
 
 /// Page size of x86-64 and most ARM kernels.
-const PAGE: u64 = 4096;
+const PAGE_BYTES: u64 = 4096;
 
 /// Resource usage of a process.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +67,7 @@ impl Process {
     }
 
     /// Exit status and last log lines; `None` while running.
-    pub fn has_ended(&mut self) -> Option<anyhow::Error> {
+    pub fn exit_error(&mut self) -> Option<anyhow::Error> {
         let status = self.child.try_wait().ok()??;
         Some(anyhow::anyhow!("{} ended with {status}:\n{}", self.name, self.tail()))
     }
@@ -111,7 +111,7 @@ impl Process {
 
     /// Usage so far.
     pub fn usage(&self) -> anyhow::Result<Usage> {
-        Usage::of(&self.child.id().to_string()).with_context(|| format!("{}:\n{}", self.name, self.tail()))
+        Usage::read(&self.child.id().to_string()).with_context(|| format!("{}:\n{}", self.name, self.tail()))
     }
 
     /// The whole log.
@@ -122,13 +122,13 @@ impl Process {
     fn tail(&self) -> String {
         let log = self.log();
         let lines: Vec<_> = log.lines().collect();
-        lines[lines.len().saturating_sub(TAIL)..].join("\n")
+        lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
     }
 }
 
 impl Usage {
     /// Usage of the process with this id, or of `self`.
-    pub fn of(process: &str) -> anyhow::Result<Self> {
+    pub fn read(process: &str) -> anyhow::Result<Self> {
         let file = |name: &str| fs::read_to_string(format!("/proc/{process}/{name}"));
         let status = file("status")?;
         let kilobytes = |name: &str| {
@@ -138,14 +138,14 @@ impl Usage {
         let stat = file("stat")?;
         // The program's name may contain spaces. Fields 14 to 17 of proc_pid_stat(5) are utime to cstime.
         let fields: Vec<_> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
-        let [own, children] = [11..13, 13..15].map(|range| {
+        let [cpu, children] = [11..13, 13..15].map(|range| {
             let ticks = fields.get(range)?.iter().flat_map(|field| field.parse::<u64>());
             Some(Duration::from_millis(ticks.sum::<u64>() * 10))
         });
         Ok(Self {
             rss: kilobytes("VmRSS:").context("no VmRSS")? << 10,
             peak: kilobytes("VmHWM:").context("no VmHWM")? << 10,
-            cpu: own.context("no CPU times")?,
+            cpu: cpu.context("no CPU times")?,
             children: children.context("no CPU times")?,
             kernel: kernel_memory().context("no kernel memory in /proc/meminfo and /proc/net/sockstat")?,
         })
@@ -159,7 +159,7 @@ fn kernel_memory() -> Option<u64> {
         line.split_whitespace().skip_while(|word| *word != field).nth(1)?.parse::<u64>().ok()
     };
     let slabs = number("/proc/meminfo", "Slab:", "Slab:")? << 10;
-    Some(slabs + number("/proc/net/sockstat", "TCP:", "mem")? * PAGE)
+    Some(slabs + number("/proc/net/sockstat", "TCP:", "mem")? * PAGE_BYTES)
 }
 
 impl Drop for Process {
@@ -205,7 +205,7 @@ pub fn program(name: &str) -> anyhow::Result<PathBuf> {
 }
 
 fn newest(path: &Path) -> Option<std::time::SystemTime> {
-    let own = fs::metadata(path).ok()?.modified().ok();
+    let modified = fs::metadata(path).ok()?.modified().ok();
     let inner = fs::read_dir(path).into_iter().flatten().flatten().filter_map(|entry| newest(&entry.path()));
-    inner.chain(own).max()
+    inner.chain(modified).max()
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::Measured;
+use super::Measurement;
 
 const WIDTH: f64 = 720.0;
 const LABEL: f64 = 190.0;
@@ -10,9 +10,9 @@ const BAR: f64 = 380.0;
 const ROW: f64 = 62.0;
 const TOP: f64 = 56.0;
 
-pub(super) fn draw(pods: usize, all: &Measured, auto: &Measured) -> String {
+pub(super) fn draw(pods: usize, all: &Measurement, auto: &Measurement) -> String {
     let megabytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    let share = |row: &Measured| 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
+    let share = |row: &Measurement| 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
     let rows = [
         ("OPA's memory", "MB", megabytes(all.opa_settled), megabytes(auto.opa_settled)),
         ("snapshot", "MB", megabytes(all.snapshot), megabytes(auto.snapshot)),
@@ -30,8 +30,8 @@ pub(super) fn draw(pods: usize, all: &Measured, auto: &Measured) -> String {
         LABEL + 120.0,
         LABEL + 136.0
     );
-    for (at, (name, unit, all, auto)) in (0..).zip(rows) {
-        let y = TOP + ROW * f64::from(at) + 8.0;
+    for (index, (name, unit, all, auto)) in (0..).zip(rows) {
+        let y = TOP + ROW * f64::from(index) + 8.0;
         for (words, line) in wrapped(name).iter().zip(0..) {
             let y = y + 18.0 + 15.0 * f64::from(line);
             _ = writeln!(svg, "<text x=\"16\" y=\"{y}\" fill=\"#1c2733\">{words}</text>");

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use super::SourceKind;
 
 const NAMESPACE: &str = "opa";
-const FILLERS: usize = 16;
-const PROGRESS: usize = 5000;
+const FILL_REQUESTS: usize = 16;
+const PROGRESS_PODS: usize = 5000;
 
 const POLICIES: [(&str, &str); 10] = [
     ("account", include_str!("../../policies/account.rego")),
@@ -41,10 +41,10 @@ pub(super) struct World {
     pub(super) assets: PathBuf,
     pub(super) hub_flags: Vec<String>,
     pub(super) pods: usize,
-    place: Place,
+    backend: Backend,
 }
 
-enum Place {
+enum Backend {
     Folder { work: tempfile::TempDir, manifests: tempfile::TempDir },
     Cluster { plane: Box<ControlPlane>, cluster: Cluster },
 }
@@ -52,36 +52,36 @@ enum Place {
 impl World {
     pub(super) async fn new(kind: SourceKind, pods: usize) -> anyhow::Result<Self> {
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
-        let (place, source) = match kind {
+        let (backend, source) = match kind {
             SourceKind::Folder => {
                 let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
                 let all: Vec<_> = (0..pods).map(Nth).collect();
-                for (at, nths) in all.chunks(PODS_PER_NAMESPACE).enumerate() {
+                for (index, nths) in all.chunks(PODS_PER_NAMESPACE).enumerate() {
                     let items: Vec<_> = nths.iter().map(|nth| nth.served()).collect();
-                    write(manifests.path(), &format!("pods-{at:03}.json"), &list(&items))?;
+                    write(manifests.path(), &format!("pods-{index:03}.json"), &list(&items))?;
                 }
                 let flag = ["--manifests".to_owned(), manifests.path().display().to_string()];
-                (Place::Folder { work, manifests }, flag)
+                (Backend::Folder { work, manifests }, flag)
             }
             SourceKind::Cluster => {
                 let plane = ControlPlane::start().await?;
                 let cluster = Cluster { client: plane.client().await? };
                 fill(&cluster, pods).await?;
                 let flag = ["--kubeconfig".to_owned(), plane.kubeconfig.display().to_string()];
-                (Place::Cluster { plane: Box::new(plane), cluster }, flag)
+                (Backend::Cluster { plane: Box::new(plane), cluster }, flag)
             }
         };
         let flags = ["--replicate=v1/pods".to_owned(), "--log-level=debug".to_owned()];
         let hub_flags = source.into_iter().chain(flags).collect();
-        let world = Self { assets, hub_flags, pods, place };
+        let world = Self { assets, hub_flags, pods, backend };
         world.policies("").await?;
         Ok(world)
     }
 
     pub(super) fn dir(&self) -> &Path {
-        match &self.place {
-            Place::Folder { work, .. } => work.path(),
-            Place::Cluster { plane, .. } => plane.dir.path(),
+        match &self.backend {
+            Backend::Folder { work, .. } => work.path(),
+            Backend::Cluster { plane, .. } => plane.dir.path(),
         }
     }
 
@@ -105,8 +105,8 @@ impl World {
         let edited = |name: &str, text: &str| {
             if name == "address" { format!("{text}{more}") } else { text.to_owned() }
         };
-        match &self.place {
-            Place::Folder { manifests, .. } => {
+        match &self.backend {
+            Backend::Folder { manifests, .. } => {
                 let configmap = |(name, text): &(&str, &str)| {
                     json!({
                         "apiVersion": "v1", "kind": "ConfigMap", "data": { format!("{name}.rego"): edited(name, text) },
@@ -116,7 +116,7 @@ impl World {
                 let all: Vec<_> = POLICIES.iter().map(configmap).collect();
                 write(manifests.path(), "policies.json", &list(&all))
             }
-            Place::Cluster { cluster, .. } => {
+            Backend::Cluster { cluster, .. } => {
                 cluster.namespace(NAMESPACE).await?;
                 for (name, text) in POLICIES {
                     let (key, text) = (format!("{name}.rego"), edited(name, text));
@@ -128,29 +128,29 @@ impl World {
     }
 
     pub(super) async fn label(&self, nth: Nth, team: &str) -> anyhow::Result<()> {
-        match &self.place {
-            Place::Folder { manifests, .. } => {
+        match &self.backend {
+            Backend::Folder { manifests, .. } => {
                 // A separate file avoids rewriting the large one.
                 let first = "pods-000.json";
                 let hot = format!("hot-{}.json", nth.0);
                 if !manifests.path().join(&hot).exists() {
-                    let others = (0..PODS_PER_NAMESPACE.min(self.pods)).filter(|at| *at != nth.0);
-                    let others: Vec<_> = others.map(|at| Nth(at).served()).collect();
+                    let others = (0..PODS_PER_NAMESPACE.min(self.pods)).filter(|number| *number != nth.0);
+                    let others: Vec<_> = others.map(|number| Nth(number).served()).collect();
                     write(manifests.path(), first, &list(&others))?;
                 }
                 let mut pod = nth.served();
                 pod["metadata"]["labels"]["team"] = json!(team);
                 write(manifests.path(), &hot, &pod)
             }
-            Place::Cluster { cluster, .. } => {
+            Backend::Cluster { cluster, .. } => {
                 cluster.label_pod(&nth.namespace(), &nth.name(), &[("team", team)]).await
             }
         }
     }
 
     pub(super) async fn put(&self, nth: Nth, stage: Stage) -> anyhow::Result<()> {
-        match &self.place {
-            Place::Folder { manifests, .. } => {
+        match &self.backend {
+            Backend::Folder { manifests, .. } => {
                 let file = format!("rollout-{}.json", nth.0);
                 if stage == Stage::Gone {
                     return Ok(std::fs::remove_file(manifests.path().join(file))?);
@@ -162,7 +162,7 @@ impl World {
                 pod["status"] = status(nth, stage);
                 write(manifests.path(), &file, &pod)
             }
-            Place::Cluster { cluster, .. } => on_cluster(cluster, nth, stage).await,
+            Backend::Cluster { cluster, .. } => put_on_cluster(cluster, nth, stage).await,
         }
     }
 }
@@ -186,7 +186,7 @@ fn status(nth: Nth, stage: Stage) -> Value {
     status
 }
 
-async fn on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result<()> {
+async fn put_on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result<()> {
     let (namespace, name) = (nth.namespace(), nth.name());
     let pod = format!("/api/v1/namespaces/{namespace}/pods/{name}");
     match stage {
@@ -213,14 +213,14 @@ pub(crate) async fn fill(cluster: &Cluster, pods: usize) -> anyhow::Result<()> {
     }
     let made = futures::stream::iter((0..pods).map(Nth)).map(|nth| async move {
         for stage in [Stage::Posted, Stage::Bound, Stage::Ready] {
-            on_cluster(cluster, nth, stage).await?;
+            put_on_cluster(cluster, nth, stage).await?;
         }
-        if nth.0 % PROGRESS == PROGRESS - 1 {
+        if nth.0 % PROGRESS_PODS == PROGRESS_PODS - 1 {
             eprintln!("  {} pods", nth.0 + 1);
         }
         anyhow::Ok(())
     });
-    made.buffer_unordered(FILLERS).try_collect::<()>().await
+    made.buffer_unordered(FILL_REQUESTS).try_collect::<()>().await
 }
 
 fn list(items: &[Value]) -> Value {

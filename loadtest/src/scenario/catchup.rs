@@ -11,20 +11,20 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Opa, assets};
 
 use super::{Common, address, at_least, at_rate, command, hub_over};
-use crate::fake_apiserver::{FakeApiServer, large_object, object};
+use crate::fake_apiserver::{FakeApiServer, large_pod, small_pod};
 use crate::histogram::Histogram;
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Schedule, Start, Swarm};
 
-const QUERY: Duration = Duration::from_millis(2);
+const QUERY_INTERVAL: Duration = Duration::from_millis(2);
 /// Queries before the agent starts, for comparison.
-const ALONE: Duration = Duration::from_secs(2);
+const IDLE_QUERY_TIME: Duration = Duration::from_secs(2);
 /// In percent. Above this, the hub sends the whole namespace.
-const CHANGED: usize = 40;
+const CHANGED_PERCENT: usize = 40;
 /// Per second: slow enough for nearly one commit each, which exceeds the history.
 const SPREAD_RATE: f64 = 500.0;
 /// Divisor: a pod of 10 KB uses 90 KB of OPA's memory.
-const LARGE_SHARE: usize = 10;
+const LARGE_DIVISOR: usize = 10;
 const FRAMES: &str = "frames";
 const RECONCILES: &str = "reconciles";
 const BURST: &str = "opa-hub";
@@ -66,8 +66,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         eprintln!("run {} of {}", run + 1, common.runs);
         let mut measured = Vec::new();
         for who in [BURST, SPREAD, LARGE] {
-            let share = if who == LARGE { LARGE_SHARE } else { 1 };
-            measured.push(once(who, (changes / share).max(1), pods / share).await?);
+            let divisor = if who == LARGE { LARGE_DIVISOR } else { 1 };
+            measured.push(once(who, (changes / divisor).max(1), pods / divisor).await?);
         }
         results.push(measured, common.out.as_deref())?;
     }
@@ -78,16 +78,16 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let dir = tempfile::tempdir()?;
-    let make = if who == LARGE { large_object } else { object };
-    let apiserver = FakeApiServer::of(dir.path(), pods, make).await?;
+    let factory = if who == LARGE { large_pod } else { small_pod };
+    let apiserver = FakeApiServer::start_with(dir.path(), pods, factory).await?;
     let hub = hub_over(&apiserver, dir.path()).await?;
     let opa = Opa::start(&assets, dir.path(), None, &[]).await?;
     let mut agent = Agent::start(dir.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
     agent.wait_in_step().await?;
     agent.kill();
-    let start = Arc::new(Start::of(&hub.url).await?);
+    let start = Arc::new(Start::fetch(&hub.url).await?);
     let commits = hub.metric("opa_hub_view_changes_total").await?;
-    let changed: Vec<_> = (0..pods).filter(|pod| pod % 100 < CHANGED).collect();
+    let changed: Vec<_> = (0..pods).filter(|pod| pod % 100 < CHANGED_PERCENT).collect();
     let change = |number: u64| apiserver.change(changed[number as usize % changed.len()], number);
     if who == SPREAD {
         let time = Duration::from_secs_f64((changes as f64 + 0.5) / SPREAD_RATE);
@@ -108,11 +108,11 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     let alone = Histogram::new();
     let stop = Cell::new(false);
     let pause = async {
-        tokio::time::sleep(ALONE).await;
+        tokio::time::sleep(IDLE_QUERY_TIME).await;
         stop.set(true);
     };
-    let asked = apiserver.path(1);
-    tokio::join!(ask(&opa, &asked, &alone, &stop), pause).0?;
+    let path = apiserver.status_path(1);
+    tokio::join!(query(&opa, &path, &alone, &stop), pause).0?;
     let before = patches(&opa).await?;
     let (queries, started) = (Histogram::new(), Instant::now());
     stop.set(false);
@@ -127,13 +127,13 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
         stop.set(true);
         arrived
     };
-    let (answered, arrived) = tokio::join!(ask(&opa, &asked, &queries, &stop), arrives);
+    let (answered, arrived) = tokio::join!(query(&opa, &path, &queries, &stop), arrives);
     answered?;
     let mut measured = Measured::new(who);
     measured.add("commits that it missed", "", commits as f64);
     measured.add("until OPA has all that the hub has", "ms", arrived?.as_secs_f64() * 1000.0);
-    let held = opa.data("/kubernetes/pods").await?;
-    ensure!(held == apiserver.pods(), "OPA holds other pods than the source");
+    let found = opa.data("/kubernetes/pods").await?;
+    ensure!(found == apiserver.pods(), "comparing pods failed: OPA and the source differ");
     let done = &agent.status().await?["done"];
     let count = |name: &str| done[name].as_u64().with_context(|| format!("a count of {name}"));
     measured.add(FRAMES, "", count("frames")? as f64);
@@ -159,13 +159,13 @@ async fn patches(opa: &Opa) -> anyhow::Result<f64> {
 }
 
 /// Queries are due at fixed times, regardless of earlier latency.
-async fn ask(opa: &Opa, path: &str, queries: &Histogram, stop: &Cell<bool>) -> anyhow::Result<()> {
+async fn query(opa: &Opa, path: &str, queries: &Histogram, stop: &Cell<bool>) -> anyhow::Result<()> {
     let mut due = Instant::now();
     while !stop.get() {
         let pod = opa.data(path).await?;
-        ensure!(!pod.is_null(), "OPA lost a pod");
+        ensure!(!pod.is_null(), "querying OPA failed: a pod is missing");
         queries.record(due.elapsed());
-        due += QUERY;
+        due += QUERY_INTERVAL;
         tokio::time::sleep_until(due.into()).await;
     }
     Ok(())

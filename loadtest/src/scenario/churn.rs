@@ -108,20 +108,20 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         let (plane, cluster) = cluster_of(pods).await?;
         baseline::policy(&cluster).await?;
         if !plane.is_local() {
-            eprintln!("watches are left out: raw ones are for the lab's API server");
+            eprintln!("watches are skipped; they need the lab's API server");
             order.retain(|baseline| !matches!(baseline, Baseline::Watches));
         }
         let mut measured = Vec::new();
         for baseline in &order {
             match once(baseline, &plane, &cluster, scale, (rate, seconds)).await {
-                Ok(of) => measured.push(of),
+                Ok(figures) => measured.push(figures),
                 Err(error) if !baseline.must_succeed() => {
                     eprintln!("  {} failed: {error:#}", baseline.name());
                 }
                 Err(error) => return Err(error),
             }
         }
-        measured.sort_by_key(|of| baselines.iter().position(|baseline| baseline.name() == of.who));
+        measured.sort_by_key(|row| baselines.iter().position(|baseline| baseline.name() == row.who));
         results.push(measured, common.out.as_deref())?;
         // Later baselines meet an API server with a longer history.
         order.rotate_left(2);
@@ -137,8 +137,8 @@ async fn once(
     scale: Scale,
     (rate, time): (usize, usize),
 ) -> anyhow::Result<Measured> {
-    let due = Schedule::of_each(CYCLE);
-    let idle = idle(cluster).await?;
+    let due = Schedule::sampling(CYCLE);
+    let idle = idle_watches(cluster).await?;
     // Otherwise a late OPA returns the previous baseline's number.
     label(cluster, Nth(0), "0").await?;
     let phase = PHASE.fetch_add(1, Relaxed);
@@ -151,12 +151,12 @@ async fn once(
     let hub = running.hub.as_ref().map(usage).transpose()?;
     let received = running.received();
     let delays = Arc::new(Histogram::new());
-    let (due_of_events, of_events) = (due.clone(), Arc::clone(&delays));
+    let (event_due, event_delays) = (due.clone(), Arc::clone(&delays));
     let events = cluster.count_pod_events(move |pod| {
         let is_hot = pod.name == Some(Nth(0).name());
         let round = pod.labels.iter().flatten().find(|(key, _)| is_hot && *key == "round");
-        if let Some(at) = round.and_then(|(_, number)| due_of_events.at(number.parse().ok()?)) {
-            of_events.record(at.elapsed());
+        if let Some(due) = round.and_then(|(_, number)| event_due.due_at(number.parse().ok()?)) {
+            event_delays.record(due.elapsed());
         }
     });
     let events = events.await?;
@@ -164,12 +164,12 @@ async fn once(
     let (mut probed, mut changing) = (0, JoinSet::new());
     // Sequential: a busy API server could reorder concurrent changes.
     let (hot, mut numbers) = unbounded_channel::<u64>();
-    let (of_hot, due_of_hot, asked) = (cluster.clone(), due.clone(), Arc::clone(&probes));
+    let (hot_cluster, hot_due, hot_probes) = (cluster.clone(), due.clone(), Arc::clone(&probes));
     changing.spawn(async move {
         while let Some(number) = numbers.recv().await {
-            label(&of_hot, Nth(0), &number.to_string()).await?;
+            label(&hot_cluster, Nth(0), &number.to_string()).await?;
             // Not earlier: queries load the API server.
-            asked.expect(number, due_of_hot.at(number).context("a change is due")?);
+            hot_probes.expect(number, hot_due.due_at(number).context("a change is due")?);
         }
         Ok(())
     });
@@ -188,7 +188,7 @@ async fn once(
     while let Some(changed) = changing.join_next().await {
         changed??;
     }
-    let served = plane.reported_usage().await?;
+    let server_after = plane.reported_usage().await?;
     // No-op updates would cost nothing.
     eventually("the API server has told all changes", async || equal(&events.count(), &last)).await?;
     measured.add(EVENTS, "", events.count() as f64);
@@ -212,9 +212,9 @@ async fn once(
         measured.add_delays("change to agent", &swarm.take_delays());
     }
     if probed > 0 {
-        eventually("every OPA has the last change", async || equal(&probes.have(probed), &true)).await?;
+        eventually("every OPA has the last change", async || equal(&probes.all_have(probed), &true)).await?;
     }
-    if let (Some(before), Some(after)) = (server, served) {
+    if let (Some(before), Some(after)) = (server, server_after) {
         measured.add(CPU, "ms", seconds(before, after) / last as f64 * 1000.0);
         measured.add("API server memory", "MB", megabytes(after.rss));
         // An external API server may have several instances.
@@ -224,16 +224,16 @@ async fn once(
         let kilobytes = (after - before) as f64 / last as f64 / 1024.0;
         measured.add("received by the watches a change", "KB", kilobytes);
     }
-    if let Some(given_up) = running.given_up() {
-        measured.add("watches that the API server gave up", "", given_up as f64);
+    if let Some(dropped) = running.dropped_watches() {
+        measured.add("watches that the API server gave up", "", dropped as f64);
     }
     if !running.opas.is_empty() {
         measured.add_delays(DECISION, &probes.delays);
         measured.add("cold start of the OPAs", "s", running.cold.as_secs_f64());
     }
-    if let Some((beside, opa)) = running.memory()? {
+    if let Some((sidecar, opa)) = running.memory()? {
         measured.add("memory of an OPA", "MB", megabytes(opa));
-        measured.add("memory beside an OPA", "MB", megabytes(beside));
+        measured.add("memory beside an OPA", "MB", megabytes(sidecar));
     }
     if let Some(swarm) = &running.swarm {
         let counts = swarm.counts();
@@ -255,7 +255,7 @@ async fn change(cluster: Cluster, pods: usize, phase: u64, number: u64) -> anyho
             match cluster.create_pod(&extra.namespace(), &pod).await {
                 // Left by a failed baseline.
                 Err(error) if has_code(&error, 409) => Ok(()),
-                made => made,
+                created => created,
             }
         }
         8 => remove(&cluster, extra).await,
@@ -286,7 +286,7 @@ async fn watches(cluster: &Cluster) -> anyhow::Result<u64> {
 }
 
 /// Open watches, once those of earlier baselines have ended.
-async fn idle(cluster: &Cluster) -> anyhow::Result<u64> {
+async fn idle_watches(cluster: &Cluster) -> anyhow::Result<u64> {
     let mut last = watches(cluster).await?;
     loop {
         tokio::time::sleep(Duration::from_millis(500)).await;

@@ -101,14 +101,14 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
             first.wait_ready().await?;
         }
         let proxy = BlackholeProxy::start(address(first)?.to_string()).await?;
-        let mut known = match fault {
+        let mut hub_urls = match fault {
             Fault::Silent => vec![format!("http://127.0.0.1:{}", proxy.port)],
             Fault::Killed | Fault::Restarted => vec![first.url.clone()],
         };
         if fault != Fault::Restarted {
-            known.push(second.url.clone());
+            hub_urls.push(second.url.clone());
         }
-        let urls: Vec<_> = known.iter().map(String::as_str).collect();
+        let urls: Vec<_> = hub_urls.iter().map(String::as_str).collect();
         let mut real = Vec::new();
         for _ in 0..opas {
             let opa = Opa::start(&plane.assets, dir, None, &[]).await?;
@@ -121,7 +121,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
         let due = Schedule::default();
         let addresses = urls.iter().map(|url| url.trim_start_matches("http://").parse::<SocketAddr>());
         let addresses: Vec<_> = addresses.collect::<Result<_, _>>()?;
-        let start = Arc::new(Start::of(&first.url).await?);
+        let start = Arc::new(Start::fetch(&first.url).await?);
         let mut swarm = Swarm::open(start, addresses, due.clone(), agents, &[]).await?;
         tokio::time::sleep(SETTLE).await;
         let change = async |number: u64| {
@@ -132,7 +132,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
         change(number).await?;
         swarm.reach(number, 0).await?;
         swarm.take_delays();
-        let encodes = if fault == Fault::Restarted { 0 } else { answers(second).await? };
+        let encodes = if fault == Fault::Restarted { 0 } else { reconcile_encodes(second).await? };
 
         let number = due.push(Instant::now());
         match fault {
@@ -145,14 +145,14 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
         }
         swarm.reach(number, 0).await?;
         let delays = swarm.take_delays();
-        let mut of = Measured::new(who);
-        of.add(ALL, "ms", delays.percentile(100.0) * 1000.0);
-        of.add_delays("from the fault to a change at an agent", &delays);
-        of.add(RECONCILES, "", swarm.counts().reconciles.load(Relaxed) as f64);
-        let stays = if fault == Fault::Restarted { first } else { second };
-        let encodes = answers(stays).await? - encodes;
-        of.add("answers to those encoded", "", encodes as f64);
-        of.add("requests refused meanwhile", "", swarm.counts().refused.load(Relaxed) as f64);
+        let mut row = Measured::new(who);
+        row.add(ALL, "ms", delays.percentile(100.0) * 1000.0);
+        row.add_delays("from the fault to a change at an agent", &delays);
+        row.add(RECONCILES, "", swarm.counts().reconciles.load(Relaxed) as f64);
+        let survivor = if fault == Fault::Restarted { first } else { second };
+        let encodes = reconcile_encodes(survivor).await? - encodes;
+        row.add("answers to those encoded", "", encodes as f64);
+        row.add("requests refused meanwhile", "", swarm.counts().rejected.load(Relaxed) as f64);
         let mut loads = 0;
         for (opa, agent) in &mut real {
             eventually("a real OPA decides by the change", async || {
@@ -163,14 +163,14 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
             agent.wait_in_step().await?;
             loads += agent.status().await?["done"]["snapshots"].as_u64().context("a count")?;
         }
-        of.add(LOADED, "", loads as f64 - opas as f64);
-        of.add(MISMATCHES, "", swarm.settled_mismatches(&cluster.pods(&[]).await?, POINTERS).await as f64);
+        row.add(LOADED, "", loads as f64 - opas as f64);
+        row.add(MISMATCHES, "", swarm.settled_mismatches(&cluster.pods(&[]).await?, POINTERS).await as f64);
         eprintln!("  {who}: {:.0} ms", delays.percentile(100.0) * 1000.0);
-        measured.push(of);
+        measured.push(row);
     }
     Ok(measured)
 }
 
-async fn answers(hub: &Hub) -> anyhow::Result<u64> {
+async fn reconcile_encodes(hub: &Hub) -> anyhow::Result<u64> {
     hub.metric("opa_hub_reconcile_encodes_total").await
 }

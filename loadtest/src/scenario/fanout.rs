@@ -12,7 +12,7 @@ use clap::Args;
 use opa_hub_loadtest::lab::free_port;
 use opa_hub_loadtest::lab::process::{Process, Usage};
 
-use super::{Common, Crowd, MISMATCHES, at_least, command, kernel_growth, seconds};
+use super::{Common, MISMATCHES, SwarmSetup, at_least, command, kernel_growth, seconds};
 use crate::baseline::raw;
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Schedule, Swarm, WHOLE};
@@ -20,7 +20,7 @@ use crate::swarm::{Schedule, Swarm, WHOLE};
 /// Agents become idle between changes.
 const PAUSE: Duration = Duration::from_millis(300);
 /// Changes in flight: no agent falls behind, and none waits.
-const UNDER_WAY: u64 = 2;
+const IN_FLIGHT: u64 = 2;
 
 const DELAY: &str = "change at an agent";
 const CPU: &str = "server CPU a delivery";
@@ -70,17 +70,18 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     );
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        let (ours, frame) = ours(agents, rounds, time).await?;
+        let (hub, frame_bytes) = measure_hub(agents, rounds, time).await?;
         let dir = tempfile::tempdir()?;
-        let raw = raw(dir.path(), agents, rounds, time, frame).await?;
-        results.push(vec![ours, raw], common.out.as_deref())?;
+        let raw = measure_raw(dir.path(), agents, rounds, time, frame_bytes).await?;
+        results.push(vec![hub, raw], common.out.as_deref())?;
     }
     results.finish(common.out.as_deref());
     Ok(())
 }
 
-async fn ours(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measured, usize)> {
-    let Crowd { apiserver, hub, due, swarm, before, .. } = &mut Crowd::start(1, agents, &[]).await?;
+async fn measure_hub(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measured, usize)> {
+    let SwarmSetup { apiserver, hub, due, swarm, before, .. } =
+        &mut SwarmSetup::start(1, agents, &[]).await?;
     tokio::time::sleep(PAUSE * 10).await;
     eprintln!("  opa-hub: {agents} agents");
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
@@ -99,7 +100,7 @@ async fn ours(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(M
     Ok((measured, bytes))
 }
 
-async fn raw(
+async fn measure_raw(
     dir: &Path,
     agents: usize,
     rounds: usize,
@@ -117,7 +118,7 @@ async fn raw(
     tokio::time::sleep(PAUSE * 10).await;
     eprintln!("  raw: {agents} readers");
     // The raw server counts by itself.
-    let mut change = async |_| driver.go();
+    let mut change = async |_| driver.send_next();
     let mut measured = Measured::new("raw");
     one_by_one(&mut measured, &mut swarm, &due, &process, before, rounds, &mut change).await?;
     sustained(&mut measured, &mut swarm, &process, due.len(), time, change).await?;
@@ -166,12 +167,12 @@ async fn sustained(
     mut change: impl AsyncFnMut(u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let (first_frame, first) = (swarm.counts().frames.load(Relaxed), last);
-    let (server, readers) = (process.usage()?, Usage::of("self")?);
+    let (server, readers) = (process.usage()?, Usage::read("self")?);
     let started = Instant::now();
     while started.elapsed() < time {
         last += 1;
         change(last).await?;
-        swarm.reach(last.saturating_sub(UNDER_WAY - 1), 0).await?;
+        swarm.reach(last.saturating_sub(IN_FLIGHT - 1), 0).await?;
     }
     swarm.reach(last, 0).await?;
     let took = started.elapsed().as_secs_f64();
@@ -181,6 +182,10 @@ async fn sustained(
     measured.add(SLOWNESS, "µs", took / delivered * 1e6);
     measured.add("changes at all agents, sustained", "a second", (last - first) as f64 / took);
     measured.add("server CPU a delivery, sustained", "µs", share(server, process.usage()?));
-    measured.add("readers' and source's CPU a delivery, sustained", "µs", share(readers, Usage::of("self")?));
+    measured.add(
+        "readers' and source's CPU a delivery, sustained",
+        "µs",
+        share(readers, Usage::read("self")?),
+    );
     Ok(())
 }

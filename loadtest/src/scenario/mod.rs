@@ -45,11 +45,11 @@ pub(crate) const KERNEL: &str = "kernel memory of the connections, both ends";
 pub(crate) const MISMATCHES: &str = "witnesses that hold something else in the end";
 
 /// Larger numbers are typing errors.
-const MOST: usize = 1_000_000;
+const COUNT_MAX: usize = 1_000_000;
 
 pub(crate) fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
-    let number = text.parse().ok().filter(|number| (LEAST..=MOST).contains(number));
-    number.ok_or_else(|| format!("write a number from {LEAST} to {MOST}"))
+    let number = text.parse().ok().filter(|number| (LEAST..=COUNT_MAX).contains(number));
+    number.ok_or_else(|| format!("write a number from {LEAST} to {COUNT_MAX}"))
 }
 
 pub(crate) fn command(name: &str, options: &[(&str, usize)]) -> String {
@@ -73,14 +73,14 @@ pub(crate) async fn cluster_of(pods: usize) -> anyhow::Result<(ControlPlane, Clu
 
 /// The hub selects the run's policies only.
 pub(crate) fn hub_flags(plane: &ControlPlane, policies: &str) -> Vec<String> {
-    let own = Nth(0).namespace();
+    let namespace = Nth(0).namespace();
     let state = plane.dir.path().display();
     vec![
         format!("--kubeconfig={}", plane.kubeconfig.display()),
         "--replicate=v1/pods".into(),
         "--log-level=error".into(),
-        format!("--namespaces={own}"),
-        format!("--namespace={own}"),
+        format!("--namespaces={namespace}"),
+        format!("--namespace={namespace}"),
         format!("--policy-label={POLICY_LABEL}"),
         format!("--policy-value={policies}"),
         "--data-label=opahub.dev/load-data".into(),
@@ -89,7 +89,7 @@ pub(crate) fn hub_flags(plane: &ControlPlane, policies: &str) -> Vec<String> {
     ]
 }
 
-pub(crate) struct Crowd {
+pub(crate) struct SwarmSetup {
     pub(crate) apiserver: FakeApiServer,
     pub(crate) hub: Hub,
     pub(crate) due: Schedule,
@@ -99,14 +99,14 @@ pub(crate) struct Crowd {
     _dir: TempDir,
 }
 
-impl Crowd {
+impl SwarmSetup {
     /// Returns once every stream is open.
     pub(crate) async fn start(pods: usize, agents: usize, paces: &[(Pace, usize)]) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let apiserver = FakeApiServer::start(dir.path(), pods).await?;
         let hub = hub_over(&apiserver, dir.path()).await?;
         let (before, due) = (usage(&hub)?, Schedule::default());
-        let start = Arc::new(Start::of(&hub.url).await?);
+        let start = Arc::new(Start::fetch(&hub.url).await?);
         let swarm = Swarm::open(start, vec![address(&hub)?], due.clone(), agents, paces).await?;
         Ok(Self { apiserver, hub, due, swarm, before, _dir: dir })
     }
@@ -136,10 +136,10 @@ pub(crate) async fn at_rate(
     let count = (rate * time.as_secs_f64()) as u32;
     let mut last = due.len();
     for step in 0..count {
-        let at = started + Duration::from_secs_f64(f64::from(step) / rate);
-        tokio::time::sleep_until(at.into()).await;
-        last = due.push(at);
-        change(last, at).await?;
+        let due_at = started + Duration::from_secs_f64(f64::from(step) / rate);
+        tokio::time::sleep_until(due_at.into()).await;
+        last = due.push(due_at);
+        change(last, due_at).await?;
     }
     Ok(last)
 }

@@ -78,17 +78,17 @@ async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
         }
         let before = snapshots(&running).await?;
         let took = kill(part, round, &mut plane, &cluster, &mut running).await?;
-        let mut of = Measured::new(name);
-        of.add(ALL, "ms", took.as_secs_f64() * 1000.0);
+        let mut row = Measured::new(name);
+        row.add(ALL, "ms", took.as_secs_f64() * 1000.0);
         for agent in &mut running.agents {
             agent.wait_in_step().await?;
         }
         let loaded = snapshots(&running).await?;
         // Restarted agents count from zero.
         let before = if matches!(part, Part::Agents) { 0 } else { before };
-        of.add(SNAPSHOTS, "", loaded.saturating_sub(before) as f64);
+        row.add(SNAPSHOTS, "", loaded.saturating_sub(before) as f64);
         eprintln!("  {name}: {:.0} ms", took.as_secs_f64() * 1000.0);
-        measured.push(of);
+        measured.push(row);
     }
     Ok(measured)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Common, Crowd, KERNEL, MISMATCHES, at_least, at_rate, command, kernel_growth, usage};
+use super::{Common, KERNEL, MISMATCHES, SwarmSetup, at_least, at_rate, command, kernel_growth, usage};
 use crate::results::{Goal, Measured, Results};
 use crate::swarm::{Pace, WHOLE};
 
@@ -70,9 +70,10 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
                 }
             }
             let (Some((alone, base)), Some((mut slow, grown))) = (alone, slow) else { continue };
-            let more = |grown: f64, base: f64| (grown - base) / 1024.0 / (2 * each) as f64;
-            slow.add(MEMORY, "KB", more(grown.resident, base.resident));
-            slow.add(KERNEL_MEMORY, "KB", more(grown.kernel, base.kernel));
+            let kilobytes_per_slow_agent =
+                |grown: f64, base: f64| (grown - base) / 1024.0 / (2 * each) as f64;
+            slow.add(MEMORY, "KB", kilobytes_per_slow_agent(grown.resident, base.resident));
+            slow.add(KERNEL_MEMORY, "KB", kilobytes_per_slow_agent(grown.kernel, base.kernel));
             measured.extend([alone, slow]);
         }
         results.push(measured, common.out.as_deref())?;
@@ -96,8 +97,8 @@ async fn once(
     time: usize,
 ) -> anyhow::Result<(Measured, Growth)> {
     let paces = [(Pace::Stalled, each), (Pace::Trickling, each)];
-    let Crowd { apiserver, hub, due, swarm, before: alone, .. } =
-        &mut Crowd::start(PODS, agents, &paces).await?;
+    let SwarmSetup { apiserver, hub, due, swarm, before: alone, .. } =
+        &mut SwarmSetup::start(PODS, agents, &paces).await?;
     tokio::time::sleep(SETTLE).await;
     swarm.take_delays();
     let before = usage(hub)?;
@@ -117,7 +118,7 @@ async fn once(
     swarm.wake();
     swarm.reach(last, 0).await?;
     if each > 0 {
-        let frames = swarm.counts().frames_of_stalled.load(Relaxed);
+        let frames = swarm.counts().stalled_frames.load(Relaxed);
         measured.add("frames that a stalled agent was sent", "", frames as f64 / each as f64);
         measured.add("changes that there were", "", last as f64);
     }

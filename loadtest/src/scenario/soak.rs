@@ -6,7 +6,8 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{
-    Common, Crowd, KERNEL, MISMATCHES, at_least, at_rate, command, kernel_growth, megabytes, seconds, usage,
+    Common, KERNEL, MISMATCHES, SwarmSetup, at_least, at_rate, command, kernel_growth, megabytes, seconds,
+    usage,
 };
 use crate::histogram::Histogram;
 use crate::results::{Goal, Measured, Results};
@@ -57,8 +58,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 
 async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measured> {
     const PARTS: usize = 10;
-    let Crowd { apiserver, hub, due, swarm, before: alone, .. } =
-        &mut Crowd::start(PODS, agents, &[]).await?;
+    let SwarmSetup { apiserver, hub, due, swarm, before: alone, .. } =
+        &mut SwarmSetup::start(PODS, agents, &[]).await?;
     let before = usage(hub)?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
     let mut measured = Measured::new("opa-hub");
@@ -76,7 +77,7 @@ async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measure
         all.add(&delays);
     }
     tokio::time::sleep(GRACE).await;
-    let behind = agents - swarm.at(last, 0);
+    let behind = agents - swarm.count_with(last, 0);
     swarm.reach(last, 0).await?;
     let after = usage(hub)?;
     all.add(&swarm.take_delays());

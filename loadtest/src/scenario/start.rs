@@ -69,13 +69,13 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         for baseline in &baselines {
             let running =
                 baseline.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
-            let mut of = Measured::new(baseline.name());
-            of.add(COLD, "s", running.cold.as_secs_f64());
+            let mut row = Measured::new(baseline.name());
+            row.add(COLD, "s", running.cold.as_secs_f64());
             for (name, cpu) in running.cpu()? {
-                of.add(&format!("CPU of {name} by then"), "s", cpu);
+                row.add(&format!("CPU of {name} by then"), "s", cpu);
             }
             eprintln!("  {}: {:.1} s", baseline.name(), running.cold.as_secs_f64());
-            measured.push(of);
+            measured.push(row);
         }
         drop(plane);
         join(&mut measured[0], joins, small_pods).await?;

@@ -35,7 +35,7 @@ const NAMESPACES_MAX: u64 = 2000;
 /// Leaves the cores to the hub between volleys.
 pub(super) const VOLLEY_PAUSE: Duration = Duration::from_millis(100);
 const SILENT: usize = 500;
-const HALVES: [&str; 2] = [
+const PARTIAL_REQUESTS: [&str; 2] = [
     "GET /bundles/tenant-b/stream HTTP/1.1\r\nhost: hub\r\n",
     "POST /bundles/tenant-a/reconcile?namespace=tenant-a HTTP/1.1\r\nhost: hub\r\ncontent-length: 1000000\r\n\r\n{",
 ];
@@ -107,7 +107,7 @@ impl Attack {
         match self {
             Self::Refused => refuse(&site, until, &counts).await,
             Self::Silent => {
-                be_silent(&site, until, &counts).await;
+                open_silent_connections(&site, until, &counts).await;
                 Ok(())
             }
             Self::Document => change_document(&site, until, &counts).await,
@@ -228,22 +228,22 @@ async fn refuse(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<
     while site.is_selected && Instant::now() < until && !site.has_verdict("owner").await {
         tokio::time::sleep(VOLLEY_PAUSE).await;
     }
-    let data = |at| Put {
+    let data = |index| Put {
         namespace: SEIZED,
-        name: format!("data-{at}"),
+        name: format!("data-{index}"),
         labels: vec![DATA, ATTACK],
-        data: BTreeMap::from([("k".to_owned(), json!({ "at": at }).to_string())]),
+        data: BTreeMap::from([("k".to_owned(), json!({ "at": index }).to_string())]),
     };
     put_all(site, until, counts, (0..REFUSED).map(data).collect()).await?;
     for round in 0..STEPS_MAX {
         if Instant::now() >= until {
             break;
         }
-        let policy = |at| {
+        let policy = |index| {
             attacking_policy(
-                &format!("policy-{at}"),
+                &format!("policy-{index}"),
                 round,
-                &format!("package refused_p{at}\n\nx := {round}\n"),
+                &format!("package refused_p{index}\n\nx := {round}\n"),
             )
         };
         put_all(site, until, counts, (0..REFUSED).map(policy).collect()).await?;
@@ -289,11 +289,11 @@ async fn flood(
     until: Instant,
     counts: &Counts,
     at_once: u64,
-    most: u64,
+    max: u64,
     request: impl Fn(u64) -> RequestBuilder + Send,
 ) {
     let mut next = 0;
-    while next < most && Instant::now() < until {
+    while next < max && Instant::now() < until {
         let mut asking = JoinSet::new();
         for number in next..next + at_once {
             let request = request(number).timeout(REQUEST_MAX);
@@ -322,18 +322,18 @@ async fn flood(
 }
 
 /// The trace is the number of the hub's open files.
-async fn be_silent(site: &Site, until: Instant, counts: &Counts) {
+async fn open_silent_connections(site: &Site, until: Instant, counts: &Counts) {
     let files = || std::fs::read_dir(format!("/proc/{}/fd", site.process)).map_or(0, Iterator::count);
     let before = files();
     let mut open = Vec::new();
-    for half in HALVES.into_iter().cycle().take(SILENT) {
+    for partial in PARTIAL_REQUESTS.into_iter().cycle().take(SILENT) {
         if Instant::now() >= until {
             break;
         }
         counts.step();
         let begin = async {
             let mut tcp = TcpStream::connect(site.hub.trim_start_matches("http://")).await?;
-            tcp.write_all(half.as_bytes()).await?;
+            tcp.write_all(partial.as_bytes()).await?;
             Ok::<_, std::io::Error>(tcp)
         };
         match tokio::time::timeout(REQUEST_MAX, begin).await {
@@ -345,11 +345,11 @@ async fn be_silent(site: &Site, until: Instant, counts: &Counts) {
     tokio::time::sleep_until(until.into()).await;
     let opened = first.max(files()).saturating_sub(before) as u64;
     // A response such as 408 ends a connection too.
-    let waits = |tcp: &&TcpStream| {
+    let is_open = |tcp: &&TcpStream| {
         let read = tcp.try_read(&mut [0]);
         read.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     };
-    let closed = open.len() - open.iter().filter(waits).count();
+    let closed = open.len() - open.iter().filter(is_open).count();
     let closed = counts.closed.fetch_add(closed as u64, Relaxed) + closed as u64;
     counts.hits.store(opened.max(closed), Relaxed);
 }

@@ -35,9 +35,9 @@ use crate::results::{Goal, Measured, Results};
 const START_MAX: Duration = Duration::from_secs(600);
 
 /// A runaway hub grows by 25 MB per sample.
-const GUARD_LOOK: Duration = Duration::from_millis(25);
+const MEMORY_SAMPLE_INTERVAL: Duration = Duration::from_millis(25);
 /// Protects the machine from a runaway hub.
-const MEMORY_DEADLY: u64 = 2 << 30;
+const MEMORY_KILL_BYTES: u64 = 2 << 30;
 
 const CALM: &str = "no attack";
 const WHOLE: &str = "the whole run";
@@ -170,8 +170,8 @@ impl Lab {
         for namespace in [A, B, SEIZED] {
             cluster.namespace(namespace).await?;
         }
-        for at in 0..HEAVY_PODS {
-            cluster.create(&format!("/api/v1/namespaces/{A}/pods"), &heavy_pod(at)).await?;
+        for index in 0..HEAVY_PODS {
+            cluster.create(&format!("/api/v1/namespaces/{A}/pods"), &heavy_pod(index)).await?;
         }
         cluster.pod(B, POD, &[("round", "0")]).await?;
         for put in [policy_of_a(0), policy_of_b(0), settings(0)] {
@@ -188,8 +188,8 @@ impl Lab {
             .await?;
         }
         let kubeconfig = format!("--kubeconfig={}", plane.kubeconfig.display());
-        let others = ["--enable-policies=false", "--enable-data=false", "--log-level=error"];
-        let flags: Vec<String> = std::iter::once(kubeconfig).chain(others.map(Into::into)).collect();
+        let other_flags = ["--enable-policies=false", "--enable-data=false", "--log-level=error"];
+        let flags: Vec<String> = std::iter::once(kubeconfig).chain(other_flags.map(Into::into)).collect();
         let dir = plane.dir.path();
         let refs: Vec<_> = flags.iter().map(String::as_str).collect();
         let hub = in_time("the start of the hub", START_MAX, Hub::start(dir, &refs)).await?;
@@ -215,7 +215,7 @@ impl Lab {
             restarts: 0,
             _reader_of_a: reader_of_a,
         };
-        lab.calm().await?.map_err(anyhow::Error::msg).context("before any attack")?;
+        lab.restore_calm().await?.map_err(anyhow::Error::msg).context("before any attack")?;
         Ok(lab)
     }
 
@@ -246,7 +246,7 @@ impl Lab {
         self.memory.phase.set(0);
         let before = self.cpu();
         let (tenant, ended) = (&self.tenant, self.tenant.ended.load(Relaxed));
-        let both = async {
+        let work = async {
             if let Ok(worked) = tokio::time::timeout(length + LATE_MAX, tenant.work(&site, length)).await {
                 worked?;
             }
@@ -256,7 +256,7 @@ impl Lab {
             anyhow::Ok(())
         };
         let process = self.hub.process.as_mut().context("the hub was started")?;
-        let death = match guarded(process, &self.memory, both).await {
+        let death = match guarded(process, &self.memory, work).await {
             Ok(done) => done.map(|()| None)?,
             Err(death) => Some(death),
         };
@@ -310,10 +310,10 @@ impl Lab {
     fn cpu(&self) -> [Duration; 3] {
         let hub = self.hub.process.as_ref().and_then(|process| process.usage().ok());
         let apiserver = self.plane.usage();
-        let of = |usage: Option<Usage>| {
+        let times = |usage: Option<Usage>| {
             usage.map_or((Duration::ZERO, Duration::ZERO), |usage| (usage.cpu, usage.children))
         };
-        let ((hub, runs), (apiserver, _)) = (of(hub), of(apiserver));
+        let ((hub, runs), (apiserver, _)) = (times(hub), times(apiserver));
         [hub, runs, apiserver]
     }
 
@@ -321,7 +321,7 @@ impl Lab {
     async fn recover(&mut self, death: Option<String>) -> anyhow::Result<Option<String>> {
         let trouble = match death {
             Some(death) => Some(format!("the attack killed the hub: {death}")),
-            None => self.calm().await?.err(),
+            None => self.restore_calm().await?.err(),
         };
         if trouble.is_some() {
             self.restarts += 1;
@@ -329,18 +329,21 @@ impl Lab {
             clean(&self.cluster).await?;
             self.hub.spawn()?;
             in_time("the hub is ready again", START_MAX, self.hub.wait_ready()).await?;
-            self.calm().await?.map_err(anyhow::Error::msg).context("after the hub was started again")?;
+            self.restore_calm()
+                .await?
+                .map_err(anyhow::Error::msg)
+                .context("after the hub was started again")?;
         }
         Ok(trouble)
     }
 
     /// Waits until the hub serves an edit of each tenant. The inner error is the hub's.
-    async fn calm(&mut self) -> anyhow::Result<Result<(), String>> {
+    async fn restore_calm(&mut self) -> anyhow::Result<Result<(), String>> {
         let (site, tenant) = (self.site(true)?, &self.tenant);
         let calm = async {
             clean(&site.cluster).await?;
-            tenant.is_served(&site).await?;
-            site.serves_a().await
+            tenant.wait_served(&site).await?;
+            site.wait_a_served().await
         };
         let process = self.hub.process.as_mut().context("the hub was started")?;
         let calmed = guarded(process, &self.memory, calm).await;
@@ -356,23 +359,23 @@ impl Lab {
             (format!("/{B}/{SETTINGS}/current/setting"), &self.tenant.edits),
         ] {
             let (url, expected) = (format!("{}/v1/data{path}", self.opa.url), tracker.due.len());
-            let same = within(LATE_MAX, format!("data{path} of B's OPA"), async || {
+            let matching = within(LATE_MAX, format!("data{path} of B's OPA"), async || {
                 equal(&revision(&self.http, &url).await, &Some(expected))
             });
-            differences.extend(same.await.err().map(|error| error.to_string()));
+            differences.extend(matching.await.err().map(|error| error.to_string()));
         }
         let dir = self.plane.dir.path().join("reference");
         std::fs::create_dir_all(&dir)?;
         let flags: Vec<_> = self.flags.iter().map(String::as_str).collect();
         let reference = in_time("the start of another hub", START_MAX, Hub::start(&dir, &flags)).await?;
-        let [here, there] = [&self.hub, &reference].map(|hub| format!("{}/v1/bundles/{B}", hub.url));
-        let same = within(LATE_MAX, "the revision of B at a hub that saw no attack", async || {
-            let found = get(&self.http, &here).await.map_err(|error| error.to_string())?;
-            let expected = get(&self.http, &there).await.map_err(|error| error.to_string())?;
+        let [url, reference_url] = [&self.hub, &reference].map(|hub| format!("{}/v1/bundles/{B}", hub.url));
+        let matching = within(LATE_MAX, "the revision of B at a hub that saw no attack", async || {
+            let found = get(&self.http, &url).await.map_err(|error| error.to_string())?;
+            let expected = get(&self.http, &reference_url).await.map_err(|error| error.to_string())?;
             let expected = expected["revision"].as_str().ok_or("it has none yet")?;
             equal(&found["revision"].as_str(), &Some(expected))
         });
-        differences.extend(same.await.err().map(|error| error.to_string()));
+        differences.extend(matching.await.err().map(|error| error.to_string()));
         Ok(differences)
     }
 }
@@ -392,18 +395,18 @@ async fn guarded<T>(
 ) -> Result<T, String> {
     let death = async {
         loop {
-            if let Some(ended) = process.has_ended() {
+            if let Some(ended) = process.exit_error() {
                 return format!("{ended:#}");
             }
             // No usage between the hub's end and the next sample.
             if let Ok(usage) = process.usage() {
                 memory.sample(usage);
-                if usage.rss > MEMORY_DEADLY {
+                if usage.rss > MEMORY_KILL_BYTES {
                     process.kill();
                     return format!("it was stopped at {:.0} MB of memory", megabytes(usage.rss));
                 }
             }
-            tokio::time::sleep(GUARD_LOOK).await;
+            tokio::time::sleep(MEMORY_SAMPLE_INTERVAL).await;
         }
     };
     tokio::select! {

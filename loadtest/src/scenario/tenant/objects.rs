@@ -46,8 +46,8 @@ pub(super) struct Put {
 
 pub(super) async fn cluster_put(cluster: &Cluster, put: Put) -> anyhow::Result<()> {
     let Put { namespace, name, labels, data } = put;
-    let own = |(label, value): (&str, &str)| (label.to_owned(), value.to_owned());
-    let labels: BTreeMap<String, String> = labels.into_iter().map(own).collect();
+    let to_owned = |(label, value): (&str, &str)| (label.to_owned(), value.to_owned());
+    let labels: BTreeMap<String, String> = labels.into_iter().map(to_owned).collect();
     let configmap = ConfigMap {
         metadata: ObjectMeta { name: Some(name.clone()), labels: Some(labels), ..Default::default() },
         data: Some(data),
@@ -75,12 +75,12 @@ pub(super) async fn limit_a(cluster: &Cluster, limit: &Value) -> anyhow::Result<
 
 /// Removes what an attack created and restores A's limit.
 pub(super) async fn clean(cluster: &Cluster) -> anyhow::Result<()> {
-    let ours = ListParams::default().labels(&format!("{}={}", ATTACK.0, ATTACK.1));
+    let attack_params = ListParams::default().labels(&format!("{}={}", ATTACK.0, ATTACK.1));
     for namespace in [A, SEIZED] {
         let api: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), namespace);
         let params = DeleteParams::default();
         let remove = async {
-            drop(api.delete_collection(&params, &ours).await?);
+            drop(api.delete_collection(&params, &attack_params).await?);
             anyhow::Ok(())
         };
         in_time("the removal of an attack's ConfigMaps", CLEAN_MAX, remove).await?;
@@ -102,11 +102,11 @@ pub(super) fn spec_of_a() -> Value {
 }
 
 /// The annotation does not compress.
-pub(super) fn heavy_pod(at: usize) -> Value {
+pub(super) fn heavy_pod(index: usize) -> Value {
     let ballast: String = std::iter::repeat_with(fastrand::alphanumeric).take(HEAVY_BYTES).collect();
     json!({
         "apiVersion": "v1", "kind": "Pod",
-        "metadata": { "name": format!("heavy-{at}"), "labels": { "team": A }, "annotations": { "ballast": ballast } },
+        "metadata": { "name": format!("heavy-{index}"), "labels": { "team": A }, "annotations": { "ballast": ballast } },
         "spec": { "containers": [{ "name": "main", "image": "registry.local/app:1.0" }] },
     })
 }
@@ -149,8 +149,11 @@ pub(super) fn multiplying_fields() -> String {
         "package multiplying\n\ndeny contains x{LEVELS} if {{\n\tsome x0 in data.kubernetes.pods[\"{A}\"]\n"
     );
     for level in 1..=LEVELS {
-        let of = level - 1;
-        _ = writeln!(text, "\tsome x{level} in [x{of}.a, x{of}.b, x{of}.c, x{of}.d, x{of}.e, x{of}.f]");
+        let previous = level - 1;
+        _ = writeln!(
+            text,
+            "\tsome x{level} in [x{previous}.a, x{previous}.b, x{previous}.c, x{previous}.d, x{previous}.e, x{previous}.f]"
+        );
     }
     text + "}\n"
 }
@@ -158,10 +161,10 @@ pub(super) fn multiplying_fields() -> String {
 /// Each runs into OPA's limit of 5 s per test.
 pub(super) fn slow_tests() -> String {
     let mut text = "package slow_test\n".to_owned();
-    for at in 0..SLOW_TESTS {
+    for index in 0..SLOW_TESTS {
         _ = write!(
             text,
-            "\ntest_{at} if {{\n\tpairs := [1 | some x in numbers.range(1, 10000); some y in numbers.range(1, 10000); x * y < {at}]\n\tcount(pairs) >= 0\n}}\n"
+            "\ntest_{index} if {{\n\tpairs := [1 | some x in numbers.range(1, 10000); some y in numbers.range(1, 10000); x * y < {index}]\n\tcount(pairs) >= 0\n}}\n"
         );
     }
     text
@@ -169,8 +172,8 @@ pub(super) fn slow_tests() -> String {
 
 pub(super) fn definitions() -> String {
     let mut text = "package definitions\n\n".to_owned();
-    for at in 0..DEFINITIONS {
-        _ = writeln!(text, "r := {{\"k{at}\": 0}} if input");
+    for index in 0..DEFINITIONS {
+        _ = writeln!(text, "r := {{\"k{index}\": 0}} if input");
     }
     text
 }

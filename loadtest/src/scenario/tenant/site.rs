@@ -39,12 +39,12 @@ impl Site {
         cluster_put(&self.cluster, put).await
     }
 
-    pub(super) async fn serves_a(&self) -> anyhow::Result<()> {
+    pub(super) async fn wait_a_served(&self) -> anyhow::Result<()> {
         let digest = async || {
             let bundle = self.bundle_of_a().await.map_err(|error| error.to_string())?;
             let modules = bundle["modules"].as_array().cloned().unwrap_or_default();
-            let of_base = |module: &Value| module["package"] == "base";
-            let digest = modules.into_iter().find(of_base).map(|mut module| module["digest"].take());
+            let is_base = |module: &Value| module["package"] == "base";
+            let digest = modules.into_iter().find(is_base).map(|mut module| module["digest"].take());
             digest
                 .ok_or_else(|| format!("the bundle of A lacks its policy; problems: {}", bundle["problems"]))
         };
@@ -66,10 +66,11 @@ impl Site {
         let Ok(bundle) = self.bundle_of_a().await else { return false };
         let problems = bundle["problems"].as_array().into_iter().flatten();
         let mut subjects = problems.filter_map(|problem| problem["subject"].as_str());
-        let is_of_check = |subject: &str| {
-            subject.contains(A) && ["policies checked", "--fields auto"].iter().any(|of| subject.contains(of))
+        let is_check = |subject: &str| {
+            subject.contains(A)
+                && ["policies checked", "--fields auto"].iter().any(|part| subject.contains(part))
         };
-        !bundle["verdicts"][format!("{A}/{name}")].is_null() || subjects.any(is_of_check)
+        !bundle["verdicts"][format!("{A}/{name}")].is_null() || subjects.any(is_check)
     }
 }
 
@@ -92,7 +93,7 @@ pub(super) fn runs_of_opa(hub: u32) -> BTreeMap<u32, String> {
     let threads = std::fs::read_dir(format!("/proc/{hub}/task")).into_iter().flatten().flatten();
     let children = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
     let ids: Vec<u32> = children
-        .flat_map(|of| of.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>())
+        .flat_map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>())
         .collect();
     let command = |id: u32| {
         let line = std::fs::read(format!("/proc/{id}/cmdline")).ok()?;

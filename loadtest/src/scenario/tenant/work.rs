@@ -27,9 +27,9 @@ const ARCHIVE_RATE: f64 = 15.0;
 pub(super) const LATE_MAX: Duration = Duration::from_secs(30);
 
 /// Three heartbeats.
-const SILENCE: Duration = Duration::from_secs(15);
-const RETRY: Duration = Duration::from_millis(100);
-const LOOK: Duration = Duration::from_millis(2);
+const STREAM_TIMEOUT: Duration = Duration::from_secs(15);
+const RETRY_DELAY: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 pub(super) const POLICIES: &str = "policy edit until B's OPA decides by it";
 const PODS: &str = "pod change until B's stream has it";
@@ -64,15 +64,20 @@ impl Tenant {
         let tracker = || Arc::new(Tracker::new());
         let (policies, pods, edits, ended) = (tracker(), tracker(), tracker(), Arc::new(AtomicU64::new(0)));
         let mut reading = JoinSet::new();
-        reading.spawn(ask(http.clone(), format!("{opa}/v1/data/shop/revision"), Arc::clone(&policies)));
-        let (of_pods, of_edits, of_ended) = (Arc::clone(&pods), Arc::clone(&edits), Arc::clone(&ended));
+        reading.spawn(poll_policy(
+            http.clone(),
+            format!("{opa}/v1/data/shop/revision"),
+            Arc::clone(&policies),
+        ));
+        let (stream_pods, stream_edits, streams_ended) =
+            (Arc::clone(&pods), Arc::clone(&edits), Arc::clone(&ended));
         let (http, hub) = (http.clone(), hub.to_owned());
         reading.spawn(async move {
             loop {
                 // Each stream starts with the full archive.
-                _ = follow(&http, &hub, &of_pods, &of_edits).await;
-                of_ended.fetch_add(1, Relaxed);
-                tokio::time::sleep(RETRY).await;
+                _ = follow(&http, &hub, &stream_pods, &stream_edits).await;
+                streams_ended.fetch_add(1, Relaxed);
+                tokio::time::sleep(RETRY_DELAY).await;
             }
         });
         let (archives, writes) = (tracker(), Tracker::new());
@@ -106,7 +111,7 @@ impl Tenant {
         tokio::try_join!(policies, pods, edits, archives)?;
         while asking.join_next().await.is_some() {}
         while !self.is_done() {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
@@ -137,16 +142,16 @@ impl Tenant {
     async fn timed(&self, write: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
         let started = Instant::now();
         in_time("a write to the API server", WRITE_MAX, write).await?;
-        self.writes.answer(started, true);
+        self.writes.record_response(started, true);
         Ok(())
     }
 
-    pub(super) async fn is_served(&self, site: &Site) -> anyhow::Result<()> {
+    pub(super) async fn wait_served(&self, site: &Site) -> anyhow::Result<()> {
         self.edit_policy(site, self.policies.due.push(Instant::now())).await?;
         self.change_pod(site, self.pods.due.push(Instant::now())).await?;
         self.edit_settings(site, self.edits.due.push(Instant::now())).await?;
         let served = within(LATE_MAX, "edits of B after the attack", async || {
-            if self.is_done() { Ok(()) } else { Err("they are not seen") }
+            if self.is_done() { Ok(()) } else { Err("B's edits are not seen") }
         });
         let served = served.await;
         self.kinds().iter().for_each(|(_, _, tracker)| drop(tracker.take()));
@@ -155,14 +160,14 @@ impl Tenant {
     }
 }
 
-async fn ask(http: Client, url: String, policies: Arc<Tracker>) {
+async fn poll_policy(http: Client, url: String, policies: Arc<Tracker>) {
     loop {
         if !policies.is_done()
             && let Some(number) = revision(&http, &url).await
         {
             policies.arrive(number);
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
@@ -186,7 +191,7 @@ async fn follow(http: &Client, hub: &str, pods: &Tracker, edits: &Tracker) -> an
     GzDecoder::new(&archive[..]).read_to_string(&mut text)?;
     arrive(&text);
     let mut decoder = Decoder::new(FRAME_BYTES_MAX);
-    while let Some(chunk) = tokio::time::timeout(SILENCE, stream.chunk()).await?? {
+    while let Some(chunk) = tokio::time::timeout(STREAM_TIMEOUT, stream.chunk()).await?? {
         decoder.push(&chunk);
         while let Some(message) = decoder.next()? {
             if let Message::Event { data, .. } = message {
@@ -207,7 +212,7 @@ async fn archive(site: Site, due: Instant, archives: Arc<Tracker>) {
         anyhow::Ok(request.send().await?.error_for_status()?.bytes().await?)
     };
     let is_whole = get.await.is_ok_and(|bytes| !bytes.is_empty());
-    archives.answer(due, is_whole);
+    archives.record_response(due, is_whole);
 }
 
 pub(super) async fn drain(http: Client, hub: String) {
@@ -216,7 +221,7 @@ pub(super) async fn drain(http: Client, hub: String) {
         if let Ok(mut stream) = http.get(&url).send().await {
             while let Ok(Some(_)) = stream.chunk().await {}
         }
-        tokio::time::sleep(RETRY).await;
+        tokio::time::sleep(RETRY_DELAY).await;
     }
 }
 
@@ -242,7 +247,7 @@ impl Tracker {
         self.state().arrive(number);
     }
 
-    pub(super) fn answer(&self, due: Instant, is_good: bool) {
+    pub(super) fn record_response(&self, due: Instant, is_good: bool) {
         let mut state = self.state();
         state.seen += u64::from(is_good);
         state.delays.record(due.elapsed());
