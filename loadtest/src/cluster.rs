@@ -255,7 +255,7 @@ impl Cluster {
         let text = self.metrics().await?;
         let value = |name: &str| {
             let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-            value.with_context(|| format!("the API server has no metric {name}"))
+            value.with_context(|| format!("reading metrics failed: the API server has no {name}"))
         };
         // The value may be written as `1.2e+06`.
         let memory: f64 = value("process_resident_memory_bytes")?.parse()?;
@@ -268,7 +268,10 @@ impl Cluster {
     /// Sum of a metric over samples with these labels; 0 without any.
     pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<u64> {
         let text = self.metrics().await?;
-        anyhow::ensure!(text.contains(&format!("# TYPE {name} ")), "the API server has no metric {name}");
+        anyhow::ensure!(
+            text.contains(&format!("# TYPE {name} ")),
+            "reading metrics failed: the API server has no {name}"
+        );
         let labels: Vec<_> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
         let samples = text.lines().filter(|line| {
             line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{'))
@@ -286,7 +289,9 @@ impl Cluster {
         const PODS: &str = "/api/v1/pods";
         let request = http::Request::get(format!("{PODS}?limit=1")).body(Vec::new())?;
         let list: Value = self.client.request(request).await?;
-        let version = list["metadata"]["resourceVersion"].as_str().context("a list has a version")?;
+        let version = list["metadata"]["resourceVersion"]
+            .as_str()
+            .context("listing pods failed: no resourceVersion")?;
         let watch = format!("{PODS}?watch=1&resourceVersion={version}");
         let request = http::Request::get(watch).body(Vec::new())?;
         let mut events = Box::pin(self.client.request_events::<PartialObjectMeta<Pod>>(request).await?);

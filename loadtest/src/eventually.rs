@@ -28,7 +28,7 @@ pub async fn within<T, E: Display>(
         match attempt().await {
             Ok(value) => return Ok((value, started.elapsed())),
             Err(error) if started.elapsed() > patience => {
-                bail!("{what}: not within {} s: {error}", patience.as_secs())
+                bail!("timed out after {} s: {what}: {error}", patience.as_secs())
             }
             Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
         }

@@ -96,7 +96,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> anyhow::Result<()> {
-    rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
+    rlimit::increase_nofile_limit(u64::MAX).context("raising the limit of open files failed")?;
     let Cli { kubeconfig, create_pods, command } = Cli::parse();
     if let Command::Raw { listen, bytes } = command {
         return baseline::raw::serve(listen, bytes);
@@ -108,11 +108,11 @@ async fn run() -> anyhow::Result<()> {
         );
         anyhow::ensure!(
             uses_it,
-            "--kubeconfig is for churn, start, restart and failover: the others make their own"
+            "--kubeconfig is rejected: only churn, start, restart and failover use an external cluster"
         );
         anyhow::ensure!(
             create_pods,
-            "--kubeconfig needs --create-pods: thousands of pods become visible to all that watches pods there"
+            "--kubeconfig is rejected: every watch of pods would receive thousands; pass --create-pods to confirm"
         );
         ControlPlane::use_cluster(kubeconfig).await?;
     }
@@ -148,7 +148,7 @@ async fn perform(command: Command) -> anyhow::Result<()> {
         Command::Soak(options) => soak::run(options).await,
         Command::Tenant(options) => tenant::run(options).await,
         Command::Report { dir } => report(&dir),
-        Command::Raw { .. } => unreachable!("it runs by itself"),
+        Command::Raw { .. } => unreachable!("run() handles this command"),
         Command::Demo => demo::run().await,
     }
 }
@@ -159,13 +159,13 @@ async fn signal() -> anyhow::Result<()> {
     tokio::select! {
         _ = terminate.recv() => Ok(()),
         _ = hangup.recv() => Ok(()),
-        ended = tokio::signal::ctrl_c() => ended.context("cannot wait for Ctrl-C"),
+        ended = tokio::signal::ctrl_c() => ended.context("waiting for Ctrl-C failed"),
     }
 }
 
 fn report(dir: &std::path::Path) -> anyhow::Result<()> {
     let missed = results::report(dir)?;
-    anyhow::ensure!(missed == 0, "{missed} goals are missed, or were not measured");
+    anyhow::ensure!(missed == 0, "checking goals failed: {missed} are missed or not measured");
     Ok(())
 }
 

@@ -89,7 +89,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         eprintln!("fields {fields}:");
         rows.push(measure(&world, fields, &options).await?);
     }
-    let [all, auto] = &rows[..] else { anyhow::bail!("two rows") };
+    let [all, auto] = &rows[..] else { anyhow::bail!("two measurements are expected") };
     let table = table(&options, all, auto);
     println!("{table}");
     if let Some(out) = &options.out {
@@ -136,7 +136,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
     let share = hub_accounted as f64 / rss as f64;
     anyhow::ensure!(
         ACCOUNTED_RATIO.contains(&share),
-        "the hub accounts for {hub_accounted} of its {rss} resident bytes: see opa_hub_memory_bytes at /metrics"
+        "checking memory failed: the hub accounts for {hub_accounted} of its {rss} resident bytes; see opa_hub_memory_bytes at /metrics"
     );
     Ok(Measurement {
         fields,
@@ -148,7 +148,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
         load,
         opa: usage(opa.process.as_ref())?,
         opa_settled,
-        opa_forecast: forecast.as_u64().context("the hub tells what OPA will need")?,
+        opa_forecast: forecast.as_u64().context("reading the bundle failed: no opaBytes")?,
         agent: usage(agent.process.as_ref())?,
         change_p50: changes[changes.len() / 2],
         change_max: changes[changes.len() - 1],
@@ -160,7 +160,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
 }
 
 fn usage(process: Option<&Process>) -> anyhow::Result<Usage> {
-    process.context("it runs")?.usage()
+    process.context("the process is stopped")?.usage()
 }
 
 /// Sorted times from label edit to OPA's data, and the hub's CPU time per change.

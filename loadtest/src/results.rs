@@ -177,7 +177,8 @@ impl Results {
 
     fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read(path)?;
-        serde_json::from_slice(&text).with_context(|| format!("{} holds no results", path.display()))
+        serde_json::from_slice(&text)
+            .with_context(|| format!("reading results from {} failed", path.display()))
     }
 
     /// Stores all results so far: a later run may fail.
@@ -315,13 +316,13 @@ fn git(args: &[&str]) -> Option<String> {
 
 /// Returns the number of missed goals.
 pub(crate) fn report(dir: &Path) -> anyhow::Result<usize> {
-    let files = std::fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    let files = std::fs::read_dir(dir).with_context(|| format!("reading {} failed", dir.display()))?;
     let mut files: Vec<_> = files.map(|file| file.map(|file| file.path())).collect::<Result<_, _>>()?;
     files.sort_unstable();
     files.retain(|file| file.extension().is_some_and(|kind| kind == "json"));
     // `memory` stores another format.
     files.retain(|file| !file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("memory-")));
-    anyhow::ensure!(!files.is_empty(), "{} holds no results", dir.display());
+    anyhow::ensure!(!files.is_empty(), "reporting failed: {} has no results", dir.display());
     let mut text = "| goal | at most | found | | command | of |\n|---|--:|--:|---|---|---|\n".to_owned();
     let mut missed = 0;
     for file in files {

@@ -130,7 +130,10 @@ impl Start {
         let position = position.and_then(|position| position.parse().ok()).unwrap_or_default();
         let mut content = json!({});
         let Digests { data, modules, reads } = apply_archive(&response.bytes().await?, &mut content)?;
-        let revision = Revision { data: digest(&data), modules: modules.context("a digest of the modules")? };
+        let revision = Revision {
+            data: digest(&data),
+            modules: modules.context("reading the archive failed: no digest of the modules")?,
+        };
         Ok(Self { revision, data, position, reads, content })
     }
 }
@@ -226,7 +229,7 @@ impl Swarm {
 
     pub(crate) fn check(&mut self) -> anyhow::Result<()> {
         match self.agents.try_join_next() {
-            Some(ended) => ended?.context("an agent gave up"),
+            Some(ended) => ended?.context("an agent failed"),
             None => Ok(()),
         }
     }
@@ -238,7 +241,7 @@ impl Swarm {
             self.check()?;
             if Instant::now() > until {
                 let last_error = self.shared.last_error.lock().unwrap_or_else(PoisonError::into_inner);
-                bail!("{what}: not within {} s, {last_error}", PATIENCE.as_secs());
+                bail!("timed out after {} s: {what}; last error: {last_error}", PATIENCE.as_secs());
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

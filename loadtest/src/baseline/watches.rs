@@ -30,9 +30,12 @@ pub(crate) async fn open(kubeconfig: &Path, count: usize) -> anyhow::Result<Watc
     let text = std::fs::read_to_string(kubeconfig)?;
     let config: Value = serde_saphyr::from_str(&text)?;
     let cluster = &config["clusters"][0]["cluster"];
-    let server = cluster["server"].as_str().context("a server in the kubeconfig")?;
-    let ca = cluster["certificate-authority"].as_str().context("an authority's file in the kubeconfig")?;
-    let token = config["users"][0]["user"]["token"].as_str().context("a token in the kubeconfig")?;
+    let server = cluster["server"].as_str().context("reading the kubeconfig failed: no server")?;
+    let ca = cluster["certificate-authority"]
+        .as_str()
+        .context("reading the kubeconfig failed: no certificate-authority")?;
+    let token =
+        config["users"][0]["user"]["token"].as_str().context("reading the kubeconfig failed: no token")?;
     opa_hub_loadtest::lab::init();
     let ca = reqwest::Certificate::from_pem(&std::fs::read(ca)?)?;
     let client = reqwest::Client::builder().no_proxy().http1_only().add_root_certificate(ca).build()?;
@@ -41,7 +44,8 @@ pub(crate) async fn open(kubeconfig: &Path, count: usize) -> anyhow::Result<Watc
         let answer = client.get(format!("{url}?limit=1")).bearer_auth(token).send().await?;
         serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?
     };
-    let version = list["metadata"]["resourceVersion"].as_str().context("a version")?;
+    let version =
+        list["metadata"]["resourceVersion"].as_str().context("listing pods failed: no resourceVersion")?;
     let url =
         format!("{url}?watch=true&timeoutSeconds=3600&allowWatchBookmarks=true&resourceVersion={version}");
     let mut open = JoinSet::new();

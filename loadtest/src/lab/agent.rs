@@ -92,7 +92,7 @@ impl Agent {
 
     /// Waits until OPA has applied the hub's latest revision.
     pub async fn wait_in_step(&mut self) -> anyhow::Result<()> {
-        let process = self.process.as_mut().context("the agent was started")?;
+        let process = self.process.as_mut().context("the agent is stopped")?;
         let url = format!("{}/v1/status", self.url);
         let in_step = async || {
             let answer = self.http.get(&url).send().await.map_err(|error| error.to_string())?;

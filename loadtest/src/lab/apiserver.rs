@@ -113,7 +113,7 @@ impl ControlPlane {
     /// A proxy to the API server that can block traffic.
     pub async fn blackhole_proxy(&self) -> anyhow::Result<BlackholeProxy> {
         let processes =
-            self.processes.as_ref().context("this cluster was there before; the way to it is not ours")?;
+            self.processes.as_ref().context("starting a proxy failed: the cluster is external")?;
         BlackholeProxy::start(format!("127.0.0.1:{}", processes.port)).await
     }
 
@@ -154,8 +154,7 @@ impl ControlPlane {
         act: impl FnOnce(&Path) -> std::io::Result<()>,
     ) -> anyhow::Result<()> {
         self.stop_apiserver();
-        let processes =
-            self.processes.as_mut().context("this cluster was there before; it is not ours to stop")?;
+        let processes = self.processes.as_mut().context("stopping etcd failed: the cluster is external")?;
         processes.etcd.stop();
         act(&self.dir.path().join("etcd"))?;
         processes.etcd = Etcd::start(&self.assets, self.dir.path())?;
@@ -165,7 +164,7 @@ impl ControlPlane {
     /// Starts the API server and waits until ready.
     pub async fn start_apiserver(&mut self) -> anyhow::Result<()> {
         let Some(processes) = &mut self.processes else {
-            bail!("this cluster was there before; it is not ours to restart")
+            bail!("starting the API server failed: the cluster is external")
         };
         let dir = self.dir.path();
         let file = |name: &str| dir.join(name).display().to_string();
@@ -195,7 +194,10 @@ impl ControlPlane {
             Ok::<_, String>(ready)
         };
         process.until("the API server serves", serves).await?;
-        self.processes.as_mut().context("it is ours")?.apiserver = Some(process);
+        self.processes
+            .as_mut()
+            .context("starting the API server failed: the cluster is external")?
+            .apiserver = Some(process);
         Ok(())
     }
 }

@@ -40,10 +40,10 @@ pub fn folder() -> anyhow::Result<PathBuf> {
         return Ok(folder);
     }
     fs::create_dir_all(&cache)
-        .with_context(|| format!("cannot make the lab's folder {}", cache.display()))?;
+        .with_context(|| format!("creating the lab's folder {} failed", cache.display()))?;
     let lock = fs::File::create(cache.join("lock"))?;
     if lock.try_lock().is_err() {
-        eprintln!("lab: waiting for another process that builds the components");
+        eprintln!("lab: waiting for another build of the components");
         lock.lock()?;
     }
     if folder.is_dir() {
@@ -97,9 +97,9 @@ fn cache() -> anyhow::Result<PathBuf> {
     let env_path =
         |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     let user = || env_path("XDG_CACHE_HOME").or_else(|| Some(env_path("HOME")?.join(".cache")));
-    env_path("OPA_HUB_LAB")
-        .or_else(|| Some(user()?.join("opa-hub").join("lab")))
-        .context("set OPA_HUB_LAB to a folder for the lab's components: there is no HOME")
+    env_path("OPA_HUB_LAB").or_else(|| Some(user()?.join("opa-hub").join("lab"))).context(
+        "finding the cache failed: HOME is not set; set OPA_HUB_LAB to a folder for the lab's components",
+    )
 }
 
 fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<()> {
@@ -118,10 +118,10 @@ fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<
     let mut child = match child {
         Ok(child) => child,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => bail!(
-            "the lab needs etcd, kube-apiserver, kubectl and opa: install Go {} or newer to have them built, or set KUBEBUILDER_ASSETS to a folder with the first three and OPA_BIN to the fourth",
+            "building the lab's components failed: go is not installed; install Go {} or newer, or set KUBEBUILDER_ASSETS to a folder with etcd, kube-apiserver and kubectl, and OPA_BIN to opa",
             go_version()
         ),
-        Err(error) => return Err(error).context("cannot run go"),
+        Err(error) => return Err(error).context("starting go failed"),
     };
     let started = Instant::now();
     let mut reported = started;
@@ -140,7 +140,7 @@ fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<
         }
     }
     if !child.wait()?.success() {
-        bail!("cannot build {name} {version}:\n{}", last.join("\n"));
+        bail!("building {name} {version} failed:\n{}", last.join("\n"));
     }
     eprintln!("lab:   {name}: done in {} s", started.elapsed().as_secs());
     Ok(())
@@ -153,7 +153,9 @@ fn version(package: &str) -> anyhow::Result<&'static str> {
     });
     let found =
         requirements.find(|(module, version)| package.starts_with(module) && version.starts_with('v'));
-    found.map(|(_, version)| version).with_context(|| format!("lab/go.mod requires no {package}"))
+    found
+        .map(|(_, version)| version)
+        .with_context(|| format!("finding a version failed: lab/go.mod does not require {package}"))
 }
 
 fn go_version() -> &'static str {

@@ -62,7 +62,7 @@ impl Hub {
 
     /// Waits until `/readyz` succeeds.
     pub async fn wait_ready(&mut self) -> anyhow::Result<()> {
-        let process = self.process.as_mut().context("the hub was started")?;
+        let process = self.process.as_mut().context("the hub is stopped")?;
         let ready = async || {
             let answer =
                 self.http.get(format!("{}/readyz", self.url)).send().await.map_err(|e| e.to_string())?;
@@ -86,7 +86,7 @@ impl Hub {
             value.parse::<u64>().ok()
         });
         let samples: Vec<u64> = samples.collect();
-        anyhow::ensure!(!samples.is_empty(), "no metric {name}");
+        anyhow::ensure!(!samples.is_empty(), "reading metrics failed: the hub has no {name}");
         Ok(samples.iter().sum())
     }
 }

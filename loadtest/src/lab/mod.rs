@@ -52,7 +52,7 @@ pub fn free_port() -> anyhow::Result<u16> {
     let mut reserved = RESERVED.lock().unwrap_or_else(PoisonError::into_inner);
     let mut ports = std::iter::repeat_with(|| fastrand::u16(PORTS)).take(TRIES);
     let is_free = |port: &u16| !reserved.contains(port) && TcpListener::bind(("127.0.0.1", *port)).is_ok();
-    let port = ports.find(is_free).context("no port is free")?;
+    let port = ports.find(is_free).context("finding a free port failed")?;
     reserved.insert(port);
     Ok(port)
 }

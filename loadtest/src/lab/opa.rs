@@ -107,7 +107,7 @@ impl Opa {
     pub async fn texts(&self) -> anyhow::Result<BTreeMap<String, String>> {
         let answer = self.http.get(format!("{}/v1/policies", self.url)).send().await?.error_for_status()?;
         let answer: Value = serde_json::from_slice(&answer.bytes().await?)?;
-        let list = answer["result"].as_array().context("a list of policies")?;
+        let list = answer["result"].as_array().context("listing OPA's policies failed: no list")?;
         let text = |module: &Value, field: &str| Some(module[field].as_str()?.to_owned());
         Ok(list.iter().filter_map(|module| Some((text(module, "id")?, text(module, "raw")?))).collect())
     }

@@ -44,7 +44,7 @@ impl Process {
         let log = dir.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log)?;
         let command = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        let child = command.spawn().with_context(|| format!("starting {name} failed"))?;
         Ok(Self { name: name.to_owned(), child, log })
     }
 
@@ -82,14 +82,14 @@ impl Process {
     /// Sends SIGSTOP: connections stay open.
     pub fn suspend(&self) -> anyhow::Result<()> {
         let status = Command::new("kill").args(["-STOP", &self.child.id().to_string()]).status()?;
-        anyhow::ensure!(status.success(), "cannot suspend {}", self.name);
+        anyhow::ensure!(status.success(), "suspending {} failed", self.name);
         Ok(())
     }
 
     /// Sends SIGTERM, as Kubernetes does.
     pub fn terminate(&self) -> anyhow::Result<()> {
         let status = Command::new("kill").arg(self.child.id().to_string()).status()?;
-        anyhow::ensure!(status.success(), "cannot stop {}", self.name);
+        anyhow::ensure!(status.success(), "stopping {} failed", self.name);
         Ok(())
     }
 
@@ -98,7 +98,7 @@ impl Process {
         let name = self.name.clone();
         let ended = async || match self.child.try_wait() {
             Ok(Some(_)) => Ok(()),
-            Ok(None) => Err("it runs".to_owned()),
+            Ok(None) => Err("still running".to_owned()),
             Err(error) => Err(error.to_string()),
         };
         eventually(format!("{name} ends"), ended).await.map(drop)
@@ -143,11 +143,13 @@ impl Usage {
             Some(Duration::from_millis(ticks.sum::<u64>() * 10))
         });
         Ok(Self {
-            rss: kilobytes("VmRSS:").context("no VmRSS")? << 10,
-            peak: kilobytes("VmHWM:").context("no VmHWM")? << 10,
-            cpu: cpu.context("no CPU times")?,
-            children: children.context("no CPU times")?,
-            kernel: kernel_memory().context("no kernel memory in /proc/meminfo and /proc/net/sockstat")?,
+            rss: kilobytes("VmRSS:").context("reading /proc/PID/status failed: no VmRSS")? << 10,
+            peak: kilobytes("VmHWM:").context("reading /proc/PID/status failed: no VmHWM")? << 10,
+            cpu: cpu.context("reading /proc/PID/stat failed: no CPU times")?,
+            children: children.context("reading /proc/PID/stat failed: no CPU times")?,
+            kernel: kernel_memory().context(
+                "reading kernel memory failed: unknown format of /proc/meminfo or /proc/net/sockstat",
+            )?,
         })
     }
 }
@@ -174,19 +176,20 @@ impl Drop for Process {
 /// A program of this workspace, rebuilt if older than its sources.
 pub fn program(name: &str) -> anyhow::Result<PathBuf> {
     let exe = std::env::current_exe()?;
-    let mut dir = exe.parent().context("a program lies in a folder")?;
+    let mut dir = exe.parent().context("finding the target folder failed: the program has no parent")?;
     if dir.ends_with("deps") {
-        dir = dir.parent().context("deps lies in a folder")?;
+        dir = dir.parent().context("finding the target folder failed: deps has no parent")?;
     }
-    let target = dir.parent().context("the target folder")?;
+    let target = dir.parent().context("finding the target folder failed: the profile has no parent")?;
     let (profile, folder) = match (dir.ends_with("release"), name) {
         (false, _) => ("dev", "debug"),
         (true, "opa-hub-agent") => ("agent", "agent"),
         (true, _) => ("release", "release"),
     };
     let path = target.join(folder).join(name);
-    let workspace =
-        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("a member lies in the workspace")?;
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("finding the workspace failed: the crate has no parent")?;
     let built = fs::metadata(&path).and_then(|file| file.modified()).ok();
     let sources = ["Cargo.toml", "Cargo.lock", "proto/src", "hub/src", "agent/src"];
     let newest = sources.map(|part| newest(&workspace.join(part))).into_iter().flatten().max();
@@ -195,8 +198,8 @@ pub fn program(name: &str) -> anyhow::Result<PathBuf> {
         cargo.current_dir(workspace).args(["build", "--quiet", "--package", name, "--profile", profile]);
         cargo.arg("--target-dir").arg(target);
         eprintln!("lab: building {name}");
-        if !cargo.status().context("cannot run cargo")?.success() {
-            bail!("cannot build {name}");
+        if !cargo.status().context("starting cargo failed")?.success() {
+            bail!("building {name} failed");
         }
         // Cargo does not touch a file that is already up to date.
         fs::File::open(&path)?.set_modified(std::time::SystemTime::now())?;

@@ -55,7 +55,7 @@ pub(super) fn draw(pods: usize, all: &Measurement, auto: &Measurement) -> String
 fn wrapped(text: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split(' ') {
-        let line = lines.last_mut().expect("there is one");
+        let line = lines.last_mut().expect("lines is never empty");
         if line.len() + word.len() > 24 {
             lines.push(word.to_owned());
         } else {

@@ -86,7 +86,11 @@ impl World {
     }
 
     pub(super) async fn length(&self, url: &str) -> anyhow::Result<u64> {
-        reqwest::get(url).await?.error_for_status()?.content_length().context("it says how long it is")
+        reqwest::get(url)
+            .await?
+            .error_for_status()?
+            .content_length()
+            .context("reading a response failed: no content-length")
     }
 
     pub(super) async fn reset_policies(&self) -> anyhow::Result<()> {
@@ -157,7 +161,7 @@ impl World {
                 }
                 let mut pod = nth.served();
                 if stage == Stage::Posted {
-                    pod["spec"].as_object_mut().context("a spec")?.remove("nodeName");
+                    pod["spec"].as_object_mut().context("the pod has no spec")?.remove("nodeName");
                 }
                 pod["status"] = status(nth, stage);
                 write(manifests.path(), &file, &pod)

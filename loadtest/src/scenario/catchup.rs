@@ -135,7 +135,9 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     let found = opa.data("/kubernetes/pods").await?;
     ensure!(found == apiserver.pods(), "comparing pods failed: OPA and the source differ");
     let done = &agent.status().await?["done"];
-    let count = |name: &str| done[name].as_u64().with_context(|| format!("a count of {name}"));
+    let count = |name: &str| {
+        done[name].as_u64().with_context(|| format!("reading the agent's status failed: no {name}"))
+    };
     measured.add(FRAMES, "", count("frames")? as f64);
     if count("frames")? > 0 {
         // A second agent receives the same frame and counts its operations.

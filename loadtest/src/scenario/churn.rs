@@ -169,7 +169,10 @@ async fn once(
         while let Some(number) = numbers.recv().await {
             label(&hot_cluster, Nth(0), &number.to_string()).await?;
             // Not earlier: queries load the API server.
-            hot_probes.expect(number, hot_due.due_at(number).context("a change is due")?);
+            hot_probes.expect(
+                number,
+                hot_due.due_at(number).context("measuring failed: a change has no due time")?,
+            );
         }
         Ok(())
     });
@@ -190,7 +193,7 @@ async fn once(
     }
     let server_after = plane.reported_usage().await?;
     // No-op updates would cost nothing.
-    eventually("the API server has told all changes", async || equal(&events.count(), &last)).await?;
+    eventually("the API server has sent all changes", async || equal(&events.count(), &last)).await?;
     measured.add(EVENTS, "", events.count() as f64);
     measured.add_delays(EVENT, &delays);
     if let Some(swarm) = &mut running.swarm {

@@ -161,7 +161,9 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
             })
             .await?;
             agent.wait_in_step().await?;
-            loads += agent.status().await?["done"]["snapshots"].as_u64().context("a count")?;
+            loads += agent.status().await?["done"]["snapshots"]
+                .as_u64()
+                .context("reading the agent's status failed: no snapshots")?;
         }
         row.add(LOADED, "", loads as f64 - opas as f64);
         row.add(MISMATCHES, "", swarm.settled_mismatches(&cluster.pods(&[]).await?, POINTERS).await as f64);

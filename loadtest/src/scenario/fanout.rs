@@ -85,7 +85,7 @@ async fn measure_hub(agents: usize, rounds: usize, time: Duration) -> anyhow::Re
     tokio::time::sleep(PAUSE * 10).await;
     eprintln!("  opa-hub: {agents} agents");
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
-    let process = hub.process.as_ref().context("the hub runs")?;
+    let process = hub.process.as_ref().context("the hub is stopped")?;
     let mut measured = Measured::new("opa-hub");
     let change = async |number| {
         apiserver.change(0, number);
@@ -96,7 +96,7 @@ async fn measure_hub(agents: usize, rounds: usize, time: Duration) -> anyhow::Re
     measured.add(ENCODES, "", encodes as f64 / rounds as f64);
     sustained(&mut measured, swarm, process, due.len(), time, change).await?;
     measured.add(MISMATCHES, "", swarm.mismatches(&apiserver.pods(), WHOLE) as f64);
-    anyhow::ensure!(swarm.counts().ended.load(Relaxed) == 0, "an agent lost its stream");
+    anyhow::ensure!(swarm.counts().ended.load(Relaxed) == 0, "measuring failed: an agent lost its stream");
     Ok((measured, bytes))
 }
 

@@ -49,7 +49,7 @@ const COUNT_MAX: usize = 1_000_000;
 
 pub(crate) fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
     let number = text.parse().ok().filter(|number| (LEAST..=COUNT_MAX).contains(number));
-    number.ok_or_else(|| format!("write a number from {LEAST} to {COUNT_MAX}"))
+    number.ok_or_else(|| format!("expected a number from {LEAST} to {COUNT_MAX}"))
 }
 
 pub(crate) fn command(name: &str, options: &[(&str, usize)]) -> String {
@@ -66,7 +66,7 @@ pub(crate) async fn cluster_of(pods: usize) -> anyhow::Result<(ControlPlane, Clu
     ControlPlane::reset_external_cluster().await?;
     let plane = ControlPlane::start().await?;
     let cluster = Cluster { client: plane.client().await? };
-    eprintln!("  making {pods} pods in namespaces {} and so on", Nth(0).namespace());
+    eprintln!("  creating {pods} pods in namespaces from {}", Nth(0).namespace());
     memory::fill(&cluster, pods).await?;
     Ok((plane, cluster))
 }
@@ -122,7 +122,7 @@ pub(crate) fn address(hub: &Hub) -> anyhow::Result<SocketAddr> {
 }
 
 pub(crate) fn usage(hub: &Hub) -> anyhow::Result<Usage> {
-    hub.process.as_ref().context("the hub runs")?.usage()
+    hub.process.as_ref().context("the hub is stopped")?.usage()
 }
 
 /// Changes are due at fixed times, regardless of earlier latency. Returns the last number.

@@ -106,7 +106,7 @@ async fn kill(
     };
     let started = Instant::now();
     match part {
-        Part::Hub => running.hub.as_mut().context("a hub")?.kill(),
+        Part::Hub => running.hub.as_mut().context("the hub is missing")?.kill(),
         Part::Agents => running.agents.iter_mut().for_each(Agent::kill),
         Part::Opas => running.opas.iter_mut().for_each(|opa| opa.process = None),
         Part::ApiServer => plane.stop_apiserver(),
@@ -115,7 +115,7 @@ async fn kill(
         label(round).await?;
     }
     match part {
-        Part::Hub => running.hub.as_mut().context("a hub")?.spawn()?,
+        Part::Hub => running.hub.as_mut().context("the hub is missing")?.spawn()?,
         Part::Agents => running.agents.iter_mut().try_for_each(Agent::spawn)?,
         Part::Opas => {
             futures::future::try_join_all(running.opas.iter_mut().map(Opa::restart)).await?;
@@ -139,7 +139,9 @@ async fn kill(
 async fn snapshots(running: &Running) -> anyhow::Result<u64> {
     let mut all = 0;
     for agent in &running.agents {
-        all += agent.status().await?["done"]["snapshots"].as_u64().context("a count")?;
+        all += agent.status().await?["done"]["snapshots"]
+            .as_u64()
+            .context("reading the agent's status failed: no snapshots")?;
     }
     Ok(all)
 }

@@ -231,7 +231,10 @@ impl Agent {
             }
             None => apply_archive(&body, &mut Value::Null)?,
         };
-        self.revision = Revision { data: digest(&data), modules: modules.context("a digest")? };
+        self.revision = Revision {
+            data: digest(&data),
+            modules: modules.context("reconciling failed: no digest of the modules")?,
+        };
         self.data = data;
         self.position = position.after(&self.position);
         if let Some(number) = newest_in_archive(&body, self.shared.due.every)? {
@@ -262,14 +265,14 @@ impl Agent {
         let end = loop {
             let mut bytes = [0; 1024];
             let length = tokio::time::timeout(HUB_TIMEOUT, tcp.read(&mut bytes)).await??;
-            ensure!(length > 0, "the connection ended");
+            ensure!(length > 0, "reading a response failed: connection closed");
             received.extend_from_slice(&bytes[..length]);
             if let Some(end) = received.windows(4).position(|four| four == b"\r\n\r\n") {
                 break end + 4;
             }
         };
         let text = std::str::from_utf8(&received[..end])?;
-        let status = text.split(' ').nth(1).context("a status")?.parse()?;
+        let status = text.split(' ').nth(1).context("reading a response failed: no status")?.parse()?;
         let position = text.lines().find_map(|line| line.strip_prefix(POSITION_HEADER)?.strip_prefix(": "));
         let position = position.map(str::parse).transpose()?.unwrap_or_default();
         Ok(Response { status, position, tcp, body: received.split_off(end) })

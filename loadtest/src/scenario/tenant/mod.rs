@@ -116,7 +116,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         failures.extend(failed);
     }
     results.finish(common.out.as_deref());
-    ensure!(failures.is_empty(), "tenant B is not safe from tenant A:\n{}", failures.join("\n"));
+    ensure!(failures.is_empty(), "isolating tenant B from tenant A failed:\n{}", failures.join("\n"));
     Ok(())
 }
 
@@ -220,7 +220,7 @@ impl Lab {
     }
 
     fn site(&self, is_selected: bool) -> anyhow::Result<Site> {
-        let process = self.hub.process.as_ref().context("the hub was started")?.id();
+        let process = self.hub.process.as_ref().context("the hub is stopped")?.id();
         Ok(Site {
             cluster: self.cluster.clone(),
             hub: self.hub.url.clone(),
@@ -255,7 +255,7 @@ impl Lab {
             }
             anyhow::Ok(())
         };
-        let process = self.hub.process.as_mut().context("the hub was started")?;
+        let process = self.hub.process.as_mut().context("the hub is stopped")?;
         let death = match guarded(process, &self.memory, work).await {
             Ok(done) => done.map(|()| None)?,
             Err(death) => Some(death),
@@ -345,7 +345,7 @@ impl Lab {
             tenant.wait_served(&site).await?;
             site.wait_a_served().await
         };
-        let process = self.hub.process.as_mut().context("the hub was started")?;
+        let process = self.hub.process.as_mut().context("the hub is stopped")?;
         let calmed = guarded(process, &self.memory, calm).await;
         Ok(calmed.and_then(|calmed| calmed.map_err(|error| format!("{error:#}"))))
     }
@@ -372,7 +372,7 @@ impl Lab {
         let matching = within(LATE_MAX, "the revision of B at a hub that saw no attack", async || {
             let found = get(&self.http, &url).await.map_err(|error| error.to_string())?;
             let expected = get(&self.http, &reference_url).await.map_err(|error| error.to_string())?;
-            let expected = expected["revision"].as_str().ok_or("it has none yet")?;
+            let expected = expected["revision"].as_str().ok_or("the reference hub has no revision yet")?;
             equal(&found["revision"].as_str(), &Some(expected))
         });
         differences.extend(matching.await.err().map(|error| error.to_string()));
@@ -403,7 +403,7 @@ async fn guarded<T>(
                 memory.sample(usage);
                 if usage.rss > MEMORY_KILL_BYTES {
                     process.kill();
-                    return format!("it was stopped at {:.0} MB of memory", megabytes(usage.rss));
+                    return format!("killed at {:.0} MB of memory", megabytes(usage.rss));
                 }
             }
             tokio::time::sleep(MEMORY_SAMPLE_INTERVAL).await;

@@ -55,7 +55,7 @@ impl Site {
                 return Ok(());
             }
             tokio::time::sleep(VOLLEY_PAUSE).await;
-            Err("it is not served".to_owned())
+            Err("A's edit is not served".to_owned())
         })
         .await
         .map(drop)
@@ -85,7 +85,7 @@ pub(super) async fn in_time<T>(
     work: impl Future<Output = anyhow::Result<T>>,
 ) -> anyhow::Result<T> {
     let done = tokio::time::timeout(limit, work).await;
-    done.with_context(|| format!("{what}: not within {} s", limit.as_secs()))?
+    done.with_context(|| format!("timed out after {} s: {what}", limit.as_secs()))?
 }
 
 /// Process ids and commands of the hub's OPA processes.
