@@ -58,7 +58,7 @@ impl SourceKind {
     }
 }
 
-struct Measurement {
+struct MemoryRow {
     fields: &'static str,
     hub_ready: Duration,
     hub_cpu: Duration,
@@ -103,7 +103,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn measure(world: &World, fields: &'static str, options: &Options) -> anyhow::Result<Measurement> {
+async fn measure(world: &World, fields: &'static str, options: &Options) -> anyhow::Result<MemoryRow> {
     world.reset_policies().await?;
     let flag = format!("--fields={fields}");
     let flags: Vec<&str> = world.hub_flags.iter().map(String::as_str).chain([flag.as_str()]).collect();
@@ -138,7 +138,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
         ACCOUNTED_RATIO.contains(&share),
         "checking memory failed: the hub accounts for {hub_accounted} of its {rss} resident bytes; see opa_hub_memory_bytes at /metrics"
     );
-    Ok(Measurement {
+    Ok(MemoryRow {
         fields,
         hub_ready,
         hub_cpu,
@@ -218,13 +218,13 @@ async fn rollout(world: &World, hub: &Hub) -> anyhow::Result<()> {
     Ok(())
 }
 
-type Cell<'a> = &'a dyn Fn(&Measurement) -> String;
+type Cell<'a> = &'a dyn Fn(&MemoryRow) -> String;
 
-fn table(options: &Options, all: &Measurement, auto: &Measurement) -> String {
+fn table(options: &Options, all: &MemoryRow, auto: &MemoryRow) -> String {
     let megabytes = |bytes: u64| format!("{:.1} MB", bytes as f64 / f64::from(1 << 20));
     let seconds = |time: Duration| format!("{:.2} s", time.as_secs_f64());
     let milliseconds = |time: Duration| format!("{:.1} ms", time.as_secs_f64() * 1000.0);
-    let share = |row: &Measurement| {
+    let share = |row: &MemoryRow| {
         let share = 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
         format!("{} of {} ({share:.0} %)", row.rollout_changes, row.rollout_events)
     };
@@ -258,9 +258,9 @@ fn table(options: &Options, all: &Measurement, auto: &Measurement) -> String {
     text
 }
 
-fn results(options: &Options, rows: &[Measurement]) -> Value {
+fn results(options: &Options, rows: &[MemoryRow]) -> Value {
     let usage = |usage: &Usage| json!({ "rssBytes": usage.rss, "peakBytes": usage.peak, "cpuSeconds": usage.cpu.as_secs_f64() });
-    let row = |row: &Measurement| {
+    let row = |row: &MemoryRow| {
         json!({
             "fields": row.fields, "hubReadySeconds": row.hub_ready.as_secs_f64(),
             "hubReadyCpuSeconds": row.hub_cpu.as_secs_f64(), "hub": usage(&row.hub), "hubAccountedBytes": row.hub_accounted, "snapshotBytes": row.snapshot,

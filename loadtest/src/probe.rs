@@ -80,7 +80,7 @@ impl Probes {
 }
 
 async fn ask(http: &reqwest::Client, url: &str, input: String) -> Option<u64> {
-    let answer = http.post(url).body(input).send().await.ok()?;
-    let answer: Value = serde_json::from_slice(&answer.bytes().await.ok()?).ok()?;
-    answer["result"].as_str()?.parse().ok()
+    let response = http.post(url).body(input).send().await.ok()?;
+    let response: Value = serde_json::from_slice(&response.bytes().await.ok()?).ok()?;
+    response["result"].as_str()?.parse().ok()
 }

@@ -18,13 +18,14 @@ const SUMMARY: &str = "README.md";
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Results {
     pub(crate) scenario: String,
-    pub(crate) what: String,
+    #[serde(rename = "what")]
+    pub(crate) description: String,
     pub(crate) command: String,
     pub(crate) machine: String,
     #[serde(default)]
     pub(crate) version: Version,
     pub(crate) goals: Vec<Goal>,
-    pub(crate) runs: Vec<Vec<Measured>>,
+    pub(crate) runs: Vec<Vec<Measurement>>,
 }
 
 #[derive(Serialize, Deserialize, Clone, Default)]
@@ -42,8 +43,9 @@ pub(crate) struct Version {
 
 #[derive(Serialize, Deserialize, Clone, Default)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Measured {
-    pub(crate) who: String,
+pub(crate) struct Measurement {
+    #[serde(rename = "who")]
+    pub(crate) subject: String,
     pub(crate) figures: Vec<Figure>,
     /// Milliseconds at the percentiles of [`CURVE`], by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -61,7 +63,8 @@ pub(crate) struct Figure {
 #[derive(Serialize, Deserialize, Clone)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Goal {
-    pub(crate) who: String,
+    #[serde(rename = "who")]
+    pub(crate) subject: String,
     pub(crate) figure: String,
     pub(crate) at_most: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -83,9 +86,9 @@ enum Verdict {
 
 pub(crate) const CURVE: [f64; 12] = [1.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.99, 100.0];
 
-impl Measured {
-    pub(crate) fn new(who: &str) -> Self {
-        Self { who: who.to_owned(), ..Self::default() }
+impl Measurement {
+    pub(crate) fn new(subject: &str) -> Self {
+        Self { subject: subject.to_owned(), ..Self::default() }
     }
 
     /// Skips non-finite values, such as a share of zero deliveries.
@@ -112,17 +115,17 @@ impl Measured {
 }
 
 impl Goal {
-    pub(crate) fn at_most(who: &str, figure: &str, at_most: f64) -> Self {
-        Self { who: who.to_owned(), figure: figure.to_owned(), at_most, relative_to: None }
+    pub(crate) fn at_most(subject: &str, figure: &str, at_most: f64) -> Self {
+        Self { subject: subject.to_owned(), figure: figure.to_owned(), at_most, relative_to: None }
     }
 
     pub(crate) fn times(self, other: &str) -> Self {
         Self { relative_to: Some(other.to_owned()), ..self }
     }
 
-    fn value_in(&self, run: &[Measured]) -> Option<f64> {
-        let value = |who: &str| run.iter().find(|row| row.who == who)?.value(&self.figure);
-        let value_of_subject = value(&self.who)?;
+    fn value_in(&self, run: &[Measurement]) -> Option<f64> {
+        let value = |subject: &str| run.iter().find(|row| row.subject == subject)?.value(&self.figure);
+        let value_of_subject = value(&self.subject)?;
         match &self.relative_to {
             None => Some(value_of_subject),
             Some(other) => {
@@ -131,7 +134,7 @@ impl Goal {
         }
     }
 
-    fn evaluate(&self, runs: &[Vec<Measured>]) -> Evaluation {
+    fn evaluate(&self, runs: &[Vec<Measurement>]) -> Evaluation {
         let figures = runs.iter().flatten().flat_map(|row| &row.figures);
         let unit = match &self.relative_to {
             Some(_) => "×",
@@ -170,9 +173,9 @@ impl std::fmt::Display for Verdict {
 }
 
 impl Results {
-    pub(crate) fn new(scenario: &str, what: String, command: String, goals: Vec<Goal>) -> Self {
+    pub(crate) fn new(scenario: &str, description: String, command: String, goals: Vec<Goal>) -> Self {
         let (scenario, machine) = (scenario.to_owned(), machine());
-        Self { scenario, what, command, machine, version: Version::now(), goals, runs: Vec::new() }
+        Self { scenario, description, command, machine, version: Version::now(), goals, runs: Vec::new() }
     }
 
     fn read(path: &Path) -> anyhow::Result<Self> {
@@ -182,7 +185,7 @@ impl Results {
     }
 
     /// Stores all results so far: a later run may fail.
-    pub(crate) fn push(&mut self, run: Vec<Measured>, out: Option<&Path>) -> anyhow::Result<()> {
+    pub(crate) fn push(&mut self, run: Vec<Measurement>, out: Option<&Path>) -> anyhow::Result<()> {
         self.runs.push(run);
         let Some(out) = out else { return Ok(()) };
         std::fs::create_dir_all(out)?;
@@ -204,20 +207,26 @@ impl Results {
         let lines: Vec<_> = medians
             .iter()
             .flat_map(|row| {
-                row.curves.iter().map(|(name, curve)| (format!("{}: {name}", row.who), &curve[..]))
+                row.curves.iter().map(|(name, curve)| (format!("{}: {name}", row.subject), &curve[..]))
             })
             .collect();
         if !lines.is_empty() {
-            std::fs::write(out.join(format!("{}.svg", self.scenario)), chart::curves(&self.what, &lines))?;
+            std::fs::write(
+                out.join(format!("{}.svg", self.scenario)),
+                chart::curves(&self.description, &lines),
+            )?;
         }
         Ok(())
     }
 
-    fn medians(&self) -> Vec<Measured> {
-        let median_row = |subject: &Measured| {
-            let runs: Vec<_> =
-                self.runs.iter().filter_map(|run| run.iter().find(|row| row.who == subject.who)).collect();
-            let over = |value: &dyn Fn(&Measured) -> Option<f64>| {
+    fn medians(&self) -> Vec<Measurement> {
+        let median_row = |measured: &Measurement| {
+            let runs: Vec<_> = self
+                .runs
+                .iter()
+                .filter_map(|run| run.iter().find(|row| row.subject == measured.subject))
+                .collect();
+            let over = |value: &dyn Fn(&Measurement) -> Option<f64>| {
                 median(runs.iter().filter_map(|row| value(row)).collect()).unwrap_or_default()
             };
             let figure =
@@ -226,17 +235,17 @@ impl Results {
                 let point = |index| over(&|row| row.curves.get(name)?.get(index).copied());
                 (name.clone(), (0..CURVE.len()).map(point).collect())
             };
-            Measured {
-                who: subject.who.clone(),
-                figures: subject.figures.iter().map(figure).collect(),
-                curves: subject.curves.keys().map(curve).collect(),
+            Measurement {
+                subject: measured.subject.clone(),
+                figures: measured.figures.iter().map(figure).collect(),
+                curves: measured.curves.keys().map(curve).collect(),
             }
         };
-        let mut all: Vec<&Measured> = Vec::new();
-        for subject in self.runs.iter().flatten() {
+        let mut all: Vec<&Measurement> = Vec::new();
+        for measured in self.runs.iter().flatten() {
             // A baseline may fail in one run only.
-            if !all.iter().any(|row| row.who == subject.who) {
-                all.push(subject);
+            if !all.iter().any(|row| row.subject == measured.subject) {
+                all.push(measured);
             }
         }
         all.into_iter().map(median_row).collect()
@@ -254,9 +263,9 @@ impl Results {
             1 => "one run".to_owned(),
             count => format!("medians of {count} runs"),
         };
-        let mut text = format!("{}: `{}`, {runs}\n\n| |", self.what, self.command);
+        let mut text = format!("{}: `{}`, {runs}\n\n| |", self.description, self.command);
         for row in &medians {
-            _ = write!(text, " {} |", row.who);
+            _ = write!(text, " {} |", row.subject);
         }
         text = text + "\n|---|" + &"--:|".repeat(medians.len());
         for (name, unit) in names {
@@ -274,7 +283,7 @@ impl Results {
         }
         for goal in &self.goals {
             let Evaluation { found, bound, verdict } = goal.evaluate(&self.runs);
-            _ = writeln!(text, "| {} of {} | {bound} | {found} | {verdict} |", goal.figure, goal.who);
+            _ = writeln!(text, "| {} of {} | {bound} | {found} | {verdict} |", goal.figure, goal.subject);
         }
         text + "\n" + &self.machine + "; " + &self.version.to_string() + "\n"
     }
@@ -335,7 +344,7 @@ pub(crate) fn report(dir: &Path) -> anyhow::Result<usize> {
                 text,
                 "| {} of {} | {bound} | {found} | {verdict} | [`{command}`]({scenario}.md) | {}{} |",
                 goal.figure,
-                goal.who,
+                goal.subject,
                 results.version,
                 if results.version.is_old() { ", **older than the code**" } else { "" }
             );
@@ -389,8 +398,8 @@ mod tests {
 
     #[test]
     fn tables_show_medians_and_goals() {
-        let measured = |who: &str, value| {
-            let mut measured = Measured::new(who);
+        let measured = |subject: &str, value| {
+            let mut measured = Measurement::new(subject);
             measured.add("p99", "ms", value);
             measured.add("share of nothing", "", f64::NAN);
             measured

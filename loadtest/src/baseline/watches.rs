@@ -41,8 +41,8 @@ pub(crate) async fn open(kubeconfig: &Path, count: usize) -> anyhow::Result<Watc
     let client = reqwest::Client::builder().no_proxy().http1_only().add_root_certificate(ca).build()?;
     let url = format!("{server}/api/v1/pods");
     let list: Value = {
-        let answer = client.get(format!("{url}?limit=1")).bearer_auth(token).send().await?;
-        serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?
+        let response = client.get(format!("{url}?limit=1")).bearer_auth(token).send().await?;
+        serde_json::from_slice(&response.error_for_status()?.bytes().await?)?
     };
     let version =
         list["metadata"]["resourceVersion"].as_str().context("listing pods failed: no resourceVersion")?;
@@ -51,10 +51,10 @@ pub(crate) async fn open(kubeconfig: &Path, count: usize) -> anyhow::Result<Watc
     let mut open = JoinSet::new();
     let (received, ended) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
     for _ in 0..count {
-        let mut answer = client.get(&url).bearer_auth(token).send().await?.error_for_status()?;
+        let mut response = client.get(&url).bearer_auth(token).send().await?.error_for_status()?;
         let (received, ended) = (Arc::clone(&received), Arc::clone(&ended));
         open.spawn(async move {
-            while let Ok(Some(chunk)) = answer.chunk().await {
+            while let Ok(Some(chunk)) = response.chunk().await {
                 received.fetch_add(chunk.len() as u64, Relaxed);
             }
             ended.fetch_add(1, Relaxed);

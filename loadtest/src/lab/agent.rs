@@ -86,8 +86,8 @@ impl Agent {
 
     /// The agent's `/v1/status`.
     pub async fn status(&self) -> anyhow::Result<Value> {
-        let answer = self.http.get(format!("{}/v1/status", self.url)).send().await?;
-        Ok(serde_json::from_slice(&answer.bytes().await?)?)
+        let response = self.http.get(format!("{}/v1/status", self.url)).send().await?;
+        Ok(serde_json::from_slice(&response.bytes().await?)?)
     }
 
     /// Waits until OPA has applied the hub's latest revision.
@@ -95,8 +95,8 @@ impl Agent {
         let process = self.process.as_mut().context("the agent is stopped")?;
         let url = format!("{}/v1/status", self.url);
         let in_step = async || {
-            let answer = self.http.get(&url).send().await.map_err(|error| error.to_string())?;
-            let body = answer.bytes().await.map_err(|error| error.to_string())?;
+            let response = self.http.get(&url).send().await.map_err(|error| error.to_string())?;
+            let body = response.bytes().await.map_err(|error| error.to_string())?;
             let status: Value = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
             if status["inStep"] == json!(true) { Ok(()) } else { Err(status.to_string()) }
         };
@@ -105,7 +105,7 @@ impl Agent {
 
     /// Success and body of `/readyz`.
     pub async fn readiness(&self) -> anyhow::Result<(bool, String)> {
-        let answer = self.http.get(format!("{}/readyz", self.url)).send().await?;
-        Ok((answer.status().is_success(), answer.text().await?))
+        let response = self.http.get(format!("{}/readyz", self.url)).send().await?;
+        Ok((response.status().is_success(), response.text().await?))
     }
 }

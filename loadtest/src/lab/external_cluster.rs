@@ -37,8 +37,9 @@ pub(super) async fn check(client: &Client) -> anyhow::Result<String> {
     let mut missing = Vec::new();
     for (verb, group, resource) in RIGHTS {
         let (name, subresource) = resource.split_once('/').unwrap_or((resource, ""));
-        let asked = json!({ "verb": verb, "group": group, "resource": name, "subresource": subresource });
-        if !may(client, &json!({ "resourceAttributes": asked })).await? {
+        let attributes =
+            json!({ "verb": verb, "group": group, "resource": name, "subresource": subresource });
+        if !may(client, &json!({ "resourceAttributes": attributes })).await? {
             missing.push(format!("{verb} {resource}"));
         }
     }
@@ -69,8 +70,8 @@ async fn may(client: &Client, spec: &Value) -> anyhow::Result<bool> {
         json!({ "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": spec });
     let request = http::Request::post(REVIEWS).header("content-type", "application/json");
     let request = request.body(serde_json::to_vec(&review)?)?;
-    let answer: Value = client.request(request).await.context("checking rights failed")?;
-    Ok(answer["status"]["allowed"] == true)
+    let response: Value = client.request(request).await.context("checking rights failed")?;
+    Ok(response["status"]["allowed"] == true)
 }
 
 /// Parses the text: some servers leave major and minor empty.

@@ -64,17 +64,21 @@ impl Hub {
     pub async fn wait_ready(&mut self) -> anyhow::Result<()> {
         let process = self.process.as_mut().context("the hub is stopped")?;
         let ready = async || {
-            let answer =
+            let response =
                 self.http.get(format!("{}/readyz", self.url)).send().await.map_err(|e| e.to_string())?;
-            if answer.status().is_success() { Ok(()) } else { Err(answer.text().await.unwrap_or_default()) }
+            if response.status().is_success() {
+                Ok(())
+            } else {
+                Err(response.text().await.unwrap_or_default())
+            }
         };
         process.until("the hub is ready", ready).await
     }
 
     /// The JSON response at a path.
     pub async fn json(&self, path: &str) -> anyhow::Result<Value> {
-        let answer = self.http.get(format!("{}{path}", self.url)).send().await?;
-        Ok(serde_json::from_slice(&answer.bytes().await?)?)
+        let response = self.http.get(format!("{}{path}", self.url)).send().await?;
+        Ok(serde_json::from_slice(&response.bytes().await?)?)
     }
 
     /// Sum of a metric over its labels.

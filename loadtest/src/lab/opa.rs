@@ -69,26 +69,29 @@ impl Opa {
 
     /// Document at `path` below `/v1/data`; `Null` if undefined.
     pub async fn data(&self, path: &str) -> anyhow::Result<Value> {
-        let answer = self.http.get(format!("{}/v1/data{path}", self.url)).send().await?.error_for_status()?;
-        let mut answer: Value = serde_json::from_slice(&answer.bytes().await?)?;
-        Ok(answer["result"].take())
+        let response =
+            self.http.get(format!("{}/v1/data{path}", self.url)).send().await?.error_for_status()?;
+        let mut response: Value = serde_json::from_slice(&response.bytes().await?)?;
+        Ok(response["result"].take())
     }
 
     /// Decision at `path` for `input`; `Null` if undefined.
     pub async fn decide(&self, path: &str, input: &Value) -> anyhow::Result<Value> {
         let body = serde_json::to_vec(&json!({ "input": input }))?;
-        let answer = self.http.post(format!("{}/v1/data{path}", self.url)).body(body).send().await?;
-        let mut answer: Value = serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?;
-        Ok(answer["result"].take())
+        let response = self.http.post(format!("{}/v1/data{path}", self.url)).body(body).send().await?;
+        let mut response: Value = serde_json::from_slice(&response.error_for_status()?.bytes().await?)?;
+        Ok(response["result"].take())
     }
 
     /// Number of pods in namespaces that start with `prefix`.
     pub async fn count_pods(&self, prefix: &str) -> anyhow::Result<u64> {
         const QUERY: &str = "n := sum([count(pods) | pods := data.kubernetes.pods[namespace]; startswith(namespace, input.prefix)])";
         let body = serde_json::to_vec(&json!({ "query": QUERY, "input": { "prefix": prefix } }))?;
-        let answer = self.http.post(format!("{}/v1/query", self.url)).body(body).send().await?;
-        let answer: Value = serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?;
-        answer["result"][0]["n"].as_u64().with_context(|| format!("counting pods in OPA failed: {answer}"))
+        let response = self.http.post(format!("{}/v1/query", self.url)).body(body).send().await?;
+        let response: Value = serde_json::from_slice(&response.error_for_status()?.bytes().await?)?;
+        response["result"][0]["n"]
+            .as_u64()
+            .with_context(|| format!("counting pods in OPA failed: {response}"))
     }
 
     /// Adds a module.
@@ -105,9 +108,9 @@ impl Opa {
 
     /// OPA's modules by id.
     pub async fn texts(&self) -> anyhow::Result<BTreeMap<String, String>> {
-        let answer = self.http.get(format!("{}/v1/policies", self.url)).send().await?.error_for_status()?;
-        let answer: Value = serde_json::from_slice(&answer.bytes().await?)?;
-        let list = answer["result"].as_array().context("listing OPA's policies failed: no list")?;
+        let response = self.http.get(format!("{}/v1/policies", self.url)).send().await?.error_for_status()?;
+        let response: Value = serde_json::from_slice(&response.bytes().await?)?;
+        let list = response["result"].as_array().context("listing OPA's policies failed: no list")?;
         let text = |module: &Value, field: &str| Some(module[field].as_str()?.to_owned());
         Ok(list.iter().filter_map(|module| Some((text(module, "id")?, text(module, "raw")?))).collect())
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::Measurement;
+use super::MemoryRow;
 
 const WIDTH: f64 = 720.0;
 const LABEL: f64 = 190.0;
@@ -10,9 +10,9 @@ const BAR: f64 = 380.0;
 const ROW: f64 = 62.0;
 const TOP: f64 = 56.0;
 
-pub(super) fn draw(pods: usize, all: &Measurement, auto: &Measurement) -> String {
+pub(super) fn draw(pods: usize, all: &MemoryRow, auto: &MemoryRow) -> String {
     let megabytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    let share = |row: &Measurement| 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
+    let share = |row: &MemoryRow| 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
     let rows = [
         ("OPA's memory", "MB", megabytes(all.opa_settled), megabytes(auto.opa_settled)),
         ("snapshot", "MB", megabytes(all.snapshot), megabytes(auto.snapshot)),

@@ -215,7 +215,7 @@ pub(crate) async fn fill(cluster: &Cluster, pods: usize) -> anyhow::Result<()> {
     for first in (0..pods).step_by(PODS_PER_NAMESPACE) {
         cluster.namespace(&Nth(first).namespace()).await?;
     }
-    let made = futures::stream::iter((0..pods).map(Nth)).map(|nth| async move {
+    let created = futures::stream::iter((0..pods).map(Nth)).map(|nth| async move {
         for stage in [Stage::Posted, Stage::Bound, Stage::Ready] {
             put_on_cluster(cluster, nth, stage).await?;
         }
@@ -224,7 +224,7 @@ pub(crate) async fn fill(cluster: &Cluster, pods: usize) -> anyhow::Result<()> {
         }
         anyhow::Ok(())
     });
-    made.buffer_unordered(FILL_REQUESTS).try_collect::<()>().await
+    created.buffer_unordered(FILL_REQUESTS).try_collect::<()>().await
 }
 
 fn list(items: &[Value]) -> Value {

@@ -13,7 +13,7 @@ use opa_hub_loadtest::lab::{Agent, Delivery, Opa, assets};
 use super::{Common, address, at_least, at_rate, command, hub_over};
 use crate::fake_apiserver::{FakeApiServer, large_pod, small_pod};
 use crate::histogram::Histogram;
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::{Schedule, Start, Swarm};
 
 const QUERY_INTERVAL: Duration = Duration::from_millis(2);
@@ -65,9 +65,9 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
         let mut measured = Vec::new();
-        for who in [BURST, SPREAD, LARGE] {
-            let divisor = if who == LARGE { LARGE_DIVISOR } else { 1 };
-            measured.push(once(who, (changes / divisor).max(1), pods / divisor).await?);
+        for subject in [BURST, SPREAD, LARGE] {
+            let divisor = if subject == LARGE { LARGE_DIVISOR } else { 1 };
+            measured.push(once(subject, (changes / divisor).max(1), pods / divisor).await?);
         }
         results.push(measured, common.out.as_deref())?;
     }
@@ -75,10 +75,10 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured> {
+async fn once(subject: &str, changes: usize, pods: usize) -> anyhow::Result<Measurement> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let dir = tempfile::tempdir()?;
-    let factory = if who == LARGE { large_pod } else { small_pod };
+    let factory = if subject == LARGE { large_pod } else { small_pod };
     let apiserver = FakeApiServer::start_with(dir.path(), pods, factory).await?;
     let hub = hub_over(&apiserver, dir.path()).await?;
     let opa = Opa::start(&assets, dir.path(), None, &[]).await?;
@@ -89,7 +89,7 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     let commits = hub.metric("opa_hub_view_changes_total").await?;
     let changed: Vec<_> = (0..pods).filter(|pod| pod % 100 < CHANGED_PERCENT).collect();
     let change = |number: u64| apiserver.change(changed[number as usize % changed.len()], number);
-    if who == SPREAD {
+    if subject == SPREAD {
         let time = Duration::from_secs_f64((changes as f64 + 0.5) / SPREAD_RATE);
         at_rate(&Schedule::default(), SPREAD_RATE, time, async |number, _| {
             change(number);
@@ -129,7 +129,7 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     };
     let (answered, arrived) = tokio::join!(query(&opa, &path, &queries, &stop), arrives);
     answered?;
-    let mut measured = Measured::new(who);
+    let mut measured = Measurement::new(subject);
     measured.add("commits that it missed", "", commits as f64);
     measured.add("until OPA has all that the hub has", "ms", arrived?.as_secs_f64() * 1000.0);
     let found = opa.data("/kubernetes/pods").await?;

@@ -19,7 +19,7 @@ use super::{Common, MISMATCHES, at_least, at_rate, cluster_of, command, megabyte
 use crate::baseline::{self, Baseline, Scale};
 use crate::histogram::Histogram;
 use crate::probe::{self, Probes};
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::{Schedule, WHOLE};
 
 /// One in so many changes is of the probed pod.
@@ -121,7 +121,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
                 Err(error) => return Err(error),
             }
         }
-        measured.sort_by_key(|row| baselines.iter().position(|baseline| baseline.name() == row.who));
+        measured.sort_by_key(|row| baselines.iter().position(|baseline| baseline.name() == row.subject));
         results.push(measured, common.out.as_deref())?;
         // Later baselines meet an API server with a longer history.
         order.rotate_left(2);
@@ -136,7 +136,7 @@ async fn once(
     cluster: &Cluster,
     scale: Scale,
     (rate, time): (usize, usize),
-) -> anyhow::Result<Measured> {
+) -> anyhow::Result<Measurement> {
     let due = Schedule::sampling(CYCLE);
     let idle = idle_watches(cluster).await?;
     // Otherwise a late OPA returns the previous baseline's number.
@@ -144,7 +144,7 @@ async fn once(
     let phase = PHASE.fetch_add(1, Relaxed);
     let mut running = baseline.start(plane, scale, &due).await?;
     tokio::time::sleep(SETTLE).await;
-    let mut measured = Measured::new(baseline.name());
+    let mut measured = Measurement::new(baseline.name());
     let urls: Vec<_> = running.opas.iter().map(|opa| opa.url.clone()).collect();
     let probes = Arc::new(Probes::start(&urls, Nth(0))?);
     let watching = watches(cluster).await?.saturating_sub(idle);

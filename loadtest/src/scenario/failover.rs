@@ -14,7 +14,7 @@ use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
 
 use super::{Common, MISMATCHES, address, at_least, cluster_of, command, hub_flags};
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::{Schedule, Start, Swarm};
 use crate::{baseline, probe};
 
@@ -83,7 +83,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
+async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Measurement>> {
     let (plane, cluster) = cluster_of(pods).await?;
     baseline::policy(&cluster).await?;
     let mut flags = hub_flags(&plane, baseline::DECISIONS);
@@ -94,7 +94,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
     let hot = Nth(0);
     let input = probe::input(hot);
     let mut measured = Vec::new();
-    for (who, fault) in [(OTHER, Fault::Killed), (SAME, Fault::Restarted), (SILENT, Fault::Silent)] {
+    for (subject, fault) in [(OTHER, Fault::Killed), (SAME, Fault::Restarted), (SILENT, Fault::Silent)] {
         let [first, second] = &mut hubs;
         if first.process.is_none() {
             first.spawn()?;
@@ -145,7 +145,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
         }
         swarm.reach(number, 0).await?;
         let delays = swarm.take_delays();
-        let mut row = Measured::new(who);
+        let mut row = Measurement::new(subject);
         row.add(ALL, "ms", delays.percentile(100.0) * 1000.0);
         row.add_delays("from the fault to a change at an agent", &delays);
         row.add(RECONCILES, "", swarm.counts().reconciles.load(Relaxed) as f64);
@@ -167,7 +167,7 @@ async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Mea
         }
         row.add(LOADED, "", loads as f64 - opas as f64);
         row.add(MISMATCHES, "", swarm.settled_mismatches(&cluster.pods(&[]).await?, POINTERS).await as f64);
-        eprintln!("  {who}: {:.0} ms", delays.percentile(100.0) * 1000.0);
+        eprintln!("  {subject}: {:.0} ms", delays.percentile(100.0) * 1000.0);
         measured.push(row);
     }
     Ok(measured)

@@ -14,7 +14,7 @@ use opa_hub_loadtest::lab::process::{Process, Usage};
 
 use super::{Common, MISMATCHES, SwarmSetup, at_least, command, kernel_growth, seconds};
 use crate::baseline::raw;
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::{Schedule, Swarm, WHOLE};
 
 /// Agents become idle between changes.
@@ -79,14 +79,14 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn measure_hub(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measured, usize)> {
+async fn measure_hub(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measurement, usize)> {
     let SwarmSetup { apiserver, hub, due, swarm, before, .. } =
         &mut SwarmSetup::start(1, agents, &[]).await?;
     tokio::time::sleep(PAUSE * 10).await;
     eprintln!("  opa-hub: {agents} agents");
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
     let process = hub.process.as_ref().context("the hub is stopped")?;
-    let mut measured = Measured::new("opa-hub");
+    let mut measured = Measurement::new("opa-hub");
     let change = async |number| {
         apiserver.change(0, number);
         Ok(())
@@ -106,7 +106,7 @@ async fn measure_raw(
     rounds: usize,
     time: Duration,
     bytes: usize,
-) -> anyhow::Result<Measured> {
+) -> anyhow::Result<Measurement> {
     let address: SocketAddr = format!("127.0.0.1:{}", free_port()?).parse()?;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["raw", "--listen", &address.to_string(), "--bytes", &bytes.to_string()]);
@@ -119,7 +119,7 @@ async fn measure_raw(
     eprintln!("  raw: {agents} readers");
     // The raw server counts by itself.
     let mut change = async |_| driver.send_next();
-    let mut measured = Measured::new("raw");
+    let mut measured = Measurement::new("raw");
     one_by_one(&mut measured, &mut swarm, &due, &process, before, rounds, &mut change).await?;
     sustained(&mut measured, &mut swarm, &process, due.len(), time, change).await?;
     Ok(measured)
@@ -127,7 +127,7 @@ async fn measure_raw(
 
 /// Returns the bytes of an event.
 async fn one_by_one(
-    measured: &mut Measured,
+    measured: &mut Measurement,
     swarm: &mut Swarm,
     due: &Schedule,
     process: &Process,
@@ -159,7 +159,7 @@ async fn one_by_one(
 
 /// Delays are not recorded, to spare the readers.
 async fn sustained(
-    measured: &mut Measured,
+    measured: &mut Measurement,
     swarm: &mut Swarm,
     process: &Process,
     mut last: u64,

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{Common, at_least, cluster_of, command};
 use crate::baseline::{self, Baseline, Running, Scale};
 use crate::probe;
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::Schedule;
 
 const ALL: &str = "from the kill until every OPA has what changed meanwhile";
@@ -60,7 +60,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
+async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measurement>> {
     let (mut plane, cluster) = cluster_of(pods).await?;
     baseline::policy(&cluster).await?;
     let mut running =
@@ -78,7 +78,7 @@ async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
         }
         let before = snapshots(&running).await?;
         let took = kill(part, round, &mut plane, &cluster, &mut running).await?;
-        let mut row = Measured::new(name);
+        let mut row = Measurement::new(name);
         row.add(ALL, "ms", took.as_secs_f64() * 1000.0);
         for agent in &mut running.agents {
             agent.wait_in_step().await?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{Common, KERNEL, MISMATCHES, SwarmSetup, at_least, at_rate, command, kernel_growth, usage};
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::{Pace, WHOLE};
 
 const PODS: usize = 1000;
@@ -90,12 +90,12 @@ struct Growth {
 }
 
 async fn once(
-    who: &str,
+    subject: &str,
     agents: usize,
     each: usize,
     rate: usize,
     time: usize,
-) -> anyhow::Result<(Measured, Growth)> {
+) -> anyhow::Result<(Measurement, Growth)> {
     let paces = [(Pace::Stalled, each), (Pace::Trickling, each)];
     let SwarmSetup { apiserver, hub, due, swarm, before: alone, .. } =
         &mut SwarmSetup::start(PODS, agents, &paces).await?;
@@ -108,7 +108,7 @@ async fn once(
     })
     .await?;
     swarm.reach(last, 2 * each).await?;
-    let mut measured = Measured::new(who);
+    let mut measured = Measurement::new(subject);
     measured.add_delays(DELAY, &swarm.take_delays());
     let after = usage(hub)?;
     let resident = after.rss as f64 - before.rss as f64;
@@ -124,6 +124,6 @@ async fn once(
     }
     measured.add(ENDED, "", swarm.counts().ended.load(Relaxed) as f64);
     measured.add(MISMATCHES, "", swarm.mismatches(&apiserver.pods(), WHOLE) as f64);
-    eprintln!("  {}: {last} changes", measured.who);
+    eprintln!("  {}: {last} changes", measured.subject);
     Ok((measured, grown))
 }

@@ -10,7 +10,7 @@ use super::{
     usage,
 };
 use crate::histogram::Histogram;
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::WHOLE;
 
 const PODS: usize = 3000;
@@ -56,13 +56,13 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measured> {
+async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measurement> {
     const PARTS: usize = 10;
     let SwarmSetup { apiserver, hub, due, swarm, before: alone, .. } =
         &mut SwarmSetup::start(PODS, agents, &[]).await?;
     let before = usage(hub)?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
-    let mut measured = Measured::new("opa-hub");
+    let mut measured = Measurement::new("opa-hub");
     let (all, mut p99, mut last) = (Histogram::new(), Vec::new(), 0);
     for part in 1..=PARTS {
         let part_of_time = Duration::from_secs(time as u64) / PARTS as u32;

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::baseline::{self, Baseline, Scale};
 use crate::fake_apiserver::FakeApiServer;
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::Schedule;
 
 const CHANGES: u64 = 20;
@@ -69,7 +69,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         for baseline in &baselines {
             let running =
                 baseline.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
-            let mut row = Measured::new(baseline.name());
+            let mut row = Measurement::new(baseline.name());
             row.add(COLD, "s", running.cold.as_secs_f64());
             for (name, cpu) in running.cpu()? {
                 row.add(&format!("CPU of {name} by then"), "s", cpu);
@@ -85,7 +85,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn join(measured: &mut Measured, joins: usize, pods: usize) -> anyhow::Result<()> {
+async fn join(measured: &mut Measurement, joins: usize, pods: usize) -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let apiserver = FakeApiServer::start(dir.path(), pods).await?;
     let hub = hub_over(&apiserver, dir.path()).await?;

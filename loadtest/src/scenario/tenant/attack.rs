@@ -298,7 +298,7 @@ async fn flood(
         for number in next..next + at_once {
             let request = request(number).timeout(REQUEST_MAX);
             // The hub builds the body even if unread.
-            asking.spawn(async move { request.send().await.map(|answer| answer.status()) });
+            asking.spawn(async move { request.send().await.map(|response| response.status()) });
             counts.step();
         }
         next += at_once;

@@ -29,7 +29,7 @@ use self::objects::{
 use self::site::{Site, get, in_time};
 use self::work::{LATE_MAX, POLICIES, Tenant, drain, revision};
 use super::{Common, at_least, command, megabytes};
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 
 /// Includes building an outdated hub.
 const START_MAX: Duration = Duration::from_secs(600);
@@ -89,7 +89,7 @@ struct Lab {
 }
 
 struct Phase {
-    measured: Measured,
+    measured: Measurement,
     /// For each kind of B's work, in seconds.
     p99: [f64; 4],
     unseen: u64,
@@ -120,7 +120,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn once(length: Duration) -> anyhow::Result<(Vec<Measured>, Vec<String>)> {
+async fn once(length: Duration) -> anyhow::Result<(Vec<Measurement>, Vec<String>)> {
     let mut lab = Lab::start().await?;
     let (mut all, mut failures, mut unseen) = (Vec::new(), Vec::new(), 0);
     let mut calm = [0.0; 4];
@@ -128,7 +128,7 @@ async fn once(length: Duration) -> anyhow::Result<(Vec<Measured>, Vec<String>)> 
     for (name, attack) in std::iter::once((CALM, None)).chain(attacks) {
         // Control: the same writes, not selected by the hub.
         let control = attack.is_some_and(Attack::writes).then_some(false);
-        let (mut slowdowns, mut measured) = (Vec::new(), Measured::new(name));
+        let (mut slowdowns, mut measured) = (Vec::new(), Measurement::new(name));
         for is_selected in control.into_iter().chain([true]) {
             let phase = Box::pin(lab.phase(name, attack, is_selected, length)).await.context(name)?;
             unseen += phase.unseen;
@@ -150,7 +150,7 @@ async fn once(length: Duration) -> anyhow::Result<(Vec<Measured>, Vec<String>)> 
         all.push(measured);
     }
     let differences = lab.differences().await?;
-    let mut whole = Measured::new(WHOLE);
+    let mut whole = Measurement::new(WHOLE);
     whole.add(UNSEEN, "", unseen as f64);
     whole.add(MEMORY, "MB", megabytes(lab.memory.peak.get()));
     whole.add(RESTARTS, "", lab.restarts as f64);
@@ -263,7 +263,7 @@ impl Lab {
         attacking.abort_all();
         let after = self.cpu();
 
-        let mut measured = Measured::new(name);
+        let mut measured = Measurement::new(name);
         let (mut p99, mut done, mut seen) = ([0.0; 4], 0, 0);
         for ((kind, rate, tracker), p99) in self.tenant.kinds().into_iter().zip(&mut p99) {
             let (delays, seen_of_kind) = tracker.take();
@@ -319,11 +319,11 @@ impl Lab {
 
     /// Restarts a hub that ended or does not serve both tenants. Returns the reason.
     async fn recover(&mut self, death: Option<String>) -> anyhow::Result<Option<String>> {
-        let trouble = match death {
+        let reason = match death {
             Some(death) => Some(format!("the attack killed the hub: {death}")),
             None => self.restore_calm().await?.err(),
         };
-        if trouble.is_some() {
+        if reason.is_some() {
             self.restarts += 1;
             self.hub.kill();
             clean(&self.cluster).await?;
@@ -334,7 +334,7 @@ impl Lab {
                 .map_err(anyhow::Error::msg)
                 .context("after the hub was started again")?;
         }
-        Ok(trouble)
+        Ok(reason)
     }
 
     /// Waits until the hub serves an edit of each tenant. The inner error is the hub's.

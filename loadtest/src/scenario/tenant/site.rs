@@ -75,8 +75,8 @@ impl Site {
 }
 
 pub(super) async fn get(http: &Client, url: &str) -> anyhow::Result<Value> {
-    let answer = http.get(url).timeout(REQUEST_MAX).send().await?;
-    Ok(serde_json::from_slice(&answer.bytes().await?)?)
+    let response = http.get(url).timeout(REQUEST_MAX).send().await?;
+    Ok(serde_json::from_slice(&response.bytes().await?)?)
 }
 
 pub(super) async fn in_time<T>(
