@@ -30,7 +30,7 @@ pub(crate) fn input(nth: Nth) -> Value {
 
 pub(crate) struct Probes {
     queues: Vec<UnboundedSender<(u64, Instant)>>,
-    _asking: JoinSet<()>,
+    _tasks: JoinSet<()>,
     pub(crate) delays: Arc<Histogram>,
     newest: Arc<Vec<AtomicU64>>,
 }
@@ -39,21 +39,21 @@ impl Probes {
     pub(crate) fn start(opas: &[String], nth: Nth) -> anyhow::Result<Self> {
         let body = json!({ "input": input(nth) }).to_string();
         let mut queues = Vec::new();
-        let (delays, mut asking) = (Arc::new(Histogram::new()), JoinSet::new());
+        let (delays, mut tasks) = (Arc::new(Histogram::new()), JoinSet::new());
         let newest: Arc<Vec<AtomicU64>> = Arc::new(opas.iter().map(|_| 0.into()).collect());
         for (index, opa) in opas.iter().enumerate() {
             let (url, http, body) = (format!("{opa}/v1/data{DECISION}"), http()?, body.clone());
             let (queue, mut expected) = unbounded_channel();
             queues.push(queue);
             let (delays, newest) = (Arc::clone(&delays), Arc::clone(&newest));
-            asking.spawn(async move {
+            tasks.spawn(async move {
                 while let Some(first) = expected.recv().await {
                     let mut open: Vec<(u64, Instant)> = vec![first];
                     while !open.is_empty() {
                         while let Ok(next) = expected.try_recv() {
                             open.push(next);
                         }
-                        let found = ask(&http, &url, body.clone()).await;
+                        let found = query_round(&http, &url, body.clone()).await;
                         open.retain(|(number, due)| {
                             let is_open = found.is_none_or(|found| found < *number);
                             if !is_open {
@@ -67,7 +67,7 @@ impl Probes {
                 }
             });
         }
-        Ok(Self { queues, _asking: asking, delays, newest })
+        Ok(Self { queues, _tasks: tasks, delays, newest })
     }
 
     pub(crate) fn expect(&self, number: u64, due: Instant) {
@@ -79,7 +79,7 @@ impl Probes {
     }
 }
 
-async fn ask(http: &reqwest::Client, url: &str, input: String) -> Option<u64> {
+async fn query_round(http: &reqwest::Client, url: &str, input: String) -> Option<u64> {
     let response = http.post(url).body(input).send().await.ok()?;
     let response: Value = serde_json::from_slice(&response.bytes().await.ok()?).ok()?;
     response["result"].as_str()?.parse().ok()

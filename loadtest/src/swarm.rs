@@ -181,7 +181,7 @@ impl Swarm {
         std::mem::replace(&mut delays, Arc::new(Histogram::new()))
     }
 
-    /// Number of verifiers whose pods are no part of the source's, or differ at these JSON pointers.
+    /// Number of verifiers whose pods are not subsets of the source's, or differ at these JSON pointers.
     pub(crate) fn mismatches(&self, source: &Value, fields: &[&str]) -> usize {
         let source = pods::entries_of_run(source);
         let matches = |found: &Value, source: &Value| {

@@ -23,7 +23,7 @@ use crate::swarm::{Schedule, Start, Swarm};
 
 #[derive(Clone)]
 pub(crate) enum Baseline {
-    /// The changes alone.
+    /// No hub and no OPA: the cost of the changes alone.
     Nothing,
     /// One hub, and an agent for each OPA.
     Hub,

@@ -67,7 +67,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         let mut measured = Vec::new();
         for subject in [BURST, SPREAD, LARGE] {
             let divisor = if subject == LARGE { LARGE_DIVISOR } else { 1 };
-            measured.push(once(subject, (changes / divisor).max(1), pods / divisor).await?);
+            measured.push(run_once(subject, (changes / divisor).max(1), pods / divisor).await?);
         }
         results.push(measured, common.out.as_deref())?;
     }
@@ -75,7 +75,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn once(subject: &str, changes: usize, pods: usize) -> anyhow::Result<Measurement> {
+async fn run_once(subject: &str, changes: usize, pods: usize) -> anyhow::Result<Measurement> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let dir = tempfile::tempdir()?;
     let factory = if subject == LARGE { large_pod } else { small_pod };

@@ -113,7 +113,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         }
         let mut measured = Vec::new();
         for baseline in &order {
-            match once(baseline, &plane, &cluster, scale, (rate, seconds)).await {
+            match run_once(baseline, &plane, &cluster, scale, (rate, seconds)).await {
                 Ok(figures) => measured.push(figures),
                 Err(error) if !baseline.must_succeed() => {
                     eprintln!("  {} failed: {error:#}", baseline.name());
@@ -130,7 +130,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn once(
+async fn run_once(
     baseline: &Baseline,
     plane: &ControlPlane,
     cluster: &Cluster,

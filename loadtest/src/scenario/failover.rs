@@ -77,13 +77,13 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     );
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        results.push(once(agents, pods, opas).await?, common.out.as_deref())?;
+        results.push(run_once(agents, pods, opas).await?, common.out.as_deref())?;
     }
     results.finish(common.out.as_deref());
     Ok(())
 }
 
-async fn once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Measurement>> {
+async fn run_once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec<Measurement>> {
     let (plane, cluster) = cluster_of(pods).await?;
     baseline::policy(&cluster).await?;
     let mut flags = hub_flags(&plane, baseline::DECISIONS);

@@ -54,13 +54,13 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     );
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        results.push(once(pods, opas).await?, common.out.as_deref())?;
+        results.push(run_once(pods, opas).await?, common.out.as_deref())?;
     }
     results.finish(common.out.as_deref());
     Ok(())
 }
 
-async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measurement>> {
+async fn run_once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measurement>> {
     let (mut plane, cluster) = cluster_of(pods).await?;
     baseline::policy(&cluster).await?;
     let mut running =

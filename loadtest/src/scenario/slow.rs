@@ -64,9 +64,9 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             let (mut alone, mut slow) = (None, None);
             for is_slow in [run % 2 == 1, run % 2 == 0] {
                 if is_slow {
-                    slow = Some(once(name, agents, each, rate, seconds).await?);
+                    slow = Some(run_once(name, agents, each, rate, seconds).await?);
                 } else {
-                    alone = Some(once(base, steady, 0, rate, seconds).await?);
+                    alone = Some(run_once(base, steady, 0, rate, seconds).await?);
                 }
             }
             let (Some((alone, base)), Some((mut slow, grown))) = (alone, slow) else { continue };
@@ -89,7 +89,7 @@ struct Growth {
     kernel: f64,
 }
 
-async fn once(
+async fn run_once(
     subject: &str,
     agents: usize,
     each: usize,

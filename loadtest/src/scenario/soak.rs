@@ -50,13 +50,13 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     );
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        results.push(vec![once(agents, rate, seconds).await?], common.out.as_deref())?;
+        results.push(vec![run_once(agents, rate, seconds).await?], common.out.as_deref())?;
     }
     results.finish(common.out.as_deref());
     Ok(())
 }
 
-async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measurement> {
+async fn run_once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measurement> {
     const PARTS: usize = 10;
     let SwarmSetup { apiserver, hub, due, swarm, before: alone, .. } =
         &mut SwarmSetup::start(PODS, agents, &[]).await?;

@@ -294,16 +294,16 @@ async fn flood(
 ) {
     let mut next = 0;
     while next < max && Instant::now() < until {
-        let mut asking = JoinSet::new();
+        let mut requests = JoinSet::new();
         for number in next..next + at_once {
             let request = request(number).timeout(REQUEST_MAX);
             // The hub builds the body even if unread.
-            asking.spawn(async move { request.send().await.map(|response| response.status()) });
+            requests.spawn(async move { request.send().await.map(|response| response.status()) });
             counts.step();
         }
         next += at_once;
-        while let Some(asked) = asking.join_next().await {
-            let (is_trace, is_closed) = match asked {
+        while let Some(finished) = requests.join_next().await {
+            let (is_trace, is_closed) = match finished {
                 Ok(Ok(status)) => {
                     let refusals = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS];
                     (true, refusals.contains(&status))

@@ -27,7 +27,7 @@ use self::objects::{
     policy_of_b, settings, spec_of_a,
 };
 use self::site::{Site, get, in_time};
-use self::work::{LATE_MAX, POLICIES, Tenant, drain, revision};
+use self::work::{LATE_MAX, POLICIES, Tenant, read_stream_of_a, revision};
 use super::{Common, at_least, command, megabytes};
 use crate::results::{Goal, Measurement, Results};
 
@@ -111,7 +111,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let mut failures = Vec::new();
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        let (measured, failed) = Box::pin(once(Duration::from_secs(seconds as u64))).await?;
+        let (measured, failed) = Box::pin(run_once(Duration::from_secs(seconds as u64))).await?;
         results.push(measured, common.out.as_deref())?;
         failures.extend(failed);
     }
@@ -120,7 +120,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn once(length: Duration) -> anyhow::Result<(Vec<Measurement>, Vec<String>)> {
+async fn run_once(length: Duration) -> anyhow::Result<(Vec<Measurement>, Vec<String>)> {
     let mut lab = Lab::start().await?;
     let (mut all, mut failures, mut unseen) = (Vec::new(), Vec::new(), 0);
     let mut calm = [0.0; 4];
@@ -201,7 +201,7 @@ impl Lab {
         let http = http()?;
         let tenant = Tenant::start(&http, &hub.url, &opa.url);
         let mut reader_of_a = JoinSet::new();
-        reader_of_a.spawn(drain(http.clone(), hub.url.clone()));
+        reader_of_a.spawn(read_stream_of_a(http.clone(), hub.url.clone()));
         let mut lab = Self {
             tenant,
             _agent: agent,
@@ -266,14 +266,14 @@ impl Lab {
         let mut measured = Measurement::new(name);
         let (mut p99, mut done, mut seen) = ([0.0; 4], 0, 0);
         for ((kind, rate, tracker), p99) in self.tenant.kinds().into_iter().zip(&mut p99) {
-            let (delays, seen_of_kind) = tracker.take();
+            let (delays, seen_of_kind) = tracker.drain();
             measured.add_delays(kind, &delays);
             *p99 = delays.percentile(99.0);
             // Same as `at_rate`, even if the phase ended early.
             done += (rate * length.as_secs_f64()) as u64;
             seen += seen_of_kind;
         }
-        measured.add_delays(WRITES, &self.tenant.writes.take().0);
+        measured.add_delays(WRITES, &self.tenant.writes.drain().0);
         // More curves would make the chart unreadable.
         measured.curves.retain(|kind, _| kind == POLICIES);
         let unseen = done.saturating_sub(seen);

@@ -103,13 +103,13 @@ impl Tenant {
         let edits = at_rate(&self.edits.due, CHANGE_RATE, length, async |number, _| {
             self.edit_settings(site, number).await
         });
-        let mut asking = JoinSet::new();
+        let mut requests = JoinSet::new();
         let archives = at_rate(&self.archives.due, ARCHIVE_RATE, length, async |_, due| {
-            asking.spawn(archive(site.clone(), due, Arc::clone(&self.archives)));
+            requests.spawn(archive(site.clone(), due, Arc::clone(&self.archives)));
             Ok(())
         });
         tokio::try_join!(policies, pods, edits, archives)?;
-        while asking.join_next().await.is_some() {}
+        while requests.join_next().await.is_some() {}
         while !self.is_done() {
             tokio::time::sleep(POLL_INTERVAL).await;
         }
@@ -154,8 +154,8 @@ impl Tenant {
             if self.is_done() { Ok(()) } else { Err("B's edits are not seen") }
         });
         let served = served.await;
-        self.kinds().iter().for_each(|(_, _, tracker)| drop(tracker.take()));
-        drop(self.writes.take());
+        self.kinds().iter().for_each(|(_, _, tracker)| drop(tracker.drain()));
+        drop(self.writes.drain());
         served.map(drop)
     }
 }
@@ -215,7 +215,7 @@ async fn archive(site: Site, due: Instant, archives: Arc<Tracker>) {
     archives.record_response(due, is_whole);
 }
 
-pub(super) async fn drain(http: Client, hub: String) {
+pub(super) async fn read_stream_of_a(http: Client, hub: String) {
     let url = format!("{hub}/bundles/{A}/stream?namespace={A}");
     loop {
         if let Ok(mut stream) = http.get(&url).send().await {
@@ -258,7 +258,7 @@ impl Tracker {
     }
 
     /// Resets the tracker. Open edits count with their age.
-    pub(super) fn take(&self) -> (Histogram, u64) {
+    pub(super) fn drain(&self) -> (Histogram, u64) {
         let mut state = self.state();
         for (_, since) in std::mem::take(&mut state.open) {
             state.delays.record(since.elapsed());
@@ -299,10 +299,10 @@ mod tests {
         assert!(tracker.is_done());
         tracker.expect(4);
         assert!(!tracker.is_done());
-        let (delays, seen) = tracker.take();
+        let (delays, seen) = tracker.drain();
         assert_eq!((delays.count(), seen, tracker.is_done()), (4, 3, true));
         assert_eq!(
-            (tracker.take().1, newest("\"round\":\"7\" \"round\":\"12\"", "\"round\":\"")),
+            (tracker.drain().1, newest("\"round\":\"7\" \"round\":\"12\"", "\"round\":\"")),
             (0, Some(12))
         );
     }
