@@ -20,6 +20,7 @@ use crate::{baseline, probe};
 
 const SETTLE: Duration = Duration::from_secs(3);
 const ALL: &str = "from the fault until every agent has a change made right after it";
+const AGENTS: &str = "agents";
 const RECONCILES: &str = "agents that had to reconcile";
 const LOADED: &str = "real agents that loaded their OPA anew";
 const OTHER: &str = "another replica";
@@ -122,6 +123,7 @@ async fn run_once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec
         let addresses = urls.iter().map(|url| url.trim_start_matches("http://").parse::<SocketAddr>());
         let addresses: Vec<_> = addresses.collect::<Result<_, _>>()?;
         let start = Arc::new(Start::fetch(&first.url).await?);
+        let agents = if fault == Fault::Silent { agents.min(proxied_agents_max()?) } else { agents };
         let mut swarm = Swarm::open(start, addresses, due.clone(), agents, &[]).await?;
         tokio::time::sleep(SETTLE).await;
         let change = async |number: u64| {
@@ -146,6 +148,7 @@ async fn run_once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec
         swarm.reach(number, 0).await?;
         let delays = swarm.take_delays();
         let mut row = Measurement::new(subject);
+        row.add(AGENTS, "", agents as f64);
         row.add(ALL, "ms", delays.percentile(100.0) * 1000.0);
         row.add_delays("from the fault to a change at an agent", &delays);
         row.add(RECONCILES, "", swarm.counts().reconciles.load(Relaxed) as f64);
@@ -175,4 +178,11 @@ async fn run_once(agents: usize, pods: usize, opas: usize) -> anyhow::Result<Vec
 
 async fn reconcile_encodes(hub: &Hub) -> anyhow::Result<u64> {
     hub.metric("opa_hub_reconcile_encodes_total").await
+}
+
+/// Number of agents that one process can connect through a proxy of its own, which takes three file descriptors each. A
+/// quarter of the limit leaves room for connections to the next hub.
+fn proxied_agents_max() -> anyhow::Result<usize> {
+    let (limit, _) = rlimit::Resource::NOFILE.get().context("reading the limit of open files failed")?;
+    Ok(usize::try_from(limit / 4)?)
 }
