@@ -1,11 +1,10 @@
-# Rights of the agent at an OPA that runs with --authentication=token --authorization=basic. OPA loads this file itself
-# (opa run --server ... opa-authz.rego), since the rights must be there before the agent is.
+# The agent's rights at an OPA with --authentication=token --authorization=basic. OPA loads this file at start:
+# opa run --server ... opa-authz.rego
 package system.authz
 
 default allow := false
 
-# The agent. Its token is the environment variable AGENT_TOKEN of OPA's container and the file of the agent's
-# --opa-auth-token-file.
+# The agent's token (--opa-auth-token-file) is AGENT_TOKEN in OPA's environment.
 allow if {
 	input.identity == opa.runtime().env.AGENT_TOKEN
 	some [method, start] in agent_requests
@@ -13,7 +12,7 @@ allow if {
 	array.slice(input.path, 0, count(start)) == start
 }
 
-# Method of a request, and how its path starts.
+# Method and path prefix.
 agent_requests := [
 	["PATCH", ["v1", "data"]],
 	["PUT", ["v1", "data"]],
@@ -25,7 +24,7 @@ agent_requests := [
 	["DELETE", ["v1", "policies"]],
 ]
 
-# Applications ask for decisions.
+# Decisions for applications.
 allow if {
 	input.method == "POST"
 	array.slice(input.path, 0, 2) == ["v1", "data"]

@@ -1,4 +1,4 @@
-//! Objects on the API server: ConfigMaps, pods, namespaces.
+//! Kubernetes objects that the lab creates and reads.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,37 +18,32 @@ use crate::eventually::within;
 use crate::lab::process::Usage;
 use crate::pods;
 
-/// The label that marks policies.
+/// Label of policy ConfigMaps.
 pub const POLICY: (&str, &str) = ("openpolicyagent.org/policy", "rego");
-/// The label that marks data.
+/// Label of data ConfigMaps.
 pub const DATA: (&str, &str) = ("openpolicyagent.org/data", "opa");
 
-/// The annotation that holds a verdict.
 const STATUS: &str = "openpolicyagent.org/kube-mgmt-status";
-/// The label of namespaces of guests: their prefix.
-const GUESTS: &str = "opahub.dev/load";
+const RUN_LABEL: &str = "opahub.dev/load";
 
-/// A new namespace gets its default account within this time.
-const ACCOUNT_COMES: Duration = Duration::from_secs(10);
-/// Maximum time for the removal of namespaces: the cluster waits half a minute for pods alone, and removes the objects of a
-/// run at its own rate.
-const REMOVAL: Duration = Duration::from_secs(600);
-/// Pause between two looks at namespaces that are being removed, to spare the user's API server.
-const REMOVAL_LOOK: Duration = Duration::from_millis(500);
+const ACCOUNT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The cluster waits 30 s for pods alone.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(600);
+const REMOVAL_POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Whether it is an answer of the API server with this status.
+/// Whether the error is an API server response with this status code.
 pub fn has_code(error: &anyhow::Error, code: u16) -> bool {
     matches!(error.downcast_ref(), Some(kube::Error::Api(status)) if status.code == code)
 }
 
-/// Changes of pods that the API server produced.
+/// Counter of pod changes.
 pub struct PodEvents {
     count: Arc<AtomicU64>,
     task: JoinHandle<()>,
 }
 
 impl PodEvents {
-    /// Changes until now.
+    /// Number of changes so far.
     pub fn count(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }
@@ -60,29 +55,29 @@ impl Drop for PodEvents {
     }
 }
 
-/// Writes objects.
+/// Client for the lab's objects.
 #[derive(Clone)]
 pub struct Cluster {
-    /// With the rights to do so.
+    /// Client with the rights that the calls need.
     pub client: Client,
 }
 
 impl Cluster {
-    /// Posts any object to its collection, e.g. `/api/v1/pods`.
+    /// Posts an object to its collection, e.g. `/api/v1/pods`.
     pub async fn create(&self, collection: &str, object: &Value) -> anyhow::Result<()> {
         let request = http::Request::post(collection).header("content-type", "application/json");
         self.client.request::<Value>(request.body(serde_json::to_vec(object)?)?).await?;
         Ok(())
     }
 
-    /// Merges into any object, e.g. `/api/v1/namespaces/x/pods/y/status`.
+    /// Merge-patches an object.
     pub async fn merge(&self, object: &str, patch: &Value) -> anyhow::Result<()> {
         let request = http::Request::patch(object).header("content-type", "application/merge-patch+json");
         self.client.request::<Value>(request.body(serde_json::to_vec(patch)?)?).await?;
         Ok(())
     }
 
-    /// Grants a user these rules in the whole cluster, under a name of their own.
+    /// Grants a user cluster-wide `rules` by a ClusterRole and binding `name`.
     pub async fn grant(&self, name: &str, user: &str, rules: &[Value]) -> anyhow::Result<()> {
         const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
         let role = json!({ "metadata": { "name": name }, "rules": rules });
@@ -112,9 +107,9 @@ impl Cluster {
         self.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition).await
     }
 
-    /// Makes a namespace, unless it is there.
+    /// Creates a namespace, if absent.
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
-        let labels = pods::guests().map(|prefix| BTreeMap::from([(GUESTS.to_owned(), prefix)]));
+        let labels = pods::external_prefix().map(|prefix| BTreeMap::from([(RUN_LABEL.to_owned(), prefix)]));
         let namespace = Namespace {
             metadata: ObjectMeta { name: Some(name.into()), labels, ..Default::default() },
             ..Default::default()
@@ -125,9 +120,9 @@ impl Cluster {
         }
     }
 
-    /// Posts a pod to a namespace that may be new: what pods need there comes a moment later.
-    pub async fn guest(&self, namespace: &str, pod: &Value) -> anyhow::Result<()> {
-        let until = Instant::now() + ACCOUNT_COMES;
+    /// Posts a pod; retries while its namespace lacks the default service account.
+    pub async fn create_pod(&self, namespace: &str, pod: &Value) -> anyhow::Result<()> {
+        let until = Instant::now() + ACCOUNT_TIMEOUT;
         loop {
             match self.create(&format!("/api/v1/namespaces/{namespace}/pods"), pod).await {
                 Err(error) if Instant::now() < until && has_code(&error, 403) => {
@@ -138,31 +133,32 @@ impl Cluster {
         }
     }
 
-    /// Removes the namespaces of the guests of this prefix, and waits until they are gone with all that is in them.
-    pub async fn remove_guests(&self, prefix: &str) -> anyhow::Result<()> {
+    /// Removes the run's namespaces and waits for their end.
+    pub async fn remove_run_namespaces(&self, prefix: &str) -> anyhow::Result<()> {
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
-        let theirs = ListParams::default().labels(&format!("{GUESTS}={prefix}"));
-        for namespace in namespaces.list(&theirs).await? {
+        let params = ListParams::default().labels(&format!("{RUN_LABEL}={prefix}"));
+        for namespace in namespaces.list(&params).await? {
             if namespace.metadata.deletion_timestamp.is_none() {
                 let name = namespace.metadata.name.unwrap_or_default();
                 namespaces.delete(&name, &DeleteParams::default()).await?;
             }
         }
-        let gone = async || {
-            let left = namespaces.list(&theirs).await.map_err(|error| error.to_string())?.items.len();
+        let is_removed = async || {
+            let left = namespaces.list(&params).await.map_err(|error| error.to_string())?.items.len();
             if left == 0 {
                 return Ok(());
             }
-            tokio::time::sleep(REMOVAL_LOOK).await;
+            tokio::time::sleep(REMOVAL_POLL_INTERVAL).await;
             Err(format!("{left} are left"))
         };
-        let removed = within(REMOVAL, "namespaces of the run are removed", gone).await.map(drop);
+        let removed =
+            within(REMOVAL_TIMEOUT, "namespaces of the run are removed", is_removed).await.map(drop);
         removed.with_context(|| {
-            format!("cleaning up failed; repeat it with `kubectl delete namespaces -l {GUESTS}`")
+            format!("cleaning up failed; repeat it with `kubectl delete namespaces -l {RUN_LABEL}`")
         })
     }
 
-    /// Makes or replaces a ConfigMap.
+    /// Creates or replaces a ConfigMap.
     pub async fn configmap(
         &self,
         namespace: &str,
@@ -170,14 +166,14 @@ impl Cluster {
         label: Option<(&str, &str)>,
         data: &[(&str, &str)],
     ) -> anyhow::Result<()> {
-        let own = |(key, value): (&str, &str)| (key.to_owned(), value.to_owned());
+        let to_owned = |(key, value): (&str, &str)| (key.to_owned(), value.to_owned());
         let configmap = ConfigMap {
             metadata: ObjectMeta {
                 name: Some(name.into()),
-                labels: label.map(|label| BTreeMap::from([own(label)])),
+                labels: label.map(|label| BTreeMap::from([to_owned(label)])),
                 ..Default::default()
             },
-            data: Some(data.iter().copied().map(own).collect()),
+            data: Some(data.iter().copied().map(to_owned).collect()),
             ..Default::default()
         };
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
@@ -190,14 +186,14 @@ impl Cluster {
         }
     }
 
-    /// Removes a ConfigMap.
+    /// Deletes a ConfigMap.
     pub async fn delete_configmap(&self, namespace: &str, name: &str) -> anyhow::Result<()> {
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
         api.delete(name, &DeleteParams::default()).await?;
         Ok(())
     }
 
-    /// Makes a pod with these labels.
+    /// Creates a pod with these labels.
     pub async fn pod(&self, namespace: &str, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<()> {
         let labels: BTreeMap<_, _> = labels.iter().copied().collect();
         let pod: Pod = serde_json::from_value(json!({
@@ -222,31 +218,31 @@ impl Cluster {
         Ok(())
     }
 
-    /// Removes a pod at once.
+    /// Deletes a pod without grace period.
     pub async fn delete_pod(&self, namespace: &str, name: &str) -> anyhow::Result<()> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         api.delete(name, &DeleteParams::default().grace_period(0)).await?;
         Ok(())
     }
 
-    /// A ConfigMap, as it is.
+    /// Reads a ConfigMap.
     pub async fn get_configmap(&self, namespace: &str, name: &str) -> anyhow::Result<ConfigMap> {
         Ok(Api::namespaced(self.client.clone(), namespace).get(name).await?)
     }
 
-    /// The annotation of a ConfigMap that holds its verdict; `Null` when it has none.
+    /// Verdict annotation of a ConfigMap; `Null` if absent.
     pub async fn status(&self, namespace: &str, name: &str) -> anyhow::Result<Value> {
         let annotations = self.get_configmap(namespace, name).await?.metadata.annotations.unwrap_or_default();
         Ok(annotations.get(STATUS).map_or(Ok(Value::Null), |status| serde_json::from_str(status))?)
     }
 
-    /// What Events say of a ConfigMap: type, reason and note of each.
+    /// Type, reason and note of each Event about a ConfigMap.
     pub async fn events(&self, namespace: &str, name: &str) -> anyhow::Result<Vec<String>> {
         let request = http::Request::get(format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"));
         let list: Value = self.client.request(request.body(Vec::new())?).await?;
-        let about = |event: &&Value| event["regarding"]["name"] == name;
+        let is_about = |event: &&Value| event["regarding"]["name"] == name;
         let text = |event: &Value, field: &str| event[field].as_str().unwrap_or_default().to_owned();
-        let events = list["items"].as_array().into_iter().flatten().filter(about);
+        let events = list["items"].as_array().into_iter().flatten().filter(is_about);
         Ok(events.map(|e| [text(e, "type"), text(e, "reason"), text(e, "note")].join(" ")).collect())
     }
 
@@ -254,14 +250,14 @@ impl Cluster {
         Ok(self.client.request_text(http::Request::get("/metrics").body(Vec::new())?).await?)
     }
 
-    /// Start time of the API server's instance that answers, and its CPU and memory, by its own metrics.
+    /// Start time, CPU and memory of the API server, from its metrics.
     pub async fn server_usage(&self) -> anyhow::Result<(String, Usage)> {
         let text = self.metrics().await?;
         let value = |name: &str| {
             let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-            value.with_context(|| format!("the API server has no metric {name}"))
+            value.with_context(|| format!("reading metrics failed: the API server has no {name}"))
         };
-        // Numbers come as `1.2e+06`.
+        // The value may be written as `1.2e+06`.
         let memory: f64 = value("process_resident_memory_bytes")?.parse()?;
         let rss: u64 = format!("{memory:.0}").parse()?;
         let cpu = Duration::try_from_secs_f64(value("process_cpu_seconds_total")?.parse()?)?;
@@ -269,21 +265,23 @@ impl Cluster {
         Ok((started, Usage { rss, peak: rss, cpu, children: Duration::ZERO, kernel: 0 }))
     }
 
-    /// The sum of the API server's own metric over the samples with these labels; 0 where it has none of them.
+    /// Sum of a metric over samples with these labels; 0 without any.
     pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> anyhow::Result<u64> {
         let text = self.metrics().await?;
-        anyhow::ensure!(text.contains(&format!("# TYPE {name} ")), "the API server has no metric {name}");
+        anyhow::ensure!(
+            text.contains(&format!("# TYPE {name} ")),
+            "reading metrics failed: the API server has no {name}"
+        );
         let labels: Vec<_> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
         let samples = text.lines().filter(|line| {
             line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{'))
                 && labels.iter().all(|label| line.contains(label))
         });
-        // Large ones come as `1.2e+06`.
         let sum: f64 = samples.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
         Ok(format!("{sum:.0}").parse()?)
     }
 
-    /// Counts the changes of pods from now on, by a watch of its own, and shows each pod that was made or changed.
+    /// Counts pod changes from now on; `show` receives added and modified pods.
     pub async fn count_pod_events(
         &self,
         show: impl Fn(&ObjectMeta) + Send + 'static,
@@ -291,7 +289,9 @@ impl Cluster {
         const PODS: &str = "/api/v1/pods";
         let request = http::Request::get(format!("{PODS}?limit=1")).body(Vec::new())?;
         let list: Value = self.client.request(request).await?;
-        let version = list["metadata"]["resourceVersion"].as_str().context("a list has a version")?;
+        let version = list["metadata"]["resourceVersion"]
+            .as_str()
+            .context("listing pods failed: no resourceVersion")?;
         let watch = format!("{PODS}?watch=1&resourceVersion={version}");
         let request = http::Request::get(watch).body(Vec::new())?;
         let mut events = Box::pin(self.client.request_events::<PartialObjectMeta<Pod>>(request).await?);
@@ -299,10 +299,10 @@ impl Cluster {
         let counted = Arc::clone(&count);
         let task = tokio::spawn(async move {
             while let Some(Ok(event)) = events.next().await {
-                // A deletion is told twice: that it begins, and that it is done.
-                let begins =
+                // A deletion sends two events: its beginning and its end.
+                let is_deletion_start =
                     matches!(&event, WatchEvent::Modified(pod) if pod.metadata.deletion_timestamp.is_some());
-                counted.fetch_add(u64::from(!begins), Ordering::Relaxed);
+                counted.fetch_add(u64::from(!is_deletion_start), Ordering::Relaxed);
                 if let WatchEvent::Added(pod) | WatchEvent::Modified(pod) = &event {
                     show(&pod.metadata);
                 }
@@ -311,7 +311,7 @@ impl Cluster {
         Ok(PodEvents { count, task })
     }
 
-    /// All pods as they should lie at `data.kubernetes.pods`: by namespace and name, without managedFields.
+    /// Pods as expected at `data.kubernetes.pods`.
     pub async fn pods(&self, ignored: &[&str]) -> anyhow::Result<Value> {
         let request = http::Request::get("/api/v1/pods").body(Vec::new())?;
         let list: Value = self.client.request(request).await?;

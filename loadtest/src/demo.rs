@@ -1,4 +1,4 @@
-//! The hands-on: a policy, an edit, a pod, data, an OPA that dies, each on real components, with its time.
+//! `demo`: a walk through policies, edits, data and restarts, with times.
 
 use std::time::{Duration, Instant};
 
@@ -14,10 +14,8 @@ const GUEST_TOO: &str = "package example\n\ndefault allow := false\n\nallow if i
 const UNCOMPILABLE: &str = "package example\n\nallow if data.roles.no_such_function(input.user)\n";
 const ROLES: &str = r#"{"admin": ["read", "write"], "guest": ["read"]}"#;
 
-/// Modules beside which an edit is timed.
 const MODULES: usize = 100;
 
-/// Runs the steps, printing each with its result; ends by itself.
 pub(crate) async fn run() -> anyhow::Result<()> {
     for name in ["opa-hub", "opa-hub-agent"] {
         program(name)?;
@@ -61,10 +59,10 @@ pub(crate) async fn run() -> anyhow::Result<()> {
 
     let started = Instant::now();
     cluster.configmap(NAMESPACE, "example", Some(POLICY), &[("policy.rego", UNCOMPILABLE)]).await?;
-    let said = verdict(&cluster, "error").await?;
+    let annotation = verdict(&cluster, "error").await?;
     step(
         "an edit that does not compile: kubectl get configmap example, its annotation",
-        &said,
+        &annotation,
         Some(started.elapsed()),
     );
     decide(&opa, "guest", true).await?;
@@ -73,7 +71,7 @@ pub(crate) async fn run() -> anyhow::Result<()> {
     let started = Instant::now();
     cluster.pod("default", "web-1", &[("app", "web")]).await?;
     let path = "/kubernetes/pods/default/web-1/metadata/labels";
-    reads(&opa, path, &json!({ "app": "web" })).await?;
+    expect_data(&opa, path, &json!({ "app": "web" })).await?;
     step(
         "kubectl create pod web-1: data.kubernetes.pods.default[\"web-1\"].metadata.labels",
         &opa.data(path).await?,
@@ -83,7 +81,7 @@ pub(crate) async fn run() -> anyhow::Result<()> {
     let started = Instant::now();
     cluster.configmap(NAMESPACE, "role-data", Some(DATA), &[("roles.json", ROLES)]).await?;
     let path = "/opa-policy/role-data/roles.json";
-    reads(&opa, path, &serde_json::from_str(ROLES)?).await?;
+    expect_data(&opa, path, &serde_json::from_str(ROLES)?).await?;
     step(
         "kubectl create configmap role-data: data[\"opa-policy\"][\"role-data\"][\"roles.json\"]",
         &opa.data(path).await?,
@@ -95,7 +93,7 @@ pub(crate) async fn run() -> anyhow::Result<()> {
     opa.restart().await?;
     let started = Instant::now();
     decide(&opa, "guest", true).await?;
-    reads(&opa, path, &serde_json::from_str(ROLES)?).await?;
+    expect_data(&opa, path, &serde_json::from_str(ROLES)?).await?;
     step("OPA is back, empty: policies and data again", &"all there", Some(started.elapsed()));
 
     let texts: Vec<_> =
@@ -120,13 +118,12 @@ pub(crate) async fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The annotation of the policy's ConfigMap, once it says `expected`.
 async fn verdict(cluster: &Cluster, expected: &str) -> anyhow::Result<Value> {
-    let said = eventually("the verdict", async || {
-        let said = cluster.status(NAMESPACE, "example").await.map_err(|error| error.to_string())?;
-        if said["status"] == expected { Ok(said) } else { Err(said.to_string()) }
+    let verdict = eventually("the verdict", async || {
+        let status = cluster.status(NAMESPACE, "example").await.map_err(|error| error.to_string())?;
+        if status["status"] == expected { Ok(status) } else { Err(status.to_string()) }
     });
-    Ok(said.await?.0)
+    Ok(verdict.await?.0)
 }
 
 async fn decide(opa: &Opa, user: &str, expected: bool) -> anyhow::Result<()> {
@@ -139,7 +136,7 @@ async fn decide(opa: &Opa, user: &str, expected: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn reads(opa: &Opa, path: &str, expected: &Value) -> anyhow::Result<()> {
+async fn expect_data(opa: &Opa, path: &str, expected: &Value) -> anyhow::Result<()> {
     eventually(format!("data at {path}"), async || {
         let found = opa.data(path).await.map_err(|error| error.to_string())?;
         equal(&found, expected)

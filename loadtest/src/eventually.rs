@@ -1,16 +1,15 @@
-//! Waiting for a condition, never for a time.
+//! Polling for a condition.
 
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
-/// How long a condition may take that involves starting processes on a busy machine.
+/// Enough to start processes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// Between looks.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Tries until it succeeds, and says how long that took; fails with the last failure when [`PATIENCE`] ends.
+/// Retries until success and returns the elapsed time; fails after [`PATIENCE`].
 pub async fn eventually<T, E: Display>(
     what: impl Display,
     attempt: impl AsyncFnMut() -> Result<T, E>,
@@ -18,7 +17,7 @@ pub async fn eventually<T, E: Display>(
     within(PATIENCE, what, attempt).await
 }
 
-/// The same with a patience of its own.
+/// Retries for at most `patience`.
 pub async fn within<T, E: Display>(
     patience: Duration,
     what: impl Display,
@@ -29,14 +28,14 @@ pub async fn within<T, E: Display>(
         match attempt().await {
             Ok(value) => return Ok((value, started.elapsed())),
             Err(error) if started.elapsed() > patience => {
-                bail!("{what}: not within {} s: {error}", patience.as_secs())
+                bail!("timed out after {} s: {what}: {error}", patience.as_secs())
             }
-            Err(_) => tokio::time::sleep(LOOK).await,
+            Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
         }
     }
 }
 
-/// Succeeds when the two are equal.
+/// Succeeds if both values are equal.
 pub fn equal<T: PartialEq + std::fmt::Debug>(found: &T, expected: &T) -> Result<(), String> {
     if found == expected { Ok(()) } else { Err(format!("found {found:?}, expected {expected:?}")) }
 }

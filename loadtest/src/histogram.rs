@@ -1,4 +1,4 @@
-//! Delays of many deliveries, counted by many tasks at once: in steps of 2 %, from 10 µs to 10 minutes.
+//! Concurrent histogram of delays, in buckets of 2 %.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -8,38 +8,35 @@ const STEP: f64 = 1.02;
 /// `FIRST * STEP^BUCKETS` is 11 minutes.
 const BUCKETS: usize = 910;
 
-/// See the module's text.
 pub(crate) struct Histogram(Vec<AtomicU64>);
 
 impl Histogram {
-    /// Of nothing.
     pub(crate) fn new() -> Self {
         Self((0..=BUCKETS).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// Counts one.
     pub(crate) fn record(&self, delay: Duration) {
         let steps = (delay.as_secs_f64().max(FIRST) / FIRST).ln() / STEP.ln();
         self.0[(steps.ceil() as usize).min(BUCKETS)].fetch_add(1, Relaxed);
     }
 
-    /// Counts what `other` counted.
     pub(crate) fn add(&self, other: &Self) {
-        self.0.iter().zip(&other.0).for_each(|(own, other)| _ = own.fetch_add(other.load(Relaxed), Relaxed));
+        self.0
+            .iter()
+            .zip(&other.0)
+            .for_each(|(count, other)| _ = count.fetch_add(other.load(Relaxed), Relaxed));
     }
 
-    /// How many were counted.
     pub(crate) fn count(&self) -> u64 {
         self.0.iter().map(|count| count.load(Relaxed)).sum()
     }
 
-    /// The delay, in seconds, that so many percent are not above.
     pub(crate) fn percentile(&self, percent: f64) -> f64 {
-        let wanted = (self.count() as f64 * percent / 100.0).ceil().max(1.0);
+        let rank = (self.count() as f64 * percent / 100.0).ceil().max(1.0);
         let mut seen = 0.0;
         for (bucket, count) in self.0.iter().enumerate() {
             seen += count.load(Relaxed) as f64;
-            if seen >= wanted {
+            if seen >= rank {
                 return FIRST * STEP.powf(bucket as f64);
             }
         }

@@ -1,5 +1,4 @@
-//! The lab: real etcd, kube-apiserver, kubectl and OPA as child processes, with hub and agents beside them, for the
-//! demo, the end-to-end tests and the load runs alike.
+//! The lab: real etcd, kube-apiserver, kubectl and OPA for tests, demo and load runs.
 
 pub mod lab;
 

@@ -1,4 +1,4 @@
-//! The lab from the command line.
+//! Command line of the lab.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -6,15 +6,15 @@
     reason = "counts and percentiles of a load run are far from either bound"
 )]
 
+mod baseline;
+mod chart;
 mod demo;
+mod fake_apiserver;
 mod histogram;
 mod memory;
-mod peer;
-mod picture;
 mod probe;
 mod results;
 mod scenario;
-mod stub;
 mod swarm;
 
 use std::process::ExitCode;
@@ -25,17 +25,15 @@ use opa_hub_loadtest::lab::{ControlPlane, assets};
 
 use self::scenario::{catchup, churn, failover, fanout, restart, slow, soak, start, tenant};
 
-/// The lab of opa-hub: real etcd, kube-apiserver, kubectl and OPA, built once from their Go modules, run as child
-/// processes on loopback, gone when the command ends.
+/// The lab of opa-hub: etcd, kube-apiserver, kubectl and OPA on loopback, built once from their Go modules
 #[derive(Parser)]
 #[command(version, name = "opa-hub-loadtest")]
 struct Cli {
-    /// Use the cluster of this file, kind included, instead of the lab's; needs --create-pods. Its API server is measured
-    /// by its own metrics
+    /// Use this cluster instead of the lab's; needs --create-pods. API server usage is read from its metrics
     #[arg(long, global = true, value_name = "FILE")]
     kubeconfig: Option<std::path::PathBuf>,
-    /// Create pods in the cluster of --kubeconfig, in namespaces of their own, which are removed in the end. Nothing
-    /// schedules them, but all that watches pods of all namespaces receives them, production OPAs included
+    /// Create pods in the cluster of --kubeconfig, in namespaces that are removed at the end. They are never
+    /// scheduled, but every watch of all pods receives them, including production OPAs
     #[arg(long, global = true)]
     create_pods: bool,
     #[command(subcommand)]
@@ -44,36 +42,36 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Find or build the components; the last line on stdout is the folder that holds them
+    /// Find or build the components; print their folder on the last line of stdout
     Assets,
-    /// Keep a control plane up until Ctrl-C; prints how to reach it
+    /// Run a control plane until Ctrl-C; print its kubeconfig
     Lab,
-    /// Measure what many pods cost in OPA, agent and hub, whole and cut down to what policies read
+    /// Measure memory with whole objects and with the fields that policies read
     Memory(memory::Options),
-    /// Many agents: one change at a time, then as many as go, beside a thread that only writes
+    /// Measure delivery to many agents: single changes, then maximum throughput
     Fanout(fanout::Options),
-    /// Pods change on a real API server: what that costs it by who listens, and how long until OPAs decide by it
+    /// Measure API server load and time to decision while pods change
     Churn(churn::Options),
-    /// OPAs from cold, joins at once, snapshots after a change
+    /// Measure cold starts of OPAs, simultaneous joins, and snapshots after a change
     Start(start::Options),
-    /// kill -9 of the hub, the agents, the OPAs and the API server
+    /// Kill and restart the hub, the agents, the OPAs and the API server
     Restart(restart::Options),
-    /// kill -9 of a hub with many agents: another replica, and the same one started again
+    /// Kill the hub of many agents: fail over to a replica, or restart the hub
     Failover(failover::Options),
-    /// Agents that read slowly or not at all, and what that costs the others
+    /// Measure the cost of slow and stalled agents
     Slow(slow::Options),
-    /// An agent thousands of changes behind, while its OPA is asked
+    /// Measure an agent that resumes thousands of changes behind
     Catchup(catchup::Options),
-    /// Changes at a rate for minutes
+    /// Apply changes at a constant rate for minutes
     Soak(soak::Options),
-    /// Two bundles of one hub: one tenant attacks it, the other one works as before
+    /// Serve two tenants, one of which attacks the hub
     Tenant(tenant::Options),
-    /// Write tables and pictures anew from results that were kept, and one table of all goals; fails when one is missed
+    /// Regenerate tables and charts from stored results; fail if a goal is missed
     Report {
-        /// Where they were kept
+        /// Folder of stored results
         dir: std::path::PathBuf,
     },
-    /// What `fanout` compares with
+    /// Serve the socket writer that `fanout` compares with
     #[command(hide = true)]
     Raw {
         #[arg(long)]
@@ -81,7 +79,7 @@ enum Command {
         #[arg(long)]
         bytes: usize,
     },
-    /// Walk through everything on a real cluster with one OPA and one agent
+    /// Walk through all features with one OPA and one agent
     Demo,
 }
 
@@ -91,17 +89,17 @@ async fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("opa-hub-loadtest: {error:#}");
-            // Not by return: what builds the lab's components on a thread of its own would be waited for.
+            // Returning would wait for the thread that builds components.
             std::process::exit(1)
         }
     }
 }
 
 async fn run() -> anyhow::Result<()> {
-    rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
+    rlimit::increase_nofile_limit(u64::MAX).context("raising the limit of open files failed")?;
     let Cli { kubeconfig, create_pods, command } = Cli::parse();
     if let Command::Raw { listen, bytes } = command {
-        return peer::raw::serve(listen, bytes);
+        return baseline::raw::serve(listen, bytes);
     }
     if let Some(kubeconfig) = &kubeconfig {
         let uses_it = matches!(
@@ -110,11 +108,11 @@ async fn run() -> anyhow::Result<()> {
         );
         anyhow::ensure!(
             uses_it,
-            "--kubeconfig is for churn, start, restart and failover: the others make their own"
+            "--kubeconfig is rejected: only churn, start, restart and failover use an external cluster"
         );
         anyhow::ensure!(
             create_pods,
-            "--kubeconfig needs --create-pods: thousands of pods become visible to all that watches pods there"
+            "--kubeconfig is rejected: every watch of pods would receive thousands; pass --create-pods to confirm"
         );
         ControlPlane::use_cluster(kubeconfig).await?;
     }
@@ -123,8 +121,7 @@ async fn run() -> anyhow::Result<()> {
         ended = perform(command) => ended,
         stopped = signal() => stopped.and_then(|()| if is_lab { Ok(()) } else { Err(anyhow::anyhow!("stopped")) }),
     };
-    // Whatever came of it, nothing stays behind.
-    let removed = ControlPlane::renew_guests().await;
+    let removed = ControlPlane::reset_external_cluster().await;
     if ended.is_err()
         && let Err(error) = &removed
     {
@@ -151,7 +148,7 @@ async fn perform(command: Command) -> anyhow::Result<()> {
         Command::Soak(options) => soak::run(options).await,
         Command::Tenant(options) => tenant::run(options).await,
         Command::Report { dir } => report(&dir),
-        Command::Raw { .. } => unreachable!("it runs by itself"),
+        Command::Raw { .. } => unreachable!("run() handles this command"),
         Command::Demo => demo::run().await,
     }
 }
@@ -162,13 +159,13 @@ async fn signal() -> anyhow::Result<()> {
     tokio::select! {
         _ = terminate.recv() => Ok(()),
         _ = hangup.recv() => Ok(()),
-        ended = tokio::signal::ctrl_c() => ended.context("cannot wait for Ctrl-C"),
+        ended = tokio::signal::ctrl_c() => ended.context("waiting for Ctrl-C failed"),
     }
 }
 
 fn report(dir: &std::path::Path) -> anyhow::Result<()> {
     let missed = results::report(dir)?;
-    anyhow::ensure!(missed == 0, "{missed} goals are missed, or were not measured");
+    anyhow::ensure!(missed == 0, "checking goals failed: {missed} are missed or not measured");
     Ok(())
 }
 

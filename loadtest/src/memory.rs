@@ -1,6 +1,6 @@
-//! `memory`: what many pods cost in OPA, agent and hub, with whole objects and with the fields that policies read.
+//! `memory`: memory and delays with whole objects and with the fields that policies read.
 
-mod picture;
+mod chart;
 mod world;
 
 use std::fmt::Write as _;
@@ -19,37 +19,33 @@ pub(crate) use self::world::fill;
 use self::world::{Stage, World};
 use crate::scenario::at_least;
 
-/// OPA's collector gives memory back while it is idle and while it works: it is measured after this pause and after the
-/// label changes.
-const OPA_SETTLES: Duration = Duration::from_secs(10);
-/// What the hub accounts for of its resident memory.
-const ACCOUNTED: std::ops::RangeInclusive<f64> = 0.8..=1.2;
-/// Pods that are rolled out.
-const ROLLED_OUT: usize = 20;
+/// OPA's garbage collector frees memory while idle.
+const OPA_IDLE_TIME: Duration = Duration::from_secs(10);
+/// Ratio of accounted to resident memory.
+const ACCOUNTED_RATIO: std::ops::RangeInclusive<f64> = 0.8..=1.2;
+const ROLLOUT_PODS: usize = 20;
 
-/// What is measured, and where the results go.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Pods, 10 KB each as the API server serves them
+    /// Pods of 10 KB each
     #[arg(long, default_value_t = 30_000, value_parser = at_least::<2>)]
     pods: usize,
-    /// Where the pods are
+    /// Source of the pods
     #[arg(long, value_enum, default_value = "folder")]
     source: SourceKind,
-    /// Label changes that are timed
+    /// Timed label changes
     #[arg(long, default_value_t = 50, value_parser = at_least::<1>)]
     changes: usize,
-    /// Write memory-SOURCE.json, .md and .svg here
+    /// Write memory-SOURCE.json, .md and .svg to this folder
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
 
-/// Where objects come from.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SourceKind {
-    /// A folder of manifests
+    /// Folder of manifests
     Folder,
-    /// A real API server, filled first: about 4 minutes for 30,000 pods
+    /// API server, filled first: about 4 minutes for 30,000 pods
     Cluster,
 }
 
@@ -62,13 +58,11 @@ impl SourceKind {
     }
 }
 
-/// What came of one choice of fields.
-struct Measured {
+struct MemoryRow {
     fields: &'static str,
     hub_ready: Duration,
     hub_cpu: Duration,
     hub: Usage,
-    /// As the hub counts it.
     hub_accounted: u64,
     snapshot: u64,
     load: Duration,
@@ -85,7 +79,7 @@ struct Measured {
 }
 
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
-    // Not within what is timed.
+    // Builds are not timed.
     for name in ["opa-hub", "opa-hub-agent"] {
         program(name)?;
     }
@@ -95,7 +89,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         eprintln!("fields {fields}:");
         rows.push(measure(&world, fields, &options).await?);
     }
-    let [all, auto] = &rows[..] else { anyhow::bail!("two rows") };
+    let [all, auto] = &rows[..] else { anyhow::bail!("two measurements are expected") };
     let table = table(&options, all, auto);
     println!("{table}");
     if let Some(out) = &options.out {
@@ -103,13 +97,13 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         std::fs::create_dir_all(out)?;
         std::fs::write(file("md"), &table)?;
         std::fs::write(file("json"), serde_json::to_string_pretty(&results(&options, &rows))? + "\n")?;
-        std::fs::write(file("svg"), picture::draw(options.pods, all, auto))?;
+        std::fs::write(file("svg"), chart::draw(options.pods, all, auto))?;
         println!("written to {}", out.display());
     }
     Ok(())
 }
 
-async fn measure(world: &World, fields: &'static str, options: &Options) -> anyhow::Result<Measured> {
+async fn measure(world: &World, fields: &'static str, options: &Options) -> anyhow::Result<MemoryRow> {
     world.reset_policies().await?;
     let flag = format!("--fields={fields}");
     let flags: Vec<&str> = world.hub_flags.iter().map(String::as_str).chain([flag.as_str()]).collect();
@@ -126,7 +120,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
     agent.wait_in_step().await?;
     let load = started.elapsed();
     eprintln!("  OPA loaded after {:.1} s", load.as_secs_f64());
-    tokio::time::sleep(OPA_SETTLES).await;
+    tokio::time::sleep(OPA_IDLE_TIME).await;
     let snapshot = world.length(&format!("{}/bundles/main", hub.url)).await?;
 
     let (changes, cpu) = label_changes(world, &hub, &opa, options.changes).await?;
@@ -141,10 +135,10 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
     let (hub_accounted, rss) = (hub.metric("opa_hub_memory_bytes").await?, usage(hub.process.as_ref())?.rss);
     let share = hub_accounted as f64 / rss as f64;
     anyhow::ensure!(
-        ACCOUNTED.contains(&share),
-        "the hub accounts for {hub_accounted} of its {rss} resident bytes: see opa_hub_memory_bytes at /metrics"
+        ACCOUNTED_RATIO.contains(&share),
+        "checking memory failed: the hub accounts for {hub_accounted} of its {rss} resident bytes; see opa_hub_memory_bytes at /metrics"
     );
-    Ok(Measured {
+    Ok(MemoryRow {
         fields,
         hub_ready,
         hub_cpu,
@@ -154,7 +148,7 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
         load,
         opa: usage(opa.process.as_ref())?,
         opa_settled,
-        opa_forecast: forecast.as_u64().context("the hub tells what OPA will need")?,
+        opa_forecast: forecast.as_u64().context("reading the bundle failed: no opaBytes")?,
         agent: usage(agent.process.as_ref())?,
         change_p50: changes[changes.len() / 2],
         change_max: changes[changes.len() - 1],
@@ -166,10 +160,10 @@ async fn measure(world: &World, fields: &'static str, options: &Options) -> anyh
 }
 
 fn usage(process: Option<&Process>) -> anyhow::Result<Usage> {
-    process.context("it runs")?.usage()
+    process.context("the process is stopped")?.usage()
 }
 
-/// Times from the edit of a pod's label to OPA's data, sorted, and the hub's processor time a change.
+/// Sorted times from label edit to OPA's data, and the hub's CPU time per change.
 async fn label_changes(
     world: &World,
     hub: &Hub,
@@ -196,7 +190,6 @@ async fn label_changes(
     Ok((times, cpu / u32::try_from(changes)?))
 }
 
-/// Time from an edit that makes a policy read one field more to its first decision.
 async fn policy_edit(world: &World, opa: &Opa, fields: &str) -> anyhow::Result<Duration> {
     let pod = Nth(1);
     let started = Instant::now();
@@ -210,12 +203,11 @@ async fn policy_edit(world: &World, opa: &Opa, fields: &str) -> anyhow::Result<D
     Ok(started.elapsed())
 }
 
-/// Pods come, are bound, started, ready, and go, one after the other.
 async fn rollout(world: &World, hub: &Hub) -> anyhow::Result<()> {
-    for at in 0..ROLLED_OUT {
+    for index in 0..ROLLOUT_PODS {
         for stage in [Stage::Posted, Stage::Bound, Stage::Started, Stage::Ready, Stage::Gone] {
             let before = hub.metric("opa_hub_source_events_total").await?;
-            world.put(Nth(world.pods + at), stage).await?;
+            world.put(Nth(world.pods + index), stage).await?;
             eventually(format!("the hub sees {stage:?}"), async || {
                 let events = hub.metric("opa_hub_source_events_total").await.map_err(|e| e.to_string())?;
                 if events > before { Ok(()) } else { Err("not yet".to_owned()) }
@@ -226,14 +218,13 @@ async fn rollout(world: &World, hub: &Hub) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a row shows of a column.
-type Cell<'a> = &'a dyn Fn(&Measured) -> String;
+type Cell<'a> = &'a dyn Fn(&MemoryRow) -> String;
 
-fn table(options: &Options, all: &Measured, auto: &Measured) -> String {
+fn table(options: &Options, all: &MemoryRow, auto: &MemoryRow) -> String {
     let megabytes = |bytes: u64| format!("{:.1} MB", bytes as f64 / f64::from(1 << 20));
     let seconds = |time: Duration| format!("{:.2} s", time.as_secs_f64());
     let milliseconds = |time: Duration| format!("{:.1} ms", time.as_secs_f64() * 1000.0);
-    let share = |row: &Measured| {
+    let share = |row: &MemoryRow| {
         let share = 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
         format!("{} of {} ({share:.0} %)", row.rollout_changes, row.rollout_events)
     };
@@ -267,9 +258,9 @@ fn table(options: &Options, all: &Measured, auto: &Measured) -> String {
     text
 }
 
-fn results(options: &Options, rows: &[Measured]) -> Value {
+fn results(options: &Options, rows: &[MemoryRow]) -> Value {
     let usage = |usage: &Usage| json!({ "rssBytes": usage.rss, "peakBytes": usage.peak, "cpuSeconds": usage.cpu.as_secs_f64() });
-    let row = |row: &Measured| {
+    let row = |row: &MemoryRow| {
         json!({
             "fields": row.fields, "hubReadySeconds": row.hub_ready.as_secs_f64(),
             "hubReadyCpuSeconds": row.hub_cpu.as_secs_f64(), "hub": usage(&row.hub), "hubAccountedBytes": row.hub_accounted, "snapshotBytes": row.snapshot,

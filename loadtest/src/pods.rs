@@ -1,5 +1,4 @@
-//! Pods as an API server serves them, about 10 KB each: a Deployment's, with two containers, probes, environment,
-//! volumes, conditions and the bookkeeping of three writers. A number makes a pod; the same number, the same pod.
+//! Deterministic pods of about 10 KB, as an API server serves them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,54 +7,52 @@ use std::sync::{Mutex, PoisonError};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-/// Pods of one namespace.
-pub const PODS_A_NAMESPACE: usize = 300;
+/// Pods per namespace.
+pub const PODS_PER_NAMESPACE: usize = 300;
 
 const APPS: [&str; 8] = ["orders", "catalog", "cart", "payment", "search", "mail", "report", "gateway"];
 
-/// What the names of namespaces begin with in a cluster where pods are guests.
-static GUESTS: Mutex<Option<String>> = Mutex::new(None);
+static EXTERNAL_PREFIX: Mutex<Option<String>> = Mutex::new(None);
 
-/// From now on pods are made for a cluster that other people use, in namespaces that begin with `prefix`: nothing there
-/// schedules, runs, owns or collects them.
-pub fn be_guests(prefix: String) {
-    *GUESTS.lock().unwrap_or_else(PoisonError::into_inner) = Some(prefix);
+/// Makes pods for an external cluster, where no controller may act on them.
+pub fn use_external_cluster(prefix: String) {
+    *EXTERNAL_PREFIX.lock().unwrap_or_else(PoisonError::into_inner) = Some(prefix);
 }
 
-/// That prefix, where pods are guests.
-pub fn guests() -> Option<String> {
-    GUESTS.lock().unwrap_or_else(PoisonError::into_inner).clone()
+/// Namespace prefix in an external cluster; `None` in the lab's.
+pub fn external_prefix() -> Option<String> {
+    EXTERNAL_PREFIX.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
-/// Beginning of the names of the namespaces that pods are made in.
+/// Prefix of the pods' namespaces.
 pub fn prefix() -> String {
-    guests().unwrap_or_else(|| "team".to_owned())
+    external_prefix().unwrap_or_else(|| "team".to_owned())
 }
 
-/// Members of a map by namespace whose namespaces pods are made in: a user's cluster has others.
-pub fn own(by_namespace: &Value) -> BTreeMap<&str, &Value> {
+/// Entries of the run's namespaces.
+pub fn entries_of_run(by_namespace: &Value) -> BTreeMap<&str, &Value> {
     let prefix = prefix();
     let all = by_namespace.as_object().into_iter().flatten();
-    let own = all.filter(|(namespace, _)| namespace.starts_with(&prefix));
-    own.map(|(namespace, value)| (namespace.as_str(), value)).collect()
+    let entries = all.filter(|(namespace, _)| namespace.starts_with(&prefix));
+    entries.map(|(namespace, value)| (namespace.as_str(), value)).collect()
 }
 
-/// Which pod: a number from 0.
+/// Number of a pod, from 0.
 #[derive(Clone, Copy, Debug)]
 pub struct Nth(pub usize);
 
 impl Nth {
-    /// Its namespace, shared by [`PODS_A_NAMESPACE`] pods.
+    /// Namespace, shared by [`PODS_PER_NAMESPACE`] pods.
     pub fn namespace(self) -> String {
-        format!("{}-{:03}", prefix(), self.0 / PODS_A_NAMESPACE)
+        format!("{}-{:03}", prefix(), self.0 / PODS_PER_NAMESPACE)
     }
 
-    /// Its name.
+    /// Pod name.
     pub fn name(self) -> String {
         format!("{}-{}-{:05}", self.app(), self.hash(), self.0)
     }
 
-    /// Its application, one of eight.
+    /// Application name, one of eight.
     pub fn app(self) -> &'static str {
         APPS[self.0 % APPS.len()]
     }
@@ -64,17 +61,17 @@ impl Nth {
         digest("template", self.0 / 10)[..9].to_owned()
     }
 
-    /// Its own address.
+    /// Pod IP.
     pub fn address(self) -> String {
-        // RFC 2544 keeps 198.18.0.0/15 for benchmarks: in a user's cluster it is nobody's address.
-        let (first, second) = match guests() {
+        // RFC 2544 reserves 198.18.0.0/15 for benchmarks.
+        let (first, second) = match external_prefix() {
             Some(_) => (198, 18 + self.0 / 65536 % 2),
             None => (10, 64 + self.0 / 65536 % 64),
         };
         format!("{first}.{second}.{}.{}", self.0 / 256 % 256, self.0 % 256)
     }
 
-    /// What a controller posts.
+    /// The pod as a controller creates it.
     pub fn posted(self) -> Value {
         let (app, hash) = (self.app(), self.hash());
         let mut pod = json!({
@@ -118,13 +115,13 @@ impl Nth {
                 ],
             },
         });
-        if guests().is_some() {
-            // Their owner is nowhere, and neither is their account.
+        if external_prefix().is_some() {
+            // Neither owner nor account exists there.
             pod["metadata"].as_object_mut().and_then(|metadata| metadata.remove("ownerReferences"));
             pod["spec"]["serviceAccountName"] = json!("default");
             pod["spec"]["automountServiceAccountToken"] = json!(false);
             pod["spec"]["schedulingGates"] = json!([{ "name": "opahub.dev/load" }]);
-            // The Pod Security Standard "restricted" requires it.
+            // Required by the Pod Security Standard "restricted".
             pod["spec"]["securityContext"]["seccompProfile"] = json!({ "type": "RuntimeDefault" });
         }
         pod
@@ -132,7 +129,7 @@ impl Nth {
 
     fn container(self, name: &str, port: u16) -> Value {
         let upper = name.to_uppercase();
-        let env = (0..14).map(|at| json!({ "name": format!("{upper}_SETTING_{at}"), "value": format!("http://{name}-{at}.{}.svc.cluster.local:8080", self.namespace()) }));
+        let env = (0..14).map(|index| json!({ "name": format!("{upper}_SETTING_{index}"), "value": format!("http://{name}-{index}.{}.svc.cluster.local:8080", self.namespace()) }));
         let probe = |path: &str| json!({ "httpGet": { "path": path, "port": port, "scheme": "HTTP" }, "initialDelaySeconds": 5, "timeoutSeconds": 2, "periodSeconds": 10, "successThreshold": 1, "failureThreshold": 3 });
         json!({
             "name": name, "image": format!("registry.example.com/shop/{name}:2.14.{}", self.0 % 7),
@@ -152,7 +149,7 @@ impl Nth {
         })
     }
 
-    /// What a kubelet reports of it.
+    /// Status from the kubelet.
     pub fn status(self) -> Value {
         let time = "2026-11-20T08:15:30Z";
         let condition = |kind: &&str| json!({ "type": kind, "status": "True", "lastProbeTime": null, "lastTransitionTime": time });
@@ -164,8 +161,8 @@ impl Nth {
                 "restartCount": 0, "lastState": {}, "state": { "running": { "startedAt": time } },
             })
         };
-        let host = match guests() {
-            // RFC 5737: an address for documentation.
+        let host = match external_prefix() {
+            // RFC 5737: documentation address.
             Some(_) => "192.0.2.1".to_owned(),
             None => format!("192.168.{}.{}", self.0 / 100 / 250, self.0 / 100 % 250),
         };
@@ -180,12 +177,12 @@ impl Nth {
         })
     }
 
-    /// The node that it is bound to.
+    /// Name of the node.
     pub fn node(self) -> String {
         format!("node-{:03}", self.0 / 100)
     }
 
-    /// All of it, as the API server serves it.
+    /// The complete pod, as the API server serves it.
     pub fn served(self) -> Value {
         let mut pod = self.posted();
         pod["metadata"]["uid"] = json!(uid("pod", self.0));
@@ -205,21 +202,20 @@ impl Nth {
     }
 }
 
-/// As random as real ones are, so that it compresses as they do.
-fn digest(of: &str, number: usize) -> String {
-    let hash = Sha256::digest(format!("{of} {number}"));
+/// Random, so pods compress realistically.
+fn digest(seed: &str, number: usize) -> String {
+    let hash = Sha256::digest(format!("{seed} {number}"));
     hash.iter().fold(String::new(), |mut text, byte| {
         _ = write!(text, "{byte:02x}");
         text
     })
 }
 
-fn uid(of: &str, number: usize) -> String {
-    let hash = digest(of, number);
+fn uid(seed: &str, number: usize) -> String {
+    let hash = digest(seed, number);
     [&hash[..8], &hash[8..12], &hash[12..16], &hash[16..20], &hash[20..32]].join("-")
 }
 
-/// The bookkeeping of a writer: which fields it owns.
 fn managed(manager: &str, owned: &Value, subresource: Option<&str>) -> Value {
     fn fields(value: &Value) -> Value {
         match value {

@@ -1,5 +1,4 @@
-//! What a scenario measured: figures by who was measured, run by run. Kept as JSON, shown as a Markdown table of
-//! medians with the goals below it, and drawn.
+//! Results of a scenario: stored as JSON, rendered as a table of medians with goals, and a chart.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,53 +9,45 @@ use anyhow::Context as _;
 use opa_hub_loadtest::lab::assets;
 use serde::{Deserialize, Serialize};
 
+use crate::chart;
 use crate::histogram::Histogram;
-use crate::picture;
 
-/// The table of all goals that [`report`] writes.
 const SUMMARY: &str = "README.md";
 
-/// All runs of a scenario.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Results {
-    /// Its name, and that of its files.
     pub(crate) scenario: String,
-    /// What was done, in a sentence.
-    pub(crate) what: String,
-    /// What does it again.
+    #[serde(rename = "what")]
+    pub(crate) description: String,
     pub(crate) command: String,
-    /// The machine, and what ran on it.
     pub(crate) machine: String,
-    /// The code and the day of the first run.
     #[serde(default)]
     pub(crate) version: Version,
     pub(crate) goals: Vec<Goal>,
-    pub(crate) runs: Vec<Vec<Measured>>,
+    pub(crate) runs: Vec<Vec<Measurement>>,
 }
 
-/// The code that was measured.
 #[derive(Serialize, Deserialize, Clone, Default)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Version {
-    /// The commit; `None` outside a repository.
+    /// `None` outside a repository.
     #[serde(default)]
     commit: Option<String>,
-    /// Whether files differed from it.
     #[serde(default)]
     is_changed: bool,
-    /// The day, as `2026-11-25`.
+    /// Such as `2026-11-25`.
     #[serde(default)]
     date: String,
 }
 
-/// What came of one who was measured in one run.
 #[derive(Serialize, Deserialize, Clone, Default)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Measured {
-    pub(crate) who: String,
+pub(crate) struct Measurement {
+    #[serde(rename = "who")]
+    pub(crate) subject: String,
     pub(crate) figures: Vec<Figure>,
-    /// Delays in milliseconds at the percents of [`CURVE`], by name.
+    /// Milliseconds at the percentiles of [`CURVE`], by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) curves: BTreeMap<String, Vec<f64>>,
 }
@@ -68,20 +59,19 @@ pub(crate) struct Figure {
     pub(crate) value: f64,
 }
 
-/// A bound on a figure, or on its ratio to that of somebody else in the same run.
+/// Upper bound of a figure, or of its ratio to another subject in the same run.
 #[derive(Serialize, Deserialize, Clone)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Goal {
-    pub(crate) who: String,
+    #[serde(rename = "who")]
+    pub(crate) subject: String,
     pub(crate) figure: String,
     pub(crate) at_most: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) relative_to: Option<String>,
 }
 
-/// What came of a goal.
-struct Judgement {
-    /// The median of the runs, and between which values they lie.
+struct Evaluation {
     found: String,
     bound: String,
     verdict: Verdict,
@@ -94,22 +84,20 @@ enum Verdict {
     NotMeasured,
 }
 
-/// Where curves are sampled.
 pub(crate) const CURVE: [f64; 12] = [1.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.99, 100.0];
 
-impl Measured {
-    pub(crate) fn new(who: &str) -> Self {
-        Self { who: who.to_owned(), ..Self::default() }
+impl Measurement {
+    pub(crate) fn new(subject: &str) -> Self {
+        Self { subject: subject.to_owned(), ..Self::default() }
     }
 
-    /// What came of nothing (a share of no deliveries, say) is not measured.
+    /// Skips non-finite values, such as a share of zero deliveries.
     pub(crate) fn add(&mut self, name: &str, unit: &str, value: f64) {
         if value.is_finite() {
             self.figures.push(Figure { name: name.to_owned(), unit: unit.to_owned(), value });
         }
     }
 
-    /// Adds the percentiles of `delays` under this name, if there are any.
     pub(crate) fn add_delays(&mut self, name: &str, delays: &Histogram) {
         if delays.count() == 0 {
             return;
@@ -127,48 +115,50 @@ impl Measured {
 }
 
 impl Goal {
-    /// `figure` of `who` is at most this.
-    pub(crate) fn at_most(who: &str, figure: &str, at_most: f64) -> Self {
-        Self { who: who.to_owned(), figure: figure.to_owned(), at_most, relative_to: None }
+    pub(crate) fn at_most(subject: &str, figure: &str, at_most: f64) -> Self {
+        Self { subject: subject.to_owned(), figure: figure.to_owned(), at_most, relative_to: None }
     }
 
-    /// … times that of `other`.
     pub(crate) fn times(self, other: &str) -> Self {
         Self { relative_to: Some(other.to_owned()), ..self }
     }
 
-    /// What `run` has to say to it.
-    fn of(&self, run: &[Measured]) -> Option<f64> {
-        let value = |who: &str| run.iter().find(|of| of.who == who)?.value(&self.figure);
-        let own = value(&self.who)?;
+    fn value_in(&self, run: &[Measurement]) -> Option<f64> {
+        let value = |subject: &str| run.iter().find(|row| row.subject == subject)?.value(&self.figure);
+        let value_of_subject = value(&self.subject)?;
         match &self.relative_to {
-            None => Some(own),
-            Some(other) => value(other).map(|other| own / other).filter(|ratio| ratio.is_finite()),
+            None => Some(value_of_subject),
+            Some(other) => {
+                value(other).map(|other| value_of_subject / other).filter(|ratio| ratio.is_finite())
+            }
         }
     }
 
-    fn judge(&self, runs: &[Vec<Measured>]) -> Judgement {
-        let figures = runs.iter().flatten().flat_map(|of| &of.figures);
+    fn evaluate(&self, runs: &[Vec<Measurement>]) -> Evaluation {
+        let figures = runs.iter().flatten().flat_map(|row| &row.figures);
         let unit = match &self.relative_to {
             Some(_) => "×",
             None => figures.into_iter().find(|f| f.name == self.figure).map_or("", |f| f.unit.as_str()),
         };
         let bound = match &self.relative_to {
             Some(other) => format!("{} × {other}", self.at_most),
-            None => shown(self.at_most, unit),
+            None => format_value(self.at_most, unit),
         };
-        let found: Vec<_> = runs.iter().filter_map(|run| self.of(run)).collect();
+        let found: Vec<_> = runs.iter().filter_map(|run| self.value_in(run)).collect();
         let Some(middle) = median(found.clone()) else {
-            return Judgement { found: String::new(), bound, verdict: Verdict::NotMeasured };
+            return Evaluation { found: String::new(), bound, verdict: Verdict::NotMeasured };
         };
         let (low, high) =
             found.iter().fold((f64::MAX, f64::MIN), |(low, high), f| (low.min(*f), high.max(*f)));
-        // Both sides of a ratio were disturbed alike; a limit is one in each run.
+        // Noise affects both sides of a ratio, so its median counts.
         let decisive = if unit == "×" { middle } else { high };
         let verdict = if decisive <= self.at_most { Verdict::Met } else { Verdict::Missed };
-        let spread =
-            if found.len() > 1 { format!(" ({} to {})", digits(low), digits(high)) } else { String::new() };
-        Judgement { found: shown(middle, unit) + &spread, bound, verdict }
+        let spread = if found.len() > 1 {
+            format!(" ({} to {})", format_digits(low), format_digits(high))
+        } else {
+            String::new()
+        };
+        Evaluation { found: format_value(middle, unit) + &spread, bound, verdict }
     }
 }
 
@@ -183,20 +173,19 @@ impl std::fmt::Display for Verdict {
 }
 
 impl Results {
-    /// Nothing yet.
-    pub(crate) fn new(scenario: &str, what: String, command: String, goals: Vec<Goal>) -> Self {
+    pub(crate) fn new(scenario: &str, description: String, command: String, goals: Vec<Goal>) -> Self {
         let (scenario, machine) = (scenario.to_owned(), machine());
-        Self { scenario, what, command, machine, version: Version::now(), goals, runs: Vec::new() }
+        Self { scenario, description, command, machine, version: Version::now(), goals, runs: Vec::new() }
     }
 
-    /// Reads what was kept.
     fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read(path)?;
-        serde_json::from_slice(&text).with_context(|| format!("{} holds no results", path.display()))
+        serde_json::from_slice(&text)
+            .with_context(|| format!("reading results from {} failed", path.display()))
     }
 
-    /// Takes a run, and keeps all so far in `out`: what comes later may fail.
-    pub(crate) fn push(&mut self, run: Vec<Measured>, out: Option<&Path>) -> anyhow::Result<()> {
+    /// Stores all results so far: a later run may fail.
+    pub(crate) fn push(&mut self, run: Vec<Measurement>, out: Option<&Path>) -> anyhow::Result<()> {
         self.runs.push(run);
         let Some(out) = out else { return Ok(()) };
         std::fs::create_dir_all(out)?;
@@ -205,7 +194,6 @@ impl Results {
         self.draw(out)
     }
 
-    /// Prints the table.
     pub(crate) fn finish(&self, out: Option<&Path>) {
         println!("{}", self.table());
         if let Some(out) = out {
@@ -213,54 +201,60 @@ impl Results {
         }
     }
 
-    /// Writes the table and the picture into `out`.
     fn draw(&self, out: &Path) -> anyhow::Result<()> {
         std::fs::write(out.join(format!("{}.md", self.scenario)), self.table())?;
         let medians = self.medians();
         let lines: Vec<_> = medians
             .iter()
-            .flat_map(|of| of.curves.iter().map(|(name, curve)| (format!("{}: {name}", of.who), &curve[..])))
+            .flat_map(|row| {
+                row.curves.iter().map(|(name, curve)| (format!("{}: {name}", row.subject), &curve[..]))
+            })
             .collect();
         if !lines.is_empty() {
-            std::fs::write(out.join(format!("{}.svg", self.scenario)), picture::curves(&self.what, &lines))?;
+            std::fs::write(
+                out.join(format!("{}.svg", self.scenario)),
+                chart::curves(&self.description, &lines),
+            )?;
         }
         Ok(())
     }
 
-    /// Of each figure of each who was measured, over the runs.
-    fn medians(&self) -> Vec<Measured> {
-        let of = |who: &Measured| {
-            let runs: Vec<_> =
-                self.runs.iter().filter_map(|run| run.iter().find(|of| of.who == who.who)).collect();
-            let over = |value: &dyn Fn(&Measured) -> Option<f64>| {
-                median(runs.iter().filter_map(|of| value(of)).collect()).unwrap_or_default()
+    fn medians(&self) -> Vec<Measurement> {
+        let median_row = |measured: &Measurement| {
+            let runs: Vec<_> = self
+                .runs
+                .iter()
+                .filter_map(|run| run.iter().find(|row| row.subject == measured.subject))
+                .collect();
+            let over = |value: &dyn Fn(&Measurement) -> Option<f64>| {
+                median(runs.iter().filter_map(|row| value(row)).collect()).unwrap_or_default()
             };
             let figure =
-                |figure: &Figure| Figure { value: over(&|of| of.value(&figure.name)), ..figure.clone() };
+                |figure: &Figure| Figure { value: over(&|row| row.value(&figure.name)), ..figure.clone() };
             let curve = |name: &String| {
-                let at = |at| over(&|of| of.curves.get(name)?.get(at).copied());
-                (name.clone(), (0..CURVE.len()).map(at).collect())
+                let point = |index| over(&|row| row.curves.get(name)?.get(index).copied());
+                (name.clone(), (0..CURVE.len()).map(point).collect())
             };
-            Measured {
-                who: who.who.clone(),
-                figures: who.figures.iter().map(figure).collect(),
-                curves: who.curves.keys().map(curve).collect(),
+            Measurement {
+                subject: measured.subject.clone(),
+                figures: measured.figures.iter().map(figure).collect(),
+                curves: measured.curves.keys().map(curve).collect(),
             }
         };
-        let mut all: Vec<&Measured> = Vec::new();
-        for who in self.runs.iter().flatten() {
-            // A peer may have failed in one run and not in another.
-            if !all.iter().any(|of| of.who == who.who) {
-                all.push(who);
+        let mut all: Vec<&Measurement> = Vec::new();
+        for measured in self.runs.iter().flatten() {
+            // A baseline may fail in one run only.
+            if !all.iter().any(|row| row.subject == measured.subject) {
+                all.push(measured);
             }
         }
-        all.into_iter().map(of).collect()
+        all.into_iter().map(median_row).collect()
     }
 
     fn table(&self) -> String {
         let medians = self.medians();
         let mut names: Vec<(&str, &str)> = Vec::new();
-        for figure in medians.iter().flat_map(|of| &of.figures) {
+        for figure in medians.iter().flat_map(|row| &row.figures) {
             if !names.iter().any(|(name, _)| *name == figure.name) {
                 names.push((&figure.name, &figure.unit));
             }
@@ -269,16 +263,16 @@ impl Results {
             1 => "one run".to_owned(),
             count => format!("medians of {count} runs"),
         };
-        let mut text = format!("{}: `{}`, {runs}\n\n| |", self.what, self.command);
-        for of in &medians {
-            _ = write!(text, " {} |", of.who);
+        let mut text = format!("{}: `{}`, {runs}\n\n| |", self.description, self.command);
+        for row in &medians {
+            _ = write!(text, " {} |", row.subject);
         }
         text = text + "\n|---|" + &"--:|".repeat(medians.len());
         for (name, unit) in names {
             _ = write!(text, "\n| {name} |");
-            for of in &medians {
-                match of.value(name) {
-                    Some(value) => _ = write!(text, " {} |", shown(value, unit)),
+            for row in &medians {
+                match row.value(name) {
+                    Some(value) => _ = write!(text, " {} |", format_value(value, unit)),
                     None => text += " |",
                 }
             }
@@ -288,15 +282,14 @@ impl Results {
             text += "\n| goal: a limit by the worst run, a ratio by the median | at most | found | |\n|---|--:|--:|---|\n";
         }
         for goal in &self.goals {
-            let Judgement { found, bound, verdict } = goal.judge(&self.runs);
-            _ = writeln!(text, "| {} of {} | {bound} | {found} | {verdict} |", goal.figure, goal.who);
+            let Evaluation { found, bound, verdict } = goal.evaluate(&self.runs);
+            _ = writeln!(text, "| {} of {} | {bound} | {found} | {verdict} |", goal.figure, goal.subject);
         }
         text + "\n" + &self.machine + "; " + &self.version.to_string() + "\n"
     }
 }
 
 impl Version {
-    /// The code as it lies here, today.
     fn now() -> Self {
         let date = k8s_openapi::jiff::Timestamp::now().to_string();
         let date = date.split('T').next().unwrap_or_default().to_owned();
@@ -307,7 +300,6 @@ impl Version {
         }
     }
 
-    /// Whether programs have changed since.
     fn is_old(&self) -> bool {
         let Some(commit) = &self.commit else { return true };
         let changes = ["diff", "--name-only", commit, "HEAD", "--", "hub/src", "agent/src", "proto/src"];
@@ -323,7 +315,6 @@ impl std::fmt::Display for Version {
     }
 }
 
-/// The output of git in this repository; `None` where that is empty or git fails.
 fn git(args: &[&str]) -> Option<String> {
     let output =
         Command::new("git").current_dir(env!("CARGO_MANIFEST_DIR")).arg("-C").arg("..").args(args).output();
@@ -332,29 +323,28 @@ fn git(args: &[&str]) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
-/// Writes tables and pictures anew from what is kept in `dir`, and one table of all goals, which is printed. Says how
-/// many are missed.
+/// Returns the number of missed goals.
 pub(crate) fn report(dir: &Path) -> anyhow::Result<usize> {
-    let files = std::fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    let files = std::fs::read_dir(dir).with_context(|| format!("reading {} failed", dir.display()))?;
     let mut files: Vec<_> = files.map(|file| file.map(|file| file.path())).collect::<Result<_, _>>()?;
     files.sort_unstable();
     files.retain(|file| file.extension().is_some_and(|kind| kind == "json"));
-    // What `memory` keeps is of another kind.
+    // `memory` stores another format.
     files.retain(|file| !file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("memory-")));
-    anyhow::ensure!(!files.is_empty(), "{} holds no results", dir.display());
+    anyhow::ensure!(!files.is_empty(), "reporting failed: {} has no results", dir.display());
     let mut text = "| goal | at most | found | | command | of |\n|---|--:|--:|---|---|---|\n".to_owned();
     let mut missed = 0;
     for file in files {
         let results = Results::read(&file)?;
         results.draw(dir)?;
         for goal in &results.goals {
-            let Judgement { found, bound, verdict } = goal.judge(&results.runs);
+            let Evaluation { found, bound, verdict } = goal.evaluate(&results.runs);
             let (scenario, command) = (&results.scenario, &results.command);
             _ = writeln!(
                 text,
                 "| {} of {} | {bound} | {found} | {verdict} | [`{command}`]({scenario}.md) | {}{} |",
                 goal.figure,
-                goal.who,
+                goal.subject,
                 results.version,
                 if results.version.is_old() { ", **older than the code**" } else { "" }
             );
@@ -366,7 +356,6 @@ pub(crate) fn report(dir: &Path) -> anyhow::Result<usize> {
     Ok(missed)
 }
 
-/// What figures depend on.
 fn machine() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -380,7 +369,6 @@ fn machine() -> String {
     format!("{build}{cores} cores, {gigabytes} GiB, Linux {}; {}", kernel.trim(), assets::versions())
 }
 
-/// The middle value, or halfway between the two that are.
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let upper = *values.get(values.len() / 2)?;
@@ -388,12 +376,12 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     Some(f64::midpoint(lower, upper))
 }
 
-fn shown(value: f64, unit: &str) -> String {
-    format!("{} {unit}", digits(value)).trim_end().to_owned()
+fn format_value(value: f64, unit: &str) -> String {
+    format!("{} {unit}", format_digits(value)).trim_end().to_owned()
 }
 
-fn digits(value: f64) -> String {
-    // No minus before nothing.
+fn format_digits(value: f64) -> String {
+    // Turns -0 into 0.
     let value = value + 0.0;
     if value.abs() >= 100.0 || value.fract().abs() < f64::EPSILON {
         format!("{value:.0}")
@@ -410,8 +398,8 @@ mod tests {
 
     #[test]
     fn tables_show_medians_and_goals() {
-        let measured = |who: &str, value| {
-            let mut measured = Measured::new(who);
+        let measured = |subject: &str, value| {
+            let mut measured = Measurement::new(subject);
             measured.add("p99", "ms", value);
             measured.add("share of nothing", "", f64::NAN);
             measured
@@ -423,7 +411,7 @@ mod tests {
             Goal::at_most("ours", "share of nothing", 1.0),
         ];
         let mut results = Results::new("x", "Ten agents".into(), "opa-hub-loadtest x".into(), goals);
-        // The ratio is one within a run: 1.4, not 150 by 100.
+        // Ratios are per run.
         for (ours, raw) in [(100.0, 100.0), (140.0, 100.0), (150.0, 80.0), (900.0, 1000.0)] {
             results.runs.push(vec![measured("ours", ours), measured("raw", raw)]);
         }

@@ -1,4 +1,4 @@
-//! An agent as a process of its own.
+//! The agent as a child process.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use super::free_port;
 use super::process::{Process, program};
 
-/// How policies reach OPA.
+/// Delivery of policies to OPA.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Delivery {
-    /// One PUT a module.
+    /// One PUT for each module.
     Rest,
     /// A bundle that OPA loads from the agent.
     Bundle,
@@ -21,7 +21,7 @@ pub enum Delivery {
 
 /// An agent, running or stopped.
 pub struct Agent {
-    /// The process.
+    /// `None` while stopped.
     pub process: Option<Process>,
     /// `http://127.0.0.1:PORT`.
     pub url: String,
@@ -31,12 +31,12 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An address for an agent that is to be started.
+    /// A free address.
     pub fn address() -> anyhow::Result<String> {
         Ok(format!("127.0.0.1:{}", free_port()?))
     }
 
-    /// What an OPA beside an agent at `address` is configured with, so that it loads its policies from there.
+    /// OPA configuration that loads policies from the agent at `address`.
     pub fn opa_config(address: &str) -> Value {
         let bundle = |resource: &str| {
             let polling =
@@ -70,12 +70,12 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Kills it.
+    /// Kills the agent.
     pub fn kill(&mut self) {
         self.process = None;
     }
 
-    /// Starts it again.
+    /// Restarts the agent at its address.
     pub fn spawn(&mut self) -> anyhow::Result<()> {
         self.process = None;
         let mut command = Command::new(program("opa-hub-agent")?);
@@ -84,28 +84,28 @@ impl Agent {
         Ok(())
     }
 
-    /// What it says of itself.
+    /// The agent's `/v1/status`.
     pub async fn status(&self) -> anyhow::Result<Value> {
-        let answer = self.http.get(format!("{}/v1/status", self.url)).send().await?;
-        Ok(serde_json::from_slice(&answer.bytes().await?)?)
+        let response = self.http.get(format!("{}/v1/status", self.url)).send().await?;
+        Ok(serde_json::from_slice(&response.bytes().await?)?)
     }
 
-    /// Waits until its OPA holds what the hub last said.
+    /// Waits until OPA has applied the hub's latest revision.
     pub async fn wait_in_step(&mut self) -> anyhow::Result<()> {
-        let process = self.process.as_mut().context("the agent was started")?;
+        let process = self.process.as_mut().context("the agent is stopped")?;
         let url = format!("{}/v1/status", self.url);
         let in_step = async || {
-            let answer = self.http.get(&url).send().await.map_err(|error| error.to_string())?;
-            let body = answer.bytes().await.map_err(|error| error.to_string())?;
+            let response = self.http.get(&url).send().await.map_err(|error| error.to_string())?;
+            let body = response.bytes().await.map_err(|error| error.to_string())?;
             let status: Value = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
             if status["inStep"] == json!(true) { Ok(()) } else { Err(status.to_string()) }
         };
         process.until("the agent is in step", in_step).await
     }
 
-    /// Whether `/readyz` says so, and what it says.
+    /// Success and body of `/readyz`.
     pub async fn readiness(&self) -> anyhow::Result<(bool, String)> {
-        let answer = self.http.get(format!("{}/readyz", self.url)).send().await?;
-        Ok((answer.status().is_success(), answer.text().await?))
+        let response = self.http.get(format!("{}/readyz", self.url)).send().await?;
+        Ok((response.status().is_success(), response.text().await?))
     }
 }

@@ -1,4 +1,4 @@
-//! The control plane: etcd and kube-apiserver, or a cluster that belongs to the user.
+//! The control plane: etcd and kube-apiserver, or an external cluster.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,47 +12,44 @@ use kube::{Api, Client, Config};
 use rcgen::KeyPair;
 use tempfile::TempDir;
 
+use super::blackhole_proxy::BlackholeProxy;
 use super::etcd::Etcd;
 use super::process::{Process, Usage};
-use super::valve::Valve;
-use super::{assets, certificates, free_port, given};
+use super::{assets, certificates, external_cluster, free_port};
 use crate::cluster::Cluster;
 use crate::pods;
 
-/// A user with no rights but those that a test grants.
+/// User without initial rights.
 pub const PLAIN_USER: &str = "plain";
 
 /// A running control plane.
 pub struct ControlPlane {
-    /// For everything that belongs to it.
+    /// Folder of logs, keys and data.
     pub dir: TempDir,
-    /// The folder of the components.
+    /// Folder of the components.
     pub assets: PathBuf,
-    /// For an administrator.
+    /// Administrator's kubeconfig.
     pub kubeconfig: PathBuf,
-    /// For [`PLAIN_USER`]; none in a cluster that was there before.
+    /// Kubeconfig of [`PLAIN_USER`]; `None` for an external cluster.
     pub plain_kubeconfig: Option<PathBuf>,
-    own: Option<Own>,
-    /// Start time of the API server that was measured first, where it is not ours.
+    processes: Option<LocalProcesses>,
+    /// Start time of the external API server instance measured first.
     measured: OnceLock<String>,
 }
 
-/// A cluster that belongs to the user.
-pub(super) struct Existing {
+pub(super) struct ExternalCluster {
     kubeconfig: PathBuf,
-    /// As `v1.37.2`.
+    /// Such as `v1.37.2`.
     pub(super) version: String,
 }
 
-static EXISTING: OnceLock<Existing> = OnceLock::new();
+static EXTERNAL: OnceLock<ExternalCluster> = OnceLock::new();
 
-/// The user's cluster; `None` if the lab starts its own.
-pub(super) fn existing() -> Option<&'static Existing> {
-    EXISTING.get()
+pub(super) fn external() -> Option<&'static ExternalCluster> {
+    EXTERNAL.get()
 }
 
-/// What we started ourselves.
-struct Own {
+struct LocalProcesses {
     apiserver: Option<Process>,
     etcd: Etcd,
     port: u16,
@@ -60,41 +57,40 @@ struct Own {
 }
 
 impl ControlPlane {
-    /// Uses the cluster of this file from now on, wherever a control plane would be started. Fails if the cluster or
-    /// the user's rights there do not suffice. Pods are guests there.
+    /// Uses this cluster as control plane. Fails if its version or the user's rights do not suffice.
     pub async fn use_cluster(kubeconfig: &Path) -> anyhow::Result<()> {
         super::init();
-        let version = given::check(&client(kubeconfig).await?).await?;
-        _ = EXISTING.set(Existing { kubeconfig: kubeconfig.to_owned(), version });
-        Self::renew_guests().await
+        let version = external_cluster::check(&client(kubeconfig).await?).await?;
+        _ = EXTERNAL.set(ExternalCluster { kubeconfig: kubeconfig.to_owned(), version });
+        Self::reset_external_cluster().await
     }
 
-    /// Removes what was created there, and chooses names that nobody has.
-    pub async fn renew_guests() -> anyhow::Result<()> {
-        let Some(existing) = existing() else { return Ok(()) };
-        if let Some(prefix) = pods::guests() {
-            Cluster { client: client(&existing.kubeconfig).await? }.remove_guests(&prefix).await?;
+    /// Removes the run's namespaces from the external cluster and picks a new prefix.
+    pub async fn reset_external_cluster() -> anyhow::Result<()> {
+        let Some(external) = external() else { return Ok(()) };
+        if let Some(prefix) = pods::external_prefix() {
+            Cluster { client: client(&external.kubeconfig).await? }.remove_run_namespaces(&prefix).await?;
         }
         let name = std::iter::repeat_with(fastrand::alphanumeric).take(6).collect::<String>();
-        pods::be_guests(format!("opa-hub-load-{}", name.to_lowercase()));
+        pods::use_external_cluster(format!("opa-hub-load-{}", name.to_lowercase()));
         Ok(())
     }
 
-    /// Starts a control plane, unless [`use_cluster`](Self::use_cluster) named one.
+    /// Starts a control plane, or uses the external cluster.
     pub async fn start() -> anyhow::Result<Self> {
         Self::start_with(&[]).await
     }
 
-    /// The same, with further flags for the API server where it is ours.
+    /// Starts a control plane with these API server flags, ignored by an external cluster.
     pub async fn start_with(flags: &[&str]) -> anyhow::Result<Self> {
         super::init();
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
         let mut dir = TempDir::with_prefix("opa-hub-lab-")?;
         dir.disable_cleanup(std::env::var_os("OPA_HUB_LAB_KEEP").is_some());
-        if let Some(existing) = existing() {
-            let kubeconfig = existing.kubeconfig.clone();
+        if let Some(external) = external() {
+            let kubeconfig = external.kubeconfig.clone();
             let measured = OnceLock::new();
-            return Ok(Self { dir, assets, kubeconfig, plain_kubeconfig: None, own: None, measured });
+            return Ok(Self { dir, assets, kubeconfig, plain_kubeconfig: None, processes: None, measured });
         }
         let port = free_port()?;
         credentials(dir.path())?;
@@ -102,82 +98,82 @@ impl ControlPlane {
         let plain = self::kubeconfig(dir.path(), port, PLAIN_USER)?;
         let etcd = Etcd::start(&assets, dir.path())?;
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        let own = Own { apiserver: None, etcd, port, flags };
-        let (own, plain_kubeconfig, measured) = (Some(own), Some(plain), OnceLock::new());
-        let mut plane = Self { dir, assets, kubeconfig, plain_kubeconfig, own, measured };
+        let processes = LocalProcesses { apiserver: None, etcd, port, flags };
+        let (processes, plain_kubeconfig, measured) = (Some(processes), Some(plain), OnceLock::new());
+        let mut plane = Self { dir, assets, kubeconfig, plain_kubeconfig, processes, measured };
         plane.start_apiserver().await?;
         Ok(plane)
     }
 
-    /// A client with an administrator's rights.
+    /// A client with administrator's rights.
     pub async fn client(&self) -> anyhow::Result<Client> {
         client(&self.kubeconfig).await
     }
 
-    /// A way to the API server that can be shut.
-    pub async fn valve(&self) -> anyhow::Result<Valve> {
-        let own = self.own.as_ref().context("this cluster was there before; the way to it is not ours")?;
-        Valve::start(format!("127.0.0.1:{}", own.port)).await
+    /// A proxy to the API server that can block traffic.
+    pub async fn blackhole_proxy(&self) -> anyhow::Result<BlackholeProxy> {
+        let processes =
+            self.processes.as_ref().context("starting a proxy failed: the cluster is external")?;
+        BlackholeProxy::start(format!("127.0.0.1:{}", processes.port)).await
     }
 
-    /// For an administrator, by way of `valve`.
-    pub fn kubeconfig_through(&self, valve: &Valve) -> anyhow::Result<PathBuf> {
-        kubeconfig(self.dir.path(), valve.port, "admin")
+    /// Administrator's kubeconfig that connects through `proxy`.
+    pub fn kubeconfig_through(&self, proxy: &BlackholeProxy) -> anyhow::Result<PathBuf> {
+        kubeconfig(self.dir.path(), proxy.port, "admin")
     }
 
-    /// What the API server has taken so far; none where it is not ours.
+    /// Usage of the lab's API server; `None` for an external cluster.
     pub fn usage(&self) -> Option<Usage> {
-        self.own.as_ref()?.apiserver.as_ref()?.usage().ok()
+        self.processes.as_ref()?.apiserver.as_ref()?.usage().ok()
     }
 
-    /// CPU and memory of the API server until now, by its own metrics where it is not ours; `None` if another instance
-    /// of it answers than before.
+    /// Usage of the API server, for an external cluster from its metrics; `None` after a change of instance.
     pub async fn reported_usage(&self) -> anyhow::Result<Option<Usage>> {
-        if self.is_own() {
+        if self.is_local() {
             return Ok(self.usage());
         }
         let (started, usage) = Cluster { client: self.client().await? }.server_usage().await?;
         Ok((*self.measured.get_or_init(|| started.clone()) == started).then_some(usage))
     }
 
-    /// Whether [`stop_apiserver`](Self::stop_apiserver) is possible.
-    pub fn is_own(&self) -> bool {
-        self.own.is_some()
+    /// Whether the lab started, and can stop, the control plane.
+    pub fn is_local(&self) -> bool {
+        self.processes.is_some()
     }
 
-    /// Kills the API server; etcd keeps running.
+    /// Kills the API server; etcd continues to run.
     pub fn stop_apiserver(&mut self) {
-        if let Some(own) = &mut self.own {
-            own.apiserver = None;
+        if let Some(processes) = &mut self.processes {
+            processes.apiserver = None;
         }
     }
 
-    /// Kills etcd too, does this with its data's folder, and starts both again.
+    /// Runs `act` on etcd's data folder while both servers are stopped.
     pub async fn while_stopped(
         &mut self,
         act: impl FnOnce(&Path) -> std::io::Result<()>,
     ) -> anyhow::Result<()> {
         self.stop_apiserver();
-        let own = self.own.as_mut().context("this cluster was there before; it is not ours to stop")?;
-        own.etcd.stop();
+        let processes = self.processes.as_mut().context("stopping etcd failed: the cluster is external")?;
+        processes.etcd.stop();
         act(&self.dir.path().join("etcd"))?;
-        own.etcd = Etcd::start(&self.assets, self.dir.path())?;
+        processes.etcd = Etcd::start(&self.assets, self.dir.path())?;
         self.start_apiserver().await
     }
 
-    /// Starts the API server and waits until it serves.
+    /// Starts the API server and waits until ready.
     pub async fn start_apiserver(&mut self) -> anyhow::Result<()> {
-        let Some(own) = &mut self.own else {
-            bail!("this cluster was there before; it is not ours to restart")
+        let Some(processes) = &mut self.processes else {
+            bail!("starting the API server failed: the cluster is external")
         };
         let dir = self.dir.path();
         let file = |name: &str| dir.join(name).display().to_string();
         let mut command = Command::new(self.assets.join("kube-apiserver"));
-        command.arg(format!("--etcd-servers={}", own.etcd.url));
+        command.arg(format!("--etcd-servers={}", processes.etcd.url));
         command.args([
             "--bind-address=127.0.0.1",
             "--endpoint-reconciler-type=none",
-            &format!("--secure-port={}", own.port),
+            &format!("--secure-port={}", processes.port),
             &format!("--cert-dir={}", file("certificates")),
             &format!("--tls-cert-file={}", file("server.crt")),
             &format!("--tls-private-key-file={}", file("server.key")),
@@ -189,7 +185,7 @@ impl ControlPlane {
             "--authorization-mode=RBAC",
             "--disable-admission-plugins=ServiceAccount",
         ]);
-        command.args(&own.flags);
+        command.args(&processes.flags);
         let mut process = Process::start("kube-apiserver", dir, &mut command)?;
         let client = self.client().await?;
         let serves = async || {
@@ -198,7 +194,10 @@ impl ControlPlane {
             Ok::<_, String>(ready)
         };
         process.until("the API server serves", serves).await?;
-        self.own.as_mut().context("it is ours")?.apiserver = Some(process);
+        self.processes
+            .as_mut()
+            .context("starting the API server failed: the cluster is external")?
+            .apiserver = Some(process);
         Ok(())
     }
 }
@@ -214,7 +213,6 @@ async fn http_get(client: &Client, path: &str) -> Result<String, String> {
     client.request_text(request).await.map_err(|error| error.to_string())
 }
 
-/// Writes the keys, certificates and tokens of a cluster.
 fn credentials(dir: &Path) -> anyhow::Result<()> {
     certificates::write(dir, "server", &["127.0.0.1", "localhost"])?;
     let accounts = KeyPair::generate()?;

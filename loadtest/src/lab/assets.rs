@@ -1,4 +1,4 @@
-//! Finds the lab's components, or builds them once from Go modules into a cache folder that every clone shares.
+//! Finds the lab's components, or builds them from Go modules into a shared cache.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -10,42 +10,40 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use sha2::{Digest, Sha256};
 
-use super::apiserver::existing;
+use super::apiserver::external;
 
 const GO_MOD: &str = include_str!("../../lab/go.mod");
 const GO_SUM: &str = include_str!("../../lab/go.sum");
-/// The components, each with the Go package that it is built from. OPA is the first: a cluster of the user needs no other.
+/// OPA is first: an external cluster needs no other.
 const COMPONENTS: [(&str, &str); 4] = [
     ("opa", "github.com/open-policy-agent/opa"),
     ("etcd", "go.etcd.io/etcd/server/v3"),
     ("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
     ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
 ];
-/// Between two lines of progress.
-const PROGRESS: Duration = Duration::from_secs(10);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The folder that holds `etcd`, `kube-apiserver`, `kubectl` and `opa`, or `opa` alone beside a cluster of the user.
-/// Blocks; the first time it may build for ten minutes, and says so on stderr.
+/// Folder of the components. Blocks for up to ten minutes of building the first time.
 pub fn folder() -> anyhow::Result<PathBuf> {
     let cache = cache()?;
-    let given: Vec<_> = COMPONENTS.iter().map(|(name, _)| given(name)).collect();
-    let key = key(&given);
-    let whole = cache.join(&key);
-    if whole.is_dir() {
-        return Ok(whole);
+    let installed: Vec<_> = COMPONENTS.iter().map(|(name, _)| find_installed(name)).collect();
+    let key = key(&installed);
+    let full = cache.join(&key);
+    if full.is_dir() {
+        return Ok(full);
     }
-    let (folder, components) = match existing() {
+    let (folder, components) = match external() {
         Some(_) => (cache.join(format!("{key}-opa")), &COMPONENTS[..1]),
-        None => (whole, &COMPONENTS[..]),
+        None => (full, &COMPONENTS[..]),
     };
     if folder.is_dir() {
         return Ok(folder);
     }
     fs::create_dir_all(&cache)
-        .with_context(|| format!("cannot make the lab's folder {}", cache.display()))?;
+        .with_context(|| format!("creating the lab's folder {} failed", cache.display()))?;
     let lock = fs::File::create(cache.join("lock"))?;
     if lock.try_lock().is_err() {
-        eprintln!("lab: waiting for another process that builds the components");
+        eprintln!("lab: waiting for another build of the components");
         lock.lock()?;
     }
     if folder.is_dir() {
@@ -54,8 +52,8 @@ pub fn folder() -> anyhow::Result<PathBuf> {
     let scratch = folder.with_extension("partial");
     _ = fs::remove_dir_all(&scratch);
     fs::create_dir_all(&scratch)?;
-    for ((name, package), given) in components.iter().zip(&given) {
-        match given {
+    for ((name, package), path) in components.iter().zip(&installed) {
+        match path {
             Some(path) => symlink(path, scratch.join(name))?,
             None => build(&cache, &scratch, name, package)?,
         }
@@ -64,20 +62,19 @@ pub fn folder() -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-/// What the components are, in words.
+/// Names and versions of the components.
 pub fn versions() -> String {
-    let name = |(name, package): &(&str, &str)| match given(name) {
+    let name = |(name, package): &(&str, &str)| match find_installed(name) {
         Some(path) => format!("{name} of {}", path.display()),
         None => format!("{name} {}", version(package).unwrap_or("of no version")),
     };
-    if let Some(existing) = existing() {
-        return format!("{}, API server {} of a cluster of its own", name(&COMPONENTS[0]), existing.version);
+    if let Some(external) = external() {
+        return format!("{}, API server {} of a cluster of its own", name(&COMPONENTS[0]), external.version);
     }
     COMPONENTS.iter().filter(|(name, _)| *name != "kubectl").map(name).collect::<Vec<_>>().join(", ")
 }
 
-/// A component that the environment already has.
-fn given(name: &str) -> Option<PathBuf> {
+fn find_installed(name: &str) -> Option<PathBuf> {
     let is_file = |path: &PathBuf| path.is_file();
     if name == "opa" {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -88,21 +85,21 @@ fn given(name: &str) -> Option<PathBuf> {
     Some(PathBuf::from(assets).join(name)).filter(is_file)
 }
 
-/// Names what the folder holds: the versions that are built, the paths that are given.
-fn key(given: &[Option<PathBuf>]) -> String {
+fn key(installed: &[Option<PathBuf>]) -> String {
     let mut hasher = Sha256::new();
     hasher.update(GO_MOD);
     hasher.update(GO_SUM);
-    hasher.update(format!("{given:?}"));
+    hasher.update(format!("{installed:?}"));
     hasher.finalize().iter().take(6).fold(String::new(), |key, byte| format!("{key}{byte:02x}"))
 }
 
 fn cache() -> anyhow::Result<PathBuf> {
-    let of = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let user = || of("XDG_CACHE_HOME").or_else(|| Some(of("HOME")?.join(".cache")));
-    of("OPA_HUB_LAB")
-        .or_else(|| Some(user()?.join("opa-hub").join("lab")))
-        .context("set OPA_HUB_LAB to a folder for the lab's components: there is no HOME")
+    let env_path =
+        |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let user = || env_path("XDG_CACHE_HOME").or_else(|| Some(env_path("HOME")?.join(".cache")));
+    env_path("OPA_HUB_LAB").or_else(|| Some(user()?.join("opa-hub").join("lab"))).context(
+        "finding the cache failed: HOME is not set; set OPA_HUB_LAB to a folder for the lab's components",
+    )
 }
 
 fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<()> {
@@ -111,7 +108,7 @@ fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<
     fs::write(module.join("go.mod"), GO_MOD)?;
     fs::write(module.join("go.sum"), GO_SUM)?;
     let version = version(package)?;
-    // The API server needs a version that parses.
+    // The API server requires a version that parses.
     let flags = format!("-s -w -X k8s.io/component-base/version.gitVersion={version}");
     eprintln!("lab: building {name} {version} from its Go module, once");
     let mut command = Command::new("go");
@@ -121,20 +118,20 @@ fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<
     let mut child = match child {
         Ok(child) => child,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => bail!(
-            "the lab needs etcd, kube-apiserver, kubectl and opa: install Go {} or newer to have them built, or set KUBEBUILDER_ASSETS to a folder with the first three and OPA_BIN to the fourth",
+            "building the lab's components failed: go is not installed; install Go {} or newer, or set KUBEBUILDER_ASSETS to a folder with etcd, kube-apiserver and kubectl, and OPA_BIN to opa",
             go_version()
         ),
-        Err(error) => return Err(error).context("cannot run go"),
+        Err(error) => return Err(error).context("starting go failed"),
     };
     let started = Instant::now();
-    let mut told = started;
+    let mut reported = started;
     let mut packages = 0;
     let mut last = Vec::new();
     for line in BufReader::new(child.stderr.take().context("stderr is piped")?).lines() {
         let line = line?;
         packages += 1;
-        if told.elapsed() >= PROGRESS {
-            told = Instant::now();
+        if reported.elapsed() >= PROGRESS_INTERVAL {
+            reported = Instant::now();
             eprintln!("lab:   {name}: {packages} packages, {} s, now {line}", started.elapsed().as_secs());
         }
         last.push(line);
@@ -143,13 +140,12 @@ fn build(cache: &Path, out: &Path, name: &str, package: &str) -> anyhow::Result<
         }
     }
     if !child.wait()?.success() {
-        bail!("cannot build {name} {version}:\n{}", last.join("\n"));
+        bail!("building {name} {version} failed:\n{}", last.join("\n"));
     }
     eprintln!("lab:   {name}: done in {} s", started.elapsed().as_secs());
     Ok(())
 }
 
-/// The version of the module that `package` belongs to, from the first lines of go.mod that require it.
 fn version(package: &str) -> anyhow::Result<&'static str> {
     let mut requirements = GO_MOD.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
@@ -157,7 +153,9 @@ fn version(package: &str) -> anyhow::Result<&'static str> {
     });
     let found =
         requirements.find(|(module, version)| package.starts_with(module) && version.starts_with('v'));
-    found.map(|(_, version)| version).with_context(|| format!("lab/go.mod requires no {package}"))
+    found
+        .map(|(_, version)| version)
+        .with_context(|| format!("finding a version failed: lab/go.mod does not require {package}"))
 }
 
 fn go_version() -> &'static str {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
-/// Writes an authority, `ca.crt`, and a certificate that it signed for `hosts`, `<name>.crt` and `<name>.key`.
+/// Writes an authority `ca.crt`, and `<name>.crt` and `<name>.key` for `hosts`.
 pub fn write(dir: &Path, name: &str, hosts: &[&str]) -> anyhow::Result<()> {
     let ca_key = KeyPair::generate()?;
     let mut params = CertificateParams::new(Vec::new())?;

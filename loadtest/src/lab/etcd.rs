@@ -1,4 +1,4 @@
-//! etcd, one member, on loopback.
+//! etcd with one member on loopback.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,12 +9,12 @@ use super::process::Process;
 /// A running etcd.
 pub struct Etcd {
     process: Option<Process>,
-    /// Where the API server finds it.
+    /// Client URL.
     pub url: String,
 }
 
 impl Etcd {
-    /// Starts etcd with its data in `dir`.
+    /// Starts etcd with its data below `dir`.
     pub fn start(assets: &Path, dir: &Path) -> anyhow::Result<Self> {
         let url = format!("http://127.0.0.1:{}", free_port()?);
         let peers = format!("http://127.0.0.1:{}", free_port()?);
@@ -32,7 +32,7 @@ impl Etcd {
         Ok(Self { process: Some(Process::start("etcd", dir, &mut command)?), url })
     }
 
-    /// Kills it; its data stays.
+    /// Kills etcd; its data stays.
     pub fn stop(&mut self) {
         self.process = None;
     }

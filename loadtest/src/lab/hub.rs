@@ -1,4 +1,4 @@
-//! A hub as a process of its own.
+//! The hub as a child process.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,7 +12,7 @@ use super::{assets, free_port};
 
 /// A hub, running or stopped.
 pub struct Hub {
-    /// The process.
+    /// `None` while stopped.
     pub process: Option<Process>,
     /// `http://127.0.0.1:PORT`.
     pub url: String,
@@ -22,19 +22,19 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Starts a hub with these arguments and waits until it is ready.
+    /// Starts a hub and waits until it is ready.
     pub async fn start(dir: &Path, args: &[&str]) -> anyhow::Result<Self> {
         let mut hub = Self::start_unready(dir, args)?;
         hub.wait_ready().await?;
         Ok(hub)
     }
 
-    /// Starts a hub with these arguments.
+    /// Starts a hub at a free port.
     pub fn start_unready(dir: &Path, args: &[&str]) -> anyhow::Result<Self> {
         Self::start_at(dir, &format!("127.0.0.1:{}", free_port()?), args)
     }
 
-    /// The same, listening at this address.
+    /// Starts a hub at address `listen`.
     pub fn start_at(dir: &Path, listen: &str, args: &[&str]) -> anyhow::Result<Self> {
         let mut all = vec!["--listen".to_owned(), listen.to_owned()];
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
@@ -45,39 +45,43 @@ impl Hub {
         Ok(hub)
     }
 
-    /// Kills it.
+    /// Kills the hub.
     pub fn kill(&mut self) {
         self.process = None;
     }
 
-    /// Starts it again, at the same address.
+    /// Restarts the hub at its address.
     pub fn spawn(&mut self) -> anyhow::Result<()> {
         self.process = None;
         let mut command = Command::new(program("opa-hub")?);
-        // What one that is killed leaves behind goes with the lab.
+        // A killed hub leaves temporary files.
         command.env("OPA_BIN", assets::folder()?.join("opa")).env("TMPDIR", &self.dir).args(&self.args);
         self.process = Some(Process::start("opa-hub", &self.dir, &mut command)?);
         Ok(())
     }
 
-    /// Waits until `/readyz` says so.
+    /// Waits until `/readyz` succeeds.
     pub async fn wait_ready(&mut self) -> anyhow::Result<()> {
-        let process = self.process.as_mut().context("the hub was started")?;
+        let process = self.process.as_mut().context("the hub is stopped")?;
         let ready = async || {
-            let answer =
+            let response =
                 self.http.get(format!("{}/readyz", self.url)).send().await.map_err(|e| e.to_string())?;
-            if answer.status().is_success() { Ok(()) } else { Err(answer.text().await.unwrap_or_default()) }
+            if response.status().is_success() {
+                Ok(())
+            } else {
+                Err(response.text().await.unwrap_or_default())
+            }
         };
         process.until("the hub is ready", ready).await
     }
 
-    /// What a path answers, as JSON.
+    /// The JSON response at a path.
     pub async fn json(&self, path: &str) -> anyhow::Result<Value> {
-        let answer = self.http.get(format!("{}{path}", self.url)).send().await?;
-        Ok(serde_json::from_slice(&answer.bytes().await?)?)
+        let response = self.http.get(format!("{}{path}", self.url)).send().await?;
+        Ok(serde_json::from_slice(&response.bytes().await?)?)
     }
 
-    /// The sum of a metric over its labels.
+    /// Sum of a metric over its labels.
     pub async fn metric(&self, name: &str) -> anyhow::Result<u64> {
         let text = self.http.get(format!("{}/metrics", self.url)).send().await?.text().await?;
         let samples = text.lines().filter_map(|line| {
@@ -86,7 +90,7 @@ impl Hub {
             value.parse::<u64>().ok()
         });
         let samples: Vec<u64> = samples.collect();
-        anyhow::ensure!(!samples.is_empty(), "no metric {name}");
+        anyhow::ensure!(!samples.is_empty(), "reading metrics failed: the hub has no {name}");
         Ok(samples.iter().sum())
     }
 }

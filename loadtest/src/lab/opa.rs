@@ -1,4 +1,4 @@
-//! An OPA as a server on loopback.
+//! OPA as a server on loopback.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use super::free_port;
 use super::process::Process;
 
-/// A running OPA.
+/// An OPA, running or stopped.
 pub struct Opa {
-    /// The process.
+    /// `None` while stopped.
     pub process: Option<Process>,
     /// `http://127.0.0.1:PORT`.
     pub url: String,
@@ -25,7 +25,7 @@ pub struct Opa {
 }
 
 impl Opa {
-    /// Starts OPA; `config` is its configuration, `args` are further arguments.
+    /// Starts OPA.
     pub async fn start(
         assets: &Path,
         dir: &Path,
@@ -56,7 +56,7 @@ impl Opa {
         Ok(opa)
     }
 
-    /// Starts it (again) and waits until it serves.
+    /// Restarts OPA and waits until it serves.
     pub async fn restart(&mut self) -> anyhow::Result<()> {
         self.process = None;
         let mut command = Command::new(&self.program);
@@ -67,28 +67,31 @@ impl Opa {
         Ok(())
     }
 
-    /// The document at `path` below `/v1/data`; `Null` when it is undefined.
+    /// Document at `path` below `/v1/data`; `Null` if undefined.
     pub async fn data(&self, path: &str) -> anyhow::Result<Value> {
-        let answer = self.http.get(format!("{}/v1/data{path}", self.url)).send().await?.error_for_status()?;
-        let mut answer: Value = serde_json::from_slice(&answer.bytes().await?)?;
-        Ok(answer["result"].take())
+        let response =
+            self.http.get(format!("{}/v1/data{path}", self.url)).send().await?.error_for_status()?;
+        let mut response: Value = serde_json::from_slice(&response.bytes().await?)?;
+        Ok(response["result"].take())
     }
 
-    /// The decision at `path` for `input`; `Null` when it is undefined.
+    /// Decision at `path` for `input`; `Null` if undefined.
     pub async fn decide(&self, path: &str, input: &Value) -> anyhow::Result<Value> {
         let body = serde_json::to_vec(&json!({ "input": input }))?;
-        let answer = self.http.post(format!("{}/v1/data{path}", self.url)).body(body).send().await?;
-        let mut answer: Value = serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?;
-        Ok(answer["result"].take())
+        let response = self.http.post(format!("{}/v1/data{path}", self.url)).body(body).send().await?;
+        let mut response: Value = serde_json::from_slice(&response.error_for_status()?.bytes().await?)?;
+        Ok(response["result"].take())
     }
 
-    /// Number of pods that it holds in namespaces that begin with `prefix`.
+    /// Number of pods in namespaces that start with `prefix`.
     pub async fn count_pods(&self, prefix: &str) -> anyhow::Result<u64> {
         const QUERY: &str = "n := sum([count(pods) | pods := data.kubernetes.pods[namespace]; startswith(namespace, input.prefix)])";
         let body = serde_json::to_vec(&json!({ "query": QUERY, "input": { "prefix": prefix } }))?;
-        let answer = self.http.post(format!("{}/v1/query", self.url)).body(body).send().await?;
-        let answer: Value = serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?;
-        answer["result"][0]["n"].as_u64().with_context(|| format!("counting pods in OPA failed: {answer}"))
+        let response = self.http.post(format!("{}/v1/query", self.url)).body(body).send().await?;
+        let response: Value = serde_json::from_slice(&response.error_for_status()?.bytes().await?)?;
+        response["result"][0]["n"]
+            .as_u64()
+            .with_context(|| format!("counting pods in OPA failed: {response}"))
     }
 
     /// Adds a module.
@@ -98,21 +101,21 @@ impl Opa {
         Ok(())
     }
 
-    /// The ids of its modules, sorted.
+    /// Sorted ids of OPA's modules.
     pub async fn modules(&self) -> anyhow::Result<Vec<String>> {
         Ok(self.texts().await?.into_keys().collect())
     }
 
-    /// Its modules, by id.
+    /// OPA's modules by id.
     pub async fn texts(&self) -> anyhow::Result<BTreeMap<String, String>> {
-        let answer = self.http.get(format!("{}/v1/policies", self.url)).send().await?.error_for_status()?;
-        let answer: Value = serde_json::from_slice(&answer.bytes().await?)?;
-        let list = answer["result"].as_array().context("a list of policies")?;
+        let response = self.http.get(format!("{}/v1/policies", self.url)).send().await?.error_for_status()?;
+        let response: Value = serde_json::from_slice(&response.bytes().await?)?;
+        let list = response["result"].as_array().context("listing OPA's policies failed: no list")?;
         let text = |module: &Value, field: &str| Some(module[field].as_str()?.to_owned());
         Ok(list.iter().filter_map(|module| Some((text(module, "id")?, text(module, "raw")?))).collect())
     }
 
-    /// What an agent wrote there of the bundle that it keeps.
+    /// The agent's marker for this bundle.
     pub async fn marker(&self, bundle: &str) -> anyhow::Result<Value> {
         self.data(&format!("/system/opahub/{bundle}")).await
     }

@@ -1,4 +1,4 @@
-//! A child process with a log, gone when it is dropped.
+//! Child processes with a log, killed on drop.
 
 use std::fmt::Display;
 use std::fs::{self, File};
@@ -10,29 +10,28 @@ use anyhow::{Context, bail};
 
 use crate::eventually::eventually;
 
-/// Lines of the log that a failure shows.
-const TAIL: usize = 12;
+const TAIL_LINES: usize = 12;
 
-/// Bytes of a page in `/proc/net/sockstat`: what x86-64 has, and what most kernels for ARM are built with.
-const PAGE: u64 = 4096;
+/// Page size of x86-64 and most ARM kernels.
+const PAGE_BYTES: u64 = 4096;
 
-/// What a process takes.
+/// Resource usage of a process.
 #[derive(Clone, Copy, Debug)]
 pub struct Usage {
-    /// Bytes of memory now.
+    /// Resident memory, in bytes.
     pub rss: u64,
-    /// The most that it ever had.
+    /// Maximum resident memory, in bytes.
     pub peak: u64,
-    /// Of one core, in steps of 10 ms (`USER_HZ` is 100 on Linux).
+    /// CPU time, in steps of 10 ms (`USER_HZ` is 100 on Linux).
     pub cpu: Duration,
-    /// The same of its children that ended.
+    /// CPU time of children that ended.
     pub children: Duration,
-    /// Bytes that the kernel holds for sockets and other objects, of all processes of the machine: a process's share
-    /// shows only in a cgroup of its own. Zero if it runs elsewhere.
+    /// Slabs and socket buffers of the whole machine, in bytes; zero for a remote process. The share of one process is
+    /// not available outside a cgroup.
     pub kernel: u64,
 }
 
-/// See the module's text.
+/// A child process with a log.
 pub struct Process {
     name: String,
     child: Child,
@@ -40,16 +39,16 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command`, its output appended to `<dir>/<name>.log`.
+    /// Starts `command`; its output is appended to `<dir>/<name>.log`.
     pub fn start(name: &str, dir: &Path, command: &mut Command) -> anyhow::Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log)?;
         let command = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        let child = command.spawn().with_context(|| format!("starting {name} failed"))?;
         Ok(Self { name: name.to_owned(), child, log })
     }
 
-    /// Tries until it succeeds; fails at once, with the end of its log, when the process ends.
+    /// Retries until success; fails at once, with the end of the log, if the process ends.
     pub async fn until<T, E: Display>(
         &mut self,
         what: &str,
@@ -58,7 +57,7 @@ impl Process {
         let ended = std::cell::Cell::new(None);
         let attempt = async || match self.child.try_wait() {
             Ok(None) => attempt().await.map(Some).map_err(|error| error.to_string()),
-            // Success, so that nobody waits on.
+            // `Ok` ends the retries.
             Ok(Some(status)) => Ok(ended.replace(Some(status)).and(None)),
             Err(error) => Err(error.to_string()),
         };
@@ -67,56 +66,55 @@ impl Process {
         value.with_context(tail)
     }
 
-    /// How it ended, and what it said last; none while it runs.
-    pub fn has_ended(&mut self) -> Option<anyhow::Error> {
+    /// Exit status and last log lines; `None` while running.
+    pub fn exit_error(&mut self) -> Option<anyhow::Error> {
         let status = self.child.try_wait().ok()??;
         Some(anyhow::anyhow!("{} ended with {status}:\n{}", self.name, self.tail()))
     }
 
-    /// Kills it as `kill -9` does, and waits until it is gone.
+    /// Sends SIGKILL and waits for the end.
     pub fn kill(&mut self) {
-        // Both fail only when it is gone already.
+        // Both fail only after the process has ended.
         _ = self.child.kill();
         _ = self.child.wait();
     }
 
-    /// Stops it as `kill -STOP` does: it hangs, and its connections stay open.
+    /// Sends SIGSTOP: connections stay open.
     pub fn suspend(&self) -> anyhow::Result<()> {
         let status = Command::new("kill").args(["-STOP", &self.child.id().to_string()]).status()?;
-        anyhow::ensure!(status.success(), "cannot suspend {}", self.name);
+        anyhow::ensure!(status.success(), "suspending {} failed", self.name);
         Ok(())
     }
 
-    /// Tells it to stop, as Kubernetes does.
+    /// Sends SIGTERM, as Kubernetes does.
     pub fn terminate(&self) -> anyhow::Result<()> {
         let status = Command::new("kill").arg(self.child.id().to_string()).status()?;
-        anyhow::ensure!(status.success(), "cannot stop {}", self.name);
+        anyhow::ensure!(status.success(), "stopping {} failed", self.name);
         Ok(())
     }
 
-    /// Waits until it has ended.
+    /// Waits until the process has ended.
     pub async fn ended(&mut self) -> anyhow::Result<()> {
         let name = self.name.clone();
         let ended = async || match self.child.try_wait() {
             Ok(Some(_)) => Ok(()),
-            Ok(None) => Err("it runs".to_owned()),
+            Ok(None) => Err("still running".to_owned()),
             Err(error) => Err(error.to_string()),
         };
         eventually(format!("{name} ends"), ended).await.map(drop)
     }
 
-    /// Its process id.
+    /// Process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has taken of the machine so far.
+    /// Usage so far.
     pub fn usage(&self) -> anyhow::Result<Usage> {
-        // Of one that has ended there is none.
-        Usage::of(&self.child.id().to_string()).with_context(|| format!("{}:\n{}", self.name, self.tail()))
+        Usage::read(&self.child.id().to_string()).with_context(|| format!("{}:\n{}", self.name, self.tail()))
     }
 
-    /// All that it logged.
+    /// The whole log.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
@@ -124,13 +122,13 @@ impl Process {
     fn tail(&self) -> String {
         let log = self.log();
         let lines: Vec<_> = log.lines().collect();
-        lines[lines.len().saturating_sub(TAIL)..].join("\n")
+        lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
     }
 }
 
 impl Usage {
-    /// Of the process of this number, or of the one that asks, `self`.
-    pub fn of(process: &str) -> anyhow::Result<Self> {
+    /// Usage of the process with this id, or of `self`.
+    pub fn read(process: &str) -> anyhow::Result<Self> {
         let file = |name: &str| fs::read_to_string(format!("/proc/{process}/{name}"));
         let status = file("status")?;
         let kilobytes = |name: &str| {
@@ -138,24 +136,24 @@ impl Usage {
             line.and_then(|line| line.trim_end_matches("kB").trim().parse::<u64>().ok())
         };
         let stat = file("stat")?;
-        // Behind the program's name, which may hold anything (proc_pid_stat(5): utime, stime, cutime and cstime are fields 14 to
-        // 17).
+        // The program's name may contain spaces. Fields 14 to 17 of proc_pid_stat(5) are utime to cstime.
         let fields: Vec<_> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
-        let [own, children] = [11..13, 13..15].map(|range| {
+        let [cpu, children] = [11..13, 13..15].map(|range| {
             let ticks = fields.get(range)?.iter().flat_map(|field| field.parse::<u64>());
             Some(Duration::from_millis(ticks.sum::<u64>() * 10))
         });
         Ok(Self {
-            rss: kilobytes("VmRSS:").context("no VmRSS")? << 10,
-            peak: kilobytes("VmHWM:").context("no VmHWM")? << 10,
-            cpu: own.context("no CPU times")?,
-            children: children.context("no CPU times")?,
-            kernel: kernel_memory().context("no kernel memory in /proc/meminfo and /proc/net/sockstat")?,
+            rss: kilobytes("VmRSS:").context("reading /proc/PID/status failed: no VmRSS")? << 10,
+            peak: kilobytes("VmHWM:").context("reading /proc/PID/status failed: no VmHWM")? << 10,
+            cpu: cpu.context("reading /proc/PID/stat failed: no CPU times")?,
+            children: children.context("reading /proc/PID/stat failed: no CPU times")?,
+            kernel: kernel_memory().context(
+                "reading kernel memory failed: unknown format of /proc/meminfo or /proc/net/sockstat",
+            )?,
         })
     }
 }
 
-/// Bytes of slabs (a socket's structures) and of socket buffers.
 fn kernel_memory() -> Option<u64> {
     let number = |file: &str, line: &str, field: &str| {
         let text = fs::read_to_string(file).ok()?;
@@ -163,7 +161,7 @@ fn kernel_memory() -> Option<u64> {
         line.split_whitespace().skip_while(|word| *word != field).nth(1)?.parse::<u64>().ok()
     };
     let slabs = number("/proc/meminfo", "Slab:", "Slab:")? << 10;
-    Some(slabs + number("/proc/net/sockstat", "TCP:", "mem")? * PAGE)
+    Some(slabs + number("/proc/net/sockstat", "TCP:", "mem")? * PAGE_BYTES)
 }
 
 impl Drop for Process {
@@ -175,23 +173,23 @@ impl Drop for Process {
     }
 }
 
-/// A program of this workspace, built if it is not there or older than its sources.
+/// A program of this workspace, rebuilt if older than its sources.
 pub fn program(name: &str) -> anyhow::Result<PathBuf> {
     let exe = std::env::current_exe()?;
-    let mut dir = exe.parent().context("a program lies in a folder")?;
+    let mut dir = exe.parent().context("finding the target folder failed: the program has no parent")?;
     if dir.ends_with("deps") {
-        dir = dir.parent().context("deps lies in a folder")?;
+        dir = dir.parent().context("finding the target folder failed: deps has no parent")?;
     }
-    let target = dir.parent().context("the target folder")?;
-    // The agent has a profile of its own.
+    let target = dir.parent().context("finding the target folder failed: the profile has no parent")?;
     let (profile, folder) = match (dir.ends_with("release"), name) {
         (false, _) => ("dev", "debug"),
         (true, "opa-hub-agent") => ("agent", "agent"),
         (true, _) => ("release", "release"),
     };
     let path = target.join(folder).join(name);
-    let workspace =
-        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("a member lies in the workspace")?;
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("finding the workspace failed: the crate has no parent")?;
     let built = fs::metadata(&path).and_then(|file| file.modified()).ok();
     let sources = ["Cargo.toml", "Cargo.lock", "proto/src", "hub/src", "agent/src"];
     let newest = sources.map(|part| newest(&workspace.join(part))).into_iter().flatten().max();
@@ -200,17 +198,17 @@ pub fn program(name: &str) -> anyhow::Result<PathBuf> {
         cargo.current_dir(workspace).args(["build", "--quiet", "--package", name, "--profile", profile]);
         cargo.arg("--target-dir").arg(target);
         eprintln!("lab: building {name}");
-        if !cargo.status().context("cannot run cargo")?.success() {
-            bail!("cannot build {name}");
+        if !cargo.status().context("starting cargo failed")?.success() {
+            bail!("building {name} failed");
         }
-        // Cargo leaves what is newest already as it was.
+        // Cargo does not touch a file that is already up to date.
         fs::File::open(&path)?.set_modified(std::time::SystemTime::now())?;
     }
     Ok(path)
 }
 
 fn newest(path: &Path) -> Option<std::time::SystemTime> {
-    let own = fs::metadata(path).ok()?.modified().ok();
+    let modified = fs::metadata(path).ok()?.modified().ok();
     let inner = fs::read_dir(path).into_iter().flatten().flatten().filter_map(|entry| newest(&entry.path()));
-    inner.chain(own).max()
+    inner.chain(modified).max()
 }

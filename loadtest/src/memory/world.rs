@@ -1,4 +1,4 @@
-//! Many pods and ten policies, in a folder or on an API server.
+//! Pods and ten policies, in a folder or on an API server.
 
 use std::path::{Path, PathBuf};
 
@@ -6,17 +6,14 @@ use anyhow::Context as _;
 use futures::{StreamExt as _, TryStreamExt as _};
 use opa_hub_loadtest::cluster::{Cluster, POLICY};
 use opa_hub_loadtest::lab::{ControlPlane, assets};
-use opa_hub_loadtest::pods::{self, Nth, PODS_A_NAMESPACE};
+use opa_hub_loadtest::pods::{self, Nth, PODS_PER_NAMESPACE};
 use serde_json::{Value, json};
 
 use super::SourceKind;
 
-/// Where policies are.
 const NAMESPACE: &str = "opa";
-/// Requests to the API server at a time while it is filled.
-const FILLERS: usize = 16;
-/// So often it is told how far that is.
-const PROGRESS: usize = 5000;
+const FILL_REQUESTS: usize = 16;
+const PROGRESS_PODS: usize = 5000;
 
 const POLICIES: [(&str, &str); 10] = [
     ("account", include_str!("../../policies/account.rego")),
@@ -31,7 +28,6 @@ const POLICIES: [(&str, &str); 10] = [
     ("tier", include_str!("../../policies/tier.rego")),
 ];
 
-/// How far a pod's life is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Stage {
     Posted,
@@ -41,15 +37,14 @@ pub(super) enum Stage {
     Gone,
 }
 
-/// See the module's text.
 pub(super) struct World {
     pub(super) assets: PathBuf,
     pub(super) hub_flags: Vec<String>,
     pub(super) pods: usize,
-    place: Place,
+    backend: Backend,
 }
 
-enum Place {
+enum Backend {
     Folder { work: tempfile::TempDir, manifests: tempfile::TempDir },
     Cluster { plane: Box<ControlPlane>, cluster: Cluster },
 }
@@ -57,51 +52,52 @@ enum Place {
 impl World {
     pub(super) async fn new(kind: SourceKind, pods: usize) -> anyhow::Result<Self> {
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
-        let (place, source) = match kind {
+        let (backend, source) = match kind {
             SourceKind::Folder => {
                 let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
                 let all: Vec<_> = (0..pods).map(Nth).collect();
-                for (at, nths) in all.chunks(PODS_A_NAMESPACE).enumerate() {
+                for (index, nths) in all.chunks(PODS_PER_NAMESPACE).enumerate() {
                     let items: Vec<_> = nths.iter().map(|nth| nth.served()).collect();
-                    write(manifests.path(), &format!("pods-{at:03}.json"), &list(&items))?;
+                    write(manifests.path(), &format!("pods-{index:03}.json"), &list(&items))?;
                 }
                 let flag = ["--manifests".to_owned(), manifests.path().display().to_string()];
-                (Place::Folder { work, manifests }, flag)
+                (Backend::Folder { work, manifests }, flag)
             }
             SourceKind::Cluster => {
                 let plane = ControlPlane::start().await?;
                 let cluster = Cluster { client: plane.client().await? };
                 fill(&cluster, pods).await?;
                 let flag = ["--kubeconfig".to_owned(), plane.kubeconfig.display().to_string()];
-                (Place::Cluster { plane: Box::new(plane), cluster }, flag)
+                (Backend::Cluster { plane: Box::new(plane), cluster }, flag)
             }
         };
         let flags = ["--replicate=v1/pods".to_owned(), "--log-level=debug".to_owned()];
         let hub_flags = source.into_iter().chain(flags).collect();
-        let world = Self { assets, hub_flags, pods, place };
+        let world = Self { assets, hub_flags, pods, backend };
         world.policies("").await?;
         Ok(world)
     }
 
-    /// Where processes put their logs.
     pub(super) fn dir(&self) -> &Path {
-        match &self.place {
-            Place::Folder { work, .. } => work.path(),
-            Place::Cluster { plane, .. } => plane.dir.path(),
+        match &self.backend {
+            Backend::Folder { work, .. } => work.path(),
+            Backend::Cluster { plane, .. } => plane.dir.path(),
         }
     }
 
-    /// Bytes of what `url` answers.
     pub(super) async fn length(&self, url: &str) -> anyhow::Result<u64> {
-        reqwest::get(url).await?.error_for_status()?.content_length().context("it says how long it is")
+        reqwest::get(url)
+            .await?
+            .error_for_status()?
+            .content_length()
+            .context("reading a response failed: no content-length")
     }
 
-    /// The policies as they are, as before any edit.
     pub(super) async fn reset_policies(&self) -> anyhow::Result<()> {
         self.policies("").await
     }
 
-    /// Makes a policy read the node's name besides, which this `word` goes with.
+    /// The edited policy reads the node name too, and returns `word` with it.
     pub(super) async fn edit_policy(&self, word: &str) -> anyhow::Result<()> {
         let rule = format!(
             "\nnode := [\"{word}\", data.kubernetes.pods[input.namespace][input.pod].spec.nodeName]\n"
@@ -113,8 +109,8 @@ impl World {
         let edited = |name: &str, text: &str| {
             if name == "address" { format!("{text}{more}") } else { text.to_owned() }
         };
-        match &self.place {
-            Place::Folder { manifests, .. } => {
+        match &self.backend {
+            Backend::Folder { manifests, .. } => {
                 let configmap = |(name, text): &(&str, &str)| {
                     json!({
                         "apiVersion": "v1", "kind": "ConfigMap", "data": { format!("{name}.rego"): edited(name, text) },
@@ -124,7 +120,7 @@ impl World {
                 let all: Vec<_> = POLICIES.iter().map(configmap).collect();
                 write(manifests.path(), "policies.json", &list(&all))
             }
-            Place::Cluster { cluster, .. } => {
+            Backend::Cluster { cluster, .. } => {
                 cluster.namespace(NAMESPACE).await?;
                 for (name, text) in POLICIES {
                     let (key, text) = (format!("{name}.rego"), edited(name, text));
@@ -135,49 +131,46 @@ impl World {
         }
     }
 
-    /// Gives a pod's label `team` this value.
     pub(super) async fn label(&self, nth: Nth, team: &str) -> anyhow::Result<()> {
-        match &self.place {
-            Place::Folder { manifests, .. } => {
-                // The pod leaves the large file for one of its own, so that the edit is what is measured.
+        match &self.backend {
+            Backend::Folder { manifests, .. } => {
+                // A separate file avoids rewriting the large one.
                 let first = "pods-000.json";
                 let hot = format!("hot-{}.json", nth.0);
                 if !manifests.path().join(&hot).exists() {
-                    let others = (0..PODS_A_NAMESPACE.min(self.pods)).filter(|at| *at != nth.0);
-                    let others: Vec<_> = others.map(|at| Nth(at).served()).collect();
+                    let others = (0..PODS_PER_NAMESPACE.min(self.pods)).filter(|number| *number != nth.0);
+                    let others: Vec<_> = others.map(|number| Nth(number).served()).collect();
                     write(manifests.path(), first, &list(&others))?;
                 }
                 let mut pod = nth.served();
                 pod["metadata"]["labels"]["team"] = json!(team);
                 write(manifests.path(), &hot, &pod)
             }
-            Place::Cluster { cluster, .. } => {
+            Backend::Cluster { cluster, .. } => {
                 cluster.label_pod(&nth.namespace(), &nth.name(), &[("team", team)]).await
             }
         }
     }
 
-    /// Brings a pod to this stage of its life.
     pub(super) async fn put(&self, nth: Nth, stage: Stage) -> anyhow::Result<()> {
-        match &self.place {
-            Place::Folder { manifests, .. } => {
+        match &self.backend {
+            Backend::Folder { manifests, .. } => {
                 let file = format!("rollout-{}.json", nth.0);
                 if stage == Stage::Gone {
                     return Ok(std::fs::remove_file(manifests.path().join(file))?);
                 }
                 let mut pod = nth.served();
                 if stage == Stage::Posted {
-                    pod["spec"].as_object_mut().context("a spec")?.remove("nodeName");
+                    pod["spec"].as_object_mut().context("the pod has no spec")?.remove("nodeName");
                 }
                 pod["status"] = status(nth, stage);
                 write(manifests.path(), &file, &pod)
             }
-            Place::Cluster { cluster, .. } => on_cluster(cluster, nth, stage).await,
+            Backend::Cluster { cluster, .. } => put_on_cluster(cluster, nth, stage).await,
         }
     }
 }
 
-/// What is reported of a pod at this stage.
 fn status(nth: Nth, stage: Stage) -> Value {
     let mut status = nth.status();
     match stage {
@@ -197,16 +190,15 @@ fn status(nth: Nth, stage: Stage) -> Value {
     status
 }
 
-async fn on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result<()> {
+async fn put_on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result<()> {
     let (namespace, name) = (nth.namespace(), nth.name());
     let pod = format!("/api/v1/namespaces/{namespace}/pods/{name}");
     match stage {
         Stage::Posted => {
             cluster.namespace(&namespace).await?;
-            cluster.guest(&namespace, &nth.posted()).await
+            cluster.create_pod(&namespace, &nth.posted()).await
         }
-        // Guests stay where they are.
-        Stage::Bound if pods::guests().is_some() => Ok(()),
+        Stage::Bound if pods::external_prefix().is_some() => Ok(()),
         Stage::Bound => {
             let binding =
                 json!({ "metadata": { "name": name }, "target": { "kind": "Node", "name": nth.node() } });
@@ -219,28 +211,27 @@ async fn on_cluster(cluster: &Cluster, nth: Nth, stage: Stage) -> anyhow::Result
     }
 }
 
-/// Brings all pods to life.
 pub(crate) async fn fill(cluster: &Cluster, pods: usize) -> anyhow::Result<()> {
-    for first in (0..pods).step_by(PODS_A_NAMESPACE) {
+    for first in (0..pods).step_by(PODS_PER_NAMESPACE) {
         cluster.namespace(&Nth(first).namespace()).await?;
     }
-    let made = futures::stream::iter((0..pods).map(Nth)).map(|nth| async move {
+    let created = futures::stream::iter((0..pods).map(Nth)).map(|nth| async move {
         for stage in [Stage::Posted, Stage::Bound, Stage::Ready] {
-            on_cluster(cluster, nth, stage).await?;
+            put_on_cluster(cluster, nth, stage).await?;
         }
-        if nth.0 % PROGRESS == PROGRESS - 1 {
+        if nth.0 % PROGRESS_PODS == PROGRESS_PODS - 1 {
             eprintln!("  {} pods", nth.0 + 1);
         }
         anyhow::Ok(())
     });
-    made.buffer_unordered(FILLERS).try_collect::<()>().await
+    created.buffer_unordered(FILL_REQUESTS).try_collect::<()>().await
 }
 
 fn list(items: &[Value]) -> Value {
     json!({ "apiVersion": "v1", "kind": "List", "items": items })
 }
 
-/// As an editor does, so that nobody reads half of it.
+/// Renames into place: the hub never reads a partial file.
 fn write(dir: &Path, file: &str, content: &Value) -> anyhow::Result<()> {
     let draft = dir.join(".draft");
     std::fs::write(&draft, content.to_string())?;

@@ -1,6 +1,4 @@
-//! `catchup`: an agent that was away for thousands of changes, and resumes from what its OPA says that it holds. How
-//! many frames and PATCHes it takes, and how long its OPA's queries wait meanwhile: after a burst, which is a few commits,
-//! after as many commits as changes, and with objects of 10 KB.
+//! `catchup`: an agent resumes thousands of changes behind, while its OPA serves queries.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -13,22 +11,20 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Opa, assets};
 
 use super::{Common, address, at_least, at_rate, command, hub_over};
+use crate::fake_apiserver::{FakeApiServer, large_pod, small_pod};
 use crate::histogram::Histogram;
-use crate::results::{Goal, Measured, Results};
-use crate::stub::{Stub, large_object, object};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::{Schedule, Start, Swarm};
 
-/// Between two queries.
-const QUERY: Duration = Duration::from_millis(2);
-/// Queries before the agent starts, too: what they take by themselves.
-const ALONE: Duration = Duration::from_secs(2);
-/// Of the pods of a namespace so many in a hundred change: of more the whole namespace is sent, in fewer operations.
-const CHANGED: usize = 40;
-/// Changes a second of the phase that spreads them: few enough that the hub commits nearly each by itself, as a log's
-/// bound needs, and not the minutes that a cluster's rate would take.
+const QUERY_INTERVAL: Duration = Duration::from_millis(2);
+/// Queries before the agent starts, for comparison.
+const IDLE_QUERY_TIME: Duration = Duration::from_secs(2);
+/// In percent. Above this, the hub sends the whole namespace.
+const CHANGED_PERCENT: usize = 40;
+/// Per second: slow enough for nearly one commit each, which exceeds the history.
 const SPREAD_RATE: f64 = 500.0;
-/// Share of pods and changes in the phase with pods of 10 KB: an OPA takes 90 KB of memory for one of them.
-const LARGE_SHARE: usize = 10;
+/// Divisor: a pod of 10 KB uses 90 KB of OPA's memory.
+const LARGE_DIVISOR: usize = 10;
 const FRAMES: &str = "frames";
 const RECONCILES: &str = "reconciles";
 const BURST: &str = "opa-hub";
@@ -38,10 +34,10 @@ const WAITS: &str = "query of OPA meanwhile";
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Changes that it misses
+    /// Missed changes
     #[arg(long, default_value_t = 10_000, value_parser = at_least::<1>)]
     changes: usize,
-    /// Pods, of which 40 in a hundred change
+    /// Number of pods; 40 % of them change
     #[arg(long, default_value_t = 20_000, value_parser = at_least::<100>)]
     pods: usize,
     #[command(flatten)]
@@ -59,7 +55,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         vec![
             Goal::at_most(BURST, FRAMES, 1.0),
             Goal::at_most(BURST, &format!("{WAITS}, max"), 50.0),
-            // Beyond the log, and beyond the size of a frame, one repair by digests has to do.
+            // Beyond the history, one repair by digests suffices.
             Goal::at_most(SPREAD, RECONCILES, 1.0),
             Goal::at_most(SPREAD, &format!("{WAITS}, max"), 50.0),
             Goal::at_most(LARGE, RECONCILES, 1.0),
@@ -69,9 +65,9 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
         let mut measured = Vec::new();
-        for who in [BURST, SPREAD, LARGE] {
-            let share = if who == LARGE { LARGE_SHARE } else { 1 };
-            measured.push(once(who, (changes / share).max(1), pods / share).await?);
+        for subject in [BURST, SPREAD, LARGE] {
+            let divisor = if subject == LARGE { LARGE_DIVISOR } else { 1 };
+            measured.push(run_once(subject, (changes / divisor).max(1), pods / divisor).await?);
         }
         results.push(measured, common.out.as_deref())?;
     }
@@ -79,21 +75,21 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured> {
+async fn run_once(subject: &str, changes: usize, pods: usize) -> anyhow::Result<Measurement> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let dir = tempfile::tempdir()?;
-    let make = if who == LARGE { large_object } else { object };
-    let stub = Stub::of(dir.path(), pods, make).await?;
-    let hub = hub_over(&stub, dir.path()).await?;
+    let factory = if subject == LARGE { large_pod } else { small_pod };
+    let apiserver = FakeApiServer::start_with(dir.path(), pods, factory).await?;
+    let hub = hub_over(&apiserver, dir.path()).await?;
     let opa = Opa::start(&assets, dir.path(), None, &[]).await?;
     let mut agent = Agent::start(dir.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
     agent.wait_in_step().await?;
     agent.kill();
-    let start = Arc::new(Start::of(&hub.url).await?);
+    let start = Arc::new(Start::fetch(&hub.url).await?);
     let commits = hub.metric("opa_hub_view_changes_total").await?;
-    let changed: Vec<_> = (0..pods).filter(|pod| pod % 100 < CHANGED).collect();
-    let change = |number: u64| stub.change(changed[number as usize % changed.len()], number);
-    if who == SPREAD {
+    let changed: Vec<_> = (0..pods).filter(|pod| pod % 100 < CHANGED_PERCENT).collect();
+    let change = |number: u64| apiserver.change(changed[number as usize % changed.len()], number);
+    if subject == SPREAD {
         let time = Duration::from_secs_f64((changes as f64 + 0.5) / SPREAD_RATE);
         at_rate(&Schedule::default(), SPREAD_RATE, time, async |number, _| {
             change(number);
@@ -112,11 +108,11 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     let alone = Histogram::new();
     let stop = Cell::new(false);
     let pause = async {
-        tokio::time::sleep(ALONE).await;
+        tokio::time::sleep(IDLE_QUERY_TIME).await;
         stop.set(true);
     };
-    let asked = stub.path(1);
-    tokio::join!(ask(&opa, &asked, &alone, &stop), pause).0?;
+    let path = apiserver.status_path(1);
+    tokio::join!(query(&opa, &path, &alone, &stop), pause).0?;
     let before = patches(&opa).await?;
     let (queries, started) = (Histogram::new(), Instant::now());
     stop.set(false);
@@ -131,18 +127,20 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
         stop.set(true);
         arrived
     };
-    let (answered, arrived) = tokio::join!(ask(&opa, &asked, &queries, &stop), arrives);
+    let (answered, arrived) = tokio::join!(query(&opa, &path, &queries, &stop), arrives);
     answered?;
-    let mut measured = Measured::new(who);
+    let mut measured = Measurement::new(subject);
     measured.add("commits that it missed", "", commits as f64);
     measured.add("until OPA has all that the hub has", "ms", arrived?.as_secs_f64() * 1000.0);
-    let held = opa.data("/kubernetes/pods").await?;
-    ensure!(held == stub.pods(), "OPA holds other pods than the source");
+    let found = opa.data("/kubernetes/pods").await?;
+    ensure!(found == apiserver.pods(), "comparing pods failed: OPA and the source differ");
     let done = &agent.status().await?["done"];
-    let count = |name: &str| done[name].as_u64().with_context(|| format!("a count of {name}"));
+    let count = |name: &str| {
+        done[name].as_u64().with_context(|| format!("reading the agent's status failed: no {name}"))
+    };
     measured.add(FRAMES, "", count("frames")? as f64);
     if count("frames")? > 0 {
-        // A second agent gets the same frame, and tells what is in it.
+        // A second agent receives the same frame and counts its operations.
         let mut second = Swarm::open(start, vec![address(&hub)?], Schedule::default(), 1, &[]).await?;
         second.reach(changes as u64, 0).await?;
         measured.add("operations in it", "", second.counts().operations.load(Relaxed) as f64);
@@ -154,7 +152,6 @@ async fn once(who: &str, changes: usize, pods: usize) -> anyhow::Result<Measured
     Ok(measured)
 }
 
-/// That OPA took so far, by its own count.
 async fn patches(opa: &Opa) -> anyhow::Result<f64> {
     let text =
         opa_hub_loadtest::lab::http()?.get(format!("{}/metrics", opa.url)).send().await?.text().await?;
@@ -163,14 +160,14 @@ async fn patches(opa: &Opa) -> anyhow::Result<f64> {
     Ok(patches.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
 }
 
-/// Asks OPA of a pod again and again, when it is due, whatever the query before takes.
-async fn ask(opa: &Opa, path: &str, queries: &Histogram, stop: &Cell<bool>) -> anyhow::Result<()> {
+/// Queries are due at fixed times, regardless of earlier latency.
+async fn query(opa: &Opa, path: &str, queries: &Histogram, stop: &Cell<bool>) -> anyhow::Result<()> {
     let mut due = Instant::now();
     while !stop.get() {
         let pod = opa.data(path).await?;
-        ensure!(!pod.is_null(), "OPA lost a pod");
+        ensure!(!pod.is_null(), "querying OPA failed: a pod is missing");
         queries.record(due.elapsed());
-        due += QUERY;
+        due += QUERY_INTERVAL;
         tokio::time::sleep_until(due.into()).await;
     }
     Ok(())

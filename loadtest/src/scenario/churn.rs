@@ -1,5 +1,4 @@
-//! `churn`: pods come, change and go on a real API server. What that costs it, by who listens, and how long until an OPA
-//! decides by it.
+//! `churn`: API server load and time to decision while pods change, for each baseline.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,18 +15,17 @@ use opa_hub_loadtest::pods::Nth;
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::task::JoinSet;
 
-use super::{ASTRAY, Common, at_least, at_rate, cluster_of, command, megabytes, seconds, usage};
+use super::{Common, MISMATCHES, at_least, at_rate, cluster_of, command, megabytes, seconds, usage};
+use crate::baseline::{self, Baseline, Scale};
 use crate::histogram::Histogram;
-use crate::peer::{self, Peer, Scale};
 use crate::probe::{self, Probes};
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::{Schedule, WHOLE};
 
-/// Of so many changes one is of the pod that OPAs are asked of, one makes a pod, and one removes it.
+/// One in so many changes is of the probed pod.
 const CYCLE: u64 = 10;
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// Phases until now, of all runs.
 static PHASE: AtomicU64 = AtomicU64::new(0);
 
 const EVENTS: &str = "events";
@@ -41,22 +39,22 @@ const AUTO_AND_MANY: &str = "opa-hub, fields auto, and many agents";
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Pods of 10 KB
+    /// Number of pods of 10 KB
     #[arg(long, default_value_t = 3000, value_parser = at_least::<2>)]
     pods: usize,
-    /// Real OPAs
+    /// Number of real OPAs
     #[arg(long, default_value_t = 10, value_parser = at_least::<1>)]
     opas: usize,
-    /// Many agents beside those, and raw watches
+    /// Number of additional simulated agents, or of raw watches
     #[arg(long, default_value_t = 1000, value_parser = at_least::<1>)]
     agents: usize,
-    /// Changes a second
+    /// Changes per second
     #[arg(long, default_value_t = 30, value_parser = at_least::<1>)]
     rate: usize,
-    /// How long changes come
+    /// Duration of the changes, in seconds
     #[arg(long, default_value_t = 30, value_parser = at_least::<1>)]
     seconds: usize,
-    /// Measure OPAs with this kube-mgmt beside each, too
+    /// Also measure OPAs with this kube-mgmt as sidecar
     #[arg(long, value_name = "PROGRAM")]
     kube_mgmt: Option<PathBuf>,
     #[command(flatten)]
@@ -66,17 +64,17 @@ pub(crate) struct Options {
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { pods, opas, agents, rate, seconds, kube_mgmt, common } = options;
     let scale = Scale { pods, opas, agents };
-    let mut peers = vec![
-        Peer::Nothing,
-        Peer::HubAutoAndMany,
-        Peer::HubAndMany,
-        Peer::HubAuto,
-        Peer::Hub,
-        Peer::Watches,
-        Peer::Bundles,
-        Peer::HubShared,
+    let mut baselines = vec![
+        Baseline::Nothing,
+        Baseline::HubAutoAndMany,
+        Baseline::HubAndMany,
+        Baseline::HubAuto,
+        Baseline::Hub,
+        Baseline::Watches,
+        Baseline::Bundles,
+        Baseline::HubShared,
     ];
-    peers.extend(peer::sidecars(kube_mgmt));
+    baselines.extend(baseline::sidecars(kube_mgmt));
     let settings = [
         ("pods", pods),
         ("opas", opas),
@@ -101,77 +99,80 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most(MANY, &format!("{DECISION}, p99"), 60.0),
             Goal::at_most("opa-hub", &format!("{DECISION}, p99"), 30.0),
             Goal::at_most("opa-hub, fields auto", &format!("{DECISION}, p99"), 30.0),
-            Goal::at_most(MANY, ASTRAY, 0.0),
+            Goal::at_most(MANY, MISMATCHES, 0.0),
         ],
     );
-    let mut order = peers.clone();
+    let mut order = baselines.clone();
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
         let (plane, cluster) = cluster_of(pods).await?;
-        peer::policy(&cluster).await?;
-        if !plane.is_own() {
-            eprintln!("watches are left out: raw ones are for the lab's API server");
-            order.retain(|peer| !matches!(peer, Peer::Watches));
+        baseline::policy(&cluster).await?;
+        if !plane.is_local() {
+            eprintln!("watches are skipped; they need the lab's API server");
+            order.retain(|baseline| !matches!(baseline, Baseline::Watches));
         }
         let mut measured = Vec::new();
-        for peer in &order {
-            match once(peer, &plane, &cluster, scale, (rate, seconds)).await {
-                Ok(of) => measured.push(of),
-                // What a peer can do is worth knowing all the same.
-                Err(error) if !peer.must_succeed() => eprintln!("  {} failed: {error:#}", peer.name()),
+        for baseline in &order {
+            match run_once(baseline, &plane, &cluster, scale, (rate, seconds)).await {
+                Ok(figures) => measured.push(figures),
+                Err(error) if !baseline.must_succeed() => {
+                    eprintln!("  {} failed: {error:#}", baseline.name());
+                }
                 Err(error) => return Err(error),
             }
         }
-        measured.sort_by_key(|of| peers.iter().position(|peer| peer.name() == of.who));
+        measured.sort_by_key(|row| baselines.iter().position(|baseline| baseline.name() == row.subject));
         results.push(measured, common.out.as_deref())?;
-        // Who comes later meets an API server that has more behind it.
+        // Later baselines meet an API server with a longer history.
         order.rotate_left(2);
     }
     results.finish(common.out.as_deref());
     Ok(())
 }
 
-async fn once(
-    peer: &Peer,
+async fn run_once(
+    baseline: &Baseline,
     plane: &ControlPlane,
     cluster: &Cluster,
     scale: Scale,
     (rate, time): (usize, usize),
-) -> anyhow::Result<Measured> {
-    let due = Schedule::of_each(CYCLE);
-    let idle = idle(cluster).await?;
-    // Or an OPA that is late would show the number of whoever was measured before.
+) -> anyhow::Result<Measurement> {
+    let due = Schedule::sampling(CYCLE);
+    let idle = idle_watches(cluster).await?;
+    // Otherwise a late OPA returns the previous baseline's number.
     label(cluster, Nth(0), "0").await?;
     let phase = PHASE.fetch_add(1, Relaxed);
-    let mut running = peer.start(plane, scale, &due).await?;
+    let mut running = baseline.start(plane, scale, &due).await?;
     tokio::time::sleep(SETTLE).await;
-    let mut measured = Measured::new(peer.name());
+    let mut measured = Measurement::new(baseline.name());
     let urls: Vec<_> = running.opas.iter().map(|opa| opa.url.clone()).collect();
     let probes = Arc::new(Probes::start(&urls, Nth(0))?);
     let watching = watches(cluster).await?.saturating_sub(idle);
     let hub = running.hub.as_ref().map(usage).transpose()?;
     let received = running.received();
-    // The part of a delay that is the API server's.
     let delays = Arc::new(Histogram::new());
-    let (due_of_events, of_events) = (due.clone(), Arc::clone(&delays));
+    let (event_due, event_delays) = (due.clone(), Arc::clone(&delays));
     let events = cluster.count_pod_events(move |pod| {
         let is_hot = pod.name == Some(Nth(0).name());
         let round = pod.labels.iter().flatten().find(|(key, _)| is_hot && *key == "round");
-        if let Some(at) = round.and_then(|(_, number)| due_of_events.at(number.parse().ok()?)) {
-            of_events.record(at.elapsed());
+        if let Some(due) = round.and_then(|(_, number)| event_due.due_at(number.parse().ok()?)) {
+            event_delays.record(due.elapsed());
         }
     });
     let events = events.await?;
     let server = plane.reported_usage().await?;
     let (mut probed, mut changing) = (0, JoinSet::new());
-    // On a busy API server one change of that pod would pass another, and the last number would never be seen.
+    // Sequential: a busy API server could reorder concurrent changes.
     let (hot, mut numbers) = unbounded_channel::<u64>();
-    let (of_hot, due_of_hot, asked) = (cluster.clone(), due.clone(), Arc::clone(&probes));
+    let (hot_cluster, hot_due, hot_probes) = (cluster.clone(), due.clone(), Arc::clone(&probes));
     changing.spawn(async move {
         while let Some(number) = numbers.recv().await {
-            label(&of_hot, Nth(0), &number.to_string()).await?;
-            // No OPA has it before, and questions take time from the API server.
-            asked.expect(number, due_of_hot.at(number).context("a change is due")?);
+            label(&hot_cluster, Nth(0), &number.to_string()).await?;
+            // Not earlier: queries load the API server.
+            hot_probes.expect(
+                number,
+                hot_due.due_at(number).context("measuring failed: a change has no due time")?,
+            );
         }
         Ok(())
     });
@@ -180,7 +181,7 @@ async fn once(
             hot.send(number)?;
             probed = number;
         } else {
-            // None waits for the one before: what is late is late for everybody.
+            // Concurrent: a late change must not delay the next.
             changing.spawn(change(cluster.clone(), scale.pods, phase, number));
         }
         Ok(())
@@ -190,9 +191,9 @@ async fn once(
     while let Some(changed) = changing.join_next().await {
         changed??;
     }
-    let served = plane.reported_usage().await?;
-    // A change that is none costs nobody anything.
-    eventually("the API server has told all changes", async || equal(&events.count(), &last)).await?;
+    let server_after = plane.reported_usage().await?;
+    // No-op updates would cost nothing.
+    eventually("the API server has sent all changes", async || equal(&events.count(), &last)).await?;
     measured.add(EVENTS, "", events.count() as f64);
     measured.add_delays(EVENT, &delays);
     if let Some(swarm) = &mut running.swarm {
@@ -205,33 +206,37 @@ async fn once(
         measured.add("snapshots encoded", "", hub.metric("opa_hub_snapshot_encodes_total").await? as f64);
     }
     if let Some(swarm) = &mut running.swarm {
-        let fields = if matches!(peer, Peer::HubAutoAndMany) { probe::READS } else { WHOLE };
-        measured.add(ASTRAY, "", swarm.settle(&cluster.pods(&[]).await?, fields).await as f64);
+        let fields = if matches!(baseline, Baseline::HubAutoAndMany) { probe::READS } else { WHOLE };
+        measured.add(
+            MISMATCHES,
+            "",
+            swarm.settled_mismatches(&cluster.pods(&[]).await?, fields).await as f64,
+        );
         measured.add_delays("change to agent", &swarm.take_delays());
     }
     if probed > 0 {
-        eventually("every OPA has the last change", async || equal(&probes.have(probed), &true)).await?;
+        eventually("every OPA has the last change", async || equal(&probes.all_have(probed), &true)).await?;
     }
-    if let (Some(before), Some(after)) = (server, served) {
+    if let (Some(before), Some(after)) = (server, server_after) {
         measured.add(CPU, "ms", seconds(before, after) / last as f64 * 1000.0);
         measured.add("API server memory", "MB", megabytes(after.rss));
-        // Each instance of an API server counts its own.
+        // An external API server may have several instances.
         measured.add(WATCHES, "", watching as f64);
     }
     if let (Some(before), Some(after)) = (received, running.received()) {
         let kilobytes = (after - before) as f64 / last as f64 / 1024.0;
         measured.add("received by the watches a change", "KB", kilobytes);
     }
-    if let Some(given_up) = running.given_up() {
-        measured.add("watches that the API server gave up", "", given_up as f64);
+    if let Some(dropped) = running.dropped_watches() {
+        measured.add("watches that the API server gave up", "", dropped as f64);
     }
     if !running.opas.is_empty() {
         measured.add_delays(DECISION, &probes.delays);
         measured.add("cold start of the OPAs", "s", running.cold.as_secs_f64());
     }
-    if let Some((beside, opa)) = running.memory()? {
+    if let Some((sidecar, opa)) = running.memory()? {
         measured.add("memory of an OPA", "MB", megabytes(opa));
-        measured.add("memory beside an OPA", "MB", megabytes(beside));
+        measured.add("memory beside an OPA", "MB", megabytes(sidecar));
     }
     if let Some(swarm) = &running.swarm {
         let counts = swarm.counts();
@@ -239,12 +244,10 @@ async fn once(
         let deliveries = last as f64 * scale.agents as f64;
         measured.add("bytes an agent and change", "B", counts.bytes.load(Relaxed) as f64 / deliveries);
     }
-    eprintln!("  {}: {last} changes", peer.name());
+    eprintln!("  {}: {last} changes", baseline.name());
     Ok(measured)
 }
 
-/// One change of ten makes a pod and the next but four removes it; one is of the first pod, elsewhere, and one each of seven
-/// others.
 async fn change(cluster: Cluster, pods: usize, phase: u64, number: u64) -> anyhow::Result<()> {
     let extra = Nth(pods + (number / CYCLE) as usize);
     match number % CYCLE {
@@ -252,14 +255,14 @@ async fn change(cluster: Cluster, pods: usize, phase: u64, number: u64) -> anyho
             let mut pod = extra.posted();
             pod["metadata"]["labels"]["round"] = number.to_string().into();
             cluster.namespace(&extra.namespace()).await?;
-            match cluster.guest(&extra.namespace(), &pod).await {
-                // Of a peer that failed before it was removed.
+            match cluster.create_pod(&extra.namespace(), &pod).await {
+                // Left by a failed baseline.
                 Err(error) if has_code(&error, 409) => Ok(()),
-                made => made,
+                created => created,
             }
         }
         8 => remove(&cluster, extra).await,
-        // Another value in each phase, and none that an agent takes for a change that it is asked for.
+        // Differs in each phase, and is no change number.
         _ => label(&cluster, Nth(1 + number as usize % (pods - 1)), &format!("{phase}-{number}")).await,
     }
 }
@@ -268,7 +271,7 @@ async fn label(cluster: &Cluster, nth: Nth, round: &str) -> anyhow::Result<()> {
     cluster.label_pod(&nth.namespace(), &nth.name(), &[("round", round)]).await
 }
 
-/// It may be a busy API server's that is to make it yet.
+/// Retries: the pod may not exist yet.
 async fn remove(cluster: &Cluster, nth: Nth) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
@@ -285,8 +288,8 @@ async fn watches(cluster: &Cluster) -> anyhow::Result<u64> {
     cluster.metric("apiserver_longrunning_requests", &[("verb", "WATCH")]).await
 }
 
-/// Watches that are open when those of whoever was measured before have ended.
-async fn idle(cluster: &Cluster) -> anyhow::Result<u64> {
+/// Open watches, once those of earlier baselines have ended.
+async fn idle_watches(cluster: &Cluster) -> anyhow::Result<u64> {
     let mut last = watches(cluster).await?;
     loop {
         tokio::time::sleep(Duration::from_millis(500)).await;

@@ -1,5 +1,4 @@
-//! `fanout`: many agents, one change at a time and then as many as go. What a delivery costs the hub, beside what it
-//! costs threads that only write the same to the same readers.
+//! `fanout`: cost of a delivery to many agents, compared with plain socket writers.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -13,16 +12,15 @@ use clap::Args;
 use opa_hub_loadtest::lab::free_port;
 use opa_hub_loadtest::lab::process::{Process, Usage};
 
-use super::{ASTRAY, Common, Crowd, at_least, command, kernel_growth, seconds};
-use crate::peer::raw;
-use crate::results::{Goal, Measured, Results};
+use super::{Common, MISMATCHES, SwarmSetup, at_least, command, kernel_growth, seconds};
+use crate::baseline::raw;
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::{Schedule, Swarm, WHOLE};
 
-/// Between two changes: everybody is idle again.
+/// Agents become idle between changes.
 const PAUSE: Duration = Duration::from_millis(300);
-/// Changes that are under way at a time while they come as fast as they go: the next is due when all have the last but
-/// one, so that nobody waits for news and nobody falls behind.
-const UNDER_WAY: u64 = 2;
+/// Changes in flight: no agent falls behind, and none waits.
+const IN_FLIGHT: u64 = 2;
 
 const DELAY: &str = "change at an agent";
 const CPU: &str = "server CPU a delivery";
@@ -32,13 +30,13 @@ const ENCODES: &str = "frames encoded a change";
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Agents, each with a stream of its own
+    /// Number of agents, one stream each
     #[arg(long, default_value_t = 10_000, value_parser = at_least::<1>)]
     agents: usize,
-    /// Changes, one after the other
+    /// Number of single changes
     #[arg(long, default_value_t = 20, value_parser = at_least::<1>)]
     rounds: usize,
-    /// How long changes come as fast as all agents get them, then
+    /// Duration of maximum throughput after that, in seconds
     #[arg(long, default_value_t = 10, value_parser = at_least::<1>)]
     sustained_seconds: usize,
     #[command(flatten)]
@@ -64,52 +62,51 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most("opa-hub", &format!("{DELAY}, p99"), 1.3).times("raw"),
             Goal::at_most("opa-hub", CPU, 1.25).times("raw"),
             Goal::at_most("opa-hub", MEMORY, 2048.0),
-            // 0.9 as many deliveries.
+            // 0.9 times the deliveries.
             Goal::at_most("opa-hub", SLOWNESS, 1.11).times("raw"),
             Goal::at_most("opa-hub", ENCODES, 1.0),
-            Goal::at_most("opa-hub", ASTRAY, 0.0),
+            Goal::at_most("opa-hub", MISMATCHES, 0.0),
         ],
     );
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        let (ours, frame) = ours(agents, rounds, time).await?;
+        let (hub, frame_bytes) = measure_hub(agents, rounds, time).await?;
         let dir = tempfile::tempdir()?;
-        let raw = raw(dir.path(), agents, rounds, time, frame).await?;
-        results.push(vec![ours, raw], common.out.as_deref())?;
+        let raw = measure_raw(dir.path(), agents, rounds, time, frame_bytes).await?;
+        results.push(vec![hub, raw], common.out.as_deref())?;
     }
     results.finish(common.out.as_deref());
     Ok(())
 }
 
-/// A hub over an API server of one pod.
-async fn ours(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measured, usize)> {
-    let Crowd { stub, hub, due, swarm, before, .. } = &mut Crowd::start(1, agents, &[]).await?;
+async fn measure_hub(agents: usize, rounds: usize, time: Duration) -> anyhow::Result<(Measurement, usize)> {
+    let SwarmSetup { apiserver, hub, due, swarm, before, .. } =
+        &mut SwarmSetup::start(1, agents, &[]).await?;
     tokio::time::sleep(PAUSE * 10).await;
     eprintln!("  opa-hub: {agents} agents");
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
-    let process = hub.process.as_ref().context("the hub runs")?;
-    let mut measured = Measured::new("opa-hub");
+    let process = hub.process.as_ref().context("the hub is stopped")?;
+    let mut measured = Measurement::new("opa-hub");
     let change = async |number| {
-        stub.change(0, number);
+        apiserver.change(0, number);
         Ok(())
     };
     let bytes = one_by_one(&mut measured, swarm, due, process, *before, rounds, change).await?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await? - encodes;
     measured.add(ENCODES, "", encodes as f64 / rounds as f64);
     sustained(&mut measured, swarm, process, due.len(), time, change).await?;
-    measured.add(ASTRAY, "", swarm.astray(&stub.pods(), WHOLE) as f64);
-    anyhow::ensure!(swarm.counts().ended.load(Relaxed) == 0, "an agent lost its stream");
+    measured.add(MISMATCHES, "", swarm.mismatches(&apiserver.pods(), WHOLE) as f64);
+    anyhow::ensure!(swarm.counts().ended.load(Relaxed) == 0, "measuring failed: an agent lost its stream");
     Ok((measured, bytes))
 }
 
-/// Threads that write as many bytes to as many sockets.
-async fn raw(
+async fn measure_raw(
     dir: &Path,
     agents: usize,
     rounds: usize,
     time: Duration,
     bytes: usize,
-) -> anyhow::Result<Measured> {
+) -> anyhow::Result<Measurement> {
     let address: SocketAddr = format!("127.0.0.1:{}", free_port()?).parse()?;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["raw", "--listen", &address.to_string(), "--bytes", &bytes.to_string()]);
@@ -120,17 +117,17 @@ async fn raw(
     let mut swarm = Swarm::open(start, vec![address], due.clone(), agents, &[]).await?;
     tokio::time::sleep(PAUSE * 10).await;
     eprintln!("  raw: {agents} readers");
-    // The number is counted over there.
-    let mut change = async |_| driver.go();
-    let mut measured = Measured::new("raw");
+    // The raw server counts by itself.
+    let mut change = async |_| driver.send_next();
+    let mut measured = Measurement::new("raw");
     one_by_one(&mut measured, &mut swarm, &due, &process, before, rounds, &mut change).await?;
     sustained(&mut measured, &mut swarm, &process, due.len(), time, change).await?;
     Ok(measured)
 }
 
-/// Says the bytes of an event.
+/// Returns the bytes of an event.
 async fn one_by_one(
-    measured: &mut Measured,
+    measured: &mut Measurement,
     swarm: &mut Swarm,
     due: &Schedule,
     process: &Process,
@@ -160,9 +157,9 @@ async fn one_by_one(
     Ok(bytes.round() as usize)
 }
 
-/// Changes as fast as they go, from the one behind `last` on. No delay is counted meanwhile: that is work of the readers.
+/// Delays are not recorded, to spare the readers.
 async fn sustained(
-    measured: &mut Measured,
+    measured: &mut Measurement,
     swarm: &mut Swarm,
     process: &Process,
     mut last: u64,
@@ -170,12 +167,12 @@ async fn sustained(
     mut change: impl AsyncFnMut(u64) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let (first_frame, first) = (swarm.counts().frames.load(Relaxed), last);
-    let (server, readers) = (process.usage()?, Usage::of("self")?);
+    let (server, readers) = (process.usage()?, Usage::read("self")?);
     let started = Instant::now();
     while started.elapsed() < time {
         last += 1;
         change(last).await?;
-        swarm.reach(last.saturating_sub(UNDER_WAY - 1), 0).await?;
+        swarm.reach(last.saturating_sub(IN_FLIGHT - 1), 0).await?;
     }
     swarm.reach(last, 0).await?;
     let took = started.elapsed().as_secs_f64();
@@ -185,6 +182,10 @@ async fn sustained(
     measured.add(SLOWNESS, "µs", took / delivered * 1e6);
     measured.add("changes at all agents, sustained", "a second", (last - first) as f64 / took);
     measured.add("server CPU a delivery, sustained", "µs", share(server, process.usage()?));
-    measured.add("readers' and source's CPU a delivery, sustained", "µs", share(readers, Usage::of("self")?));
+    measured.add(
+        "readers' and source's CPU a delivery, sustained",
+        "µs",
+        share(readers, Usage::read("self")?),
+    );
     Ok(())
 }

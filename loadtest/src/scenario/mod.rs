@@ -1,4 +1,4 @@
-//! What is measured: a scenario a file.
+//! Scenarios, one per file.
 
 pub(crate) mod catchup;
 pub(crate) mod churn;
@@ -23,70 +23,64 @@ use opa_hub_loadtest::lab::{ControlPlane, Hub};
 use opa_hub_loadtest::pods::{self, Nth};
 use tempfile::TempDir;
 
+use crate::baseline::POLICY_LABEL;
+use crate::fake_apiserver::FakeApiServer;
 use crate::memory;
-use crate::peer::POLICY_LABEL;
-use crate::stub::Stub;
 use crate::swarm::{Pace, Schedule, Start, Swarm};
 
-/// What every scenario is told.
 #[derive(Args)]
 pub(crate) struct Common {
-    /// Times that it is run; tables show medians
+    /// Number of runs; tables show medians
     #[arg(long, default_value_t = 1, value_parser = at_least::<1>)]
     pub(crate) runs: usize,
-    /// Write results, table and picture here
+    /// Write results, table and chart to this folder
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
 }
 
-/// Kernel memory of connections: of the server's end and of the load test's, which nothing tells apart.
+/// Both ends cannot be separated.
 pub(crate) const KERNEL: &str = "kernel memory of the connections, both ends";
 
-/// The figure of what was lost or wrong, see [`Swarm::astray`].
-pub(crate) const ASTRAY: &str = "witnesses that hold something else in the end";
+/// Column for [`Swarm::mismatches`].
+pub(crate) const MISMATCHES: &str = "witnesses that hold something else in the end";
 
-/// More of anything is a slip: a machine has fewer ports, and an API server fewer pods.
-const MOST: usize = 1_000_000;
+/// Larger numbers are typing errors.
+const COUNT_MAX: usize = 1_000_000;
 
-/// A number that is not smaller, and not a slip.
 pub(crate) fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
-    let number = text.parse().ok().filter(|number| (LEAST..=MOST).contains(number));
-    number.ok_or_else(|| format!("write a number from {LEAST} to {MOST}"))
+    let number = text.parse().ok().filter(|number| (LEAST..=COUNT_MAX).contains(number));
+    number.ok_or_else(|| format!("expected a number from {LEAST} to {COUNT_MAX}"))
 }
 
-/// The scenario's command, as far as it matters for what comes out.
 pub(crate) fn command(name: &str, options: &[(&str, usize)]) -> String {
     let options = options.iter().map(|(name, value)| format!(" --{name} {value}"));
-    let guests = if pods::guests().is_some() { " --kubeconfig FILE --create-pods" } else { "" };
-    format!("opa-hub-loadtest {name}{}{guests}", options.collect::<String>())
+    let external = if pods::external_prefix().is_some() { " --kubeconfig FILE --create-pods" } else { "" };
+    format!("opa-hub-loadtest {name}{}{external}", options.collect::<String>())
 }
 
-/// Bytes that the kernel's memory grew by.
 pub(crate) fn kernel_growth(from: Usage, to: Usage) -> f64 {
     to.kernel as f64 - from.kernel as f64
 }
 
-/// The lab's API server, or the user's, with this many pods.
 pub(crate) async fn cluster_of(pods: usize) -> anyhow::Result<(ControlPlane, Cluster)> {
-    ControlPlane::renew_guests().await?;
+    ControlPlane::reset_external_cluster().await?;
     let plane = ControlPlane::start().await?;
     let cluster = Cluster { client: plane.client().await? };
-    eprintln!("  making {pods} pods in namespaces {} and so on", Nth(0).namespace());
+    eprintln!("  creating {pods} pods in namespaces from {}", Nth(0).namespace());
     memory::fill(&cluster, pods).await?;
     Ok((plane, cluster))
 }
 
-/// Flags of a hub that replicates pods, takes the run's policies whose label has this value, and leaves alone what else
-/// is in the cluster.
+/// The hub selects the run's policies only.
 pub(crate) fn hub_flags(plane: &ControlPlane, policies: &str) -> Vec<String> {
-    let own = Nth(0).namespace();
+    let namespace = Nth(0).namespace();
     let state = plane.dir.path().display();
     vec![
         format!("--kubeconfig={}", plane.kubeconfig.display()),
         "--replicate=v1/pods".into(),
         "--log-level=error".into(),
-        format!("--namespaces={own}"),
-        format!("--namespace={own}"),
+        format!("--namespaces={namespace}"),
+        format!("--namespace={namespace}"),
         format!("--policy-label={POLICY_LABEL}"),
         format!("--policy-value={policies}"),
         "--data-label=opahub.dev/load-data".into(),
@@ -95,33 +89,31 @@ pub(crate) fn hub_flags(plane: &ControlPlane, policies: &str) -> Vec<String> {
     ]
 }
 
-/// Agents at a hub over an API server that only lists and watches.
-pub(crate) struct Crowd {
-    pub(crate) stub: Stub,
+pub(crate) struct SwarmSetup {
+    pub(crate) apiserver: FakeApiServer,
     pub(crate) hub: Hub,
     pub(crate) due: Schedule,
     pub(crate) swarm: Swarm,
-    /// What the hub had taken before they came.
+    /// Usage before agents connect.
     pub(crate) before: Usage,
     _dir: TempDir,
 }
 
-impl Crowd {
-    /// With this many pods and agents, some of them with these paces, and every stream open.
+impl SwarmSetup {
+    /// Returns once every stream is open.
     pub(crate) async fn start(pods: usize, agents: usize, paces: &[(Pace, usize)]) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
-        let stub = Stub::start(dir.path(), pods).await?;
-        let hub = hub_over(&stub, dir.path()).await?;
+        let apiserver = FakeApiServer::start(dir.path(), pods).await?;
+        let hub = hub_over(&apiserver, dir.path()).await?;
         let (before, due) = (usage(&hub)?, Schedule::default());
-        let start = Arc::new(Start::of(&hub.url).await?);
+        let start = Arc::new(Start::fetch(&hub.url).await?);
         let swarm = Swarm::open(start, vec![address(&hub)?], due.clone(), agents, paces).await?;
-        Ok(Self { stub, hub, due, swarm, before, _dir: dir })
+        Ok(Self { apiserver, hub, due, swarm, before, _dir: dir })
     }
 }
 
-/// A hub that watches `stub`.
-pub(crate) async fn hub_over(stub: &Stub, dir: &Path) -> anyhow::Result<Hub> {
-    let kubeconfig = stub.kubeconfig.display().to_string();
+pub(crate) async fn hub_over(apiserver: &FakeApiServer, dir: &Path) -> anyhow::Result<Hub> {
+    let kubeconfig = apiserver.kubeconfig.display().to_string();
     Hub::start(dir, &["--kubeconfig", &kubeconfig, "--replicate=v1/pods", "--log-level=error"]).await
 }
 
@@ -130,11 +122,10 @@ pub(crate) fn address(hub: &Hub) -> anyhow::Result<SocketAddr> {
 }
 
 pub(crate) fn usage(hub: &Hub) -> anyhow::Result<Usage> {
-    hub.process.as_ref().context("the hub runs")?.usage()
+    hub.process.as_ref().context("the hub is stopped")?.usage()
 }
 
-/// Makes changes at this rate for this long, each told its number and when it is due, whatever the one before takes. Says
-/// the last.
+/// Changes are due at fixed times, regardless of earlier latency. Returns the last number.
 pub(crate) async fn at_rate(
     due: &Schedule,
     rate: f64,
@@ -145,10 +136,10 @@ pub(crate) async fn at_rate(
     let count = (rate * time.as_secs_f64()) as u32;
     let mut last = due.len();
     for step in 0..count {
-        let at = started + Duration::from_secs_f64(f64::from(step) / rate);
-        tokio::time::sleep_until(at.into()).await;
-        last = due.push(at);
-        change(last, at).await?;
+        let due_at = started + Duration::from_secs_f64(f64::from(step) / rate);
+        tokio::time::sleep_until(due_at.into()).await;
+        last = due.push(due_at);
+        change(last, due_at).await?;
     }
     Ok(last)
 }

@@ -1,4 +1,4 @@
-//! `restart`: each part is killed and started again, with something changed meanwhile. How long until the decision is right.
+//! `restart`: time to a right decision after each component is killed and restarted.
 
 use std::time::{Duration, Instant};
 
@@ -11,9 +11,9 @@ use opa_hub_loadtest::pods::Nth;
 use serde_json::json;
 
 use super::{Common, at_least, cluster_of, command};
-use crate::peer::{self, Peer, Running, Scale};
+use crate::baseline::{self, Baseline, Running, Scale};
 use crate::probe;
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::Schedule;
 
 const ALL: &str = "from the kill until every OPA has what changed meanwhile";
@@ -21,17 +21,16 @@ const SNAPSHOTS: &str = "OPAs that were loaded anew";
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Pods of 10 KB
+    /// Number of pods of 10 KB
     #[arg(long, default_value_t = 3000, value_parser = at_least::<1>)]
     pods: usize,
-    /// Real OPAs, each with an agent
+    /// Number of real OPAs, each with an agent
     #[arg(long, default_value_t = 5, value_parser = at_least::<1>)]
     opas: usize,
     #[command(flatten)]
     common: Common,
 }
 
-/// What is killed and started again.
 #[derive(Clone, Copy)]
 enum Part {
     Hub,
@@ -55,16 +54,17 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     );
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        results.push(once(pods, opas).await?, common.out.as_deref())?;
+        results.push(run_once(pods, opas).await?, common.out.as_deref())?;
     }
     results.finish(common.out.as_deref());
     Ok(())
 }
 
-async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
+async fn run_once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measurement>> {
     let (mut plane, cluster) = cluster_of(pods).await?;
-    peer::policy(&cluster).await?;
-    let mut running = Peer::Hub.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
+    baseline::policy(&cluster).await?;
+    let mut running =
+        Baseline::Hub.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
     let parts = [
         ("the hub", Part::Hub),
         ("the agents", Part::Agents),
@@ -73,22 +73,22 @@ async fn once(pods: usize, opas: usize) -> anyhow::Result<Vec<Measured>> {
     ];
     let mut measured = Vec::new();
     for ((name, part), round) in parts.into_iter().zip(1_u64..) {
-        if matches!(part, Part::ApiServer) && !plane.is_own() {
+        if matches!(part, Part::ApiServer) && !plane.is_local() {
             continue;
         }
         let before = snapshots(&running).await?;
         let took = kill(part, round, &mut plane, &cluster, &mut running).await?;
-        let mut of = Measured::new(name);
-        of.add(ALL, "ms", took.as_secs_f64() * 1000.0);
+        let mut row = Measurement::new(name);
+        row.add(ALL, "ms", took.as_secs_f64() * 1000.0);
         for agent in &mut running.agents {
             agent.wait_in_step().await?;
         }
         let loaded = snapshots(&running).await?;
-        // Agents that were started again count from nothing.
+        // Restarted agents count from zero.
         let before = if matches!(part, Part::Agents) { 0 } else { before };
-        of.add(SNAPSHOTS, "", loaded.saturating_sub(before) as f64);
+        row.add(SNAPSHOTS, "", loaded.saturating_sub(before) as f64);
         eprintln!("  {name}: {:.0} ms", took.as_secs_f64() * 1000.0);
-        measured.push(of);
+        measured.push(row);
     }
     Ok(measured)
 }
@@ -106,7 +106,7 @@ async fn kill(
     };
     let started = Instant::now();
     match part {
-        Part::Hub => running.hub.as_mut().context("a hub")?.kill(),
+        Part::Hub => running.hub.as_mut().context("the hub is missing")?.kill(),
         Part::Agents => running.agents.iter_mut().for_each(Agent::kill),
         Part::Opas => running.opas.iter_mut().for_each(|opa| opa.process = None),
         Part::ApiServer => plane.stop_apiserver(),
@@ -115,7 +115,7 @@ async fn kill(
         label(round).await?;
     }
     match part {
-        Part::Hub => running.hub.as_mut().context("a hub")?.spawn()?,
+        Part::Hub => running.hub.as_mut().context("the hub is missing")?.spawn()?,
         Part::Agents => running.agents.iter_mut().try_for_each(Agent::spawn)?,
         Part::Opas => {
             futures::future::try_join_all(running.opas.iter_mut().map(Opa::restart)).await?;
@@ -139,7 +139,9 @@ async fn kill(
 async fn snapshots(running: &Running) -> anyhow::Result<u64> {
     let mut all = 0;
     for agent in &running.agents {
-        all += agent.status().await?["done"]["snapshots"].as_u64().context("a count")?;
+        all += agent.status().await?["done"]["snapshots"]
+            .as_u64()
+            .context("reading the agent's status failed: no snapshots")?;
     }
     Ok(all)
 }

@@ -1,13 +1,13 @@
-//! `slow`: some agents do not read, some read a few bytes now and then. What that costs the others, and the hub. Each
-//! phase has a base of as many steady agents alone, since readers cost the cores that they share with the hub.
+//! `slow`: cost of stalled and trickling agents. The control has only the steady agents, since readers share the hub's
+//! cores.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use clap::Args;
 
-use super::{ASTRAY, Common, Crowd, KERNEL, at_least, at_rate, command, kernel_growth, usage};
-use crate::results::{Goal, Measured, Results};
+use super::{Common, KERNEL, MISMATCHES, SwarmSetup, at_least, at_rate, command, kernel_growth, usage};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::{Pace, WHOLE};
 
 const PODS: usize = 1000;
@@ -18,21 +18,21 @@ const MEMORY: &str = "more hub memory a slow agent";
 const KERNEL_MEMORY: &str = "more kernel memory a slow agent, both ends";
 const ENDED: &str = "streams that ended";
 const SLOW: &str = "1 % stalled, 1 % trickling";
-/// What 200 slow agents cost is less than what a process's memory varies by.
+/// The memory of 200 slow agents is within a process's noise.
 const SLOWER: &str = "10 % stalled, 10 % trickling";
 const STEADY: &str = "the 98 % steady alone";
 const FEWER_STEADY: &str = "the 80 % steady alone";
-/// Each base, and the phase that is compared with it: of the agents, one in so many is stalled and one trickling.
+/// Control, phase, and divisor for stalled and for trickling agents.
 const PHASES: [(&str, &str, usize); 2] = [(STEADY, SLOW, 100), (FEWER_STEADY, SLOWER, 10)];
 
 #[derive(Args)]
 pub(crate) struct Options {
     #[arg(long, default_value_t = 10_000, value_parser = at_least::<100>)]
     agents: usize,
-    /// Changes a second
+    /// Changes per second
     #[arg(long, default_value_t = 5, value_parser = at_least::<1>)]
     rate: usize,
-    /// How long changes come: after 12 s of 5 changes the sockets of those are full who do not read
+    /// Duration of the changes, in seconds; 12 s at 5 per second fill the sockets of stalled agents
     #[arg(long, default_value_t = 40, value_parser = at_least::<1>)]
     seconds: usize,
     #[command(flatten)]
@@ -51,7 +51,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most(SLOWER, MEMORY, 4.0),
             Goal::at_most(SLOW, ENDED, 0.0),
             Goal::at_most(SLOWER, ENDED, 0.0),
-            Goal::at_most(SLOW, ASTRAY, 0.0),
+            Goal::at_most(SLOW, MISMATCHES, 0.0),
         ],
     );
     for run in 0..common.runs {
@@ -60,19 +60,20 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         for (base, name, share) in PHASES {
             let each = agents / share;
             let steady = agents - 2 * each;
-            // The machine differs for whichever comes first.
+            // Alternates: the first phase meets another machine state.
             let (mut alone, mut slow) = (None, None);
             for is_slow in [run % 2 == 1, run % 2 == 0] {
                 if is_slow {
-                    slow = Some(once(name, agents, each, rate, seconds).await?);
+                    slow = Some(run_once(name, agents, each, rate, seconds).await?);
                 } else {
-                    alone = Some(once(base, steady, 0, rate, seconds).await?);
+                    alone = Some(run_once(base, steady, 0, rate, seconds).await?);
                 }
             }
             let (Some((alone, base)), Some((mut slow, grown))) = (alone, slow) else { continue };
-            let more = |grown: f64, base: f64| (grown - base) / 1024.0 / (2 * each) as f64;
-            slow.add(MEMORY, "KB", more(grown.resident, base.resident));
-            slow.add(KERNEL_MEMORY, "KB", more(grown.kernel, base.kernel));
+            let kilobytes_per_slow_agent =
+                |grown: f64, base: f64| (grown - base) / 1024.0 / (2 * each) as f64;
+            slow.add(MEMORY, "KB", kilobytes_per_slow_agent(grown.resident, base.resident));
+            slow.add(KERNEL_MEMORY, "KB", kilobytes_per_slow_agent(grown.kernel, base.kernel));
             measured.extend([alone, slow]);
         }
         results.push(measured, common.out.as_deref())?;
@@ -81,33 +82,33 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Bytes that memory grew by while changes came.
+/// In bytes.
 struct Growth {
-    /// The hub's resident memory.
     resident: f64,
-    /// The kernel's, with that of the agents' ends.
+    /// Includes the agents' ends.
     kernel: f64,
 }
 
-async fn once(
-    who: &str,
+async fn run_once(
+    subject: &str,
     agents: usize,
     each: usize,
     rate: usize,
     time: usize,
-) -> anyhow::Result<(Measured, Growth)> {
+) -> anyhow::Result<(Measurement, Growth)> {
     let paces = [(Pace::Stalled, each), (Pace::Trickling, each)];
-    let Crowd { stub, hub, due, swarm, before: alone, .. } = &mut Crowd::start(PODS, agents, &paces).await?;
+    let SwarmSetup { apiserver, hub, due, swarm, before: alone, .. } =
+        &mut SwarmSetup::start(PODS, agents, &paces).await?;
     tokio::time::sleep(SETTLE).await;
     swarm.take_delays();
     let before = usage(hub)?;
     let last = at_rate(due, rate as f64, Duration::from_secs(time as u64), async |number, _| {
-        stub.change(number as usize % PODS, number);
+        apiserver.change(number as usize % PODS, number);
         swarm.check()
     })
     .await?;
     swarm.reach(last, 2 * each).await?;
-    let mut measured = Measured::new(who);
+    let mut measured = Measurement::new(subject);
     measured.add_delays(DELAY, &swarm.take_delays());
     let after = usage(hub)?;
     let resident = after.rss as f64 - before.rss as f64;
@@ -117,12 +118,12 @@ async fn once(
     swarm.wake();
     swarm.reach(last, 0).await?;
     if each > 0 {
-        let frames = swarm.counts().frames_of_stalled.load(Relaxed);
+        let frames = swarm.counts().stalled_frames.load(Relaxed);
         measured.add("frames that a stalled agent was sent", "", frames as f64 / each as f64);
         measured.add("changes that there were", "", last as f64);
     }
     measured.add(ENDED, "", swarm.counts().ended.load(Relaxed) as f64);
-    measured.add(ASTRAY, "", swarm.astray(&stub.pods(), WHOLE) as f64);
-    eprintln!("  {}: {last} changes", measured.who);
+    measured.add(MISMATCHES, "", swarm.mismatches(&apiserver.pods(), WHOLE) as f64);
+    eprintln!("  {}: {last} changes", measured.subject);
     Ok((measured, grown))
 }

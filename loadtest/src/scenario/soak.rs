@@ -1,4 +1,4 @@
-//! `soak`: changes at a rate for minutes. Nobody falls behind, nothing is lost, nothing grows.
+//! `soak`: changes at a constant rate for minutes.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -6,14 +6,15 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{
-    ASTRAY, Common, Crowd, KERNEL, at_least, at_rate, command, kernel_growth, megabytes, seconds, usage,
+    Common, KERNEL, MISMATCHES, SwarmSetup, at_least, at_rate, command, kernel_growth, megabytes, seconds,
+    usage,
 };
 use crate::histogram::Histogram;
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::WHOLE;
 
 const PODS: usize = 3000;
-/// After the last change: who has not got it by then has fallen behind.
+/// Agents without the last change by then have fallen behind.
 const GRACE: Duration = Duration::from_secs(1);
 const DELAY: &str = "change at an agent";
 const BEHIND: &str = "agents without the last change after 1 s";
@@ -23,10 +24,10 @@ const SLOPE: &str = "p99 of the last tenth beside the first";
 pub(crate) struct Options {
     #[arg(long, default_value_t = 1000, value_parser = at_least::<1>)]
     agents: usize,
-    /// Changes a second
+    /// Changes per second
     #[arg(long, default_value_t = 500, value_parser = at_least::<1>)]
     rate: usize,
-    /// How long changes come
+    /// Duration of the changes, in seconds
     #[arg(long, default_value_t = 600, value_parser = at_least::<10>)]
     seconds: usize,
     #[command(flatten)]
@@ -44,28 +45,29 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             Goal::at_most("opa-hub", &format!("{DELAY}, p99"), 250.0),
             Goal::at_most("opa-hub", SLOPE, 1.25),
             Goal::at_most("opa-hub", BEHIND, 0.0),
-            Goal::at_most("opa-hub", ASTRAY, 0.0),
+            Goal::at_most("opa-hub", MISMATCHES, 0.0),
         ],
     );
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        results.push(vec![once(agents, rate, seconds).await?], common.out.as_deref())?;
+        results.push(vec![run_once(agents, rate, seconds).await?], common.out.as_deref())?;
     }
     results.finish(common.out.as_deref());
     Ok(())
 }
 
-async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measured> {
+async fn run_once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measurement> {
     const PARTS: usize = 10;
-    let Crowd { stub, hub, due, swarm, before: alone, .. } = &mut Crowd::start(PODS, agents, &[]).await?;
+    let SwarmSetup { apiserver, hub, due, swarm, before: alone, .. } =
+        &mut SwarmSetup::start(PODS, agents, &[]).await?;
     let before = usage(hub)?;
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
-    let mut measured = Measured::new("opa-hub");
+    let mut measured = Measurement::new("opa-hub");
     let (all, mut p99, mut last) = (Histogram::new(), Vec::new(), 0);
     for part in 1..=PARTS {
         let part_of_time = Duration::from_secs(time as u64) / PARTS as u32;
         last = at_rate(due, rate as f64, part_of_time, async |number, _| {
-            stub.change(number as usize % PODS, number);
+            apiserver.change(number as usize % PODS, number);
             swarm.check()
         })
         .await?;
@@ -75,7 +77,7 @@ async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measure
         all.add(&delays);
     }
     tokio::time::sleep(GRACE).await;
-    let behind = agents - swarm.at(last, 0);
+    let behind = agents - swarm.count_with(last, 0);
     swarm.reach(last, 0).await?;
     let after = usage(hub)?;
     all.add(&swarm.take_delays());
@@ -86,7 +88,7 @@ async fn once(agents: usize, rate: usize, time: usize) -> anyhow::Result<Measure
     measured.add("p99 of the last tenth", "ms", p99[PARTS - 1]);
     measured.add(SLOPE, "×", p99[PARTS - 1] / p99[0]);
     measured.add(BEHIND, "", behind as f64);
-    measured.add(ASTRAY, "", swarm.astray(&stub.pods(), WHOLE) as f64);
+    measured.add(MISMATCHES, "", swarm.mismatches(&apiserver.pods(), WHOLE) as f64);
     measured.add("streams that ended", "", counts.ended.load(Relaxed) as f64);
     measured.add("changes in a frame", "", deliveries / frames);
     let encodes = hub.metric("opa_hub_frame_encodes_total").await? - encodes;

@@ -1,5 +1,4 @@
-//! `start`: many at once from cold. Real OPAs beside a real API server, then a thousand agents that join at a time, and a
-//! snapshot of many pods after one of them changed.
+//! `start`: cold starts of OPAs, simultaneous joins, and snapshots after a change.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -12,12 +11,11 @@ use opa_hub_loadtest::lab::http;
 use super::{
     Common, KERNEL, at_least, cluster_of, command, hub_over, kernel_growth, megabytes, seconds, usage,
 };
-use crate::peer::{self, Peer, Scale};
-use crate::results::{Goal, Measured, Results};
-use crate::stub::Stub;
+use crate::baseline::{self, Baseline, Scale};
+use crate::fake_apiserver::FakeApiServer;
+use crate::results::{Goal, Measurement, Results};
 use crate::swarm::Schedule;
 
-/// Changes after each of which the snapshot is asked for.
 const CHANGES: u64 = 20;
 const COLD: &str = "until every OPA has every pod";
 const ENCODES: &str = "snapshots encoded for all that join";
@@ -25,19 +23,19 @@ const SNAPSHOT: &str = "hub CPU of one change and a snapshot of it";
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Pods of 10 KB on the API server
+    /// Number of pods of 10 KB on the API server
     #[arg(long, default_value_t = 3000, value_parser = at_least::<1>)]
     pods: usize,
-    /// Real OPAs
+    /// Number of real OPAs
     #[arg(long, default_value_t = 10, value_parser = at_least::<1>)]
     opas: usize,
-    /// Agents that ask for a snapshot at once
+    /// Number of agents that request a snapshot at once
     #[arg(long, default_value_t = 1000, value_parser = at_least::<1>)]
     joins: usize,
-    /// Pods of 300 bytes in the snapshot that changes
+    /// Number of pods of 300 bytes in the changing snapshot
     #[arg(long, default_value_t = 30_000, value_parser = at_least::<1>)]
     small_pods: usize,
-    /// Measure OPAs with this kube-mgmt beside each, too
+    /// Also measure OPAs with this kube-mgmt as sidecar
     #[arg(long, value_name = "PROGRAM")]
     kube_mgmt: Option<PathBuf>,
     #[command(flatten)]
@@ -46,8 +44,8 @@ pub(crate) struct Options {
 
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { pods, opas, joins, small_pods, kube_mgmt, common } = options;
-    let mut peers = vec![Peer::Hub, Peer::HubAuto, Peer::Bundles];
-    peers.extend(peer::sidecars(kube_mgmt));
+    let mut baselines = vec![Baseline::Hub, Baseline::HubAuto, Baseline::Bundles];
+    baselines.extend(baseline::sidecars(kube_mgmt));
     let settings =
         [("pods", pods), ("opas", opas), ("joins", joins), ("small-pods", small_pods), ("runs", common.runs)];
     let mut results = Results::new(
@@ -66,17 +64,18 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
         let (plane, cluster) = cluster_of(pods).await?;
-        peer::policy(&cluster).await?;
+        baseline::policy(&cluster).await?;
         let mut measured = Vec::new();
-        for peer in &peers {
-            let running = peer.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
-            let mut of = Measured::new(peer.name());
-            of.add(COLD, "s", running.cold.as_secs_f64());
+        for baseline in &baselines {
+            let running =
+                baseline.start(&plane, Scale { pods, opas, agents: 0 }, &Schedule::default()).await?;
+            let mut row = Measurement::new(baseline.name());
+            row.add(COLD, "s", running.cold.as_secs_f64());
             for (name, cpu) in running.cpu()? {
-                of.add(&format!("CPU of {name} by then"), "s", cpu);
+                row.add(&format!("CPU of {name} by then"), "s", cpu);
             }
-            eprintln!("  {}: {:.1} s", peer.name(), running.cold.as_secs_f64());
-            measured.push(of);
+            eprintln!("  {}: {:.1} s", baseline.name(), running.cold.as_secs_f64());
+            measured.push(row);
         }
         drop(plane);
         join(&mut measured[0], joins, small_pods).await?;
@@ -86,11 +85,10 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Snapshots over a stub.
-async fn join(measured: &mut Measured, joins: usize, pods: usize) -> anyhow::Result<()> {
+async fn join(measured: &mut Measurement, joins: usize, pods: usize) -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
-    let stub = Stub::start(dir.path(), pods).await?;
-    let hub = hub_over(&stub, dir.path()).await?;
+    let apiserver = FakeApiServer::start(dir.path(), pods).await?;
+    let hub = hub_over(&apiserver, dir.path()).await?;
     let (http, url) = (http()?, format!("{}/bundles/main/data", hub.url));
     let get = async || anyhow::Ok(http.get(&url).send().await?.error_for_status()?.bytes().await?.len());
     let (started, alone) = (Instant::now(), usage(&hub)?);
@@ -107,13 +105,13 @@ async fn join(measured: &mut Measured, joins: usize, pods: usize) -> anyhow::Res
         let editions = hub.metric("opa_hub_view_changes_total").await?;
         let before = hub.metric("opa_hub_snapshot_encodes_total").await?;
         let used = usage(&hub)?;
-        stub.change(pods / 2, number);
+        apiserver.change(pods / 2, number);
         eventually("the hub has the change", async || {
             let now = hub.metric("opa_hub_view_changes_total").await.map_err(|error| error.to_string())?;
             equal(&(now > editions), &true)
         })
         .await?;
-        // Archives trail the head by a second at most.
+        // Archives are throttled to about one per second.
         eventually("a new snapshot", async || {
             get().await.map_err(|error| error.to_string())?;
             let now =

@@ -1,4 +1,4 @@
-//! What agents hold: archives, the values that witnesses keep, and the numbers of changes in them.
+//! Content of archives and verifiers.
 
 use std::io::Read as _;
 
@@ -10,54 +10,51 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, data_digest};
 use serde_json::{Value, json};
 
-/// The value of a directory, made a map where it is not there.
-pub(super) fn place<'a>(content: &'a mut Value, dir: &DirPath) -> &'a mut Value {
-    let at = dir.relative().split('/').fold(content, |at, segment| &mut at[segment]);
-    if at.is_null() {
-        *at = json!({});
+pub(super) fn dir_mut<'a>(content: &'a mut Value, dir: &DirPath) -> &'a mut Value {
+    let value = dir.relative().split('/').fold(content, |value, segment| &mut value[segment]);
+    if value.is_null() {
+        *value = json!({});
     }
-    at
+    value
 }
 
 pub(super) fn digest(data: &DataHead) -> Digest {
     data_digest(data.dirs.iter().map(|(dir, digest)| (dir, *digest)), &data.ensure)
 }
 
-/// The newest change that `text` shows, of each so many: objects carry the number of theirs in a label, which an edit
-/// sets by its path.
-pub(super) fn number(text: &str, every: u64) -> Option<u64> {
+/// Newest multiple of `every` in `text`. Objects have their change's number in a label, which edits set by path.
+pub(super) fn newest_change(text: &str, every: u64) -> Option<u64> {
     let numbers =
         ["\"round\":\"", "/round\",\"value\":\""].into_iter().flat_map(|label| text.split(label).skip(1));
     let numbers = numbers.filter_map(|rest| rest.split('"').next()?.parse().ok());
     numbers.filter(|number: &u64| number.is_multiple_of(every)).max()
 }
 
-/// What an archive says that is held once it is applied.
 pub(super) struct Digests {
     pub(super) data: DataHead,
     pub(super) modules: Option<Digest>,
     pub(super) reads: Option<String>,
 }
 
-/// Takes an archive into `content`, unless that is null, and says what is held then.
-pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Result<Digests> {
+/// A null `content` is not updated.
+pub(super) fn apply_archive(archive: &[u8], content: &mut Value) -> anyhow::Result<Digests> {
     let mut tar = tar::Archive::new(GzDecoder::new(archive));
     let mut entries = tar.entries()?;
-    let mut first = entries.next().context("an empty archive")??;
-    ensure!(first.path()?.to_str() == Some(HEAD_FILE), "an archive without a head");
+    let mut first = entries.next().context("reading an archive failed: no entries")??;
+    ensure!(first.path()?.to_str() == Some(HEAD_FILE), "reading an archive failed: no header");
     let mut text = Vec::new();
     first.read_to_end(&mut text)?;
     let head: Head = serde_json::from_slice(&text)?;
-    let Some(data) = head.data else { bail!("an archive without data") };
+    let Some(data) = head.data else { bail!("reading an archive failed: no data") };
     if content.is_null() {
         return Ok(Digests { data, modules: head.modules_digest, reads: head.reads });
     }
-    // What the archive does not name is gone; what it names and does not hold stayed.
+    // Directories that the archive does not name are removed; those without content are unchanged.
     let mut next = json!({});
-    data.ensure.iter().for_each(|dir| _ = place(&mut next, dir));
+    data.ensure.iter().for_each(|dir| _ = dir_mut(&mut next, dir));
     for dir in data.dirs.keys() {
-        if let Some(held) = content.pointer(dir.as_str()) {
-            *place(&mut next, dir) = held.clone();
+        if let Some(value) = content.pointer(dir.as_str()) {
+            *dir_mut(&mut next, dir) = value.clone();
         }
     }
     for entry in entries {
@@ -66,7 +63,7 @@ pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Resul
         if let Some(dir) = path.strip_suffix(DATA_FILE) {
             let mut text = Vec::new();
             entry.read_to_end(&mut text)?;
-            *place(&mut next, &format!("/{}", dir.trim_matches('/')).parse()?) =
+            *dir_mut(&mut next, &format!("/{}", dir.trim_matches('/')).parse()?) =
                 serde_json::from_slice(&text)?;
         }
     }
@@ -74,9 +71,8 @@ pub(super) fn take_archive(archive: &[u8], content: &mut Value) -> anyhow::Resul
     Ok(Digests { data, modules: head.modules_digest, reads: head.reads })
 }
 
-/// The newest change that an archive shows.
-pub(super) fn newest(archive: &[u8], every: u64) -> anyhow::Result<Option<u64>> {
+pub(super) fn newest_in_archive(archive: &[u8], every: u64) -> anyhow::Result<Option<u64>> {
     let mut text = String::new();
     GzDecoder::new(archive).read_to_string(&mut text)?;
-    Ok(number(&text, every))
+    Ok(newest_change(&text, every))
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use opa_hub_loadtest::eventually::{PATIENCE, equal, eventually};
-use opa_hub_loadtest::lab::valve::Valve;
+use opa_hub_loadtest::lab::blackhole_proxy::BlackholeProxy;
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
 use serde_json::{Value, json};
 
@@ -261,7 +261,7 @@ async fn what_an_agent_sent_before_it_died_comes_too_late(delivery: Delivery) ->
     let start = |opa: &str| Agent::start(work.path(), &address, &[&hub.url], opa, delivery, &[]);
     for round in 0..5 {
         let address = opa.url.trim_start_matches("http://").to_owned();
-        let valve = Valve::holding(address, b"PATCH").await?;
+        let valve = BlackholeProxy::with_prefix(address, b"PATCH").await?;
         let mut first = start(&format!("http://127.0.0.1:{}", valve.port))?;
         first.wait_in_step().await?;
         holds(&["a"]).await?;
@@ -313,8 +313,11 @@ async fn between_data_and_policies() -> anyhow::Result<()> {
     write(dir, &BEFORE)?;
     let hub = Hub::start(work.path(), &["--manifests", &dir.display().to_string(), "--replicate", "v1/pods"])
         .await?;
-    let valve =
-        Valve::holding(hub.url.trim_start_matches("http://").to_owned(), b"GET /bundles/main/policy").await?;
+    let valve = BlackholeProxy::with_prefix(
+        hub.url.trim_start_matches("http://").to_owned(),
+        b"GET /bundles/main/policy",
+    )
+    .await?;
     let through_valve = format!("http://127.0.0.1:{}", valve.port);
     let address = Agent::address()?;
     let opa = Opa::start(&assets, work.path(), Some(&Agent::opa_config(&address)), &[]).await?;

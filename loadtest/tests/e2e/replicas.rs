@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use opa_hub_loadtest::cluster::{Cluster, DATA};
 use opa_hub_loadtest::eventually::{equal, eventually};
-use opa_hub_loadtest::lab::valve::Valve;
+use opa_hub_loadtest::lab::blackhole_proxy::BlackholeProxy;
 use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa, assets, free_port};
 use serde_json::{Value, json};
 
@@ -15,7 +15,7 @@ struct Replicas {
     _plane: ControlPlane,
     cluster: Cluster,
     /// Between each hub and the API server.
-    valves: [Valve; 2],
+    valves: [BlackholeProxy; 2],
     hubs: [Hub; 2],
     opa: Opa,
     agent: Agent,
@@ -26,9 +26,9 @@ impl Replicas {
         let plane = ControlPlane::start().await?;
         let cluster = Cluster { client: plane.client().await? };
         cluster.namespace("opa").await?;
-        let valves = [plane.valve().await?, plane.valve().await?];
+        let valves = [plane.blackhole_proxy().await?, plane.blackhole_proxy().await?];
         let dir = plane.dir.path();
-        let hub = async |valve: &Valve| {
+        let hub = async |valve: &BlackholeProxy| {
             let kubeconfig = plane.kubeconfig_through(valve)?.display().to_string();
             Hub::start(dir, &["--kubeconfig", &kubeconfig]).await
         };

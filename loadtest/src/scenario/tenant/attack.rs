@@ -1,5 +1,3 @@
-//! Tenant A: its attacks.
-
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -20,58 +18,50 @@ use super::objects::{
 };
 use super::site::{REQUEST_MAX, Site, runs_of_opa};
 
-/// Maximum time, after the last step, until an attack leaves a trace.
+/// From the last step.
 const TRACE_MAX: Duration = Duration::from_secs(30);
 
-/// Maximum steps of an attack of edits, far above what the time of a phase allows.
+/// Far above what a phase has time for.
 const STEPS_MAX: u64 = 10_000;
-/// A's writes to the API server at a time.
 const WRITERS: usize = 16;
-/// A's data ConfigMaps that are refused, and as many policies.
 const REFUSED: usize = 500;
 
-/// Keys of the large data ConfigMap. With three letters each, and again in managedFields, etcd accepts 70,000.
+/// etcd accepts 70,000 keys of three letters.
 const WIDE_KEYS: usize = 60_000;
-/// Reconcile requests at a time, and in all.
 const RECONCILES_AT_ONCE: u64 = 60;
 const RECONCILES_MAX: u64 = 12_000;
-/// Requests with an invented namespace at a time, and in all.
 const NAMESPACES_AT_ONCE: u64 = 50;
 const NAMESPACES_MAX: u64 = 2000;
-/// Pause between two volleys of requests, so that sending them leaves the cores to the hub.
+/// Leaves the cores to the hub between volleys.
 pub(super) const VOLLEY_PAUSE: Duration = Duration::from_millis(100);
-/// Connections that are opened and then silent.
 const SILENT: usize = 500;
-/// The beginnings of their requests.
-const HALVES: [&str; 2] = [
+const PARTIAL_REQUESTS: [&str; 2] = [
     "GET /bundles/tenant-b/stream HTTP/1.1\r\nhost: hub\r\n",
     "POST /bundles/tenant-a/reconcile?namespace=tenant-a HTTP/1.1\r\nhost: hub\r\ncontent-length: 1000000\r\n\r\n{",
 ];
 
-/// What A does.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Attack {
-    /// A policy whose fields multiply by six at each of twelve levels.
+    /// Fields multiply by six at each of twelve levels.
     Fields,
-    /// Policies that `opa check` accepts and `opa build --target=plan` does not.
+    /// `opa check` accepts it, `opa build --target=plan` rejects it.
     Plan,
-    /// Tests that each run until their timeout.
+    /// Tests that run into their timeout.
     Tests,
     /// A rule whose type is a union of 30,000 objects.
     Definitions,
-    /// A policy that seems to read a resource, and its correction.
+    /// Seems to read a resource; then corrected.
     Typo,
     /// Data below a package, and edits of many policies.
     Refused,
-    /// Reconcile requests, no two alike.
+    /// Reconcile requests, each different.
     Reconciles,
-    /// Requests for namespaces that do not exist.
     Namespaces,
-    /// Connections with half a head, or with a body that does not arrive.
+    /// Incomplete headers or bodies.
     Silent,
-    /// A data ConfigMap all of whose keys change.
+    /// All keys of a ConfigMap change.
     Wide,
-    /// A Bundle document with `maxBytes` and without.
+    /// With and without `maxBytes`.
     Document,
 }
 
@@ -89,7 +79,6 @@ pub(super) const ATTACKS: [(&str, Attack); 11] = [
     ("a document that changes", Attack::Document),
 ];
 
-/// Progress of an attack.
 #[derive(Default)]
 pub(super) struct Counts {
     pub(super) steps: AtomicU64,
@@ -108,17 +97,17 @@ impl Counts {
 }
 
 impl Attack {
-    /// Whether it consists of ConfigMaps, and so loads the API server even where the hub does not select them.
+    /// ConfigMaps load the API server even if the hub does not select them.
     pub(super) fn writes(self) -> bool {
         !matches!(self, Self::Reconciles | Self::Namespaces | Self::Silent | Self::Document)
     }
 
-    /// Attacks until then. Each step is bounded in time, so that the end is at most [`TRACE_MAX`] later.
+    /// Ends at most [`TRACE_MAX`] after `until`.
     pub(super) async fn run(self, site: Site, until: Instant, counts: Arc<Counts>) -> anyhow::Result<()> {
         match self {
             Self::Refused => refuse(&site, until, &counts).await,
             Self::Silent => {
-                be_silent(&site, until, &counts).await;
+                open_silent_connections(&site, until, &counts).await;
                 Ok(())
             }
             Self::Document => change_document(&site, until, &counts).await,
@@ -126,7 +115,7 @@ impl Attack {
                 let client = http()?;
                 let url = format!("{}/bundles/{A}/reconcile?namespace={A}", site.hub);
                 let request = move |number: u64| {
-                    // A digest that the hub does not know: the answer is everything, and of all fields.
+                    // For an unknown digest, the response contains everything.
                     let dirs = BTreeMap::from([(format!("/flood/{number}"), format!("{number:032x}"))]);
                     client.post(&url).body(json!({ "dirs": dirs }).to_string())
                 };
@@ -144,7 +133,6 @@ impl Attack {
         }
     }
 
-    /// Writes the ConfigMaps of one step after the other, and looks for traces of each.
     async fn edit(self, site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
         let mut before = BTreeMap::new();
         for step in 0..STEPS_MAX {
@@ -161,7 +149,7 @@ impl Attack {
             let runs = runs_of_opa(site.process);
             let is_at_work = match self {
                 Self::Tests => runs.values().any(|command| command == "test"),
-                // B's runs of OPA end sooner than the next look.
+                // B's runs of OPA end before the next sample.
                 Self::Definitions => runs.keys().any(|run| before.contains_key(run)),
                 _ => false,
             };
@@ -173,7 +161,6 @@ impl Attack {
         Ok(())
     }
 
-    /// Pause between two steps: time enough for a check.
     fn pause(self) -> Duration {
         match self {
             Self::Definitions | Self::Typo | Self::Wide => Duration::from_secs(1),
@@ -181,7 +168,6 @@ impl Attack {
         }
     }
 
-    /// The ConfigMap whose verdict is a trace.
     pub(super) fn configmap(self) -> &'static str {
         match self {
             Self::Fields => "fields",
@@ -234,31 +220,30 @@ impl Attack {
     }
 }
 
-/// Data below a package that A owns, then edits of as many policies, again and again.
 async fn refuse(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
     let owner = attacking_policy("owner", 0, &format!("package {SEIZED}\n\nx := 1\n"));
     site.put(owner).await?;
     counts.step();
-    // The package comes first, or the data would own its path.
+    // Otherwise the data would own the package's path.
     while site.is_selected && Instant::now() < until && !site.has_verdict("owner").await {
         tokio::time::sleep(VOLLEY_PAUSE).await;
     }
-    let data = |at| Put {
+    let data = |index| Put {
         namespace: SEIZED,
-        name: format!("data-{at}"),
+        name: format!("data-{index}"),
         labels: vec![DATA, ATTACK],
-        data: BTreeMap::from([("k".to_owned(), json!({ "at": at }).to_string())]),
+        data: BTreeMap::from([("k".to_owned(), json!({ "at": index }).to_string())]),
     };
     put_all(site, until, counts, (0..REFUSED).map(data).collect()).await?;
     for round in 0..STEPS_MAX {
         if Instant::now() >= until {
             break;
         }
-        let policy = |at| {
+        let policy = |index| {
             attacking_policy(
-                &format!("policy-{at}"),
+                &format!("policy-{index}"),
                 round,
-                &format!("package refused_p{at}\n\nx := {round}\n"),
+                &format!("package refused_p{index}\n\nx := {round}\n"),
             )
         };
         put_all(site, until, counts, (0..REFUSED).map(policy).collect()).await?;
@@ -278,7 +263,6 @@ async fn refuse(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<
     Ok(())
 }
 
-/// Writes these, some at a time, until then.
 async fn put_all(site: &Site, until: Instant, counts: &Counts, puts: Vec<Put>) -> anyhow::Result<()> {
     let mut writing = JoinSet::new();
     for put in puts {
@@ -300,26 +284,26 @@ async fn put_all(site: &Site, until: Instant, counts: &Counts, puts: Vec<Put>) -
     Ok(())
 }
 
-/// Sends requests in volleys until then, so many at most. An answer, or a connection that the hub closes, is a trace.
+/// A response or a closed connection is a trace.
 async fn flood(
     until: Instant,
     counts: &Counts,
     at_once: u64,
-    most: u64,
+    max: u64,
     request: impl Fn(u64) -> RequestBuilder + Send,
 ) {
     let mut next = 0;
-    while next < most && Instant::now() < until {
-        let mut asking = JoinSet::new();
+    while next < max && Instant::now() < until {
+        let mut requests = JoinSet::new();
         for number in next..next + at_once {
             let request = request(number).timeout(REQUEST_MAX);
-            // The body is not read: the hub has made it all the same.
-            asking.spawn(async move { request.send().await.map(|answer| answer.status()) });
+            // The hub builds the body even if unread.
+            requests.spawn(async move { request.send().await.map(|response| response.status()) });
             counts.step();
         }
         next += at_once;
-        while let Some(asked) = asking.join_next().await {
-            let (is_trace, is_closed) = match asked {
+        while let Some(finished) = requests.join_next().await {
+            let (is_trace, is_closed) = match finished {
                 Ok(Ok(status)) => {
                     let refusals = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS];
                     (true, refusals.contains(&status))
@@ -337,19 +321,19 @@ async fn flood(
     }
 }
 
-/// Opens connections and sends half a request on each, then nothing until then. Open files of the hub are the trace.
-async fn be_silent(site: &Site, until: Instant, counts: &Counts) {
+/// The trace is the number of the hub's open files.
+async fn open_silent_connections(site: &Site, until: Instant, counts: &Counts) {
     let files = || std::fs::read_dir(format!("/proc/{}/fd", site.process)).map_or(0, Iterator::count);
     let before = files();
     let mut open = Vec::new();
-    for half in HALVES.into_iter().cycle().take(SILENT) {
+    for partial in PARTIAL_REQUESTS.into_iter().cycle().take(SILENT) {
         if Instant::now() >= until {
             break;
         }
         counts.step();
         let begin = async {
             let mut tcp = TcpStream::connect(site.hub.trim_start_matches("http://")).await?;
-            tcp.write_all(half.as_bytes()).await?;
+            tcp.write_all(partial.as_bytes()).await?;
             Ok::<_, std::io::Error>(tcp)
         };
         match tokio::time::timeout(REQUEST_MAX, begin).await {
@@ -360,18 +344,17 @@ async fn be_silent(site: &Site, until: Instant, counts: &Counts) {
     let first = files();
     tokio::time::sleep_until(until.into()).await;
     let opened = first.max(files()).saturating_sub(before) as u64;
-    // An answer, e.g. 408, ends a connection too.
-    let waits = |tcp: &&TcpStream| {
+    // A response such as 408 ends a connection too.
+    let is_open = |tcp: &&TcpStream| {
         let read = tcp.try_read(&mut [0]);
         read.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     };
-    let closed = open.len() - open.iter().filter(waits).count();
+    let closed = open.len() - open.iter().filter(is_open).count();
     let closed = counts.closed.fetch_add(closed as u64, Relaxed) + closed as u64;
     counts.hits.store(opened.max(closed), Relaxed);
 }
 
-/// Sets the limit of A's bundle and removes it again, until a trace is found. A bundle that is published again is the
-/// trace.
+/// The trace is a new publication of the bundle.
 async fn change_document(site: &Site, until: Instant, counts: &Counts) -> anyhow::Result<()> {
     let published = async || site.bundle_of_a().await.ok()?.get("publishedUnixSeconds").cloned();
     let mut before = published().await;
@@ -399,9 +382,7 @@ mod tests {
 
     use super::*;
 
-    /// What the API server accepts of one ConfigMap.
     const CONFIGMAP_BYTES_MAX: usize = 1 << 20;
-    /// What etcd accepts of one object.
     const OBJECT_BYTES_MAX: usize = 3 << 19;
 
     #[test]
@@ -410,7 +391,7 @@ mod tests {
             for put in attack.configmaps(1) {
                 let bytes: usize = put.data.values().map(String::len).sum();
                 assert!(bytes < CONFIGMAP_BYTES_MAX, "{name}: {bytes} bytes");
-                // Each key and value with its tags, and each key once more in managedFields.
+                // Managed fields repeat the key.
                 let bytes: usize = put.data.iter().map(|(key, value)| 2 * key.len() + value.len() + 14).sum();
                 assert!(bytes < OBJECT_BYTES_MAX, "{name}: {bytes} bytes in etcd");
                 assert!(put.labels.contains(&ATTACK), "{name}: {} would stay", put.name);

@@ -1,5 +1,4 @@
-//! `tenant`: one hub with two bundles of the cluster. Tenant A attacks the hub with all that its rights allow, tenant B
-//! works as before. The scenario measures by how much later B sees its own changes, and the memory of the hub.
+//! `tenant`: tenant A attacks a hub; measures tenant B's slowdown and the hub's memory.
 
 #![expect(clippy::large_futures, reason = "one run at a time, which is awaited once")]
 mod attack;
@@ -28,24 +27,22 @@ use self::objects::{
     policy_of_b, settings, spec_of_a,
 };
 use self::site::{Site, get, in_time};
-use self::work::{LATE_MAX, POLICIES, Tenant, drain, revision};
+use self::work::{LATE_MAX, POLICIES, Tenant, read_stream_of_a, revision};
 use super::{Common, at_least, command, megabytes};
-use crate::results::{Goal, Measured, Results};
+use crate::results::{Goal, Measurement, Results};
 
-/// Maximum time of a start: the hub is built first, if it is older than its sources.
+/// Includes building an outdated hub.
 const START_MAX: Duration = Duration::from_secs(600);
 
-/// Interval at which the hub's memory is sampled: a runaway grows by 1 GB/s, so by 25 MB.
-const GUARD_LOOK: Duration = Duration::from_millis(25);
-/// Bytes of memory at which the hub is stopped, so that the machine survives.
-const MEMORY_DEADLY: u64 = 2 << 30;
+/// A runaway hub grows by 25 MB per sample.
+const MEMORY_SAMPLE_INTERVAL: Duration = Duration::from_millis(25);
+/// Protects the machine from a runaway hub.
+const MEMORY_KILL_BYTES: u64 = 2 << 30;
 
-/// Columns other than those of the attacks.
 const CALM: &str = "no attack";
 const WHOLE: &str = "the whole run";
 
 const WRITES: &str = "answer of the API server to B";
-/// Figures.
 const SLOWDOWN: &str = "slowdown of B (p99, the worst kind of work)";
 const DONE: &str = "edits and requests of B";
 const UNSEEN: &str = "of these never seen";
@@ -57,29 +54,26 @@ const CONTROL: &str = "slowdown of B by the same writes, not selected by the hub
 const MEMORY: &str = "hub memory, highest";
 const RESTARTS: &str = "times that the hub had to be started again";
 const DIFFERENCES: &str = "differences from B's expected content at the end";
-/// The goals.
 const SLOWDOWN_MAX: f64 = 2.0;
 const MEMORY_MAX_MB: f64 = 600.0;
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Length of a phase: one without an attack, then one of each attack
+    /// Duration of a phase, in seconds: one without an attack, then one per attack
     #[arg(long, default_value_t = 20, value_parser = at_least::<2>)]
     seconds: usize,
     #[command(flatten)]
     common: Common,
 }
 
-/// Bytes of the hub's memory.
 #[derive(Default)]
 struct Memory {
-    /// The most of the current phase, as sampled.
+    /// Sampled maximum of the phase, in bytes.
     phase: Cell<u64>,
-    /// The most of any hub, by the kernel's count.
+    /// Kernel's maximum over all hubs, in bytes.
     peak: Cell<u64>,
 }
 
-/// Everything that runs.
 struct Lab {
     tenant: Tenant,
     _agent: Agent,
@@ -94,10 +88,9 @@ struct Lab {
     _reader_of_a: JoinSet<()>,
 }
 
-/// Results of a phase.
 struct Phase {
-    measured: Measured,
-    /// p99 of each kind of B's work, in seconds.
+    measured: Measurement,
+    /// For each kind of B's work, in seconds.
     p99: [f64; 4],
     unseen: u64,
     failures: Vec<String>,
@@ -118,24 +111,24 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let mut failures = Vec::new();
     for run in 0..common.runs {
         eprintln!("run {} of {}", run + 1, common.runs);
-        let (measured, failed) = Box::pin(once(Duration::from_secs(seconds as u64))).await?;
+        let (measured, failed) = Box::pin(run_once(Duration::from_secs(seconds as u64))).await?;
         results.push(measured, common.out.as_deref())?;
         failures.extend(failed);
     }
     results.finish(common.out.as_deref());
-    ensure!(failures.is_empty(), "tenant B is not safe from tenant A:\n{}", failures.join("\n"));
+    ensure!(failures.is_empty(), "isolating tenant B from tenant A failed:\n{}", failures.join("\n"));
     Ok(())
 }
 
-async fn once(length: Duration) -> anyhow::Result<(Vec<Measured>, Vec<String>)> {
+async fn run_once(length: Duration) -> anyhow::Result<(Vec<Measurement>, Vec<String>)> {
     let mut lab = Lab::start().await?;
     let (mut all, mut failures, mut unseen) = (Vec::new(), Vec::new(), 0);
     let mut calm = [0.0; 4];
     let attacks = ATTACKS.into_iter().map(|(name, attack)| (name, Some(attack)));
     for (name, attack) in std::iter::once((CALM, None)).chain(attacks) {
-        // The same writes beside the hub come first.
+        // Control: the same writes, not selected by the hub.
         let control = attack.is_some_and(Attack::writes).then_some(false);
-        let (mut slowdowns, mut measured) = (Vec::new(), Measured::new(name));
+        let (mut slowdowns, mut measured) = (Vec::new(), Measurement::new(name));
         for is_selected in control.into_iter().chain([true]) {
             let phase = Box::pin(lab.phase(name, attack, is_selected, length)).await.context(name)?;
             unseen += phase.unseen;
@@ -157,7 +150,7 @@ async fn once(length: Duration) -> anyhow::Result<(Vec<Measured>, Vec<String>)> 
         all.push(measured);
     }
     let differences = lab.differences().await?;
-    let mut whole = Measured::new(WHOLE);
+    let mut whole = Measurement::new(WHOLE);
     whole.add(UNSEEN, "", unseen as f64);
     whole.add(MEMORY, "MB", megabytes(lab.memory.peak.get()));
     whole.add(RESTARTS, "", lab.restarts as f64);
@@ -177,8 +170,8 @@ impl Lab {
         for namespace in [A, B, SEIZED] {
             cluster.namespace(namespace).await?;
         }
-        for at in 0..HEAVY_PODS {
-            cluster.create(&format!("/api/v1/namespaces/{A}/pods"), &heavy_pod(at)).await?;
+        for index in 0..HEAVY_PODS {
+            cluster.create(&format!("/api/v1/namespaces/{A}/pods"), &heavy_pod(index)).await?;
         }
         cluster.pod(B, POD, &[("round", "0")]).await?;
         for put in [policy_of_a(0), policy_of_b(0), settings(0)] {
@@ -195,8 +188,8 @@ impl Lab {
             .await?;
         }
         let kubeconfig = format!("--kubeconfig={}", plane.kubeconfig.display());
-        let others = ["--enable-policies=false", "--enable-data=false", "--log-level=error"];
-        let flags: Vec<String> = std::iter::once(kubeconfig).chain(others.map(Into::into)).collect();
+        let other_flags = ["--enable-policies=false", "--enable-data=false", "--log-level=error"];
+        let flags: Vec<String> = std::iter::once(kubeconfig).chain(other_flags.map(Into::into)).collect();
         let dir = plane.dir.path();
         let refs: Vec<_> = flags.iter().map(String::as_str).collect();
         let hub = in_time("the start of the hub", START_MAX, Hub::start(dir, &refs)).await?;
@@ -208,7 +201,7 @@ impl Lab {
         let http = http()?;
         let tenant = Tenant::start(&http, &hub.url, &opa.url);
         let mut reader_of_a = JoinSet::new();
-        reader_of_a.spawn(drain(http.clone(), hub.url.clone()));
+        reader_of_a.spawn(read_stream_of_a(http.clone(), hub.url.clone()));
         let mut lab = Self {
             tenant,
             _agent: agent,
@@ -222,12 +215,12 @@ impl Lab {
             restarts: 0,
             _reader_of_a: reader_of_a,
         };
-        lab.calm().await?.map_err(anyhow::Error::msg).context("before any attack")?;
+        lab.restore_calm().await?.map_err(anyhow::Error::msg).context("before any attack")?;
         Ok(lab)
     }
 
     fn site(&self, is_selected: bool) -> anyhow::Result<Site> {
-        let process = self.hub.process.as_ref().context("the hub was started")?.id();
+        let process = self.hub.process.as_ref().context("the hub is stopped")?.id();
         Ok(Site {
             cluster: self.cluster.clone(),
             hub: self.hub.url.clone(),
@@ -237,8 +230,7 @@ impl Lab {
         })
     }
 
-    /// B works for this long while A attacks, or writes as much that the hub does not select. Ends early when the hub
-    /// does.
+    /// Ends early if the hub ends.
     async fn phase(
         &mut self,
         name: &str,
@@ -254,7 +246,7 @@ impl Lab {
         self.memory.phase.set(0);
         let before = self.cpu();
         let (tenant, ended) = (&self.tenant, self.tenant.ended.load(Relaxed));
-        let both = async {
+        let work = async {
             if let Ok(worked) = tokio::time::timeout(length + LATE_MAX, tenant.work(&site, length)).await {
                 worked?;
             }
@@ -263,26 +255,26 @@ impl Lab {
             }
             anyhow::Ok(())
         };
-        let process = self.hub.process.as_mut().context("the hub was started")?;
-        let death = match guarded(process, &self.memory, both).await {
+        let process = self.hub.process.as_mut().context("the hub is stopped")?;
+        let death = match guarded(process, &self.memory, work).await {
             Ok(done) => done.map(|()| None)?,
             Err(death) => Some(death),
         };
         attacking.abort_all();
         let after = self.cpu();
 
-        let mut measured = Measured::new(name);
+        let mut measured = Measurement::new(name);
         let (mut p99, mut done, mut seen) = ([0.0; 4], 0, 0);
         for ((kind, rate, tracker), p99) in self.tenant.kinds().into_iter().zip(&mut p99) {
-            let (delays, seen_of_kind) = tracker.take();
+            let (delays, seen_of_kind) = tracker.drain();
             measured.add_delays(kind, &delays);
             *p99 = delays.percentile(99.0);
-            // As many as `at_rate` makes, even when the phase ended early.
+            // Same as `at_rate`, even if the phase ended early.
             done += (rate * length.as_secs_f64()) as u64;
             seen += seen_of_kind;
         }
-        measured.add_delays(WRITES, &self.tenant.writes.take().0);
-        // One curve an attack is as much as a picture shows.
+        measured.add_delays(WRITES, &self.tenant.writes.drain().0);
+        // More curves would make the chart unreadable.
         measured.curves.retain(|kind, _| kind == POLICIES);
         let unseen = done.saturating_sub(seen);
         measured.add(DONE, "", done as f64);
@@ -301,7 +293,7 @@ impl Lab {
         if unseen > 0 {
             failures.push(format!("{unseen} of {done} edits and requests of B were never seen"));
         }
-        // One that was started again counts from then.
+        // A restarted hub counts from zero.
         for (name, (before, after)) in CPU.into_iter().zip(before.into_iter().zip(after)) {
             measured.add(name, "s", after.saturating_sub(before).as_secs_f64());
         }
@@ -314,49 +306,51 @@ impl Lab {
         Ok(Phase { measured, p99, unseen, failures })
     }
 
-    /// CPU so far, as in [`CPU`]. Zero of what has ended.
+    /// In the order of [`CPU`]; zero for a process that ended.
     fn cpu(&self) -> [Duration; 3] {
         let hub = self.hub.process.as_ref().and_then(|process| process.usage().ok());
         let apiserver = self.plane.usage();
-        let of = |usage: Option<Usage>| {
+        let times = |usage: Option<Usage>| {
             usage.map_or((Duration::ZERO, Duration::ZERO), |usage| (usage.cpu, usage.children))
         };
-        let ((hub, runs), (apiserver, _)) = (of(hub), of(apiserver));
+        let ((hub, runs), (apiserver, _)) = (times(hub), times(apiserver));
         [hub, runs, apiserver]
     }
 
-    /// Removes what the attack left. A hub that ended, or does not serve both tenants after that, is started again.
-    /// Returns why.
+    /// Restarts a hub that ended or does not serve both tenants. Returns the reason.
     async fn recover(&mut self, death: Option<String>) -> anyhow::Result<Option<String>> {
-        let trouble = match death {
+        let reason = match death {
             Some(death) => Some(format!("the attack killed the hub: {death}")),
-            None => self.calm().await?.err(),
+            None => self.restore_calm().await?.err(),
         };
-        if trouble.is_some() {
+        if reason.is_some() {
             self.restarts += 1;
             self.hub.kill();
             clean(&self.cluster).await?;
             self.hub.spawn()?;
             in_time("the hub is ready again", START_MAX, self.hub.wait_ready()).await?;
-            self.calm().await?.map_err(anyhow::Error::msg).context("after the hub was started again")?;
+            self.restore_calm()
+                .await?
+                .map_err(anyhow::Error::msg)
+                .context("after the hub was started again")?;
         }
-        Ok(trouble)
+        Ok(reason)
     }
 
-    /// Removes what an attack left, and waits until the hub serves an edit of each tenant. The inner error is the hub's.
-    async fn calm(&mut self) -> anyhow::Result<Result<(), String>> {
+    /// Waits until the hub serves an edit of each tenant. The inner error is the hub's.
+    async fn restore_calm(&mut self) -> anyhow::Result<Result<(), String>> {
         let (site, tenant) = (self.site(true)?, &self.tenant);
         let calm = async {
             clean(&site.cluster).await?;
-            tenant.is_served(&site).await?;
-            site.serves_a().await
+            tenant.wait_served(&site).await?;
+            site.wait_a_served().await
         };
-        let process = self.hub.process.as_mut().context("the hub was started")?;
+        let process = self.hub.process.as_mut().context("the hub is stopped")?;
         let calmed = guarded(process, &self.memory, calm).await;
         Ok(calmed.and_then(|calmed| calmed.map_err(|error| format!("{error:#}"))))
     }
 
-    /// Compares the values in B's OPA with those written last, and B's revision with that of a hub that saw no attack.
+    /// Compares B's OPA with the last writes, and B's revision with that of a fresh hub.
     async fn differences(&self) -> anyhow::Result<Vec<String>> {
         let mut differences = Vec::new();
         for (path, tracker) in [
@@ -365,23 +359,23 @@ impl Lab {
             (format!("/{B}/{SETTINGS}/current/setting"), &self.tenant.edits),
         ] {
             let (url, expected) = (format!("{}/v1/data{path}", self.opa.url), tracker.due.len());
-            let same = within(LATE_MAX, format!("data{path} of B's OPA"), async || {
+            let matching = within(LATE_MAX, format!("data{path} of B's OPA"), async || {
                 equal(&revision(&self.http, &url).await, &Some(expected))
             });
-            differences.extend(same.await.err().map(|error| error.to_string()));
+            differences.extend(matching.await.err().map(|error| error.to_string()));
         }
         let dir = self.plane.dir.path().join("reference");
         std::fs::create_dir_all(&dir)?;
         let flags: Vec<_> = self.flags.iter().map(String::as_str).collect();
         let reference = in_time("the start of another hub", START_MAX, Hub::start(&dir, &flags)).await?;
-        let [here, there] = [&self.hub, &reference].map(|hub| format!("{}/v1/bundles/{B}", hub.url));
-        let same = within(LATE_MAX, "the revision of B at a hub that saw no attack", async || {
-            let found = get(&self.http, &here).await.map_err(|error| error.to_string())?;
-            let expected = get(&self.http, &there).await.map_err(|error| error.to_string())?;
-            let expected = expected["revision"].as_str().ok_or("it has none yet")?;
+        let [url, reference_url] = [&self.hub, &reference].map(|hub| format!("{}/v1/bundles/{B}", hub.url));
+        let matching = within(LATE_MAX, "the revision of B at a hub that saw no attack", async || {
+            let found = get(&self.http, &url).await.map_err(|error| error.to_string())?;
+            let expected = get(&self.http, &reference_url).await.map_err(|error| error.to_string())?;
+            let expected = expected["revision"].as_str().ok_or("the reference hub has no revision yet")?;
             equal(&found["revision"].as_str(), &Some(expected))
         });
-        differences.extend(same.await.err().map(|error| error.to_string()));
+        differences.extend(matching.await.err().map(|error| error.to_string()));
         Ok(differences)
     }
 }
@@ -393,7 +387,7 @@ impl Memory {
     }
 }
 
-/// Does this work while the hub runs within its memory. The error is how the hub ended.
+/// The error is the cause of the hub's end.
 async fn guarded<T>(
     process: &mut Process,
     memory: &Memory,
@@ -401,18 +395,18 @@ async fn guarded<T>(
 ) -> Result<T, String> {
     let death = async {
         loop {
-            if let Some(ended) = process.has_ended() {
+            if let Some(ended) = process.exit_error() {
                 return format!("{ended:#}");
             }
-            // Between its end and the next look there is no usage.
+            // No usage between the hub's end and the next sample.
             if let Ok(usage) = process.usage() {
                 memory.sample(usage);
-                if usage.rss > MEMORY_DEADLY {
+                if usage.rss > MEMORY_KILL_BYTES {
                     process.kill();
-                    return format!("it was stopped at {:.0} MB of memory", megabytes(usage.rss));
+                    return format!("killed at {:.0} MB of memory", megabytes(usage.rss));
                 }
             }
-            tokio::time::sleep(GUARD_LOOK).await;
+            tokio::time::sleep(MEMORY_SAMPLE_INTERVAL).await;
         }
     };
     tokio::select! {

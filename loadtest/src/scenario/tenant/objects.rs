@@ -1,4 +1,4 @@
-//! Objects of both tenants: documents, policies, data, and what the attacks write.
+//! Objects of both tenants and of the attacks.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,36 +12,31 @@ use serde_json::{Value, json};
 
 use super::site::in_time;
 
-/// Names of the bundles, and of the tenants' namespaces.
 pub(super) const A: &str = "tenant-a";
 pub(super) const B: &str = "tenant-b";
-/// A namespace whose data belongs to A, with the name of a package of A.
+/// A namespace of A's data, named like a package of A.
 pub(super) const SEIZED: &str = "seized";
-/// The label of A's ConfigMaps that are removed after an attack.
+/// Removed after an attack.
 pub(super) const ATTACK: (&str, &str) = ("tenant.example.com/attack", "true");
-/// The label of ConfigMaps with tests.
 pub(super) const TESTS: (&str, &str) = ("tenant.example.com/tests", "true");
 pub(super) const BUNDLES: &str = "/apis/opahub.dev/v1alpha1/bundles";
-/// The limit of A's data: five times A's pods.
+/// Five times the data of A's pods.
 pub(super) const MAX_BYTES: &str = "64Mi";
-/// A's pods, and the bytes of an annotation of each: 12 MB, which a flood of reconcile requests multiplies.
+/// 12 MB in total, which reconcile requests multiply.
 pub(super) const HEAVY_PODS: usize = 60;
 const HEAVY_BYTES: usize = 200_000;
-/// B's objects that are edited.
 pub(super) const POD: &str = "web";
 pub(super) const SETTINGS: &str = "settings";
 
-/// Maximum time of one write to the API server; a longer one ends the scenario.
 pub(super) const WRITE_MAX: Duration = Duration::from_secs(30);
-/// Maximum time for the removal of what an attack created: a thousand ConfigMaps, one after the other.
+/// Enough for a thousand ConfigMaps.
 const CLEAN_MAX: Duration = Duration::from_secs(60);
 
 const DEFINITIONS: usize = 30_000;
 const SLOW_TESTS: usize = 14;
-/// Levels of the policy that multiplies fields, by six each.
+/// Each multiplies fields by six.
 const LEVELS: usize = 12;
 
-/// A ConfigMap that is to be created or replaced.
 pub(super) struct Put {
     pub(super) namespace: &'static str,
     pub(super) name: String,
@@ -49,11 +44,10 @@ pub(super) struct Put {
     pub(super) data: BTreeMap<String, String>,
 }
 
-/// Replaces a ConfigMap, or creates it.
 pub(super) async fn cluster_put(cluster: &Cluster, put: Put) -> anyhow::Result<()> {
     let Put { namespace, name, labels, data } = put;
-    let own = |(label, value): (&str, &str)| (label.to_owned(), value.to_owned());
-    let labels: BTreeMap<String, String> = labels.into_iter().map(own).collect();
+    let to_owned = |(label, value): (&str, &str)| (label.to_owned(), value.to_owned());
+    let labels: BTreeMap<String, String> = labels.into_iter().map(to_owned).collect();
     let configmap = ConfigMap {
         metadata: ObjectMeta { name: Some(name.clone()), labels: Some(labels), ..Default::default() },
         data: Some(data),
@@ -73,20 +67,20 @@ pub(super) async fn cluster_put(cluster: &Cluster, put: Put) -> anyhow::Result<(
     in_time("a write to the API server", WRITE_MAX, write).await
 }
 
-/// Writes the limit into A's Bundle document; null removes it.
+/// `null` removes the limit.
 pub(super) async fn limit_a(cluster: &Cluster, limit: &Value) -> anyhow::Result<()> {
     let (object, patch) = (format!("{BUNDLES}/{A}"), json!({ "spec": { "maxBytes": limit } }));
     in_time("a write to the API server", WRITE_MAX, cluster.merge(&object, &patch)).await
 }
 
-/// Removes what an attack created, and gives A's document its limit.
+/// Removes what an attack created and restores A's limit.
 pub(super) async fn clean(cluster: &Cluster) -> anyhow::Result<()> {
-    let ours = ListParams::default().labels(&format!("{}={}", ATTACK.0, ATTACK.1));
+    let attack_params = ListParams::default().labels(&format!("{}={}", ATTACK.0, ATTACK.1));
     for namespace in [A, SEIZED] {
         let api: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), namespace);
         let params = DeleteParams::default();
         let remove = async {
-            drop(api.delete_collection(&params, &ours).await?);
+            drop(api.delete_collection(&params, &attack_params).await?);
             anyhow::Ok(())
         };
         in_time("the removal of an attack's ConfigMaps", CLEAN_MAX, remove).await?;
@@ -107,12 +101,12 @@ pub(super) fn spec_of_a() -> Value {
     })
 }
 
-/// A pod with an annotation that does not compress.
-pub(super) fn heavy_pod(at: usize) -> Value {
+/// The annotation does not compress.
+pub(super) fn heavy_pod(index: usize) -> Value {
     let ballast: String = std::iter::repeat_with(fastrand::alphanumeric).take(HEAVY_BYTES).collect();
     json!({
         "apiVersion": "v1", "kind": "Pod",
-        "metadata": { "name": format!("heavy-{at}"), "labels": { "team": A }, "annotations": { "ballast": ballast } },
+        "metadata": { "name": format!("heavy-{index}"), "labels": { "team": A }, "annotations": { "ballast": ballast } },
         "spec": { "containers": [{ "name": "main", "image": "registry.local/app:1.0" }] },
     })
 }
@@ -143,7 +137,7 @@ pub(super) fn settings(number: u64) -> Put {
     Put { namespace: B, name: SETTINGS.to_owned(), labels: vec![DATA], data }
 }
 
-/// A policy of A that is removed when the attack ends. Each `step` has another text.
+/// Removed after the attack.
 pub(super) fn attacking_policy(name: &str, step: u64, text: &str) -> Put {
     let mut put = policy(A, name, format!("# {step}\n{text}"));
     put.labels.push(ATTACK);
@@ -155,19 +149,22 @@ pub(super) fn multiplying_fields() -> String {
         "package multiplying\n\ndeny contains x{LEVELS} if {{\n\tsome x0 in data.kubernetes.pods[\"{A}\"]\n"
     );
     for level in 1..=LEVELS {
-        let of = level - 1;
-        _ = writeln!(text, "\tsome x{level} in [x{of}.a, x{of}.b, x{of}.c, x{of}.d, x{of}.e, x{of}.f]");
+        let previous = level - 1;
+        _ = writeln!(
+            text,
+            "\tsome x{level} in [x{previous}.a, x{previous}.b, x{previous}.c, x{previous}.d, x{previous}.e, x{previous}.f]"
+        );
     }
     text + "}\n"
 }
 
-/// More than 5 s of work each, which is OPA's limit of one test.
+/// Each runs into OPA's limit of 5 s per test.
 pub(super) fn slow_tests() -> String {
     let mut text = "package slow_test\n".to_owned();
-    for at in 0..SLOW_TESTS {
+    for index in 0..SLOW_TESTS {
         _ = write!(
             text,
-            "\ntest_{at} if {{\n\tpairs := [1 | some x in numbers.range(1, 10000); some y in numbers.range(1, 10000); x * y < {at}]\n\tcount(pairs) >= 0\n}}\n"
+            "\ntest_{index} if {{\n\tpairs := [1 | some x in numbers.range(1, 10000); some y in numbers.range(1, 10000); x * y < {index}]\n\tcount(pairs) >= 0\n}}\n"
         );
     }
     text
@@ -175,13 +172,13 @@ pub(super) fn slow_tests() -> String {
 
 pub(super) fn definitions() -> String {
     let mut text = "package definitions\n\n".to_owned();
-    for at in 0..DEFINITIONS {
-        _ = writeln!(text, "r := {{\"k{at}\": 0}} if input");
+    for index in 0..DEFINITIONS {
+        _ = writeln!(text, "r := {{\"k{index}\": 0}} if input");
     }
     text
 }
 
-/// Three letters or digits: short, so that many keys fit into an object.
+/// Short, so that many keys fit into one object.
 pub(super) fn key(number: usize) -> String {
     const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
     [62 * 62, 62, 1].map(|unit| char::from(DIGITS[number / unit % 62])).iter().collect()

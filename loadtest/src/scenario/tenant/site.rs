@@ -1,4 +1,4 @@
-//! The way to the API server and to the hub.
+//! Access to the API server and the hub.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,31 +13,25 @@ use super::attack::VOLLEY_PAUSE;
 use super::objects::{A, ATTACK, Put, cluster_put, policy_of_a};
 use super::work::LATE_MAX;
 
-/// Maximum time of one HTTP request.
 pub(super) const REQUEST_MAX: Duration = Duration::from_secs(10);
-/// Maximum time, after the attack, until the hub takes an edit of A again: two runs of OPA that time out, and a third.
+/// Two runs of OPA that time out, and a third.
 const SETTLE_MAX: Duration = Duration::from_secs(90);
 
-/// The way to the API server and to the hub.
 #[derive(Clone)]
 pub(super) struct Site {
     pub(super) cluster: Cluster,
-    /// Base URL.
     pub(super) hub: String,
-    /// Process id of the hub.
     pub(super) process: u32,
     pub(super) http: Client,
-    /// Whether the hub selects what A writes. Where it does not, the API server alone bears the writes.
+    /// If not, A's writes load only the API server.
     pub(super) is_selected: bool,
 }
 
 impl Site {
-    /// Bundle A as the hub describes it.
     pub(super) async fn bundle_of_a(&self) -> anyhow::Result<Value> {
         get(&self.http, &format!("{}/v1/bundles/{A}", self.hub)).await
     }
 
-    /// Writes a ConfigMap of an attack.
     pub(super) async fn put(&self, mut put: Put) -> anyhow::Result<()> {
         if !self.is_selected {
             put.labels.retain(|label| *label == ATTACK);
@@ -45,13 +39,12 @@ impl Site {
         cluster_put(&self.cluster, put).await
     }
 
-    /// Waits until an edit of A's own policy is served.
-    pub(super) async fn serves_a(&self) -> anyhow::Result<()> {
+    pub(super) async fn wait_a_served(&self) -> anyhow::Result<()> {
         let digest = async || {
             let bundle = self.bundle_of_a().await.map_err(|error| error.to_string())?;
             let modules = bundle["modules"].as_array().cloned().unwrap_or_default();
-            let of_base = |module: &Value| module["package"] == "base";
-            let digest = modules.into_iter().find(of_base).map(|mut module| module["digest"].take());
+            let is_base = |module: &Value| module["package"] == "base";
+            let digest = modules.into_iter().find(is_base).map(|mut module| module["digest"].take());
             digest
                 .ok_or_else(|| format!("the bundle of A lacks its policy; problems: {}", bundle["problems"]))
         };
@@ -62,46 +55,45 @@ impl Site {
                 return Ok(());
             }
             tokio::time::sleep(VOLLEY_PAUSE).await;
-            Err("it is not served".to_owned())
+            Err("A's edit is not served".to_owned())
         })
         .await
         .map(drop)
     }
 
-    /// Whether the hub has a verdict of this ConfigMap of A, or reports that it cannot check A's policies.
+    /// True too if the hub cannot check A's policies.
     pub(super) async fn has_verdict(&self, name: &str) -> bool {
         let Ok(bundle) = self.bundle_of_a().await else { return false };
         let problems = bundle["problems"].as_array().into_iter().flatten();
         let mut subjects = problems.filter_map(|problem| problem["subject"].as_str());
-        let is_of_check = |subject: &str| {
-            subject.contains(A) && ["policies checked", "--fields auto"].iter().any(|of| subject.contains(of))
+        let is_check = |subject: &str| {
+            subject.contains(A)
+                && ["policies checked", "--fields auto"].iter().any(|part| subject.contains(part))
         };
-        !bundle["verdicts"][format!("{A}/{name}")].is_null() || subjects.any(is_of_check)
+        !bundle["verdicts"][format!("{A}/{name}")].is_null() || subjects.any(is_check)
     }
 }
 
-/// One JSON answer.
 pub(super) async fn get(http: &Client, url: &str) -> anyhow::Result<Value> {
-    let answer = http.get(url).timeout(REQUEST_MAX).send().await?;
-    Ok(serde_json::from_slice(&answer.bytes().await?)?)
+    let response = http.get(url).timeout(REQUEST_MAX).send().await?;
+    Ok(serde_json::from_slice(&response.bytes().await?)?)
 }
 
-/// Fails when this takes longer than `limit`.
 pub(super) async fn in_time<T>(
     what: &str,
     limit: Duration,
     work: impl Future<Output = anyhow::Result<T>>,
 ) -> anyhow::Result<T> {
     let done = tokio::time::timeout(limit, work).await;
-    done.with_context(|| format!("{what}: not within {} s", limit.as_secs()))?
+    done.with_context(|| format!("timed out after {} s: {what}", limit.as_secs()))?
 }
 
-/// Runs of OPA that this hub has started and that have not ended: their process ids and commands.
+/// Process ids and commands of the hub's OPA processes.
 pub(super) fn runs_of_opa(hub: u32) -> BTreeMap<u32, String> {
     let threads = std::fs::read_dir(format!("/proc/{hub}/task")).into_iter().flatten().flatten();
     let children = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
     let ids: Vec<u32> = children
-        .flat_map(|of| of.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>())
+        .flat_map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>())
         .collect();
     let command = |id: u32| {
         let line = std::fs::read(format!("/proc/{id}/cmdline")).ok()?;

@@ -1,4 +1,4 @@
-//! Tenant B: its work, what reads its bundle, and how long each edit takes to be seen.
+//! Tenant B: its work and the delay of each edit.
 
 use std::io::Read as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -18,50 +18,43 @@ use crate::histogram::Histogram;
 use crate::scenario::at_rate;
 use crate::swarm::Schedule;
 
-/// B's work, a second. Each policy edit costs two runs of OPA, which two cores must bear next to everything else.
+/// Per second. A policy edit costs two runs of OPA.
 const POLICY_RATE: f64 = 2.0;
 const CHANGE_RATE: f64 = 15.0;
 const ARCHIVE_RATE: f64 = 15.0;
 
-/// Maximum time until an edit of B is seen. Later ones count as unseen.
+/// Later edits count as unseen.
 pub(super) const LATE_MAX: Duration = Duration::from_secs(30);
 
-/// Maximum silence of B's stream: three heartbeats.
-const SILENCE: Duration = Duration::from_secs(15);
-/// Pause before a stream is opened again.
-const RETRY: Duration = Duration::from_millis(100);
-/// Interval at which B's OPA is asked while an edit is awaited.
-const LOOK: Duration = Duration::from_millis(2);
+/// Three heartbeats.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(15);
+const RETRY_DELAY: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Kinds of B's work.
 pub(super) const POLICIES: &str = "policy edit until B's OPA decides by it";
 const PODS: &str = "pod change until B's stream has it";
 const EDITS: &str = "data edit until B's stream has it";
 const ARCHIVES: &str = "B's archive";
 
-/// One kind of work: what was asked, what was seen, and how long each took.
 pub(super) struct Tracker {
     pub(super) due: Schedule,
     state: Mutex<State>,
 }
 
 struct State {
-    /// The newest number that was seen.
     newest: u64,
-    /// Numbers that are awaited, each since the API server accepted it.
+    /// With the time at which the API server accepted each.
     open: Vec<(u64, Instant)>,
     seen: u64,
     delays: Histogram,
 }
 
-/// B, with what reads its bundle.
 pub(super) struct Tenant {
     pub(super) policies: Arc<Tracker>,
     pub(super) pods: Arc<Tracker>,
     pub(super) edits: Arc<Tracker>,
     pub(super) archives: Arc<Tracker>,
     pub(super) writes: Tracker,
-    /// Streams that ended.
     pub(super) ended: Arc<AtomicU64>,
     pub(super) _reading: JoinSet<()>,
 }
@@ -71,22 +64,26 @@ impl Tenant {
         let tracker = || Arc::new(Tracker::new());
         let (policies, pods, edits, ended) = (tracker(), tracker(), tracker(), Arc::new(AtomicU64::new(0)));
         let mut reading = JoinSet::new();
-        reading.spawn(ask(http.clone(), format!("{opa}/v1/data/shop/revision"), Arc::clone(&policies)));
-        let (of_pods, of_edits, of_ended) = (Arc::clone(&pods), Arc::clone(&edits), Arc::clone(&ended));
+        reading.spawn(poll_policy(
+            http.clone(),
+            format!("{opa}/v1/data/shop/revision"),
+            Arc::clone(&policies),
+        ));
+        let (stream_pods, stream_edits, streams_ended) =
+            (Arc::clone(&pods), Arc::clone(&edits), Arc::clone(&ended));
         let (http, hub) = (http.clone(), hub.to_owned());
         reading.spawn(async move {
             loop {
-                // However it ended, the next one begins with all that there is.
-                _ = follow(&http, &hub, &of_pods, &of_edits).await;
-                of_ended.fetch_add(1, Relaxed);
-                tokio::time::sleep(RETRY).await;
+                // Each stream starts with the full archive.
+                _ = follow(&http, &hub, &stream_pods, &stream_edits).await;
+                streams_ended.fetch_add(1, Relaxed);
+                tokio::time::sleep(RETRY_DELAY).await;
             }
         });
         let (archives, writes) = (tracker(), Tracker::new());
         Self { policies, pods, edits, archives, writes, ended, _reading: reading }
     }
 
-    /// The kinds of work with their rates.
     pub(super) fn kinds(&self) -> [(&'static str, f64, &Tracker); 4] {
         [
             (POLICIES, POLICY_RATE, &self.policies),
@@ -106,15 +103,15 @@ impl Tenant {
         let edits = at_rate(&self.edits.due, CHANGE_RATE, length, async |number, _| {
             self.edit_settings(site, number).await
         });
-        let mut asking = JoinSet::new();
+        let mut requests = JoinSet::new();
         let archives = at_rate(&self.archives.due, ARCHIVE_RATE, length, async |_, due| {
-            asking.spawn(archive(site.clone(), due, Arc::clone(&self.archives)));
+            requests.spawn(archive(site.clone(), due, Arc::clone(&self.archives)));
             Ok(())
         });
         tokio::try_join!(policies, pods, edits, archives)?;
-        while asking.join_next().await.is_some() {}
+        while requests.join_next().await.is_some() {}
         while !self.is_done() {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
@@ -142,47 +139,42 @@ impl Tenant {
         Ok(())
     }
 
-    /// A write of B, as long as the API server takes for it.
     async fn timed(&self, write: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
         let started = Instant::now();
         in_time("a write to the API server", WRITE_MAX, write).await?;
-        self.writes.answer(started, true);
+        self.writes.record_response(started, true);
         Ok(())
     }
 
-    /// Waits until one edit of each kind is seen.
-    pub(super) async fn is_served(&self, site: &Site) -> anyhow::Result<()> {
+    pub(super) async fn wait_served(&self, site: &Site) -> anyhow::Result<()> {
         self.edit_policy(site, self.policies.due.push(Instant::now())).await?;
         self.change_pod(site, self.pods.due.push(Instant::now())).await?;
         self.edit_settings(site, self.edits.due.push(Instant::now())).await?;
         let served = within(LATE_MAX, "edits of B after the attack", async || {
-            if self.is_done() { Ok(()) } else { Err("they are not seen") }
+            if self.is_done() { Ok(()) } else { Err("B's edits are not seen") }
         });
         let served = served.await;
-        self.kinds().iter().for_each(|(_, _, tracker)| drop(tracker.take()));
-        drop(self.writes.take());
+        self.kinds().iter().for_each(|(_, _, tracker)| drop(tracker.drain()));
+        drop(self.writes.drain());
         served.map(drop)
     }
 }
 
-/// Asks B's OPA for the newest policy while one is awaited.
-async fn ask(http: Client, url: String, policies: Arc<Tracker>) {
+async fn poll_policy(http: Client, url: String, policies: Arc<Tracker>) {
     loop {
         if !policies.is_done()
             && let Some(number) = revision(&http, &url).await
         {
             policies.arrive(number);
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-/// The policy by which B's OPA decides now.
 pub(super) async fn revision(http: &Client, url: &str) -> Option<u64> {
     get(http, url).await.ok()?["result"].as_str()?.parse().ok()
 }
 
-/// Reads B's stream until it ends.
 async fn follow(http: &Client, hub: &str, pods: &Tracker, edits: &Tracker) -> anyhow::Result<()> {
     let arrive = |text: &str| {
         for (mark, tracker) in [("\"round\":\"", pods), ("\"setting\":\"", edits)] {
@@ -192,14 +184,14 @@ async fn follow(http: &Client, hub: &str, pods: &Tracker, edits: &Tracker) -> an
         }
     };
     let mut stream = http.get(format!("{hub}/bundles/{B}/stream")).send().await?.error_for_status()?;
-    // A stream begins at the newest revision: what led to it is in the archive.
+    // Earlier changes are in the archive.
     let request = http.post(format!("{hub}/bundles/{B}/reconcile")).body(r#"{"dirs":{}}"#);
     let archive = request.timeout(REQUEST_MAX).send().await?.error_for_status()?.bytes().await?;
     let mut text = String::new();
     GzDecoder::new(&archive[..]).read_to_string(&mut text)?;
     arrive(&text);
     let mut decoder = Decoder::new(FRAME_BYTES_MAX);
-    while let Some(chunk) = tokio::time::timeout(SILENCE, stream.chunk()).await?? {
+    while let Some(chunk) = tokio::time::timeout(STREAM_TIMEOUT, stream.chunk()).await?? {
         decoder.push(&chunk);
         while let Some(message) = decoder.next()? {
             if let Message::Event { data, .. } = message {
@@ -210,29 +202,26 @@ async fn follow(http: &Client, hub: &str, pods: &Tracker, edits: &Tracker) -> an
     Ok(())
 }
 
-/// The newest number behind `mark`.
 pub(super) fn newest(text: &str, mark: &str) -> Option<u64> {
     text.split(mark).skip(1).filter_map(|rest| rest.split('"').next()?.parse().ok()).max()
 }
 
-/// Asks for B's archive once.
 async fn archive(site: Site, due: Instant, archives: Arc<Tracker>) {
     let get = async {
         let request = site.http.get(format!("{}/bundles/{B}", site.hub)).timeout(LATE_MAX);
         anyhow::Ok(request.send().await?.error_for_status()?.bytes().await?)
     };
     let is_whole = get.await.is_ok_and(|bytes| !bytes.is_empty());
-    archives.answer(due, is_whole);
+    archives.record_response(due, is_whole);
 }
 
-/// Reads A's stream, as an agent of A does, until it is aborted.
-pub(super) async fn drain(http: Client, hub: String) {
+pub(super) async fn read_stream_of_a(http: Client, hub: String) {
     let url = format!("{hub}/bundles/{A}/stream?namespace={A}");
     loop {
         if let Ok(mut stream) = http.get(&url).send().await {
             while let Ok(Some(_)) = stream.chunk().await {}
         }
-        tokio::time::sleep(RETRY).await;
+        tokio::time::sleep(RETRY_DELAY).await;
     }
 }
 
@@ -246,7 +235,7 @@ impl Tracker {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The edit of this number was accepted now. It may have been seen before that was known.
+    /// The edit may have arrived already.
     pub(super) fn expect(&self, number: u64) {
         let mut state = self.state();
         state.open.push((number, Instant::now()));
@@ -254,13 +243,11 @@ impl Tracker {
         state.arrive(newest);
     }
 
-    /// The edit of this number is seen, and so are those before it.
     pub(super) fn arrive(&self, number: u64) {
         self.state().arrive(number);
     }
 
-    /// A request that was due then has its answer.
-    pub(super) fn answer(&self, due: Instant, is_good: bool) {
+    pub(super) fn record_response(&self, due: Instant, is_good: bool) {
         let mut state = self.state();
         state.seen += u64::from(is_good);
         state.delays.record(due.elapsed());
@@ -270,8 +257,8 @@ impl Tracker {
         self.state().open.is_empty()
     }
 
-    /// Delays so far, and how many were seen. An edit that is still open counts with its age, and is no longer awaited.
-    pub(super) fn take(&self) -> (Histogram, u64) {
+    /// Resets the tracker. Open edits count with their age.
+    pub(super) fn drain(&self) -> (Histogram, u64) {
         let mut state = self.state();
         for (_, since) in std::mem::take(&mut state.open) {
             state.delays.record(since.elapsed());
@@ -306,16 +293,16 @@ mod tests {
         tracker.expect(2);
         tracker.arrive(2);
         tracker.arrive(2);
-        // It was seen before its write was answered.
+        // Seen before the write returned.
         tracker.arrive(3);
         tracker.expect(3);
         assert!(tracker.is_done());
         tracker.expect(4);
         assert!(!tracker.is_done());
-        let (delays, seen) = tracker.take();
+        let (delays, seen) = tracker.drain();
         assert_eq!((delays.count(), seen, tracker.is_done()), (4, 3, true));
         assert_eq!(
-            (tracker.take().1, newest("\"round\":\"7\" \"round\":\"12\"", "\"round\":\"")),
+            (tracker.drain().1, newest("\"round\":\"7\" \"round\":\"12\"", "\"round\":\"")),
             (0, Some(12))
         );
     }

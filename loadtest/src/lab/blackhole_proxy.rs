@@ -1,5 +1,4 @@
-//! A TCP proxy that can be shut: then it holds back what comes, in both directions, and closes nothing, as a network
-//! does that loses every packet.
+//! A TCP proxy that can block traffic without closing connections, like a network that loses every packet.
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -7,21 +6,21 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// A running proxy.
-pub struct Valve {
-    /// Where it listens on loopback.
+pub struct BlackholeProxy {
+    /// Port on loopback.
     pub port: u16,
     open: watch::Sender<bool>,
     task: JoinHandle<()>,
 }
 
-impl Valve {
+impl BlackholeProxy {
     /// Forwards to `target` (`HOST:PORT`).
     pub async fn start(target: String) -> anyhow::Result<Self> {
-        Self::holding(target, b"").await
+        Self::with_prefix(target, b"").await
     }
 
-    /// The same, but shut it holds back only what begins like this, as requests with one method do.
-    pub async fn holding(target: String, prefix: &'static [u8]) -> anyhow::Result<Self> {
+    /// Like [`start`](Self::start), but blocks only chunks that start with `prefix`.
+    pub async fn with_prefix(target: String, prefix: &'static [u8]) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
         let open = watch::Sender::new(true);
@@ -34,19 +33,18 @@ impl Valve {
         Ok(Self { port, open, task })
     }
 
-    /// Opens or shuts it.
+    /// Forwards or blocks traffic.
     pub fn set_open(&self, open: bool) {
         self.open.send_replace(open);
     }
 }
 
-impl Drop for Valve {
+impl Drop for BlackholeProxy {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-/// Until either side closes.
 async fn forward(client: TcpStream, target: String, prefix: &'static [u8], open: watch::Receiver<bool>) {
     let Ok(server) = TcpStream::connect(target).await else { return };
     let (mut client_read, mut client_write) = client.into_split();

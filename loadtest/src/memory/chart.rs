@@ -1,8 +1,8 @@
-//! The result as a picture: bars for whole objects and for fields, each pair to its own scale.
+//! Bar chart of whole objects against fields.
 
 use std::fmt::Write as _;
 
-use super::Measured;
+use super::MemoryRow;
 
 const WIDTH: f64 = 720.0;
 const LABEL: f64 = 190.0;
@@ -10,10 +10,9 @@ const BAR: f64 = 380.0;
 const ROW: f64 = 62.0;
 const TOP: f64 = 56.0;
 
-/// An SVG that reads on light and on dark ground.
-pub(super) fn draw(pods: usize, all: &Measured, auto: &Measured) -> String {
+pub(super) fn draw(pods: usize, all: &MemoryRow, auto: &MemoryRow) -> String {
     let megabytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    let share = |row: &Measured| 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
+    let share = |row: &MemoryRow| 100.0 * row.rollout_changes as f64 / row.rollout_events as f64;
     let rows = [
         ("OPA's memory", "MB", megabytes(all.opa_settled), megabytes(auto.opa_settled)),
         ("snapshot", "MB", megabytes(all.snapshot), megabytes(auto.snapshot)),
@@ -31,8 +30,8 @@ pub(super) fn draw(pods: usize, all: &Measured, auto: &Measured) -> String {
         LABEL + 120.0,
         LABEL + 136.0
     );
-    for (at, (name, unit, all, auto)) in (0..).zip(rows) {
-        let y = TOP + ROW * f64::from(at) + 8.0;
+    for (index, (name, unit, all, auto)) in (0..).zip(rows) {
+        let y = TOP + ROW * f64::from(index) + 8.0;
         for (words, line) in wrapped(name).iter().zip(0..) {
             let y = y + 18.0 + 15.0 * f64::from(line);
             _ = writeln!(svg, "<text x=\"16\" y=\"{y}\" fill=\"#1c2733\">{words}</text>");
@@ -53,11 +52,10 @@ pub(super) fn draw(pods: usize, all: &Measured, auto: &Measured) -> String {
     svg + "</svg>\n"
 }
 
-/// In lines that fit beside the bars.
 fn wrapped(text: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split(' ') {
-        let line = lines.last_mut().expect("there is one");
+        let line = lines.last_mut().expect("lines is never empty");
         if line.len() + word.len() > 24 {
             lines.push(word.to_owned());
         } else {

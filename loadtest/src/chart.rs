@@ -1,5 +1,4 @@
-//! Delays as a picture: percentiles to the right, a logarithmic scale of milliseconds upwards, a line for each who was
-//! measured.
+//! Line chart of delay percentiles on a logarithmic scale.
 
 use std::fmt::Write as _;
 
@@ -13,7 +12,6 @@ const TOP: f64 = 48.0;
 const BOTTOM: f64 = 40.0;
 const COLOURS: [&str; 6] = ["#1f7a5c", "#9aa7b4", "#b4552d", "#3465a4", "#8a5fa8", "#a08030"];
 
-/// An SVG that reads on light and on dark ground.
 pub(crate) fn curves(title: &str, lines: &[(String, &[f64])]) -> String {
     let values = || lines.iter().flat_map(|(_, curve)| curve.iter().copied());
     let low = 10_f64.powf(values().fold(f64::MAX, f64::min).max(0.01).log10().floor());
@@ -22,7 +20,7 @@ pub(crate) fn curves(title: &str, lines: &[(String, &[f64])]) -> String {
         let share = (ms.max(low) / low).log10() / (high / low).log10();
         HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
     };
-    // Each nine of the percentiles is as wide as the one before.
+    // Every further nine of a percentile has equal width.
     let x = |percent: f64| {
         let nines = |percent: f64| -(1.0 - percent / 100.0).max(0.00005).log10();
         LEFT + nines(percent) / nines(100.0) * (WIDTH - LEFT - RIGHT)
@@ -35,29 +33,32 @@ pub(crate) fn curves(title: &str, lines: &[(String, &[f64])]) -> String {
     );
     let mut ms = low;
     while ms <= high * 1.01 {
-        let at = y(ms);
+        let height = y(ms);
         _ = writeln!(
             svg,
-            "<line x1=\"{LEFT}\" x2=\"{:.1}\" y1=\"{at:.1}\" y2=\"{at:.1}\" stroke=\"#e3e8ee\"/>\
+            "<line x1=\"{LEFT}\" x2=\"{:.1}\" y1=\"{height:.1}\" y2=\"{height:.1}\" stroke=\"#e3e8ee\"/>\
              <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\" fill=\"#44505c\">{ms} ms</text>",
             WIDTH - RIGHT,
             LEFT - 6.0,
-            at + 4.0
+            height + 4.0
         );
         ms *= 10.0;
     }
     for percent in [50.0, 90.0, 99.0, 99.9, 100.0] {
-        let at = x(percent);
+        let left = x(percent);
         let label = if percent > 99.95 { "max".to_owned() } else { format!("p{percent}") };
         _ = writeln!(
             svg,
-            "<text x=\"{at:.1}\" y=\"{:.1}\" text-anchor=\"middle\" fill=\"#44505c\">{label}</text>",
+            "<text x=\"{left:.1}\" y=\"{:.1}\" text-anchor=\"middle\" fill=\"#44505c\">{label}</text>",
             HEIGHT - BOTTOM + 18.0
         );
     }
     for ((name, curve), colour) in lines.iter().zip(COLOURS.iter().cycle()) {
-        let points: Vec<_> =
-            CURVE.iter().zip(*curve).map(|(at, ms)| format!("{:.1},{:.1}", x(*at), y(*ms))).collect();
+        let points: Vec<_> = CURVE
+            .iter()
+            .zip(*curve)
+            .map(|(percent, ms)| format!("{:.1},{:.1}", x(*percent), y(*ms)))
+            .collect();
         _ = writeln!(
             svg,
             "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>",

@@ -1,6 +1,5 @@
-//! The socket limit: as many threads as cores that encode frames of the same size and write them to every connection.
-//! What a hub takes beyond it is the hub's own. Their readers cannot tell them from a hub: the frames are whole, and so
-//! is the work that they make. A reader that is behind gets one merged frame, as from a hub.
+//! Lower bound for a hub: one thread per core writes valid frames of equal size to all readers. Slow readers receive
+//! one merged frame, as from a hub.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -18,34 +17,28 @@ use serde_json::json;
 use serde_json::value::RawValue;
 use socket2::SockRef;
 
-use crate::stub;
+use crate::fake_apiserver;
 use crate::swarm::Start;
 
-/// What a driver says first; readers say `GET`.
+/// Distinguishes a driver from readers, which send `GET`.
 const HELLO: &[u8] = b"DRIVE\n";
-/// … and then, for each event.
-const GO: &[u8] = b"GO\n";
-/// What is answered to each reader.
+const NEXT: &[u8] = b"GO\n";
 const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
-/// What the hub sets for its streams.
+/// Same as the hub's streams.
 const SEND_BUFFER: usize = 16 << 10;
 
-/// What those are asked for who write.
 enum Task {
     Join(TcpStream),
-    /// One event for everybody, with this number.
     Round(u64),
 }
 
 struct Reader {
     tcp: TcpStream,
-    /// The last event that it was sent.
-    at: u64,
-    /// What of that did not fit into the socket.
-    rest: Vec<u8>,
+    sent: u64,
+    /// Unsent part of that event.
+    unsent: Vec<u8>,
 }
 
-/// Drives a process that [serves](serve).
 pub(crate) struct Driver(TcpStream);
 
 impl Driver {
@@ -56,13 +49,11 @@ impl Driver {
         Ok(Self(tcp))
     }
 
-    /// The next event for everybody, once the one before was written.
-    pub(crate) fn go(&mut self) -> anyhow::Result<()> {
-        Ok(self.0.write_all(GO)?)
+    pub(crate) fn send_next(&mut self) -> anyhow::Result<()> {
+        Ok(self.0.write_all(NEXT)?)
     }
 }
 
-/// What its readers hold at the start.
 pub(crate) fn start() -> anyhow::Result<Start> {
     let (dir, digest) = (dir()?, Digest::of(b"0"));
     let content = json!({ "kubernetes": { "pods": { "team-000": {} } } });
@@ -70,7 +61,6 @@ pub(crate) fn start() -> anyhow::Result<Start> {
     Ok(Start { revision: revision(0)?, data, position: Position::default(), reads: None, content })
 }
 
-/// Serves for ever. Events have so many bytes.
 pub(crate) fn serve(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
     let listener = TcpListener::bind(address)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -78,9 +68,9 @@ pub(crate) fn serve(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
     for _ in 0..cores {
         let (out, tasks) = channel();
         writers.push(out);
-        std::thread::spawn(move || write(&tasks, bytes).expect("readers keep up, and do not go"));
+        std::thread::spawn(move || write(&tasks, bytes).expect("readers keep up and stay connected"));
     }
-    for (at, accepted) in listener.incoming().enumerate() {
+    for (index, accepted) in listener.incoming().enumerate() {
         let mut tcp = accepted?;
         let mut first = [0; 1];
         if tcp.peek(&mut first)? == 0 {
@@ -96,13 +86,13 @@ pub(crate) fn serve(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
         SockRef::from(&tcp).set_send_buffer_size(SEND_BUFFER)?;
         tcp.write_all(RESPONSE)?;
         tcp.set_nonblocking(true)?;
-        writers[at % cores].send(Task::Join(tcp))?;
+        writers[index % cores].send(Task::Join(tcp))?;
     }
     Ok(())
 }
 
 fn drive(tcp: TcpStream, writers: &[Sender<Task>]) -> anyhow::Result<()> {
-    // What came first is no event.
+    // The first line is `HELLO`.
     for (number, line) in (0..).zip(BufReader::new(tcp).lines()) {
         line?;
         if number > 0 {
@@ -116,16 +106,15 @@ fn write(tasks: &Receiver<Task>, bytes: usize) -> anyhow::Result<()> {
     let mut readers: Vec<Reader> = Vec::new();
     for task in tasks {
         match task {
-            Task::Join(tcp) => readers.push(Reader { tcp, at: 0, rest: Vec::new() }),
+            Task::Join(tcp) => readers.push(Reader { tcp, sent: 0, unsent: Vec::new() }),
             Task::Round(mut newest) => loop {
-                // Rounds that came meanwhile are merged into this one.
                 for task in tasks.try_iter() {
                     match task {
-                        Task::Join(tcp) => readers.push(Reader { tcp, at: 0, rest: Vec::new() }),
+                        Task::Join(tcp) => readers.push(Reader { tcp, sent: 0, unsent: Vec::new() }),
                         Task::Round(number) => newest = number,
                     }
                 }
-                if round(&mut readers, newest, bytes)? {
+                if write_all(&mut readers, newest, bytes)? {
                     break;
                 }
                 std::thread::sleep(Duration::from_millis(1));
@@ -135,27 +124,27 @@ fn write(tasks: &Receiver<Task>, bytes: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes to every reader whose socket has room, and returns whether all have it.
-fn round(readers: &mut [Reader], number: u64, bytes: usize) -> anyhow::Result<bool> {
+/// Returns whether every reader is up to date.
+fn write_all(readers: &mut [Reader], number: u64, bytes: usize) -> anyhow::Result<bool> {
     let mut frames: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
-    let mut all = true;
+    let mut is_complete = true;
     for reader in readers {
-        if reader.rest.is_empty() && reader.at < number {
-            let frame = match frames.entry(reader.at) {
+        if reader.unsent.is_empty() && reader.sent < number {
+            let frame = match frames.entry(reader.sent) {
                 Entry::Occupied(frame) => frame.into_mut(),
-                Entry::Vacant(missing) => missing.insert(frame(reader.at, number, bytes)?),
+                Entry::Vacant(missing) => missing.insert(frame(reader.sent, number, bytes)?),
             };
             let written = push(&mut reader.tcp, frame)?;
             if written > 0 {
-                (reader.at, reader.rest) = (number, frame[written..].to_vec());
+                (reader.sent, reader.unsent) = (number, frame[written..].to_vec());
             }
-        } else if !reader.rest.is_empty() {
-            let written = push(&mut reader.tcp, &reader.rest)?;
-            reader.rest.drain(..written);
+        } else if !reader.unsent.is_empty() {
+            let written = push(&mut reader.tcp, &reader.unsent)?;
+            reader.unsent.drain(..written);
         }
-        all &= reader.rest.is_empty() && reader.at == number;
+        is_complete &= reader.unsent.is_empty() && reader.sent == number;
     }
-    Ok(all)
+    Ok(is_complete)
 }
 
 fn push(tcp: &mut TcpStream, bytes: &[u8]) -> std::io::Result<usize> {
@@ -174,10 +163,9 @@ fn revision(number: u64) -> anyhow::Result<Revision> {
     Ok(Revision { modules: modules_digest([], None), data })
 }
 
-/// The event that leads from one number to another.
 fn frame(from: u64, to: u64, bytes: usize) -> anyhow::Result<Vec<u8>> {
-    let of = |filler: usize| -> anyhow::Result<Vec<u8>> {
-        let mut value = stub::object(0, to, to);
+    let encode = |filler: usize| -> anyhow::Result<Vec<u8>> {
+        let mut value = fake_apiserver::small_pod(0, to, to);
         value["status"]["filler"] = "x".repeat(filler).into();
         let patch = json!([{ "op": "add", "path": "/kubernetes/pods/team-000/web-00000", "value": value }]);
         let delta = Delta {
@@ -195,5 +183,5 @@ fn frame(from: u64, to: u64, bytes: usize) -> anyhow::Result<Vec<u8>> {
         write_event(&mut out, revision(to)?, DELTA_EVENT, &serde_json::to_vec(&delta)?);
         Ok(out)
     };
-    of(bytes.saturating_sub(of(0)?.len()))
+    encode(bytes.saturating_sub(encode(0)?.len()))
 }

@@ -1,13 +1,13 @@
-//! Checks of a cluster that belongs to the user, before anything is created there.
+//! Checks of an external cluster before any write.
 
 use anyhow::{Context as _, ensure};
 use kube::Client;
 use serde_json::{Value, json};
 
-/// First Kubernetes version that keeps scheduling gates by default. Older ones drop the field and schedule the pods.
+/// First version with scheduling gates; older ones would schedule the pods.
 const GATES_SINCE: (u32, u32) = (1, 27);
 
-/// Rights that load runs need: verb, API group, resource.
+/// Verb, API group, resource.
 const RIGHTS: [(&str, &str, &str); 16] = [
     ("create", "", "namespaces"),
     ("list", "", "namespaces"),
@@ -27,7 +27,6 @@ const RIGHTS: [(&str, &str, &str); 16] = [
     ("update", "coordination.k8s.io", "leases"),
 ];
 
-/// Checks version, rights and Bundle documents, and returns the version.
 pub(super) async fn check(client: &Client) -> anyhow::Result<String> {
     let version =
         client.apiserver_version().await.context("reading the cluster's version failed")?.git_version;
@@ -38,8 +37,9 @@ pub(super) async fn check(client: &Client) -> anyhow::Result<String> {
     let mut missing = Vec::new();
     for (verb, group, resource) in RIGHTS {
         let (name, subresource) = resource.split_once('/').unwrap_or((resource, ""));
-        let asked = json!({ "verb": verb, "group": group, "resource": name, "subresource": subresource });
-        if !may(client, &json!({ "resourceAttributes": asked })).await? {
+        let attributes =
+            json!({ "verb": verb, "group": group, "resource": name, "subresource": subresource });
+        if !may(client, &json!({ "resourceAttributes": attributes })).await? {
             missing.push(format!("{verb} {resource}"));
         }
     }
@@ -51,7 +51,7 @@ pub(super) async fn check(client: &Client) -> anyhow::Result<String> {
         "checking rights failed: the user of the kubeconfig may not {}; grant that in all namespaces, as docs/load.md shows",
         missing.join(", ")
     );
-    // The run's hub would serve them, and write their status against the hub that they are for.
+    // The run's hub would serve these documents and overwrite their status.
     let documents = http::Request::get("/apis/opahub.dev/v1alpha1/bundles?limit=1").body(Vec::new())?;
     match client.request::<Value>(documents).await {
         Ok(list) => ensure!(
@@ -70,11 +70,11 @@ async fn may(client: &Client, spec: &Value) -> anyhow::Result<bool> {
         json!({ "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": spec });
     let request = http::Request::post(REVIEWS).header("content-type", "application/json");
     let request = request.body(serde_json::to_vec(&review)?)?;
-    let answer: Value = client.request(request).await.context("checking rights failed")?;
-    Ok(answer["status"]["allowed"] == true)
+    let response: Value = client.request(request).await.context("checking rights failed")?;
+    Ok(response["status"]["allowed"] == true)
 }
 
-/// Compares the version's text, since some servers leave the fields for major and minor empty.
+/// Parses the text: some servers leave major and minor empty.
 fn has_gates(version: &str) -> bool {
     let mut numbers = version.trim_start_matches('v').split('.').map_while(|part| part.parse().ok());
     (numbers.next(), numbers.next()) >= (Some(GATES_SINCE.0), Some(GATES_SINCE.1))

@@ -1,4 +1,4 @@
-//! Who is measured: the hub with its agents, and what it is compared with, each started and watched alike.
+//! The setups that scenarios compare: the hub with agents, and alternatives.
 
 pub(crate) mod raw;
 pub(crate) mod watches;
@@ -21,60 +21,50 @@ use crate::probe::RULE;
 use crate::scenario::{address, hub_flags};
 use crate::swarm::{Schedule, Start, Swarm};
 
-/// Somebody who brings pods to OPAs, or costs the API server what that costs.
 #[derive(Clone)]
-pub(crate) enum Peer {
-    /// Nobody: what changes cost by themselves.
+pub(crate) enum Baseline {
+    /// No hub and no OPA: the cost of the changes alone.
     Nothing,
-    /// One hub, an agent beside each OPA.
+    /// One hub, and an agent for each OPA.
     Hub,
-    /// The same, and many agents more.
     HubAndMany,
-    /// One hub, which sends what policies read.
+    /// One hub with `--fields=auto`.
     HubAuto,
-    /// The same, and many agents more.
     HubAutoAndMany,
-    /// One hub, an agent beside each OPA, and a policy whose package shares its first segment with the pods, as
-    /// kube-mgmt documents it.
+    /// A policy package shares a path with the pods, as in kube-mgmt's documentation.
     HubShared,
-    /// OPAs that load the hub's bundle themselves.
+    /// OPAs that load the hub's bundle directly.
     Bundles,
-    /// Raw watches, and no OPA.
+    /// Raw watches without OPAs.
     Watches,
-    /// kube-mgmt beside each OPA.
+    /// One kube-mgmt for each OPA.
     Sidecars(Sidecar),
 }
 
-/// A program that is kube-mgmt.
 #[derive(Clone)]
 pub(crate) struct Sidecar {
     program: PathBuf,
-    /// Name and version, for tables.
     name: String,
 }
 
-/// How many there are of what.
 #[derive(Clone, Copy)]
 pub(crate) struct Scale {
     pub(crate) pods: usize,
     pub(crate) opas: usize,
-    /// Agents beside those of the OPAs, or raw watches.
+    /// Simulated agents, or raw watches.
     pub(crate) agents: usize,
 }
 
-/// Label of the run's policies. No default of kube-mgmt or of a hub selects it.
+/// Selected by no default of kube-mgmt or the hub.
 pub(crate) const POLICY_LABEL: &str = "opahub.dev/load-policy";
-/// Value of that label for the policy that OPAs are asked to decide by.
 pub(crate) const DECISIONS: &str = "decisions";
-/// Value of that label for the same policy and [`ADMISSION`].
 const DECISIONS_AND_ADMISSION: &str = "decisions-and-admission";
-/// Module whose package shares its first segment with `data.kubernetes.pods`.
+/// Shares a path with `data.kubernetes.pods`.
 const ADMISSION: &str = "package kubernetes.admission
 
 deny contains \"label app is missing\" if not input.request.object.metadata.labels.app
 ";
 
-/// Creates the policies of all peers; each hub selects its own.
 pub(crate) async fn policy(cluster: &Cluster) -> anyhow::Result<()> {
     let namespace = Nth(0).namespace();
     for (name, modules) in [
@@ -86,17 +76,16 @@ pub(crate) async fn policy(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The peer that is measured with this program; without one it is left out, with a word.
-pub(crate) fn sidecars(kube_mgmt: Option<PathBuf>) -> Option<Peer> {
+pub(crate) fn sidecars(kube_mgmt: Option<PathBuf>) -> Option<Baseline> {
     let Some(program) = kube_mgmt else {
-        eprintln!("sidecars are left out: --kube-mgmt says where the program is");
+        eprintln!("kube-mgmt is skipped; pass its program as --kube-mgmt");
         return None;
     };
     let name = format!("kube-mgmt {}", version(&program));
-    Some(Peer::Sidecars(Sidecar { program, name }))
+    Some(Baseline::Sidecars(Sidecar { program, name }))
 }
 
-/// Version of a kube-mgmt: that of its module or of its release, else its commit.
+/// Version of the module or release, else the commit.
 fn version(program: &Path) -> String {
     let lines = |command: &mut Command| -> Vec<String> {
         let output = command.stdin(Stdio::null()).output().map(|output| output.stdout).unwrap_or_default();
@@ -105,14 +94,13 @@ fn version(program: &Path) -> String {
     let build = lines(Command::new("go").args(["version", "-m"]).arg(program));
     let module = build.iter().find(|line| line.starts_with("mod\t")).and_then(|line| line.split('\t').nth(2));
     let commit = build.iter().find_map(|line| line.split_once("vcs.revision=")).map(|(_, commit)| commit);
-    let said = lines(Command::new(program).arg("--version"));
-    let release = said.iter().find_map(|line| line.strip_prefix("Version:")).map(str::trim);
+    let output = lines(Command::new(program).arg("--version"));
+    let release = output.iter().find_map(|line| line.strip_prefix("Version:")).map(str::trim);
     let known =
         module.filter(|module| *module != "(devel)").or(release.filter(|release| !release.is_empty()));
     known.or(commit).unwrap_or("of unknown version").to_owned()
 }
 
-/// Gone when it is dropped.
 pub(crate) struct Running {
     pub(crate) hub: Option<Hub>,
     pub(crate) opas: Vec<Opa>,
@@ -120,11 +108,11 @@ pub(crate) struct Running {
     pub(crate) swarm: Option<Swarm>,
     sidecars: Vec<Process>,
     watches: Option<Watches>,
-    /// From nothing to all pods in every OPA, all started at once.
+    /// Time until every OPA has all pods.
     pub(crate) cold: Duration,
 }
 
-impl Peer {
+impl Baseline {
     pub(crate) fn name(&self) -> &str {
         match self {
             Self::Nothing => "nobody",
@@ -139,7 +127,7 @@ impl Peer {
         }
     }
 
-    /// Returns true if its failure ends the run: a layout that OPA itself is slow with may fail, as other programs may.
+    /// Others may fail: OPA is slow with a shared package.
     pub(crate) fn must_succeed(&self) -> bool {
         matches!(self, Self::Nothing) || self.has_agents() && !matches!(self, Self::HubShared)
     }
@@ -148,7 +136,6 @@ impl Peer {
         matches!(self, Self::Hub | Self::HubAndMany | Self::HubAuto | Self::HubAutoAndMany | Self::HubShared)
     }
 
-    /// Starts it, and waits until every OPA has every pod.
     pub(crate) async fn start(
         &self,
         plane: &ControlPlane,
@@ -164,7 +151,7 @@ impl Peer {
         let flags: Vec<_> = flags.iter().map(String::as_str).collect();
         let hub = match self {
             Self::Bundles => Some(Hub::start(dir, &flags).await?),
-            peer if peer.has_agents() => Some(Hub::start(dir, &flags).await?),
+            baseline if baseline.has_agents() => Some(Hub::start(dir, &flags).await?),
             _ => None,
         };
         let url = hub.as_ref().map(|hub| hub.url.clone()).unwrap_or_default();
@@ -181,9 +168,9 @@ impl Peer {
         let opas =
             try_join_all((0..count).map(|_| Opa::start(&plane.assets, dir, config.as_ref(), &[]))).await?;
         let (mut agents, mut sidecars) = (Vec::new(), Vec::new());
-        for (at, opa) in opas.iter().enumerate() {
+        for (index, opa) in opas.iter().enumerate() {
             match self {
-                peer if peer.has_agents() => {
+                baseline if baseline.has_agents() => {
                     let agent =
                         Agent::start(dir, &Agent::address()?, &[&url], &opa.url, Delivery::Rest, &[])?;
                     agents.push(agent);
@@ -191,10 +178,10 @@ impl Peer {
                 Self::Sidecars(sidecar) => {
                     let mut command = Command::new(&sidecar.program);
                     command.arg(format!("--opa-url={}/v1", opa.url)).arg("--replicate=v1/pods");
-                    // Only pods are measured, and nobody's ConfigMaps are written to.
+                    // Only pods are measured.
                     command.args(["--enable-policies=false", "--enable-data=false"]);
                     command.arg(format!("--kubeconfig={kubeconfig}"));
-                    sidecars.push(Process::start(&format!("kube-mgmt-{at}"), dir, &mut command)?);
+                    sidecars.push(Process::start(&format!("kube-mgmt-{index}"), dir, &mut command)?);
                 }
                 _ => {}
             }
@@ -204,17 +191,17 @@ impl Peer {
                 opa.put_policy("load", RULE).await?;
             }
         }
-        let patience = if sidecars.is_empty() { PATIENCE } else { PATIENCE_WITH_SIDECARS };
+        let patience = if sidecars.is_empty() { PATIENCE } else { SIDECAR_PATIENCE };
         let all = try_join_all(opas.iter().map(|opa| has_pods(opa, scale.pods, patience)));
         tokio::select! {
             all = all => drop(all?),
-            ended = ends(&mut sidecars) => return Err(ended),
+            ended = first_exit(&mut sidecars) => return Err(ended),
         }
         try_join_all(agents.iter_mut().map(Agent::wait_in_step)).await?;
         let cold = started.elapsed();
         let swarm = match &hub {
             Some(hub) if matches!(self, Self::HubAndMany | Self::HubAutoAndMany) => {
-                let start = Arc::new(Start::of(&hub.url).await?);
+                let start = Arc::new(Start::fetch(&hub.url).await?);
                 Some(Swarm::open(start, vec![address(hub)?], due.clone(), scale.agents, &[]).await?)
             }
             _ => None,
@@ -228,17 +215,14 @@ impl Peer {
 }
 
 impl Running {
-    /// Bytes that raw watches were sent so far.
     pub(crate) fn received(&self) -> Option<u64> {
         self.watches.as_ref().map(Watches::received)
     }
 
-    /// Raw watches that the API server gave up.
-    pub(crate) fn given_up(&self) -> Option<u64> {
+    pub(crate) fn dropped_watches(&self) -> Option<u64> {
         self.watches.as_ref().map(Watches::ended)
     }
 
-    /// Seconds of CPU that each kind of process took so far.
     pub(crate) fn cpu(&self) -> anyhow::Result<Vec<(&'static str, f64)>> {
         let hub = self.hub.iter().filter_map(|hub| hub.process.as_ref());
         let agents = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
@@ -252,37 +236,36 @@ impl Running {
         kinds.into_iter().map(|(name, processes)| Ok((name, sum(processes)?))).collect()
     }
 
-    /// Memory of all that stands beside one OPA, and of that OPA: the median.
+    /// Medians of sidecar and OPA.
     pub(crate) fn memory(&self) -> anyhow::Result<Option<(u64, u64)>> {
-        let beside = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
-        let mut beside: Vec<_> =
-            beside.map(|of| of.usage().map(|usage| usage.rss)).collect::<Result<_, _>>()?;
+        let sidecars = self.agents.iter().filter_map(|agent| agent.process.as_ref()).chain(&self.sidecars);
+        let mut sidecars: Vec<_> =
+            sidecars.map(|process| process.usage().map(|usage| usage.rss)).collect::<Result<_, _>>()?;
         let opas = self.opas.iter().filter_map(|opa| opa.process.as_ref());
-        let mut opas: Vec<_> = opas.map(|of| of.usage().map(|usage| usage.rss)).collect::<Result<_, _>>()?;
-        beside.sort_unstable();
+        let mut opas: Vec<_> =
+            opas.map(|process| process.usage().map(|usage| usage.rss)).collect::<Result<_, _>>()?;
+        sidecars.sort_unstable();
         opas.sort_unstable();
         let middle = |all: &[u64]| all.get(all.len() / 2).copied();
-        Ok(middle(&opas).map(|opa| (middle(&beside).unwrap_or_default(), opa)))
+        Ok(middle(&opas).map(|opa| (middle(&sidecars).unwrap_or_default(), opa)))
     }
 }
 
-/// kube-mgmt takes more than a minute to load ten OPAs with 3,000 pods.
-const PATIENCE_WITH_SIDECARS: Duration = Duration::from_secs(600);
+/// kube-mgmt needs more than a minute to load ten OPAs with 3,000 pods.
+const SIDECAR_PATIENCE: Duration = Duration::from_secs(600);
 
-/// Waits until one of them ends, and says how.
-async fn ends(processes: &mut [Process]) -> anyhow::Error {
+async fn first_exit(processes: &mut [Process]) -> anyhow::Error {
     loop {
         for process in &mut *processes {
-            if let Some(how) = process.has_ended() {
-                return how;
+            if let Some(error) = process.exit_error() {
+                return error;
             }
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
-/// Waits until `opa` has the first of the pods, the last, one between, and then as many as there are: to count is work
-/// for OPA.
+/// Samples three pods first: counting is work for OPA.
 async fn has_pods(opa: &Opa, count: usize, patience: Duration) -> anyhow::Result<()> {
     for nth in [Nth(0), Nth(count / 2), Nth(count - 1)] {
         let path = format!("/kubernetes/pods/{}/{}/metadata/labels/app", nth.namespace(), nth.name());
@@ -293,10 +276,10 @@ async fn has_pods(opa: &Opa, count: usize, patience: Duration) -> anyhow::Result
         })
         .await?;
     }
-    let (prefix, wanted) = (pods::prefix(), count as u64);
+    let (prefix, expected) = (pods::prefix(), count as u64);
     let counted = async || match opa.count_pods(&prefix).await {
-        Ok(found) if found >= wanted => Ok(()),
-        Ok(found) => Err(format!("it has {found} of {wanted}")),
+        Ok(found) if found >= expected => Ok(()),
+        Ok(found) => Err(format!("OPA has {found} of {expected}")),
         Err(error) => Err(error.to_string()),
     };
     within(patience, "OPA has every pod", counted).await.map(drop)
