@@ -11,7 +11,7 @@ pub fn boolean(text: &str) -> Result<bool, String> {
     }
 }
 
-/// Parses `HOST:PORT` like Go. An empty host means all addresses; a name is resolved.
+/// Parses `HOST:PORT` like Go: an empty host means all addresses, names are resolved.
 pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
     if let Some(port) = text.strip_prefix(':') {
         let port = port.parse().map_err(|_| "write HOST:PORT or :PORT".to_owned())?;

@@ -9,61 +9,61 @@ use crate::path::DirPath;
 use crate::position::Position;
 use crate::revision::{Digest, Revision};
 
-/// Maximum frame size, in bytes. An agent buffers a frame; beyond this limit it must reconcile, which streams.
+/// Maximum frame size, in bytes. Agents buffer frames; larger changes need reconcile, which streams.
 pub const FRAME_BYTES_MAX: usize = 4 << 20;
 
-/// Data changes between two digests.
+/// Changed data.
 #[derive(Serialize, Deserialize, Debug)]
 pub struct Delta<'a> {
-    /// Required data digest before the patch.
+    /// Data digest before.
     pub from: Digest,
-    /// Data digest after the patch.
+    /// Data digest after.
     pub to: Digest,
     /// Position up to which the result is complete.
     #[serde(default, skip_serializing_if = "Position::is_empty")]
     pub position: Position,
-    /// Newest position that the result may contain; `None` if equal to `position`.
+    /// Newest position contained; `None` if equal to `position`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub newest: Option<Position>,
-    /// New directories outside replicated resources, to create with their parents before the patch.
+    /// New unreplicated directories, to create with parents before the patch.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ensure: Vec<DirPath>,
     /// Digests of changed directories; `None` if removed.
     pub dirs: BTreeMap<DirPath, Option<Digest>>,
-    /// Whether the patch removes fields that older modules read; these must be replaced first.
+    /// Whether fields are removed that older modules read; replace those first.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub narrows: bool,
-    /// Number of operations in `patch`.
+    /// Number of operations.
     pub ops: usize,
-    /// RFC 6902 operations. Last, so that an agent splices them unparsed.
+    /// RFC 6902 operations; last, for splicing unparsed.
     #[serde(borrow)]
     pub patch: &'a RawValue,
 }
 
-/// Module changes between two digests.
+/// Changed modules.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// Required modules digest before the change.
+    /// Modules digest before.
     pub from: Digest,
-    /// Modules digest after the change.
+    /// Modules digest after.
     pub to: Digest,
     /// Position up to which the result is complete.
     #[serde(default, skip_serializing_if = "Position::is_empty")]
     pub position: Position,
-    /// Newest position that the result may contain; `None` if equal to `position`.
+    /// Newest position contained; `None` if equal to `position`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub newest: Option<Position>,
     /// Module texts by id.
     pub put: BTreeMap<String, String>,
     /// Removed module ids.
     pub remove: Vec<String>,
-    /// Serialised field masks of the new modules; `None` if objects are unpruned.
+    /// Field masks of the new modules; `None` if unpruned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reads: Option<String>,
 }
 
 impl Delta<'_> {
-    /// Position of an agent at `before` after this frame.
+    /// Agent's position after this frame.
     #[must_use]
     pub fn after(&self, before: &Position) -> Position {
         self.newest.as_ref().unwrap_or(&self.position).clone().after(before)
@@ -71,7 +71,7 @@ impl Delta<'_> {
 }
 
 impl Policy {
-    /// Position of an agent at `before` after this frame.
+    /// Agent's position after this frame.
     #[must_use]
     pub fn after(&self, before: &Position) -> Position {
         self.newest.as_ref().unwrap_or(&self.position).clone().after(before)
@@ -83,7 +83,7 @@ pub const DELTA_EVENT: &str = "delta";
 /// Event name of a [`Policy`].
 pub const POLICY_EVENT: &str = "policy";
 
-/// Appends an event that leads to `revision`. `json` must not contain line feeds.
+/// Appends an event that leads to `revision`. `json` must be one line.
 pub fn write_event(out: &mut Vec<u8>, revision: Revision, event: &str, json: &[u8]) {
     debug_assert!(!json.contains(&b'\n'), "a line feed would end the event's data");
     out.extend_from_slice(format!("id: {revision}\nevent: {event}\ndata: ").as_bytes());
@@ -98,14 +98,14 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// I9: arbitrary input never panics the decoder.
+        /// I9.
         #[test]
         fn i9_random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
             let _ = serde_json::from_slice::<Delta>(&bytes);
             let _ = serde_json::from_slice::<Policy>(&bytes);
         }
 
-        /// I9: corrupt frames never panic the decoder.
+        /// I9.
         #[test]
         fn i9_damaged_frames_never_panic(offset in 0usize..200, byte in any::<u8>()) {
             let digest = Digest::of(b"x");

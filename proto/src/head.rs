@@ -1,4 +1,4 @@
-//! Header of an agent's archive: the content after the archive is applied.
+//! Archive header for agents.
 
 use std::collections::BTreeMap;
 
@@ -13,38 +13,37 @@ pub const HEAD_FILE: &str = "opahub.json";
 /// Maximum header size, in bytes: 20,000 directories of 400 bytes.
 pub const HEAD_BYTES_MAX: usize = 8 << 20;
 
-/// Maximum entry size, in bytes. etcd's limit is 1.5 MiB; JSON escapes a byte as up to six.
+/// Maximum entry size, in bytes. etcd allows 1.5 MiB; JSON escapes a byte as six.
 pub const ENTRY_BYTES_MAX: usize = 10 << 20;
 
-/// Maximum size of all modules, in bytes. An agent buffers them.
+/// Maximum total module size, in bytes. Agents buffer them.
 pub const MODULES_BYTES_MAX: usize = 16 << 20;
 
-/// Complete inventory of a snapshot. A reconcile archive may omit entries that the receiver already has.
-/// The receiver removes everything that is not listed.
+/// Inventory of a snapshot; the receiver removes everything else. A reconcile archive omits unchanged entries.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 pub struct Head {
     /// `None` in a policy archive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataHead>,
-    /// Text digests by module id; `None` in a data archive.
+    /// Digests by module id; `None` in a data archive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<BTreeMap<String, Digest>>,
-    /// Digest of the modules that may evaluate this data.
+    /// Digest of the only modules that may evaluate this data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules_digest: Option<Digest>,
-    /// Serialised field masks of the modules; `None` if objects are unpruned.
+    /// Field masks of the modules; `None` if unpruned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reads: Option<String>,
-    /// Configured Rego version of the modules, part of their digest.
+    /// Configured Rego version, part of the digest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rego_version: Option<u8>,
 }
 
-/// Data part of a [`Head`].
+/// Inventory of the data.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 pub struct DataHead {
     /// Digests by directory.
     pub dirs: BTreeMap<DirPath, Digest>,
-    /// Maps that exist even if empty: one per replicated resource.
+    /// Maps that may be empty, one per replicated resource.
     pub ensure: Vec<DirPath>,
 }

@@ -1,22 +1,13 @@
 //! The protocol between hub and agents.
 //!
 //! ```text
-//!  agent                                        hub
-//!    │  GET /bundles/main/data, …/policy         │   archive: header, data.json files, modules
-//!    │ ────────────────────────────────────────▶ │
-//!    │  GET /bundles/main/stream                 │   text/event-stream
-//!    │      Last-Event-ID: <revision>            │
-//!    │ ────────────────────────────────────────▶ │   event: delta   a JSON patch
-//!    │                                           │   event: policy  changed modules
-//!    │                                           │   : comment      synced, then every 5 s
-//!    │  410 Gone: unknown revision               │
-//!    │  POST /bundles/main/reconcile             │   archive of the differences
-//!    │      digests                              │
-//!    │ ────────────────────────────────────────▶ │
+//! GET /bundles/main/{data,policy}               archive
+//! GET /bundles/main/stream, Last-Event-ID       event: delta, event: policy, `:` heartbeat
+//!                                               410 Gone: unknown revision, reconcile
+//! POST /bundles/main/reconcile, digests         archive of the differences
 //! ```
 //!
-//! A revision is a digest of content, so an agent resumes from any replica. It rejects a frame whose `from` differs
-//! from its revision.
+//! A revision is a digest of content, so an agent resumes from any replica.
 
 pub mod revision;
 

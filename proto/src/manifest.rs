@@ -4,29 +4,29 @@ use serde::{Deserialize, Serialize};
 
 /// Name of the manifest file.
 pub const MANIFEST_FILE: &str = ".manifest";
-/// Base name of a data file; its folder is the path below `data`.
+/// Name of data files; the folder is the path below `data`.
 pub const DATA_FILE: &str = "data.json";
-/// Base name for a module id without `.rego`, which OPA would ignore.
+/// Suffix of ids without `.rego`, which OPA would ignore.
 const MODULE_FILE: &str = "module.rego";
 
 /// A bundle's manifest.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    /// Revision in OPA's status and decision logs.
+    /// Revision in OPA's logs.
     pub revision: String,
-    /// Paths below `data` that the bundle owns exclusively.
+    /// Exclusively owned paths below `data`.
     pub roots: Vec<String>,
-    /// Rego version of the modules, 0 or 1; `None` for OPA's default.
+    /// Rego version, 0 or 1; `None` for OPA's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rego_version: Option<u8>,
 }
 
-/// Returns the file name of module `id` (`<namespace>/<configmap>/<key>`).
+/// File name of module `<namespace>/<configmap>/<key>`.
 pub fn module_file(id: &str) -> String {
     if is_rego(id) { id.to_owned() } else { format!("{id}/{MODULE_FILE}") }
 }
 
-/// Inverse of [`module_file`]; `None` if `file` is not a module.
+/// Inverse of [`module_file`]; `None` for other files.
 pub fn module_id(file: &str) -> Option<&str> {
     match file.strip_suffix(MODULE_FILE).and_then(|id| id.strip_suffix('/')) {
         Some(id) if id.matches('/').count() == 2 => Some(id),
@@ -42,7 +42,7 @@ fn is_rego(name: &str) -> bool {
 /// Sorts the roots and drops nested ones. OPA rejects overlapping roots.
 pub fn distinct_roots(roots: impl IntoIterator<Item = String>) -> Vec<String> {
     let mut roots: Vec<String> = roots.into_iter().collect();
-    // Sorting by segment puts a nested root directly after its parent.
+    // Sorting by segment puts nested roots after their parent.
     roots.sort_unstable_by(|a, b| a.split('/').cmp(b.split('/')));
     let mut distinct: Vec<String> = Vec::with_capacity(roots.len());
     for root in roots {

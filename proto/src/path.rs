@@ -1,4 +1,4 @@
-//! Directories below OPA's `data`, and JSON pointer escaping.
+//! Paths below OPA's `data`.
 
 use std::borrow::{Borrow, Cow};
 use std::fmt;
@@ -8,14 +8,14 @@ use std::sync::Arc;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Path of a directory, the innermost map that contains entries: `/kubernetes/pods/default`.
+/// Path of the innermost map around entries, such as `/kubernetes/pods/default`.
 ///
-/// Segments contain only `A-Z a-z 0-9 . _ -`, as Kubernetes names do. The path therefore needs no escaping as JSON
-/// pointer, URL path, tar path or bundle root.
+/// Segments contain only `A-Z a-z 0-9 . _ -`, like Kubernetes names, so JSON pointers, URLs, tar paths and roots need no
+/// escaping.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DirPath(Arc<str>);
 
-/// Error of parsing a [`DirPath`].
+/// Invalid [`DirPath`].
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
     "invalid directory path {path:?}: write /segment/segment…, each of letters, digits, '.', '_' and '-'"
@@ -40,17 +40,17 @@ impl DirPath {
         format!("{self}/{segment}").parse()
     }
 
-    /// Returns the JSON pointer, `/kubernetes/pods/default`.
+    /// Returns the JSON pointer.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Returns the path without leading slash, for bundle roots and tar entries.
+    /// Strips the leading slash, for roots and tar.
     pub fn relative(&self) -> &str {
         &self.0[1..]
     }
 
-    /// Returns the parent; `None` at the top level.
+    /// Parent; `None` at the top.
     pub fn parent(&self) -> Option<Self> {
         let end = self.0.rfind('/')?;
         (end > 0).then(|| Self(self.0[..end].into()))
@@ -62,14 +62,13 @@ impl DirPath {
     }
 }
 
-/// Whether `segment` is valid in a [`DirPath`].
+/// Whether a [`DirPath`] may contain `segment`.
 pub fn is_segment(segment: &str) -> bool {
     !matches!(segment, "" | "." | "..")
         && segment.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
-/// Escapes a JSON pointer token (RFC 6901 §3), and `%`, which OPA decodes (OPA v1/server/server.go,
-/// `readInputPatch`).
+/// Escapes a JSON pointer token (RFC 6901 §3), and `%`, which OPA decodes (v1/server/server.go, `readInputPatch`).
 pub fn escape(key: &str) -> Cow<'_, str> {
     if !key.contains(['~', '/', '%']) {
         return Cow::Borrowed(key);

@@ -4,27 +4,26 @@ use std::time::Duration;
 
 /// Prefix of OPA's User-Agent.
 pub const OPA_AGENT: &str = "Open-Policy-Agent/";
-/// Content type of a bundle. OPA stops long polling on any other.
+/// Content type that OPA's long polling requires.
 pub const BUNDLE_TYPE: &str = "application/vnd.openpolicyagent.bundles";
 
 /// One element of `If-None-Match`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tag<'a> {
-    /// Unparsed tag. A 304 must repeat it: OPA adopts any other unchecked.
+    /// Unparsed. A 304 must repeat it: OPA adopts any other.
     pub raw: &'a str,
-    /// Tag without quotes and proxies' weakness mark.
+    /// Without quotes and weakness mark.
     pub opaque: &'a str,
 }
 
-/// Parses all values of `If-None-Match` (RFC 9110 §13.1.2). The hub's tags contain no comma.
+/// Parses all values of `If-None-Match` (RFC 9110 §13.1.2). Hub tags contain no comma.
 pub fn entity_tags<'a>(values: impl IntoIterator<Item = &'a str>) -> Vec<Tag<'a>> {
     let raw =
         values.into_iter().flat_map(|value| value.split(',')).map(str::trim).filter(|raw| !raw.is_empty());
     raw.map(|raw| Tag { raw, opaque: raw.strip_prefix("W/").unwrap_or(raw).trim_matches('"') }).collect()
 }
 
-/// Parses `wait=N` from all values of `Prefer` (RFC 7240 §4.3), capped at `max`. OPA separates preferences by
-/// semicolons.
+/// Parses `wait=N` from `Prefer` (RFC 7240 §4.3), capped at `max`. OPA separates by semicolon.
 pub fn wait<'a>(values: impl IntoIterator<Item = &'a str>, max: Duration) -> Duration {
     let mut parts = values.into_iter().flat_map(|value| value.split([',', ';'])).map(str::trim);
     let seconds = parts.find_map(|part| part.strip_prefix("wait=")?.trim().parse().ok());

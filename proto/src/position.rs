@@ -1,8 +1,7 @@
-//! Positions: the `resourceVersion` that has been fully observed, per watch. Versions of one resource are comparable
-//! across API servers (KEP-5504). Positions may advance while the revision stays the same.
+//! Positions: the fully observed `resourceVersion` of each watch. Versions of one resource are comparable across API
+//! servers (KEP-5504).
 //!
-//! A quiet watch rarely reports progress. A hub with an older position therefore lags only where it would change the
-//! client's content.
+//! Quiet watches rarely report progress, so an older position matters only where content differs.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,18 +11,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::path::DirPath;
 
-/// Header with the position of an agent's content, or of a response.
+/// Position header of requests and responses.
 pub const POSITION_HEADER: &str = "opahub-position";
 
-/// Maximum position size, in bytes: 800 watches of 80 bytes. Longer positions are omitted.
+/// Maximum size, in bytes: 800 watches of 80 bytes. Longer positions are omitted.
 pub const POSITION_BYTES_MAX: usize = 64 << 10;
 
-/// Resource versions by watch name. Empty for sources without versions, such as a folder.
+/// Resource versions by watch name; empty for folders.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 #[serde(transparent)]
 pub struct Position(BTreeMap<String, u64>);
 
-/// A watch whose version is too old.
+/// Outdated watch.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Lag {
     /// Watch name.
@@ -40,44 +39,44 @@ impl fmt::Display for Lag {
     }
 }
 
-/// Error of parsing a position.
+/// Invalid position.
 #[derive(Debug, thiserror::Error)]
 pub enum Invalid {
-    /// Size in bytes, over [`POSITION_BYTES_MAX`].
+    /// Over [`POSITION_BYTES_MAX`].
     #[error("position too long: {0} bytes, maximum {POSITION_BYTES_MAX}")]
     TooLong(usize),
-    /// Not a JSON object of numbers.
+    /// Malformed JSON.
     #[error("invalid position: {0}")]
     Json(#[from] serde_json::Error),
 }
 
-/// Rejects frames of a stream that are older than its start or than earlier frames. Only complete positions count: all
-/// frames of a divided change except the last are at the position before it.
+/// Rejects frames older than the stream's start or earlier frames. Only complete positions count, since a divided change
+/// completes with its last frame.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Judge(Position);
 
-/// Range of positions that content may reflect.
+/// Range of positions.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Bounds {
-    /// Position up to which the content is complete.
+    /// Complete up to this position.
     pub all: Position,
-    /// Newest position that the content may contain.
+    /// Newest position contained.
     pub newest: Position,
 }
 
 impl Position {
-    /// Whether no watch has a version.
+    /// Whether empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Records `version` for `name`; the lowest wins if watches share a name.
+    /// Records `version`; the lowest of watches with equal names wins.
     pub fn heard(&mut self, name: String, version: u64) {
         let lowest = self.0.entry(name).or_insert(version);
         *lowest = (*lowest).min(version);
     }
 
-    /// Returns the version of `name`.
+    /// Version of `name`.
     pub fn of(&self, name: &str) -> Option<u64> {
         self.0.get(name).copied()
     }
@@ -87,8 +86,7 @@ impl Position {
         self.behind(other).next().is_some()
     }
 
-    /// Returns a watch whose content would regress if a client at `required` changed `dirs`, and `modules` if set, to
-    /// this position's content.
+    /// Returns a watch older than `required` whose content is among the changed `dirs` and `modules`.
     pub fn lag<'a>(
         &self,
         required: &Self,
@@ -116,7 +114,7 @@ impl Position {
         Some(Lag { name: name.clone(), here: current, there: newer })
     }
 
-    /// Raises each version to that in `before`, whose content is equal wherever this position is older.
+    /// Raises versions to `before`, whose content is equal where this is older.
     #[must_use]
     pub fn after(mut self, before: &Self) -> Self {
         for (name, version) in &mut self.0 {
@@ -125,7 +123,7 @@ impl Position {
         self
     }
 
-    /// A missing watch counts as behind only if policies are behind too: they decide what is watched.
+    /// Missing watches are behind only if policies are, which determine watches.
     fn behind<'a>(&self, other: &'a Self) -> impl Iterator<Item = (&'a String, u64, u64)> {
         let policies =
             |(name, newer): (&String, &u64)| content(name) == "policies" && self.of(name) < Some(*newer);
@@ -138,18 +136,15 @@ impl Position {
     }
 }
 
-/// Strips the watched namespace.
 fn content(name: &str) -> &str {
     name.split_once(' ').map_or(name, |(content, _)| content)
 }
 
-/// Root of replicated objects; `None` for other watches.
 fn root(name: &str) -> Option<DirPath> {
     content(name).parse().ok()
 }
 
-/// Outermost roots of replicated objects, and whether they change. Lookups are binary searches, so the cost of a request
-/// is near-linear in its bytes.
+/// Outermost roots of replicated objects, with a change flag. Binary search bounds the cost of a request.
 struct Replicated(Vec<(String, bool)>);
 
 impl Replicated {
@@ -160,7 +155,6 @@ impl Replicated {
         Self(roots.into_iter().map(|root| (root, false)).collect())
     }
 
-    /// Change flag of the root around `dir`; `None` outside all roots.
     fn changes_at(&mut self, dir: &DirPath) -> Option<&mut bool> {
         let dir = sort_key(dir);
         let next = self.0.partition_point(|(root, _)| *root <= dir);
@@ -169,7 +163,7 @@ impl Replicated {
     }
 }
 
-/// Sorts a directory directly after its parent: the separator is lower than any byte of a segment.
+/// Sorts directories after their parent: the separator is lower than segment bytes.
 fn sort_key(dir: &DirPath) -> String {
     dir.as_str().replace('/', "\0")
 }
@@ -179,8 +173,8 @@ fn is_below(inner: &str, outer: &str) -> bool {
 }
 
 impl Bounds {
-    /// Advances to `position`, where the content is unchanged. Returns whether the source was rolled back, which
-    /// invalidates earlier positions.
+    /// Advances to `position` with unchanged content. Returns whether the source rolled back, which invalidates earlier
+    /// positions.
     pub fn advance(&mut self, position: &Position) -> bool {
         self.newest = position.clone().after(&self.newest);
         let mut rolled_back = false;
@@ -196,12 +190,12 @@ impl Bounds {
 }
 
 impl Judge {
-    /// Creates the check of a stream opened at `start`.
+    /// Starts at a stream's position.
     pub fn new(start: Position) -> Self {
         Self(start)
     }
 
-    /// Accepts a frame at `position` that changes `dirs`, and `modules` if set.
+    /// Accepts a frame that changes `dirs` and `modules`.
     pub fn pass<'a>(
         &mut self,
         position: &Position,
@@ -334,7 +328,7 @@ mod tests {
         }
     }
 
-    /// A client's request must not block the thread of other clients.
+    /// One client must not block others.
     #[test]
     fn lag_is_fast_for_many_directories_and_names() {
         let position = |version| {
@@ -349,13 +343,13 @@ mod tests {
             assert_eq!(here.lag(&there, dirs.iter(), false), None);
             started.elapsed()
         };
-        // The fastest of five runs, since other tests run concurrently.
+        // Other tests run concurrently.
         let fastest = (0..5).map(|_| measure()).min().unwrap();
         assert!(fastest < std::time::Duration::from_millis(100), "{fastest:?}");
     }
 
     proptest! {
-        /// I9: arbitrary input never panics.
+        /// I9.
         #[test]
         fn i9_random_text_never_panics(text in ".{0,64}") {
             let _ = text.parse::<Position>();

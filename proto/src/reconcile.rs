@@ -1,4 +1,4 @@
-//! Reconcile request of an agent whose revision is unknown to the hub.
+//! Reconcile request, for revisions unknown to the hub.
 
 use std::collections::BTreeMap;
 
@@ -10,22 +10,21 @@ use crate::revision::Digest;
 /// Maximum request size, in bytes: 20,000 directories and 20,000 modules of 400 bytes.
 pub const RECONCILE_BYTES_MAX: usize = 16 << 20;
 
-/// Maximum number of policy sets active at once. OPA activates or rejects each within seconds.
+/// Maximum concurrent policy sets. OPA activates each within seconds.
 pub const READS_MAX: usize = 8;
 
-/// Maximum size of one set's field masks, in bytes: 20,000 paths of 50 bytes.
+/// Maximum field masks of one set, in bytes: 20,000 paths of 50 bytes.
 pub const READS_BYTES_MAX: usize = 1 << 20;
 
-/// Digests of the sender's content. The response is an archive of the differences. A hub ignores unknown fields, since
-/// versions may differ; a mandatory field needs a new URL path.
+/// Digests of the sender's content. Hubs ignore unknown fields of newer agents; a mandatory field needs a new URL path.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 pub struct Reconcile {
     /// Digests by directory.
     pub dirs: BTreeMap<DirPath, Digest>,
-    /// Digests by module id; `None` if modules have another source.
+    /// Digests by module id; `None` without modules.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<BTreeMap<String, Digest>>,
-    /// Serialised field masks of the active modules, retained until their replacement.
+    /// Field masks of the active modules, to retain until replacement.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reads: Vec<String>,
 }

@@ -9,15 +9,15 @@ use sha2::{Digest as _, Sha256};
 
 use crate::path::DirPath;
 
-/// Digest size, in bytes. 128 bits collide by chance only after 2⁶⁴ contents, and take half the memory of SHA-256.
+/// Digest size, in bytes. 128 bits resist collisions up to 2⁶⁴ contents at half of SHA-256's memory.
 pub const DIGEST_BYTES: usize = 16;
 
-/// Truncated SHA-256, displayed as 32 hexadecimal digits.
+/// Truncated SHA-256.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest([u8; DIGEST_BYTES]);
 
-/// Identity of a bundle's content, `<modules digest>-<data digest>`. An agent that has applied only the data of a change
-/// resumes from that combination.
+/// Identity of content, `<modules digest>-<data digest>`. The halves are independent, so an agent resumes between data
+/// and modules of a change.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Revision {
     /// See [`modules_digest`].
@@ -26,14 +26,14 @@ pub struct Revision {
     pub data: Digest,
 }
 
-/// Error of parsing a digest or revision.
+/// Invalid digest or revision.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("invalid revision: expected {expected}")]
 pub struct ParseError {
     expected: &'static str,
 }
 
-/// Hashes a sequence of byte strings unambiguously.
+/// Unambiguous hash of byte strings.
 #[derive(Default)]
 pub struct Hasher(Sha256);
 
@@ -54,7 +54,7 @@ impl Hasher {
 }
 
 impl Digest {
-    /// Hashes one byte string.
+    /// Hashes bytes.
     pub fn of(bytes: &[u8]) -> Self {
         let mut hasher = Hasher::default();
         hasher.part(bytes);
@@ -67,13 +67,13 @@ impl Digest {
     }
 }
 
-/// Hashes a snapshot's data: directories sorted by path, and the maps that exist even if empty.
+/// Hashes data: directories sorted by path, and `ensure`, maps that may be empty.
 pub fn data_digest<'a>(dirs: impl IntoIterator<Item = (&'a DirPath, Digest)>, ensure: &[DirPath]) -> Digest {
     let dirs = dirs.into_iter().map(|(path, digest)| (path.as_str(), digest));
     digest_of_named(dirs, ensure.iter().map(DirPath::as_str))
 }
 
-/// Hashes a snapshot's modules, sorted by id, and their Rego version if configured.
+/// Hashes modules, sorted by id, and the configured Rego version.
 pub fn modules_digest<'a>(
     modules: impl IntoIterator<Item = (&'a str, Digest)>,
     rego_version: Option<u8>,
@@ -92,7 +92,7 @@ fn digest_of_named<'a>(
     }
     for (index, setting) in settings.into_iter().enumerate() {
         if index == 0 {
-            // No name is empty, so a setting never equals a name.
+            // Separator: no name is empty.
             hasher.part(&[]);
         }
         hasher.part(setting.as_ref());

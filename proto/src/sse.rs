@@ -6,16 +6,16 @@ const STALE: &str = "stale";
 const GO: &str = "go";
 const WAIT: &str = "wait";
 
-/// Meaning of a hub's comment. Every comment is also a heartbeat.
+/// Meaning of a comment; each is a heartbeat.
 #[derive(Debug, PartialEq, Eq, Clone)]
 pub enum Word<'a> {
-    /// Heartbeat only; any text is informational.
+    /// Heartbeat only.
     Here,
     /// A frame is pending.
     Wait,
-    /// The hub has lost its source, with details: its data may be old.
+    /// The hub lost its source, with details.
     Stale(&'a str),
-    /// The hub is shutting down. Reconnect immediately, to one of these base URLs if any.
+    /// The hub is shutting down; reconnect to these base URLs, if any.
     Go(Vec<&'a str>),
 }
 
@@ -42,18 +42,18 @@ impl fmt::Display for Word<'_> {
     }
 }
 
-/// A decoded event or comment.
+/// Event or comment.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Message {
-    /// Text after a line's leading colon.
+    /// Text after the colon.
     Comment(String),
     /// Complete event.
     Event {
-        /// `id`: the revision after the event.
+        /// Revision after the event.
         id: String,
-        /// `event` field.
+        /// Event name.
         event: String,
-        /// `data` field.
+        /// Payload.
         data: Vec<u8>,
     },
 }
@@ -61,24 +61,24 @@ pub enum Message {
 /// Decoding error.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
-    /// An event exceeds the limit.
+    /// Limit exceeded.
     #[error("event exceeds {max} bytes")]
     TooLong {
-        /// Limit in bytes.
+        /// Bytes.
         max: usize,
     },
-    /// An id, event name or comment is not UTF-8.
+    /// Text is not UTF-8.
     #[error("event id, event name or comment is not UTF-8")]
     NotText,
 }
 
-/// Incremental decoder: [`push`](Self::push) chunks, then drain with [`next`](Self::next).
+/// Decoder: [`push`](Self::push) chunks, then drain with [`next`](Self::next).
 pub struct Decoder {
     max: usize,
-    /// Undecoded input; the first `read` bytes are consumed.
+    /// Input, of which `read` bytes are consumed.
     buffer: Vec<u8>,
     read: usize,
-    /// End of the searched input, so that a long line is searched once.
+    /// Avoids searching a long line again.
     searched: usize,
     id: String,
     event: String,
@@ -87,7 +87,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Creates a decoder of events up to `max` bytes.
+    /// Limits events to `max` bytes.
     pub fn new(max: usize) -> Self {
         Self {
             max,
@@ -114,7 +114,7 @@ impl Decoder {
         self.buffer.extend_from_slice(chunk);
     }
 
-    /// Returns the next complete message.
+    /// Next complete message.
     #[expect(
         clippy::should_implement_trait,
         reason = "decoding ends at an error, which an Iterator would hide"
@@ -243,7 +243,7 @@ mod tests {
     }
 
     proptest! {
-        /// I9: arbitrary input never panics; chunk boundaries do not matter.
+        /// I9: also independent of chunk boundaries.
         #[test]
         fn i9_random_bytes_decode_equally_in_any_chunks(
             bytes in proptest::collection::vec(prop_oneof![Just(b'\n'), Just(b':'), Just(b'd'), any::<u8>()], 0..256),
