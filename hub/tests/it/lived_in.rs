@@ -1,4 +1,4 @@
-//! A small cluster as the hub sends it: its objects, some of them odd, and inputs about them.
+//! A small realistic cluster: objects, some of them unusual, and inputs.
 
 use opa_hub::bundle::fields::Fields;
 use opa_hub::bundle::kept::Kept;
@@ -6,25 +6,23 @@ use opa_hub_loadtest::pods::Nth;
 use opa_hub_proto::path::DirPath;
 use serde_json::{Value, json};
 
-/// Resources of the cluster, and whether their objects belong to no namespace.
+/// Resources, and whether they are cluster-scoped.
 pub(crate) const RESOURCES: [(&str, bool); 4] =
     [("pods", false), ("services", false), ("nodes", true), ("namespaces", true)];
-/// Number of applications that pods take in turn.
+/// Number of applications, assigned round-robin.
 const APPS: usize = 8;
-/// Creation time of what does not bring its own.
 const TIME: &str = "2026-11-20T08:00:00Z";
 
-/// The path of a resource below `data`.
+/// Returns a resource's path below `data`.
 pub(crate) fn place(resource: &str) -> DirPath {
     format!("/kubernetes/{resource}").parse().unwrap()
 }
 
-/// Objects by resource, and inputs.
 pub(crate) fn lived_in(random: &mut fastrand::Rng) -> (Value, Vec<Value>) {
     let (mut kubernetes, mut inputs) = (json!({}), Vec::new());
     for nth in (0..12).chain(300..304).map(Nth) {
         let mut pod = nth.served();
-        // The hub does not send them.
+        // The hub omits them.
         pod["metadata"].as_object_mut().unwrap().remove("managedFields");
         match random.u8(..6) {
             0 => pod["metadata"]["labels"] = json!({ "app": "Odd", "team": 1 }),
@@ -50,7 +48,7 @@ pub(crate) fn lived_in(random: &mut fastrand::Rng) -> (Value, Vec<Value>) {
     (kubernetes, inputs)
 }
 
-/// One of three inputs about a pod and another one.
+/// Returns one of three inputs about two pods.
 fn input(nth: Nth, other: Nth, asked: usize) -> Value {
     let of = |nth: Nth| json!({ "namespace": nth.namespace(), "name": nth.name() });
     let (namespace, app) = (other.namespace(), other.app());
@@ -162,7 +160,6 @@ fn members(value: &mut Value) -> impl Iterator<Item = &mut Value> {
     value.as_object_mut().unwrap().values_mut()
 }
 
-/// All objects of a resource.
 pub(crate) fn objects<'a>(
     kubernetes: &'a mut Value,
     resource: &str,
@@ -172,14 +169,14 @@ pub(crate) fn objects<'a>(
     if is_cluster_scoped { names.collect() } else { names.flat_map(members).collect() }
 }
 
-/// An object cut down to these fields.
+/// Prunes an object to these fields.
 pub(crate) fn cut(fields: &Fields, object: &Value) -> Value {
     let mut out = Vec::new();
     fields.cut(&object.to_string(), &mut out).unwrap();
     serde_json::from_slice(&out).unwrap()
 }
 
-/// Every object cut down to the fields that are kept of its resource.
+/// Prunes every object to its resource's fields.
 pub(crate) fn cut_all(kubernetes: &Value, kept: &Kept) -> Value {
     let mut less = kubernetes.clone();
     for (resource, is_cluster_scoped) in RESOURCES {

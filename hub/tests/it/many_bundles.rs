@@ -1,4 +1,4 @@
-//! As many bundles as a hub serves at most, while some of them are being replaced.
+//! The maximum number of bundles, some of them being replaced.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,9 +23,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-/// Replacements that wait: with two threads of each bundle, more than the runtime has for blocking work.
+/// Number of pending replacements. Two threads per bundle exceed the runtime's blocking threads.
 const WAITING: usize = 60;
-/// After this an answer does not come any more.
+/// Test failure timeout.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn feed(plural: &str, content: Content) -> Feed {
@@ -34,7 +34,7 @@ fn feed(plural: &str, content: Content) -> Feed {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn archives_are_served_while_replacements_wait_for_a_resource() {
+async fn archives_are_served_while_replacements_are_pending() {
     let store = Arc::new(Store::new(Readiness::default()));
     let bundles = Arc::new(Bundles::default());
     let leads = watch::Sender::new(false);

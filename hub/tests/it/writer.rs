@@ -1,5 +1,4 @@
-//! The writer of a bundle beside its readers: streams end with their bundle, commits of any size arrive, resources that
-//! policies ask for go after those policies, and the revision covers all that an archive says.
+//! The bundle writer: stream ends, large commits, resources of removed policies, and the coverage of revisions.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -39,7 +38,7 @@ fn scoped() -> Spec {
     Spec { scoped, ..Spec::of_feeds("main", feeds()) }
 }
 
-/// Policies and data, and whatever resources policies read.
+/// Spec with policies, data and automatic replication.
 fn auto() -> Spec {
     let auto = Some(AutoReplication { path: "/kubernetes".parse().unwrap(), ignored: Vec::new() });
     Spec { auto, ..Spec::of_feeds("main", feeds().into_iter().take(2).collect()) }
@@ -61,7 +60,7 @@ impl Writer {
         self.put(POLICIES, &key(0, 0, name), &json!({ "data": { "p.rego": text } }));
     }
 
-    /// Finishes the check under way, which accepts everything.
+    /// Completes the running check; accepts everything.
     fn accept(&mut self, reads: Option<Reads>, resources: Option<&[&str]>) {
         let candidates = self.ends.jobs.try_recv().unwrap();
         let nothing_wrong = async |_: &Selection| Ok::<_, std::convert::Infallible>(Vec::new());
@@ -75,7 +74,7 @@ impl Writer {
         self.pipeline.commit();
     }
 
-    /// Asks for pods, as policies that read them do.
+    /// Subscribes to pods, as policies that read them do.
     fn open_pods(&mut self) -> oneshot::Receiver<()> {
         let feed = Feed {
             resource: Resource::named("pods"),
@@ -96,7 +95,7 @@ impl Writer {
     }
 }
 
-/// Brings `held` to the head, by frames or, where there are none, by digests. Whether it took frames.
+/// Advances `held` to the head by frames, or else by reconcile. Returns whether by frames.
 async fn catch_up(held: &mut Held, head: &Arc<Edition>) -> bool {
     match head.next(held.revision()) {
         Next::UpToDate => true,
@@ -112,25 +111,25 @@ async fn catch_up(held: &mut Held, head: &Arc<Edition>) -> bool {
     }
 }
 
-/// Streams of a namespace end when their bundle is replaced or goes: its successor has the next word.
+/// Streams end when their bundle is replaced or removed.
 #[test]
-fn streams_of_a_namespace_end_with_their_bundle() {
+fn namespace_streams_end_with_their_bundle() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     runtime.unwrap().block_on(async {
         let writer = listed(&scoped());
         let mut head = writer.bundle.of(Some("ns0")).unwrap().head();
         tokio::time::sleep(SCOPE_IDLE * 3).await;
         head.mark_unchanged();
-        assert!(head.has_changed().is_ok(), "it is read");
+        assert!(head.has_changed().is_ok(), "bundle is subscribed");
         drop(writer);
         let changed = tokio::time::timeout(SCOPE_IDLE * 3, head.changed()).await;
         assert!(changed.expect("the stream ends").is_err());
     });
 }
 
-/// I1: a commit larger than the log reaches every namespace, and no later frame leads on from before it.
+/// I1: a commit larger than the history reaches every namespace, and no later frame starts before it.
 #[test]
-fn i1_a_commit_larger_than_the_log_reaches_every_namespace() {
+fn i1_commit_larger_than_history_reaches_every_namespace() {
     runtime().block_on(async {
         let limits = BundleLimits { log_keys_max: 4, ..BundleLimits::default() };
         let mut writer = listed(&Spec { limits, ..scoped() });
@@ -158,9 +157,9 @@ fn i1_a_commit_larger_than_the_log_reaches_every_namespace() {
     });
 }
 
-/// I10: a resource that no policy reads any more goes after the policies that did, for readers that were away too.
+/// I10: an unused resource is removed after the policies that read it, also for disconnected clients.
 #[test]
-fn i10_a_resource_goes_after_the_policies_that_read_it() {
+fn i10_resource_is_removed_after_its_policies() {
     runtime().block_on(async {
         let mut writer = listed(&auto());
         writer.policy(0, "package a\nx := data.kubernetes.pods");
@@ -173,7 +172,7 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
         }
         writer.store.apply((pods, Event::InitDone, None));
         writer.pipeline.commit();
-        assert!(until.await.is_err(), "the check goes on once they are listed");
+        assert!(until.await.is_err(), "check continues once pods are listed");
         writer.accept(None, Some(&["/kubernetes/pods"]));
         assert_eq!(writer.pods(), 3);
         let away = snapshot(&writer.head()).await;
@@ -181,10 +180,10 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
         writer.policy(0, "package a\nx := 1");
         writer.pipeline.commit();
         writer.accept(None, Some(&[]));
-        assert_eq!(writer.pods(), 3, "older policies still decide");
+        assert_eq!(writer.pods(), 3, "older policies are still active");
         let mut followed = away.clone();
         assert!(catch_up(&mut followed, &writer.head()).await);
-        // One is gone, and the writer has not looked yet.
+        // A pod was removed, but the writer has not drained the event.
         writer.store.apply((pods, Event::Delete(key(2, 0, 0)), None));
         writer.pipeline.narrow();
         assert_eq!(writer.pods(), 0);
@@ -193,17 +192,17 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
         assert_eq!(followed.content(), snapshot(&writer.head()).await.content());
 
         let mut away = away;
-        assert!(!catch_up(&mut away, &writer.head()).await, "no frame takes data and then changes policies");
+        assert!(!catch_up(&mut away, &writer.head()).await, "no frame removes data and changes policies");
         assert!(
             away.data.pointer("/kubernetes/pods/ns0").is_some(),
-            "its policies were replaced behind its data"
+            "policies were replaced after their data"
         );
         assert_ne!(away.revision(), writer.head().view.revision);
         catch_up(&mut away, &writer.head()).await;
         assert_eq!(away.content(), snapshot(&writer.head()).await.content());
         assert_eq!(away.revision(), writer.head().view.revision);
 
-        // It is asked for again, and no longer, before it went.
+        // The resource is requested and released again before its removal.
         writer.policy(0, "package a\nx := data.kubernetes.pods");
         writer.pipeline.commit();
         _ = writer.open_pods();
@@ -216,7 +215,7 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
         let until = writer.open_pods();
         let watches = writer.store.wanted().borrow().len();
         writer.pipeline.narrow();
-        assert_eq!(writer.store.wanted().borrow().len(), watches, "it stays");
+        assert_eq!(writer.store.wanted().borrow().len(), watches, "watch is retained");
         let pods = *writer.store.wanted().borrow().keys().last().unwrap();
         writer.store.apply((pods, Event::InitDone, None));
         writer.pipeline.commit();
@@ -224,9 +223,9 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
     });
 }
 
-/// A bundle is served while its policies are checked once more, and does not change where nothing new is found.
+/// A repeated check neither blocks clients nor changes the bundle without new results.
 #[test]
-fn policies_are_checked_again_beside_readers() {
+fn rechecks_do_not_disturb_clients() {
     let mut writer = listed(&auto());
     writer.policy(0, "package a");
     writer.pipeline.commit();
@@ -240,13 +239,13 @@ fn policies_are_checked_again_beside_readers() {
     writer.accept(None, Some(&[]));
     assert_eq!(writer.head().view.revision, revision);
     writer.accept(None, Some(&[]));
-    assert!(writer.ends.jobs.try_recv().is_err(), "once for each word that came after the check began");
+    assert!(writer.ends.jobs.try_recv().is_err(), "one check per change after the check started");
     assert_eq!(writer.head().view.revision, revision);
 }
 
-/// A resource whose place is taken is not replicated. That its policies go hurts nothing.
+/// A resource whose path is taken is not replicated. Removing its policies is harmless.
 #[test]
-fn a_resource_without_a_place_comes_and_goes() {
+fn resource_with_a_taken_path_is_not_replicated() {
     let mut writer = listed(&auto());
     let taken = ObjectKey { namespace: "kubernetes".into(), name: "pods".into() };
     writer.put(DATA, &taken, &json!({ "data": { "x": "{}" } }));
@@ -264,10 +263,9 @@ fn a_resource_without_a_place_comes_and_goes() {
     assert_eq!(writer.head().view.dirs.len(), 2);
 }
 
-/// A reader that holds other data in the place of a resource gives it up before it takes the objects, though its
-/// policies read what lies there.
+/// A client removes other data at a resource's path before it applies the objects, although policies read the path.
 #[test]
-fn what_lay_in_the_place_of_a_resource_does_not_stay_around_its_objects() {
+fn resource_replaces_other_data_at_its_path() {
     runtime().block_on(async {
         let mut writer = listed(&auto());
         let edit = |writer: &mut Writer, number: usize, reads: bool| {
@@ -297,7 +295,7 @@ fn what_lay_in_the_place_of_a_resource_does_not_stay_around_its_objects() {
         writer.accept(None, Some(&["/kubernetes/pods"]));
         edit(&mut writer, 3, false);
         writer.accept(None, Some(&[]));
-        assert_eq!(writer.pods(), 1, "older policies still decide");
+        assert_eq!(writer.pods(), 1, "older policies are still active");
 
         let head = writer.head();
         for _ in 0..2 {
@@ -308,10 +306,9 @@ fn what_lay_in_the_place_of_a_resource_does_not_stay_around_its_objects() {
     });
 }
 
-/// I10: an object that is gone from the source and still in the view does not stay there with fewer fields than policies
-/// read.
+/// I10: an object removed from the source but not yet from the snapshot has all fields that policies read.
 #[test]
-fn i10_no_object_keeps_fewer_fields_than_policies_read() {
+fn i10_objects_have_all_fields_that_policies_read() {
     let mut spec = Spec::of_feeds("main", feeds());
     let place: DirPath = "/kubernetes/pods".parse().unwrap();
     spec.fields.given = Kept::default();
@@ -349,9 +346,9 @@ fn i10_no_object_keeps_fewer_fields_than_policies_read() {
     assert_eq!(String::from_utf8(json).unwrap(), r#"{"o1~/%":{"spec":{"a":1,"b":2}}}"#);
 }
 
-/// I2: the revision covers all that an archive says: also which maps there are, and which Rego the modules are in.
+/// I2: the revision covers an archive's empty maps and Rego version too.
 #[test]
-fn i2_settings_are_part_of_the_revision() {
+fn i2_revision_covers_settings() {
     runtime().block_on(async {
         let base = Spec::of_feeds("main", feeds());
         let without_nodes = Spec::of_feeds("main", feeds().into_iter().take(3).collect());
@@ -371,9 +368,9 @@ fn i2_settings_are_part_of_the_revision() {
     });
 }
 
-/// Refused ConfigMaps cost a commit as many looks as there are of them, not as many as its changes are times theirs.
+/// A commit's cost is linear in rejected ConfigMaps, not in their product with changes.
 #[test]
-fn refused_configmaps_cost_linear_time() {
+fn rejected_configmaps_cost_linear_time() {
     const COUNT: u32 = 2000;
     let started = Instant::now();
     let mut writer = writer(&Spec::of_feeds("main", feeds()));
@@ -388,7 +385,7 @@ fn refused_configmaps_cost_linear_time() {
                     &name("p", at),
                     &json!({ "data": { "p": format!("package shop.p{at}") } }),
                 ),
-                // The last of all policies owns their places.
+                // The last policy owns the paths.
                 DATA => writer.put(watch, &name("d", at), &json!({ "data": { "x": "{}" } })),
                 _ => {}
             }
@@ -411,13 +408,13 @@ fn refused_configmaps_cost_linear_time() {
     writer.commit();
     writer.commit();
     assert_eq!(writer.head().view.modules.len(), COUNT as usize);
-    // In a debug build; what grows with the square of both takes minutes.
+    // Bound for debug builds; a quadratic cost would take minutes.
     assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
 }
 
-/// Names that clients invent make no view that lasts, and keep no namespace out.
+/// Views of unknown namespaces are evicted and block no real namespace.
 #[test]
-fn invented_namespaces_cost_no_view() {
+fn unknown_namespaces_retain_no_view() {
     runtime().block_on(async {
         let mut writer = listed(&scoped());
         writer.put(PODS, &key(2, 0, 0), &json!({ "kind": "Pod" }));
@@ -437,7 +434,7 @@ fn invented_namespaces_cost_no_view() {
         }
         let namespaces = scopes.namespaces();
         assert!(["ns0", "read"].iter().all(|name| namespaces.iter().any(|other| other == name)));
-        // What is shared by all reaches those too that have nothing of their own.
+        // Shared content reaches namespaces without objects too.
         writer.data(0, [("k".to_owned(), 1)]);
         writer.commit();
         assert_eq!(read.borrow().as_ref().unwrap().view.dirs.len(), 1);

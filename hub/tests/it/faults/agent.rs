@@ -1,4 +1,4 @@
-//! An agent of the fault test, with its OPA and the connections that it has or had.
+//! An agent of the fault test, with its OPA and connections.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -18,41 +18,38 @@ use super::streams::{UnderWay, Wire};
 use super::{HUBS, World};
 use crate::fold::{Held, Refused};
 
-/// Connections that one agent has given up without the hub's knowing.
+/// Maximum number of connections abandoned without the hub's notice.
 const GIVEN_UP: usize = 2;
-/// Refusals by hubs that are behind after which an agent believes that the source went back: of all of them.
+/// Rejections, one by every hub, after which an agent assumes a source rollback.
 const REFUSALS_MAX: usize = HUBS;
 
-/// What positions call policies.
+/// Name of policies in positions.
 const POLICIES: &str = "policies";
 
 pub(super) struct Agent {
     pub(super) name: &'static str,
     pub(super) namespace: &'static str,
     pub(super) held: Held,
-    /// Its OPA holds nothing.
     is_empty: bool,
-    /// What it holds, as which document says it.
+    /// Document of the applied content.
     document: Option<Document>,
-    /// Of which its positions are; none: of several, or of several documents.
+    /// Epoch of the positions; `None` if mixed.
     epoch: Option<usize>,
-    /// The newest that was held, by kind.
+    /// Newest applied version by kind.
     latest: BTreeMap<Kind, u64>,
-    /// It has all of the change that it was told last.
+    /// Whether the last change is complete.
     is_whole: bool,
     following: Option<(Wire, Decoder)>,
-    /// Which hub it follows.
     hub: usize,
-    /// As of when it opened that.
+    /// Position when the stream was opened.
     opened: Position,
-    /// Connections that it gave up without the hub's knowing.
+    /// Connections abandoned without the hub's notice.
     given_up: VecDeque<Wire>,
-    /// In a row.
+    /// Consecutive rejections.
     refusals: usize,
 }
 
 impl Agent {
-    /// Beside an OPA that holds nothing.
     pub(super) fn start(name: &'static str, namespace: &'static str) -> Self {
         Self {
             name,
@@ -71,7 +68,7 @@ impl Agent {
         }
     }
 
-    /// Asks hubs for a stream, the one `at` first, and the next one where that is behind.
+    /// Opens a stream at hub `at`, or at the next one if that is behind.
     pub(super) async fn connect(&mut self, hubs: &mut [Hub], at: usize, world: &mut World) {
         for turn in 0..HUBS {
             let is_behind = self.connect_to(hubs, (at + turn) % HUBS, world).await;
@@ -81,8 +78,7 @@ impl Agent {
         }
     }
 
-    /// Asks a hub for a stream, and for what it takes to get one. Says nothing of connections that it had. Returns whether
-    /// the hub is behind.
+    /// Opens a stream, after reconcile if needed, without closing earlier connections. Returns whether the hub is behind.
     async fn connect_to(&mut self, hubs: &mut [Hub], at: usize, world: &mut World) -> bool {
         let hub = &mut hubs[at];
         let Some((part, document)) = hub.part(self.name, self.namespace) else { return false };
@@ -92,14 +88,14 @@ impl Agent {
             world.seen.add("snapshots");
             let bytes = archive(&head, Part::Whole).await;
             self.take_archive(&bytes, &head, &here);
-            // Between a backup and the next quiet moment hubs tell versions of both.
+            // Until the next quiet phase after a restore, hubs send versions of both epochs.
             self.epoch = Some(world.source.epoch).filter(|epoch| *epoch == world.quiet_epoch);
         } else if !self.resume(&head, &here, world).await {
             world.seen.add("lags");
             self.was_refused(world);
             return true;
         }
-        // What one document leaves out another has not: positions tell nothing of that.
+        // Documents omit different objects, which positions do not show.
         let is_same = self.document.is_none_or(|held| held == document);
         self.epoch = self.epoch.filter(|_| is_same);
         (self.refusals, self.document) = (0, Some(document));
@@ -111,7 +107,7 @@ impl Agent {
         false
     }
 
-    /// Leaves its connection without the hub's knowing.
+    /// Abandons the connection without the hub's notice.
     fn give_up(&mut self) {
         self.given_up.extend(self.following.take().map(|(wire, _)| wire));
         if self.given_up.len() > GIVEN_UP {
@@ -119,15 +115,13 @@ impl Agent {
         }
     }
 
-    /// Whether frames can lead on from what it holds, where needed once it was repaired; not where that would take it
-    /// back in time.
+    /// Reconciles if needed. Returns whether frames can follow, `false` if the position would regress.
     async fn resume(&mut self, head: &Arc<Edition>, here: &Position, world: &mut World) -> bool {
         let there = self.held.position.clone();
         if head.lag(self.held.revision(), here, &there).is_some() {
             return false;
         }
         for round in 0..RECONCILES_MAX {
-            // As each request for a stream does.
             head.tell_as_of(here, &self.held.position);
             if !matches!(head.next(self.held.revision()), Next::Unknown) {
                 return true;
@@ -139,7 +133,7 @@ impl Agent {
             world.seen.add("reconciles");
             world.seen.add_if(round > 0, "answers to older policies");
             let bytes = answer(head, &self.held).await;
-            // What comes there does not lead on any more.
+            // Frames on the old stream no longer apply.
             self.give_up();
             self.take_archive(&bytes, head, here);
         }
@@ -163,7 +157,7 @@ impl Agent {
         self.is_whole = self.held.revision() == head.view.revision;
     }
 
-    /// Where no hub is as new as what it holds the source itself went back, and the agent goes with it.
+    /// If every hub is behind, the source was rolled back, and the agent accepts that.
     fn was_refused(&mut self, world: &mut World) {
         self.refusals += 1;
         if self.epoch != Some(world.source.epoch) && self.refusals >= REFUSALS_MAX {
@@ -178,14 +172,13 @@ impl Agent {
         self.refusals = 0;
     }
 
-    /// Its connection breaks, maybe in the middle of a frame.
+    /// Breaks the connection, maybe within a frame.
     pub(super) fn cut(&mut self) {
         if let Some((wire, _)) = self.following.take() {
             wire.lock().unwrap().take();
         }
     }
 
-    /// Reads some bytes of its connection.
     pub(super) fn read(&mut self, most: usize, world: &mut World) {
         let Some((wire, decoder)) = &mut self.following else { return };
         let bytes: Vec<u8> = match wire.lock().unwrap().as_mut() {
@@ -203,7 +196,7 @@ impl Agent {
                 Ok(()) => {
                     self.is_whole = is_whole;
                     if !is_whole {
-                        // Its modules come last.
+                        // Modules arrive last.
                         self.held.proven.heard(POLICIES.into(), policies);
                     }
                     world.seen.add("frames");
@@ -217,24 +210,24 @@ impl Agent {
                 Err(Refused::Lags(lag)) => {
                     let before = self.opened.of(&lag.name);
                     assert!(
-                        // What is listed anew is as of nothing yet.
+                        // A relisted watch has no version yet.
                         self.epoch != Some(world.source.epoch) || before >= Some(lag.there) || lag.here == 0,
-                        "{lag}: by what the same hub said, {before:?} before that"
+                        "{lag}: rejected by the same hub's versions, {before:?} before"
                     );
                     world.seen.add("lags");
                     return self.cut();
                 }
             }
         }
-        // The hub has closed it, or is gone, which heartbeats tell.
+        // Heartbeats detect a closed stream or stopped hub.
         let is_over = Arc::strong_count(wire) == 1 && bytes.len() < most;
         if is_over {
             self.cut();
         }
     }
 
-    /// Checks that the agent holds all that the source had at its position, and at any before, and nothing else. Returns
-    /// whether what it holds could be checked: one whole state whose position is proven.
+    /// Checks that the content equals the source's at the newest position so far. Returns `false` if the state is partial
+    /// or its position unproven.
     pub(super) fn check(&mut self, world: &World) -> bool {
         let Held { position, proven, .. } = &self.held;
         let is_ready = self.is_whole && self.epoch == Some(world.source.epoch);
@@ -249,7 +242,7 @@ impl Agent {
         }
         let latest = |kind: Kind| self.latest.get(&kind).copied().filter(|_| is_looked_at(kind));
         let context = format!(
-            ", position {position}, proven {proven}, latest {:?}, opened as of {}, source at {} of epoch {}",
+            ", position {position}, proven {proven}, latest {:?}, opened at {}, source at {} of epoch {}",
             self.latest,
             self.opened,
             world.source.version(),
@@ -260,10 +253,10 @@ impl Agent {
         true
     }
 
-    /// Once all that failed has stopped failing it is at the head of a hub, and holds what the source has.
+    /// Without faults, checks that the agent reaches the head and has the source's content.
     pub(super) async fn settle(&mut self, hubs: &mut [Hub], world: &mut World) {
         if self.epoch != Some(world.source.epoch) {
-            // A minute has passed.
+            // A minute later.
             self.cut();
             self.forget_positions();
         }
@@ -273,7 +266,7 @@ impl Agent {
             hubs[self.hub].streams.write(|| false);
             self.read(usize::MAX, world);
         }
-        assert!(self.following.is_some(), "{} {}: it has a stream", self.name, self.namespace);
+        assert!(self.following.is_some(), "{} {}: agent has a stream", self.name, self.namespace);
         let (part, document) = hubs[self.hub].part(self.name, self.namespace).unwrap();
         let head = part.head().borrow().clone().unwrap();
         assert_eq!(self.held.revision(), head.view.revision, "{} {}: I1", self.name, self.namespace);
