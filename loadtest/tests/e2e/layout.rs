@@ -1,4 +1,4 @@
-//! A package next to replicated data, `kubernetes.admission` beside `data.kubernetes`, given by REST.
+//! A package next to replicated data, with REST delivery.
 
 use opa_hub_loadtest::cluster::POLICY;
 use opa_hub_loadtest::eventually::{equal, eventually};
@@ -6,9 +6,9 @@ use serde_json::json;
 
 use crate::world::{Way, World};
 
-/// The agent says what to do, an agent that starts beside a loaded OPA too, until the package is gone.
+/// The agent reports a remedy until the package is removed, also after a restart.
 #[tokio::test]
-async fn a_package_beside_replicated_data_is_noticed() -> anyhow::Result<()> {
+async fn package_next_to_replicated_data_is_reported() -> anyhow::Result<()> {
     let mut world = World::start(Way::Rest, &["--replicate", "v1/pods"]).await?;
     world.cluster.namespace("opa").await?;
     has_notice(&world, false).await?;

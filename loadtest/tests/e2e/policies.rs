@@ -1,4 +1,4 @@
-//! Policies that depend on each other, edited at random, well and badly, while OPAs decide by them.
+//! Random valid and invalid edits of interdependent policies while OPAs are queried.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,7 +18,7 @@ const CONFIGMAPS: usize = 20;
 const EDITS: usize = 200;
 const SEED: u64 = 11;
 
-/// What nobody touches: it calls into a library that is edited, but never well to another end.
+/// Unedited policy; valid edits of its library never change its decision.
 const UNTOUCHED: &str = "package untouched\n\nallow if data.lib.f(1) == 2";
 const LIBRARY: [&str; 5] = [
     "package lib\n\nf(x) := x + 1",
@@ -28,13 +28,13 @@ const LIBRARY: [&str; 5] = [
     "package lib\n\nf(x, y) := x + y",
 ];
 
-/// A valid text of ConfigMap `at` that calls another one.
+/// Returns a valid policy that calls another one.
 fn valid(at: usize, other: usize, value: usize) -> String {
     let call = if at == 0 { String::new() } else { format!("\n\nv := data.p{other}.f({value})") };
     format!("package p{at}\n\nf(x) := x + {value}{call}")
 }
 
-/// One that breaks by itself, or breaks those who call it.
+/// Returns a policy that is invalid or breaks its callers.
 fn broken(at: usize, other: usize, kind: u8) -> String {
     match kind {
         0 => format!("package p{at}\n\nf(x) := x +"),
@@ -46,7 +46,7 @@ fn broken(at: usize, other: usize, kind: u8) -> String {
     }
 }
 
-/// The texts of an OPA's modules by id, without the bundle's name.
+/// Returns module texts by id, without the bundle's name.
 async fn texts(opa: &Opa) -> anyhow::Result<BTreeMap<String, String>> {
     let texts = opa.texts().await?;
     Ok(texts
@@ -61,11 +61,10 @@ fn compiles(program: &Path, texts: &BTreeMap<String, String>) -> anyhow::Result<
         std::fs::write(dir.path().join(format!("{at}.rego")), text)?;
     }
     let output = Command::new(program).arg("check").arg(dir.path()).output()?;
-    anyhow::ensure!(output.status.success(), "OPA held what does not compile: {texts:#?}");
+    anyhow::ensure!(output.status.success(), "OPA has modules that do not compile: {texts:#?}");
     Ok(())
 }
 
-/// One edit, well or badly made.
 async fn edit_at_random(cluster: &Cluster, random: &mut fastrand::Rng, edit: usize) -> anyhow::Result<()> {
     let at = random.usize(..CONFIGMAPS);
     let (name, other) = (format!("c{at:02}"), random.usize(..at.max(1)));
@@ -86,8 +85,8 @@ async fn edit_at_random(cluster: &Cluster, random: &mut fastrand::Rng, edit: usi
     Ok(())
 }
 
-/// I6 under fire: at no moment does an OPA hold modules that do not compile, no decision of an untouched policy
-/// changes, and in the end each holds exactly what is accepted.
+/// I6: OPA's modules always compile, decisions of an unedited policy never change, and finally each OPA has exactly the
+/// accepted modules.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     let plane = ControlPlane::start().await?;
@@ -124,7 +123,7 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
                 compiles(&program, &texts(&opa).await?)?;
                 for _ in 0..20 {
                     let allowed = opa.decide("/untouched/allow", &json!({})).await?;
-                    anyhow::ensure!(allowed == json!(true), "an untouched policy decides {allowed}");
+                    anyhow::ensure!(allowed == json!(true), "unedited policy decides {allowed}");
                     looks.fetch_add(1, Ordering::Relaxed);
                 }
             }
@@ -135,7 +134,7 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     let mut random = fastrand::Rng::with_seed(SEED);
     for edit in 0..EDITS {
         edit_at_random(&cluster, &mut random, edit).await?;
-        // Sometimes the hub sees many edits at once, sometimes one.
+        // The hub receives single edits and bursts.
         if edit % 4 == 0 {
             cluster
                 .configmap(
@@ -146,7 +145,7 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
                 )
                 .await?;
             for (opa, _) in &opas {
-                eventually("the edits are judged", async || {
+                eventually("the edits are checked", async || {
                     let found = opa.decide("/last/x", &json!({})).await.map_err(|error| error.to_string())?;
                     equal(&found, &json!(edit))
                 })
@@ -156,7 +155,7 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     }
 
     cluster.delete_configmap("opa", "last").await?;
-    // A good end: all are valid again, each calls the one before.
+    // Finally all are valid, each calling its predecessor.
     let mut expected = BTreeMap::from([("opa/untouched/u.rego".to_owned(), UNTOUCHED.to_owned())]);
     cluster.configmap("opa", "lib", Some(POLICY), &[("l.rego", LIBRARY[1])]).await?;
     expected.insert("opa/lib/l.rego".into(), LIBRARY[1].into());
@@ -166,7 +165,7 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
         expected.insert(format!("opa/c{at:02}/m.rego"), text);
     }
     for (opa, _) in &opas {
-        eventually("the good end", async || {
+        eventually("the final policies", async || {
             equal(&texts(opa).await.map_err(|error| error.to_string())?, &expected)
         })
         .await?;
@@ -176,17 +175,17 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     while let Some(watcher) = watchers.join_next().await {
         watcher??;
     }
-    assert!(looks.load(Ordering::Relaxed) > EDITS, "decisions were looked at: {looks:?}");
+    assert!(looks.load(Ordering::Relaxed) > EDITS, "decisions were checked: {looks:?}");
     let bundle = hub.json("/v1/bundles/main").await?;
     assert_eq!(bundle["problems"], json!([]), "{bundle}");
     let log = hub.process.as_ref().map(Process::log).unwrap_or_default();
-    assert!(log.matches("its last good content stays").count() > CONFIGMAPS, "few edits were bad\n{log}");
+    assert!(log.matches("its last good content stays").count() > CONFIGMAPS, "too few invalid edits\n{log}");
     Ok(())
 }
 
-/// Rules that change places between two modules go in no order: they arrive all the same.
+/// Rules swapped between two modules are delivered, although no order of single writes compiles.
 #[tokio::test]
-async fn modules_that_swap_their_rules_arrive() -> anyhow::Result<()> {
+async fn modules_swapping_rules_are_delivered() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let write = |a: &str, b: &str| {
@@ -220,8 +219,8 @@ async fn modules_that_swap_their_rules_arrive() -> anyhow::Result<()> {
     write(y, x)?;
     holds(y, x).await?;
     agent.wait_in_step().await?;
-    assert_eq!(agent.status().await?["behind"], json!([]), "nothing is refused");
-    // The marker says what OPA really holds.
+    assert_eq!(agent.status().await?["behind"], json!([]), "nothing is rejected");
+    // The marker matches OPA's content.
     let marker = opa.marker("main").await?;
     assert_eq!(marker["revision"], hub.json("/v1/bundles/main").await?["revision"]);
     assert!(
@@ -231,7 +230,7 @@ async fn modules_that_swap_their_rules_arrive() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Tests in a ConfigMap that is labelled for it gate it, and are not served.
+/// Tests of a labelled ConfigMap gate it, and are not served.
 #[tokio::test]
 async fn tests_gate_their_configmap() -> anyhow::Result<()> {
     tokio::task::spawn_blocking(assets::folder).await??;
@@ -256,7 +255,7 @@ async fn tests_gate_their_configmap() -> anyhow::Result<()> {
         (5, "test_x if http.send({\"method\": \"get\", \"url\": \"http://127.0.0.1:1\"})", "test_x fails"),
     ] {
         write(value, test)?;
-        eventually(format!("it is refused: {said}"), async || {
+        eventually(format!("the policy is rejected: {said}"), async || {
             let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
             let verdict = bundle["verdicts"]["ns/m"].to_string();
             equal(&bundle["revision"], &served["revision"])?;
@@ -265,7 +264,7 @@ async fn tests_gate_their_configmap() -> anyhow::Result<()> {
         .await?;
     }
     write(6, "test_x if data.p.x == 6")?;
-    eventually("it is accepted", async || {
+    eventually("the policy is accepted", async || {
         let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
         if bundle["revision"] == served["revision"] { Err(bundle.to_string()) } else { Ok(()) }
     })

@@ -1,4 +1,4 @@
-//! The load runs, small: what they count is what it must be, however fast this machine is.
+//! Small load runs, with expected counts on any machine.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::ControlPlane;
 use serde_json::{Value, json};
 
-/// What a scenario kept of its one run.
+/// Results of a scenario's run.
 struct Kept(Value);
 
 impl Kept {
@@ -23,12 +23,12 @@ impl Kept {
         let ran = tokio::task::spawn_blocking(move || command.output()).await??;
         ensure!(ran.status.success(), "{args:?}: {}", String::from_utf8_lossy(&ran.stderr));
         let file = |kind: &str| out.path().join(format!("{}.{kind}", args[0]));
-        // Drawn anew from what was kept, it is the same.
+        // Redrawing the results gives the same page.
         let drawn = std::fs::read(file("md"))?;
         std::fs::remove_file(file("md"))?;
         let mut report = Command::new(env!("CARGO_BIN_EXE_opa-hub-loadtest"));
         report.arg("report").arg(out.path());
-        // It fails where a goal is missed, as goals of time may be here.
+        // The exit code is ignored: timing goals may be missed.
         let said = tokio::task::spawn_blocking(move || report.output()).await??.stdout;
         ensure!(std::fs::read(file("md"))? == drawn);
         ensure!(
@@ -40,7 +40,7 @@ impl Kept {
 
     fn figure(&self, who: &str, name: &str) -> anyhow::Result<f64> {
         let run = self.0["runs"][0].as_array().context("a run")?;
-        let of = run.iter().find(|of| of["who"] == who).with_context(|| format!("nothing of {who}"))?;
+        let of = run.iter().find(|of| of["who"] == who).with_context(|| format!("no results of {who}"))?;
         let figures = of["figures"].as_array().context("figures")?;
         let figure = figures.iter().find(|figure| figure["name"] == name);
         figure.with_context(|| format!("no {name} in {of}"))?["value"].as_f64().context("a number")
@@ -53,7 +53,7 @@ impl Kept {
     }
 }
 
-/// I4, and bytes: one encode a change, and of what a change says little more than the pod.
+/// I4, and bytes: one encode per change, slightly larger than the pod.
 #[tokio::test]
 async fn fanout() -> anyhow::Result<()> {
     let kept = Kept::of(&["fanout", "--agents", "100", "--rounds", "3", "--sustained-seconds", "1"]).await?;
@@ -64,7 +64,7 @@ async fn fanout() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Nobody is cut off or loses anything who reads slowly, and is sent less than there was.
+/// Slow clients stay connected, lose nothing, and get fewer frames than changes.
 #[tokio::test]
 async fn slow() -> anyhow::Result<()> {
     let kept = Kept::of(&["slow", "--agents", "200", "--rate", "100", "--seconds", "3"]).await?;
@@ -79,8 +79,7 @@ async fn slow() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// No fail-over, by a closed socket or by silence, and no restart costs a snapshot; an answer to reconcile is encoded once
-/// for all.
+/// Fail-over, by closed socket or timeout, and restarts need no archive. A reconcile response is encoded once.
 #[tokio::test]
 async fn failover() -> anyhow::Result<()> {
     let kept = Kept::of(&["failover", "--agents", "200", "--pods", "20", "--opas", "1"]).await?;
@@ -93,16 +92,16 @@ async fn failover() -> anyhow::Result<()> {
     for who in [other, silent] {
         kept.check(who, "agents that had to reconcile", 0.0)?;
     }
-    // Nothing but silence tells that the hub is cut off.
+    // Only a timeout reveals the cut.
     let silence = kept.figure(silent, "from the fault until every agent has a change made right after it")?;
     ensure!(silence > 5000.0, "left after {silence} ms");
     kept.check(same, "agents that had to reconcile", 200.0)?;
-    // That of the real agent, which has policies besides, is one of its own.
+    // The real agent's response differs, since it has policies.
     ensure!(kept.figure(same, "answers to those encoded")? <= 3.0);
     Ok(())
 }
 
-/// However many agents and OPAs, the API server has one hub's watches to serve.
+/// The API server serves one hub's watches, for any number of agents.
 #[tokio::test]
 async fn churn() -> anyhow::Result<()> {
     let args = ["churn", "--pods", "20", "--opas", "2", "--agents", "50", "--rate", "10", "--seconds", "3"];
@@ -115,7 +114,7 @@ async fn churn() -> anyhow::Result<()> {
     kept.check("watches", "watches on the API server", 50.0)
 }
 
-/// One frame, however many changes, in PATCHes that are bounded; one repair where the log does not reach back.
+/// Any number of changes is one frame in bounded PATCHes, or one reconcile beyond the history.
 #[tokio::test]
 async fn catchup() -> anyhow::Result<()> {
     let kept = Kept::of(&["catchup", "--changes", "3000", "--pods", "5000"]).await?;
@@ -124,7 +123,7 @@ async fn catchup() -> anyhow::Result<()> {
     let (operations, patches) =
         (kept.figure("opa-hub", "operations in it")?, kept.figure("opa-hub", "PATCHes")?);
     ensure!(patches >= operations / 500.0, "{patches} PATCHes for {operations} operations");
-    // Of each hundred pods 40 change.
+    // 40 % of the pods change.
     kept.check("opa-hub", "operations in it", 2000.0)?;
     for who in ["opa-hub, changes spread", "opa-hub, pods of 10 KB"] {
         let (frames, repairs) = (kept.figure(who, "frames")?, kept.figure(who, "reconciles")?);
@@ -136,7 +135,7 @@ async fn catchup() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Joins share a snapshot; what is killed comes back without one.
+/// New agents share an archive; restarted ones need none.
 #[tokio::test]
 async fn start_and_restart() -> anyhow::Result<()> {
     let args = ["start", "--pods", "20", "--opas", "2", "--joins", "50", "--small-pods", "500"];
@@ -155,7 +154,7 @@ async fn soak() -> anyhow::Result<()> {
     kept.check("opa-hub", "streams that ended", 0.0)
 }
 
-/// Every attack reaches the hub, which runs on; the other tenant sees all that it edits and asks for.
+/// The hub survives every attack; the other tenant's edits and requests succeed.
 #[tokio::test]
 async fn tenant() -> anyhow::Result<()> {
     let kept = Kept::of(&["tenant", "--seconds", "2"]).await?;
@@ -174,7 +173,7 @@ async fn tenant() -> anyhow::Result<()> {
         if who == whole {
             continue;
         }
-        // As much as without an attack, and all of it seen.
+        // As many as without an attack.
         kept.check(who, "edits and requests of B", asked)?;
         kept.check(who, "of these never seen", 0.0)?;
         if who != calm {
@@ -184,7 +183,7 @@ async fn tenant() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Finishes the removal of namespaces: the lab has no controllers.
+/// Finalizes namespaces, since the lab has no controllers.
 async fn remove_namespaces(cluster: Cluster) -> anyhow::Result<()> {
     loop {
         for mut namespace in
@@ -205,10 +204,10 @@ async fn remove_namespaces(cluster: Cluster) -> anyhow::Result<()> {
     }
 }
 
-/// In a cluster of other people, which restricts pods and has pods of its own, a run measures as elsewhere, and nothing
-/// stays behind, however it ends. Missing rights and arguments that nobody can mean are reported.
+/// In an external cluster with restricted and existing pods, runs succeed and always clean up. Missing permissions and
+/// invalid arguments are reported.
 #[tokio::test]
-async fn guests_leave() -> anyhow::Result<()> {
+async fn external_cluster_is_cleaned_up() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let admission = dir.path().join("admission.json");
     let restricted = json!({
@@ -249,16 +248,16 @@ async fn guests_leave() -> anyhow::Result<()> {
         command
     };
     let mut stopped = load().args(["failover", "--pods", "5000"]).args(given).spawn()?;
-    eventually("it makes pods", async || {
+    eventually("the run creates pods", async || {
         let now = namespaces().await.map_err(|error| error.to_string())?;
         equal(&(now.len() > before.len()), &true)
     })
     .await?;
-    let id = stopped.id().context("it runs")?.to_string();
+    let id = stopped.id().context("the run is active")?.to_string();
     ensure!(Command::new("kill").arg(id).status()?.success());
     ensure!(!stopped.wait().await?.success());
     ensure!(namespaces().await? == before);
-    let plain = plane.plain_kubeconfig.as_ref().context("the lab has a user without rights")?;
+    let plain = plane.plain_kubeconfig.as_ref().context("the lab has a user without permissions")?;
     let refused = load().args(["churn", "--create-pods", "--kubeconfig"]).arg(plain).output().await?;
     let words = String::from_utf8_lossy(&refused.stderr);
     ensure!(
