@@ -29,14 +29,14 @@ use tokio::sync::mpsc;
 /// Checks candidates one job at a time.
 struct Checks {
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
-    said: mpsc::Receiver<Said>,
+    receiver: mpsc::Receiver<Said>,
 }
 
 impl Checks {
     async fn settle(&mut self, candidates: &Candidates) -> Outcome {
         self.jobs.send(Arc::new(candidates.clone())).unwrap();
         loop {
-            match self.said.recv().await {
+            match self.receiver.recv().await {
                 Some(Said::Checked { outcome, .. }) => return outcome,
                 // Resources are available immediately.
                 Some(Said::Opened { .. }) => {}
@@ -78,15 +78,15 @@ async fn run_of(
     install(dir.path());
     let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
     let (jobs, queue) = mpsc::unbounded_channel();
-    let (say, said) = mpsc::channel(1);
+    let (sender, receiver) = mpsc::channel(1);
     let bundle = Arc::new(Bundle::new("main".into(), None));
     bundle.set_objects(Box::new(move || Replicated { objects: objects.clone(), ..Replicated::default() }));
     let readiness = Readiness::default();
     readiness.problem("--replicate-auto", Some("of the document before".into()));
-    let checking = pipeline::check(compiler, queue, say, auto, Arc::new(spec), bundle, readiness.clone());
+    let checking = pipeline::check(compiler, queue, sender, auto, Arc::new(spec), bundle, readiness.clone());
     tokio::select! {
         () = checking => panic!("checker stopped"),
-        () = script(Checks { jobs, said }, dir.path(), &readiness) => {}
+        () = script(Checks { jobs, receiver }, dir.path(), &readiness) => {}
     }
 }
 
@@ -135,7 +135,7 @@ async fn analysis_continues_an_unfinished_division() {
     let dir = tempfile::tempdir().unwrap();
     install(dir.path());
     let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
-    let texts: Vec<_> = (0..100).map(|at| texts(&format!("p{at}"), "")).collect();
+    let texts: Vec<_> = (0..100).map(|index| texts(&format!("p{index}"), "")).collect();
     let modules: Modules = texts.iter().flat_map(|texts| &texts.modules).collect();
     let log = dir.path().join("log");
     let plans = || std::fs::read_to_string(&log).unwrap().lines().filter(|run| *run == "build").count();
@@ -156,8 +156,8 @@ async fn package_without_dependencies_does_not_affect_others() {
     let dir = tempfile::tempdir().unwrap();
     install(dir.path());
     let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
-    let of = |names: &[&str]| names.iter().map(|name| texts(name, "")).collect::<Vec<_>>();
-    let (before, after) = (of(&["a", "b", "c", "stuck"]), of(&["a", "b", "d", "stuck"]));
+    let all_texts = |names: &[&str]| names.iter().map(|name| texts(name, "")).collect::<Vec<_>>();
+    let (before, after) = (all_texts(&["a", "b", "c", "stuck"]), all_texts(&["a", "b", "d", "stuck"]));
     let log = dir.path().join("log");
     let runs = |what: &str| std::fs::read_to_string(&log).unwrap().lines().filter(|run| *run == what).count();
     let (mut analyst, kubernetes) =
@@ -192,13 +192,13 @@ fn packages(names: impl IntoIterator<Item = String>) -> Candidates {
 /// The division continues without an edit, and the bundle is checked again.
 #[tokio::test]
 async fn analysis_out_of_time_resumes_without_an_edit() {
-    let names = (0..100).map(|at| format!("p{at:02}{}", if at % 2 == 0 { "" } else { "stuck" }));
+    let names = (0..100).map(|index| format!("p{index:02}{}", if index % 2 == 0 { "" } else { "stuck" }));
     let mut candidates = packages(names);
     run_with(Some(auto()), async |mut checks, _, readiness| {
         let problem = || readiness.problems()[0].message.clone();
         let accepted = checks.settle(&candidates).await.accepted;
         assert!(problem().contains("packages are left"), "{}", problem());
-        assert!(matches!(checks.said.recv().await, Some(Said::Recheck)));
+        assert!(matches!(checks.receiver.recv().await, Some(Said::Recheck)));
         for candidate in candidates.values_mut() {
             candidate.good.clone_from(&candidate.wanted);
         }
@@ -216,7 +216,7 @@ async fn unfinished_analysis_rejects_no_policy() {
     spec.fields.follows.others = true;
     let nodes = DirPath::new(["kubernetes", "nodes"]).unwrap();
     let object = Object { key: key("node"), json: json!({ "x": "x".repeat(1000) }).to_string().into() };
-    let modules = (0..50).flat_map(|at| texts(&format!("p{at:02}late"), "").modules.clone());
+    let modules = (0..50).flat_map(|index| texts(&format!("p{index:02}late"), "").modules.clone());
     let wanted = Some(Arc::new(Texts { modules: modules.collect(), ..Texts::default() }));
     run_of(spec, vec![(nodes, object)], None, async |mut checks, _, _| {
         for good in [None, wanted.clone()] {
@@ -236,12 +236,12 @@ async fn failed_analysis_is_retried() {
         checks.settle(&candidates).await;
         assert!(readiness.problems()[0].message.contains("data/stuck reads cannot be found"));
         std::fs::write(dir.join("calm"), "").unwrap();
-        let checked = tokio::time::timeout(Duration::from_millis(200), checks.said.recv()).await;
+        let checked = tokio::time::timeout(Duration::from_millis(200), checks.receiver.recv()).await;
         assert!(checked.is_err(), "not before {RETRY_AFTER:?}");
         tokio::time::pause();
         tokio::time::advance(RETRY_AFTER).await;
         tokio::time::resume();
-        assert!(matches!(checks.said.recv().await, Some(Said::Recheck)));
+        assert!(matches!(checks.receiver.recv().await, Some(Said::Recheck)));
         checks.settle(&candidates).await;
         assert!(readiness.problems().is_empty(), "{:?}", readiness.problems());
     })
@@ -284,8 +284,9 @@ async fn policies_exhausting_opa_memory_are_rejected() {
     let opa = tokio::task::spawn_blocking(assets::folder).await.unwrap().unwrap().join("opa");
     let compiler = Compiler::find(Some(&opa), Dialect::Default).await.unwrap();
     // Nine tenfold repetitions of the text: 10 GB.
-    let longer =
-        |at: usize| format!("\tx{} := concat(\"\", [{}])\n", at + 1, vec![format!("x{at}"); 10].join(", "));
+    let longer = |index: usize| {
+        format!("\tx{} := concat(\"\", [{}])\n", index + 1, vec![format!("x{index}"); 10].join(", "))
+    };
     let longer: String = (0..9).map(longer).collect();
     let test = format!("test_x if {{\n\tx0 := \"0123456789\"\n{longer}\tcount(x9) > 0\n}}");
     let module = |text: &str| Arc::new(Module::read(text).unwrap());

@@ -172,8 +172,8 @@ async fn full_listener_accepts_streams_and_recovers() {
 #[tokio::test]
 async fn excess_connection_gets_503() {
     let hub = Listening::start(limits(60_000, 1)).await;
-    let mut kept = hub.send("GET /bundles/main/stream HTTP/1.0\r\n\r\n").await;
-    until(&mut kept, ": bundle main\n").await;
+    let mut stream = hub.send("GET /bundles/main/stream HTTP/1.0\r\n\r\n").await;
+    until(&mut stream, ": bundle main\n").await;
     let refused = to_end(hub.send("GET /v1/bundles HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
     assert!(refused.starts_with("HTTP/1.1 503 ") && refused.contains("retry later"), "{refused}");
 }
@@ -182,11 +182,11 @@ async fn excess_connection_gets_503() {
 async fn nearly_full_listener_disables_keep_alive() {
     let hub = Listening::start(limits(60_000, 4)).await;
     let request = "GET /v1/bundles HTTP/1.1\r\nhost: x\r\n\r\n";
-    let mut kept = Vec::new();
+    let mut connections = Vec::new();
     for _ in 0..2 {
         let mut tcp = hub.send(request).await;
         until(&mut tcp, "\"problems\":[]}").await;
-        kept.push(tcp);
+        connections.push(tcp);
     }
     assert!(to_end(hub.send(request).await).await.contains("connection: close\r\n"));
 }
@@ -228,7 +228,7 @@ async fn reconcile_responses_use_bounded_memory() {
     let bundle = bundle(ENTRIES, &format!("\"{text}\""));
     let router = serve::router(hub(&bundle, CancellationToken::new()));
     let live = || bundle.counters.answer_bytes.load(Relaxed);
-    let requests = (0..60).map(|at| format!("d{at}")).collect::<Vec<_>>();
+    let requests = (0..60).map(|index| format!("d{index}")).collect::<Vec<_>>();
     let answers = join_all(requests.iter().map(|dir| reconcile(&router, dir))).await;
     let answered = answers.iter().filter(|(status, _)| *status == StatusCode::OK).count();
     assert!(answered > 0 && answered < answers.len(), "{answered} answered");
@@ -250,7 +250,7 @@ async fn equal_requests_share_one_encoding() {
     let bundle = bundle(1000, "{\"a\": 1}");
     let router = serve::router(hub(&bundle, CancellationToken::new()));
     let dirs = ["a", "b", "c"];
-    let storm = (0..3000).map(|at| reconcile(&router, dirs[at % dirs.len()]));
+    let storm = (0..3000).map(|index| reconcile(&router, dirs[index % dirs.len()]));
     for (status, _) in join_all(storm).await {
         assert_eq!(status, StatusCode::OK);
     }

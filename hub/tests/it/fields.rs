@@ -385,15 +385,15 @@ fn decide(opa: &Path, dir: &Path, package: &str, data: &Value) -> Value {
     std::fs::write(dir.join("data.json"), data.to_string()).unwrap();
     let query = format!("[d | some i in data.inputs; d := data.{package} with input as i]");
     let output = Command::new(opa).current_dir(dir).args(["eval", "-d", ".", &query]).output().unwrap();
-    let said = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
+    let output_text = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
     let mut answer: Value =
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}"));
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output_text}"));
     // Conflicting values abort the evaluation, also with whole objects.
     if answer["errors"][0]["code"] == "eval_conflict_error" {
         return json!(vec!["conflict"; data["inputs"].as_array().unwrap().len()]);
     }
     let decisions = answer["result"][0]["expressions"][0]["value"].take();
-    assert_eq!(decisions.as_array().map(Vec::len), data["inputs"].as_array().map(Vec::len), "{said}");
+    assert_eq!(decisions.as_array().map(Vec::len), data["inputs"].as_array().map(Vec::len), "{output_text}");
     decisions
 }
 
@@ -470,8 +470,8 @@ async fn i7_decisions_on_pruned_and_whole_objects_are_equal() {
             Analyst::new(Duration::from_secs(60)).reads(&compiler, &modules, &asked).await.unwrap().unwrap();
         assert!(found.opaque.is_empty(), "seed {seed}: {:?}\n{text}", found.opaque);
         let places = ["pods", "nodes"].map(|name| format!("/kubernetes/{name}").parse::<DirPath>().unwrap());
-        let kept = Kept::of_reads(&found.reads, places.iter().cloned().zip([Some(false), Some(true)]));
-        let [of_pods, of_nodes] = places.each_ref().map(|place| kept.of(place));
+        let masks = Kept::of_reads(&found.reads, places.iter().cloned().zip([Some(false), Some(true)]));
+        let [of_pods, of_nodes] = places.each_ref().map(|place| masks.of(place));
         narrow += u64::from(!of_pods.is_all());
 
         let nodes = json!({ "n1": { "spec": { "zone": "z" }, "status": 1 } });
@@ -491,7 +491,7 @@ async fn i7_decisions_on_pruned_and_whole_objects_are_equal() {
             let (expected, decided) = tokio::join!(on_whole.decide(&input), on_less.decide(&input));
             for (rule, expected) in &expected {
                 let decided = decided.get(rule);
-                assert_eq!(decided, Some(expected), "seed {seed}, {rule} for {input}\n{kept:?}\n{text}");
+                assert_eq!(decided, Some(expected), "seed {seed}, {rule} for {input}\n{masks:?}\n{text}");
                 cases += 1;
                 conflicts += u64::from(expected.is_err());
             }
@@ -536,15 +536,15 @@ async fn i7_realistic_policies_decide_equally_on_pruned_objects() {
             if modules.contains_key(&HELD.to_owned()) { vec![ASKED.parse().unwrap()] } else { Vec::new() };
         let found =
             Analyst::new(Duration::from_secs(60)).reads(&compiler, &modules, &asked).await.unwrap().unwrap();
-        let kept = Kept::of_reads(&found.reads, [(place.clone(), Some(false))]);
+        let masks = Kept::of_reads(&found.reads, [(place.clone(), Some(false))]);
         let names: Vec<_> = modules.keys().collect();
-        assert!(!kept.of(&place).is_all(), "{names:?} read whole pods");
+        assert!(!masks.of(&place).is_all(), "{names:?} read whole pods");
         let dir = tempfile::tempdir().unwrap();
-        for (at, module) in modules.values().enumerate() {
-            std::fs::write(dir.path().join(format!("{at}.rego")), &module.text).unwrap();
+        for (index, module) in modules.values().enumerate() {
+            std::fs::write(dir.path().join(format!("{index}.rego")), &module.text).unwrap();
         }
         let whole = json!({ "kubernetes": kubernetes, "inputs": inputs });
-        let less = json!({ "kubernetes": cut_all(&kubernetes, &kept), "inputs": inputs });
+        let less = json!({ "kubernetes": cut_all(&kubernetes, &masks), "inputs": inputs });
         let asked = asked.iter().map(|path| path.relative().replace('/', "."));
         let packages = modules.values().map(|module| module.package());
         let decisions: Vec<_> = if asked.len() > 0 { asked.collect() } else { packages.collect() };
@@ -583,9 +583,9 @@ async fn fields_command_works_without_a_server() {
         .args(["fields", "--replicate=v1/pods", "--replicate-cluster=v1/nodes", "--manifests"])
         .arg(dir.path());
     let output = command.env("OPA_BIN", assets.join("opa")).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let output_text = String::from_utf8_lossy(&output.stdout).into_owned();
     let lines: Vec<_> =
-        said.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        output_text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
     let pod = r#"{"kind":"Pod","apiVersion":"v1","metadata":{"labels":{"app":"web"},"name":"p"}}"#.len();
     let cut = r#"{"metadata":{"labels":{"app":"web"}}}"#.len();
     let expected = [
@@ -594,13 +594,15 @@ async fn fields_command_works_without_a_server() {
         "v1/nodes: 0 of 0 bytes, an OPA of about 40 MB".into(),
         "spec.zone… 0 ns/m/p.rego:5:16".into(),
     ];
-    assert_eq!(lines, expected, "{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(lines, expected, "{output_text}{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// Returns the pod fields that these modules read for entrypoints `asked`, and the unused modules.
 async fn fields_of_pods(compiler: &Compiler, texts: &[&str], asked: &[DirPath]) -> (String, Vec<String>) {
-    let texts: Vec<_> =
-        (0..).zip(texts).map(|(at, text)| (format!("ns/m/{at}"), Module::read(text).unwrap())).collect();
+    let texts: Vec<_> = (0..)
+        .zip(texts)
+        .map(|(index, text)| (format!("ns/m/{index}"), Module::read(text).unwrap()))
+        .collect();
     let texts: Vec<_> = texts.into_iter().map(|(id, module)| (id, Arc::new(module))).collect();
     let modules = texts.iter().map(|(id, module)| (id, module)).collect();
     let found =
@@ -608,8 +610,8 @@ async fn fields_of_pods(compiler: &Compiler, texts: &[&str], asked: &[DirPath]) 
     let is_refused = |reason: &String| reason.contains("used as reference, not called");
     assert!(found.opaque.values().all(is_refused) && found.left.is_empty(), "{:?}", found.opaque);
     let pods: DirPath = "/kubernetes/pods".parse().unwrap();
-    let kept = Kept::of_reads(&found.reads, [(pods.clone(), Some(false))]);
-    (kept.of(&pods).to_string(), found.unused.into_iter().collect())
+    let masks = Kept::of_reads(&found.reads, [(pods.clone(), Some(false))]);
+    (masks.of(&pods).to_string(), found.unused.into_iter().collect())
 }
 
 /// Pins the fields of each construct against lost precision.
@@ -664,14 +666,14 @@ async fn annotations_add_entrypoints() {
     let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
     let entrypoint = "# METADATA\n# entrypoint: true\n";
     let pod = "pod := data.kubernetes.pods[input.ns][input.name]\n";
-    let of = |above_package: &str, above_rule: &str| {
+    let annotated = |above_package: &str, above_rule: &str| {
         format!(
             "{above_package}package a\n\n{pod}\n{above_rule}allow if pod.spec.nodeName == \"x\"\n\nuser := [allow, pod]\n"
         )
     };
-    let (none, rule, package) = (of("", ""), of("", entrypoint), of(entrypoint, ""));
-    let document = of("", &entrypoint.replace("METADATA\n", "METADATA\n# scope: document\n"));
-    let only_a_word = of("# entrypoint: true\n", "");
+    let (none, rule, package) = (annotated("", ""), annotated("", entrypoint), annotated(entrypoint, ""));
+    let document = annotated("", &entrypoint.replace("METADATA\n", "METADATA\n# scope: document\n"));
+    let only_a_word = annotated("# entrypoint: true\n", "");
     let [none, rule, package, document, only_a_word] =
         [&none, &rule, &package, &document, &only_a_word].map(String::as_str);
     let other = "package b[\"c-d\"]\n\nlabels := data.kubernetes.pods[_][_].metadata.labels.app\n";
@@ -706,8 +708,10 @@ async fn annotations_add_entrypoints() {
 
 /// Twelve levels of six names are 6¹² references.
 fn multiplying(first: &str) -> String {
-    let names = |at: usize| ["a", "b", "c", "d", "e", "f"].map(|name| format!("x{at}.{name}")).join(", ");
-    let levels: Vec<_> = (0..12).map(|at| format!("\tsome x{} in [{}]\n", at + 1, names(at))).collect();
+    let names =
+        |index: usize| ["a", "b", "c", "d", "e", "f"].map(|name| format!("x{index}.{name}")).join(", ");
+    let levels: Vec<_> =
+        (0..12).map(|index| format!("\tsome x{} in [{}]\n", index + 1, names(index))).collect();
     format!("package multiplies\n\nallow if {{\n\tx0 := {first}\n{}\tx12 == 1\n}}\n", levels.concat())
 }
 
@@ -717,19 +721,21 @@ async fn unanalysable_package_reads_named_data_deep() {
     let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
     let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
     let deep: Vec<_> =
-        (0..45).map(|at| format!("\tsome x{at} in data.kubernetes.nodes[_].spec.taints\n")).collect();
+        (0..45).map(|index| format!("\tsome x{index} in data.kubernetes.nodes[_].spec.taints\n")).collect();
     let deep = format!("package deep\n\nallow if {{\n{}}}\n", deep.concat());
-    let names =
-        |at: usize| ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| format!("x{at}.{name}")).join(", ");
-    let rule = |at: usize| {
-        let levels: Vec<_> = (0..3).map(|at| format!("\tsome x{} in [{}]\n", at + 1, names(at))).collect();
+    let names = |index: usize| {
+        ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| format!("x{index}.{name}")).join(", ")
+    };
+    let rule = |index: usize| {
+        let levels: Vec<_> =
+            (0..3).map(|index| format!("\tsome x{} in [{}]\n", index + 1, names(index))).collect();
         let levels = levels.concat();
-        format!("g{at} := x3 if {{\n\tx0 := data.kubernetes.nodes.n1.r{at}\n{levels}}}\n")
+        format!("g{index} := x3 if {{\n\tx0 := data.kubernetes.nodes.n1.r{index}\n{levels}}}\n")
     };
     let nested = format!(
         "package nested\n\nf(_) := 1\n\n{}\nallow if {{\n\txs := [[[{}]]]\n{}}}\n",
         (0..8).map(rule).collect::<Vec<_>>().concat(),
-        (0..8).map(|at| format!("g{at}")).collect::<Vec<_>>().join(", "),
+        (0..8).map(|index| format!("g{index}")).collect::<Vec<_>>().join(", "),
         "\tf(xs)\n".repeat(2000)
     );
     let dynamic = format!(
@@ -737,7 +743,7 @@ async fn unanalysable_package_reads_named_data_deep() {
         multiplying("data.kubernetes.nodes.n1")
     );
     let names_of_nested: String = (0..8)
-        .flat_map(|at| ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| format!("r{at}.{name}…\n")))
+        .flat_map(|index| ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| format!("r{index}.{name}…\n")))
         .collect();
     for (text, opaque, of_nodes) in [
         (nested, vec!["/nested"], names_of_nested.as_str()),
@@ -769,11 +775,11 @@ async fn unanalysable_package_reads_named_data_deep() {
         assert!(took < Duration::from_secs(20), "{took:?} for\n{text}");
         let [pods, nodes] = ["pods", "nodes"].map(|name| format!("/kubernetes/{name}").parse::<DirPath>().unwrap());
         let places = [(pods.clone(), Some(false)), (nodes.clone(), Some(true))];
-        let kept = Kept::of_reads(&found.reads, places);
+        let masks = Kept::of_reads(&found.reads, places);
         // `data[k]` names no resource.
         let of_pods = if text.contains("data[k]") { "…\n" } else { "metadata.labels.app\n" };
-        assert_eq!(kept.of(&pods).to_string(), of_pods, "{text}");
-        assert_eq!(kept.of(&nodes).to_string(), of_nodes, "{text}");
+        assert_eq!(masks.of(&pods).to_string(), of_pods, "{text}");
+        assert_eq!(masks.of(&nodes).to_string(), of_nodes, "{text}");
     }
 }
 
@@ -796,8 +802,8 @@ async fn unanalysable_package_reads_data_next_to_packages_deep() {
         let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
         assert_eq!(found.opaque.keys().map(DirPath::as_str).collect::<Vec<_>>(), ["/multiplies"], "{bad}");
         let nodes: DirPath = "/kubernetes/nodes".parse().unwrap();
-        let kept = Kept::of_reads(&found.reads, [(nodes.clone(), Some(true))]);
-        assert!(kept.of(&nodes).is_all(), "{kept:?}\n{bad}");
+        let masks = Kept::of_reads(&found.reads, [(nodes.clone(), Some(true))]);
+        assert!(masks.of(&nodes).is_all(), "{masks:?}\n{bad}");
         let names =
             analyst.names(&compiler, &modules, &"/kubernetes".parse().unwrap()).await.unwrap().unwrap();
         assert!(names.is_dynamic, "{names:?}\n{bad}");

@@ -21,7 +21,7 @@ pub(crate) enum Refused {
 }
 
 #[derive(Clone, Debug, PartialEq, Default)]
-pub(crate) struct Held {
+pub(crate) struct AppliedState {
     pub(crate) data: Value,
     pub(crate) modules: BTreeMap<String, String>,
     dirs: BTreeMap<DirPath, Digest>,
@@ -34,7 +34,7 @@ pub(crate) struct Held {
     pub(crate) judge: Judge,
 }
 
-impl Held {
+impl AppliedState {
     pub(crate) fn empty() -> Self {
         Self { data: json!({}), ..Self::default() }
     }
@@ -107,11 +107,11 @@ impl Held {
     /// Applies an event, unless its `from` differs (I3) or its position regresses.
     pub(crate) fn take(&mut self, message: Message) -> Result<(), Refused> {
         let Message::Event { id, event, data } = message else { return Ok(()) };
-        let said: Revision = id.parse().unwrap();
+        let event_revision: Revision = id.parse().unwrap();
         match event.as_str() {
             DELTA_EVENT => {
                 let delta: Delta = serde_json::from_slice(&data).unwrap();
-                if delta.from != self.revision().data || said.modules != self.revision().modules {
+                if delta.from != self.revision().data || event_revision.modules != self.revision().modules {
                     return Err(Refused::NotHeld);
                 }
                 self.judge.pass(&delta.position, delta.dirs.keys(), false).map_err(Refused::Lags)?;
@@ -119,7 +119,7 @@ impl Held {
             }
             POLICY_EVENT => {
                 let policy: Policy = serde_json::from_slice(&data).unwrap();
-                if policy.from != self.revision().modules || said.data != self.revision().data {
+                if policy.from != self.revision().modules || event_revision.data != self.revision().data {
                     return Err(Refused::NotHeld);
                 }
                 self.judge.pass(&policy.position, std::iter::empty(), true).map_err(Refused::Lags)?;
@@ -132,7 +132,7 @@ impl Held {
             }
             other => panic!("unknown event {other}"),
         }
-        assert_eq!(said, self.revision(), "event id is the revision after the event");
+        assert_eq!(event_revision, self.revision(), "event id is the revision after the event");
         Ok(())
     }
 

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-use crate::fold::Held;
+use crate::fold::AppliedState;
 
 /// A hub over a folder, without sockets.
 struct Served {
@@ -65,12 +65,12 @@ impl Served {
         let (mut writer, _) = Pipeline::new(&spec, self.bundle.clone(), &store, Readiness::default());
         std::thread::spawn(move || store.run(queue));
         writer.hear(Said::Restored(LastGood::new()));
-        let (say, said) = mpsc::channel(1);
-        std::thread::spawn(move || writer.run(said));
+        let (sender, receiver) = mpsc::channel(1);
+        std::thread::spawn(move || writer.run(receiver));
         let bundle = self.bundle.clone();
         tokio::spawn(async move {
             // The writer runs while any event sender exists.
-            let _say = say;
+            let _sender = sender;
             bundle.pace().await;
         });
     }
@@ -126,10 +126,10 @@ async fn bundle_responses_follow_opas_protocol() {
         assert_eq!(headers["content-length"], body.len().to_string().as_str());
         assert!(!headers.contains_key("content-encoding"));
         let etag = tag(&headers);
-        for held in [format!("\"{etag}\""), format!("W/\"{etag}\""), format!("\"newer\", \"{etag}\"")] {
-            let (status, headers, body) = served.get(path, &[("if-none-match", &held)]).await;
+        for known in [format!("\"{etag}\""), format!("W/\"{etag}\""), format!("\"newer\", \"{etag}\"")] {
+            let (status, headers, body) = served.get(path, &[("if-none-match", &known)]).await;
             assert_eq!((status, body.len()), (StatusCode::NOT_MODIFIED, 0));
-            assert_eq!(headers["etag"], held.split(", ").next().unwrap(), "304 repeats the client's tag");
+            assert_eq!(headers["etag"], known.split(", ").next().unwrap(), "304 repeats the client's tag");
         }
         let other =
             served.get(path, &[("if-none-match", "\"other\""), ("prefer", "modes=snapshot,delta;wait=300")]);
@@ -142,19 +142,19 @@ async fn bundle_responses_follow_opas_protocol() {
 async fn long_poll_ends_on_change_or_timeout() {
     let served = Served::start().await;
     let (_, headers, _) = served.get("/bundles/main", &[]).await;
-    let held = format!("\"{}\"", tag(&headers));
+    let known = format!("\"{}\"", tag(&headers));
     let started = std::time::Instant::now();
-    let (status, ..) = served.get("/bundles/main", &[("if-none-match", &held), ("prefer", "wait=1")]).await;
+    let (status, ..) = served.get("/bundles/main", &[("if-none-match", &known), ("prefer", "wait=1")]).await;
     assert_eq!(status, StatusCode::NOT_MODIFIED);
     assert!(started.elapsed().as_secs_f32() >= 1.0, "no 304 before the timeout");
-    let headers = [("if-none-match", held.as_str()), ("prefer", "wait=300")];
+    let headers = [("if-none-match", known.as_str()), ("prefer", "wait=300")];
     let poll = served.get("/bundles/main", &headers);
     let policy = served.get("/bundles/main/policy", &[("prefer", "wait=300")]);
     served.write("a", "x", "{\"v\": 1}");
     let (status, headers, body) = poll.await;
     assert_eq!(status, StatusCode::OK);
-    assert_ne!(format!("\"{}\"", tag(&headers)), held);
-    let mut read = Held::empty();
+    assert_ne!(format!("\"{}\"", tag(&headers)), known);
+    let mut read = AppliedState::empty();
     read.archive(&body);
     assert_eq!(read.data["ns"]["a"]["x"]["v"], 1);
     assert_eq!(policy.await.0, StatusCode::OK);
@@ -178,21 +178,21 @@ async fn i5_nothing_is_served_before_the_first_list() {
 async fn stream_resumes_from_the_clients_revision() {
     let served = Served::start().await;
     let (_, _, body) = served.get("/bundles/main", &[]).await;
-    let mut held = Held::empty();
-    held.archive(&body);
-    let before = held.revision().to_string();
+    let mut applied = AppliedState::empty();
+    applied.archive(&body);
+    let before = applied.revision().to_string();
     served.write("a", "x", "{\"v\": 1}");
     served.changes_from(&before).await;
     let answer = served.send("GET", "/bundles/main/stream", &[("last-event-id", &before)], b"").await;
     assert_eq!(answer.headers()["content-type"], "text/event-stream");
     let mut stream = answer.into_body().into_data_stream();
-    held.events(&stream.next().await.unwrap().unwrap());
-    assert_eq!(held.data["ns"]["a"]["x"]["v"], 1);
-    let greeting = format!(": bundle main\nid: {}\n\n", held.revision());
+    applied.events(&stream.next().await.unwrap().unwrap());
+    assert_eq!(applied.data["ns"]["a"]["x"]["v"], 1);
+    let greeting = format!(": bundle main\nid: {}\n\n", applied.revision());
     assert_eq!(stream.next().await.unwrap().unwrap(), greeting, "synced comment after the frames");
     served.write("b", "y", "{\"v\": 2}");
-    held.events(&stream.next().await.unwrap().unwrap());
-    assert_eq!(held.data["ns"]["b"]["y"]["v"], 2);
+    applied.events(&stream.next().await.unwrap().unwrap());
+    assert_eq!(applied.data["ns"]["b"]["y"]["v"], 2);
     drop(stream);
     let metrics = served.get("/metrics", &[]).await.2;
     assert!(String::from_utf8_lossy(&metrics).contains("opa_hub_agents{bundle=\"main\"} 0"));
@@ -217,19 +217,19 @@ async fn native_deltas_are_sent_once_and_on_request() {
     let before = tag(&headers);
     served.write("a", "x", "{\"v\": 1}");
     served.changes_from(&before).await;
-    let held = [("if-none-match", before.as_str())];
+    let known = [("if-none-match", before.as_str())];
     let files = |body: &[u8]| {
         let mut tar = tar::Archive::new(flate2::read::GzDecoder::new(body));
         let paths =
             tar.entries().unwrap().map(|entry| entry.unwrap().path().unwrap().to_str().unwrap().to_owned());
         paths.collect::<Vec<_>>()
     };
-    let (_, headers, body) = served.get("/bundles/main?delta=true", &held).await;
+    let (_, headers, body) = served.get("/bundles/main?delta=true", &known).await;
     assert_eq!(files(&body), [".manifest", "patch.json"]);
     assert_ne!(tag(&headers), before);
-    let again = served.get("/bundles/main?delta=true", &held).await.2;
+    let again = served.get("/bundles/main?delta=true", &known).await.2;
     assert!(!files(&again).contains(&"patch.json".to_owned()), "client failed to apply the first");
-    let unasked = served.get("/bundles/main", &held).await.2;
+    let unasked = served.get("/bundles/main", &known).await.2;
     assert!(!files(&unasked).contains(&"patch.json".to_owned()));
 }
 
@@ -251,8 +251,8 @@ async fn i9_reconcile_survives_any_request() {
     for round in 0..2000 {
         let mut body = valid.to_vec();
         for _ in 0..round % 4 {
-            let at = random.usize(..body.len());
-            body[at] = random.u8(..);
+            let index = random.usize(..body.len());
+            body[index] = random.u8(..);
         }
         if round % 5 == 4 {
             body.truncate(random.usize(..body.len()));

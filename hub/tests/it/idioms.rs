@@ -83,11 +83,11 @@ fn parse_fields(text: &str) -> Kept {
     Kept::new(places, Fields::default())
 }
 
-fn print_fields(kept: &Kept) -> String {
+fn print_fields(masks: &Kept) -> String {
     let mut fields = Vec::new();
     for (resource, _) in RESOURCES {
         let prefix = if resource == "pods" { String::new() } else { format!("{resource}:") };
-        let printed = kept.of(&place(resource)).to_string();
+        let printed = masks.of(&place(resource)).to_string();
         fields.extend(printed.lines().map(|path| format!("`{prefix}{path}`")));
     }
     fields.join(" ")
@@ -131,12 +131,12 @@ impl Decider {
         assert!(expected.iter().any(|one| *one != expected[0]), "{file} always makes the same decision");
         let sent = idiom.sent(compiler).await;
         let is_used =
-            |name: &str| [read, &sent].iter().any(|kept| *kept.of(&place(name)) != Fields::default());
+            |name: &str| [read, &sent].iter().any(|masks| *masks.of(&place(name)) != Fields::default());
         let mut bytes = [0; 2];
-        for (bytes, kept) in bytes.iter_mut().zip([read, &sent]) {
-            let mut less = cut_all(whole, kept);
+        for (bytes, masks) in bytes.iter_mut().zip([read, &sent]) {
+            let mut less = cut_all(whole, masks);
             self.send(Method::PUT, "data/kubernetes", &less).await;
-            assert_eq!(self.decide(idiom).await, expected, "{file} on {}", print_fields(kept));
+            assert_eq!(self.decide(idiom).await, expected, "{file} on {}", print_fields(masks));
             *bytes = bytes_a_pod(&mut less, is_used);
         }
         let [of_read, of_sent] = bytes;

@@ -18,7 +18,7 @@ use opa_hub::store::Store;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use crate::fold::Held;
+use crate::fold::AppliedState;
 
 pub(crate) const POLICIES: WatchId = WatchId(0);
 pub(crate) const DATA: WatchId = WatchId(1);
@@ -50,11 +50,11 @@ impl Writer {
     fn scoped(root: Option<&str>) -> Self {
         let mut spec = Spec::of_feeds("main", feeds());
         spec.scoped = root.map(|root| Scoped { root: root.parse().unwrap(), whole: BTreeSet::new() });
-        Self::of(&spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
+        Self::with_store(&spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
     }
 
     /// Creates a bundle over a shared store, with last good modules.
-    pub(crate) fn of(spec: &Spec, store: Arc<Store>, good: LastGood) -> Self {
+    pub(crate) fn with_store(spec: &Spec, store: Arc<Store>, good: LastGood) -> Self {
         let bundle = Arc::new(Bundle::new(spec.name.clone(), spec.scoped.clone()));
         let (mut pipeline, ends) = Pipeline::new(spec, bundle.clone(), &store, Readiness::default());
         pipeline.hear(Said::Restored(good));
@@ -163,10 +163,10 @@ pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
 }
 
-pub(crate) async fn snapshot(edition: &Arc<Edition>) -> Held {
-    let mut held = Held::empty();
-    held.archive(&edition.archive(Part::Whole).await.pieces.concat());
-    held
+pub(crate) async fn snapshot(edition: &Arc<Edition>) -> AppliedState {
+    let mut applied = AppliedState::empty();
+    applied.archive(&edition.archive(Part::Whole).await.pieces.concat());
+    applied
 }
 
 proptest! {
@@ -178,7 +178,7 @@ proptest! {
     fn i1_i3_archive_and_frames_produce_the_snapshot(script in scripts(), joins in proptest::collection::vec(any::<bool>(), 12)) {
         runtime().block_on(async {
             let mut writer = Writer::listed();
-            let mut readers: Vec<Held> = vec![snapshot(&writer.head()).await];
+            let mut readers: Vec<AppliedState> = vec![snapshot(&writer.head()).await];
             for (batch, joins) in script.iter().zip(joins) {
                 for step in batch {
                     writer.step(*step);
@@ -189,19 +189,19 @@ proptest! {
                     readers.push(snapshot(&head).await);
                 }
                 // Every second client follows; the others lag until the end.
-                for held in readers.iter_mut().step_by(2) {
-                    follow(held, &head);
+                for applied in readers.iter_mut().step_by(2) {
+                    follow(applied, &head);
                 }
             }
             let head = writer.head();
             let expected = snapshot(&head).await;
             assert_eq!(expected.revision(), head.view.revision);
-            for mut held in readers {
-                follow(&mut held, &head);
-                assert_eq!(held.content(), expected.content());
-                assert_eq!(held.modules, expected.modules);
+            for mut applied in readers {
+                follow(&mut applied, &head);
+                assert_eq!(applied.content(), expected.content());
+                assert_eq!(applied.modules, expected.modules);
                 for place in head.view.ensure.iter() {
-                    assert!(held.data.pointer(place.as_str()).is_some_and(Value::is_object), "{place} is a map, possibly empty");
+                    assert!(applied.data.pointer(place.as_str()).is_some_and(Value::is_object), "{place} is a map, possibly empty");
                 }
             }
         });
@@ -212,8 +212,8 @@ proptest! {
     fn i1_frames_produce_a_namespace_view(script in scripts(), joins in proptest::collection::vec(0u8..4, 12)) {
         runtime().block_on(async {
             let mut writer = Writer::scoped(Some("/kubernetes")).list();
-            let mut readers: Vec<(String, Held)> = Vec::new();
-            for (at, (batch, join)) in script.iter().zip(joins).enumerate() {
+            let mut readers: Vec<(String, AppliedState)> = Vec::new();
+            for (index, (batch, join)) in script.iter().zip(joins).enumerate() {
                 for step in batch {
                     writer.step(*step);
                 }
@@ -221,17 +221,17 @@ proptest! {
                 let namespace = format!("ns{join}");
                 let head = writer.head_of(&namespace);
                 readers.push((namespace, snapshot(&head).await));
-                for (namespace, held) in readers.iter_mut().skip(at % 2).step_by(2) {
-                    follow(held, &writer.head_of(namespace));
+                for (namespace, applied) in readers.iter_mut().skip(index % 2).step_by(2) {
+                    follow(applied, &writer.head_of(namespace));
                 }
             }
             let whole = snapshot(&writer.head()).await;
-            for (namespace, mut held) in readers {
-                follow(&mut held, &writer.head_of(&namespace));
+            for (namespace, mut applied) in readers {
+                follow(&mut applied, &writer.head_of(&namespace));
                 let mut expected = whole.clone();
-                expected.data["kubernetes"]["pods"].as_object_mut().unwrap().retain(|of, _| *of == namespace);
-                assert_eq!(held.content(), expected.content(), "{namespace}");
-                assert_eq!(held.modules, expected.modules);
+                expected.data["kubernetes"]["pods"].as_object_mut().unwrap().retain(|other, _| *other == namespace);
+                assert_eq!(applied.content(), expected.content(), "{namespace}");
+                assert_eq!(applied.modules, expected.modules);
             }
         });
     }
@@ -242,16 +242,16 @@ proptest! {
         runtime().block_on(async {
             let mut one = Writer::listed();
             one.run(&before);
-            let mut held = snapshot(&one.head()).await;
+            let mut applied = snapshot(&one.head()).await;
             let mut other = Writer::listed();
             other.run(&after);
             let head = other.head();
-            let archive = head.reconcile(held.reconcile()).await.unwrap().0.pieces.concat();
-            held.archive(&archive);
+            let archive = head.reconcile(applied.reconcile()).await.unwrap().0.pieces.concat();
+            applied.archive(&archive);
             let expected = snapshot(&head).await;
-            assert_eq!(held.content(), expected.content());
-            assert_eq!(held.modules, expected.modules);
-            assert_eq!(held.revision(), head.view.revision);
+            assert_eq!(applied.content(), expected.content());
+            assert_eq!(applied.modules, expected.modules);
+            assert_eq!(applied.revision(), head.view.revision);
         });
     }
 
@@ -272,7 +272,7 @@ proptest! {
             let mut other = Writer::new();
             for feed in [NODES, PODS, DATA, POLICIES] {
                 other.store.apply((feed, Event::Init, None));
-                let of_feed = last.values().rev().filter(|(of, _, _, value)| WatchId((*of).into()) == feed && value.is_some());
+                let of_feed = last.values().rev().filter(|(watch, _, _, value)| WatchId((*watch).into()) == feed && value.is_some());
                 of_feed.for_each(|step| other.step(*step));
                 other.store.apply((feed, Event::InitDone, None));
                 other.commit();
@@ -287,13 +287,13 @@ proptest! {
     }
 }
 
-fn follow(held: &mut Held, head: &Edition) {
-    match head.next(held.revision()) {
+fn follow(applied: &mut AppliedState, head: &Edition) {
+    match head.next(applied.revision()) {
         Next::UpToDate => {}
-        Next::Frames(bytes) => held.events(&bytes),
+        Next::Frames(bytes) => applied.events(&bytes),
         Next::Unknown => panic!("history is shorter than the script"),
     }
-    assert_eq!(held.revision(), head.view.revision);
+    assert_eq!(applied.revision(), head.view.revision);
 }
 
 /// I4: each frame, archive and reconcile response is encoded once for all clients.
@@ -304,11 +304,11 @@ fn i4_encodes_are_independent_of_clients() {
         let start = writer.head().view.revision;
         writer.run(&vec![vec![(2, 0, 0, Some(1)), (0, 0, 0, Some(1))]]);
         let head = writer.head();
-        let held = Held::empty().reconcile();
+        let applied = AppliedState::empty().reconcile();
         let asks = (0..1000).map(|_| async {
             assert!(matches!(head.next(start), Next::Frames(_)));
             head.archive(Part::Whole).await;
-            head.reconcile(held.clone()).await.unwrap();
+            head.reconcile(applied.clone()).await.unwrap();
         });
         futures::future::join_all(asks).await;
         let counters = writer.bundle.counters.clone();
@@ -337,10 +337,10 @@ fn i4_namespace_views_are_encoded_once() {
         let mut agents = Vec::new();
         for namespace in (0..NAMESPACES).map(|namespace| format!("ns{namespace}")) {
             for _ in 0..AGENTS {
-                let held = snapshot(&writer.head_of(&namespace)).await;
-                let names: Vec<_> = held.data["kubernetes"]["pods"].as_object().unwrap().keys().collect();
+                let applied = snapshot(&writer.head_of(&namespace)).await;
+                let names: Vec<_> = applied.data["kubernetes"]["pods"].as_object().unwrap().keys().collect();
                 assert_eq!(names, [&namespace], "no content of other namespaces");
-                agents.push((namespace.clone(), held));
+                agents.push((namespace.clone(), applied));
             }
         }
         let counters = writer.bundle.counters.clone();
@@ -348,8 +348,8 @@ fn i4_namespace_views_are_encoded_once() {
             || [&counters.snapshot_encodes, &counters.frame_encodes].map(|count| count.load(Relaxed));
         assert_eq!(counts(), [u64::from(NAMESPACES), 0]);
         writer.run(&vec![pods(1)]);
-        for (namespace, held) in &mut agents {
-            follow(held, &writer.head_of(namespace));
+        for (namespace, applied) in &mut agents {
+            follow(applied, &writer.head_of(namespace));
         }
         assert_eq!(counts(), [u64::from(NAMESPACES), u64::from(NAMESPACES)]);
         // Quiet namespaces retain encodings up to the cache limit.
@@ -389,11 +389,11 @@ fn idle_namespace_views_are_evicted() {
 #[test]
 fn i5_bundle_waits_for_lists_and_relists_are_atomic() {
     let mut writer = Writer::new();
-    for (at, feed) in [POLICIES, DATA, PODS, NODES].into_iter().enumerate() {
+    for (index, feed) in [POLICIES, DATA, PODS, NODES].into_iter().enumerate() {
         writer.store.apply((feed, Event::Init, None));
         writer.step((feed.0.try_into().unwrap(), 0, 0, Some(0)));
         writer.commit();
-        assert!(writer.bundle.head().borrow().is_none(), "{at} of 4 sources have listed");
+        assert!(writer.bundle.head().borrow().is_none(), "{index} of 4 sources have listed");
         writer.store.apply((feed, Event::InitDone, None));
         writer.commit();
     }

@@ -37,12 +37,13 @@ pub(crate) fn lived_in(random: &mut fastrand::Rng) -> (Value, Vec<Value>) {
             inputs.push(input(nth, Nth(random.usize(..12)), asked));
         }
     }
-    for (at, nth) in [Nth(0), Nth(300)].into_iter().enumerate() {
-        kubernetes["nodes"][nth.node()] = node(&nth.node(), at);
-        kubernetes["namespaces"][nth.namespace()] = namespace(&nth.namespace(), at);
+    for (index, nth) in [Nth(0), Nth(300)].into_iter().enumerate() {
+        kubernetes["nodes"][nth.node()] = node(&nth.node(), index);
+        kubernetes["namespaces"][nth.namespace()] = namespace(&nth.namespace(), index);
         for app in 0..APPS {
             let name = Nth(app).app();
-            kubernetes["services"][nth.namespace()][name] = service(name, &nth.namespace(), at * APPS + app);
+            kubernetes["services"][nth.namespace()][name] =
+                service(name, &nth.namespace(), index * APPS + app);
         }
     }
     (kubernetes, inputs)
@@ -50,18 +51,18 @@ pub(crate) fn lived_in(random: &mut fastrand::Rng) -> (Value, Vec<Value>) {
 
 /// Returns one of three inputs about two pods.
 fn input(nth: Nth, other: Nth, asked: usize) -> Value {
-    let of = |nth: Nth| json!({ "namespace": nth.namespace(), "name": nth.name() });
+    let reference = |nth: Nth| json!({ "namespace": nth.namespace(), "name": nth.name() });
     let (namespace, app) = (other.namespace(), other.app());
     let selectors = [
         json!({ "app": app }),
         json!({ "tier": "front" }),
         json!({ "app": nth.app(), "team": nth.namespace() }),
     ];
-    let pick = |of: [&'static str; 3]| of[asked];
+    let pick = |values: [&'static str; 3]| values[asked];
     let ports = [8080, 80, 15090];
     json!({
         "namespace": nth.namespace(), "pod": nth.name(), "source": other.address(), "destination": nth.address(),
-        "from": of(nth), "to": of(other), "node": nth.node(), "account": app, "index": asked,
+        "from": reference(nth), "to": reference(other), "node": nth.node(), "account": app, "index": asked,
         "role": pick(["read", "write", "reader"]),
         "registry": pick(["other/", "registry.example.com/", "registry.example.com/"]),
         "key": pick(["app", "team", "tier"]), "field": pick(["nodeName", "schedulerName", "serviceAccountName"]),
@@ -72,15 +73,15 @@ fn input(nth: Nth, other: Nth, asked: usize) -> Value {
     })
 }
 
-fn metadata(name: &str, at: usize, labels: &Value) -> Value {
+fn metadata(name: &str, index: usize, labels: &Value) -> Value {
     json!({
-        "name": name, "uid": format!("0d8a3c5e-6f1b-4c2a-9e7d-{at:012}"), "resourceVersion": (900 + at).to_string(),
+        "name": name, "uid": format!("0d8a3c5e-6f1b-4c2a-9e7d-{index:012}"), "resourceVersion": (900 + index).to_string(),
         "creationTimestamp": TIME, "labels": labels,
     })
 }
 
-fn node(name: &str, at: usize) -> Value {
-    let pick = |of: [&'static str; 2]| of[at];
+fn node(name: &str, index: usize) -> Value {
+    let pick = |values: [&'static str; 2]| values[index];
     let labels = json!({
         "kubernetes.io/arch": "amd64", "kubernetes.io/hostname": name, "kubernetes.io/os": "linux",
         "node.kubernetes.io/instance-type": "m6i.2xlarge", "topology.kubernetes.io/region": "eu-1",
@@ -105,13 +106,13 @@ fn node(name: &str, at: usize) -> Value {
         json!({ "names": [format!("{image}@sha256:{}", "0123456789abcdef".repeat(4)), format!("{image}:2.14.0")], "sizeBytes": 51_234_567 })
     };
     json!({
-        "apiVersion": "v1", "kind": "Node", "metadata": metadata(name, at, &labels),
+        "apiVersion": "v1", "kind": "Node", "metadata": metadata(name, index, &labels),
         "spec": {
-            "podCIDR": format!("10.64.{at}.0/24"), "podCIDRs": [format!("10.64.{at}.0/24")],
-            "providerID": format!("cloud:///eu-1/{name}"), "taints": taints[at],
+            "podCIDR": format!("10.64.{index}.0/24"), "podCIDRs": [format!("10.64.{index}.0/24")],
+            "providerID": format!("cloud:///eu-1/{name}"), "taints": taints[index],
         },
         "status": {
-            "addresses": [{ "type": "InternalIP", "address": format!("192.168.0.{at}") }, { "type": "Hostname", "address": name }],
+            "addresses": [{ "type": "InternalIP", "address": format!("192.168.0.{index}") }, { "type": "Hostname", "address": name }],
             "allocatable": size, "capacity": size,
             "conditions": [
                 condition("MemoryPressure", "False"), condition("DiskPressure", "False"),
@@ -127,22 +128,22 @@ fn node(name: &str, at: usize) -> Value {
     })
 }
 
-fn namespace(name: &str, at: usize) -> Value {
-    let pick = |of: [&'static str; 2]| of[at];
+fn namespace(name: &str, index: usize) -> Value {
+    let pick = |values: [&'static str; 2]| values[index];
     let labels = json!({
         "kubernetes.io/metadata.name": name, "environment": pick(["production", "staging"]),
         "pod-security.kubernetes.io/enforce": pick(["restricted", "baseline"]),
     });
     json!({
-        "apiVersion": "v1", "kind": "Namespace", "metadata": metadata(name, at, &labels),
+        "apiVersion": "v1", "kind": "Namespace", "metadata": metadata(name, index, &labels),
         "spec": { "finalizers": ["kubernetes"] }, "status": { "phase": "Active" },
     })
 }
 
-fn service(app: &str, namespace: &str, at: usize) -> Value {
-    let mut metadata = metadata(app, at, &json!({ "app": app }));
+fn service(app: &str, namespace: &str, index: usize) -> Value {
+    let mut metadata = metadata(app, index, &json!({ "app": app }));
     metadata["namespace"] = json!(namespace);
-    let address = format!("10.96.1.{at}");
+    let address = format!("10.96.1.{index}");
     json!({
         "apiVersion": "v1", "kind": "Service", "metadata": metadata, "status": { "loadBalancer": {} },
         "spec": {
@@ -177,11 +178,11 @@ pub(crate) fn cut(fields: &Fields, object: &Value) -> Value {
 }
 
 /// Prunes every object to its resource's fields.
-pub(crate) fn cut_all(kubernetes: &Value, kept: &Kept) -> Value {
+pub(crate) fn cut_all(kubernetes: &Value, masks: &Kept) -> Value {
     let mut less = kubernetes.clone();
     for (resource, is_cluster_scoped) in RESOURCES {
         for object in objects(&mut less, resource, is_cluster_scoped) {
-            *object = cut(kept.of(&place(resource)), object);
+            *object = cut(masks.of(&place(resource)), object);
         }
     }
     less

@@ -20,13 +20,13 @@ use opa_hub_proto::path::DirPath;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use crate::fold::Held;
+use crate::fold::AppliedState;
 use crate::invariants::{DATA, NODES, PODS, POLICIES, Writer, feeds, key, runtime, snapshot};
 
 const WATCHES: [WatchId; 4] = [POLICIES, DATA, PODS, NODES];
 
 fn writer(spec: &Spec) -> Writer {
-    Writer::of(spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
+    Writer::with_store(spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
 }
 
 fn listed(spec: &Spec) -> Writer {
@@ -95,17 +95,17 @@ impl Writer {
     }
 }
 
-/// Advances `held` to the head by frames, or else by reconcile. Returns whether by frames.
-async fn catch_up(held: &mut Held, head: &Arc<Edition>) -> bool {
-    match head.next(held.revision()) {
+/// Advances `applied` to the head by frames, or else by reconcile. Returns whether by frames.
+async fn catch_up(applied: &mut AppliedState, head: &Arc<Edition>) -> bool {
+    match head.next(applied.revision()) {
         Next::UpToDate => true,
         Next::Frames(bytes) => {
-            held.events(&bytes);
+            applied.events(&bytes);
             true
         }
         Next::Unknown => {
-            let archive = head.reconcile(held.reconcile()).await;
-            held.archive(&archive.unwrap().0.pieces.concat());
+            let archive = head.reconcile(applied.reconcile()).await;
+            applied.archive(&archive.unwrap().0.pieces.concat());
             false
         }
     }
@@ -133,26 +133,26 @@ fn i1_commit_larger_than_history_reaches_every_namespace() {
     runtime().block_on(async {
         let limits = BundleLimits { log_keys_max: 4, ..BundleLimits::default() };
         let mut writer = listed(&Spec { limits, ..scoped() });
-        writer.data(0, (0..10).map(|at| (format!("k{at}"), 0)));
+        writer.data(0, (0..10).map(|index| (format!("k{index}"), 0)));
         writer.commit();
         let mut readers = Vec::new();
         for namespace in ["ns0", "ns1"] {
             readers.push((namespace, snapshot(&writer.head_of(namespace)).await));
         }
         let before = readers.clone();
-        writer.data(0, (0..10).map(|at| (format!("k{at}"), 1)));
+        writer.data(0, (0..10).map(|index| (format!("k{index}"), 1)));
         writer.commit();
-        for (namespace, held) in &mut readers {
-            assert_ne!(writer.head_of(namespace).view.revision, held.revision(), "{namespace}");
-            assert!(!catch_up(held, &writer.head_of(namespace)).await);
+        for (namespace, applied) in &mut readers {
+            assert_ne!(writer.head_of(namespace).view.revision, applied.revision(), "{namespace}");
+            assert!(!catch_up(applied, &writer.head_of(namespace)).await);
         }
-        writer.data(0, (0..10).map(|at| (format!("k{at}"), 1 + u32::from(at == 3))));
+        writer.data(0, (0..10).map(|index| (format!("k{index}"), 1 + u32::from(index == 3))));
         writer.commit();
-        for (namespace, mut held) in readers.into_iter().chain(before) {
+        for (namespace, mut applied) in readers.into_iter().chain(before) {
             let head = writer.head_of(namespace);
-            catch_up(&mut held, &head).await;
-            assert_eq!(held.content(), snapshot(&head).await.content(), "{namespace}");
-            assert_eq!(held.revision(), head.view.revision);
+            catch_up(&mut applied, &head).await;
+            assert_eq!(applied.content(), snapshot(&head).await.content(), "{namespace}");
+            assert_eq!(applied.revision(), head.view.revision);
         }
     });
 }
@@ -278,8 +278,8 @@ fn resource_replaces_other_data_at_its_path() {
         edit(&mut writer, 0, true);
         _ = writer.open_pods();
         writer.accept(None, Some(&["/kubernetes/pods"]));
-        let mut held = snapshot(&writer.head()).await;
-        assert!(held.data.pointer("/kubernetes/pods/x").is_some());
+        let mut applied = snapshot(&writer.head()).await;
+        assert!(applied.data.pointer("/kubernetes/pods/x").is_some());
 
         edit(&mut writer, 1, false);
         writer.accept(None, Some(&[]));
@@ -299,10 +299,10 @@ fn resource_replaces_other_data_at_its_path() {
 
         let head = writer.head();
         for _ in 0..2 {
-            held.archive(&head.reconcile(held.reconcile()).await.unwrap().0.pieces.concat());
-            held.entries();
+            applied.archive(&head.reconcile(applied.reconcile()).await.unwrap().0.pieces.concat());
+            applied.entries();
         }
-        assert_eq!(held.revision(), head.view.revision);
+        assert_eq!(applied.revision(), head.view.revision);
     });
 }
 
@@ -374,36 +374,42 @@ fn rejected_configmaps_cost_linear_time() {
     const COUNT: u32 = 2000;
     let started = Instant::now();
     let mut writer = writer(&Spec::of_feeds("main", feeds()));
-    let name =
-        |kind: &str, at: u32| ObjectKey { namespace: "shop".into(), name: format!("{kind}{at}").into() };
+    let name = |kind: &str, index: u32| ObjectKey {
+        namespace: "shop".into(),
+        name: format!("{kind}{index}").into(),
+    };
     for watch in WATCHES {
         writer.store.apply((watch, Event::Init, None));
-        for at in 0..COUNT {
+        for index in 0..COUNT {
             match watch {
                 POLICIES => writer.put(
                     watch,
-                    &name("p", at),
-                    &json!({ "data": { "p": format!("package shop.p{at}") } }),
+                    &name("p", index),
+                    &json!({ "data": { "p": format!("package shop.p{index}") } }),
                 ),
                 // The last policy owns the paths.
-                DATA => writer.put(watch, &name("d", at), &json!({ "data": { "x": "{}" } })),
+                DATA => writer.put(watch, &name("d", index), &json!({ "data": { "x": "{}" } })),
                 _ => {}
             }
         }
         writer.store.apply((watch, Event::InitDone, None));
     }
     writer.commit();
-    for at in 0..COUNT {
+    for index in 0..COUNT {
         writer.put(
             POLICIES,
-            &name("p", at),
-            &json!({ "data": { "p": format!("package shop\nx{at} := 1") } }),
+            &name("p", index),
+            &json!({ "data": { "p": format!("package shop\nx{index} := 1") } }),
         );
     }
     writer.commit();
-    for at in 0..COUNT {
-        writer.put(POLICIES, &name("p", at), &json!({ "data": { "p": format!("package other.p{at}") } }));
-        writer.put(DATA, &name("e", at), &json!({ "data": { "x": "{}" } }));
+    for index in 0..COUNT {
+        writer.put(
+            POLICIES,
+            &name("p", index),
+            &json!({ "data": { "p": format!("package other.p{index}") } }),
+        );
+        writer.put(DATA, &name("e", index), &json!({ "data": { "x": "{}" } }));
     }
     writer.commit();
     writer.commit();
@@ -419,18 +425,18 @@ fn unknown_namespaces_retain_no_view() {
         let mut writer = listed(&scoped());
         writer.put(PODS, &key(2, 0, 0), &json!({ "kind": "Pod" }));
         writer.commit();
-        for at in 0..SCOPES_MAX * 2 {
-            writer.bundle.once(Some(&format!("invented{at}"))).unwrap();
+        for index in 0..SCOPES_MAX * 2 {
+            writer.bundle.once(Some(&format!("invented{index}"))).unwrap();
         }
         let scopes = writer.bundle.scopes.as_ref().unwrap();
         assert!(scopes.namespaces().is_empty());
         let empty = writer.bundle.once(Some("invented")).unwrap().head().borrow().clone().unwrap();
         assert!(empty.view.dirs.is_empty());
-        let own = writer.bundle.once(Some("ns0")).unwrap().head().borrow().clone().unwrap();
-        assert_eq!(own.view.dirs.len(), 1);
+        let namespaced = writer.bundle.once(Some("ns0")).unwrap().head().borrow().clone().unwrap();
+        assert_eq!(namespaced.view.dirs.len(), 1);
         let read = writer.bundle.of(Some("read")).unwrap().head();
-        for at in 0..SCOPES_MAX * 2 {
-            writer.bundle.of(Some(&format!("invented{at}"))).unwrap();
+        for index in 0..SCOPES_MAX * 2 {
+            writer.bundle.of(Some(&format!("invented{index}"))).unwrap();
         }
         let namespaces = scopes.namespaces();
         assert!(["ns0", "read"].iter().all(|name| namespaces.iter().any(|other| other == name)));

@@ -145,8 +145,8 @@ async fn bundles_of_folder_and_file_are_independent() -> anyhow::Result<()> {
 async fn objects_and_policies_over_a_limit_are_rejected() -> anyhow::Result<()> {
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let put = |file: &str, manifest: &Value| write_manifest(manifests.path(), file, manifest);
-    for at in 0..5 {
-        put(&format!("p{at}.json"), &pod("a", &format!("p{at}"), "red"))?;
+    for index in 0..5 {
+        put(&format!("p{index}.json"), &pod("a", &format!("p{index}"), "red"))?;
     }
     put("red.json", &policies("red", "red", LABELS))?;
     let folder = manifests.path().display().to_string();

@@ -67,13 +67,13 @@ fn write(dir: &Path, state: &State) -> anyhow::Result<()> {
     let pods = state
         .pods
         .iter()
-        .flat_map(|(namespace, count, value)| (0..*count).map(move |at| pod(namespace, at, *value)));
+        .flat_map(|(namespace, count, value)| (0..*count).map(move |index| pod(namespace, index, *value)));
     let list = json!({ "apiVersion": "v1", "kind": "List", "items": modules.chain(roles).chain(pods).collect::<Value>() });
     write_manifest(dir, "all.json", &list)
 }
 
-fn pod(namespace: &str, at: usize, value: u8) -> Value {
-    let metadata = json!({ "name": format!("p{at}"), "namespace": namespace });
+fn pod(namespace: &str, index: usize, value: u8) -> Value {
+    let metadata = json!({ "name": format!("p{index}"), "namespace": namespace });
     json!({ "kind": "Pod", "apiVersion": "v1", "metadata": metadata, "value": value })
 }
 
@@ -85,7 +85,10 @@ fn expected(state: &State) -> (Value, Value, Vec<String>) {
         .pods
         .iter()
         .map(|(namespace, count, value)| {
-            (*namespace, (0..*count).map(|at| (format!("p{at}"), pod(namespace, at, *value))).collect())
+            (
+                *namespace,
+                (0..*count).map(|index| (format!("p{index}"), pod(namespace, index, *value))).collect(),
+            )
         })
         .collect();
     let mut modules: Vec<_> = state.modules.iter().map(|(name, _)| format!("ns/{name}/m.rego")).collect();
@@ -160,11 +163,11 @@ async fn check(from_empty: bool, hub_restarts: bool, delivery: Delivery) -> anyh
         };
         eventually("the hub has applied the change", changed).await?;
         let directions = [Direction::Requests, Direction::Answers];
-        let at = cut % 2;
-        let bytes = whole[at] * cut / (CUTS + 1);
+        let index = cut % 2;
+        let bytes = whole[index] * cut / (CUTS + 1);
         let proxy = Proxy::start(&opa.url).await?;
         if cut > 0 {
-            proxy.stop_after(directions[at], bytes, Then::Break);
+            proxy.stop_after(directions[index], bytes, Then::Break);
         }
         let mut agent = start(&hub, &proxy.url)?;
         let dies = async || {
@@ -187,7 +190,7 @@ async fn check(from_empty: bool, hub_restarts: bool, delivery: Delivery) -> anyh
         })
         .await?;
         let mut agent = start(&hub, &opa.url)?;
-        let place = format!("cut at {bytes} of {} bytes of {:?}", whole[at], directions[at]);
+        let place = format!("cut at {bytes} of {} bytes of {:?}", whole[index], directions[index]);
         eventually(&place, async || holds(&opa, &AFTER).await).await?;
         agent.wait_in_step().await?;
         holds(&opa, &AFTER).await.map_err(|error| anyhow::anyhow!("{place}: {error}"))?;

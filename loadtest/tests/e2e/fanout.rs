@@ -112,16 +112,16 @@ async fn stalled_client_does_not_slow_others_and_catches_up() -> anyhow::Result<
         equal(&hub.metric("opa_hub_agents").await.map_err(|error| error.to_string())?, &2)
     })
     .await?;
-    let mut held = revision(&hub).await?;
+    let mut current = revision(&hub).await?;
     for round in 1..=ROUNDS {
         put(manifests.path(), round)?;
         let next = healthy.next().await?.context("the stream ended")?;
-        ensure!(next != held, "event without a change");
-        held = next;
+        ensure!(next != current, "event without a change");
+        current = next;
     }
-    assert_eq!(revision(&hub).await?, held);
+    assert_eq!(revision(&hub).await?, current);
     // One partial frame, and one for all missed changes.
-    let events = stalled.reach(&held).await?;
+    let events = stalled.reach(&current).await?;
     assert!(events <= 3, "{events} events of {ROUNDS}");
     assert_eq!(hub.metric("opa_hub_agents").await?, 2, "both streams stay open");
     let encodes = hub.metric("opa_hub_frame_encodes_total").await?;
@@ -143,10 +143,10 @@ async fn stalled_client_does_not_slow_others_and_catches_up() -> anyhow::Result<
         ensure!(length > 0, "the stream ended");
         begun += length;
     }
-    let held = revision(&hub).await?;
+    let current = revision(&hub).await?;
     let process = hub.process.as_mut().context("the hub runs")?;
     process.terminate()?;
-    assert_eq!(healthy.next().await?, Some(held));
+    assert_eq!(healthy.next().await?, Some(current));
     assert_eq!((healthy.next().await?, healthy.last_word.as_str()), (None, "go"));
     hub.process.as_mut().context("the hub runs")?.ended().await?;
     assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());

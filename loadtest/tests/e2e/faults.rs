@@ -90,7 +90,10 @@ impl Folder {
     fn new(dir: &Path) -> Self {
         Self {
             dir: dir.to_owned(),
-            pods: (0..BASE).map(|at| format!("base-{at}")).map(|name| (name.clone(), pod(&name))).collect(),
+            pods: (0..BASE)
+                .map(|index| format!("base-{index}"))
+                .map(|name| (name.clone(), pod(&name)))
+                .collect(),
             maps: BTreeMap::from([("map-0".to_owned(), 0)]),
             modules: BTreeMap::new(),
             version: 0,
@@ -203,10 +206,10 @@ impl Folder {
     }
 
     /// Sets or removes a data ConfigMap or policy.
-    fn turn(of: &mut BTreeMap<String, usize>, prefix: &str, random: &mut Rng) {
+    fn turn(items: &mut BTreeMap<String, usize>, prefix: &str, random: &mut Rng) {
         let name = format!("{prefix}-{}", random.u8(..4));
-        if random.bool() || of.remove(&name).is_none() {
-            of.insert(name, random.usize(..1000));
+        if random.bool() || items.remove(&name).is_none() {
+            items.insert(name, random.usize(..1000));
         }
     }
 
@@ -350,8 +353,8 @@ impl World {
             })
             .await?;
             consumer.agent.wait_in_step().await?;
-            let held = folder.is_held_by(&consumer.opa).await;
-            held.map_err(|error| anyhow::anyhow!("{delivery:?}: in step: {error}"))?;
+            let result = folder.is_held_by(&consumer.opa).await;
+            result.map_err(|error| anyhow::anyhow!("{delivery:?}: in step: {error}"))?;
             consumer.decides(json!(BASE)).await?;
             let wrong = consumer.answers.wrong.lock().unwrap_or_else(PoisonError::into_inner).clone();
             anyhow::ensure!(wrong.is_empty(), "{delivery:?}: decisions on partial data: {wrong:?}");

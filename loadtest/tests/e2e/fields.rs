@@ -64,7 +64,7 @@ const FIELDS: [(&str, &str); 4] = [
 
 /// Writes a policy that reads some fields of every pod, and is undefined if one is missing.
 fn policy(dir: &Path, version: u64, reads: &[usize]) -> anyhow::Result<()> {
-    let field = |at: &usize| format!("\"f{at}\": pod.{}", FIELDS[*at].0);
+    let field = |index: &usize| format!("\"f{index}\": pod.{}", FIELDS[*index].0);
     let fields: Vec<_> = reads.iter().map(field).collect();
     let text = format!(
         "package t\nby_pod[name] := {{\"version\": {version}, {}}} if {{\n  some name, pod in data.kubernetes.pods[\"default\"]\n}}\n",
@@ -88,8 +88,8 @@ async fn query(opa: &Opa, stop: &AtomicBool, newest: &AtomicU64) -> anyhow::Resu
         for decision in pods.values() {
             let version = decision["version"].as_u64().unwrap_or(u64::MAX);
             anyhow::ensure!(version <= newest.load(Ordering::Relaxed), "unknown version: {answer}");
-            for (at, (_, expected)) in FIELDS.iter().enumerate() {
-                let found = decision.get(format!("f{at}"));
+            for (index, (_, expected)) in FIELDS.iter().enumerate() {
+                let found = decision.get(format!("f{index}"));
                 anyhow::ensure!(found.is_none_or(|found| found == expected), "a wrong value: {answer}");
             }
         }
@@ -209,8 +209,8 @@ async fn i10_policies_find_all_fields_with_two_hubs() -> anyhow::Result<()> {
 /// Returns a pod with only the fields of `reads`.
 fn expected(reads: &[usize]) -> Value {
     let mut pod = json!({});
-    for at in reads {
-        match at {
+    for index in reads {
+        match index {
             0 => pod["metadata"] = json!({ "labels": { "app": "web" } }),
             1 => pod["spec"]["containers"] = json!([{ "image": "i" }]),
             2 => pod["status"] = json!({ "podIP": "10.0.0.1" }),
@@ -234,17 +234,17 @@ async fn sent_fields_and_their_cost_are_reported() -> anyhow::Result<()> {
     let flags = ["--manifests", &folder, "--replicate=v1/pods", "--fields=auto,spec.nodeName"];
     let hub = Hub::start(work.path(), &flags).await?;
     // Without policies, nothing is read.
-    let told = hub.json("/v1/bundles/main/fields").await?;
+    let report = hub.json("/v1/bundles/main/fields").await?;
     let nothing_but = json!({ "spec": { "nodeName": "n" } }).to_string().len();
-    assert_eq!(told["resources"][0]["jsonBytes"], json!(nothing_but), "{told}");
+    assert_eq!(report["resources"][0]["jsonBytes"], json!(nothing_but), "{report}");
     policy(dir, 0, &[0, 2])?;
     eventually("the policy is served", async || {
         let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
         equal(&bundle["counts"]["modules"], &json!(1))
     })
     .await?;
-    let told = hub.json("/v1/bundles/main/fields").await?;
-    let pods = &told["resources"][0];
+    let report = hub.json("/v1/bundles/main/fields").await?;
+    let pods = &report["resources"][0];
     let fields = pods["fields"].as_array().into_iter().flatten();
     let fields: Vec<_> =
         fields.map(|field| (field["path"].as_str().unwrap_or_default(), &field["readers"])).collect();
@@ -253,9 +253,9 @@ async fn sent_fields_and_their_cost_are_reported() -> anyhow::Result<()> {
         ("status.podIP…", &json!(["opa/t/t.rego:2:69"])),
         ("spec.nodeName…", &json!([])),
     ];
-    assert_eq!(fields, expected, "{told}");
-    let (whole, kept) = (pods["wholeBytes"].as_u64(), pods["jsonBytes"].as_u64());
-    assert!(kept < whole && kept > Some(0), "{told}");
+    assert_eq!(fields, expected, "{report}");
+    let (whole, pruned) = (pods["wholeBytes"].as_u64(), pods["jsonBytes"].as_u64());
+    assert!(pruned < whole && pruned > Some(0), "{report}");
 
     let apart = reqwest::Client::builder().user_agent("Open-Policy-Agent/1.22.2").build()?;
     let answer = apart.get(format!("{}/bundles/main/data", hub.url)).send().await?;
@@ -280,8 +280,8 @@ async fn sent_fields_and_their_cost_are_reported() -> anyhow::Result<()> {
         }
     })
     .await?;
-    let told = hub.json("/v1/bundles/main/fields").await?;
-    assert_eq!(told["resources"][0]["jsonBytes"], told["resources"][0]["wholeBytes"]);
+    let report = hub.json("/v1/bundles/main/fields").await?;
+    assert_eq!(report["resources"][0]["jsonBytes"], report["resources"][0]["wholeBytes"]);
     Ok(())
 }
 
@@ -290,8 +290,9 @@ const ANALYSIS_BYTES_MAX: u64 = 64 << 20;
 
 /// Returns a rule that selects one of six names per level below a node.
 fn choosing(rule: &str, levels: usize) -> String {
-    let names = |at: usize| ["a", "b", "c", "d", "e", "f"].map(|name| format!("x{at}.{name}")).join(", ");
-    let lines = (0..levels).map(|at| format!("\tsome x{} in [{}]\n", at + 1, names(at)));
+    let names =
+        |index: usize| ["a", "b", "c", "d", "e", "f"].map(|name| format!("x{index}.{name}")).join(", ");
+    let lines = (0..levels).map(|index| format!("\tsome x{} in [{}]\n", index + 1, names(index)));
     let lines: String = lines.collect();
     format!("{rule} if {{\n\tx0 := data.kubernetes.nodes[\"{rule}\"]\n{lines}\tx{levels} == 1\n}}\n\n")
 }
@@ -302,8 +303,8 @@ async fn policy_analysis_uses_bounded_memory() -> anyhow::Result<()> {
         "allow if data.kubernetes.nodes.n1.a == 1\n".to_owned(),
         // One value with 6¹² references, many values with few, and few values with the maximum.
         choosing("allow", 12),
-        (0..2000).map(|at| choosing(&format!("r{at}"), 2)).collect(),
-        (0..40).map(|at| choosing(&format!("r{at}"), 4)).collect(),
+        (0..2000).map(|index| choosing(&format!("r{index}"), 2)).collect(),
+        (0..40).map(|index| choosing(&format!("r{index}"), 4)).collect(),
     ];
     let mut peaks = Vec::new();
     for text in texts {

@@ -20,7 +20,7 @@ fn roles(generation: usize) -> Vec<Value> {
 
 fn pods(count: usize, generation: usize) -> Vec<Value> {
     let text = "x".repeat(1000);
-    let pod = |at| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{at}"), "namespace": "big" }, "text": text, "generation": generation });
+    let pod = |index| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{index}"), "namespace": "big" }, "text": text, "generation": generation });
     (0..count).map(pod).collect()
 }
 

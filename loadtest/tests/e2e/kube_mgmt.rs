@@ -53,11 +53,11 @@ async fn has_annotations(cluster: &Cluster, name: &str, status: &str) -> anyhow:
     let found = eventually(format!("ConfigMap {name} says {status}"), async || {
         let map = cluster.get_configmap("opa", name).await.map_err(|error| error.to_string())?;
         let annotations = map.metadata.annotations.unwrap_or_default();
-        let said = annotations.get("openpolicyagent.org/kube-mgmt-status").map_or("null", String::as_str);
-        let said: Value = serde_json::from_str(said).map_err(|error| error.to_string())?;
+        let text = annotations.get("openpolicyagent.org/kube-mgmt-status").map_or("null", String::as_str);
+        let text: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let retries = annotations.get("openpolicyagent.org/kube-mgmt-retries").map(String::as_str);
-        if said["status"] == status && retries == Some("0") {
-            Ok(said)
+        if text["status"] == status && retries == Some("0") {
+            Ok(text)
         } else {
             Err(format!("{annotations:?}"))
         }
@@ -82,7 +82,7 @@ async fn defaults(world: &World) -> anyhow::Result<()> {
     cluster.configmap("opa", "data-default", Some(DATA), &[("x.json", "{")]).await?;
     let status = has_annotations(cluster, "data-default", "error").await?;
     assert!(
-        status["error"]["errors"][0]["message"].as_str().is_some_and(|said| said.contains("x.json")),
+        status["error"]["errors"][0]["message"].as_str().is_some_and(|text| text.contains("x.json")),
         "{status}"
     );
 
@@ -147,7 +147,7 @@ async fn odd_configmaps(world: &World) -> anyhow::Result<()> {
     world.decides("/binary/x", json!({}), json!(1)).await?;
     let status = has_annotations(cluster, "binary", "ok").await?;
     assert!(
-        status["warnings"][0].as_str().is_some_and(|said| said.contains("binaryData is ignored")),
+        status["warnings"][0].as_str().is_some_and(|text| text.contains("binaryData is ignored")),
         "{status}"
     );
     for name in ["big.data.v1", "many.keys", "binary"] {

@@ -51,7 +51,7 @@ impl World {
     async fn start(delivery: Delivery) -> anyhow::Result<Self> {
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
         let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
-        let pod = |at| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{at}"), "namespace": "big" }, "text": "x".repeat(1000) });
+        let pod = |index| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{index}"), "namespace": "big" }, "text": "x".repeat(1000) });
         let pods: Vec<_> = (0..PODS).map(pod).collect();
         write_list(manifests.path(), "pods.json", &pods)?;
         write(manifests.path(), 0)?;

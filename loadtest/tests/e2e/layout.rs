@@ -28,8 +28,8 @@ async fn has_notice(world: &World, expected: bool) -> anyhow::Result<()> {
     eventually("the agent's notice", async || {
         let agent = world.agent.as_ref().ok_or("no agent")?;
         let status = agent.status().await.map_err(|error| error.to_string())?;
-        let said = status["notices"].to_string();
-        equal(&said.contains("--policy-delivery bundle"), &expected)
+        let notices = status["notices"].to_string();
+        equal(&notices.contains("--policy-delivery bundle"), &expected)
             .map_err(|error| format!("{error}: {status}"))
     })
     .await

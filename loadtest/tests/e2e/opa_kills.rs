@@ -57,7 +57,7 @@ async fn ask(url: String, answers: Arc<Answers>) {
 async fn check(way: Way) -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let pod = |at| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{at}"), "namespace": "big" }, "text": "x".repeat(1000) });
+    let pod = |index| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{index}"), "namespace": "big" }, "text": "x".repeat(1000) });
     let policy = json!({
         "apiVersion": "v1", "kind": "ConfigMap", "data": { "p.rego": POLICY },
         "metadata": { "name": "count", "namespace": "opa", "labels": { "openpolicyagent.org/policy": "rego" } },
@@ -71,15 +71,15 @@ async fn check(way: Way) -> anyhow::Result<()> {
     let (mut opa, _agent) = consumer(way, &assets, work.path(), &hub).await?;
     let answers = Arc::new(Answers::default());
     let asking = tokio::spawn(ask(opa.url.clone(), Arc::clone(&answers)));
-    let count = |of: &AtomicUsize| of.load(Ordering::Relaxed);
+    let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
     let right_again = async |before: usize| {
         eventually("the decision is correct again", async || {
             equal(&(count(&answers.right) > before + 20), &true).map_err(|_| "not yet".to_owned())
         })
         .await
     };
-    for at in 0..kills() {
-        let is_up = at % 2 == 0;
+    for index in 0..kills() {
+        let is_up = index % 2 == 0;
         if !is_up {
             hub.kill();
         }

@@ -29,19 +29,19 @@ const LIBRARY: [&str; 5] = [
 ];
 
 /// Returns a valid policy that calls another one.
-fn valid(at: usize, other: usize, value: usize) -> String {
-    let call = if at == 0 { String::new() } else { format!("\n\nv := data.p{other}.f({value})") };
-    format!("package p{at}\n\nf(x) := x + {value}{call}")
+fn valid(index: usize, other: usize, value: usize) -> String {
+    let call = if index == 0 { String::new() } else { format!("\n\nv := data.p{other}.f({value})") };
+    format!("package p{index}\n\nf(x) := x + {value}{call}")
 }
 
 /// Returns a policy that is invalid or breaks its callers.
-fn broken(at: usize, other: usize, kind: u8) -> String {
+fn broken(index: usize, other: usize, kind: u8) -> String {
     match kind {
-        0 => format!("package p{at}\n\nf(x) := x +"),
-        1 => format!("package p{at}\n\nf(x) := x\n\nv := data.p{other}.no_such(1)"),
-        2 => format!("package p{at}\n\ng(x) := x"),
-        3 => format!("package p{at}\n\nf(x, y) := x + y"),
-        4 => format!("package p{other}\n\nf := {at}"),
+        0 => format!("package p{index}\n\nf(x) := x +"),
+        1 => format!("package p{index}\n\nf(x) := x\n\nv := data.p{other}.no_such(1)"),
+        2 => format!("package p{index}\n\ng(x) := x"),
+        3 => format!("package p{index}\n\nf(x, y) := x + y"),
+        4 => format!("package p{other}\n\nf := {index}"),
         _ => "no module at all".into(),
     }
 }
@@ -57,8 +57,8 @@ async fn texts(opa: &Opa) -> anyhow::Result<BTreeMap<String, String>> {
 
 fn compiles(program: &Path, texts: &BTreeMap<String, String>) -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
-    for (at, text) in texts.values().enumerate() {
-        std::fs::write(dir.path().join(format!("{at}.rego")), text)?;
+    for (index, text) in texts.values().enumerate() {
+        std::fs::write(dir.path().join(format!("{index}.rego")), text)?;
     }
     let output = Command::new(program).arg("check").arg(dir.path()).output()?;
     anyhow::ensure!(output.status.success(), "OPA has modules that do not compile: {texts:#?}");
@@ -66,8 +66,8 @@ fn compiles(program: &Path, texts: &BTreeMap<String, String>) -> anyhow::Result<
 }
 
 async fn edit_at_random(cluster: &Cluster, random: &mut fastrand::Rng, edit: usize) -> anyhow::Result<()> {
-    let at = random.usize(..CONFIGMAPS);
-    let (name, other) = (format!("c{at:02}"), random.usize(..at.max(1)));
+    let index = random.usize(..CONFIGMAPS);
+    let (name, other) = (format!("c{index:02}"), random.usize(..index.max(1)));
     let write = |text: String| {
         let (cluster, name) = (cluster.clone(), name.clone());
         async move { cluster.configmap("opa", &name, Some(POLICY), &[("m.rego", &text)]).await }
@@ -79,8 +79,8 @@ async fn edit_at_random(cluster: &Cluster, random: &mut fastrand::Rng, edit: usi
             cluster.configmap("opa", "lib", Some(POLICY), &[("l.rego", text)]).await?;
         }
         2 => _ = cluster.delete_configmap("opa", "lib").await,
-        3..6 => write(broken(at, other, random.u8(..6))).await?,
-        _ => write(valid(at, other, edit)).await?,
+        3..6 => write(broken(index, other, random.u8(..6))).await?,
+        _ => write(valid(index, other, edit)).await?,
     }
     Ok(())
 }
@@ -94,9 +94,9 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     cluster.namespace("opa").await?;
     cluster.configmap("opa", "untouched", Some(POLICY), &[("u.rego", UNTOUCHED)]).await?;
     cluster.configmap("opa", "lib", Some(POLICY), &[("l.rego", LIBRARY[0])]).await?;
-    for at in 0..CONFIGMAPS {
-        let text = valid(at, at.saturating_sub(1), 1);
-        cluster.configmap("opa", &format!("c{at:02}"), Some(POLICY), &[("m.rego", &text)]).await?;
+    for index in 0..CONFIGMAPS {
+        let text = valid(index, index.saturating_sub(1), 1);
+        cluster.configmap("opa", &format!("c{index:02}"), Some(POLICY), &[("m.rego", &text)]).await?;
     }
     let kubeconfig = plane.kubeconfig.display().to_string();
     let hub = Hub::start(plane.dir.path(), &["--kubeconfig", &kubeconfig]).await?;
@@ -159,10 +159,10 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     let mut expected = BTreeMap::from([("opa/untouched/u.rego".to_owned(), UNTOUCHED.to_owned())]);
     cluster.configmap("opa", "lib", Some(POLICY), &[("l.rego", LIBRARY[1])]).await?;
     expected.insert("opa/lib/l.rego".into(), LIBRARY[1].into());
-    for at in 0..CONFIGMAPS {
-        let text = valid(at, at.saturating_sub(1), 1000 + at);
-        cluster.configmap("opa", &format!("c{at:02}"), Some(POLICY), &[("m.rego", &text)]).await?;
-        expected.insert(format!("opa/c{at:02}/m.rego"), text);
+    for index in 0..CONFIGMAPS {
+        let text = valid(index, index.saturating_sub(1), 1000 + index);
+        cluster.configmap("opa", &format!("c{index:02}"), Some(POLICY), &[("m.rego", &text)]).await?;
+        expected.insert(format!("opa/c{index:02}/m.rego"), text);
     }
     for (opa, _) in &opas {
         eventually("the final policies", async || {
@@ -248,18 +248,18 @@ async fn tests_gate_their_configmap() -> anyhow::Result<()> {
     let hub = Hub::start(work.path(), &["--manifests", &folder, "--test-label", "run-tests"]).await?;
     let served = hub.json("/v1/bundles/main").await?;
     assert_eq!(served["counts"]["modules"], 1, "{served}");
-    for (value, test, said) in [
+    for (value, test, reason) in [
         (2, "test_x if data.p.x == 1", "the test data.p_test.test_x fails"),
         (3, "test_x if data.p.x == ", "rego_parse_error"),
         (4, "test_x if data.p.f(1)", "undefined function data.p.f"),
         (5, "test_x if http.send({\"method\": \"get\", \"url\": \"http://127.0.0.1:1\"})", "test_x fails"),
     ] {
         write(value, test)?;
-        eventually(format!("the policy is rejected: {said}"), async || {
+        eventually(format!("the policy is rejected: {reason}"), async || {
             let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
             let verdict = bundle["verdicts"]["ns/m"].to_string();
             equal(&bundle["revision"], &served["revision"])?;
-            if verdict.contains(said) { Ok(()) } else { Err(verdict) }
+            if verdict.contains(reason) { Ok(()) } else { Err(verdict) }
         })
         .await?;
     }

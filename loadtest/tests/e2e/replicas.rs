@@ -72,9 +72,9 @@ impl Replicas {
     /// The hub that the agent follows.
     async fn followed(&self) -> anyhow::Result<usize> {
         let (followed, _) = eventually("the agent has a hub", async || {
-            for (at, hub) in self.hubs.iter().enumerate().filter(|(_, hub)| hub.process.is_some()) {
+            for (index, hub) in self.hubs.iter().enumerate().filter(|(_, hub)| hub.process.is_some()) {
                 if hub.metric("opa_hub_agents").await.map_err(|error| error.to_string())? == 1 {
-                    return Ok(at);
+                    return Ok(index);
                 }
             }
             Err("none is".to_owned())

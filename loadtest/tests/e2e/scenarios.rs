@@ -13,10 +13,10 @@ use opa_hub_loadtest::lab::ControlPlane;
 use serde_json::{Value, json};
 
 /// Results of a scenario's run.
-struct Kept(Value);
+struct Results(Value);
 
-impl Kept {
-    async fn of(args: &[&str]) -> anyhow::Result<Self> {
+impl Results {
+    async fn collect(args: &[&str]) -> anyhow::Result<Self> {
         let out = tempfile::tempdir()?;
         let mut command = Command::new(env!("CARGO_BIN_EXE_opa-hub-loadtest"));
         command.args(args).arg("--out").arg(out.path());
@@ -29,10 +29,10 @@ impl Kept {
         let mut report = Command::new(env!("CARGO_BIN_EXE_opa-hub-loadtest"));
         report.arg("report").arg(out.path());
         // The exit code is ignored: timing goals may be missed.
-        let said = tokio::task::spawn_blocking(move || report.output()).await??.stdout;
+        let output = tokio::task::spawn_blocking(move || report.output()).await??.stdout;
         ensure!(std::fs::read(file("md"))? == drawn);
         ensure!(
-            std::fs::read(out.path().join("README.md"))?.len() + 1 == said.len(),
+            std::fs::read(out.path().join("README.md"))?.len() + 1 == output.len(),
             "the goals are printed"
         );
         Ok(Self(serde_json::from_slice(&std::fs::read(file("json"))?)?))
@@ -40,10 +40,11 @@ impl Kept {
 
     fn figure(&self, who: &str, name: &str) -> anyhow::Result<f64> {
         let run = self.0["runs"][0].as_array().context("a run")?;
-        let of = run.iter().find(|of| of["who"] == who).with_context(|| format!("no results of {who}"))?;
-        let figures = of["figures"].as_array().context("figures")?;
+        let entry =
+            run.iter().find(|entry| entry["who"] == who).with_context(|| format!("no results of {who}"))?;
+        let figures = entry["figures"].as_array().context("figures")?;
         let figure = figures.iter().find(|figure| figure["name"] == name);
-        figure.with_context(|| format!("no {name} in {of}"))?["value"].as_f64().context("a number")
+        figure.with_context(|| format!("no {name} in {entry}"))?["value"].as_f64().context("a number")
     }
 
     fn check(&self, who: &str, name: &str, expected: f64) -> anyhow::Result<()> {
@@ -56,10 +57,11 @@ impl Kept {
 /// I4, and bytes: one encode per change, slightly larger than the pod.
 #[tokio::test]
 async fn fanout() -> anyhow::Result<()> {
-    let kept = Kept::of(&["fanout", "--agents", "100", "--rounds", "3", "--sustained-seconds", "1"]).await?;
-    kept.check("opa-hub", "frames encoded a change", 1.0)?;
-    kept.check("opa-hub", "witnesses that hold something else in the end", 0.0)?;
-    let bytes = kept.figure("opa-hub", "bytes an agent and change")?;
+    let results =
+        Results::collect(&["fanout", "--agents", "100", "--rounds", "3", "--sustained-seconds", "1"]).await?;
+    results.check("opa-hub", "frames encoded a change", 1.0)?;
+    results.check("opa-hub", "witnesses that hold something else in the end", 0.0)?;
+    let bytes = results.figure("opa-hub", "bytes an agent and change")?;
     ensure!(bytes < 700.0, "{bytes} bytes for a pod of 300");
     Ok(())
 }
@@ -67,13 +69,13 @@ async fn fanout() -> anyhow::Result<()> {
 /// Slow clients stay connected, lose nothing, and get fewer frames than changes.
 #[tokio::test]
 async fn slow() -> anyhow::Result<()> {
-    let kept = Kept::of(&["slow", "--agents", "200", "--rate", "100", "--seconds", "3"]).await?;
+    let results = Results::collect(&["slow", "--agents", "200", "--rate", "100", "--seconds", "3"]).await?;
     let slow = "1 % stalled, 1 % trickling";
-    kept.check(slow, "streams that ended", 0.0)?;
-    kept.check(slow, "witnesses that hold something else in the end", 0.0)?;
+    results.check(slow, "streams that ended", 0.0)?;
+    results.check(slow, "witnesses that hold something else in the end", 0.0)?;
     let (sent, changes) = (
-        kept.figure(slow, "frames that a stalled agent was sent")?,
-        kept.figure(slow, "changes that there were")?,
+        results.figure(slow, "frames that a stalled agent was sent")?,
+        results.figure(slow, "changes that there were")?,
     );
     ensure!(sent < changes / 2.0, "{sent} frames for {changes} changes");
     Ok(())
@@ -82,22 +84,23 @@ async fn slow() -> anyhow::Result<()> {
 /// Fail-over, by closed socket or timeout, and restarts need no archive. A reconcile response is encoded once.
 #[tokio::test]
 async fn failover() -> anyhow::Result<()> {
-    let kept = Kept::of(&["failover", "--agents", "200", "--pods", "20", "--opas", "1"]).await?;
+    let results = Results::collect(&["failover", "--agents", "200", "--pods", "20", "--opas", "1"]).await?;
     let (other, same, silent) =
         ("another replica", "the same hub, restarted", "another replica, packets dropped");
     for who in [other, same, silent] {
-        kept.check(who, "real agents that loaded their OPA anew", 0.0)?;
-        kept.check(who, "witnesses that hold something else in the end", 0.0)?;
+        results.check(who, "real agents that loaded their OPA anew", 0.0)?;
+        results.check(who, "witnesses that hold something else in the end", 0.0)?;
     }
     for who in [other, silent] {
-        kept.check(who, "agents that had to reconcile", 0.0)?;
+        results.check(who, "agents that had to reconcile", 0.0)?;
     }
     // Only a timeout reveals the cut.
-    let silence = kept.figure(silent, "from the fault until every agent has a change made right after it")?;
+    let silence =
+        results.figure(silent, "from the fault until every agent has a change made right after it")?;
     ensure!(silence > 5000.0, "left after {silence} ms");
-    kept.check(same, "agents that had to reconcile", 200.0)?;
+    results.check(same, "agents that had to reconcile", 200.0)?;
     // The real agent's response differs, since it has policies.
-    ensure!(kept.figure(same, "answers to those encoded")? <= 3.0);
+    ensure!(results.figure(same, "answers to those encoded")? <= 3.0);
     Ok(())
 }
 
@@ -105,28 +108,28 @@ async fn failover() -> anyhow::Result<()> {
 #[tokio::test]
 async fn churn() -> anyhow::Result<()> {
     let args = ["churn", "--pods", "20", "--opas", "2", "--agents", "50", "--rate", "10", "--seconds", "3"];
-    let kept = Kept::of(&args).await?;
-    kept.check("opa-hub and many agents", "watches on the API server", 3.0)?;
+    let results = Results::collect(&args).await?;
+    results.check("opa-hub and many agents", "watches on the API server", 3.0)?;
     for who in ["opa-hub and many agents", "opa-hub, fields auto, and many agents"] {
-        kept.check(who, "witnesses that hold something else in the end", 0.0)?;
+        results.check(who, "witnesses that hold something else in the end", 0.0)?;
     }
-    kept.figure("opa-hub, package kubernetes.admission", "change to decision, p99")?;
-    kept.check("watches", "watches on the API server", 50.0)
+    results.figure("opa-hub, package kubernetes.admission", "change to decision, p99")?;
+    results.check("watches", "watches on the API server", 50.0)
 }
 
 /// Any number of changes is one frame in bounded PATCHes, or one reconcile beyond the history.
 #[tokio::test]
 async fn catchup() -> anyhow::Result<()> {
-    let kept = Kept::of(&["catchup", "--changes", "3000", "--pods", "5000"]).await?;
-    kept.check("opa-hub", "frames", 1.0)?;
-    kept.check("opa-hub", "reconciles", 0.0)?;
+    let results = Results::collect(&["catchup", "--changes", "3000", "--pods", "5000"]).await?;
+    results.check("opa-hub", "frames", 1.0)?;
+    results.check("opa-hub", "reconciles", 0.0)?;
     let (operations, patches) =
-        (kept.figure("opa-hub", "operations in it")?, kept.figure("opa-hub", "PATCHes")?);
+        (results.figure("opa-hub", "operations in it")?, results.figure("opa-hub", "PATCHes")?);
     ensure!(patches >= operations / 500.0, "{patches} PATCHes for {operations} operations");
     // 40 % of the pods change.
-    kept.check("opa-hub", "operations in it", 2000.0)?;
+    results.check("opa-hub", "operations in it", 2000.0)?;
     for who in ["opa-hub, changes spread", "opa-hub, pods of 10 KB"] {
-        let (frames, repairs) = (kept.figure(who, "frames")?, kept.figure(who, "reconciles")?);
+        let (frames, repairs) = (results.figure(who, "frames")?, results.figure(who, "reconciles")?);
         ensure!(
             (frames - 1.0).abs() < f64::EPSILON || (repairs - 1.0).abs() < f64::EPSILON,
             "{who}: {frames}, {repairs}"
@@ -139,45 +142,45 @@ async fn catchup() -> anyhow::Result<()> {
 #[tokio::test]
 async fn start_and_restart() -> anyhow::Result<()> {
     let args = ["start", "--pods", "20", "--opas", "2", "--joins", "50", "--small-pods", "500"];
-    Kept::of(&args).await?.check("opa-hub", "snapshots encoded for all that join", 1.0)?;
-    let kept = Kept::of(&["restart", "--pods", "20", "--opas", "2"]).await?;
+    Results::collect(&args).await?.check("opa-hub", "snapshots encoded for all that join", 1.0)?;
+    let results = Results::collect(&["restart", "--pods", "20", "--opas", "2"]).await?;
     for (who, loaded) in [("the hub", 0.0), ("the agents", 0.0), ("the OPAs", 2.0), ("the API server", 0.0)] {
-        kept.check(who, "OPAs that were loaded anew", loaded)?;
+        results.check(who, "OPAs that were loaded anew", loaded)?;
     }
     Ok(())
 }
 
 #[tokio::test]
 async fn soak() -> anyhow::Result<()> {
-    let kept = Kept::of(&["soak", "--agents", "50", "--rate", "100", "--seconds", "10"]).await?;
-    kept.check("opa-hub", "witnesses that hold something else in the end", 0.0)?;
-    kept.check("opa-hub", "streams that ended", 0.0)
+    let results = Results::collect(&["soak", "--agents", "50", "--rate", "100", "--seconds", "10"]).await?;
+    results.check("opa-hub", "witnesses that hold something else in the end", 0.0)?;
+    results.check("opa-hub", "streams that ended", 0.0)
 }
 
 /// The hub survives every attack; the other tenant's edits and requests succeed.
 #[tokio::test]
 async fn tenant() -> anyhow::Result<()> {
-    let kept = Kept::of(&["tenant", "--seconds", "2"]).await?;
+    let results = Results::collect(&["tenant", "--seconds", "2"]).await?;
     let (calm, whole) = ("no attack", "the whole run");
     for figure in [
         "of these never seen",
         "times that the hub had to be started again",
         "differences from B's expected content at the end",
     ] {
-        kept.check(whole, figure, 0.0)?;
+        results.check(whole, figure, 0.0)?;
     }
-    let asked = kept.figure(calm, "edits and requests of B")?;
+    let asked = results.figure(calm, "edits and requests of B")?;
     ensure!(asked > 0.0, "B did nothing");
-    for of in kept.0["runs"][0].as_array().context("a run")? {
-        let who = of["who"].as_str().context("a name")?;
+    for entry in results.0["runs"][0].as_array().context("a run")? {
+        let who = entry["who"].as_str().context("a name")?;
         if who == whole {
             continue;
         }
         // As many as without an attack.
-        kept.check(who, "edits and requests of B", asked)?;
-        kept.check(who, "of these never seen", 0.0)?;
+        results.check(who, "edits and requests of B", asked)?;
+        results.check(who, "of these never seen", 0.0)?;
         if who != calm {
-            ensure!(kept.figure(who, "of these with a trace in the hub")? > 0.0, "{who} left no trace");
+            ensure!(results.figure(who, "of these with a trace in the hub")? > 0.0, "{who} left no trace");
         }
     }
     Ok(())
@@ -231,14 +234,14 @@ async fn external_cluster_is_cleaned_up() -> anyhow::Result<()> {
     let given = ["--create-pods", "--kubeconfig", &kubeconfig];
     let namespaces = async || -> anyhow::Result<Vec<String>> {
         let list = Api::<Namespace>::all(cluster.client.clone()).list(&ListParams::default()).await?;
-        Ok(list.items.into_iter().filter_map(|of| of.metadata.name).collect())
+        Ok(list.items.into_iter().filter_map(|namespace| namespace.metadata.name).collect())
     };
     let before = namespaces().await?;
     let args = ["churn", "--pods", "10", "--opas", "1", "--agents", "20", "--rate", "10", "--seconds", "2"];
-    let kept = Kept::of(&[&args[..], &given].concat()).await?;
+    let results = Results::collect(&[&args[..], &given].concat()).await?;
     for who in ["opa-hub and many agents", "opa-hub, fields auto, and many agents"] {
-        kept.check(who, "witnesses that hold something else in the end", 0.0)?;
-        kept.figure(who, "API server CPU a change")?;
+        results.check(who, "witnesses that hold something else in the end", 0.0)?;
+        results.figure(who, "API server CPU a change")?;
     }
     ensure!(namespaces().await? == before);
 

@@ -43,7 +43,7 @@ async fn slow_tests_do_not_block_other_configmaps() -> anyhow::Result<()> {
     let first = hub.json("/v1/bundles/main").await?["revision"].clone();
     // Each runs into the limit of 5 s.
     let slow = "if { some i in numbers.range(1, 100000); some j in numbers.range(1, 100000); i + j < 0 }";
-    let tests: Vec<_> = (0..20).map(|at| format!("test_{at} {slow}")).collect();
+    let tests: Vec<_> = (0..20).map(|index| format!("test_{index} {slow}")).collect();
     write(manifests.path(), "slow", "x := 1", &tests.join("\n"))?;
     write(manifests.path(), "quick", "x := 2", "test_x if data.quick.x < 9")?;
     within(SEARCH, "the slow tests are rejected, the other edit is served", async || {

@@ -113,24 +113,24 @@ async fn restored_source_is_relisted() -> anyhow::Result<()> {
         async || -> anyhow::Result<Value> { Ok(hub.json("/v1/bundles/main").await?["revision"].clone()) };
     let before = revision().await?;
     let copy = |from: &Path, to: &Path| Command::new("cp").arg("-r").args([from, to]).status().map(drop);
-    let kept = plane.dir.path().join("etcd-before");
-    plane.while_stopped(|data| copy(data, &kept)).await?;
+    let backup = plane.dir.path().join("etcd-before");
+    plane.while_stopped(|data| copy(data, &backup)).await?;
     for value in 1..=200 {
         write(value).await?;
     }
-    let is = async |expected: bool| {
+    let is_unchanged = async |expected: bool| {
         eventually("the hub has the event", async || {
             let now = revision().await.map_err(|error| error.to_string())?;
             equal(&(now == before), &expected)
         })
         .await
     };
-    is(false).await?;
+    is_unchanged(false).await?;
     plane
         .while_stopped(|data| {
             std::fs::remove_dir_all(data)?;
-            copy(&kept, data)
+            copy(&backup, data)
         })
         .await?;
-    is(true).await.map(drop)
+    is_unchanged(true).await.map(drop)
 }

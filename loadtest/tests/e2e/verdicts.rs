@@ -69,8 +69,8 @@ async fn writes_per_edit_are_independent_of_agents() -> anyhow::Result<()> {
 
     let urls = hubs.each_ref().map(|hub| hub.url.as_str());
     let (mut opas, mut agents) = (Vec::new(), Vec::new());
-    for at in 0..AGENTS {
-        let delivery = if at % 2 == 0 { Delivery::Rest } else { Delivery::Bundle };
+    for index in 0..AGENTS {
+        let delivery = if index % 2 == 0 { Delivery::Rest } else { Delivery::Bundle };
         let address = Agent::address()?;
         let config = (delivery == Delivery::Bundle).then(|| Agent::opa_config(&address));
         let opa = Opa::start(&plane.assets, dir, config.as_ref(), &[]).await?;
@@ -147,10 +147,10 @@ async fn hub_without_write_permission_warns_once() -> anyhow::Result<()> {
     }
     eventually("the hub reports the missing permission", async || {
         let ready = hub.json("/readyz").await.map_err(|error| error.to_string())?;
-        let said = ready["problems"].to_string();
+        let problems = ready["problems"].to_string();
         let lacks =
             ["grant the hub the verb patch on configmaps", "grant the hub the verbs get, create, patch"];
-        if lacks.iter().all(|lack| said.contains(lack)) { Ok(()) } else { Err(said) }
+        if lacks.iter().all(|lack| problems.contains(lack)) { Ok(()) } else { Err(problems) }
     })
     .await?;
     eventually("the last edit is served", async || {

@@ -16,7 +16,7 @@ use super::reads::{i10, i10_auto};
 use super::source::Kind;
 use super::streams::{UnderWay, Wire};
 use super::{HUBS, World};
-use crate::fold::{Held, Refused};
+use crate::fold::{AppliedState, Refused};
 
 /// Maximum number of connections abandoned without the hub's notice.
 const GIVEN_UP: usize = 2;
@@ -29,7 +29,7 @@ const POLICIES: &str = "policies";
 pub(super) struct Agent {
     pub(super) name: &'static str,
     pub(super) namespace: &'static str,
-    pub(super) held: Held,
+    pub(super) applied: AppliedState,
     is_empty: bool,
     /// Document of the applied content.
     document: Option<Document>,
@@ -54,7 +54,7 @@ impl Agent {
         Self {
             name,
             namespace,
-            held: Held::empty(),
+            applied: AppliedState::empty(),
             is_empty: true,
             document: None,
             epoch: None,
@@ -68,10 +68,10 @@ impl Agent {
         }
     }
 
-    /// Opens a stream at hub `at`, or at the next one if that is behind.
-    pub(super) async fn connect(&mut self, hubs: &mut [Hub], at: usize, world: &mut World) {
+    /// Opens a stream at hub `index`, or at the next one if that is behind.
+    pub(super) async fn connect(&mut self, hubs: &mut [Hub], index: usize, world: &mut World) {
         for turn in 0..HUBS {
-            let is_behind = self.connect_to(hubs, (at + turn) % HUBS, world).await;
+            let is_behind = self.connect_to(hubs, (index + turn) % HUBS, world).await;
             if !is_behind {
                 return;
             }
@@ -79,31 +79,31 @@ impl Agent {
     }
 
     /// Opens a stream, after reconcile if needed, without closing earlier connections. Returns whether the hub is behind.
-    async fn connect_to(&mut self, hubs: &mut [Hub], at: usize, world: &mut World) -> bool {
-        let hub = &mut hubs[at];
+    async fn connect_to(&mut self, hubs: &mut [Hub], index: usize, world: &mut World) -> bool {
+        let hub = &mut hubs[index];
         let Some((part, document)) = hub.part(self.name, self.namespace) else { return false };
-        let here = part.position();
+        let current = part.position();
         let Some(head) = part.head().borrow().clone() else { return false };
         if self.is_empty {
             world.seen.add("snapshots");
             let bytes = archive(&head, Part::Whole).await;
-            self.take_archive(&bytes, &head, &here);
+            self.take_archive(&bytes, &head, &current);
             // Until the next quiet phase after a restore, hubs send versions of both epochs.
             self.epoch = Some(world.source.epoch).filter(|epoch| *epoch == world.quiet_epoch);
-        } else if !self.resume(&head, &here, world).await {
+        } else if !self.resume(&head, &current, world).await {
             world.seen.add("lags");
             self.was_refused(world);
             return true;
         }
         // Documents omit different objects, which positions do not show.
-        let is_same = self.document.is_none_or(|held| held == document);
+        let is_same = self.document.is_none_or(|applied| applied == document);
         self.epoch = self.epoch.filter(|_| is_same);
         (self.refusals, self.document) = (0, Some(document));
-        self.opened = self.held.position.clone();
-        self.held.judge = Judge::new(self.opened.clone());
-        let wire = hub.streams.open(&part, (self.name, self.namespace), self.held.revision());
+        self.opened = self.applied.position.clone();
+        self.applied.judge = Judge::new(self.opened.clone());
+        let wire = hub.streams.open(&part, (self.name, self.namespace), self.applied.revision());
         self.give_up();
-        (self.hub, self.following) = (at, Some((wire, Decoder::new(FRAME_BYTES_MAX))));
+        (self.hub, self.following) = (index, Some((wire, Decoder::new(FRAME_BYTES_MAX))));
         false
     }
 
@@ -116,45 +116,45 @@ impl Agent {
     }
 
     /// Reconciles if needed. Returns whether frames can follow, `false` if the position would regress.
-    async fn resume(&mut self, head: &Arc<Edition>, here: &Position, world: &mut World) -> bool {
-        let there = self.held.position.clone();
-        if head.lag(self.held.revision(), here, &there).is_some() {
+    async fn resume(&mut self, head: &Arc<Edition>, current: &Position, world: &mut World) -> bool {
+        let required = self.applied.position.clone();
+        if head.lag(self.applied.revision(), current, &required).is_some() {
             return false;
         }
         for round in 0..RECONCILES_MAX {
-            head.tell_as_of(here, &self.held.position);
-            if !matches!(head.next(self.held.revision()), Next::Unknown) {
+            head.tell_as_of(current, &self.applied.position);
+            if !matches!(head.next(self.applied.revision()), Next::Unknown) {
                 return true;
             }
-            let (held, there) = (self.held.reconcile(), &self.held.position);
-            if head.lag_of(&held, Some(self.held.revision().modules), here, there).is_some() {
+            let (applied, required) = (self.applied.reconcile(), &self.applied.position);
+            if head.lag_of(&applied, Some(self.applied.revision().modules), current, required).is_some() {
                 return false;
             }
             world.seen.add("reconciles");
             world.seen.add_if(round > 0, "answers to older policies");
-            let bytes = answer(head, &self.held).await;
+            let bytes = answer(head, &self.applied).await;
             // Frames on the old stream no longer apply.
             self.give_up();
-            self.take_archive(&bytes, head, here);
+            self.take_archive(&bytes, head, current);
         }
-        assert_eq!(self.held.revision(), head.view.revision, "{}: reconcile ends at the head", self.name);
+        assert_eq!(self.applied.revision(), head.view.revision, "{}: reconcile ends at the head", self.name);
         true
     }
 
-    fn take_archive(&mut self, bytes: &[u8], head: &Edition, here: &Position) {
-        self.held.archive_by_halves(bytes, i10);
-        i10(&self.held);
+    fn take_archive(&mut self, bytes: &[u8], head: &Edition, current: &Position) {
+        self.applied.archive_by_halves(bytes, i10);
+        i10(&self.applied);
         if self.name == AUTO {
-            i10_auto(&self.held);
+            i10_auto(&self.applied);
         }
         self.is_empty = false;
-        self.arrive(head, here);
+        self.arrive(head, current);
     }
 
-    fn arrive(&mut self, head: &Edition, here: &Position) {
-        self.held.proven = here.clone().after(&self.held.proven);
-        self.held.position = head.newest().after(&self.held.position);
-        self.is_whole = self.held.revision() == head.view.revision;
+    fn arrive(&mut self, head: &Edition, current: &Position) {
+        self.applied.proven = current.clone().after(&self.applied.proven);
+        self.applied.position = head.newest().after(&self.applied.position);
+        self.is_whole = self.applied.revision() == head.view.revision;
     }
 
     /// If every hub is behind, the source was rolled back, and the agent accepts that.
@@ -167,7 +167,7 @@ impl Agent {
     }
 
     fn forget_positions(&mut self) {
-        (self.held.position, self.held.proven) = (Position::default(), Position::default());
+        (self.applied.position, self.applied.proven) = (Position::default(), Position::default());
         self.latest.clear();
         self.refusals = 0;
     }
@@ -191,19 +191,19 @@ impl Agent {
             let has_edits = String::from_utf8_lossy(data).contains("/metadata/labels/");
             let is_end = |under_way: &mut UnderWay| under_way.ends.pop_front_if(|end| end == id).is_some();
             let is_whole = wire.lock().unwrap().as_mut().is_some_and(is_end);
-            let policies = self.held.proven.of(POLICIES).unwrap_or(0);
-            match self.held.take(message) {
+            let policies = self.applied.proven.of(POLICIES).unwrap_or(0);
+            match self.applied.take(message) {
                 Ok(()) => {
                     self.is_whole = is_whole;
                     if !is_whole {
                         // Modules arrive last.
-                        self.held.proven.heard(POLICIES.into(), policies);
+                        self.applied.proven.heard(POLICIES.into(), policies);
                     }
                     world.seen.add("frames");
                     world.seen.add_if(has_edits, "edits");
-                    i10(&self.held);
+                    i10(&self.applied);
                     if self.name == AUTO {
-                        i10_auto(&self.held);
+                        i10_auto(&self.applied);
                     }
                 }
                 Err(Refused::NotHeld) => panic!("I3"),
@@ -229,7 +229,7 @@ impl Agent {
     /// Checks that the content equals the source's at the newest position so far. Returns `false` if the state is partial
     /// or its position unproven.
     pub(super) fn check(&mut self, world: &World) -> bool {
-        let Held { position, proven, .. } = &self.held;
+        let AppliedState { position, proven, .. } = &self.applied;
         let is_ready = self.is_whole && self.epoch == Some(world.source.epoch);
         if position.is_empty() || !is_ready || proven.is_behind(position) {
             return false;
@@ -249,7 +249,7 @@ impl Agent {
             world.source.epoch
         );
         let asked = Asked { document, namespace: Some(self.namespace), opened: BTreeSet::new(), context };
-        asked.check(&world.source, &units_held(&self.held), false, latest);
+        asked.check(&world.source, &units_held(&self.applied), false, latest);
         true
     }
 
@@ -261,19 +261,19 @@ impl Agent {
             self.forget_positions();
         }
         if self.following.is_none() {
-            let at = world.rng.usize(..hubs.len());
-            self.connect(hubs, at, world).await;
+            let index = world.rng.usize(..hubs.len());
+            self.connect(hubs, index, world).await;
             hubs[self.hub].streams.write(|| false);
             self.read(usize::MAX, world);
         }
         assert!(self.following.is_some(), "{} {}: agent has a stream", self.name, self.namespace);
         let (part, document) = hubs[self.hub].part(self.name, self.namespace).unwrap();
         let head = part.head().borrow().clone().unwrap();
-        assert_eq!(self.held.revision(), head.view.revision, "{} {}: I1", self.name, self.namespace);
+        assert_eq!(self.applied.revision(), head.view.revision, "{} {}: I1", self.name, self.namespace);
         (self.document, self.epoch) = (Some(document), Some(world.source.epoch));
         self.arrive(&head, &part.position());
         let asked = Asked::new(document, Some(self.namespace), &part);
-        asked.check_all(&world.source, &units_held(&self.held));
+        asked.check_all(&world.source, &units_held(&self.applied));
         _ = self.check(world);
     }
 }

@@ -52,7 +52,7 @@ struct Watching {
     /// Epoch of its versions.
     epoch: usize,
     /// Version up to which events are complete.
-    told: u64,
+    delivered: u64,
 }
 
 #[derive(PartialEq)]
@@ -98,7 +98,7 @@ impl Hub {
     pub(super) fn turn(&mut self, world: &mut World) {
         for document in world.documents.values() {
             let Some(slot) = self.slots.get_mut(document.name) else {
-                let good = world.kept.get(document.name).cloned().unwrap_or_default();
+                let good = world.persisted.get(document.name).cloned().unwrap_or_default();
                 let running = Written::start(*document, good, &self.store);
                 self.served.serve(Arc::clone(running.bundle()));
                 self.slots.insert(document.name, Slot { running, next: None });
@@ -110,8 +110,8 @@ impl Hub {
             slot.next = None;
             if slot.running.document != *document {
                 // The persisted last good modules count only if nothing was checked yet.
-                let kept = || world.kept.get(document.name).cloned().unwrap_or_default();
-                let good = slot.running.good().unwrap_or_else(kept);
+                let persisted = || world.persisted.get(document.name).cloned().unwrap_or_default();
+                let good = slot.running.good().unwrap_or_else(persisted);
                 slot.next = Some(Written::start(*document, good, &self.store));
             }
         }
@@ -174,8 +174,8 @@ impl Hub {
     }
 
     pub(super) fn any(&mut self, world: &mut World) -> &mut Written {
-        let at = world.rng.usize(..self.written().count());
-        self.written().nth(at).unwrap()
+        let index = world.rng.usize(..self.written().count());
+        self.written().nth(index).unwrap()
     }
 
     fn ids(&self) -> Vec<WatchId> {
@@ -193,7 +193,7 @@ impl Hub {
                 needs_list: true,
                 was_listed: false,
                 epoch: world.source.epoch,
-                told: 0,
+                delivered: 0,
             });
         }
     }
@@ -236,7 +236,7 @@ impl Hub {
     /// Receives some events, and possibly a bookmark at the end.
     fn tell(&mut self, id: WatchId, most: usize, bookmarks: bool, world: &World) {
         let watching = self.watches.get_mut(&id).expect("watch exists");
-        let new = world.source.since(watching.kind, watching.told);
+        let new = world.source.since(watching.kind, watching.delivered);
         let is_all = new.len() <= most;
         for (version, key, value) in new.into_iter().take(most) {
             let event = match value {
@@ -244,11 +244,11 @@ impl Hub {
                 None => Event::Delete(key.clone()),
             };
             self.store.apply((id, event, Some(Version(version))));
-            watching.told = version;
+            watching.delivered = version;
         }
         if is_all && bookmarks {
-            watching.told = world.source.version();
-            self.store.apply((id, Event::Quiet, Some(Version(watching.told))));
+            watching.delivered = world.source.version();
+            self.store.apply((id, Event::Quiet, Some(Version(watching.delivered))));
         }
     }
 
@@ -266,7 +266,7 @@ impl Hub {
         }
         world.seen.add("lists");
         self.store.apply((id, Event::Init, None));
-        let objects = world.source.at(kind, version).into_iter();
+        let objects = world.source.objects_at(kind, version).into_iter();
         let objects = objects.map(|(key, value)| Object { key: key.clone(), json: value.to_string().into() });
         for object in objects.collect::<Vec<_>>() {
             if !is_calm && may_fail && world.rng.u8(..64) == 0 {
@@ -284,7 +284,7 @@ impl Hub {
         }
         self.store.apply((id, Event::InitDone, Some(Version(version))));
         let watching = self.watches.get_mut(&id).expect("watch exists");
-        (watching.epoch, watching.told) = (world.source.epoch, version);
+        (watching.epoch, watching.delivered) = (world.source.epoch, version);
         (watching.needs_list, watching.was_listed) = (false, true);
     }
 
@@ -326,7 +326,7 @@ impl Hub {
             }
             // The leader may not have seen this yet.
             if let Some(good) = written.good().filter(|_| world.rng.u8(..4) == 0) {
-                world.kept.insert(written.document.name, good);
+                world.persisted.insert(written.document.name, good);
             }
         }
     }
@@ -363,7 +363,7 @@ impl Hub {
             let (part, _) = self.part(name, namespace).expect("removed bundles end their streams");
             assert_eq!(stream.id, part.id, "{name} {namespace}: replaced bundles end their streams");
             let head = part.head().borrow().clone().expect("bundle is live");
-            assert_eq!(stream.held, head.view.revision, "{name} {namespace}: stream is at the head");
+            assert_eq!(stream.applied, head.view.revision, "{name} {namespace}: stream is at the head");
         }
     }
 }

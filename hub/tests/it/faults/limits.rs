@@ -27,22 +27,25 @@ pub(super) fn check(document: &Document, source: &Source, units: &Units) -> usiz
     let mut left_out = 0;
     for kind in LIMITED {
         let allowed = source.allowed(kind, source.version());
-        for (_, key) in units.keys().filter(|(of, _)| *of == kind) {
+        for (_, key) in units.keys().filter(|(other, _)| *other == kind) {
             assert!(allowed.contains_key(key), "{kind:?} {key} is served");
         }
         for (key, contents) in allowed {
-            let held = units.get(&(kind, key.clone()));
+            let applied = units.get(&(kind, key.clone()));
             let newest = contents.iter().flatten().map(|value| served(kind, value));
             let newest: Vec<_> = newest.collect();
-            let is_newest = |held: &Value| newest.contains(held);
-            if held.map_or(contents.contains(&None), is_newest) {
+            let is_newest = |applied: &Value| newest.contains(applied);
+            if applied.map_or(contents.contains(&None), is_newest) {
                 continue;
             }
             left_out += 1;
-            assert!(held.is_none_or(|held| source.was(kind, key, held)), "{kind:?} {key} was never {held:?}");
-            let old = held.map_or(0, |held| bytes(kind, key, held));
+            assert!(
+                applied.is_none_or(|applied| source.was(kind, key, applied)),
+                "{kind:?} {key} was never {applied:?}"
+            );
+            let old = applied.map_or(0, |applied| bytes(kind, key, applied));
             let has_no_room = held_bytes - old + bytes(kind, key, &newest[0]) > max_bytes;
-            let has_no_dir = held.is_none() && dirs.len() == max_dirs && !dirs.contains(&dir(kind, key));
+            let has_no_dir = applied.is_none() && dirs.len() == max_dirs && !dirs.contains(&dir(kind, key));
             assert!(
                 has_no_room || has_no_dir,
                 "{kind:?} {key} would fit: {held_bytes} of {max_bytes} bytes, {old} its own, in {dirs:?}"

@@ -117,7 +117,7 @@ struct World {
     source: Source,
     documents: BTreeMap<&'static str, Document>,
     /// Persisted last good modules by bundle.
-    kept: BTreeMap<&'static str, LastGood>,
+    persisted: BTreeMap<&'static str, LastGood>,
     seen: Seen,
     /// Source's epoch at the last quiet phase.
     quiet_epoch: usize,
@@ -130,7 +130,7 @@ impl World {
         match self.documents.remove(document.name) {
             None => _ = self.documents.insert(document.name, document),
             Some(_) if self.rng.u8(..4) == 0 => {}
-            Some(held) => _ = self.documents.insert(held.name, held.edited(&mut self.rng)),
+            Some(present) => _ = self.documents.insert(present.name, present.edited(&mut self.rng)),
         }
     }
 }
@@ -148,7 +148,7 @@ impl Run {
             rng: Rng::with_seed(seed),
             source: Source::new(),
             documents: documents.collect(),
-            kept: BTreeMap::new(),
+            persisted: BTreeMap::new(),
             seen: Seen::default(),
             quiet_epoch: 0,
         };
@@ -159,8 +159,8 @@ impl Run {
 
     async fn step(&mut self) {
         let Self { world, hubs, agents } = self;
-        let (at, agent) = (world.rng.usize(..HUBS), world.rng.usize(..AGENTS.len()));
-        let (hub, agent) = (&mut hubs[at], &mut agents[agent]);
+        let (index, agent) = (world.rng.usize(..HUBS), world.rng.usize(..AGENTS.len()));
+        let (hub, agent) = (&mut hubs[index], &mut agents[agent]);
         match world.rng.u16(..1000) {
             0..250 => world.source.change(&mut world.rng),
             250..430 => hub.hear(world),
@@ -175,7 +175,7 @@ impl Run {
                 let is_checked = agent.check(world);
                 world.seen.add(if is_checked { "reads that are checked" } else { "reads in between" });
             }
-            860..910 => agent.connect(hubs, at, world).await,
+            860..910 => agent.connect(hubs, index, world).await,
             910..922 => {
                 world.seen.add("cuts");
                 agent.cut();
@@ -239,10 +239,10 @@ impl Run {
             agent.read(usize::MAX, world);
             agent.settle(hubs, world).await;
         }
-        let others: Vec<_> = agents.iter().map(|agent| agent.held.clone()).collect();
+        let others: Vec<_> = agents.iter().map(|agent| agent.applied.clone()).collect();
         let looked_at = world.rng.usize(..HUBS);
         let mut revisions = BTreeMap::new();
-        for (at, hub) in hubs.iter().enumerate() {
+        for (index, hub) in hubs.iter().enumerate() {
             for written in hub.bundles() {
                 let document = written.document;
                 let namespaces = NAMESPACES.into_iter().filter(|_| document.is_scoped);
@@ -257,14 +257,14 @@ impl Run {
                     let is_by_bytes = document.max_bytes.is_some();
                     world.seen.add_if(left_out > 0 && is_by_bytes, "objects that are left out");
                     world.seen.add_if(left_out > 0 && !is_by_bytes, "directories that are left out");
-                    if at == looked_at {
+                    if index == looked_at {
                         // Reconciles any agent's content, even of another bundle.
                         let other = &others[world.rng.usize(..others.len())];
                         asked.check_archives(&world.source, &head, std::slice::from_ref(other)).await;
                     }
                     let revision = head.view.revision;
-                    let of = (document.name, namespace, asked.opened.clone());
-                    let same = *revisions.entry(of).or_insert(revision);
+                    let view = (document.name, namespace, asked.opened.clone());
+                    let same = *revisions.entry(view).or_insert(revision);
                     // Earlier objects may displace later ones.
                     let depends = document.is_limited() || !world.source.is_good();
                     assert!(same == revision || depends, "{asked}: I2");

@@ -13,7 +13,7 @@ use super::limits::{self, LIMITED};
 use super::reads::{cut, lines, paths};
 use super::source::{Kind, Source, place_of_jobs, served};
 use super::written::opened;
-use crate::fold::Held;
+use crate::fold::AppliedState;
 
 /// Served content by object.
 pub(super) type Units = BTreeMap<(Kind, ObjectKey), Value>;
@@ -38,8 +38,8 @@ pub(super) fn units_of(view: &View) -> Units {
     units(dirs.collect(), modules)
 }
 
-pub(super) fn units_held(held: &Held) -> Units {
-    units(held.entries(), held.modules.iter().map(|(id, text)| (id.as_str(), text.as_str())))
+pub(super) fn units_held(applied: &AppliedState) -> Units {
+    units(applied.entries(), applied.modules.iter().map(|(id, text)| (id.as_str(), text.as_str())))
 }
 
 fn units<'a>(
@@ -90,17 +90,17 @@ impl Asked {
         source: &Source,
         units: &Units,
         is_quiet: bool,
-        at: impl Fn(Kind) -> Option<u64>,
+        version_at: impl Fn(Kind) -> Option<u64>,
     ) {
         let read = paths(&lines_of(units));
         let is_cut = |kind: Kind| self.document.name == FIELDS && kind == Kind::Pods;
         for kind in Kind::ALL {
-            let Some(version) = at(kind) else { continue };
+            let Some(version) = version_at(kind) else { continue };
             let mut allowed = source.allowed(kind, version);
             // The first owner has the path.
             let is_disputed = |key: &ObjectKey| self.document.is_auto && !is_quiet && *key == place_of_jobs();
             allowed.retain(|key, _| !is_disputed(key));
-            for (_, key) in units.keys().filter(|(of, key)| *of == kind && !is_disputed(key)) {
+            for (_, key) in units.keys().filter(|(other, key)| *other == kind && !is_disputed(key)) {
                 assert!(
                     allowed.contains_key(key) && self.sees(kind, key),
                     "{self}: {kind:?} {key} is served"
@@ -142,30 +142,30 @@ impl Asked {
     }
 
     /// Checks that every archive and reconcile response produces the snapshot, also from the content of `others`.
-    pub(super) async fn check_archives(&self, source: &Source, head: &Arc<Edition>, others: &[Held]) {
+    pub(super) async fn check_archives(&self, source: &Source, head: &Arc<Edition>, others: &[AppliedState]) {
         let expected = units_of(&head.view);
-        let mut whole = Held::empty();
+        let mut whole = AppliedState::empty();
         for part in [Part::Policy, Part::Data] {
             // Data and policy archives together.
             let bytes = archive(head, part).await;
             whole.archive(&bytes);
         }
         assert_eq!(units_held(&whole), expected, "{self}: data and policy archives equal the full one");
-        let mut whole = Held::empty();
+        let mut whole = AppliedState::empty();
         let bytes = archive(head, Part::Whole).await;
         whole.archive(&bytes);
         assert_eq!((units_held(&whole), whole.revision()), (expected, head.view.revision), "{self}");
         self.check_all(source, &units_held(&whole));
-        for held in others {
-            let mut held = held.clone();
+        for applied in others {
+            let mut applied = applied.clone();
             for _ in 0..RECONCILES_MAX {
-                if held.revision() != head.view.revision {
-                    let bytes = answer(head, &held).await;
-                    held.archive(&bytes);
+                if applied.revision() != head.view.revision {
+                    let bytes = answer(head, &applied).await;
+                    applied.archive(&bytes);
                 }
             }
-            assert_eq!(held.revision(), head.view.revision, "{self}: reconcile response");
-            assert_eq!(units_held(&held), units_held(&whole), "{self}: reconcile response");
+            assert_eq!(applied.revision(), head.view.revision, "{self}: reconcile response");
+            assert_eq!(units_held(&applied), units_held(&whole), "{self}: reconcile response");
         }
     }
 }
@@ -189,8 +189,8 @@ pub(super) async fn archive(head: &Arc<Edition>, part: Part) -> Vec<u8> {
     in_no_time(head.archive(part)).await.pieces.concat()
 }
 
-pub(super) async fn answer(head: &Arc<Edition>, held: &Held) -> Vec<u8> {
-    in_no_time(head.reconcile(held.reconcile())).await.unwrap().0.pieces.concat()
+pub(super) async fn answer(head: &Arc<Edition>, applied: &AppliedState) -> Vec<u8> {
+    in_no_time(head.reconcile(applied.reconcile())).await.unwrap().0.pieces.concat()
 }
 
 /// Yields after which all ready tasks have run.

@@ -7,7 +7,7 @@ use opa_hub::policy::analyze::{Extent, Place, Reads, Step};
 use serde_json::Value;
 
 use super::source::ALWAYS;
-use crate::fold::Held;
+use crate::fold::AppliedState;
 
 pub(super) const READS: &str = "# reads ";
 pub(super) const READABLE: [&str; 9] = [
@@ -73,15 +73,15 @@ pub(super) fn cut(value: &Value, paths: &[Vec<&str>]) -> Value {
         let paths = paths.iter().filter(|path| path.first() == Some(&name));
         paths.map(|path| path[1..].to_vec()).collect::<Vec<_>>()
     };
-    let kept = members.iter().map(|(name, value)| (name, value, below(name)));
-    let kept = kept.filter(|(_, _, paths)| !paths.is_empty());
-    Value::Object(kept.map(|(name, value, paths)| (name.clone(), cut(value, &paths))).collect())
+    let pruned = members.iter().map(|(name, value)| (name, value, below(name)));
+    let pruned = pruned.filter(|(_, _, paths)| !paths.is_empty());
+    Value::Object(pruned.map(|(name, value, paths)| (name.clone(), cut(value, &paths))).collect())
 }
 
 /// I10: every pod has all fields that the modules read.
-pub(super) fn i10(held: &Held) {
-    let paths = paths(&lines(held.modules.values().map(String::as_str)));
-    let namespaces = held.data.pointer("/kubernetes/pods").and_then(Value::as_object);
+pub(super) fn i10(applied: &AppliedState) {
+    let paths = paths(&lines(applied.modules.values().map(String::as_str)));
+    let namespaces = applied.data.pointer("/kubernetes/pods").and_then(Value::as_object);
     for (namespace, pods) in namespaces.into_iter().flatten() {
         for (name, pod) in pods.as_object().into_iter().flatten() {
             for path in &paths {
@@ -94,10 +94,10 @@ pub(super) fn i10(held: &Held) {
 
 /// I10: resources that the modules read are present. Between the halves of a reconcile response, resources of older
 /// modules may be missing.
-pub(super) fn i10_auto(held: &Held) {
-    let lines = lines(held.modules.values().map(String::as_str));
+pub(super) fn i10_auto(applied: &AppliedState) {
+    let lines = lines(applied.modules.values().map(String::as_str));
     let [namespace, name] = ALWAYS;
-    let service = held.data.pointer(&format!("/kubernetes/services/{namespace}/{name}"));
+    let service = applied.data.pointer(&format!("/kubernetes/services/{namespace}/{name}"));
     assert!(service.is_some() || !lines.contains("services"), "I10: policies read services, none exist");
 }
 

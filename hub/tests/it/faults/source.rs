@@ -107,7 +107,7 @@ impl Source {
         format!("{:?}", &history[history.len().saturating_sub(4)..])
     }
 
-    pub(super) fn at(&self, kind: Kind, version: u64) -> Vec<(&ObjectKey, &Arc<Value>)> {
+    pub(super) fn objects_at(&self, kind: Kind, version: u64) -> Vec<(&ObjectKey, &Arc<Value>)> {
         let objects = self.objects.get(&kind).into_iter().flatten();
         objects.filter_map(|(key, history)| Some((key, content_at(history, version)?))).collect()
     }
@@ -115,14 +115,16 @@ impl Source {
     /// Changes after `version`, with their results.
     pub(super) fn since(&self, kind: Kind, version: u64) -> Vec<(u64, &ObjectKey, Option<&Arc<Value>>)> {
         let changes = self.changes.get(&kind).map(Vec::as_slice).unwrap_or_default();
-        let new = &changes[changes.partition_point(|(at, _)| *at <= version)..];
-        new.iter().map(|(at, key)| (*at, key, content_at(&self.objects[&kind][key], *at))).collect()
+        let new = &changes[changes.partition_point(|(changed_at, _)| *changed_at <= version)..];
+        new.iter()
+            .map(|(changed_at, key)| (*changed_at, key, content_at(&self.objects[&kind][key], *changed_at)))
+            .collect()
     }
 
     /// Content that may be served at `version`: the object, or any good content if rejected.
     pub(super) fn allowed(&self, kind: Kind, version: u64) -> BTreeMap<&ObjectKey, Vec<Content>> {
         let mut allowed = BTreeMap::new();
-        for (key, value) in self.at(kind, version) {
+        for (key, value) in self.objects_at(kind, version) {
             let contents: Vec<Content> = if is_good(kind, value) {
                 vec![Some(Arc::clone(value))]
             } else {
@@ -143,7 +145,7 @@ impl Source {
     pub(super) fn is_good(&self) -> bool {
         Kind::ALL
             .into_iter()
-            .all(|kind| self.at(kind, self.version).iter().all(|(_, value)| is_good(kind, value)))
+            .all(|kind| self.objects_at(kind, self.version).iter().all(|(_, value)| is_good(kind, value)))
     }
 
     fn put(&mut self, kind: Kind, key: ObjectKey, content: Content) {
@@ -161,7 +163,7 @@ impl Source {
         let last = self.last.clone().filter(|(kind, _)| self.serves(*kind));
         if let (Some((kind, key)), 0..90) = (last, rng.u8(..)) {
             let history = &self.objects[&kind][&key];
-            let before = history.len().checked_sub(2).and_then(|at| history[at].1.clone());
+            let before = history.len().checked_sub(2).and_then(|index| history[index].1.clone());
             return self.put(kind, key, before);
         }
         let (kind, names) = match rng.u8(..12) {
@@ -193,7 +195,7 @@ impl Source {
     }
 
     fn remove_all(&mut self, kind: Kind) {
-        let all = self.at(kind, self.version).into_iter().map(|(key, _)| key.clone());
+        let all = self.objects_at(kind, self.version).into_iter().map(|(key, _)| key.clone());
         for key in all.collect::<Vec<_>>() {
             self.put(kind, key, None);
         }
@@ -202,7 +204,7 @@ impl Source {
     /// Adds or removes data at the path of jobs.
     pub(super) fn turn_place_of_jobs(&mut self) {
         let key = place_of_jobs();
-        let is_there = self.at(Kind::Data, self.version).iter().any(|(held, _)| **held == key);
+        let is_there = self.objects_at(Kind::Data, self.version).iter().any(|(other, _)| **other == key);
         let data = json!({ "data": { "k0": "{\"x\": 1}" } });
         self.put(Kind::Data, key, (!is_there).then(|| Arc::new(data)));
     }
@@ -216,7 +218,7 @@ impl Source {
     /// Users fix rejected objects.
     pub(super) fn mend(&mut self) {
         for kind in Kind::ALL {
-            let all = self.at(kind, self.version).into_iter();
+            let all = self.objects_at(kind, self.version).into_iter();
             let refused = all.filter(|(_, value)| !is_good(kind, value)).map(|(key, _)| key.clone());
             for key in refused.collect::<Vec<_>>() {
                 self.put(kind, key, None);
@@ -227,10 +229,10 @@ impl Source {
     pub(super) fn restore(&mut self, rng: &mut Rng) {
         let version = self.version.saturating_sub(rng.u64(1..=BACKUP_AGE_MAX)).max(1);
         for changes in self.changes.values_mut() {
-            changes.retain(|(at, _)| *at <= version);
+            changes.retain(|(changed_at, _)| *changed_at <= version);
         }
         for history in self.objects.values_mut().flat_map(BTreeMap::values_mut) {
-            history.retain(|(at, _)| *at <= version);
+            history.retain(|(changed_at, _)| *changed_at <= version);
         }
         (self.version, self.last) = (version, None);
         self.epoch += 1;
@@ -246,7 +248,7 @@ pub(super) fn place_of_jobs() -> ObjectKey {
 }
 
 fn content_at(history: &[(u64, Content)], version: u64) -> Option<&Arc<Value>> {
-    let end = history.partition_point(|(at, _)| *at <= version);
+    let end = history.partition_point(|(changed_at, _)| *changed_at <= version);
     history[..end].last()?.1.as_ref()
 }
 
@@ -259,8 +261,8 @@ fn key(kind: Kind, namespace: u8, name: u8) -> ObjectKey {
 /// Random modules. One in eight ConfigMaps is rejected by the compiler or parser.
 fn policies(name: u8, rng: &mut Rng) -> Value {
     let mut texts = BTreeMap::new();
-    for at in 0..rng.u8(1..4) {
-        texts.insert(format!("k{at}"), format!("package p{name}.q{at}\nx := {}", rng.u8(..3)));
+    for index in 0..rng.u8(1..4) {
+        texts.insert(format!("k{index}"), format!("package p{name}.q{index}\nx := {}", rng.u8(..3)));
     }
     if let Some(text) = texts.get_mut("k0").filter(|_| rng.bool()) {
         let line = READABLE[rng.usize(..READABLE.len())];
@@ -277,8 +279,8 @@ fn policies(name: u8, rng: &mut Rng) -> Value {
 /// Random entries. One in sixteen ConfigMaps is rejected.
 fn data(rng: &mut Rng) -> Value {
     let mut texts = BTreeMap::new();
-    for at in 0..rng.u8(1..4) {
-        texts.insert(format!("k{at}"), format!("{{\"x\": {}}}", rng.u8(..3)));
+    for index in 0..rng.u8(1..4) {
+        texts.insert(format!("k{index}"), format!("{{\"x\": {}}}", rng.u8(..3)));
     }
     if rng.u8(..16) == 0 {
         texts.insert("k0".into(), "[]".into());

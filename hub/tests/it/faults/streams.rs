@@ -16,7 +16,7 @@ pub(super) struct Stream {
     pub(super) name: &'static str,
     pub(super) namespace: &'static str,
     head: Receiver<Option<Arc<Edition>>>,
-    pub(super) held: Revision,
+    pub(super) applied: Revision,
     wire: Wire,
 }
 
@@ -32,11 +32,16 @@ pub(super) struct UnderWay {
 pub(super) type Wire = Arc<Mutex<Option<UnderWay>>>;
 
 impl Streams {
-    pub(super) fn open(&mut self, part: &Bundle, of: (&'static str, &'static str), held: Revision) -> Wire {
+    pub(super) fn open(
+        &mut self,
+        part: &Bundle,
+        client: (&'static str, &'static str),
+        applied: Revision,
+    ) -> Wire {
         let wire = Wire::default();
         *wire.lock().unwrap() = Some(UnderWay::default());
-        let ((name, namespace), head) = (of, part.head());
-        self.0.push(Stream { id: part.id, name, namespace, head, held, wire: Arc::clone(&wire) });
+        let ((name, namespace), head) = (client, part.head());
+        self.0.push(Stream { id: part.id, name, namespace, head, applied, wire: Arc::clone(&wire) });
         wire
     }
 
@@ -53,12 +58,12 @@ impl Streams {
             }
             let is_over = stream.head.has_changed().is_err();
             let Some(head) = stream.head.borrow().clone() else { return !is_over };
-            match head.next(stream.held) {
+            match head.next(stream.applied) {
                 Next::UpToDate => {}
                 Next::Frames(frames) => {
                     under_way.bytes.extend(&frames[..]);
                     under_way.ends.push_back(head.view.revision.to_string());
-                    stream.held = head.view.revision;
+                    stream.applied = head.view.revision;
                 }
                 // Bytes in transit still arrive.
                 Next::Unknown => {

@@ -38,7 +38,7 @@ pub(super) struct Written {
 
 impl Written {
     pub(super) fn start(document: Document, good: LastGood, store: &Arc<Store>) -> Self {
-        let writer = Writer::of(&document.spec(), Arc::clone(store), good);
+        let writer = Writer::with_store(&document.spec(), Arc::clone(store), good);
         Self {
             document,
             writer,
