@@ -100,12 +100,12 @@ impl AppliedState {
         let mut decoder = Decoder::new(FRAME_BYTES_MAX);
         decoder.push(bytes);
         while let Some(message) = decoder.next().unwrap() {
-            assert_eq!(self.take(message), Ok(()));
+            assert_eq!(self.apply(message), Ok(()));
         }
     }
 
     /// Applies an event, unless its `from` differs (I3) or its position regresses.
-    pub(crate) fn take(&mut self, message: Message) -> Result<(), Refused> {
+    pub(crate) fn apply(&mut self, message: Message) -> Result<(), Refused> {
         let Message::Event { id, event, data } = message else { return Ok(()) };
         let event_revision: Revision = id.parse().unwrap();
         match event.as_str() {

@@ -65,10 +65,10 @@ impl Writer {
         let candidates = self.ends.jobs.try_recv().unwrap();
         let nothing_wrong = async |_: &Selection| Ok::<_, std::convert::Infallible>(Vec::new());
         let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
-        self.tell(outcome, reads, resources);
+        self.finish_check(outcome, reads, resources);
     }
 
-    fn tell(&mut self, outcome: Outcome, reads: Option<Reads>, resources: Option<&[&str]>) {
+    fn finish_check(&mut self, outcome: Outcome, reads: Option<Reads>, resources: Option<&[&str]>) {
         let resources = resources.map(|paths| paths.iter().map(|path| path.parse().unwrap()).collect());
         self.pipeline.hear(Said::Checked { outcome, reads, resources });
         self.pipeline.commit();

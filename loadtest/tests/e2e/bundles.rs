@@ -47,7 +47,7 @@ async fn holds(opa: &Opa, path: &str, expected: &Value) -> anyhow::Result<()> {
 }
 
 /// Waits until a problem of `subject` contains `part`.
-async fn is_told(hub: &Hub, subject: &str, part: &str) -> anyhow::Result<()> {
+async fn has_problem(hub: &Hub, subject: &str, part: &str) -> anyhow::Result<()> {
     eventually(format!("a problem of {subject}"), async || {
         let bundles = hub.json("/v1/bundles").await.map_err(|error| error.to_string())?;
         let problems = bundles["problems"].as_array().cloned().unwrap_or_default();
@@ -104,7 +104,7 @@ async fn bundles_of_folder_and_file_are_independent() -> anyhow::Result<()> {
     put("p.json", &pod("a", "p", "green"))?;
     holds(&red, "/kubernetes/pods/a/p", &labels("green")).await?;
     put("bundle-red.json", &document("red", &json!({ "policies": { "namespace": "opa" } })))?;
-    is_told(&hub, "Bundle red", "spec.policies.namespace: unknown field `namespace`").await?;
+    has_problem(&hub, "Bundle red", "spec.policies.namespace: unknown field `namespace`").await?;
     put("p.json", &pod("a", "p", "red"))?;
     holds(&red, "/kubernetes/pods/a/p", &labels("red")).await?;
 
@@ -122,7 +122,7 @@ async fn bundles_of_folder_and_file_are_independent() -> anyhow::Result<()> {
 
     // A duplicate name, and a removal.
     put("bundle-blue.json", &document("blue", &json!({ "data": {} })))?;
-    is_told(&hub, "Bundle blue", "a bundle of this name is given").await?;
+    has_problem(&hub, "Bundle blue", "a bundle of this name is given").await?;
     std::fs::remove_file(manifests.path().join("bundle-red.json"))?;
     eventually("red is removed", async || {
         let answer = hub.json("/v1/bundles/red").await.map_err(|error| error.to_string())?;

@@ -197,7 +197,7 @@ impl Folder {
     }
 
     /// Adds or removes an additional pod.
-    fn turn_pod(&mut self, random: &mut Rng) -> anyhow::Result<()> {
+    fn toggle_pod(&mut self, random: &mut Rng) -> anyhow::Result<()> {
         let name = format!("other-{}", random.u8(..4));
         if self.pods.remove(&name).is_none() {
             self.pods.insert(name.clone(), pod(&name));
@@ -206,7 +206,7 @@ impl Folder {
     }
 
     /// Sets or removes a data ConfigMap or policy.
-    fn turn(items: &mut BTreeMap<String, usize>, prefix: &str, random: &mut Rng) {
+    fn toggle(items: &mut BTreeMap<String, usize>, prefix: &str, random: &mut Rng) {
         let name = format!("{prefix}-{}", random.u8(..4));
         if random.bool() || items.remove(&name).is_none() {
             items.insert(name, random.usize(..1000));
@@ -383,13 +383,13 @@ impl World {
         let one = random.usize(..consumers.len());
         match event {
             "objects changed" => folder.change_pods(random)?,
-            "objects added or removed" => folder.turn_pod(random)?,
+            "objects added or removed" => folder.toggle_pod(random)?,
             "maps changed" => {
-                Folder::turn(&mut folder.maps, "map", random);
+                Folder::toggle(&mut folder.maps, "map", random);
                 folder.write_maps()?;
             }
             "modules added or removed" => {
-                Folder::turn(&mut folder.modules, "module", random);
+                Folder::toggle(&mut folder.modules, "module", random);
                 folder.write_maps()?;
             }
             "policies edited" => folder.edit(random)?,

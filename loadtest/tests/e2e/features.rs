@@ -43,7 +43,7 @@ async fn decides(opa: &Opa, value: usize) -> anyhow::Result<()> {
 }
 
 /// Waits until the agent's status contains `part`.
-async fn is_told(agent: &Agent, part: &str) -> anyhow::Result<()> {
+async fn reports(agent: &Agent, part: &str) -> anyhow::Result<()> {
     eventually(format!("the agent reports {part:?}"), async || {
         let status = agent.status().await.map_err(|error| error.to_string())?.to_string();
         if status.contains(part) { Ok(()) } else { Err(status) }
@@ -87,7 +87,7 @@ async fn agent_connects_to_opa_with_tls() -> anyhow::Result<()> {
             Agent::start(work.path(), &Agent::address()?, &[&hub.url], &addresses[0], Delivery::Rest, flags)
         };
         let stranger = start(&[])?;
-        is_told(&stranger, "OPA does not answer").await?;
+        reports(&stranger, "OPA does not answer").await?;
         assert_eq!(opa.decide("/p", &json!({})).await?, Value::Null);
         drop(stranger);
         let mut agent = start(flags)?;
@@ -132,7 +132,7 @@ async fn agent_reads_token_from_flag_and_changing_file() -> anyhow::Result<()> {
     // OPA requires a new token before the agent has it.
     write_authz(work.path(), "token-after")?;
     opa.restart().await?;
-    is_told(&agent, "401").await?;
+    reports(&agent, "401").await?;
     assert_eq!(opa.decide("/p", &json!({})).await?, Value::Null);
     std::fs::write(&token, "token-after\n")?;
     decides(&opa, 1).await?;

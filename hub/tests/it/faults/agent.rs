@@ -19,7 +19,7 @@ use super::{HUBS, World};
 use crate::fold::{AppliedState, Refused};
 
 /// Maximum number of connections abandoned without the hub's notice.
-const GIVEN_UP: usize = 2;
+const ABANDONED_MAX: usize = 2;
 /// Rejections, one by every hub, after which an agent assumes a source rollback.
 const REFUSALS_MAX: usize = HUBS;
 
@@ -44,7 +44,7 @@ pub(super) struct Agent {
     /// Position when the stream was opened.
     opened: Position,
     /// Connections abandoned without the hub's notice.
-    given_up: VecDeque<Wire>,
+    abandoned: VecDeque<Wire>,
     /// Consecutive rejections.
     refusals: usize,
 }
@@ -63,7 +63,7 @@ impl Agent {
             following: None,
             hub: 0,
             opened: Position::default(),
-            given_up: VecDeque::new(),
+            abandoned: VecDeque::new(),
             refusals: 0,
         }
     }
@@ -87,12 +87,12 @@ impl Agent {
         if self.is_empty {
             world.seen.add("snapshots");
             let bytes = archive(&head, Part::Whole).await;
-            self.take_archive(&bytes, &head, &current);
+            self.apply_archive(&bytes, &head, &current);
             // Until the next quiet phase after a restore, hubs send versions of both epochs.
             self.epoch = Some(world.source.epoch).filter(|epoch| *epoch == world.quiet_epoch);
         } else if !self.resume(&head, &current, world).await {
             world.seen.add("lags");
-            self.was_refused(world);
+            self.count_rejection(world);
             return true;
         }
         // Documents omit different objects, which positions do not show.
@@ -102,16 +102,16 @@ impl Agent {
         self.opened = self.applied.position.clone();
         self.applied.judge = Judge::new(self.opened.clone());
         let wire = hub.streams.open(&part, (self.name, self.namespace), self.applied.revision());
-        self.give_up();
+        self.abandon();
         (self.hub, self.following) = (index, Some((wire, Decoder::new(FRAME_BYTES_MAX))));
         false
     }
 
     /// Abandons the connection without the hub's notice.
-    fn give_up(&mut self) {
-        self.given_up.extend(self.following.take().map(|(wire, _)| wire));
-        if self.given_up.len() > GIVEN_UP {
-            self.given_up.pop_front().unwrap().lock().unwrap().take();
+    fn abandon(&mut self) {
+        self.abandoned.extend(self.following.take().map(|(wire, _)| wire));
+        if self.abandoned.len() > ABANDONED_MAX {
+            self.abandoned.pop_front().unwrap().lock().unwrap().take();
         }
     }
 
@@ -134,31 +134,31 @@ impl Agent {
             world.seen.add_if(round > 0, "answers to older policies");
             let bytes = answer(head, &self.applied).await;
             // Frames on the old stream no longer apply.
-            self.give_up();
-            self.take_archive(&bytes, head, current);
+            self.abandon();
+            self.apply_archive(&bytes, head, current);
         }
         assert_eq!(self.applied.revision(), head.view.revision, "{}: reconcile ends at the head", self.name);
         true
     }
 
-    fn take_archive(&mut self, bytes: &[u8], head: &Edition, current: &Position) {
+    fn apply_archive(&mut self, bytes: &[u8], head: &Edition, current: &Position) {
         self.applied.archive_by_halves(bytes, i10);
         i10(&self.applied);
         if self.name == AUTO {
             i10_auto(&self.applied);
         }
         self.is_empty = false;
-        self.arrive(head, current);
+        self.record_head(head, current);
     }
 
-    fn arrive(&mut self, head: &Edition, current: &Position) {
+    fn record_head(&mut self, head: &Edition, current: &Position) {
         self.applied.proven = current.clone().after(&self.applied.proven);
         self.applied.position = head.newest().after(&self.applied.position);
         self.is_whole = self.applied.revision() == head.view.revision;
     }
 
     /// If every hub is behind, the source was rolled back, and the agent accepts that.
-    fn was_refused(&mut self, world: &mut World) {
+    fn count_rejection(&mut self, world: &mut World) {
         self.refusals += 1;
         if self.epoch != Some(world.source.epoch) && self.refusals >= REFUSALS_MAX {
             world.seen.add("agents that go back");
@@ -192,7 +192,7 @@ impl Agent {
             let is_end = |under_way: &mut UnderWay| under_way.ends.pop_front_if(|end| end == id).is_some();
             let is_whole = wire.lock().unwrap().as_mut().is_some_and(is_end);
             let policies = self.applied.proven.of(POLICIES).unwrap_or(0);
-            match self.applied.take(message) {
+            match self.applied.apply(message) {
                 Ok(()) => {
                     self.is_whole = is_whole;
                     if !is_whole {
@@ -271,7 +271,7 @@ impl Agent {
         let head = part.head().borrow().clone().unwrap();
         assert_eq!(self.applied.revision(), head.view.revision, "{} {}: I1", self.name, self.namespace);
         (self.document, self.epoch) = (Some(document), Some(world.source.epoch));
-        self.arrive(&head, &part.position());
+        self.record_head(&head, &part.position());
         let asked = Asked::new(document, Some(self.namespace), &part);
         asked.check_all(&world.source, &units_held(&self.applied));
         _ = self.check(world);

@@ -80,7 +80,7 @@ impl Hub {
             served: Bundles::default(),
             streams: Streams::default(),
         };
-        hub.turn(world);
+        hub.reconcile(world);
         hub.follow_wanted(world);
         for id in hub.ids() {
             if world.rng.u8(..8) > 0 {
@@ -95,7 +95,7 @@ impl Hub {
     }
 
     /// Reconciles bundles with the documents.
-    pub(super) fn turn(&mut self, world: &mut World) {
+    pub(super) fn reconcile(&mut self, world: &mut World) {
         for document in world.documents.values() {
             let Some(slot) = self.slots.get_mut(document.name) else {
                 let good = world.persisted.get(document.name).cloned().unwrap_or_default();
@@ -199,15 +199,15 @@ impl Hub {
     }
 
     /// Receives some pending events and publishes some of them.
-    pub(super) fn hear(&mut self, world: &mut World) {
+    pub(super) fn receive(&mut self, world: &mut World) {
         self.follow_wanted(world);
         for id in self.ids() {
-            self.hear_of(id, world);
+            self.receive_from(id, world);
         }
         self.commit(world);
     }
 
-    fn hear_of(&mut self, id: WatchId, world: &mut World) {
+    fn receive_from(&mut self, id: WatchId, world: &mut World) {
         let watching = self.watches.get_mut(&id).expect("watch exists");
         if watching.trouble != Trouble::No && world.rng.u8(..6) > 0 {
             if watching.trouble == Trouble::Failing && watching.may_fail() {
@@ -230,11 +230,11 @@ impl Hub {
         }
         let most = if trouble == Trouble::Silent { usize::MAX } else { world.rng.usize(..8) };
         let bookmarks = world.rng.u8(..8) == 0;
-        self.tell(id, most, bookmarks, world);
+        self.send_events(id, most, bookmarks, world);
     }
 
     /// Receives some events, and possibly a bookmark at the end.
-    fn tell(&mut self, id: WatchId, most: usize, bookmarks: bool, world: &World) {
+    fn send_events(&mut self, id: WatchId, most: usize, bookmarks: bool, world: &World) {
         let watching = self.watches.get_mut(&id).expect("watch exists");
         let new = world.source.since(watching.kind, watching.delivered);
         let is_all = new.len() <= most;
@@ -334,14 +334,14 @@ impl Hub {
     /// Ends all faults.
     pub(super) fn settle(&mut self, world: &mut World) {
         for _ in 0..SETTLE_ROUNDS {
-            self.turn(world);
+            self.reconcile(world);
             self.follow_wanted(world);
             for id in self.ids() {
                 let watching = self.watches.get_mut(&id).expect("watch exists");
                 let trouble = std::mem::replace(&mut watching.trouble, Trouble::No);
                 let is_known = watching.epoch == world.source.epoch && !watching.needs_list;
                 if is_known && trouble != Trouble::Failing {
-                    self.tell(id, usize::MAX, true, world);
+                    self.send_events(id, usize::MAX, true, world);
                 } else {
                     self.list(id, true, world);
                 }

@@ -163,7 +163,7 @@ impl Run {
         let (hub, agent) = (&mut hubs[index], &mut agents[agent]);
         match world.rng.u16(..1000) {
             0..250 => world.source.change(&mut world.rng),
-            250..430 => hub.hear(world),
+            250..430 => hub.receive(world),
             430..520 => hub.check(world),
             520..670 => {
                 let behind = hub.streams.write(|| world.rng.bool());
@@ -199,15 +199,15 @@ impl Run {
                 let written = hub.any(world);
                 written.fails = !written.fails;
             }
-            964..967 => world.source.turn_jobs(),
-            967..971 => world.source.turn_place_of_jobs(),
+            964..967 => world.source.toggle_jobs(),
+            967..971 => world.source.toggle_place_of_jobs(),
             971..975 => {
                 if let Some(written) = hub.written_of(FIELDS) {
                     written.plan_fails = !written.plan_fails;
                 }
             }
             975..982 => world.edit(),
-            982..990 => hub.turn(world),
+            982..990 => hub.reconcile(world),
             _ => hub.narrow(world),
         }
     }
@@ -215,13 +215,13 @@ impl Run {
     /// Ends all faults temporarily; `is_mended` also fixes user errors.
     async fn quiet(&mut self, is_mended: bool) {
         let Self { world, hubs, agents } = self;
-        world.source.calm();
+        world.source.end_faults();
         world.quiet_epoch = world.source.epoch;
         for document in Document::all() {
             world.documents.entry(document.name).or_insert(document);
         }
         if is_mended {
-            world.source.mend();
+            world.source.fix_rejected();
         }
         for hub in &mut *hubs {
             hub.settle(world);

@@ -189,7 +189,7 @@ impl Source {
     }
 
     /// Adds or removes the jobs resource with all its objects.
-    pub(super) fn turn_jobs(&mut self) {
+    pub(super) fn toggle_jobs(&mut self) {
         self.has_no_jobs = !self.has_no_jobs;
         self.remove_all(Kind::Jobs);
     }
@@ -202,7 +202,7 @@ impl Source {
     }
 
     /// Adds or removes data at the path of jobs.
-    pub(super) fn turn_place_of_jobs(&mut self) {
+    pub(super) fn toggle_place_of_jobs(&mut self) {
         let key = place_of_jobs();
         let is_there = self.objects_at(Kind::Data, self.version).iter().any(|(other, _)| **other == key);
         let data = json!({ "data": { "k0": "{\"x\": 1}" } });
@@ -210,13 +210,13 @@ impl Source {
     }
 
     /// Serves all resources, without path conflicts.
-    pub(super) fn calm(&mut self) {
+    pub(super) fn end_faults(&mut self) {
         self.has_no_jobs = false;
         self.put(Kind::Data, place_of_jobs(), None);
     }
 
     /// Users fix rejected objects.
-    pub(super) fn mend(&mut self) {
+    pub(super) fn fix_rejected(&mut self) {
         for kind in Kind::ALL {
             let all = self.objects_at(kind, self.version).into_iter();
             let refused = all.filter(|(_, value)| !is_good(kind, value)).map(|(key, _)| key.clone());
