@@ -15,9 +15,9 @@ pub const FRAME_BYTES_MAX: usize = 4 << 20;
 /// Changed data.
 #[derive(Serialize, Deserialize, Debug)]
 pub struct Delta<'a> {
-    /// Data digest before.
+    /// Data digest before the frame.
     pub from: Digest,
-    /// Data digest after.
+    /// Data digest after the frame.
     pub to: Digest,
     /// Position up to which the result is complete.
     #[serde(default, skip_serializing_if = "Position::is_empty")]
@@ -35,7 +35,7 @@ pub struct Delta<'a> {
     pub narrows: bool,
     /// Number of operations.
     pub ops: usize,
-    /// RFC 6902 operations; last, for splicing unparsed.
+    /// RFC 6902 operations. Last, so that agents splice without parsing.
     #[serde(borrow)]
     pub patch: &'a RawValue,
 }
@@ -43,9 +43,9 @@ pub struct Delta<'a> {
 /// Changed modules.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// Modules digest before.
+    /// Modules digest before the frame.
     pub from: Digest,
-    /// Modules digest after.
+    /// Modules digest after the frame.
     pub to: Digest,
     /// Position up to which the result is complete.
     #[serde(default, skip_serializing_if = "Position::is_empty")]

@@ -22,7 +22,7 @@ pub const MODULES_BYTES_MAX: usize = 16 << 20;
 /// Inventory of a snapshot; the receiver removes everything else. A reconcile archive omits unchanged entries.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 pub struct Head {
-    /// `None` in a policy archive.
+    /// Data inventory; `None` in a policy archive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataHead>,
     /// Digests by module id; `None` in a data archive.

@@ -21,7 +21,7 @@ pub const READS_BYTES_MAX: usize = 1 << 20;
 pub struct Reconcile {
     /// Digests by directory.
     pub dirs: BTreeMap<DirPath, Digest>,
-    /// Digests by module id; `None` without modules.
+    /// Digests by module id; `None` without module delivery.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<BTreeMap<String, Digest>>,
     /// Field masks of the active modules, to retain until replacement.

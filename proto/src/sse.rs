@@ -64,7 +64,7 @@ pub enum Error {
     /// Limit exceeded.
     #[error("event exceeds {max} bytes")]
     TooLong {
-        /// Bytes.
+        /// Limit in bytes.
         max: usize,
     },
     /// Text is not UTF-8.
