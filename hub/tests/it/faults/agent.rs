@@ -131,7 +131,7 @@ impl Agent {
                 return false;
             }
             world.seen.add("reconciles");
-            world.seen.add_if(round > 0, "answers to older policies");
+            world.seen.add_if(round > 0, "responses to older policies");
             let bytes = answer(head, &self.applied).await;
             // Frames on the old stream no longer apply.
             self.abandon();
@@ -161,7 +161,7 @@ impl Agent {
     fn count_rejection(&mut self, world: &mut World) {
         self.refusals += 1;
         if self.epoch != Some(world.source.epoch) && self.refusals >= REFUSALS_MAX {
-            world.seen.add("agents that go back");
+            world.seen.add("agent rollbacks");
             self.forget_positions();
         }
     }

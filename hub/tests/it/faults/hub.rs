@@ -116,14 +116,14 @@ impl Hub {
             }
         }
         for (name, _) in self.slots.extract_if(.., |name, _| !world.documents.contains_key(name)) {
-            world.seen.add("bundles that go");
+            world.seen.add("bundles removed");
             self.served.withdraw(name);
         }
         for slot in self.slots.values_mut() {
             if slot.next.as_ref().is_some_and(Written::is_live)
                 && let Some(next) = slot.next.take()
             {
-                world.seen.add("bundles that are replaced");
+                world.seen.add("bundles replaced");
                 self.served.serve(Arc::clone(next.bundle()));
                 slot.running = next;
             }
@@ -257,7 +257,7 @@ impl Hub {
         let watching = &self.watches[&id];
         let (kind, version, may_fail) = (watching.kind, world.source.version(), watching.may_fail());
         if !world.source.serves(kind) {
-            world.seen.add("resources that are not served");
+            world.seen.add("unserved resources");
             for event in NOT_SERVED {
                 self.store.apply((id, event, None));
             }
@@ -270,7 +270,7 @@ impl Hub {
         let objects = objects.map(|(key, value)| Object { key: key.clone(), json: value.to_string().into() });
         for object in objects.collect::<Vec<_>>() {
             if !is_calm && may_fail && world.rng.u8(..64) == 0 {
-                world.seen.add("lists that break off");
+                world.seen.add("incomplete lists");
                 for event in FAILS {
                     self.store.apply((id, event, None));
                 }
@@ -301,9 +301,9 @@ impl Hub {
     pub(super) fn trouble(&mut self, world: &mut World) {
         let Some(id) = world.rng.choice(self.ids()) else { return };
         let (what, trouble) = if world.rng.bool() {
-            ("watches that fail", Trouble::Failing)
+            ("failing watches", Trouble::Failing)
         } else {
-            ("watches that are silent", Trouble::Silent)
+            ("silent watches", Trouble::Silent)
         };
         world.seen.add(what);
         self.watches.get_mut(&id).expect("watch exists").trouble = trouble;

@@ -80,7 +80,7 @@ impl Written {
     pub(super) fn narrow(&mut self, seen: &mut Seen) {
         let before = self.revision();
         self.writer.pipeline.narrow();
-        seen.add_if(self.revision() != before, "narrowings");
+        seen.add_if(self.revision() != before, "field removals");
         self.commit(None);
     }
 
@@ -108,7 +108,7 @@ impl Written {
         let Some(candidates) = self.job.take() else { return false };
         let check = async |selection: &Selection| Ok::<_, Infallible>(faults(selection));
         let Ok(outcome) = futures::executor::block_on(settle(&candidates, check));
-        seen.add_if(!outcome.faults.is_empty(), "refused policies");
+        seen.add_if(!outcome.faults.is_empty(), "rejected policies");
         let new = &self.replicated_for(&outcome) - &self.auto;
         if new.is_empty() {
             self.accept(outcome, seen);
@@ -126,7 +126,7 @@ impl Written {
 
     /// Subscribes to newly read kinds.
     fn open(&mut self, new: &BTreeSet<Kind>, outcome: Outcome, seen: &mut Seen) {
-        seen.add("openings");
+        seen.add("watches opened");
         let (settled, until) = oneshot::channel();
         let feed = |kind: &Kind| Feed {
             resource: Resource::named(kind.plural()),
@@ -137,7 +137,7 @@ impl Written {
         self.writer.pipeline.hear(Said::Opened { feeds: new.iter().map(feed).collect(), settled });
         self.commit(None);
         self.auto.extend(new);
-        seen.add_if(new.iter().any(|kind| !opened(self.bundle()).contains(kind)), "places that are taken");
+        seen.add_if(new.iter().any(|kind| !opened(self.bundle()).contains(kind)), "path conflicts");
         self.opening = Some((outcome, until));
     }
 
@@ -149,7 +149,7 @@ impl Written {
         seen.add_if(self.reads_all, "checks without a plan");
         let reads = if self.reads_all { Reads::everything() } else { reads::analyzed(&lines) };
         let reads = is_cut.then_some(reads);
-        seen.add_if(!self.auto.is_subset(&replicated), "closings");
+        seen.add_if(!self.auto.is_subset(&replicated), "watches closed");
         self.auto = replicated;
         let resources = self.document.is_auto.then(|| self.auto.iter().map(|kind| place(*kind)).collect());
         self.writer.pipeline.hear(Said::Checked { outcome, reads, resources });
