@@ -1,8 +1,8 @@
-//! Spellings of flags that kube-mgmt takes, whose flags both programs carry on.
+//! Parsers of kube-mgmt's flag formats.
 
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 
-/// A boolean as Go spells it (Go strconv, `ParseBool`).
+/// Parses a boolean like Go's `strconv.ParseBool`.
 pub fn boolean(text: &str) -> Result<bool, String> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
@@ -11,8 +11,7 @@ pub fn boolean(text: &str) -> Result<bool, String> {
     }
 }
 
-/// An address to listen at, `HOST:PORT` as Go takes it: an empty host is every address of the machine, a name is looked
-/// up.
+/// Parses `HOST:PORT` like Go: an empty host means all addresses, names are resolved.
 pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
     if let Some(port) = text.strip_prefix(':') {
         let port = port.parse().map_err(|_| "write HOST:PORT or :PORT".to_owned())?;
@@ -20,7 +19,7 @@ pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
     }
     let addresses = text.to_socket_addrs().map_err(|error| format!("{error}; write HOST:PORT or :PORT"))?;
     let mut addresses: Vec<_> = addresses.collect();
-    // As Go does where a name has addresses of both kinds.
+    // Go prefers IPv4.
     addresses.sort_by_key(|address| !address.is_ipv4());
     addresses.first().copied().ok_or_else(|| "the name has no address".to_owned())
 }
@@ -30,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_as_go_takes_them() {
+    fn listen_address_accepts_go_forms() {
         for (text, expected) in [
             ("127.0.0.1:8000", Some("127.0.0.1:8000")),
             ("localhost:8000", Some("127.0.0.1:8000")),
@@ -52,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn booleans_are_as_go_spells_them() {
+    fn boolean_accepts_go_spellings() {
         for (text, expected) in
             [("1", Some(true)), ("T", Some(true)), ("False", Some(false)), ("yes", None), ("", None)]
         {

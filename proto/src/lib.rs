@@ -1,22 +1,13 @@
-//! What the hub and its agents say to each other.
+//! The protocol between hub and agents.
 //!
 //! ```text
-//!  agent                                        hub
-//!    │  GET /bundles/main/data, …/policy         │   archive: head, one data.json a directory, one .rego a module
-//!    │ ────────────────────────────────────────▶ │
-//!    │  GET /bundles/main/stream                 │   text/event-stream, from the revision in Last-Event-ID
-//!    │      Last-Event-ID: <revision>            │
-//!    │ ────────────────────────────────────────▶ │   event: delta   keys that changed, as a JSON patch
-//!    │                                           │   event: policy  modules that changed
-//!    │                                           │   : a comment once all is told, and every 5 s
-//!    │  410 Gone: the revision is unknown        │
-//!    │  POST /bundles/main/reconcile             │   an archive of what differs only
-//!    │      digests of every directory           │
-//!    │ ────────────────────────────────────────▶ │
+//! GET /bundles/main/{data,policy}               archive
+//! GET /bundles/main/stream, Last-Event-ID       event: delta, event: policy, `:` heartbeat
+//!                                               410 Gone: unknown revision, reconcile
+//! POST /bundles/main/reconcile, digests         archive of the differences
 //! ```
 //!
-//! A revision is the digest of content, so any replica of the hub, at any time, gives equal content the same name.
-//! An agent therefore resumes wherever it likes, and refuses a frame whose `from` is not what it holds.
+//! A revision is a digest of content, so an agent resumes from any replica.
 
 pub mod revision;
 

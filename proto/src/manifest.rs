@@ -1,32 +1,32 @@
-//! A bundle's `.manifest` and the names of its files, as OPA reads them (OPA v1/bundle/bundle.go).
+//! OPA's bundle manifest and file names (OPA v1/bundle/bundle.go).
 
 use serde::{Deserialize, Serialize};
 
-/// The file that says what a bundle is.
+/// Name of the manifest file.
 pub const MANIFEST_FILE: &str = ".manifest";
-/// The basename of a file whose content lands below `data` at the path of its folder.
+/// Name of data files; the folder is the path below `data`.
 pub const DATA_FILE: &str = "data.json";
-/// The basename given to a module whose id does not end in `.rego`, which OPA would not read.
+/// Suffix of ids without `.rego`, which OPA would ignore.
 const MODULE_FILE: &str = "module.rego";
 
-/// What OPA learns of a bundle.
+/// A bundle's manifest.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    /// Shown in OPA's status and decision logs.
+    /// Revision in OPA's logs.
     pub revision: String,
-    /// The paths below `data` that the bundle owns; nobody else may write there.
+    /// Exclusively owned paths below `data`.
     pub roots: Vec<String>,
-    /// Which Rego its modules are in: 0 or 1; none: what the OPA that loads it takes by default.
+    /// Rego version, 0 or 1; `None` for OPA's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rego_version: Option<u8>,
 }
 
-/// The bundle file of the module `id` (`<namespace>/<configmap>/<key>`).
+/// File name of module `<namespace>/<configmap>/<key>`.
 pub fn module_file(id: &str) -> String {
     if is_rego(id) { id.to_owned() } else { format!("{id}/{MODULE_FILE}") }
 }
 
-/// The id of the module in `file`, if it holds one. The inverse of [`module_file`].
+/// Inverse of [`module_file`]; `None` for other files.
 pub fn module_id(file: &str) -> Option<&str> {
     match file.strip_suffix(MODULE_FILE).and_then(|id| id.strip_suffix('/')) {
         Some(id) if id.matches('/').count() == 2 => Some(id),
@@ -35,25 +35,25 @@ pub fn module_id(file: &str) -> Option<&str> {
 }
 
 fn is_rego(name: &str) -> bool {
-    // OPA compares the suffix as it is: `.REGO` is no module.
+    // OPA compares case-sensitively.
     name.strip_suffix(".rego").is_some()
 }
 
-/// The roots with those left out that another one covers, sorted. OPA refuses a manifest whose roots overlap.
+/// Sorts the roots and drops nested ones. OPA rejects overlapping roots.
 pub fn distinct_roots(roots: impl IntoIterator<Item = String>) -> Vec<String> {
     let mut roots: Vec<String> = roots.into_iter().collect();
-    // By segments, so that `a`, `a/b` and `a-b` come in the order that lets one look back suffice.
+    // Sorting by segment puts nested roots after their parent.
     roots.sort_unstable_by(|a, b| a.split('/').cmp(b.split('/')));
-    let mut kept: Vec<String> = Vec::with_capacity(roots.len());
+    let mut distinct: Vec<String> = Vec::with_capacity(roots.len());
     for root in roots {
-        let covered = kept.last().is_some_and(|last| {
+        let covered = distinct.last().is_some_and(|last| {
             root.strip_prefix(last.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
         });
         if !covered {
-            kept.push(root);
+            distinct.push(root);
         }
     }
-    kept
+    distinct
 }
 
 #[cfg(test)]
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn module_files_and_ids() {
+    fn module_ids_round_trip_through_files() {
         for (id, file) in [
             ("opa/authz/policy.rego", "opa/authz/policy.rego"),
             ("opa/authz/policy", "opa/authz/policy/module.rego"),
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn roots_do_not_overlap() {
+    fn distinct_roots_do_not_overlap() {
         let roots = ["a/b", "b", "a-b", "a/b/c", "b", "ab"].map(str::to_owned);
         assert_eq!(distinct_roots(roots), ["a/b", "a-b", "ab", "b"]);
     }

@@ -1,4 +1,4 @@
-//! Places below OPA's `data`: directories, the keys in them, and how both are written in a JSON pointer.
+//! Paths below OPA's `data`.
 
 use std::borrow::{Borrow, Cow};
 use std::fmt;
@@ -8,24 +8,24 @@ use std::sync::Arc;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// The last map level above the entries, e.g. `/kubernetes/pods/default`.
+/// Path of the innermost map around entries, such as `/kubernetes/pods/default`.
 ///
-/// A segment holds only `A-Z a-z 0-9 . _ -`, which every Kubernetes namespace, ConfigMap and resource name does, so
-/// that the same text is right as JSON pointer, as URL path, as tar path and as bundle root, with no escapes.
+/// Segments contain only `A-Z a-z 0-9 . _ -`, like Kubernetes names, so JSON pointers, URLs, tar paths and roots need no
+/// escaping.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DirPath(Arc<str>);
 
-/// Why a text is no path of a directory.
+/// Invalid [`DirPath`].
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
-    "{path:?} is no path of a directory: write /segment/segment…, each of letters, digits, '.', '_' and '-'"
+    "invalid directory path {path:?}: write /segment/segment…, each of letters, digits, '.', '_' and '-'"
 )]
 pub struct InvalidPath {
     path: String,
 }
 
 impl DirPath {
-    /// The directory made of these segments.
+    /// Joins segments into a path.
     pub fn new<'a>(segments: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidPath> {
         let mut path = String::new();
         for segment in segments {
@@ -35,41 +35,40 @@ impl DirPath {
         path.parse()
     }
 
-    /// The directory `segment` in this one.
+    /// Appends a segment.
     pub fn join(&self, segment: &str) -> Result<Self, InvalidPath> {
         format!("{self}/{segment}").parse()
     }
 
-    /// As a JSON pointer, `/kubernetes/pods/default`.
+    /// Returns the JSON pointer.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// With no leading slash, as bundle roots and tar entries want it.
+    /// Strips the leading slash, for roots and tar.
     pub fn relative(&self) -> &str {
         &self.0[1..]
     }
 
-    /// The directory that this one is in, unless it lies at the top.
+    /// Parent; `None` at the top.
     pub fn parent(&self) -> Option<Self> {
         let end = self.0.rfind('/')?;
         (end > 0).then(|| Self(self.0[..end].into()))
     }
 
-    /// Whether this is `other` or lies below it.
+    /// Whether this equals or is below `other`.
     pub fn is_within(&self, other: &Self) -> bool {
         self.0.strip_prefix(other.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     }
 }
 
-/// Whether `segment` may be a segment of a [`DirPath`].
+/// Whether a [`DirPath`] may contain `segment`.
 pub fn is_segment(segment: &str) -> bool {
     !matches!(segment, "" | "." | "..")
         && segment.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
-/// A key as a token of a JSON pointer (RFC 6901 §3). OPA also decodes `%`, so it is escaped too
-/// (OPA v1/server/server.go, `readInputPatch`).
+/// Escapes a JSON pointer token (RFC 6901 §3), and `%`, which OPA decodes (v1/server/server.go, `readInputPatch`).
 pub fn escape(key: &str) -> Cow<'_, str> {
     if !key.contains(['~', '/', '%']) {
         return Cow::Borrowed(key);
@@ -77,7 +76,7 @@ pub fn escape(key: &str) -> Cow<'_, str> {
     Cow::Owned(key.replace('~', "~0").replace('/', "~1").replace('%', "%25"))
 }
 
-/// The key that a token made by [`escape`] stands for.
+/// Inverse of [`escape`].
 pub fn unescape(token: &str) -> Cow<'_, str> {
     if !token.contains(['~', '%']) {
         return Cow::Borrowed(token);
@@ -131,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths() {
+    fn paths_parse_and_nest() {
         let dir = DirPath::new(["kubernetes", "pods", "default"]).unwrap();
         assert_eq!(dir.as_str(), "/kubernetes/pods/default");
         assert_eq!(dir.parent().unwrap().relative(), "kubernetes/pods");

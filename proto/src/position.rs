@@ -1,9 +1,7 @@
-//! How far a hub has heard its source: what Kubernetes calls `resourceVersion`, for each thing that it watches.
-//! Versions of one resource can be compared, whichever API server said them (KEP-5504). Equal revisions need no equal
-//! positions: time passes where nothing changes.
+//! Positions: the fully observed `resourceVersion` of each watch. Versions of one resource are comparable across API
+//! servers (KEP-5504).
 //!
-//! A quiet watch says seldom how far it is: with nothing to tell, an API server says so once a watch. So a hub that has
-//! heard less of something need not lag. It does where it would change that something at the reader.
+//! Quiet watches rarely report progress, so an older position matters only where content differs.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,96 +11,93 @@ use serde::{Deserialize, Serialize};
 
 use crate::path::DirPath;
 
-/// The header in which an agent says how far the hub had heard that gave it what it holds, and a hub with what it
-/// gives.
+/// Position header of requests and responses.
 pub const POSITION_HEADER: &str = "opahub-position";
 
-/// Bytes of a position at most: 800 feeds of 80 bytes. A longer one is not sent.
+/// Maximum size, in bytes: 800 watches of 80 bytes. Longer positions are omitted.
 pub const POSITION_BYTES_MAX: usize = 64 << 10;
 
-/// See the module's text. Empty where the source has no versions, as a folder has none.
+/// Resource versions by watch name; empty for folders.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 #[serde(transparent)]
 pub struct Position(BTreeMap<String, u64>);
 
-/// What is older here than there.
+/// Outdated watch.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Lag {
-    /// Its name in positions.
+    /// Watch name.
     pub name: String,
-    /// How far it was heard here.
+    /// Current version.
     pub here: u64,
-    /// How far it was heard there.
+    /// Required version.
     pub there: u64,
 }
 
 impl fmt::Display for Lag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} was heard up to {} only, {} is held", self.name, self.here, self.there)
+        write!(f, "{} is at {}, behind {}", self.name, self.here, self.there)
     }
 }
 
-/// Why a text is no position.
+/// Invalid position.
 #[derive(Debug, thiserror::Error)]
 pub enum Invalid {
-    /// More than [`POSITION_BYTES_MAX`].
-    #[error("a position of {0} bytes")]
+    /// Over [`POSITION_BYTES_MAX`].
+    #[error("position too long: {0} bytes, maximum {POSITION_BYTES_MAX}")]
     TooLong(usize),
-    /// Not a JSON object of numbers.
-    #[error("not a position: {0}")]
+    /// Malformed JSON.
+    #[error("invalid position: {0}")]
     Json(#[from] serde_json::Error),
 }
 
-/// What the frames of one stream are judged by: none may be older than what was held when it was opened, or than what
-/// those before it hold all of. The newest that those may hold does not count: parts of one change are as of before it, up
-/// to the last.
+/// Rejects frames older than the stream's start or earlier frames. Only complete positions count, since a divided change
+/// completes with its last frame.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Judge(Position);
 
-/// Between what content lies.
+/// Range of positions.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Bounds {
-    /// It holds all that happened before this …
+    /// Complete up to this position.
     pub all: Position,
-    /// … and nothing that happened after this.
+    /// Newest position contained.
     pub newest: Position,
 }
 
 impl Position {
-    /// Nothing was heard.
+    /// Whether empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Of `name` all was heard up to `version`; of several that share a name, what all of them have heard.
+    /// Records `version`; the lowest of watches with equal names wins.
     pub fn heard(&mut self, name: String, version: u64) {
-        let held = self.0.entry(name).or_insert(version);
-        *held = (*held).min(version);
+        let lowest = self.0.entry(name).or_insert(version);
+        *lowest = (*lowest).min(version);
     }
 
-    /// What was heard of `name`.
+    /// Version of `name`.
     pub fn of(&self, name: &str) -> Option<u64> {
         self.0.get(name).copied()
     }
 
-    /// Whether something was heard of which `there` has heard more.
-    pub fn is_behind(&self, there: &Self) -> bool {
-        self.behind(there).next().is_some()
+    /// Whether any version is older than in `other`.
+    pub fn is_behind(&self, other: &Self) -> bool {
+        self.behind(other).next().is_some()
     }
 
-    /// What would go back in time that was heard up to `there`, if these directories, and maybe the modules, changed to
-    /// what they are here.
+    /// Returns a watch older than `required` whose content is among the changed `dirs` and `modules`.
     pub fn lag<'a>(
         &self,
-        there: &Self,
+        required: &Self,
         dirs: impl Iterator<Item = &'a DirPath>,
         modules: bool,
     ) -> Option<Lag> {
-        let behind: Vec<_> = self.behind(there).collect();
+        let behind: Vec<_> = self.behind(required).collect();
         if behind.is_empty() {
             return None;
         }
-        let mut replicated = Replicated::new(self.0.keys().chain(there.0.keys()));
+        let mut replicated = Replicated::new(self.0.keys().chain(required.0.keys()));
         let mut data = false;
         for dir in dirs {
             match replicated.changes_at(dir) {
@@ -113,15 +108,13 @@ impl Position {
         let mut changes = |name: &str| match content(name) {
             "policies" => modules,
             "data" => data,
-            _ => {
-                place(name).is_none_or(|place| replicated.changes_at(&place).is_some_and(|changes| *changes))
-            }
+            _ => root(name).is_none_or(|root| replicated.changes_at(&root).is_some_and(|changes| *changes)),
         };
-        let (name, here, there) = behind.into_iter().find(|(name, ..)| changes(name))?;
-        Some(Lag { name: name.clone(), here, there })
+        let (name, current, newer) = behind.into_iter().find(|(name, ..)| changes(name))?;
+        Some(Lag { name: name.clone(), here: current, there: newer })
     }
 
-    /// Of each thing the most that was heard here or `before`, which held the same of what was heard less of.
+    /// Raises versions to `before`, whose content is equal where this is older.
     #[must_use]
     pub fn after(mut self, before: &Self) -> Self {
         for (name, version) in &mut self.0 {
@@ -130,84 +123,79 @@ impl Position {
         self
     }
 
-    /// What is not watched here at all is not behind, where policies are not: those say what is.
-    fn behind<'a>(&self, there: &'a Self) -> impl Iterator<Item = (&'a String, u64, u64)> {
+    /// Missing watches are behind only if policies are, which determine watches.
+    fn behind<'a>(&self, other: &'a Self) -> impl Iterator<Item = (&'a String, u64, u64)> {
         let policies =
-            |(name, there): (&String, &u64)| content(name) == "policies" && self.of(name) < Some(*there);
-        let any = !self.is_empty() && there.0.iter().any(policies);
-        let all = there.0.iter().map(|(name, there)| (name, self.of(name), *there));
-        let known = all.filter(move |(_, here, _)| any || here.is_some());
+            |(name, newer): (&String, &u64)| content(name) == "policies" && self.of(name) < Some(*newer);
+        let with_missing = !self.is_empty() && other.0.iter().any(policies);
+        let all = other.0.iter().map(|(name, newer)| (name, self.of(name), *newer));
+        let known = all.filter(move |(_, current, _)| with_missing || current.is_some());
         known
-            .map(|(name, here, there)| (name, here.unwrap_or(0), there))
-            .filter(|(_, here, there)| here < there)
+            .map(|(name, current, newer)| (name, current.unwrap_or(0), newer))
+            .filter(|(_, current, newer)| current < newer)
     }
 }
 
-/// Without the namespace that is watched.
 fn content(name: &str) -> &str {
     name.split_once(' ').map_or(name, |(content, _)| content)
 }
 
-/// Where replicated objects of this name lie.
-fn place(name: &str) -> Option<DirPath> {
+fn root(name: &str) -> Option<DirPath> {
     content(name).parse().ok()
 }
 
-/// The outermost places of replicated objects, each with whether it changes. Finding the place of a directory takes one
-/// binary search, so that the work for a client's position and directories stays near-linear in their bytes.
+/// Outermost roots of replicated objects, with a change flag. Binary search bounds the cost of a request.
 struct Replicated(Vec<(String, bool)>);
 
 impl Replicated {
     fn new<'a>(names: impl Iterator<Item = &'a String>) -> Self {
-        let mut places: Vec<_> = names.filter_map(|name| place(name)).map(|place| sort_key(&place)).collect();
-        places.sort_unstable();
-        places.dedup_by(|inner, outer| is_below(inner, outer));
-        Self(places.into_iter().map(|place| (place, false)).collect())
+        let mut roots: Vec<_> = names.filter_map(|name| root(name)).map(|root| sort_key(&root)).collect();
+        roots.sort_unstable();
+        roots.dedup_by(|inner, outer| is_below(inner, outer));
+        Self(roots.into_iter().map(|root| (root, false)).collect())
     }
 
-    /// Whether the place that `dir` is in changes; none where it is in none.
     fn changes_at(&mut self, dir: &DirPath) -> Option<&mut bool> {
         let dir = sort_key(dir);
-        let next = self.0.partition_point(|(place, _)| *place <= dir);
-        let (place, changes) = self.0.get_mut(next.checked_sub(1)?)?;
-        is_below(&dir, place).then_some(changes)
+        let next = self.0.partition_point(|(root, _)| *root <= dir);
+        let (root, changes) = self.0.get_mut(next.checked_sub(1)?)?;
+        is_below(&dir, root).then_some(changes)
     }
 }
 
-/// Sorts a directory right behind the one that it is in: no segment holds a lower byte than this separator.
+/// Sorts directories after their parent: the separator is lower than segment bytes.
 fn sort_key(dir: &DirPath) -> String {
     dir.as_str().replace('/', "\0")
 }
 
-/// Whether the directory of one key is that of the other or below it.
 fn is_below(inner: &str, outer: &str) -> bool {
     inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('\0'))
 }
 
 impl Bounds {
-    /// Moves the end to `position`, at which the content is the same. Whether the source went back: what was said of the
-    /// content before is of another history then.
+    /// Advances to `position` with unchanged content. Returns whether the source rolled back, which invalidates earlier
+    /// positions.
     pub fn advance(&mut self, position: &Position) -> bool {
         self.newest = position.clone().after(&self.newest);
-        let mut went_back = false;
+        let mut rolled_back = false;
         for (name, version) in &position.0 {
             if self.all.of(name).is_some_and(|all| *version < all) {
-                went_back = true;
+                rolled_back = true;
                 self.all.0.insert(name.clone(), *version);
                 self.newest.0.insert(name.clone(), *version);
             }
         }
-        went_back
+        rolled_back
     }
 }
 
 impl Judge {
-    /// Of a stream that is opened as of `held`.
-    pub fn new(held: Position) -> Self {
-        Self(held)
+    /// Starts at a stream's position.
+    pub fn new(start: Position) -> Self {
+        Self(start)
     }
 
-    /// Whether what is as of `position` and changes these directories, and maybe the modules, may be taken.
+    /// Accepts a frame that changes `dirs` and `modules`.
     pub fn pass<'a>(
         &mut self,
         position: &Position,
@@ -234,7 +222,6 @@ impl FromStr for Position {
 }
 
 impl fmt::Display for Position {
-    /// As JSON, in ASCII where the names are.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&serde_json::to_string(self).map_err(|_| fmt::Error)?)
     }
@@ -247,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_differs_can_be_older() {
+    fn lag_ignores_unchanged_content() {
         let pods = "/kubernetes/pods/a";
         for (here, there, dirs, modules, expected) in [
             (r#"{"/kubernetes/pods":5}"#, r#"{"/kubernetes/pods":5}"#, vec![pods], false, None),
@@ -282,13 +269,13 @@ mod tests {
             assert_eq!(lag, expected, "{here} {there} {dirs:?} {modules}");
             let after = here.clone().after(&there);
             assert!(
-                after.0.iter().all(|(name, at)| here.of(name) <= Some(*at) && there.of(name) <= Some(*at))
+                after.0.iter().all(|(name, max)| here.of(name) <= Some(*max) && there.of(name) <= Some(*max))
             );
         }
     }
 
     #[test]
-    fn content_is_of_one_history() {
+    fn bounds_reset_after_a_rollback() {
         let position = |text: &str| text.parse::<Position>().unwrap();
         let bounds = Bounds { all: position(r#"{"a":5,"b":5}"#), newest: position(r#"{"a":7,"b":7}"#) };
         for (to, all, newest, went_back) in [
@@ -302,25 +289,25 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_judged_by_what_is_proven() {
+    fn judge_compares_complete_positions() {
         let mut judge = Judge::new(r#"{"/kubernetes/pods":5,"data":3}"#.parse().unwrap());
         let pods: DirPath = "/kubernetes/pods/a".parse().unwrap();
         for (here, dirs, expected) in [
             (r#"{"/kubernetes/pods":4,"data":3}"#, vec![&pods], Some((4, 5))),
-            // Two parts of one change.
+            // Two frames of one change.
             (r#"{"/kubernetes/pods":5,"data":3}"#, vec![&pods], None),
             (r#"{"/kubernetes/pods":5,"data":3}"#, vec![&pods], None),
             (r#"{"/kubernetes/pods":4,"data":4}"#, vec![], None),
             (r#"{"/kubernetes/pods":9,"data":4}"#, vec![&pods], None),
             (r#"{"/kubernetes/pods":8,"data":4}"#, vec![&pods], Some((8, 9))),
         ] {
-            let found = judge.pass(&here.parse().unwrap(), dirs.into_iter(), false);
-            assert_eq!(found.err().map(|lag| (lag.here, lag.there)), expected, "{here}");
+            let result = judge.pass(&here.parse().unwrap(), dirs.into_iter(), false);
+            assert_eq!(result.err().map(|lag| (lag.here, lag.there)), expected, "{here}");
         }
     }
 
     #[test]
-    fn a_place_is_found_beside_names_alike() {
+    fn lag_finds_the_root_among_similar_names() {
         let here: Position =
             r#"{"/k/a":1,"/k/a-b":1,"/k/a.b":1,"/k/ab":1,"/k/a/x":1,"data":1}"#.parse().unwrap();
         let there: Position = r#"{"/k/a":2,"/k/a-b":2,"/k/a.b":2,"/k/ab":2,"data":2}"#.parse().unwrap();
@@ -341,30 +328,30 @@ mod tests {
         }
     }
 
-    /// What one client sends costs a thread that serves others some milliseconds.
+    /// One client must not block others.
     #[test]
-    fn many_directories_and_many_names_take_little_time() {
+    fn lag_is_fast_for_many_directories_and_names() {
         let position = |version| {
-            let names = (0..800).map(|at| (format!("/kubernetes/example.com/resources{at}"), version));
+            let names = (0..800).map(|index| (format!("/kubernetes/example.com/resources{index}"), version));
             Position(names.collect())
         };
         let (here, there) = (position(1), position(2));
         let dirs: Vec<DirPath> =
-            (0..20_000).map(|at| format!("/other/namespace-{at}/map").parse().unwrap()).collect();
-        let took = || {
+            (0..20_000).map(|index| format!("/other/namespace-{index}/map").parse().unwrap()).collect();
+        let measure = || {
             let started = std::time::Instant::now();
             assert_eq!(here.lag(&there, dirs.iter(), false), None);
             started.elapsed()
         };
-        // The least of some, since other tests run meanwhile.
-        let least = (0..5).map(|_| took()).min().unwrap();
-        assert!(least < std::time::Duration::from_millis(100), "{least:?}");
+        // Other tests run concurrently.
+        let fastest = (0..5).map(|_| measure()).min().unwrap();
+        assert!(fastest < std::time::Duration::from_millis(100), "{fastest:?}");
     }
 
     proptest! {
         /// I9.
         #[test]
-        fn i9_random_text_does_not_panic(text in ".{0,64}") {
+        fn i9_random_text_never_panics(text in ".{0,64}") {
             let _ = text.parse::<Position>();
         }
     }

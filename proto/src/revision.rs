@@ -1,4 +1,4 @@
-//! Digests of content, and the revision made of two of them.
+//! Content digests and revisions.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,76 +9,71 @@ use sha2::{Digest as _, Sha256};
 
 use crate::path::DirPath;
 
-/// Bytes kept of a sha256: 128 bits, so that equal digests mean equal content for any number of contents that a
-/// cluster can hold (2⁶⁴ of them before a chance collision), at half the memory and text of the whole.
+/// Digest size, in bytes. 128 bits resist collisions up to 2⁶⁴ contents at half of SHA-256's memory.
 pub const DIGEST_BYTES: usize = 16;
 
-/// The first [`DIGEST_BYTES`] bytes of a sha256, printed as 32 hexadecimal digits.
+/// Truncated SHA-256.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest([u8; DIGEST_BYTES]);
 
-/// What the hub's view of a bundle holds, named by its content: the modules and the data, each by its digest.
-///
-/// The two halves are independent: an agent that applied the data of a change but not yet its modules holds a
-/// revision as good as any other, and resumes from it.
+/// Identity of content, `<modules digest>-<data digest>`. The halves are independent, so an agent resumes between data
+/// and modules of a change.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Revision {
-    /// Digest over the modules, see [`modules_digest`].
+    /// See [`modules_digest`].
     pub modules: Digest,
-    /// Digest over the directories, see [`data_digest`].
+    /// See [`data_digest`].
     pub data: Digest,
 }
 
-/// Why a text is no digest or revision.
+/// Invalid digest or revision.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("not a revision: expected {expected}")]
+#[error("invalid revision: expected {expected}")]
 pub struct ParseError {
     expected: &'static str,
 }
 
-/// Hashes a sequence of byte strings so that no two different sequences give the same digest.
+/// Unambiguous hash of byte strings.
 #[derive(Default)]
 pub struct Hasher(Sha256);
 
 impl Hasher {
-    /// Adds one byte string, its length first.
+    /// Adds a length-prefixed byte string.
     pub fn part(&mut self, bytes: &[u8]) {
         self.0.update((bytes.len() as u64).to_le_bytes());
         self.0.update(bytes);
     }
 
-    /// The digest of what was added.
+    /// Returns the digest.
     pub fn finish(self) -> Digest {
-        let whole = self.0.finalize();
-        let mut kept = [0; DIGEST_BYTES];
-        kept.copy_from_slice(&whole[..DIGEST_BYTES]);
-        Digest(kept)
+        let sha256 = self.0.finalize();
+        let mut digest = [0; DIGEST_BYTES];
+        digest.copy_from_slice(&sha256[..DIGEST_BYTES]);
+        Digest(digest)
     }
 }
 
 impl Digest {
-    /// The digest of one byte string.
+    /// Hashes bytes.
     pub fn of(bytes: &[u8]) -> Self {
         let mut hasher = Hasher::default();
         hasher.part(bytes);
         hasher.finish()
     }
 
-    /// The raw bytes.
+    /// Returns the raw bytes.
     pub fn as_bytes(&self) -> &[u8; DIGEST_BYTES] {
         &self.0
     }
 }
 
-/// The digest of a view's data: every directory with its digest, in the order of their paths, and the maps that exist
-/// even while they are empty.
+/// Hashes data: directories sorted by path, and `ensure`, maps that may be empty.
 pub fn data_digest<'a>(dirs: impl IntoIterator<Item = (&'a DirPath, Digest)>, ensure: &[DirPath]) -> Digest {
     let dirs = dirs.into_iter().map(|(path, digest)| (path.as_str(), digest));
     digest_of_named(dirs, ensure.iter().map(DirPath::as_str))
 }
 
-/// The digest of a view's modules: every module id with the digest of its text, in the order of the ids, and the version
-/// of Rego that they are in, if it is given.
+/// Hashes modules, sorted by id, and the configured Rego version.
 pub fn modules_digest<'a>(
     modules: impl IntoIterator<Item = (&'a str, Digest)>,
     rego_version: Option<u8>,
@@ -95,9 +90,9 @@ fn digest_of_named<'a>(
         hasher.part(name.as_bytes());
         hasher.part(digest.as_bytes());
     }
-    for (at, setting) in settings.into_iter().enumerate() {
-        if at == 0 {
-            // No name is empty: settings cannot be taken for one.
+    for (index, setting) in settings.into_iter().enumerate() {
+        if index == 0 {
+            // Separator: no name is empty.
             hasher.part(&[]);
         }
         hasher.part(setting.as_ref());
@@ -176,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prints_and_parses() {
+    fn revisions_round_trip() {
         let revision = Revision { modules: Digest::of(b"m"), data: Digest::of(b"d") };
         assert_eq!(revision.to_string().parse(), Ok(revision));
         for bad in ["", "-", "xyz", "\"a\"", &"g".repeat(32), &"é".repeat(16)] {
@@ -186,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_are_part_of_the_digest() {
+    fn digests_cover_settings() {
         let paths = ["/a", "/b"].map(|path| path.parse::<DirPath>().unwrap());
         let digest = Digest::of(b"x");
         let data = |dirs: &[DirPath], ensure: &[DirPath]| {
@@ -205,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_do_not_run_together() {
+    fn hasher_separates_parts() {
         let digest = |parts: &[&str]| {
             let mut hasher = Hasher::default();
             for part in parts {

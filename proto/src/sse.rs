@@ -1,31 +1,30 @@
-//! Reads `text/event-stream` (WHATWG HTML §9.2) from chunks of any size, holding one event at most.
+//! Bounded decoder of `text/event-stream` (WHATWG HTML §9.2).
 
 use std::fmt;
 
-/// The first words of comments, see [`Word`].
 const STALE: &str = "stale";
 const GO: &str = "go";
 const WAIT: &str = "wait";
 
-/// What a comment of the hub says beside that the hub is there.
+/// Meaning of a comment; each is a heartbeat.
 #[derive(Debug, PartialEq, Eq, Clone)]
 pub enum Word<'a> {
-    /// Nothing, or what only people read.
+    /// Heartbeat only.
     Here,
-    /// There is more, which is not ready yet.
+    /// A frame is pending.
     Wait,
-    /// It has not heard its source for a while, in words: its head may be old.
+    /// The hub lost its source, with details.
     Stale(&'a str),
-    /// It stops: another one is to be asked at once, one of these (base URLs) where it knows any.
+    /// The hub is shutting down; reconnect to these base URLs, if any.
     Go(Vec<&'a str>),
 }
 
 impl<'a> Word<'a> {
-    /// Of a comment.
+    /// Parses a comment.
     pub fn of(comment: &'a str) -> Self {
         match comment.split_once(' ').unwrap_or((comment, "")) {
             (WAIT, _) => Self::Wait,
-            (STALE, words) => Self::Stale(words),
+            (STALE, details) => Self::Stale(details),
             (GO, urls) => Self::Go(urls.split_whitespace().collect()),
             _ => Self::Here,
         }
@@ -37,49 +36,49 @@ impl fmt::Display for Word<'_> {
         match self {
             Self::Here => Ok(()),
             Self::Wait => f.write_str(WAIT),
-            Self::Stale(words) => write!(f, "{STALE} {words}"),
+            Self::Stale(details) => write!(f, "{STALE} {details}"),
             Self::Go(urls) => [&[GO], &urls[..]].concat().join(" ").fmt(f),
         }
     }
 }
 
-/// One event, or a comment line, which the hub sends as its heartbeat.
+/// Event or comment.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Message {
-    /// A line that began with a colon: the peer is alive. What it says beside.
+    /// Text after the colon.
     Comment(String),
-    /// A dispatched event.
+    /// Complete event.
     Event {
-        /// The `id` field: the revision after the event.
+        /// Revision after the event.
         id: String,
-        /// The `event` field.
+        /// Event name.
         event: String,
-        /// The `data` field.
+        /// Payload.
         data: Vec<u8>,
     },
 }
 
-/// Why a stream cannot be read on.
+/// Decoding error.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
-    /// The peer sends more without an end than a reader may hold.
-    #[error("an event of more than {max} bytes")]
+    /// Limit exceeded.
+    #[error("event exceeds {max} bytes")]
     TooLong {
-        /// The bound that was passed.
+        /// Limit in bytes.
         max: usize,
     },
-    /// A name, id or comment that is not UTF-8.
-    #[error("an event whose id or name, or a comment, is not UTF-8")]
+    /// Text is not UTF-8.
+    #[error("event id, event name or comment is not UTF-8")]
     NotText,
 }
 
-/// The reader. Feed it chunks with [`push`](Self::push), take messages with [`next`](Self::next).
+/// Decoder: [`push`](Self::push) chunks, then drain with [`next`](Self::next).
 pub struct Decoder {
     max: usize,
-    /// Bytes not read yet; `read` of them are consumed.
+    /// Input, of which `read` bytes are consumed.
     buffer: Vec<u8>,
     read: usize,
-    /// How far the search for a line's end got, so that a long line is searched once.
+    /// Avoids searching a long line again.
     searched: usize,
     id: String,
     event: String,
@@ -88,7 +87,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// A reader that holds `max` bytes of one event.
+    /// Limits events to `max` bytes.
     pub fn new(max: usize) -> Self {
         Self {
             max,
@@ -102,12 +101,12 @@ impl Decoder {
         }
     }
 
-    /// Whether all that was pushed was taken.
+    /// Whether all input is consumed.
     pub fn is_drained(&self) -> bool {
         self.read == self.buffer.len()
     }
 
-    /// Adds a chunk as it came from the network.
+    /// Appends a network chunk.
     pub fn push(&mut self, chunk: &[u8]) {
         self.buffer.drain(..self.read);
         self.searched -= self.read;
@@ -115,8 +114,11 @@ impl Decoder {
         self.buffer.extend_from_slice(chunk);
     }
 
-    /// The next message that is complete.
-    #[expect(clippy::should_implement_trait, reason = "an error ends it, which an Iterator would hide")]
+    /// Next complete message.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "decoding ends at an error, which an Iterator would hide"
+    )]
     pub fn next(&mut self) -> Result<Option<Message>, Error> {
         while let Some(end) = self.line_end() {
             let line = &self.buffer[self.read..end];
@@ -172,7 +174,7 @@ impl Decoder {
 
     fn line_end(&mut self) -> Option<usize> {
         let from = self.searched.max(self.read);
-        let found = self.buffer[from..].iter().position(|b| *b == b'\n').map(|at| from + at);
+        let found = self.buffer[from..].iter().position(|b| *b == b'\n').map(|offset| from + offset);
         self.searched = found.map_or(self.buffer.len(), |end| end + 1);
         found
     }
@@ -209,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_events_comments_and_odd_lines() {
+    fn decoder_reads_events_comments_and_unknown_lines() {
         let stream =
             b": hello\n\nid: 1\nevent: delta\ndata: {}\n\ndata:a\r\ndata: b\r\n\r\nretry: 5\nnonsense\n\n:\n";
         let expected = vec![comment("hello"), event("1", "delta", "{}"), event("1", "", "a\nb"), comment("")];
@@ -217,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn words_are_read_as_they_are_written() {
+    fn words_round_trip() {
         for (word, written) in [
             (Word::Here, ""),
             (Word::Wait, "wait"),
@@ -234,16 +236,16 @@ mod tests {
     }
 
     #[test]
-    fn holds_no_more_than_its_bound() {
+    fn decoder_rejects_events_over_the_limit() {
         assert_eq!(read(&[&[b'x'; 64]], 63), Err(Error::TooLong { max: 63 }));
         let lines = b"data: 0123456789\n".repeat(10);
         assert_eq!(read(&[&lines], 50), Err(Error::TooLong { max: 50 }));
     }
 
     proptest! {
-        /// I9, and chunk boundaries do not matter.
+        /// I9: also independent of chunk boundaries.
         #[test]
-        fn i9_random_bytes_read_alike_in_any_chunks(
+        fn i9_random_bytes_decode_equally_in_any_chunks(
             bytes in proptest::collection::vec(prop_oneof![Just(b'\n'), Just(b':'), Just(b'd'), any::<u8>()], 0..256),
             cuts in proptest::collection::vec(0usize..256, 0..8),
         ) {

@@ -1,4 +1,4 @@
-//! The check beside the writer, with an OPA that fails.
+//! Policy checks with a failing OPA.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::Permissions;
@@ -26,21 +26,21 @@ use opa_hub_proto::path::DirPath;
 use serde_json::json;
 use tokio::sync::mpsc;
 
-/// What comes of candidates, one job after the other.
+/// Checks candidates one job at a time.
 struct Checks {
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
-    said: mpsc::Receiver<Said>,
+    receiver: mpsc::Receiver<Said>,
 }
 
 impl Checks {
     async fn settle(&mut self, candidates: &Candidates) -> Outcome {
         self.jobs.send(Arc::new(candidates.clone())).unwrap();
         loop {
-            match self.said.recv().await {
+            match self.receiver.recv().await {
                 Some(Said::Checked { outcome, .. }) => return outcome,
-                // Resources are there as soon as they are asked for.
+                // Resources are available immediately.
                 Some(Said::Opened { .. }) => {}
-                _ => panic!("nothing came of the check"),
+                _ => panic!("check returned no outcome"),
             }
         }
     }
@@ -59,7 +59,7 @@ fn install(dir: &Path) {
     symlink(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake-opa.sh"), dir.join("opa")).unwrap();
 }
 
-/// Runs `script` beside a check by the stand-in for OPA in a folder.
+/// Runs `script` concurrently with a checker that uses a fake OPA.
 async fn run(script: impl AsyncFnOnce(Checks, &Path, &Readiness)) {
     run_with(None, script).await;
 }
@@ -78,20 +78,20 @@ async fn run_of(
     install(dir.path());
     let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
     let (jobs, queue) = mpsc::unbounded_channel();
-    let (say, said) = mpsc::channel(1);
+    let (sender, receiver) = mpsc::channel(1);
     let bundle = Arc::new(Bundle::new("main".into(), None));
     bundle.set_objects(Box::new(move || Replicated { objects: objects.clone(), ..Replicated::default() }));
     let readiness = Readiness::default();
     readiness.problem("--replicate-auto", Some("of the document before".into()));
-    let checking = pipeline::check(compiler, queue, say, auto, Arc::new(spec), bundle, readiness.clone());
+    let checking = pipeline::check(compiler, queue, sender, auto, Arc::new(spec), bundle, readiness.clone());
     tokio::select! {
-        () = checking => panic!("the check ended"),
-        () = script(Checks { jobs, said }, dir.path(), &readiness) => {}
+        () = checking => panic!("checker stopped"),
+        () = script(Checks { jobs, receiver }, dir.path(), &readiness) => {}
     }
 }
 
 #[tokio::test]
-async fn newer_edits_are_checked_after_an_opa_that_could_not_be_run() {
+async fn checker_takes_newer_edits_after_opa_could_not_run() {
     run(async |mut checks, dir, readiness| {
         let edit = |text: &str| {
             let (good, wanted) = (Some(texts("a", "old")), Some(texts("a", text)));
@@ -111,7 +111,7 @@ async fn newer_edits_are_checked_after_an_opa_that_could_not_be_run() {
 }
 
 #[tokio::test]
-async fn an_opa_that_fails_at_everything_blames_nobody() {
+async fn opa_failing_at_everything_rejects_no_configmap() {
     run(async |mut checks, dir, readiness| {
         std::fs::remove_file(dir.join("opa")).unwrap();
         std::fs::write(dir.join("opa"), "#!/bin/sh\nexit 2\n").unwrap();
@@ -129,13 +129,13 @@ async fn an_opa_that_fails_at_everything_blames_nobody() {
     .await;
 }
 
-/// A hundred decisions take more plans than one analysis may make.
+/// A hundred decisions need more plans than one analysis may compute.
 #[tokio::test]
-async fn what_one_analysis_could_not_divide_the_next_ones_do() {
+async fn analysis_continues_an_unfinished_division() {
     let dir = tempfile::tempdir().unwrap();
     install(dir.path());
     let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
-    let texts: Vec<_> = (0..100).map(|at| texts(&format!("p{at}"), "")).collect();
+    let texts: Vec<_> = (0..100).map(|index| texts(&format!("p{index}"), "")).collect();
     let modules: Modules = texts.iter().flat_map(|texts| &texts.modules).collect();
     let log = dir.path().join("log");
     let plans = || std::fs::read_to_string(&log).unwrap().lines().filter(|run| *run == "build").count();
@@ -150,19 +150,19 @@ async fn what_one_analysis_could_not_divide_the_next_ones_do() {
     assert_eq!(counts, [64, 64, 64, 7, 0]);
 }
 
-/// The names and fields that other packages read are found as if it were not there, in one run each change.
+/// Names and fields of other packages are still found, in one run per change.
 #[tokio::test]
-async fn a_package_whose_dependencies_cannot_be_found_costs_the_others_nothing() {
+async fn package_without_dependencies_does_not_affect_others() {
     let dir = tempfile::tempdir().unwrap();
     install(dir.path());
     let compiler = Compiler::find(Some(&dir.path().join("opa")), Dialect::Default).await.unwrap();
-    let of = |names: &[&str]| names.iter().map(|name| texts(name, "")).collect::<Vec<_>>();
-    let (before, after) = (of(&["a", "b", "c", "stuck"]), of(&["a", "b", "d", "stuck"]));
+    let all_texts = |names: &[&str]| names.iter().map(|name| texts(name, "")).collect::<Vec<_>>();
+    let (before, after) = (all_texts(&["a", "b", "c", "stuck"]), all_texts(&["a", "b", "d", "stuck"]));
     let log = dir.path().join("log");
     let runs = |what: &str| std::fs::read_to_string(&log).unwrap().lines().filter(|run| *run == what).count();
     let (mut analyst, kubernetes) =
         (Analyst::new(Duration::from_secs(60)), DirPath::new(["kubernetes"]).unwrap());
-    // [a b c stuck] [a b] [c stuck] [c] [stuck], nothing, then the others together.
+    // Runs: [a b c stuck] [a b] [c stuck] [c] [stuck], none, then the others together.
     for (texts, expected) in [(&before, 5), (&before, 0), (&after, 1)] {
         let modules: Modules = texts.iter().flat_map(|texts| &texts.modules).collect();
         let count = runs("deps");
@@ -172,7 +172,7 @@ async fn a_package_whose_dependencies_cannot_be_found_costs_the_others_nothing()
         assert!(names.unknown.keys().eq([&DirPath::new(["stuck"]).unwrap()]), "{names:?}");
         assert_eq!(runs("deps") - count, expected);
     }
-    // No package can be planned: what they depend on is known.
+    // No package can be planned, but the dependencies are known.
     let modules: Modules = after.iter().flat_map(|texts| &texts.modules).collect();
     let count = runs("deps");
     let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
@@ -184,22 +184,21 @@ fn auto() -> Auto {
     Auto::new(AutoReplication { path, ignored: Vec::new() }, &[])
 }
 
-/// Candidates of one package each.
 fn packages(names: impl IntoIterator<Item = String>) -> Candidates {
     let candidate = |name: &str| Candidate { wanted: Some(texts(name, "")), ..Candidate::default() };
     names.into_iter().map(|name| (key(&name), candidate(&name))).collect()
 }
 
-/// Good packages among many bad ones do not wait for an edit: the division goes on, and the bundle is checked again.
+/// The division continues without an edit, and the bundle is checked again.
 #[tokio::test]
-async fn an_analysis_without_time_for_all_goes_on_by_itself() {
-    let names = (0..100).map(|at| format!("p{at:02}{}", if at % 2 == 0 { "" } else { "stuck" }));
+async fn analysis_out_of_time_resumes_without_an_edit() {
+    let names = (0..100).map(|index| format!("p{index:02}{}", if index % 2 == 0 { "" } else { "stuck" }));
     let mut candidates = packages(names);
     run_with(Some(auto()), async |mut checks, _, readiness| {
         let problem = || readiness.problems()[0].message.clone();
         let accepted = checks.settle(&candidates).await.accepted;
         assert!(problem().contains("packages are left"), "{}", problem());
-        assert!(matches!(checks.said.recv().await, Some(Said::Recheck)));
+        assert!(matches!(checks.receiver.recv().await, Some(Said::Recheck)));
         for candidate in candidates.values_mut() {
             candidate.good.clone_from(&candidate.wanted);
         }
@@ -209,15 +208,15 @@ async fn an_analysis_without_time_for_all_goes_on_by_itself() {
     .await;
 }
 
-/// Policies are weighed against `maxBytes` once it is known what they read: a part of them would seem to read all.
+/// `maxBytes` is applied only once field masks are known: a partial analysis would include everything.
 #[tokio::test]
-async fn no_policy_is_refused_for_what_is_not_known_yet() {
+async fn unfinished_analysis_rejects_no_policy() {
     let mut spec = Spec { max_bytes: Some(100), ..Spec::of_feeds("main", Vec::new()) };
     spec.fields.given = Kept::default();
     spec.fields.follows.others = true;
     let nodes = DirPath::new(["kubernetes", "nodes"]).unwrap();
     let object = Object { key: key("node"), json: json!({ "x": "x".repeat(1000) }).to_string().into() };
-    let modules = (0..50).flat_map(|at| texts(&format!("p{at:02}late"), "").modules.clone());
+    let modules = (0..50).flat_map(|index| texts(&format!("p{index:02}late"), "").modules.clone());
     let wanted = Some(Arc::new(Texts { modules: modules.collect(), ..Texts::default() }));
     run_of(spec, vec![(nodes, object)], None, async |mut checks, _, _| {
         for good in [None, wanted.clone()] {
@@ -229,30 +228,29 @@ async fn no_policy_is_refused_for_what_is_not_known_yet() {
     .await;
 }
 
-/// A machine that was busy when the policies were checked costs them nothing for good.
+/// A temporary failure, such as a busy machine, has no lasting effect.
 #[tokio::test]
-async fn an_analysis_that_failed_is_tried_again() {
+async fn failed_analysis_is_retried() {
     let candidates = packages(["a".into(), "stuck".into()]);
     run_with(Some(auto()), async |mut checks, dir, readiness| {
         checks.settle(&candidates).await;
         assert!(readiness.problems()[0].message.contains("data/stuck reads cannot be found"));
         std::fs::write(dir.join("calm"), "").unwrap();
-        let checked = tokio::time::timeout(Duration::from_millis(200), checks.said.recv()).await;
+        let checked = tokio::time::timeout(Duration::from_millis(200), checks.receiver.recv()).await;
         assert!(checked.is_err(), "not before {RETRY_AFTER:?}");
         tokio::time::pause();
         tokio::time::advance(RETRY_AFTER).await;
         tokio::time::resume();
-        assert!(matches!(checks.said.recv().await, Some(Said::Recheck)));
+        assert!(matches!(checks.receiver.recv().await, Some(Said::Recheck)));
         checks.settle(&candidates).await;
         assert!(readiness.problems().is_empty(), "{:?}", readiness.problems());
     })
     .await;
 }
 
-/// The dependencies of an OPA that omits some are not asked for: resources are those in the texts, and what cannot be
-/// planned reads everything.
+/// Older OPAs omit dependencies. Resources are then found in the texts, and unplannable packages read everything.
 #[tokio::test]
-async fn an_opa_that_omits_dependencies_is_not_asked_for_them() {
+async fn checker_skips_opa_deps_of_older_versions() {
     let dir = tempfile::tempdir().unwrap();
     install(dir.path());
     let texts = texts("a", "x := data.kubernetes.nodes");
@@ -277,17 +275,18 @@ async fn an_opa_that_omits_dependencies_is_not_asked_for_them() {
         );
     }
     let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
-    assert_eq!(log.lines().filter(|run| *run == "deps").count(), 2, "one of each of the newer ones");
+    assert_eq!(log.lines().filter(|run| *run == "deps").count(), 2, "one run per newer version");
 }
 
-/// Memory of a run of OPA is bounded: what takes more is refused like all that makes OPA fail.
+/// Exceeding OPA's memory bound is rejected like any OPA failure.
 #[tokio::test]
-async fn policies_that_take_opa_all_memory_are_refused() {
+async fn policies_exhausting_opa_memory_are_rejected() {
     let opa = tokio::task::spawn_blocking(assets::folder).await.unwrap().unwrap().join("opa");
     let compiler = Compiler::find(Some(&opa), Dialect::Default).await.unwrap();
-    // Ten times as long a text nine times over: 10 GB.
-    let longer =
-        |at: usize| format!("\tx{} := concat(\"\", [{}])\n", at + 1, vec![format!("x{at}"); 10].join(", "));
+    // Nine tenfold repetitions of the text: 10 GB.
+    let longer = |index: usize| {
+        format!("\tx{} := concat(\"\", [{}])\n", index + 1, vec![format!("x{index}"); 10].join(", "))
+    };
     let longer: String = (0..9).map(longer).collect();
     let test = format!("test_x if {{\n\tx0 := \"0123456789\"\n{longer}\tcount(x9) > 0\n}}");
     let module = |text: &str| Arc::new(Module::read(text).unwrap());
@@ -303,7 +302,7 @@ async fn policies_that_take_opa_all_memory_are_refused() {
 }
 
 #[tokio::test]
-async fn what_crashes_opa_is_refused_alone_and_tried_again_when_it_changes() {
+async fn configmap_crashing_opa_is_rejected_until_edited() {
     run(async |mut checks, dir, _| {
         let runs = || std::fs::read_to_string(dir.join("log")).unwrap().lines().count();
         let new =
@@ -312,7 +311,7 @@ async fn what_crashes_opa_is_refused_alone_and_tried_again_when_it_changes() {
         let outcome = checks.settle(&candidates).await;
         assert_eq!(outcome.accepted, BTreeMap::from([(key("b"), texts("b", "x"))]));
         assert_eq!(outcome.faults[&key("a")][0].code, CHECK_FAILED);
-        // Later edits of others do not run it.
+        // Edits of other ConfigMaps do not check the rejected one again.
         assert_eq!(outcome.costly().collect::<Vec<_>>(), [&key("a")]);
         candidates.get_mut(&key("a")).unwrap().refused = Some(Refused::Costly);
         for text in ["y", "z"] {
@@ -329,9 +328,9 @@ async fn what_crashes_opa_is_refused_alone_and_tried_again_when_it_changes() {
     .await;
 }
 
-/// A hub that starts serves what was good before, while a change since then takes OPA long.
+/// A starting hub serves the last good modules while OPA checks a change.
 #[tokio::test]
-async fn what_was_good_is_served_while_a_change_is_checked_at_a_start() {
+async fn startup_serves_last_good_modules_during_a_check() {
     run(async |mut checks, _, readiness| {
         let (good, wanted) = (Some(texts("a", "old")), Some(texts("a", "HANGS")));
         let candidates = Candidates::from([

@@ -1,5 +1,4 @@
-//! What one client may cost the others: connections that are slow or silent, over real sockets, and requests that copy
-//! the whole view.
+//! Isolation between clients: slow or silent connections over real sockets, and requests that copy a snapshot.
 
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
@@ -26,10 +25,10 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-/// Far longer than any limit here: the test has failed then.
+/// Test failure timeout, longer than any limit.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A bundle with one edition: `entries` of this JSON.
+/// Creates a bundle with one snapshot of `entries` copies of `json`.
 fn bundle(entries: usize, json: &str) -> Arc<Bundle> {
     let bundle = Arc::new(Bundle::new("main".into(), None));
     publish(&bundle, &View::empty(Arc::new([]), None), entries, json);
@@ -53,7 +52,6 @@ fn hub(bundle: &Arc<Bundle>, stop: CancellationToken) -> Hub {
     Hub::new(bundles, String::new(), Readiness::default(), Vec::new(), stop)
 }
 
-/// A hub that listens.
 struct Listening {
     bundle: Arc<Bundle>,
     address: SocketAddr,
@@ -88,14 +86,12 @@ async fn send(address: SocketAddr, request: &str) -> TcpStream {
     tcp
 }
 
-/// Reads until the hub closes the connection.
 async fn to_end(mut tcp: TcpStream) -> String {
     let mut read = Vec::new();
-    tokio::time::timeout(PATIENCE, tcp.read_to_end(&mut read)).await.expect("it is closed").unwrap();
+    tokio::time::timeout(PATIENCE, tcp.read_to_end(&mut read)).await.expect("connection is closed").unwrap();
     String::from_utf8(read).unwrap()
 }
 
-/// Reads until this was read.
 async fn until(tcp: &mut TcpStream, end: &str) -> String {
     let mut read = Vec::new();
     while !String::from_utf8_lossy(&read).contains(end) {
@@ -141,10 +137,10 @@ async fn slow_clients_are_disconnected() {
 }
 
 #[tokio::test]
-async fn long_polls_and_streams_outlive_the_limits() {
+async fn long_polls_and_streams_exceed_request_timeouts() {
     let hub = Listening::start(limits(700, 64)).await;
     let head = hub.bundle.head().borrow().clone().unwrap();
-    // The second request of a connection is axum's.
+    // axum serves a connection's second request.
     let mut stream = hub.send("GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await;
     until(&mut stream, "ok\n").await;
     stream.write_all(b"GET /bundles/main/stream HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
@@ -159,13 +155,13 @@ async fn long_polls_and_streams_outlive_the_limits() {
 }
 
 #[tokio::test]
-async fn a_full_listener_has_room_for_streams_and_later_for_others() {
+async fn full_listener_accepts_streams_and_recovers() {
     let hub = Listening::start(limits(300, 1)).await;
     let mut idle = hub.send("GET /v1/bundles HTTP/1.1\r\nhost: x\r\n\r\n").await;
     until(&mut idle, "\"problems\":[]}").await;
     let mut stream = hub.send("GET /bundles/main/stream HTTP/1.1\r\nhost: x\r\n\r\n").await;
     until(&mut stream, ": bundle main\n").await;
-    // A probe has room of its own.
+    // Probes have a separate connection limit.
     let mut probe = hub.send("GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await;
     until(&mut probe, "ok\n").await;
     let next = to_end(hub.send("GET /v1/bundles HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
@@ -174,29 +170,29 @@ async fn a_full_listener_has_room_for_streams_and_later_for_others() {
 }
 
 #[tokio::test]
-async fn a_connection_that_finds_no_room_is_told_so() {
+async fn excess_connection_gets_503() {
     let hub = Listening::start(limits(60_000, 1)).await;
-    let mut kept = hub.send("GET /bundles/main/stream HTTP/1.0\r\n\r\n").await;
-    until(&mut kept, ": bundle main\n").await;
+    let mut stream = hub.send("GET /bundles/main/stream HTTP/1.0\r\n\r\n").await;
+    until(&mut stream, ": bundle main\n").await;
     let refused = to_end(hub.send("GET /v1/bundles HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
     assert!(refused.starts_with("HTTP/1.1 503 ") && refused.contains("retry later"), "{refused}");
 }
 
 #[tokio::test]
-async fn connections_are_not_kept_where_room_is_scarce() {
+async fn nearly_full_listener_disables_keep_alive() {
     let hub = Listening::start(limits(60_000, 4)).await;
     let request = "GET /v1/bundles HTTP/1.1\r\nhost: x\r\n\r\n";
-    let mut kept = Vec::new();
+    let mut connections = Vec::new();
     for _ in 0..2 {
         let mut tcp = hub.send(request).await;
         until(&mut tcp, "\"problems\":[]}").await;
-        kept.push(tcp);
+        connections.push(tcp);
     }
     assert!(to_end(hub.send(request).await).await.contains("connection: close\r\n"));
 }
 
 #[tokio::test]
-async fn a_hub_that_stops_ends_what_is_idle_and_finishes_responses() {
+async fn shutdown_closes_idle_connections_and_finishes_responses() {
     let Listening { address, stop, server, .. } = Listening::start(limits(60_000, 64)).await;
     let first = "GET /livez HTTP/1.1\r\nhost: x\r\n\r\n";
     let (mut idle, mut stream) = (send(address, first).await, send(address, first).await);
@@ -207,7 +203,7 @@ async fn a_hub_that_stops_ends_what_is_idle_and_finishes_responses() {
     stop.cancel();
     assert_eq!(to_end(idle).await, "");
     let rest = to_end(stream).await;
-    assert!(rest.ends_with("\r\n0\r\n\r\n"), "its last chunk is missing: {rest:?}");
+    assert!(rest.ends_with("\r\n0\r\n\r\n"), "last chunk is missing: {rest:?}");
     tokio::time::timeout(PATIENCE, server).await.unwrap().unwrap().unwrap();
 }
 
@@ -223,16 +219,16 @@ async fn reconcile(router: &axum::Router, dir: &str) -> (StatusCode, Body) {
 }
 
 #[tokio::test]
-async fn answers_to_distinct_requests_take_bounded_memory() {
+async fn reconcile_responses_use_bounded_memory() {
     const ENTRY: usize = 64 << 10;
     const ENTRIES: usize = 320;
-    // Random text again and again, farther apart than deflate looks back.
+    // Random text repeats beyond deflate's window.
     let mut random = fastrand::Rng::with_seed(16);
     let text: String = (0..ENTRY).map(|_| random.alphanumeric()).collect();
     let bundle = bundle(ENTRIES, &format!("\"{text}\""));
     let router = serve::router(hub(&bundle, CancellationToken::new()));
     let live = || bundle.counters.answer_bytes.load(Relaxed);
-    let requests = (0..60).map(|at| format!("d{at}")).collect::<Vec<_>>();
+    let requests = (0..60).map(|index| format!("d{index}")).collect::<Vec<_>>();
     let answers = join_all(requests.iter().map(|dir| reconcile(&router, dir))).await;
     let answered = answers.iter().filter(|(status, _)| *status == StatusCode::OK).count();
     assert!(answered > 0 && answered < answers.len(), "{answered} answered");
@@ -250,11 +246,11 @@ async fn answers_to_distinct_requests_take_bounded_memory() {
 }
 
 #[tokio::test]
-async fn a_storm_of_equal_requests_is_encoded_once_each() {
+async fn equal_requests_share_one_encoding() {
     let bundle = bundle(1000, "{\"a\": 1}");
     let router = serve::router(hub(&bundle, CancellationToken::new()));
     let dirs = ["a", "b", "c"];
-    let storm = (0..3000).map(|at| reconcile(&router, dirs[at % dirs.len()]));
+    let storm = (0..3000).map(|index| reconcile(&router, dirs[index % dirs.len()]));
     for (status, _) in join_all(storm).await {
         assert_eq!(status, StatusCode::OK);
     }
@@ -262,7 +258,7 @@ async fn a_storm_of_equal_requests_is_encoded_once_each() {
 }
 
 #[tokio::test]
-async fn fields_are_weighed_one_request_at_a_time() {
+async fn field_costs_are_measured_one_request_at_a_time() {
     const REQUESTS: usize = 4;
     let bundle = bundle(1, "1");
     let (running, entered) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
@@ -270,7 +266,7 @@ async fn fields_are_weighed_one_request_at_a_time() {
     let released = Mutex::new(released);
     let (inside, ever) = (Arc::clone(&running), Arc::clone(&entered));
     bundle.set_objects(Box::new(move || {
-        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "the only one");
+        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "no concurrent measurement");
         ever.fetch_add(1, Ordering::SeqCst);
         released.lock().unwrap().recv().unwrap();
         inside.fetch_sub(1, Ordering::SeqCst);
@@ -284,7 +280,7 @@ async fn fields_are_weighed_one_request_at_a_time() {
             while entered.load(Ordering::SeqCst) < count {
                 tokio::task::yield_now().await;
             }
-            // Others are answered meanwhile.
+            // Other requests are served concurrently.
             assert_eq!(ask(&router, "GET", "/v1/bundles", String::new()).await.0, StatusCode::OK);
             release.send(()).unwrap();
         }

@@ -1,4 +1,4 @@
-//! I1: edits of a value, one after the other or merged, lead an OPA to the value that the hub has.
+//! I1: edits of a value, applied in sequence or merged, give OPA the hub's value.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ fn object(random: &mut fastrand::Rng, depth: usize) -> Value {
     object
 }
 
-/// Changes, adds or removes a member at some depth; members come back, and nulls are among them.
+/// Changes, adds or removes a member at some depth, including nulls and re-added members.
 fn change(random: &mut fastrand::Rng, value: &mut Value) {
     let name = ["a", "b~c", "d/e", "f%", "0", "-"][random.usize(..6)];
     match random.u8(..4) {
@@ -38,7 +38,7 @@ fn change(random: &mut fastrand::Rng, value: &mut Value) {
 }
 
 #[tokio::test]
-async fn i1_edits_lead_opa_to_the_value_that_the_hub_has() {
+async fn i1_edits_give_opa_the_value_of_the_hub() {
     let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let opa = Opa::start(&assets, dir.path(), None, &[]).await.unwrap();
@@ -48,7 +48,7 @@ async fn i1_edits_lead_opa_to_the_value_that_the_hub_has() {
     for seed in 0..ROUNDS {
         let random = &mut fastrand::Rng::with_seed(seed as u64);
         let mut first = object(random, 2);
-        // A large part that stays makes an edit worth it.
+        // Edits are sent only if much of the value is unchanged.
         first["rest"] = "x".repeat(4000).into();
         let (mut last, mut edits) = (first.clone(), Vec::new());
         for _ in 0..random.usize(1..=STEPS) {

@@ -1,5 +1,5 @@
-//! I7: what policies decide on objects cut down to the fields that the analysis found equals what they decide on whole
-//! objects, in a real OPA, for generated policies, objects and inputs.
+//! I7: decisions on pruned objects equal decisions on whole objects, in a real OPA, for generated policies, objects and
+//! inputs.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,13 +17,13 @@ use serde_json::{Value, json};
 
 use crate::lived_in::{cut, cut_all, lived_in};
 
-/// Rounds, each of other rules, fields, objects and inputs. `OPA_HUB_FIELD_ROUNDS` asks for more.
+/// Number of rounds with new rules, fields, objects and inputs; set by `OPA_HUB_FIELD_ROUNDS`.
 const ROUNDS: u64 = 240;
-/// Rules of one policy: few, or some of them would always read everything.
+/// Rules per policy. With more, some rule always reads everything.
 const RULES: usize = 4;
 const INPUTS: usize = 12;
 
-/// Places that hold a pod. `$f` and `$g` in the rules are fields of it.
+/// References to a pod. In rules, `$f` and `$g` are its fields.
 const PODS: [&str; 6] = [
     "data.kubernetes.pods[input.ns][input.name]",
     "data.kubernetes.pods.a[_]",
@@ -48,7 +48,7 @@ const FIELDS: [&str; 14] = [
     "spec[input.key]",
     "nothing.at.all",
 ];
-/// Every construct that the analysis claims to follow, and every one that it must give up on. Each body is a rule's.
+/// Rule bodies with every construct that the analysis follows, or must treat as reading everything.
 const BODIES: [&str; 136] = [
     "if $p.$f",
     "if not $p.$f",
@@ -117,7 +117,7 @@ const BODIES: [&str; 136] = [
     ":= pod.$f if { h.running[pod]; pod.spec.hostNetwork }",
     "if h.known[input.labels]",
     ":= count(h.known)",
-    // Paths with dynamic and odd elements.
+    // Paths with dynamic and unusual elements.
     ":= object.get(pods, [input.ns, input.name, \"status\", \"podIP\"], \"none\")",
     ":= object.get(pods, [input.ns, input.odd, \"spec\", \"nodeName\"], \"none\")",
     ":= object.get($p, [\"metadata\", input.odd, \"app\"], \"none\")",
@@ -167,7 +167,7 @@ const BODIES: [&str; 136] = [
     "if { some f in names; not $p.spec[f] }",
     "if every f in names { $p.spec[f] != input.value }",
     ":= json.filter($p, [sprintf(\"spec/%s\", [f]) | some f in names])",
-    // The kind of a value, not what is in it.
+    // The type of a value, not its content.
     "if is_array($p.$f)",
     "if is_string($p.$f)",
     "if is_boolean($p.$f)",
@@ -192,8 +192,8 @@ const BODIES: [&str; 136] = [
     ":= json.filter($p, [\"status//deep\", \"metadata/labels/\"])",
     ":= json.filter($p.$f, [\"\"])",
 ];
-/// Complete rules, functions and objects compare what they get twice. One in three policies has one of these alone: what
-/// others read would tell apart what it takes for equal.
+/// Rules whose results conflict. One in three policies has exactly one, since reads of other rules would hide missing
+/// fields.
 const CONFLICTS: [&str; 7] = [
     ":= h.pod_of(input.value).$f",
     ":= h.pod_of(input.value) == $p",
@@ -203,7 +203,7 @@ const CONFLICTS: [&str; 7] = [
     ":= h.by_app[input.value].$f",
     ":= {k: v | v := $p.spec.containers[_]; k := v.image}[\"i0\"].args",
 ];
-/// Rules that no decision holds, so that what is asked of them tells what they read.
+/// Helper rules outside the decisions: only their callers determine the reads.
 const LIBRARY: &str = r#"package h
 
 import data.kubernetes.pods
@@ -291,7 +291,7 @@ fn policy(random: &mut fastrand::Rng) -> String {
             Some(body) => body,
             None => CONFLICTS[any % CONFLICTS.len()],
         };
-        // Under a negation nothing may be left to choose.
+        // A negation must not contain unbound variables.
         let may_choose = !body.contains("not ");
         let pick = |random: &mut fastrand::Rng, from: &[&'static str]| {
             let from: Vec<_> = from.iter().filter(|text| may_choose || !text.contains("[_]")).collect();
@@ -302,7 +302,7 @@ fn policy(random: &mut fastrand::Rng) -> String {
         let body = body.replace("$f", field(random)).replace("$g", field(random));
         let rule = body.replace("$p", pod);
         let value = rule.strip_prefix(":= ").filter(|_| !rule.contains(" else "));
-        // A set of its values, or one value, which is an error where there are several.
+        // A set, or a single value, which fails for several results.
         let is_set = random.u8(..4) > 0;
         let rule = match value.map(|value| value.rsplit_once(" if ").unwrap_or((value, "true"))) {
             Some((value, "true")) if is_set => format!("\nr{nth} contains value if value := {value}\n"),
@@ -323,7 +323,7 @@ fn pods(random: &mut fastrand::Rng) -> Value {
             if random.u8(..5) == 0 {
                 continue;
             }
-            // Replicas differ by their names only.
+            // Replicas differ only in name.
             if let Some(replica) = last.clone().filter(|_| random.bool()) {
                 namespaces[namespace][name] = replica;
                 namespaces[namespace][name]["metadata"]["name"] = json!(name);
@@ -380,24 +380,24 @@ fn input(random: &mut fastrand::Rng) -> Value {
     })
 }
 
-/// What the package decides for each input, by the modules in `dir`.
+/// Evaluates the package with the modules in `dir` for each input.
 fn decide(opa: &Path, dir: &Path, package: &str, data: &Value) -> Value {
     std::fs::write(dir.join("data.json"), data.to_string()).unwrap();
     let query = format!("[d | some i in data.inputs; d := data.{package} with input as i]");
     let output = Command::new(opa).current_dir(dir).args(["eval", "-d", ".", &query]).output().unwrap();
-    let said = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
+    let output_text = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
     let mut answer: Value =
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}"));
-    // Two values for one key end the whole evaluation: they do so beside whole objects too.
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output_text}"));
+    // Conflicting values abort the evaluation, also with whole objects.
     if answer["errors"][0]["code"] == "eval_conflict_error" {
         return json!(vec!["conflict"; data["inputs"].as_array().unwrap().len()]);
     }
     let decisions = answer["result"][0]["expressions"][0]["value"].take();
-    assert_eq!(decisions.as_array().map(Vec::len), data["inputs"].as_array().map(Vec::len), "{said}");
+    assert_eq!(decisions.as_array().map(Vec::len), data["inputs"].as_array().map(Vec::len), "{output_text}");
     decisions
 }
 
-/// An OPA with the policies of one round, and the pods as they are or cut down.
+/// An OPA with one round's policies, and whole or pruned pods.
 struct Decider {
     opa: Opa,
     http: reqwest::Client,
@@ -418,7 +418,7 @@ impl Decider {
         }
     }
 
-    /// What is decided at `path`; an error by its code.
+    /// Returns the decision at `path`, or the error code.
     async fn ask(&self, path: &str, input: &Value) -> Result<Value, String> {
         let body = json!({ "input": input }).to_string();
         let answer = self.http.post(format!("{}/v1/data/{path}", self.opa.url)).body(body).send().await;
@@ -429,7 +429,7 @@ impl Decider {
         }
     }
 
-    /// What each rule decides: by itself, where one of them fails.
+    /// Returns the decision of each rule, evaluated separately if one fails.
     async fn decide(&self, input: &Value) -> BTreeMap<String, Result<Value, String>> {
         if let Ok(Value::Object(rules)) = self.ask("t", input).await {
             return rules.into_iter().map(|(rule, value)| (rule, Ok(value))).collect();
@@ -446,7 +446,7 @@ impl Decider {
 }
 
 #[tokio::test]
-async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
+async fn i7_decisions_on_pruned_and_whole_objects_are_equal() {
     let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
     let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -470,8 +470,8 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
             Analyst::new(Duration::from_secs(60)).reads(&compiler, &modules, &asked).await.unwrap().unwrap();
         assert!(found.opaque.is_empty(), "seed {seed}: {:?}\n{text}", found.opaque);
         let places = ["pods", "nodes"].map(|name| format!("/kubernetes/{name}").parse::<DirPath>().unwrap());
-        let kept = Kept::of_reads(&found.reads, places.iter().cloned().zip([Some(false), Some(true)]));
-        let [of_pods, of_nodes] = places.each_ref().map(|place| kept.of(place));
+        let masks = Kept::of_reads(&found.reads, places.iter().cloned().zip([Some(false), Some(true)]));
+        let [of_pods, of_nodes] = places.each_ref().map(|place| masks.of(place));
         narrow += u64::from(!of_pods.is_all());
 
         let nodes = json!({ "n1": { "spec": { "zone": "z" }, "status": 1 } });
@@ -491,7 +491,7 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
             let (expected, decided) = tokio::join!(on_whole.decide(&input), on_less.decide(&input));
             for (rule, expected) in &expected {
                 let decided = decided.get(rule);
-                assert_eq!(decided, Some(expected), "seed {seed}, {rule} for {input}\n{kept:?}\n{text}");
+                assert_eq!(decided, Some(expected), "seed {seed}, {rule} for {input}\n{masks:?}\n{text}");
                 cases += 1;
                 conflicts += u64::from(expected.is_err());
             }
@@ -503,17 +503,16 @@ async fn i7_decisions_on_fields_equal_decisions_on_whole_objects() {
          less than whole pods",
         first + rounds - 1
     );
-    assert!(conflicts > 0 && cases > 10 * rounds && narrow > rounds / 4, "too little was tried");
+    assert!(conflicts > 0 && cases > 10 * rounds && narrow > rounds / 4, "too few cases");
 }
 
-/// A policy with a rule that is a whole pod, for its others to use: only what is asked of it tells what it reads.
+/// Policy with a rule that returns a whole pod: only its callers determine the reads.
 const HELD: &str = "ns/m/required_labels.rego";
 const ASKED: &str = "/corpus/required_labels/violation";
 
-/// I7: so it is for policies as people write them, each by itself and all together, on pods as an API server serves
-/// them.
+/// I7 for realistic policies, separately and together, on pods from an API server.
 #[tokio::test]
-async fn i7_policies_from_life_decide_the_same() {
+async fn i7_realistic_policies_decide_equally_on_pruned_objects() {
     let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
     let opa = assets.join("opa");
     let compiler = Compiler::find(Some(&opa), Dialect::Default).await.unwrap();
@@ -537,15 +536,15 @@ async fn i7_policies_from_life_decide_the_same() {
             if modules.contains_key(&HELD.to_owned()) { vec![ASKED.parse().unwrap()] } else { Vec::new() };
         let found =
             Analyst::new(Duration::from_secs(60)).reads(&compiler, &modules, &asked).await.unwrap().unwrap();
-        let kept = Kept::of_reads(&found.reads, [(place.clone(), Some(false))]);
+        let masks = Kept::of_reads(&found.reads, [(place.clone(), Some(false))]);
         let names: Vec<_> = modules.keys().collect();
-        assert!(!kept.of(&place).is_all(), "{names:?} read whole pods");
+        assert!(!masks.of(&place).is_all(), "{names:?} read whole pods");
         let dir = tempfile::tempdir().unwrap();
-        for (at, module) in modules.values().enumerate() {
-            std::fs::write(dir.path().join(format!("{at}.rego")), &module.text).unwrap();
+        for (index, module) in modules.values().enumerate() {
+            std::fs::write(dir.path().join(format!("{index}.rego")), &module.text).unwrap();
         }
         let whole = json!({ "kubernetes": kubernetes, "inputs": inputs });
-        let less = json!({ "kubernetes": cut_all(&kubernetes, &kept), "inputs": inputs });
+        let less = json!({ "kubernetes": cut_all(&kubernetes, &masks), "inputs": inputs });
         let asked = asked.iter().map(|path| path.relative().replace('/', "."));
         let packages = modules.values().map(|module| module.package());
         let decisions: Vec<_> = if asked.len() > 0 { asked.collect() } else { packages.collect() };
@@ -558,9 +557,9 @@ async fn i7_policies_from_life_decide_the_same() {
     }
 }
 
-/// `opa-hub fields`, as people run it.
+/// `opa-hub fields`.
 #[tokio::test]
-async fn fields_are_shown_without_a_server() {
+async fn fields_command_works_without_a_server() {
     let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let policy = "package p\n\nallow if data.kubernetes.pods[input.ns][input.name].metadata.labels.app == \"web\"\n\n\
@@ -584,9 +583,9 @@ async fn fields_are_shown_without_a_server() {
         .args(["fields", "--replicate=v1/pods", "--replicate-cluster=v1/nodes", "--manifests"])
         .arg(dir.path());
     let output = command.env("OPA_BIN", assets.join("opa")).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let output_text = String::from_utf8_lossy(&output.stdout).into_owned();
     let lines: Vec<_> =
-        said.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        output_text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
     let pod = r#"{"kind":"Pod","apiVersion":"v1","metadata":{"labels":{"app":"web"},"name":"p"}}"#.len();
     let cut = r#"{"metadata":{"labels":{"app":"web"}}}"#.len();
     let expected = [
@@ -595,13 +594,15 @@ async fn fields_are_shown_without_a_server() {
         "v1/nodes: 0 of 0 bytes, an OPA of about 40 MB".into(),
         "spec.zone… 0 ns/m/p.rego:5:16".into(),
     ];
-    assert_eq!(lines, expected, "{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(lines, expected, "{output_text}{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The fields of pods that these modules read for `asked`, one a line, and the modules that no entrypoint uses.
+/// Returns the pod fields that these modules read for entrypoints `asked`, and the unused modules.
 async fn fields_of_pods(compiler: &Compiler, texts: &[&str], asked: &[DirPath]) -> (String, Vec<String>) {
-    let texts: Vec<_> =
-        (0..).zip(texts).map(|(at, text)| (format!("ns/m/{at}"), Module::read(text).unwrap())).collect();
+    let texts: Vec<_> = (0..)
+        .zip(texts)
+        .map(|(index, text)| (format!("ns/m/{index}"), Module::read(text).unwrap()))
+        .collect();
     let texts: Vec<_> = texts.into_iter().map(|(id, module)| (id, Arc::new(module))).collect();
     let modules = texts.iter().map(|(id, module)| (id, module)).collect();
     let found =
@@ -609,13 +610,13 @@ async fn fields_of_pods(compiler: &Compiler, texts: &[&str], asked: &[DirPath]) 
     let is_refused = |reason: &String| reason.contains("used as reference, not called");
     assert!(found.opaque.values().all(is_refused) && found.left.is_empty(), "{:?}", found.opaque);
     let pods: DirPath = "/kubernetes/pods".parse().unwrap();
-    let kept = Kept::of_reads(&found.reads, [(pods.clone(), Some(false))]);
-    (kept.of(&pods).to_string(), found.unused.into_iter().collect())
+    let masks = Kept::of_reads(&found.reads, [(pods.clone(), Some(false))]);
+    (masks.of(&pods).to_string(), found.unused.into_iter().collect())
 }
 
-/// What follows from each construct, so that none of them reads more than it did.
+/// Pins the fields of each construct against lost precision.
 #[tokio::test]
-async fn constructs_read_what_they_name() {
+async fn constructs_read_only_named_fields() {
     let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
     let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
     let library = "fields := [\"nodeName\", \"schedulerName\"]\n\nkinds := {\"Pod\": fields}\n\n\
@@ -629,7 +630,7 @@ async fn constructs_read_what_they_name() {
         ("object.get(p, [\"metadata\", \"labels\", input.key], \"\") == \"x\"", "metadata.labels[*]\n"),
         ("{ path := [\"status\", \"podIP\"]; object.get(p, path, \"\") == \"x\" }", "status.podIP\n"),
         ("object.get(object.get(p, \"spec\", {}), \"nodeName\", \"\") == \"x\"", "spec.nodeName\n"),
-        // The key may be a path of any depth.
+        // The key may be a path.
         ("object.get(object.get(data.kubernetes.pods, input.ns, {}), input.name, {}).kind == \"x\"", "…\n"),
         ("object.get(p.spec, input.key, \"\") == \"x\"", "spec…\n"),
         (
@@ -658,21 +659,21 @@ async fn constructs_read_what_they_name() {
     }
 }
 
-/// Rules that annotations make entrypoints are asked for, beside those that flags or a document name.
+/// Annotated entrypoints are added to those of flags and documents.
 #[tokio::test]
-async fn annotations_name_entrypoints() {
+async fn annotations_add_entrypoints() {
     let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
     let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
     let entrypoint = "# METADATA\n# entrypoint: true\n";
     let pod = "pod := data.kubernetes.pods[input.ns][input.name]\n";
-    let of = |above_package: &str, above_rule: &str| {
+    let annotated = |above_package: &str, above_rule: &str| {
         format!(
             "{above_package}package a\n\n{pod}\n{above_rule}allow if pod.spec.nodeName == \"x\"\n\nuser := [allow, pod]\n"
         )
     };
-    let (none, rule, package) = (of("", ""), of("", entrypoint), of(entrypoint, ""));
-    let document = of("", &entrypoint.replace("METADATA\n", "METADATA\n# scope: document\n"));
-    let only_a_word = of("# entrypoint: true\n", "");
+    let (none, rule, package) = (annotated("", ""), annotated("", entrypoint), annotated(entrypoint, ""));
+    let document = annotated("", &entrypoint.replace("METADATA\n", "METADATA\n# scope: document\n"));
+    let only_a_word = annotated("# entrypoint: true\n", "");
     let [none, rule, package, document, only_a_word] =
         [&none, &rule, &package, &document, &only_a_word].map(String::as_str);
     let other = "package b[\"c-d\"]\n\nlabels := data.kubernetes.pods[_][_].metadata.labels.app\n";
@@ -688,14 +689,14 @@ async fn annotations_name_entrypoints() {
         (vec![rule], None, "spec.nodeName\n", &[]),
         (vec![document], None, "spec.nodeName\n", &[]),
         (vec![package], None, "…\n", &[]),
-        // One counts for all modules, and those that only use it are not asked for.
+        // An entrypoint covers all modules; modules that only use it are no entrypoints.
         (vec![rule, other, uses], None, "spec.nodeName\n", &["ns/m/1", "ns/m/2"]),
         (vec![rule, phase], Some("/c/x"), with_phase, &[]),
         (vec![none, phase], Some("/c/x"), "status.phase…\n", &[]),
-        // OPA asks for these by itself.
+        // OPA evaluates these by default.
         (vec![rule, authz], None, "spec.nodeName\nstatus.phase\n", &[]),
         (vec![authz, none, nodes], Some("/c/x"), "status.phase\n", &[]),
-        // OPA builds no plan with a function that is annotated.
+        // OPA cannot plan an annotated function.
         (vec![rule, function, nodes], Some("/c/x"), "…\n", &[]),
     ] {
         let asked: Vec<DirPath> = asked.iter().map(|path| path.parse().unwrap()).collect();
@@ -705,32 +706,36 @@ async fn annotations_name_entrypoints() {
     }
 }
 
-/// Twelve levels of six names each are 6¹² places.
+/// Twelve levels of six names are 6¹² references.
 fn multiplying(first: &str) -> String {
-    let names = |at: usize| ["a", "b", "c", "d", "e", "f"].map(|name| format!("x{at}.{name}")).join(", ");
-    let levels: Vec<_> = (0..12).map(|at| format!("\tsome x{} in [{}]\n", at + 1, names(at))).collect();
+    let names =
+        |index: usize| ["a", "b", "c", "d", "e", "f"].map(|name| format!("x{index}.{name}")).join(", ");
+    let levels: Vec<_> =
+        (0..12).map(|index| format!("\tsome x{} in [{}]\n", index + 1, names(index))).collect();
     format!("package multiplies\n\nallow if {{\n\tx0 := {first}\n{}\tx12 == 1\n}}\n", levels.concat())
 }
 
-/// What one package does costs no other one its precision: only what it names itself travels whole.
+/// An unanalysable package does not reduce the precision of others.
 #[tokio::test]
-async fn a_package_that_cannot_be_analysed_reads_whole_what_it_names() {
+async fn unanalysable_package_reads_named_data_deep() {
     let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
     let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
     let deep: Vec<_> =
-        (0..45).map(|at| format!("\tsome x{at} in data.kubernetes.nodes[_].spec.taints\n")).collect();
+        (0..45).map(|index| format!("\tsome x{index} in data.kubernetes.nodes[_].spec.taints\n")).collect();
     let deep = format!("package deep\n\nallow if {{\n{}}}\n", deep.concat());
-    let names =
-        |at: usize| ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| format!("x{at}.{name}")).join(", ");
-    let rule = |at: usize| {
-        let levels: Vec<_> = (0..3).map(|at| format!("\tsome x{} in [{}]\n", at + 1, names(at))).collect();
+    let names = |index: usize| {
+        ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| format!("x{index}.{name}")).join(", ")
+    };
+    let rule = |index: usize| {
+        let levels: Vec<_> =
+            (0..3).map(|index| format!("\tsome x{} in [{}]\n", index + 1, names(index))).collect();
         let levels = levels.concat();
-        format!("g{at} := x3 if {{\n\tx0 := data.kubernetes.nodes.n1.r{at}\n{levels}}}\n")
+        format!("g{index} := x3 if {{\n\tx0 := data.kubernetes.nodes.n1.r{index}\n{levels}}}\n")
     };
     let nested = format!(
         "package nested\n\nf(_) := 1\n\n{}\nallow if {{\n\txs := [[[{}]]]\n{}}}\n",
         (0..8).map(rule).collect::<Vec<_>>().concat(),
-        (0..8).map(|at| format!("g{at}")).collect::<Vec<_>>().join(", "),
+        (0..8).map(|index| format!("g{index}")).collect::<Vec<_>>().join(", "),
         "\tf(xs)\n".repeat(2000)
     );
     let dynamic = format!(
@@ -738,7 +743,7 @@ async fn a_package_that_cannot_be_analysed_reads_whole_what_it_names() {
         multiplying("data.kubernetes.nodes.n1")
     );
     let names_of_nested: String = (0..8)
-        .flat_map(|at| ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| format!("r{at}.{name}…\n")))
+        .flat_map(|index| ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| format!("r{index}.{name}…\n")))
         .collect();
     for (text, opaque, of_nodes) in [
         (nested, vec!["/nested"], names_of_nested.as_str()),
@@ -749,7 +754,7 @@ async fn a_package_that_cannot_be_analysed_reads_whole_what_it_names() {
         ("package opahub_entry\n\np0 := 1\n".to_owned(), vec![], ""),
         ("package opahub_entry\n\np0 := data.kubernetes.nodes.n1.spec.zone\n".to_owned(), vec![], "spec.zone…\n"),
         (
-            // OPA compiles it and cannot plan it.
+            // OPA compiles but cannot plan this.
             "package roles_of\n\nroles[x].q := 1 if some x in [\"foo\"]\n\nroles[x].r := 2 if {\n\tsome x in \
              [\"foo\"]\n\troles[\"foo\"].q\n\tdata.kubernetes.nodes[x]\n}\n"
                 .to_owned(),
@@ -766,21 +771,21 @@ async fn a_package_that_cannot_be_analysed_reads_whole_what_it_names() {
         let took = started.elapsed();
         let decisions: Vec<_> = found.opaque.keys().map(DirPath::as_str).collect();
         assert_eq!(decisions, opaque, "{:?}\n{text}", found.opaque);
-        // A debug build, with other tests beside it.
+        // Bound for a debug build with concurrent tests.
         assert!(took < Duration::from_secs(20), "{took:?} for\n{text}");
         let [pods, nodes] = ["pods", "nodes"].map(|name| format!("/kubernetes/{name}").parse::<DirPath>().unwrap());
         let places = [(pods.clone(), Some(false)), (nodes.clone(), Some(true))];
-        let kept = Kept::of_reads(&found.reads, places);
-        // What `data[k]` reads has no name.
+        let masks = Kept::of_reads(&found.reads, places);
+        // `data[k]` names no resource.
         let of_pods = if text.contains("data[k]") { "…\n" } else { "metadata.labels.app\n" };
-        assert_eq!(kept.of(&pods).to_string(), of_pods, "{text}");
-        assert_eq!(kept.of(&nodes).to_string(), of_nodes, "{text}");
+        assert_eq!(masks.of(&pods).to_string(), of_pods, "{text}");
+        assert_eq!(masks.of(&nodes).to_string(), of_nodes, "{text}");
     }
 }
 
-/// `opa deps` tells nothing of data at a path with packages below it: the text does.
+/// `opa deps` omits data at a path with packages below; the text contains it.
 #[tokio::test]
-async fn data_beside_packages_is_read_whole_by_what_cannot_be_analysed() {
+async fn unanalysable_package_reads_data_next_to_packages_deep() {
     let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
     let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
     for reader in ["data.kubernetes[input.kind]", "k[input.kind]"] {
@@ -797,8 +802,8 @@ async fn data_beside_packages_is_read_whole_by_what_cannot_be_analysed() {
         let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
         assert_eq!(found.opaque.keys().map(DirPath::as_str).collect::<Vec<_>>(), ["/multiplies"], "{bad}");
         let nodes: DirPath = "/kubernetes/nodes".parse().unwrap();
-        let kept = Kept::of_reads(&found.reads, [(nodes.clone(), Some(true))]);
-        assert!(kept.of(&nodes).is_all(), "{kept:?}\n{bad}");
+        let masks = Kept::of_reads(&found.reads, [(nodes.clone(), Some(true))]);
+        assert!(masks.of(&nodes).is_all(), "{masks:?}\n{bad}");
         let names =
             analyst.names(&compiler, &modules, &"/kubernetes".parse().unwrap()).await.unwrap().unwrap();
         assert!(names.is_dynamic, "{names:?}\n{bad}");

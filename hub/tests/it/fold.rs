@@ -1,4 +1,4 @@
-//! A reader of everything the hub serves, on plain JSON values: what an agent and its OPA would hold.
+//! A reference client on plain JSON values, standing for an agent and its OPA.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -14,31 +14,27 @@ use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
 use opa_hub_proto::sse::{Decoder, Message};
 use serde_json::{Map, Value, json};
 
-/// Why an event is not taken.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Refused {
     NotHeld,
     Lags(Lag),
 }
 
-/// What was read so far.
 #[derive(Clone, Debug, PartialEq, Default)]
-pub(crate) struct Held {
+pub(crate) struct AppliedState {
     pub(crate) data: Value,
     pub(crate) modules: BTreeMap<String, String>,
     dirs: BTreeMap<DirPath, Digest>,
     ensure: Vec<DirPath>,
     rego_version: Option<u8>,
     reads: Vec<String>,
-    /// As of when.
     pub(crate) position: Position,
-    /// It holds all that happened before this, and is as of then where this is `position`.
+    /// Complete up to this position, and exactly at it if equal to `position`.
     pub(crate) proven: Position,
-    /// Of the stream that is read.
     pub(crate) judge: Judge,
 }
 
-impl Held {
+impl AppliedState {
     pub(crate) fn empty() -> Self {
         Self { data: json!({}), ..Self::default() }
     }
@@ -56,12 +52,12 @@ impl Held {
         Reconcile { dirs: self.dirs.clone(), modules: Some(modules.collect()), reads: self.reads.clone() }
     }
 
-    /// Applies a snapshot or an answer to reconcile.
+    /// Applies an archive, full or from reconcile.
     pub(crate) fn archive(&mut self, bytes: &[u8]) {
         self.archive_by_halves(bytes, |_| {});
     }
 
-    /// The same. `between` looks at the new data beside the old modules.
+    /// Like `archive`, with a callback between data and modules.
     pub(crate) fn archive_by_halves(&mut self, bytes: &[u8], between: impl FnOnce(&Self)) {
         let (mut modules, mut dirs) = (BTreeMap::new(), Vec::new());
         let mut tar = tar::Archive::new(GzDecoder::new(bytes));
@@ -81,7 +77,7 @@ impl Held {
             }
         }
         if let Some(data) = head.data {
-            // Inner directories before outer ones: what comes may lie above or below.
+            // Inner directories first: new ones may be above or below.
             for gone in self.dirs.keys().rev().filter(|dir| !data.dirs.contains_key(*dir)) {
                 remove(&mut self.data, gone);
             }
@@ -99,23 +95,23 @@ impl Held {
         }
     }
 
-    /// Applies events, with the patch semantics of RFC 6902.
+    /// Applies events with RFC 6902 semantics.
     pub(crate) fn events(&mut self, bytes: &[u8]) {
         let mut decoder = Decoder::new(FRAME_BYTES_MAX);
         decoder.push(bytes);
         while let Some(message) = decoder.next().unwrap() {
-            assert_eq!(self.take(message), Ok(()));
+            assert_eq!(self.apply(message), Ok(()));
         }
     }
 
-    /// Applies an event; not one that is not from here (I3), nor one that would take it back in time.
-    pub(crate) fn take(&mut self, message: Message) -> Result<(), Refused> {
+    /// Applies an event, unless its `from` differs (I3) or its position regresses.
+    pub(crate) fn apply(&mut self, message: Message) -> Result<(), Refused> {
         let Message::Event { id, event, data } = message else { return Ok(()) };
-        let said: Revision = id.parse().unwrap();
+        let event_revision: Revision = id.parse().unwrap();
         match event.as_str() {
             DELTA_EVENT => {
                 let delta: Delta = serde_json::from_slice(&data).unwrap();
-                if delta.from != self.revision().data || said.modules != self.revision().modules {
+                if delta.from != self.revision().data || event_revision.modules != self.revision().modules {
                     return Err(Refused::NotHeld);
                 }
                 self.judge.pass(&delta.position, delta.dirs.keys(), false).map_err(Refused::Lags)?;
@@ -123,7 +119,7 @@ impl Held {
             }
             POLICY_EVENT => {
                 let policy: Policy = serde_json::from_slice(&data).unwrap();
-                if policy.from != self.revision().modules || said.data != self.revision().data {
+                if policy.from != self.revision().modules || event_revision.data != self.revision().data {
                     return Err(Refused::NotHeld);
                 }
                 self.judge.pass(&policy.position, std::iter::empty(), true).map_err(Refused::Lags)?;
@@ -134,9 +130,9 @@ impl Held {
                 self.reads = policy.reads.into_iter().collect();
                 assert_eq!(policy.to, self.revision().modules);
             }
-            other => panic!("no event {other}"),
+            other => panic!("unknown event {other}"),
         }
-        assert_eq!(said, self.revision(), "the event's id is the revision after it");
+        assert_eq!(event_revision, self.revision(), "event id is the revision after the event");
         Ok(())
     }
 
@@ -147,11 +143,11 @@ impl Held {
                 *place = json!({});
             }
         }
-        // OPA also decodes percent signs, in paths only; no value of the scripts holds one followed by 25.
+        // OPA also decodes percent signs in paths. No scripted value contains "%25".
         let patch: json_patch::Patch = serde_json::from_str(&delta.patch.get().replace("%25", "%")).unwrap();
         assert_eq!(patch.0.len(), delta.ops);
-        assert!(!patch.0.is_empty(), "an event that does nothing");
-        // OPA takes the second operation on a path for one on the data from before the patch.
+        assert!(!patch.0.is_empty(), "event without operations");
+        // OPA applies a second operation on a path to the data before the patch.
         let paths: BTreeSet<_> = patch.0.iter().map(|op| op.path().to_string()).collect();
         assert_eq!(paths.len(), patch.0.len(), "two operations on a path: {}", delta.patch);
         json_patch::patch(&mut self.data, &patch).unwrap_or_else(|error| {
@@ -168,23 +164,23 @@ impl Held {
         assert_eq!(delta.to, self.revision().data);
     }
 
-    /// The entries of each directory. There is nothing else in the data but empty maps.
+    /// Returns the entries of each directory. All other data is empty maps.
     pub(crate) fn entries(&self) -> BTreeMap<String, Map<String, Value>> {
         let mut entries = BTreeMap::new();
         let mut rebuilt = json!({});
         for dir in self.dirs.keys() {
             let is_inner = self.dirs.keys().any(|outer| outer != dir && dir.is_within(outer));
-            assert!(!is_inner, "{dir} lies in another directory");
+            assert!(!is_inner, "{dir} is nested in another directory");
             let found = self.data.pointer(dir.as_str()).and_then(Value::as_object);
-            let found = found.unwrap_or_else(|| panic!("{dir} has a digest and no map"));
+            let found = found.unwrap_or_else(|| panic!("{dir} has a digest but no map"));
             *place(&mut rebuilt, dir.as_str()) = found.clone().into();
             entries.insert(dir.as_str().to_owned(), found.clone());
         }
-        assert_eq!(prune(rebuilt), self.content(), "only what has a digest is held");
+        assert_eq!(prune(rebuilt), self.content(), "all content has a digest");
         entries
     }
 
-    /// The data without empty maps, which are no content.
+    /// Returns the data without empty maps.
     pub(crate) fn content(&self) -> Value {
         prune(self.data.clone())
     }

@@ -1,4 +1,4 @@
-//! The hub's answers over HTTP, from a folder: OPA's bundle protocol, reconcile, the stream, and what is no request.
+//! HTTP responses of a hub over a folder: OPA's bundle protocol, reconcile, streams and invalid requests.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -22,9 +22,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-use crate::fold::Held;
+use crate::fold::AppliedState;
 
-/// A hub over a folder, without a socket.
+/// A hub over a folder, without sockets.
 struct Served {
     dir: tempfile::TempDir,
     bundle: Arc<Bundle>,
@@ -65,17 +65,16 @@ impl Served {
         let (mut writer, _) = Pipeline::new(&spec, self.bundle.clone(), &store, Readiness::default());
         std::thread::spawn(move || store.run(queue));
         writer.hear(Said::Restored(LastGood::new()));
-        let (say, said) = mpsc::channel(1);
-        std::thread::spawn(move || writer.run(said));
+        let (sender, receiver) = mpsc::channel(1);
+        std::thread::spawn(move || writer.run(receiver));
         let bundle = self.bundle.clone();
         tokio::spawn(async move {
-            // The writer goes on for as long as somebody may say something.
-            let _say = say;
+            // The writer runs while any event sender exists.
+            let _sender = sender;
             bundle.pace().await;
         });
     }
 
-    /// Writes a ConfigMap with one key.
     fn write(&self, name: &str, key: &str, value: &str) {
         let manifest = serde_json::json!({
             "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": name, "namespace": "ns" }, "data": { key: value },
@@ -98,7 +97,7 @@ impl Served {
         (parts.status, parts.headers, axum::body::to_bytes(body, usize::MAX).await.unwrap())
     }
 
-    /// Waits until the data has this revision no longer.
+    /// Waits for a revision other than this.
     async fn changes_from(&self, revision: &str) {
         let changed = |edition: &Option<Arc<opa_hub::bundle::Edition>>| {
             edition.as_ref().is_some_and(|edition| edition.view.revision.to_string() != revision)
@@ -108,7 +107,7 @@ impl Served {
 }
 
 fn write(dir: &Path, name: &str, text: &str) {
-    // As an editor does it, so that nobody reads half a file.
+    // Atomic, as editors do, so that no reader sees a partial file.
     std::fs::write(dir.join("draft"), text).unwrap();
     std::fs::rename(dir.join("draft"), dir.join(format!("{name}.json"))).unwrap();
 }
@@ -118,7 +117,7 @@ fn tag(headers: &HeaderMap) -> String {
 }
 
 #[tokio::test]
-async fn bundles_speak_opas_protocol() {
+async fn bundle_responses_follow_opas_protocol() {
     let served = Served::start().await;
     for path in ["/bundles/main", "/bundles/main/data", "/bundles/main/policy"] {
         let (status, headers, body) = served.get(path, &[]).await;
@@ -127,35 +126,35 @@ async fn bundles_speak_opas_protocol() {
         assert_eq!(headers["content-length"], body.len().to_string().as_str());
         assert!(!headers.contains_key("content-encoding"));
         let etag = tag(&headers);
-        for held in [format!("\"{etag}\""), format!("W/\"{etag}\""), format!("\"newer\", \"{etag}\"")] {
-            let (status, headers, body) = served.get(path, &[("if-none-match", &held)]).await;
+        for known in [format!("\"{etag}\""), format!("W/\"{etag}\""), format!("\"newer\", \"{etag}\"")] {
+            let (status, headers, body) = served.get(path, &[("if-none-match", &known)]).await;
             assert_eq!((status, body.len()), (StatusCode::NOT_MODIFIED, 0));
-            assert_eq!(headers["etag"], held.split(", ").next().unwrap(), "a 304 echoes the client's own");
+            assert_eq!(headers["etag"], known.split(", ").next().unwrap(), "304 repeats the client's tag");
         }
         let other =
             served.get(path, &[("if-none-match", "\"other\""), ("prefer", "modes=snapshot,delta;wait=300")]);
-        assert_eq!(other.await.0, StatusCode::OK, "who holds something else does not wait");
+        assert_eq!(other.await.0, StatusCode::OK, "other revisions get an immediate response");
     }
     assert_eq!(served.get("/bundles/other", &[]).await.0, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]
-async fn a_long_poll_ends_with_the_change_or_with_its_patience() {
+async fn long_poll_ends_on_change_or_timeout() {
     let served = Served::start().await;
     let (_, headers, _) = served.get("/bundles/main", &[]).await;
-    let held = format!("\"{}\"", tag(&headers));
+    let known = format!("\"{}\"", tag(&headers));
     let started = std::time::Instant::now();
-    let (status, ..) = served.get("/bundles/main", &[("if-none-match", &held), ("prefer", "wait=1")]).await;
+    let (status, ..) = served.get("/bundles/main", &[("if-none-match", &known), ("prefer", "wait=1")]).await;
     assert_eq!(status, StatusCode::NOT_MODIFIED);
-    assert!(started.elapsed().as_secs_f32() >= 1.0, "never an early 304");
-    let headers = [("if-none-match", held.as_str()), ("prefer", "wait=300")];
+    assert!(started.elapsed().as_secs_f32() >= 1.0, "no 304 before the timeout");
+    let headers = [("if-none-match", known.as_str()), ("prefer", "wait=300")];
     let poll = served.get("/bundles/main", &headers);
     let policy = served.get("/bundles/main/policy", &[("prefer", "wait=300")]);
     served.write("a", "x", "{\"v\": 1}");
     let (status, headers, body) = poll.await;
     assert_eq!(status, StatusCode::OK);
-    assert_ne!(format!("\"{}\"", tag(&headers)), held);
-    let mut read = Held::empty();
+    assert_ne!(format!("\"{}\"", tag(&headers)), known);
+    let mut read = AppliedState::empty();
     read.archive(&body);
     assert_eq!(read.data["ns"]["a"]["x"]["v"], 1);
     assert_eq!(policy.await.0, StatusCode::OK);
@@ -171,29 +170,29 @@ async fn i5_nothing_is_served_before_the_first_list() {
     assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
     let first = served.get("/bundles/main", &[("prefer", "wait=300")]);
     let (answer, ()) = futures::join!(first, async { served.follow_folder() });
-    assert_eq!(answer.0, StatusCode::OK, "who waits gets the first edition");
+    assert_eq!(answer.0, StatusCode::OK, "waiting client gets the first snapshot");
     assert_eq!(served.get("/livez", &[]).await.0, StatusCode::OK);
 }
 
 #[tokio::test]
-async fn a_stream_goes_on_from_what_is_held() {
+async fn stream_resumes_from_the_clients_revision() {
     let served = Served::start().await;
     let (_, _, body) = served.get("/bundles/main", &[]).await;
-    let mut held = Held::empty();
-    held.archive(&body);
-    let before = held.revision().to_string();
+    let mut applied = AppliedState::empty();
+    applied.archive(&body);
+    let before = applied.revision().to_string();
     served.write("a", "x", "{\"v\": 1}");
     served.changes_from(&before).await;
     let answer = served.send("GET", "/bundles/main/stream", &[("last-event-id", &before)], b"").await;
     assert_eq!(answer.headers()["content-type"], "text/event-stream");
     let mut stream = answer.into_body().into_data_stream();
-    held.events(&stream.next().await.unwrap().unwrap());
-    assert_eq!(held.data["ns"]["a"]["x"]["v"], 1);
-    let greeting = format!(": bundle main\nid: {}\n\n", held.revision());
-    assert_eq!(stream.next().await.unwrap().unwrap(), greeting, "a greeting once all is told");
+    applied.events(&stream.next().await.unwrap().unwrap());
+    assert_eq!(applied.data["ns"]["a"]["x"]["v"], 1);
+    let greeting = format!(": bundle main\nid: {}\n\n", applied.revision());
+    assert_eq!(stream.next().await.unwrap().unwrap(), greeting, "synced comment after the frames");
     served.write("b", "y", "{\"v\": 2}");
-    held.events(&stream.next().await.unwrap().unwrap());
-    assert_eq!(held.data["ns"]["b"]["y"]["v"], 2);
+    applied.events(&stream.next().await.unwrap().unwrap());
+    assert_eq!(applied.data["ns"]["b"]["y"]["v"], 2);
     drop(stream);
     let metrics = served.get("/metrics", &[]).await.2;
     assert!(String::from_utf8_lossy(&metrics).contains("opa_hub_agents{bundle=\"main\"} 0"));
@@ -212,39 +211,39 @@ async fn a_stream_goes_on_from_what_is_held() {
 }
 
 #[tokio::test]
-async fn native_deltas_are_given_to_who_asks_and_not_twice() {
+async fn native_deltas_are_sent_once_and_on_request() {
     let served = Served::start().await;
     let (_, headers, _) = served.get("/bundles/main?delta=true", &[]).await;
     let before = tag(&headers);
     served.write("a", "x", "{\"v\": 1}");
     served.changes_from(&before).await;
-    let held = [("if-none-match", before.as_str())];
+    let known = [("if-none-match", before.as_str())];
     let files = |body: &[u8]| {
         let mut tar = tar::Archive::new(flate2::read::GzDecoder::new(body));
         let paths =
             tar.entries().unwrap().map(|entry| entry.unwrap().path().unwrap().to_str().unwrap().to_owned());
         paths.collect::<Vec<_>>()
     };
-    let (_, headers, body) = served.get("/bundles/main?delta=true", &held).await;
+    let (_, headers, body) = served.get("/bundles/main?delta=true", &known).await;
     assert_eq!(files(&body), [".manifest", "patch.json"]);
     assert_ne!(tag(&headers), before);
-    let again = served.get("/bundles/main?delta=true", &held).await.2;
-    assert!(!files(&again).contains(&"patch.json".to_owned()), "it failed to apply the first");
-    let unasked = served.get("/bundles/main", &held).await.2;
+    let again = served.get("/bundles/main?delta=true", &known).await.2;
+    assert!(!files(&again).contains(&"patch.json".to_owned()), "client failed to apply the first");
+    let unasked = served.get("/bundles/main", &known).await.2;
     assert!(!files(&unasked).contains(&"patch.json".to_owned()));
 }
 
-/// Fields that newer agents send are optional.
+/// Fields of newer agents are optional.
 #[tokio::test]
-async fn reconcile_takes_the_request_of_an_older_agent() {
+async fn reconcile_accepts_requests_of_older_agents() {
     let served = Served::start().await;
     let answer = served.send("POST", "/bundles/main/reconcile", &[], b"{\"dirs\":{}}").await;
     assert_eq!(answer.status(), StatusCode::OK);
 }
 
-/// I9: nothing that is sent to it panics the reconcile endpoint; it is answered or refused.
+/// I9: the reconcile endpoint never panics; every request is accepted or rejected.
 #[tokio::test]
-async fn i9_reconcile_takes_anything() {
+async fn i9_reconcile_survives_any_request() {
     let served = Served::start().await;
     let mut random = fastrand::Rng::with_seed(9);
     let valid = br#"{"dirs":{"/ns/a":"00000000000000000000000000000000"},"modules":{"a/b/c":"00000000000000000000000000000000"}}"#;
@@ -252,8 +251,8 @@ async fn i9_reconcile_takes_anything() {
     for round in 0..2000 {
         let mut body = valid.to_vec();
         for _ in 0..round % 4 {
-            let at = random.usize(..body.len());
-            body[at] = random.u8(..);
+            let index = random.usize(..body.len());
+            body[index] = random.u8(..);
         }
         if round % 5 == 4 {
             body.truncate(random.usize(..body.len()));

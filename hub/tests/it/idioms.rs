@@ -1,5 +1,5 @@
-//! I7 for policies as people write them, `tests/idioms`: each decides on the fields that are sent as on whole objects.
-//! The table in docs/fields.md compares these fields with those that a person reads in the policy.
+//! I7 for common policy idioms in `tests/idioms`: decisions on pruned and whole objects are equal. The table in
+//! docs/fields.md compares the analysis with a human reading.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -20,19 +20,18 @@ use serde_json::{Value, json};
 
 use crate::lived_in::{RESOURCES, cut_all, lived_in, objects, place};
 
-/// The page with the table, from the hub's folder.
+/// Path of the page with the table, relative to the crate.
 const PAGE: &str = "../docs/fields.md";
 const BEGIN: &str = "<!-- table: cargo test -p opa-hub --test it idioms -->\n";
 const END: &str = "<!-- end of table -->";
-/// The environment variable that has the table written.
+/// Environment variable that rewrites the table.
 const REWRITE: &str = "OPA_HUB_WRITE_TABLES";
 
-/// A policy with its comments, parsed.
 struct Idiom {
     file: String,
     /// `# Idiom:`
     phrase: String,
-    /// `# Asked:`, else its package.
+    /// `# Asked:`, or the package.
     asked: Vec<DirPath>,
     /// `# Reads:`
     read: Kept,
@@ -54,7 +53,7 @@ impl Idiom {
         }
     }
 
-    /// The fields that the hub sends of each resource for this policy alone.
+    /// Returns the field masks for this policy alone.
     async fn sent(&self, compiler: &Compiler) -> Kept {
         let is_annotated = self.module.text.contains("# entrypoint: true");
         let entrypoints: &[DirPath] = if is_annotated { &[] } else { &self.asked[..] };
@@ -67,7 +66,7 @@ impl Idiom {
     }
 }
 
-/// Fields as they print, with spaces between them. Those of other resources than pods begin with `resource:`.
+/// Parses fields separated by spaces. Fields of resources other than pods start with `resource:`.
 fn parse_fields(text: &str) -> Kept {
     let mut places: BTreeMap<DirPath, Fields> = BTreeMap::new();
     for path in text.split(' ') {
@@ -84,17 +83,16 @@ fn parse_fields(text: &str) -> Kept {
     Kept::new(places, Fields::default())
 }
 
-fn print_fields(kept: &Kept) -> String {
+fn print_fields(masks: &Kept) -> String {
     let mut fields = Vec::new();
     for (resource, _) in RESOURCES {
         let prefix = if resource == "pods" { String::new() } else { format!("{resource}:") };
-        let printed = kept.of(&place(resource)).to_string();
+        let printed = masks.of(&place(resource)).to_string();
         fields.extend(printed.lines().map(|path| format!("`{prefix}{path}`")));
     }
     fields.join(" ")
 }
 
-/// An OPA with all idioms.
 struct Decider {
     opa: Opa,
     http: reqwest::Client,
@@ -106,11 +104,11 @@ impl Decider {
         let answer = request.send().await.unwrap();
         let (status, text) = (answer.status(), answer.text().await.unwrap());
         assert!(status.is_success(), "{path}: {text}");
-        // The answer to a write is empty.
+        // Responses to writes are empty.
         serde_json::from_str(&text).unwrap_or_default()
     }
 
-    /// The decisions of an idiom by input, each in a list that is empty where it is undefined.
+    /// Returns a list per input, empty if the decision is undefined.
     async fn decide(&self, idiom: &Idiom) -> Vec<Value> {
         let name = |path: &DirPath| path.relative().replace('/', ".");
         let decision = |path: &DirPath| format!("[v | v := data.{} with input as i]", name(path));
@@ -120,8 +118,8 @@ impl Decider {
         serde_json::from_value(answer["result"][0]["x"].take()).unwrap()
     }
 
-    /// Compares the decisions on the fields that a person reads and on those that are sent with the decisions on whole
-    /// objects. Returns the row of the table, and whether at most a tenth more is sent than a person reads.
+    /// Compares decisions on both kinds of fields with decisions on whole objects. Returns the table row, and whether
+    /// the hub sends at most a tenth more than a human reading needs.
     async fn check(
         &self,
         compiler: &Compiler,
@@ -130,15 +128,15 @@ impl Decider {
         expected: &[Value],
     ) -> (String, bool) {
         let Idiom { file, phrase, read, .. } = idiom;
-        assert!(expected.iter().any(|one| *one != expected[0]), "{file} decides always the same");
+        assert!(expected.iter().any(|one| *one != expected[0]), "{file} always makes the same decision");
         let sent = idiom.sent(compiler).await;
         let is_used =
-            |name: &str| [read, &sent].iter().any(|kept| *kept.of(&place(name)) != Fields::default());
+            |name: &str| [read, &sent].iter().any(|masks| *masks.of(&place(name)) != Fields::default());
         let mut bytes = [0; 2];
-        for (bytes, kept) in bytes.iter_mut().zip([read, &sent]) {
-            let mut less = cut_all(whole, kept);
+        for (bytes, masks) in bytes.iter_mut().zip([read, &sent]) {
+            let mut less = cut_all(whole, masks);
             self.send(Method::PUT, "data/kubernetes", &less).await;
-            assert_eq!(self.decide(idiom).await, expected, "{file} on {}", print_fields(kept));
+            assert_eq!(self.decide(idiom).await, expected, "{file} on {}", print_fields(masks));
             *bytes = bytes_a_pod(&mut less, is_used);
         }
         let [of_read, of_sent] = bytes;
@@ -151,7 +149,7 @@ impl Decider {
     }
 }
 
-/// Bytes of all objects of these resources, a pod.
+/// Bytes of these resources' objects per pod.
 fn bytes_a_pod(kubernetes: &mut Value, is_used: impl Fn(&str) -> bool) -> usize {
     let (mut bytes, mut pods) = (0, 0);
     for (resource, is_cluster_scoped) in RESOURCES {
@@ -167,7 +165,7 @@ fn bytes_a_pod(kubernetes: &mut Value, is_used: impl Fn(&str) -> bool) -> usize 
 }
 
 #[tokio::test]
-async fn i7_idioms_decide_the_same() {
+async fn i7_idioms_decide_equally_on_pruned_objects() {
     let assets = tokio::task::spawn_blocking(opa_hub_loadtest::lab::assets::folder).await.unwrap().unwrap();
     let compiler = Compiler::find(Some(&assets.join("opa")), Dialect::Default).await.unwrap();
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -214,9 +212,6 @@ async fn i7_idioms_decide_the_same() {
         std::fs::write(root.join(PAGE), written).unwrap();
     } else {
         let command = format!("{REWRITE}=1 cargo test -p opa-hub --test it idioms");
-        assert!(
-            written == page,
-            "the table in docs/fields.md is out of date: {command} writes it anew\n{table}"
-        );
+        assert!(written == page, "table in docs/fields.md is outdated; rewrite with {command}\n{table}");
     }
 }

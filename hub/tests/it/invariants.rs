@@ -1,4 +1,4 @@
-//! I1–I5 for any event script and any join point.
+//! I1–I5 for random event scripts and join points.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -18,17 +18,16 @@ use opa_hub::store::Store;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use crate::fold::Held;
+use crate::fold::AppliedState;
 
 pub(crate) const POLICIES: WatchId = WatchId(0);
 pub(crate) const DATA: WatchId = WatchId(1);
 pub(crate) const PODS: WatchId = WatchId(2);
 pub(crate) const NODES: WatchId = WatchId(3);
 
-/// One step of a script: an object of a feed gets a value, or goes (`None`).
+/// A script step: sets or removes (`None`) a feed's object.
 type Step = (u8, u8, u8, Option<u8>);
 
-/// Steps that are committed together.
 type Script = Vec<Vec<Step>>;
 
 fn scripts() -> impl Strategy<Value = Script> {
@@ -51,24 +50,24 @@ impl Writer {
     fn scoped(root: Option<&str>) -> Self {
         let mut spec = Spec::of_feeds("main", feeds());
         spec.scoped = root.map(|root| Scoped { root: root.parse().unwrap(), whole: BTreeSet::new() });
-        Self::of(&spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
+        Self::with_store(&spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
     }
 
-    /// Of a bundle over a store that others may share, with what was good of it before.
-    pub(crate) fn of(spec: &Spec, store: Arc<Store>, good: LastGood) -> Self {
+    /// Creates a bundle over a shared store, with last good modules.
+    pub(crate) fn with_store(spec: &Spec, store: Arc<Store>, good: LastGood) -> Self {
         let bundle = Arc::new(Bundle::new(spec.name.clone(), spec.scoped.clone()));
         let (mut pipeline, ends) = Pipeline::new(spec, bundle.clone(), &store, Readiness::default());
         pipeline.hear(Said::Restored(good));
         Self { store, pipeline, ends, bundle }
     }
 
-    /// Commits, with a compiler that finds nothing wrong.
+    /// Commits, with a compiler that accepts everything.
     pub(crate) fn commit(&mut self) {
         self.pipeline.commit();
         while self.check() {}
     }
 
-    /// Checks policies that wait for it, if there are any.
+    /// Checks pending policies. Returns whether any were pending.
     pub(crate) fn check(&mut self) -> bool {
         let Ok(candidates) = self.ends.jobs.try_recv() else { return false };
         let nothing_wrong = async |_: &Selection| Ok::<_, Infallible>(Vec::new());
@@ -120,7 +119,7 @@ impl Writer {
     }
 }
 
-/// Policies, data, and two replicated resources.
+/// Feeds of policies, data and two replicated resources.
 pub(crate) fn feeds() -> Vec<Feed> {
     let feed = |plural, content, scope| Feed {
         resource: Resource { plural: String::from(plural), ..Resource::configmaps() },
@@ -145,7 +144,7 @@ pub(crate) fn key(feed: u8, namespace: u8, name: u8) -> ObjectKey {
     }
 }
 
-/// The object as a source gives it. Value 3 of a ConfigMap is refused.
+/// Source object. Value 3 of a ConfigMap is rejected.
 pub(crate) fn json(feed: WatchId, name: u8, value: u8) -> Value {
     let keys = |text: &dyn Fn(u8) -> String| {
         let keys: BTreeMap<_, _> = (0..=value).map(|key| (format!("k{key}"), text(key))).collect();
@@ -164,22 +163,22 @@ pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
 }
 
-pub(crate) async fn snapshot(edition: &Arc<Edition>) -> Held {
-    let mut held = Held::empty();
-    held.archive(&edition.archive(Part::Whole).await.pieces.concat());
-    held
+pub(crate) async fn snapshot(edition: &Arc<Edition>) -> AppliedState {
+    let mut applied = AppliedState::empty();
+    applied.archive(&edition.archive(Part::Whole).await.pieces.concat());
+    applied
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// I1, I3: a snapshot taken anywhere, then frames from any edition to any later one, is the view. The patches are
-    /// applied by an implementation of RFC 6902 that fails where OPA would.
+    /// I1, I3: an archive and the frames after it produce the snapshot, from any join point. Patches are applied by an
+    /// RFC 6902 implementation that fails wherever OPA does.
     #[test]
-    fn i1_i3_snapshot_and_frames_make_the_view(script in scripts(), joins in proptest::collection::vec(any::<bool>(), 12)) {
+    fn i1_i3_archive_and_frames_produce_the_snapshot(script in scripts(), joins in proptest::collection::vec(any::<bool>(), 12)) {
         runtime().block_on(async {
             let mut writer = Writer::listed();
-            let mut readers: Vec<Held> = vec![snapshot(&writer.head()).await];
+            let mut readers: Vec<AppliedState> = vec![snapshot(&writer.head()).await];
             for (batch, joins) in script.iter().zip(joins) {
                 for step in batch {
                     writer.step(*step);
@@ -189,32 +188,32 @@ proptest! {
                 if joins {
                     readers.push(snapshot(&head).await);
                 }
-                // One reader in two keeps up; the others lag until the end.
-                for held in readers.iter_mut().step_by(2) {
-                    follow(held, &head);
+                // Every second client follows; the others lag until the end.
+                for applied in readers.iter_mut().step_by(2) {
+                    follow(applied, &head);
                 }
             }
             let head = writer.head();
             let expected = snapshot(&head).await;
             assert_eq!(expected.revision(), head.view.revision);
-            for mut held in readers {
-                follow(&mut held, &head);
-                assert_eq!(held.content(), expected.content());
-                assert_eq!(held.modules, expected.modules);
+            for mut applied in readers {
+                follow(&mut applied, &head);
+                assert_eq!(applied.content(), expected.content());
+                assert_eq!(applied.modules, expected.modules);
                 for place in head.view.ensure.iter() {
-                    assert!(held.data.pointer(place.as_str()).is_some_and(Value::is_object), "{place} is a map, if an empty one");
+                    assert!(applied.data.pointer(place.as_str()).is_some_and(Value::is_object), "{place} is a map, possibly empty");
                 }
             }
         });
     }
 
-    /// I1: from one namespace the same, of what belongs to it or to none.
+    /// I1 for a namespace's view: its own and cluster-scoped content.
     #[test]
-    fn i1_a_namespace_makes_its_view(script in scripts(), joins in proptest::collection::vec(0u8..4, 12)) {
+    fn i1_frames_produce_a_namespace_view(script in scripts(), joins in proptest::collection::vec(0u8..4, 12)) {
         runtime().block_on(async {
             let mut writer = Writer::scoped(Some("/kubernetes")).list();
-            let mut readers: Vec<(String, Held)> = Vec::new();
-            for (at, (batch, join)) in script.iter().zip(joins).enumerate() {
+            let mut readers: Vec<(String, AppliedState)> = Vec::new();
+            for (index, (batch, join)) in script.iter().zip(joins).enumerate() {
                 for step in batch {
                     writer.step(*step);
                 }
@@ -222,45 +221,45 @@ proptest! {
                 let namespace = format!("ns{join}");
                 let head = writer.head_of(&namespace);
                 readers.push((namespace, snapshot(&head).await));
-                for (namespace, held) in readers.iter_mut().skip(at % 2).step_by(2) {
-                    follow(held, &writer.head_of(namespace));
+                for (namespace, applied) in readers.iter_mut().skip(index % 2).step_by(2) {
+                    follow(applied, &writer.head_of(namespace));
                 }
             }
             let whole = snapshot(&writer.head()).await;
-            for (namespace, mut held) in readers {
-                follow(&mut held, &writer.head_of(&namespace));
+            for (namespace, mut applied) in readers {
+                follow(&mut applied, &writer.head_of(&namespace));
                 let mut expected = whole.clone();
-                expected.data["kubernetes"]["pods"].as_object_mut().unwrap().retain(|of, _| *of == namespace);
-                assert_eq!(held.content(), expected.content(), "{namespace}");
-                assert_eq!(held.modules, expected.modules);
+                expected.data["kubernetes"]["pods"].as_object_mut().unwrap().retain(|other, _| *other == namespace);
+                assert_eq!(applied.content(), expected.content(), "{namespace}");
+                assert_eq!(applied.modules, expected.modules);
             }
         });
     }
 
-    /// I1: so is anything that a hub without memory repaired by digests.
+    /// I1: a hub without history repairs any content by digests.
     #[test]
-    fn i1_reconcile_makes_the_view(before in scripts(), after in scripts()) {
+    fn i1_reconcile_produces_the_snapshot(before in scripts(), after in scripts()) {
         runtime().block_on(async {
             let mut one = Writer::listed();
             one.run(&before);
-            let mut held = snapshot(&one.head()).await;
+            let mut applied = snapshot(&one.head()).await;
             let mut other = Writer::listed();
             other.run(&after);
             let head = other.head();
-            let archive = head.reconcile(held.reconcile()).await.unwrap().0.pieces.concat();
-            held.archive(&archive);
+            let archive = head.reconcile(applied.reconcile()).await.unwrap().0.pieces.concat();
+            applied.archive(&archive);
             let expected = snapshot(&head).await;
-            assert_eq!(held.content(), expected.content());
-            assert_eq!(held.modules, expected.modules);
-            assert_eq!(held.revision(), head.view.revision);
+            assert_eq!(applied.content(), expected.content());
+            assert_eq!(applied.modules, expected.modules);
+            assert_eq!(applied.revision(), head.view.revision);
         });
     }
 
-    /// I2: what one hub reached step by step, another reads in one list, in any order: one revision, one archive.
+    /// I2: replicas that applied steps or one list, in any order, have equal revisions and archives.
     #[test]
     fn i2_replicas_agree(script in scripts()) {
         runtime().block_on(async {
-            // A refused ConfigMap keeps its last good content, which a fresh hub cannot know (yet).
+            // A rejected ConfigMap keeps its last good content, unknown to a new hub.
             let script: Script = script.into_iter().map(|batch| {
                 batch.into_iter().filter(|(feed, _, _, value)| *feed >= 2 || *value != Some(3)).collect()
             }).collect();
@@ -273,7 +272,7 @@ proptest! {
             let mut other = Writer::new();
             for feed in [NODES, PODS, DATA, POLICIES] {
                 other.store.apply((feed, Event::Init, None));
-                let of_feed = last.values().rev().filter(|(of, _, _, value)| WatchId((*of).into()) == feed && value.is_some());
+                let of_feed = last.values().rev().filter(|(watch, _, _, value)| WatchId((*watch).into()) == feed && value.is_some());
                 of_feed.for_each(|step| other.step(*step));
                 other.store.apply((feed, Event::InitDone, None));
                 other.commit();
@@ -288,34 +287,34 @@ proptest! {
     }
 }
 
-fn follow(held: &mut Held, head: &Edition) {
-    match head.next(held.revision()) {
+fn follow(applied: &mut AppliedState, head: &Edition) {
+    match head.next(applied.revision()) {
         Next::UpToDate => {}
-        Next::Frames(bytes) => held.events(&bytes),
-        Next::Unknown => panic!("the log reaches back to every edition of a short script"),
+        Next::Frames(bytes) => applied.events(&bytes),
+        Next::Unknown => panic!("history is shorter than the script"),
     }
-    assert_eq!(held.revision(), head.view.revision);
+    assert_eq!(applied.revision(), head.view.revision);
 }
 
-/// I4: however many ask, one encode a frame, one a snapshot, one an answer to reconcile.
+/// I4: each frame, archive and reconcile response is encoded once for all clients.
 #[test]
-fn i4_encodes_do_not_grow_with_readers() {
+fn i4_encodes_are_independent_of_clients() {
     runtime().block_on(async {
         let mut writer = Writer::listed();
         let start = writer.head().view.revision;
         writer.run(&vec![vec![(2, 0, 0, Some(1)), (0, 0, 0, Some(1))]]);
         let head = writer.head();
-        let held = Held::empty().reconcile();
+        let applied = AppliedState::empty().reconcile();
         let asks = (0..1000).map(|_| async {
             assert!(matches!(head.next(start), Next::Frames(_)));
             head.archive(Part::Whole).await;
-            head.reconcile(held.clone()).await.unwrap();
+            head.reconcile(applied.clone()).await.unwrap();
         });
         futures::future::join_all(asks).await;
         let counters = writer.bundle.counters.clone();
         let counts = [&counters.frame_encodes, &counters.snapshot_encodes, &counters.reconcile_encodes];
         assert_eq!(counts.map(|count| count.load(Relaxed)), [1, 1, 1]);
-        // A change of the data leaves the policies' archive as it is.
+        // Data changes reuse the policy archive.
         head.archive(Part::Policy).await;
         writer.run(&vec![vec![(2, 0, 0, Some(2))]]);
         writer.head().archive(Part::Policy).await;
@@ -323,9 +322,9 @@ fn i4_encodes_do_not_grow_with_readers() {
     });
 }
 
-/// I4: readers of one namespace share its frames and snapshots, and another one's changes are silence.
+/// I4: clients of a namespace share encodings; changes elsewhere encode nothing.
 #[test]
-fn i4_a_namespace_is_encoded_once() {
+fn i4_namespace_views_are_encoded_once() {
     const NAMESPACES: u8 = 200;
     const AGENTS: usize = 5;
     runtime().block_on(async {
@@ -338,10 +337,10 @@ fn i4_a_namespace_is_encoded_once() {
         let mut agents = Vec::new();
         for namespace in (0..NAMESPACES).map(|namespace| format!("ns{namespace}")) {
             for _ in 0..AGENTS {
-                let held = snapshot(&writer.head_of(&namespace)).await;
-                let names: Vec<_> = held.data["kubernetes"]["pods"].as_object().unwrap().keys().collect();
-                assert_eq!(names, [&namespace], "nothing of another");
-                agents.push((namespace.clone(), held));
+                let applied = snapshot(&writer.head_of(&namespace)).await;
+                let names: Vec<_> = applied.data["kubernetes"]["pods"].as_object().unwrap().keys().collect();
+                assert_eq!(names, [&namespace], "no content of other namespaces");
+                agents.push((namespace.clone(), applied));
             }
         }
         let counters = writer.bundle.counters.clone();
@@ -349,11 +348,11 @@ fn i4_a_namespace_is_encoded_once() {
             || [&counters.snapshot_encodes, &counters.frame_encodes].map(|count| count.load(Relaxed));
         assert_eq!(counts(), [u64::from(NAMESPACES), 0]);
         writer.run(&vec![pods(1)]);
-        for (namespace, held) in &mut agents {
-            follow(held, &writer.head_of(namespace));
+        for (namespace, applied) in &mut agents {
+            follow(applied, &writer.head_of(namespace));
         }
         assert_eq!(counts(), [u64::from(NAMESPACES), u64::from(NAMESPACES)]);
-        // Quiet namespaces keep theirs, until there is too much of it.
+        // Quiet namespaces retain encodings up to the cache limit.
         assert!(counters.frame_bytes.load(Relaxed) > 0);
         for namespace in 0..NAMESPACES {
             writer.head_of(&format!("ns{namespace}")).forget_frames();
@@ -366,9 +365,9 @@ fn i4_a_namespace_is_encoded_once() {
     });
 }
 
-/// A namespace that nobody asks for any more is dropped, and made again when somebody does.
+/// Unused namespace views are evicted, and recreated on demand.
 #[test]
-fn idle_namespaces_are_dropped() {
+fn idle_namespace_views_are_evicted() {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
@@ -386,15 +385,15 @@ fn idle_namespaces_are_dropped() {
     });
 }
 
-/// I5: nothing is served before every source has listed once; a relist takes nothing away before its end.
+/// I5: nothing is served before every source has listed; an incomplete relist removes nothing.
 #[test]
-fn i5_nothing_before_all_have_listed_nor_less_during_a_relist() {
+fn i5_bundle_waits_for_lists_and_relists_are_atomic() {
     let mut writer = Writer::new();
-    for (at, feed) in [POLICIES, DATA, PODS, NODES].into_iter().enumerate() {
+    for (index, feed) in [POLICIES, DATA, PODS, NODES].into_iter().enumerate() {
         writer.store.apply((feed, Event::Init, None));
         writer.step((feed.0.try_into().unwrap(), 0, 0, Some(0)));
         writer.commit();
-        assert!(writer.bundle.head().borrow().is_none(), "{at} of 4 have listed");
+        assert!(writer.bundle.head().borrow().is_none(), "{index} of 4 sources have listed");
         writer.store.apply((feed, Event::InitDone, None));
         writer.commit();
     }
@@ -404,16 +403,12 @@ fn i5_nothing_before_all_have_listed_nor_less_during_a_relist() {
     assert_eq!(writer.head().view.revision, revision);
     writer.store.apply((PODS, Event::InitDone, None));
     writer.commit();
-    assert_eq!(
-        writer.head().view.dirs.len(),
-        2,
-        "the pods are gone at the end of a list that does not name them"
-    );
+    assert_eq!(writer.head().view.dirs.len(), 2, "pods missing from a complete list are removed");
 }
 
-/// Silence: what does not change the content mints no edition.
+/// Events without content changes publish no snapshot.
 #[test]
-fn unchanged_objects_are_silence() {
+fn unchanged_objects_publish_nothing() {
     let mut writer = Writer::listed();
     writer.run(&vec![vec![(2, 0, 0, Some(1))]]);
     let changes = writer.bundle.counters.view_changes.load(Relaxed);

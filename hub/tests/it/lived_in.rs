@@ -1,4 +1,4 @@
-//! A small cluster as the hub sends it: its objects, some of them odd, and inputs about them.
+//! A small realistic cluster: objects, some of them unusual, and inputs.
 
 use opa_hub::bundle::fields::Fields;
 use opa_hub::bundle::kept::Kept;
@@ -6,25 +6,23 @@ use opa_hub_loadtest::pods::Nth;
 use opa_hub_proto::path::DirPath;
 use serde_json::{Value, json};
 
-/// Resources of the cluster, and whether their objects belong to no namespace.
+/// Resources, and whether they are cluster-scoped.
 pub(crate) const RESOURCES: [(&str, bool); 4] =
     [("pods", false), ("services", false), ("nodes", true), ("namespaces", true)];
-/// Number of applications that pods take in turn.
+/// Number of applications, assigned round-robin.
 const APPS: usize = 8;
-/// Creation time of what does not bring its own.
 const TIME: &str = "2026-11-20T08:00:00Z";
 
-/// The path of a resource below `data`.
+/// Returns a resource's path below `data`.
 pub(crate) fn place(resource: &str) -> DirPath {
     format!("/kubernetes/{resource}").parse().unwrap()
 }
 
-/// Objects by resource, and inputs.
 pub(crate) fn lived_in(random: &mut fastrand::Rng) -> (Value, Vec<Value>) {
     let (mut kubernetes, mut inputs) = (json!({}), Vec::new());
     for nth in (0..12).chain(300..304).map(Nth) {
         let mut pod = nth.served();
-        // The hub does not send them.
+        // The hub omits them.
         pod["metadata"].as_object_mut().unwrap().remove("managedFields");
         match random.u8(..6) {
             0 => pod["metadata"]["labels"] = json!({ "app": "Odd", "team": 1 }),
@@ -39,31 +37,32 @@ pub(crate) fn lived_in(random: &mut fastrand::Rng) -> (Value, Vec<Value>) {
             inputs.push(input(nth, Nth(random.usize(..12)), asked));
         }
     }
-    for (at, nth) in [Nth(0), Nth(300)].into_iter().enumerate() {
-        kubernetes["nodes"][nth.node()] = node(&nth.node(), at);
-        kubernetes["namespaces"][nth.namespace()] = namespace(&nth.namespace(), at);
+    for (index, nth) in [Nth(0), Nth(300)].into_iter().enumerate() {
+        kubernetes["nodes"][nth.node()] = node(&nth.node(), index);
+        kubernetes["namespaces"][nth.namespace()] = namespace(&nth.namespace(), index);
         for app in 0..APPS {
             let name = Nth(app).app();
-            kubernetes["services"][nth.namespace()][name] = service(name, &nth.namespace(), at * APPS + app);
+            kubernetes["services"][nth.namespace()][name] =
+                service(name, &nth.namespace(), index * APPS + app);
         }
     }
     (kubernetes, inputs)
 }
 
-/// One of three inputs about a pod and another one.
+/// Returns one of three inputs about two pods.
 fn input(nth: Nth, other: Nth, asked: usize) -> Value {
-    let of = |nth: Nth| json!({ "namespace": nth.namespace(), "name": nth.name() });
+    let reference = |nth: Nth| json!({ "namespace": nth.namespace(), "name": nth.name() });
     let (namespace, app) = (other.namespace(), other.app());
     let selectors = [
         json!({ "app": app }),
         json!({ "tier": "front" }),
         json!({ "app": nth.app(), "team": nth.namespace() }),
     ];
-    let pick = |of: [&'static str; 3]| of[asked];
+    let pick = |values: [&'static str; 3]| values[asked];
     let ports = [8080, 80, 15090];
     json!({
         "namespace": nth.namespace(), "pod": nth.name(), "source": other.address(), "destination": nth.address(),
-        "from": of(nth), "to": of(other), "node": nth.node(), "account": app, "index": asked,
+        "from": reference(nth), "to": reference(other), "node": nth.node(), "account": app, "index": asked,
         "role": pick(["read", "write", "reader"]),
         "registry": pick(["other/", "registry.example.com/", "registry.example.com/"]),
         "key": pick(["app", "team", "tier"]), "field": pick(["nodeName", "schedulerName", "serviceAccountName"]),
@@ -74,15 +73,15 @@ fn input(nth: Nth, other: Nth, asked: usize) -> Value {
     })
 }
 
-fn metadata(name: &str, at: usize, labels: &Value) -> Value {
+fn metadata(name: &str, index: usize, labels: &Value) -> Value {
     json!({
-        "name": name, "uid": format!("0d8a3c5e-6f1b-4c2a-9e7d-{at:012}"), "resourceVersion": (900 + at).to_string(),
+        "name": name, "uid": format!("0d8a3c5e-6f1b-4c2a-9e7d-{index:012}"), "resourceVersion": (900 + index).to_string(),
         "creationTimestamp": TIME, "labels": labels,
     })
 }
 
-fn node(name: &str, at: usize) -> Value {
-    let pick = |of: [&'static str; 2]| of[at];
+fn node(name: &str, index: usize) -> Value {
+    let pick = |values: [&'static str; 2]| values[index];
     let labels = json!({
         "kubernetes.io/arch": "amd64", "kubernetes.io/hostname": name, "kubernetes.io/os": "linux",
         "node.kubernetes.io/instance-type": "m6i.2xlarge", "topology.kubernetes.io/region": "eu-1",
@@ -107,13 +106,13 @@ fn node(name: &str, at: usize) -> Value {
         json!({ "names": [format!("{image}@sha256:{}", "0123456789abcdef".repeat(4)), format!("{image}:2.14.0")], "sizeBytes": 51_234_567 })
     };
     json!({
-        "apiVersion": "v1", "kind": "Node", "metadata": metadata(name, at, &labels),
+        "apiVersion": "v1", "kind": "Node", "metadata": metadata(name, index, &labels),
         "spec": {
-            "podCIDR": format!("10.64.{at}.0/24"), "podCIDRs": [format!("10.64.{at}.0/24")],
-            "providerID": format!("cloud:///eu-1/{name}"), "taints": taints[at],
+            "podCIDR": format!("10.64.{index}.0/24"), "podCIDRs": [format!("10.64.{index}.0/24")],
+            "providerID": format!("cloud:///eu-1/{name}"), "taints": taints[index],
         },
         "status": {
-            "addresses": [{ "type": "InternalIP", "address": format!("192.168.0.{at}") }, { "type": "Hostname", "address": name }],
+            "addresses": [{ "type": "InternalIP", "address": format!("192.168.0.{index}") }, { "type": "Hostname", "address": name }],
             "allocatable": size, "capacity": size,
             "conditions": [
                 condition("MemoryPressure", "False"), condition("DiskPressure", "False"),
@@ -129,22 +128,22 @@ fn node(name: &str, at: usize) -> Value {
     })
 }
 
-fn namespace(name: &str, at: usize) -> Value {
-    let pick = |of: [&'static str; 2]| of[at];
+fn namespace(name: &str, index: usize) -> Value {
+    let pick = |values: [&'static str; 2]| values[index];
     let labels = json!({
         "kubernetes.io/metadata.name": name, "environment": pick(["production", "staging"]),
         "pod-security.kubernetes.io/enforce": pick(["restricted", "baseline"]),
     });
     json!({
-        "apiVersion": "v1", "kind": "Namespace", "metadata": metadata(name, at, &labels),
+        "apiVersion": "v1", "kind": "Namespace", "metadata": metadata(name, index, &labels),
         "spec": { "finalizers": ["kubernetes"] }, "status": { "phase": "Active" },
     })
 }
 
-fn service(app: &str, namespace: &str, at: usize) -> Value {
-    let mut metadata = metadata(app, at, &json!({ "app": app }));
+fn service(app: &str, namespace: &str, index: usize) -> Value {
+    let mut metadata = metadata(app, index, &json!({ "app": app }));
     metadata["namespace"] = json!(namespace);
-    let address = format!("10.96.1.{at}");
+    let address = format!("10.96.1.{index}");
     json!({
         "apiVersion": "v1", "kind": "Service", "metadata": metadata, "status": { "loadBalancer": {} },
         "spec": {
@@ -162,7 +161,6 @@ fn members(value: &mut Value) -> impl Iterator<Item = &mut Value> {
     value.as_object_mut().unwrap().values_mut()
 }
 
-/// All objects of a resource.
 pub(crate) fn objects<'a>(
     kubernetes: &'a mut Value,
     resource: &str,
@@ -172,19 +170,19 @@ pub(crate) fn objects<'a>(
     if is_cluster_scoped { names.collect() } else { names.flat_map(members).collect() }
 }
 
-/// An object cut down to these fields.
+/// Prunes an object to these fields.
 pub(crate) fn cut(fields: &Fields, object: &Value) -> Value {
     let mut out = Vec::new();
     fields.cut(&object.to_string(), &mut out).unwrap();
     serde_json::from_slice(&out).unwrap()
 }
 
-/// Every object cut down to the fields that are kept of its resource.
-pub(crate) fn cut_all(kubernetes: &Value, kept: &Kept) -> Value {
+/// Prunes every object to its resource's fields.
+pub(crate) fn cut_all(kubernetes: &Value, masks: &Kept) -> Value {
     let mut less = kubernetes.clone();
     for (resource, is_cluster_scoped) in RESOURCES {
         for object in objects(&mut less, resource, is_cluster_scoped) {
-            *object = cut(kept.of(&place(resource)), object);
+            *object = cut(masks.of(&place(resource)), object);
         }
     }
     less

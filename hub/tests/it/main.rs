@@ -1,4 +1,4 @@
-//! The hub's library from outside: event scripts in, frames, archives and answers out.
+//! Integration tests of the hub's library: event scripts in, frames and responses out.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -1,4 +1,4 @@
-//! As many bundles as a hub serves at most, while some of them are being replaced.
+//! The maximum number of bundles, some of them being replaced.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,9 +23,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-/// Replacements that wait: with two threads of each bundle, more than the runtime has for blocking work.
+/// Number of pending replacements. Two threads per bundle exceed the runtime's blocking threads.
 const WAITING: usize = 60;
-/// After this an answer does not come any more.
+/// Test failure timeout.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn feed(plural: &str, content: Content) -> Feed {
@@ -34,7 +34,7 @@ fn feed(plural: &str, content: Content) -> Feed {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn archives_are_served_while_replacements_wait_for_a_resource() {
+async fn archives_are_served_while_replacements_are_pending() {
     let store = Arc::new(Store::new(Readiness::default()));
     let bundles = Arc::new(Bundles::default());
     let leads = watch::Sender::new(false);
@@ -48,8 +48,8 @@ async fn archives_are_served_while_replacements_wait_for_a_resource() {
     };
     let (mut tasks, mut running) = (JoinSet::new(), Vec::new());
     let policies = feed("configmaps", Content::Policies);
-    for at in 0..BUNDLES_MAX {
-        let spec = Arc::new(Spec::of_feeds(&format!("b{at}"), vec![policies.clone()]));
+    for index in 0..BUNDLES_MAX {
+        let spec = Arc::new(Spec::of_feeds(&format!("b{index}"), vec![policies.clone()]));
         let bundle = stages.start(spec, None, false, false, &mut tasks).await;
         bundles.serve(Arc::clone(&bundle.bundle));
         running.push(bundle);
@@ -60,17 +60,17 @@ async fn archives_are_served_while_replacements_wait_for_a_resource() {
         store.apply((id, Event::InitDone, None));
     }
     let widgets = feed("widgets", Content::Resource("/kubernetes/widgets".parse().unwrap()));
-    for at in 0..WAITING {
-        running[at].bundle.archived(Part::Whole).wait_for(Option::is_some).await.unwrap();
-        let spec = Spec::of_feeds(&format!("b{at}"), vec![policies.clone(), widgets.clone()]);
+    for index in 0..WAITING {
+        running[index].bundle.archived(Part::Whole).wait_for(Option::is_some).await.unwrap();
+        let spec = Spec::of_feeds(&format!("b{index}"), vec![policies.clone(), widgets.clone()]);
         running.push(stages.start(Arc::new(spec), Some(LastGood::new()), false, false, &mut tasks).await);
     }
     let hub = Hub::new(bundles, String::new(), Readiness::default(), Vec::new(), CancellationToken::new());
     let router = router(hub);
-    for at in [0, BUNDLES_MAX - 1] {
-        running[at].bundle.archived(Part::Whole).wait_for(Option::is_some).await.unwrap();
+    for index in [0, BUNDLES_MAX - 1] {
+        running[index].bundle.archived(Part::Whole).wait_for(Option::is_some).await.unwrap();
         let peer: SocketAddr = "127.0.0.1:1".parse().unwrap();
-        let request = Request::get(format!("/bundles/b{at}")).extension(ConnectInfo(peer));
+        let request = Request::get(format!("/bundles/b{index}")).extension(ConnectInfo(peer));
         let answer = router.clone().oneshot(request.body(Body::empty()).unwrap());
         let answer = tokio::time::timeout(PATIENCE, answer).await.unwrap().unwrap();
         assert_eq!(answer.status(), StatusCode::OK);

@@ -1,4 +1,4 @@
-//! The program: what it says of itself, and what it says when it cannot do what it was told.
+//! The hub program: help, errors and notices.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
@@ -12,7 +12,7 @@ fn run(args: &[&str]) -> (bool, String) {
 }
 
 #[test]
-fn says_what_is_wrong_and_what_to_do() {
+fn errors_name_cause_and_remedy() {
     for (args, part) in [
         (&["--manifests", "/nowhere"][..], "reading manifests folder /nowhere failed"),
         (&["--replicate", "pods"], "write [group/]version/plural"),
@@ -26,7 +26,7 @@ fn says_what_is_wrong_and_what_to_do() {
 }
 
 #[test]
-fn helps() {
+fn help_lists_the_flags() {
     let (success, output) = run(&["--help"]);
     assert!(success);
     for flag in
@@ -36,7 +36,7 @@ fn helps() {
     }
 }
 
-/// A hub that ends with the test.
+/// A hub process, killed on drop.
 struct Running(Child);
 
 impl Drop for Running {
@@ -55,14 +55,14 @@ fn get(address: &str, path: &str) -> Vec<u8> {
     answer.split_off(head + 4)
 }
 
-/// The first command of the README, on a machine without an opa: a notice says what to do, and nothing is rejected.
+/// Without an `opa`, the README's first command warns with a remedy and rejects nothing.
 #[test]
-fn a_hub_without_an_opa_gives_notice_and_rejects_nothing() {
+fn hub_without_opa_warns_and_rejects_nothing() {
     let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/demo");
     let mut command = Command::new(env!("CARGO_BIN_EXE_opa-hub"));
     command.args(["--manifests", demo, "--listen", "127.0.0.1:0"]).env_clear().env("PATH", "/nowhere");
     let mut hub = Running(command.stderr(Stdio::piped()).spawn().unwrap());
-    // Read to the end of the test: a hub whose log goes nowhere ends.
+    // The hub exits if its log is not read.
     let mut log = BufReader::new(hub.0.stderr.take().unwrap()).lines();
     let (mut address, mut is_ready, mut warnings) = (None, false, Vec::new());
     while address.is_none() || !is_ready {
@@ -78,7 +78,7 @@ fn a_hub_without_an_opa_gives_notice_and_rejects_nothing() {
     let address = address.unwrap();
     let json = |path: &str| serde_json::from_slice::<Value>(&get(&address, path)).unwrap();
     assert!(warnings.iter().any(|line| line.contains("set OPA_BIN")), "{warnings:?}");
-    // The log comes a moment before the first edition.
+    // The log precedes the first snapshot.
     assert!(!get(&address, "/bundles/main").is_empty());
     let all = json("/v1/bundles");
     assert_eq!((&all["problems"], &all["bundles"][0]["problems"]), (&json!([]), &json!([])), "{all}");

@@ -1,5 +1,4 @@
-//! The writer of a bundle beside its readers: streams end with their bundle, commits of any size arrive, resources that
-//! policies ask for go after those policies, and the revision covers all that an archive says.
+//! The bundle writer: stream ends, large commits, resources of removed policies, and the coverage of revisions.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -21,13 +20,13 @@ use opa_hub_proto::path::DirPath;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use crate::fold::Held;
+use crate::fold::AppliedState;
 use crate::invariants::{DATA, NODES, PODS, POLICIES, Writer, feeds, key, runtime, snapshot};
 
 const WATCHES: [WatchId; 4] = [POLICIES, DATA, PODS, NODES];
 
 fn writer(spec: &Spec) -> Writer {
-    Writer::of(spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
+    Writer::with_store(spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
 }
 
 fn listed(spec: &Spec) -> Writer {
@@ -39,7 +38,7 @@ fn scoped() -> Spec {
     Spec { scoped, ..Spec::of_feeds("main", feeds()) }
 }
 
-/// Policies and data, and whatever resources policies read.
+/// Spec with policies, data and automatic replication.
 fn auto() -> Spec {
     let auto = Some(AutoReplication { path: "/kubernetes".parse().unwrap(), ignored: Vec::new() });
     Spec { auto, ..Spec::of_feeds("main", feeds().into_iter().take(2).collect()) }
@@ -61,21 +60,21 @@ impl Writer {
         self.put(POLICIES, &key(0, 0, name), &json!({ "data": { "p.rego": text } }));
     }
 
-    /// Finishes the check under way, which accepts everything.
+    /// Completes the running check; accepts everything.
     fn accept(&mut self, reads: Option<Reads>, resources: Option<&[&str]>) {
         let candidates = self.ends.jobs.try_recv().unwrap();
         let nothing_wrong = async |_: &Selection| Ok::<_, std::convert::Infallible>(Vec::new());
         let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
-        self.tell(outcome, reads, resources);
+        self.finish_check(outcome, reads, resources);
     }
 
-    fn tell(&mut self, outcome: Outcome, reads: Option<Reads>, resources: Option<&[&str]>) {
+    fn finish_check(&mut self, outcome: Outcome, reads: Option<Reads>, resources: Option<&[&str]>) {
         let resources = resources.map(|paths| paths.iter().map(|path| path.parse().unwrap()).collect());
         self.pipeline.hear(Said::Checked { outcome, reads, resources });
         self.pipeline.commit();
     }
 
-    /// Asks for pods, as policies that read them do.
+    /// Subscribes to pods, as policies that read them do.
     fn open_pods(&mut self) -> oneshot::Receiver<()> {
         let feed = Feed {
             resource: Resource::named("pods"),
@@ -96,71 +95,71 @@ impl Writer {
     }
 }
 
-/// Brings `held` to the head, by frames or, where there are none, by digests. Whether it took frames.
-async fn catch_up(held: &mut Held, head: &Arc<Edition>) -> bool {
-    match head.next(held.revision()) {
+/// Advances `applied` to the head by frames, or else by reconcile. Returns whether by frames.
+async fn catch_up(applied: &mut AppliedState, head: &Arc<Edition>) -> bool {
+    match head.next(applied.revision()) {
         Next::UpToDate => true,
         Next::Frames(bytes) => {
-            held.events(&bytes);
+            applied.events(&bytes);
             true
         }
         Next::Unknown => {
-            let archive = head.reconcile(held.reconcile()).await;
-            held.archive(&archive.unwrap().0.pieces.concat());
+            let archive = head.reconcile(applied.reconcile()).await;
+            applied.archive(&archive.unwrap().0.pieces.concat());
             false
         }
     }
 }
 
-/// Streams of a namespace end when their bundle is replaced or goes: its successor has the next word.
+/// Streams end when their bundle is replaced or removed.
 #[test]
-fn streams_of_a_namespace_end_with_their_bundle() {
+fn namespace_streams_end_with_their_bundle() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     runtime.unwrap().block_on(async {
         let writer = listed(&scoped());
         let mut head = writer.bundle.of(Some("ns0")).unwrap().head();
         tokio::time::sleep(SCOPE_IDLE * 3).await;
         head.mark_unchanged();
-        assert!(head.has_changed().is_ok(), "it is read");
+        assert!(head.has_changed().is_ok(), "bundle is subscribed");
         drop(writer);
         let changed = tokio::time::timeout(SCOPE_IDLE * 3, head.changed()).await;
         assert!(changed.expect("the stream ends").is_err());
     });
 }
 
-/// I1: a commit larger than the log reaches every namespace, and no later frame leads on from before it.
+/// I1: a commit larger than the history reaches every namespace, and no later frame starts before it.
 #[test]
-fn i1_a_commit_larger_than_the_log_reaches_every_namespace() {
+fn i1_commit_larger_than_history_reaches_every_namespace() {
     runtime().block_on(async {
         let limits = BundleLimits { log_keys_max: 4, ..BundleLimits::default() };
         let mut writer = listed(&Spec { limits, ..scoped() });
-        writer.data(0, (0..10).map(|at| (format!("k{at}"), 0)));
+        writer.data(0, (0..10).map(|index| (format!("k{index}"), 0)));
         writer.commit();
         let mut readers = Vec::new();
         for namespace in ["ns0", "ns1"] {
             readers.push((namespace, snapshot(&writer.head_of(namespace)).await));
         }
         let before = readers.clone();
-        writer.data(0, (0..10).map(|at| (format!("k{at}"), 1)));
+        writer.data(0, (0..10).map(|index| (format!("k{index}"), 1)));
         writer.commit();
-        for (namespace, held) in &mut readers {
-            assert_ne!(writer.head_of(namespace).view.revision, held.revision(), "{namespace}");
-            assert!(!catch_up(held, &writer.head_of(namespace)).await);
+        for (namespace, applied) in &mut readers {
+            assert_ne!(writer.head_of(namespace).view.revision, applied.revision(), "{namespace}");
+            assert!(!catch_up(applied, &writer.head_of(namespace)).await);
         }
-        writer.data(0, (0..10).map(|at| (format!("k{at}"), 1 + u32::from(at == 3))));
+        writer.data(0, (0..10).map(|index| (format!("k{index}"), 1 + u32::from(index == 3))));
         writer.commit();
-        for (namespace, mut held) in readers.into_iter().chain(before) {
+        for (namespace, mut applied) in readers.into_iter().chain(before) {
             let head = writer.head_of(namespace);
-            catch_up(&mut held, &head).await;
-            assert_eq!(held.content(), snapshot(&head).await.content(), "{namespace}");
-            assert_eq!(held.revision(), head.view.revision);
+            catch_up(&mut applied, &head).await;
+            assert_eq!(applied.content(), snapshot(&head).await.content(), "{namespace}");
+            assert_eq!(applied.revision(), head.view.revision);
         }
     });
 }
 
-/// I10: a resource that no policy reads any more goes after the policies that did, for readers that were away too.
+/// I10: an unused resource is removed after the policies that read it, also for disconnected clients.
 #[test]
-fn i10_a_resource_goes_after_the_policies_that_read_it() {
+fn i10_resource_is_removed_after_its_policies() {
     runtime().block_on(async {
         let mut writer = listed(&auto());
         writer.policy(0, "package a\nx := data.kubernetes.pods");
@@ -173,7 +172,7 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
         }
         writer.store.apply((pods, Event::InitDone, None));
         writer.pipeline.commit();
-        assert!(until.await.is_err(), "the check goes on once they are listed");
+        assert!(until.await.is_err(), "check continues once pods are listed");
         writer.accept(None, Some(&["/kubernetes/pods"]));
         assert_eq!(writer.pods(), 3);
         let away = snapshot(&writer.head()).await;
@@ -181,10 +180,10 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
         writer.policy(0, "package a\nx := 1");
         writer.pipeline.commit();
         writer.accept(None, Some(&[]));
-        assert_eq!(writer.pods(), 3, "older policies still decide");
+        assert_eq!(writer.pods(), 3, "older policies are still active");
         let mut followed = away.clone();
         assert!(catch_up(&mut followed, &writer.head()).await);
-        // One is gone, and the writer has not looked yet.
+        // A pod was removed, but the writer has not drained the event.
         writer.store.apply((pods, Event::Delete(key(2, 0, 0)), None));
         writer.pipeline.narrow();
         assert_eq!(writer.pods(), 0);
@@ -193,17 +192,17 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
         assert_eq!(followed.content(), snapshot(&writer.head()).await.content());
 
         let mut away = away;
-        assert!(!catch_up(&mut away, &writer.head()).await, "no frame takes data and then changes policies");
+        assert!(!catch_up(&mut away, &writer.head()).await, "no frame removes data and changes policies");
         assert!(
             away.data.pointer("/kubernetes/pods/ns0").is_some(),
-            "its policies were replaced behind its data"
+            "policies were replaced after their data"
         );
         assert_ne!(away.revision(), writer.head().view.revision);
         catch_up(&mut away, &writer.head()).await;
         assert_eq!(away.content(), snapshot(&writer.head()).await.content());
         assert_eq!(away.revision(), writer.head().view.revision);
 
-        // It is asked for again, and no longer, before it went.
+        // The resource is requested and released again before its removal.
         writer.policy(0, "package a\nx := data.kubernetes.pods");
         writer.pipeline.commit();
         _ = writer.open_pods();
@@ -216,7 +215,7 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
         let until = writer.open_pods();
         let watches = writer.store.wanted().borrow().len();
         writer.pipeline.narrow();
-        assert_eq!(writer.store.wanted().borrow().len(), watches, "it stays");
+        assert_eq!(writer.store.wanted().borrow().len(), watches, "watch is retained");
         let pods = *writer.store.wanted().borrow().keys().last().unwrap();
         writer.store.apply((pods, Event::InitDone, None));
         writer.pipeline.commit();
@@ -224,9 +223,9 @@ fn i10_a_resource_goes_after_the_policies_that_read_it() {
     });
 }
 
-/// A bundle is served while its policies are checked once more, and does not change where nothing new is found.
+/// A repeated check neither blocks clients nor changes the bundle without new results.
 #[test]
-fn policies_are_checked_again_beside_readers() {
+fn rechecks_do_not_disturb_clients() {
     let mut writer = listed(&auto());
     writer.policy(0, "package a");
     writer.pipeline.commit();
@@ -240,13 +239,13 @@ fn policies_are_checked_again_beside_readers() {
     writer.accept(None, Some(&[]));
     assert_eq!(writer.head().view.revision, revision);
     writer.accept(None, Some(&[]));
-    assert!(writer.ends.jobs.try_recv().is_err(), "once for each word that came after the check began");
+    assert!(writer.ends.jobs.try_recv().is_err(), "one check per change after the check started");
     assert_eq!(writer.head().view.revision, revision);
 }
 
-/// A resource whose place is taken is not replicated. That its policies go hurts nothing.
+/// A resource whose path is taken is not replicated. Removing its policies is harmless.
 #[test]
-fn a_resource_without_a_place_comes_and_goes() {
+fn resource_with_a_taken_path_is_not_replicated() {
     let mut writer = listed(&auto());
     let taken = ObjectKey { namespace: "kubernetes".into(), name: "pods".into() };
     writer.put(DATA, &taken, &json!({ "data": { "x": "{}" } }));
@@ -264,10 +263,9 @@ fn a_resource_without_a_place_comes_and_goes() {
     assert_eq!(writer.head().view.dirs.len(), 2);
 }
 
-/// A reader that holds other data in the place of a resource gives it up before it takes the objects, though its
-/// policies read what lies there.
+/// A client removes other data at a resource's path before it applies the objects, although policies read the path.
 #[test]
-fn what_lay_in_the_place_of_a_resource_does_not_stay_around_its_objects() {
+fn resource_replaces_other_data_at_its_path() {
     runtime().block_on(async {
         let mut writer = listed(&auto());
         let edit = |writer: &mut Writer, number: usize, reads: bool| {
@@ -280,8 +278,8 @@ fn what_lay_in_the_place_of_a_resource_does_not_stay_around_its_objects() {
         edit(&mut writer, 0, true);
         _ = writer.open_pods();
         writer.accept(None, Some(&["/kubernetes/pods"]));
-        let mut held = snapshot(&writer.head()).await;
-        assert!(held.data.pointer("/kubernetes/pods/x").is_some());
+        let mut applied = snapshot(&writer.head()).await;
+        assert!(applied.data.pointer("/kubernetes/pods/x").is_some());
 
         edit(&mut writer, 1, false);
         writer.accept(None, Some(&[]));
@@ -297,21 +295,20 @@ fn what_lay_in_the_place_of_a_resource_does_not_stay_around_its_objects() {
         writer.accept(None, Some(&["/kubernetes/pods"]));
         edit(&mut writer, 3, false);
         writer.accept(None, Some(&[]));
-        assert_eq!(writer.pods(), 1, "older policies still decide");
+        assert_eq!(writer.pods(), 1, "older policies are still active");
 
         let head = writer.head();
         for _ in 0..2 {
-            held.archive(&head.reconcile(held.reconcile()).await.unwrap().0.pieces.concat());
-            held.entries();
+            applied.archive(&head.reconcile(applied.reconcile()).await.unwrap().0.pieces.concat());
+            applied.entries();
         }
-        assert_eq!(held.revision(), head.view.revision);
+        assert_eq!(applied.revision(), head.view.revision);
     });
 }
 
-/// I10: an object that is gone from the source and still in the view does not stay there with fewer fields than policies
-/// read.
+/// I10: an object removed from the source but not yet from the snapshot has all fields that policies read.
 #[test]
-fn i10_no_object_keeps_fewer_fields_than_policies_read() {
+fn i10_objects_have_all_fields_that_policies_read() {
     let mut spec = Spec::of_feeds("main", feeds());
     let place: DirPath = "/kubernetes/pods".parse().unwrap();
     spec.fields.given = Kept::default();
@@ -349,9 +346,9 @@ fn i10_no_object_keeps_fewer_fields_than_policies_read() {
     assert_eq!(String::from_utf8(json).unwrap(), r#"{"o1~/%":{"spec":{"a":1,"b":2}}}"#);
 }
 
-/// I2: the revision covers all that an archive says: also which maps there are, and which Rego the modules are in.
+/// I2: the revision covers an archive's empty maps and Rego version too.
 #[test]
-fn i2_settings_are_part_of_the_revision() {
+fn i2_revision_covers_settings() {
     runtime().block_on(async {
         let base = Spec::of_feeds("main", feeds());
         let without_nodes = Spec::of_feeds("main", feeds().into_iter().take(3).collect());
@@ -371,73 +368,79 @@ fn i2_settings_are_part_of_the_revision() {
     });
 }
 
-/// Refused ConfigMaps cost a commit as many looks as there are of them, not as many as its changes are times theirs.
+/// A commit's cost is linear in rejected ConfigMaps, not in their product with changes.
 #[test]
-fn refused_configmaps_cost_linear_time() {
+fn rejected_configmaps_cost_linear_time() {
     const COUNT: u32 = 2000;
     let started = Instant::now();
     let mut writer = writer(&Spec::of_feeds("main", feeds()));
-    let name =
-        |kind: &str, at: u32| ObjectKey { namespace: "shop".into(), name: format!("{kind}{at}").into() };
+    let name = |kind: &str, index: u32| ObjectKey {
+        namespace: "shop".into(),
+        name: format!("{kind}{index}").into(),
+    };
     for watch in WATCHES {
         writer.store.apply((watch, Event::Init, None));
-        for at in 0..COUNT {
+        for index in 0..COUNT {
             match watch {
                 POLICIES => writer.put(
                     watch,
-                    &name("p", at),
-                    &json!({ "data": { "p": format!("package shop.p{at}") } }),
+                    &name("p", index),
+                    &json!({ "data": { "p": format!("package shop.p{index}") } }),
                 ),
-                // The last of all policies owns their places.
-                DATA => writer.put(watch, &name("d", at), &json!({ "data": { "x": "{}" } })),
+                // The last policy owns the paths.
+                DATA => writer.put(watch, &name("d", index), &json!({ "data": { "x": "{}" } })),
                 _ => {}
             }
         }
         writer.store.apply((watch, Event::InitDone, None));
     }
     writer.commit();
-    for at in 0..COUNT {
+    for index in 0..COUNT {
         writer.put(
             POLICIES,
-            &name("p", at),
-            &json!({ "data": { "p": format!("package shop\nx{at} := 1") } }),
+            &name("p", index),
+            &json!({ "data": { "p": format!("package shop\nx{index} := 1") } }),
         );
     }
     writer.commit();
-    for at in 0..COUNT {
-        writer.put(POLICIES, &name("p", at), &json!({ "data": { "p": format!("package other.p{at}") } }));
-        writer.put(DATA, &name("e", at), &json!({ "data": { "x": "{}" } }));
+    for index in 0..COUNT {
+        writer.put(
+            POLICIES,
+            &name("p", index),
+            &json!({ "data": { "p": format!("package other.p{index}") } }),
+        );
+        writer.put(DATA, &name("e", index), &json!({ "data": { "x": "{}" } }));
     }
     writer.commit();
     writer.commit();
     assert_eq!(writer.head().view.modules.len(), COUNT as usize);
-    // In a debug build; what grows with the square of both takes minutes.
+    // Bound for debug builds; a quadratic cost would take minutes.
     assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
 }
 
-/// Names that clients invent make no view that lasts, and keep no namespace out.
+/// Views of unknown namespaces are evicted and block no real namespace.
 #[test]
-fn invented_namespaces_cost_no_view() {
+fn unknown_namespaces_retain_no_view() {
     runtime().block_on(async {
         let mut writer = listed(&scoped());
         writer.put(PODS, &key(2, 0, 0), &json!({ "kind": "Pod" }));
         writer.commit();
-        for at in 0..SCOPES_MAX * 2 {
-            writer.bundle.once(Some(&format!("invented{at}"))).unwrap();
+        for index in 0..SCOPES_MAX * 2 {
+            writer.bundle.once(Some(&format!("invented{index}"))).unwrap();
         }
         let scopes = writer.bundle.scopes.as_ref().unwrap();
         assert!(scopes.namespaces().is_empty());
         let empty = writer.bundle.once(Some("invented")).unwrap().head().borrow().clone().unwrap();
         assert!(empty.view.dirs.is_empty());
-        let own = writer.bundle.once(Some("ns0")).unwrap().head().borrow().clone().unwrap();
-        assert_eq!(own.view.dirs.len(), 1);
+        let namespaced = writer.bundle.once(Some("ns0")).unwrap().head().borrow().clone().unwrap();
+        assert_eq!(namespaced.view.dirs.len(), 1);
         let read = writer.bundle.of(Some("read")).unwrap().head();
-        for at in 0..SCOPES_MAX * 2 {
-            writer.bundle.of(Some(&format!("invented{at}"))).unwrap();
+        for index in 0..SCOPES_MAX * 2 {
+            writer.bundle.of(Some(&format!("invented{index}"))).unwrap();
         }
         let namespaces = scopes.namespaces();
         assert!(["ns0", "read"].iter().all(|name| namespaces.iter().any(|other| other == name)));
-        // What is shared by all reaches those too that have nothing of their own.
+        // Shared content reaches namespaces without objects too.
         writer.data(0, [("k".to_owned(), 1)]);
         writer.commit();
         assert_eq!(read.borrow().as_ref().unwrap().view.dirs.len(), 1);

@@ -1,4 +1,4 @@
-//! `--replicate-auto`: resources come with the first policy that reads them and go with the last.
+//! `--replicate-auto`: resources are replicated while any policy reads them.
 
 use opa_hub_loadtest::cluster::{Cluster, POLICY};
 use opa_hub_loadtest::eventually::{equal, eventually};
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::world::{Way, World, write_manifest};
 
-/// Watches of one resource that are open at the API server.
+/// Number of open watches of a resource.
 async fn watches(cluster: &Cluster, resource: &str) -> anyhow::Result<u64> {
     cluster.metric("apiserver_longrunning_requests", &[("verb", "WATCH"), ("resource", resource)]).await
 }
@@ -21,7 +21,7 @@ async fn has_watches(cluster: &Cluster, resource: &str, expected: u64) -> anyhow
 }
 
 #[tokio::test]
-async fn watches_come_and_go_with_policies() -> anyhow::Result<()> {
+async fn watches_follow_policies() -> anyhow::Result<()> {
     let world =
         World::start(Way::Rest, &["--replicate-auto", "--replicate-ignore-namespaces=ignored"]).await?;
     let cluster = &world.cluster;
@@ -31,7 +31,7 @@ async fn watches_come_and_go_with_policies() -> anyhow::Result<()> {
     }
     let before = watches(cluster, "pods").await?;
 
-    // A policy that reads pods decides by all of them from its first moment.
+    // A new policy starts with all pods.
     let policy = "package pods\n\nimport data.kubernetes.pods as all_pods\n\nnames := {name | some ns; all_pods[ns][name]}";
     cluster.configmap("opa", "pods", Some(POLICY), &[("p.rego", policy)]).await?;
     world.decides("/pods/names", json!({}), json!(["web"])).await?;
@@ -40,7 +40,7 @@ async fn watches_come_and_go_with_policies() -> anyhow::Result<()> {
     cluster.pod("opa", "later", &[]).await?;
     world.decides("/pods/names", json!({}), json!(["later", "web"])).await?;
 
-    // Another one reads it too, and something without namespaces; the second to leave takes it along.
+    // A second policy also reads a cluster-scoped resource; the watch ends with the last policy.
     let second = "package second\n\npod := data.kubernetes.pods.opa.web.kind\n\nns := data.kubernetes.namespaces.opa.kind";
     cluster.configmap("opa", "second", Some(POLICY), &[("s.rego", second)]).await?;
     world.decides("/second/ns", json!({}), json!("Namespace")).await?;
@@ -52,7 +52,7 @@ async fn watches_come_and_go_with_policies() -> anyhow::Result<()> {
     has_watches(cluster, "pods", before).await?;
     world.holds("/kubernetes", Value::Null).await?;
 
-    // A resource to come holds nobody up, and is told.
+    // A missing resource is reported and blocks no policy.
     let widgets = "package widgets\n\nsize := data.kubernetes.widgets[\"default\"].w.size\n\nhere := true";
     cluster.configmap("opa", "widgets", Some(POLICY), &[("w.rego", widgets)]).await?;
     world.decides("/widgets/here", json!({}), json!(true)).await?;
@@ -61,16 +61,16 @@ async fn watches_come_and_go_with_policies() -> anyhow::Result<()> {
     cluster.widgets().await?;
     let widget =
         json!({ "apiVersion": "example.com/v1", "kind": "Widget", "metadata": { "name": "w" }, "size": 1.5 });
-    eventually("the widget can be made", async || {
+    eventually("the widget is created", async || {
         cluster.create("/apis/example.com/v1/namespaces/default/widgets", &widget).await
     })
     .await?;
     world.decides("/widgets/size", json!({}), json!(1.5)).await?;
 
-    // Names that only an input decides cannot be watched: that is told.
+    // Resource names from input cannot be watched, which is reported.
     let dynamic = "package dynamic\n\nx := data.kubernetes[input.resource]";
     cluster.configmap("opa", "dynamic", Some(POLICY), &[("d.rego", dynamic)]).await?;
-    eventually("the hub says what it cannot know", async || {
+    eventually("the hub reports the dynamic read", async || {
         let problems =
             world.hub.json("/readyz").await.map_err(|error| error.to_string())?["problems"].to_string();
         if problems.contains("by names that depend on the input") { Ok(()) } else { Err(problems) }
@@ -80,7 +80,7 @@ async fn watches_come_and_go_with_policies() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_folder_gives_what_policies_read() -> anyhow::Result<()> {
+async fn folder_replicates_what_policies_read() -> anyhow::Result<()> {
     tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     for (kind, name) in [("Pod", "p"), ("Service", "s"), ("Node", "n")] {
@@ -94,7 +94,7 @@ async fn a_folder_gives_what_policies_read() -> anyhow::Result<()> {
         });
         write_manifest(manifests.path(), "policy.json", &manifest)
     };
-    // Old Rego too: which it is, the flag says.
+    // Rego v0, selected by flag.
     policy("package a\n\nx { data.kubernetes.pods[_]; data.kubernetes.nodes.n }")?;
     let folder = manifests.path().display().to_string();
     let hub =
@@ -106,7 +106,7 @@ async fn a_folder_gives_what_policies_read() -> anyhow::Result<()> {
     };
     assert_eq!(paths().await, Ok(vec![json!("/kubernetes/nodes"), json!("/kubernetes/pods/default")]));
     policy("package a\n\nx { data.kubernetes.services[_] }")?;
-    eventually("services in place of pods and nodes", async || {
+    eventually("services replace pods and nodes", async || {
         equal(&paths().await?, &vec![json!("/kubernetes/services/default")])
     })
     .await

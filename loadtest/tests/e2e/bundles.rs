@@ -1,4 +1,4 @@
-//! Documents of kind `Bundle`: from a folder, a file and the cluster, each bundle by itself.
+//! `Bundle` documents from a folder, a file and the cluster.
 
 use std::path::Path;
 
@@ -27,7 +27,7 @@ fn policies(name: &str, team: &str, text: &str) -> Value {
     })
 }
 
-/// An OPA beside an agent that follows `bundle`.
+/// Starts an OPA with an agent of `bundle`.
 async fn follow(dir: &Path, hub: &Hub, bundle: &str) -> anyhow::Result<(Opa, Agent)> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let opa = Opa::start(&assets, dir, None, &[]).await?;
@@ -46,8 +46,8 @@ async fn holds(opa: &Opa, path: &str, expected: &Value) -> anyhow::Result<()> {
     .map(drop)
 }
 
-/// Waits until a problem of this subject is told, and in these words.
-async fn is_told(hub: &Hub, subject: &str, part: &str) -> anyhow::Result<()> {
+/// Waits until a problem of `subject` contains `part`.
+async fn has_problem(hub: &Hub, subject: &str, part: &str) -> anyhow::Result<()> {
     eventually(format!("a problem of {subject}"), async || {
         let bundles = hub.json("/v1/bundles").await.map_err(|error| error.to_string())?;
         let problems = bundles["problems"].as_array().cloned().unwrap_or_default();
@@ -64,7 +64,7 @@ async fn is_told(hub: &Hub, subject: &str, part: &str) -> anyhow::Result<()> {
 const LABELS: &str = "package authz\nteam := data.kubernetes.pods[input.ns][input.pod].metadata.labels.team";
 
 #[tokio::test]
-async fn bundles_of_a_folder_and_a_file_go_by_themselves() -> anyhow::Result<()> {
+async fn bundles_of_folder_and_file_are_independent() -> anyhow::Result<()> {
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let put = |file: &str, manifest: &Value| write_manifest(manifests.path(), file, manifest);
     put("p.json", &pod("a", "p", "red"))?;
@@ -99,37 +99,37 @@ async fn bundles_of_a_folder_and_a_file_go_by_themselves() -> anyhow::Result<()>
     let input = json!({ "ns": "a", "pod": "p" });
     assert_eq!(red.decide("/authz/team", &input).await?, json!("red"));
 
-    // A policy that is bad for one is nothing to the other, and neither is a document.
+    // An invalid policy or document does not affect other bundles.
     put("blue.json", &policies("blue", "blue", "package other\nx :="))?;
     put("p.json", &pod("a", "p", "green"))?;
     holds(&red, "/kubernetes/pods/a/p", &labels("green")).await?;
     put("bundle-red.json", &document("red", &json!({ "policies": { "namespace": "opa" } })))?;
-    is_told(&hub, "Bundle red", "spec.policies.namespace: unknown field `namespace`").await?;
+    has_problem(&hub, "Bundle red", "spec.policies.namespace: unknown field `namespace`").await?;
     put("p.json", &pod("a", "p", "red"))?;
     holds(&red, "/kubernetes/pods/a/p", &labels("red")).await?;
 
-    // What a document asks for from now on comes to whoever reads the bundle; the others' streams go on.
+    // An edited document takes effect; streams of other bundles stay open.
     write_manifest(work.path(), "bundles.json", &blue("a"))?;
     holds(&blue_opa, "/kubernetes/pods", &json!({ "a": { "p": { "spec": { "nodeName": "n" } } } })).await?;
-    assert_eq!(blue_opa.data("/other/x").await?, json!(1), "its last good policy stays");
+    assert_eq!(blue_opa.data("/other/x").await?, json!(1), "last good policy is retained");
     has_done(&red_agent, json!({ "frames": 2, "reconciles": 0, "snapshots": 1 })).await?;
     has_done(&blue_agent, json!({ "frames": 0, "reconciles": 1, "snapshots": 1 })).await?;
     put("bundle-red.json", &document("red", &json!({ "policies": of_team("red") })))?;
-    eventually("the pods are gone", async || {
+    eventually("the pods are removed", async || {
         equal(&red.data("/kubernetes/pods/a").await.map_err(|error| error.to_string())?, &Value::Null)
     })
     .await?;
 
-    // The same name twice, and an end.
+    // A duplicate name, and a removal.
     put("bundle-blue.json", &document("blue", &json!({ "data": {} })))?;
-    is_told(&hub, "Bundle blue", "a bundle of this name is given").await?;
+    has_problem(&hub, "Bundle blue", "a bundle of this name is given").await?;
     std::fs::remove_file(manifests.path().join("bundle-red.json"))?;
-    eventually("red is gone", async || {
+    eventually("red is removed", async || {
         let answer = hub.json("/v1/bundles/red").await.map_err(|error| error.to_string())?;
         if answer["error"].is_string() { Ok(()) } else { Err(answer.to_string()) }
     })
     .await?;
-    assert_eq!(red.decide("/authz/team", &input).await?, Value::Null, "it holds no pods");
+    assert_eq!(red.decide("/authz/team", &input).await?, Value::Null, "OPA has no pods");
 
     hub.kill();
     hub.spawn()?;
@@ -142,11 +142,11 @@ async fn bundles_of_a_folder_and_a_file_go_by_themselves() -> anyhow::Result<()>
 }
 
 #[tokio::test]
-async fn what_passes_a_limit_is_refused() -> anyhow::Result<()> {
+async fn objects_and_policies_over_a_limit_are_rejected() -> anyhow::Result<()> {
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let put = |file: &str, manifest: &Value| write_manifest(manifests.path(), file, manifest);
-    for at in 0..5 {
-        put(&format!("p{at}.json"), &pod("a", &format!("p{at}"), "red"))?;
+    for index in 0..5 {
+        put(&format!("p{index}.json"), &pod("a", &format!("p{index}"), "red"))?;
     }
     put("red.json", &policies("red", "red", LABELS))?;
     let folder = manifests.path().display().to_string();
@@ -162,7 +162,7 @@ async fn what_passes_a_limit_is_refused() -> anyhow::Result<()> {
         .map(drop)
     };
     count(5).await?;
-    // A policy that reads more than there may be, …
+    // A policy that reads too much.
     put(
         "wide.json",
         &policies("wide", "red", "package wide\nx contains pod if some pod in data.kubernetes.pods.a"),
@@ -173,13 +173,13 @@ async fn what_passes_a_limit_is_refused() -> anyhow::Result<()> {
             bundle["verdicts"]["opa/wide"]["error"]["errors"][0]["message"].as_str().unwrap_or_default();
         if verdict.contains("more than the limit of 300") { Ok(()) } else { Err(bundle.to_string()) }
     };
-    eventually("the wide policy is refused", verdict).await?;
-    // … and more objects than there may be.
+    eventually("the wide policy is rejected", verdict).await?;
+    // Too many objects.
     put("p5.json", &pod("a", "p5", "red"))?;
     count(6).await?;
     put("p6.json", &pod("a", "p6", "red"))?;
     let refused = async |expected: &[&str]| {
-        eventually(format!("{expected:?} are left out"), async || {
+        eventually(format!("{expected:?} are omitted"), async || {
             let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
             let problems = bundle["problems"].as_array().cloned().unwrap_or_default();
             let subjects: Vec<_> = problems
@@ -202,7 +202,7 @@ async fn what_passes_a_limit_is_refused() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn bundles_of_the_cluster_tell_in_their_status() -> anyhow::Result<()> {
+async fn bundles_of_the_cluster_report_their_status() -> anyhow::Result<()> {
     const BUNDLES: &str = "/apis/opahub.dev/v1alpha1/bundles";
     let plane = ControlPlane::start().await?;
     let cluster = Cluster { client: plane.client().await? };
@@ -247,13 +247,13 @@ async fn bundles_of_the_cluster_tell_in_their_status() -> anyhow::Result<()> {
         .map(drop)
     };
     conditions(&[("Accepted", "True", "")]).await?;
-    // What the schema lets pass and the hub does not.
+    // Accepted by the schema, rejected by the hub.
     let bad = json!({ "spec": { "replicate": [{ "resource": "v1/pods", "fields": "some" }] } });
     cluster.merge(&format!("{BUNDLES}/team"), &bad).await?;
     conditions(&[("Accepted", "False", "spec.replicate[0].fields")]).await?;
     cluster.label_pod("default", "p", &[("team", "blue")]).await?;
     holds(&opa, "/kubernetes/pods/default/p/metadata/labels/team", &json!("blue")).await?;
-    // A restart finds the document bad, and serves what it can.
+    // After a restart with an invalid document, the hub serves the rest.
     let good = json!({ "spec": { "replicate": [{ "resource": "v1/pods", "fields": ["metadata"] }] } });
     cluster.merge(&format!("{BUNDLES}/team"), &good).await?;
     conditions(&[("Accepted", "True", "")]).await?;
@@ -263,6 +263,9 @@ async fn bundles_of_the_cluster_tell_in_their_status() -> anyhow::Result<()> {
     hub.wait_ready().await?;
     holds(&opa, "/kubernetes/pods/default/p/metadata/labels/team", &json!("green")).await?;
     let refused = cluster.create(BUNDLES, &document("odd", &json!({ "data": { "namespaces": "a" } }))).await;
-    assert!(refused.is_err_and(|error| error.to_string().contains("spec.data.namespaces")), "by the schema");
+    assert!(
+        refused.is_err_and(|error| error.to_string().contains("spec.data.namespaces")),
+        "rejected by the schema"
+    );
     Ok(())
 }

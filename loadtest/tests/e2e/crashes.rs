@@ -1,5 +1,5 @@
-//! An agent that dies anywhere on its way into OPA, and a world that has moved on when it comes back: what OPA holds in
-//! the end is what the hub says, nothing less and nothing left over. An OPA that hangs or dies in the middle of its load.
+//! Agents killed at any byte of a change, and OPAs that hang or crash during a load. In the end, OPA has exactly the
+//! hub's content.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,16 +13,16 @@ use serde_json::{Value, json};
 use crate::proxy::{Direction, Proxy, Then};
 use crate::world::{wake, write_manifest};
 
-/// More than one PATCH takes, so that a change is half done for a while.
+/// More than one PATCH, so that changes are partial at times.
 const PODS: usize = 600;
-/// Places where the agent dies, spread over the bytes of the whole change: of its requests and of OPA's answers by turns.
+/// Number of kill points, spread over the bytes of requests and responses.
 const CUTS: usize = 12;
-/// Steps between the places with `bundle` delivery, in which OPA asks for its policies once a second only.
+/// Step between kill points with `bundle` delivery, where OPA polls only once a second.
 const BUNDLE_CUTS: usize = 3;
-/// Bytes of requests of about a third of a load.
+/// About a third of a load's request bytes.
 const LOAD_BYTES: usize = 20_000;
 
-/// Which modules and directories there are: by name, what they say.
+/// Modules and directories by name.
 struct State {
     modules: &'static [(&'static str, u8)],
     roles: &'static [(&'static str, u8)],
@@ -39,7 +39,7 @@ const DURING: State = State {
     roles: &[("stays", 1), ("comes", 1)],
     pods: &[("big", PODS, 2), ("visits", 2, 1)],
 };
-/// What went is back as it was, what came is gone: nothing but the crash tells this from `BEFORE`.
+/// Reverts all changes: only the crash distinguishes this from `BEFORE`.
 const AFTER: State = State {
     modules: &[("a", 1), ("gone", 1), ("changed", 1)],
     roles: &[("stays", 1), ("returns", 1)],
@@ -67,17 +67,17 @@ fn write(dir: &Path, state: &State) -> anyhow::Result<()> {
     let pods = state
         .pods
         .iter()
-        .flat_map(|(namespace, count, value)| (0..*count).map(move |at| pod(namespace, at, *value)));
+        .flat_map(|(namespace, count, value)| (0..*count).map(move |index| pod(namespace, index, *value)));
     let list = json!({ "apiVersion": "v1", "kind": "List", "items": modules.chain(roles).chain(pods).collect::<Value>() });
     write_manifest(dir, "all.json", &list)
 }
 
-fn pod(namespace: &str, at: usize, value: u8) -> Value {
-    let metadata = json!({ "name": format!("p{at}"), "namespace": namespace });
+fn pod(namespace: &str, index: usize, value: u8) -> Value {
+    let metadata = json!({ "name": format!("p{index}"), "namespace": namespace });
     json!({ "kind": "Pod", "apiVersion": "v1", "metadata": metadata, "value": value })
 }
 
-/// What OPA must hold: below `ns` and below `kubernetes.pods`, and its modules.
+/// Expected content: `ns`, `kubernetes.pods`, modules.
 fn expected(state: &State) -> (Value, Value, Vec<String>) {
     let roles: BTreeMap<_, _> =
         state.roles.iter().map(|(name, value)| (*name, json!({ "k": { "value": value } }))).collect();
@@ -85,7 +85,10 @@ fn expected(state: &State) -> (Value, Value, Vec<String>) {
         .pods
         .iter()
         .map(|(namespace, count, value)| {
-            (*namespace, (0..*count).map(|at| (format!("p{at}"), pod(namespace, at, *value))).collect())
+            (
+                *namespace,
+                (0..*count).map(|index| (format!("p{index}"), pod(namespace, index, *value))).collect(),
+            )
         })
         .collect();
     let mut modules: Vec<_> = state.modules.iter().map(|(name, _)| format!("ns/{name}/m.rego")).collect();
@@ -97,7 +100,7 @@ async fn holds(opa: &Opa, state: &State) -> Result<(), String> {
     let (roles, pods, modules) = expected(state);
     let text = |error: anyhow::Error| error.to_string();
     let found = opa.modules().await.map_err(text)?;
-    // OPA puts the bundle's name in front of the ids of a bundle.
+    // OPA prefixes module ids with the bundle's name.
     let found: Vec<_> = found.iter().map(|id| id.strip_prefix("main/").unwrap_or(id).to_owned()).collect();
     equal(&found, &modules)?;
     for (name, value) in state.modules {
@@ -109,7 +112,7 @@ async fn holds(opa: &Opa, state: &State) -> Result<(), String> {
 
 async fn has_pods(opa: &Opa, pods: &Value) -> Result<(), String> {
     let found = opa.data("/kubernetes/pods").await.map_err(|error| error.to_string())?;
-    // Thousands of pods would drown the message.
+    // Keeps the message short.
     if found == *pods {
         Ok(())
     } else {
@@ -120,8 +123,7 @@ async fn has_pods(opa: &Opa, pods: &Value) -> Result<(), String> {
     }
 }
 
-/// `from_empty`: the agent dies while it loads an OPA that has nothing; else while it brings one up to date, by frame
-/// or, when the hub has restarted, by reconcile.
+/// Kills the agent during a load if `from_empty`, else during a frame, or a reconcile if `hub_restarts`.
 async fn check(from_empty: bool, hub_restarts: bool, delivery: Delivery) -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let work = tempfile::tempdir()?;
@@ -132,7 +134,7 @@ async fn check(from_empty: bool, hub_restarts: bool, delivery: Delivery) -> anyh
         Hub::start(work.path(), &["--manifests", &dir.display().to_string(), "--replicate", "v1/pods"])
             .await?;
     let revision = async |hub: &Hub| anyhow::Ok(hub.json("/v1/bundles/main").await?["revision"].clone());
-    // The first round is cut by nothing and tells how many bytes the whole change takes.
+    // The first round runs uninterrupted, to measure the change.
     let mut whole = [0; 2];
     for cut in (0..=CUTS).step_by(if delivery == Delivery::Bundle { BUNDLE_CUTS } else { 1 }) {
         let address = Agent::address()?;
@@ -159,36 +161,36 @@ async fn check(from_empty: bool, hub_restarts: bool, delivery: Delivery) -> anyh
         let changed = async || {
             if revision(&hub).await.is_ok_and(|now| now != before) { Ok(()) } else { Err("not yet") }
         };
-        eventually("the hub has read the change", changed).await?;
+        eventually("the hub has applied the change", changed).await?;
         let directions = [Direction::Requests, Direction::Answers];
-        let at = cut % 2;
-        let bytes = whole[at] * cut / (CUTS + 1);
+        let index = cut % 2;
+        let bytes = whole[index] * cut / (CUTS + 1);
         let proxy = Proxy::start(&opa.url).await?;
         if cut > 0 {
-            proxy.stop_after(directions[at], bytes, Then::Break);
+            proxy.stop_after(directions[index], bytes, Then::Break);
         }
         let mut agent = start(&hub, &proxy.url)?;
         let dies = async || {
             if proxy.has_stopped() || holds(&opa, &DURING).await.is_ok() { Ok(()) } else { Err("not yet") }
         };
-        eventually("the agent gets as far as it can", dies).await?;
+        eventually("the agent reaches the kill point", dies).await?;
         if cut == 0 {
             whole = directions.map(|direction| proxy.forwarded(direction));
         }
         agent.kill();
         drop(proxy);
         write(dir, &AFTER)?;
-        // Policies are checked beside the data: the hub says all of it a moment later.
+        // Policies are checked concurrently and published later.
         let modules = |revision: &Value| {
             revision.as_str().and_then(|text| text.split_once('-')).map(|(modules, _)| modules.to_owned())
         };
-        eventually("the hub has the policies of before", async || {
+        eventually("the hub has the earlier policies", async || {
             let now = revision(&hub).await.map_err(|error| error.to_string())?;
             equal(&modules(&now), &modules(&before))
         })
         .await?;
         let mut agent = start(&hub, &opa.url)?;
-        let place = format!("cut at {bytes} of {} bytes of {:?}", whole[at], directions[at]);
+        let place = format!("cut at {bytes} of {} bytes of {:?}", whole[index], directions[index]);
         eventually(&place, async || holds(&opa, &AFTER).await).await?;
         agent.wait_in_step().await?;
         holds(&opa, &AFTER).await.map_err(|error| anyhow::anyhow!("{place}: {error}"))?;
@@ -197,43 +199,43 @@ async fn check(from_empty: bool, hub_restarts: bool, delivery: Delivery) -> anyh
         let after = revision(&hub).await?;
         let back =
             async || if revision(&hub).await.is_ok_and(|now| now != after) { Ok(()) } else { Err("not yet") };
-        eventually(format!("back at the start within {} s", PATIENCE.as_secs()), back).await?;
+        eventually(format!("initial content within {} s", PATIENCE.as_secs()), back).await?;
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn while_it_loads_with_rest() -> anyhow::Result<()> {
+async fn kill_during_load_with_rest() -> anyhow::Result<()> {
     check(true, false, Delivery::Rest).await
 }
 
 #[tokio::test]
-async fn while_it_loads_with_bundle() -> anyhow::Result<()> {
+async fn kill_during_load_with_bundle() -> anyhow::Result<()> {
     check(true, false, Delivery::Bundle).await
 }
 
 #[tokio::test]
-async fn while_it_applies_a_frame_with_rest() -> anyhow::Result<()> {
+async fn kill_during_frame_with_rest() -> anyhow::Result<()> {
     check(false, false, Delivery::Rest).await
 }
 
 #[tokio::test]
-async fn while_it_applies_a_frame_with_bundle() -> anyhow::Result<()> {
+async fn kill_during_frame_with_bundle() -> anyhow::Result<()> {
     check(false, false, Delivery::Bundle).await
 }
 
 #[tokio::test]
-async fn while_it_reconciles_with_rest() -> anyhow::Result<()> {
+async fn kill_during_reconcile_with_rest() -> anyhow::Result<()> {
     check(false, true, Delivery::Rest).await
 }
 
 #[tokio::test]
-async fn while_it_reconciles_with_bundle() -> anyhow::Result<()> {
+async fn kill_during_reconcile_with_bundle() -> anyhow::Result<()> {
     check(false, true, Delivery::Bundle).await
 }
 
-/// A request that OPA carries out after its agent is gone is refused: its successor does not know of it.
-async fn what_an_agent_sent_before_it_died_comes_too_late(delivery: Delivery) -> anyhow::Result<()> {
+/// OPA rejects delayed requests of a killed agent, which its successor does not expect.
+async fn late_requests_are_rejected(delivery: Delivery) -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let write = |keys: &[&str]| {
@@ -251,7 +253,7 @@ async fn what_an_agent_sent_before_it_died_comes_too_late(delivery: Delivery) ->
     let opa = Opa::start(&assets, work.path(), config.as_ref(), &[]).await?;
     let revision = async || anyhow::Ok(hub.json("/v1/bundles/main").await?["revision"].clone());
     let holds = async |expected: &[&str]| {
-        eventually("OPA holds the keys", async || {
+        eventually("OPA has the keys", async || {
             let found = opa.data("/ns/m").await.map_err(|error| error.to_string())?;
             let found: Vec<_> = found.as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect();
             equal(&found, &expected.iter().map(ToString::to_string).collect())
@@ -268,14 +270,14 @@ async fn what_an_agent_sent_before_it_died_comes_too_late(delivery: Delivery) ->
         let before = revision().await?;
         valve.set_open(false);
         write(&["a", "late"])?;
-        eventually("the agent was told", async || {
+        eventually("the agent receives the frame", async || {
             let status = first.status().await.map_err(|error| error.to_string())?;
             if status["said"] == status["held"] { Err(status.to_string()) } else { Ok(()) }
         })
         .await?;
         first.kill();
         write(&["a"])?;
-        eventually("the hub is as before", async || {
+        eventually("the hub has the earlier content", async || {
             equal(&revision().await.map_err(|error| error.to_string())?, &before)
         })
         .await?;
@@ -285,7 +287,7 @@ async fn what_an_agent_sent_before_it_died_comes_too_late(delivery: Delivery) ->
         write(&["a", "new"])?;
         holds(&["a", "new"]).await?;
         second.wait_in_step().await?;
-        // It stays so: what was held back has long been read.
+        // Delayed requests have been processed by now.
         tokio::time::sleep(Duration::from_millis(200)).await;
         holds(&["a", "new"]).await?;
         write(&["a"])?;
@@ -296,17 +298,17 @@ async fn what_an_agent_sent_before_it_died_comes_too_late(delivery: Delivery) ->
 
 #[tokio::test]
 async fn late_requests_with_rest() -> anyhow::Result<()> {
-    what_an_agent_sent_before_it_died_comes_too_late(Delivery::Rest).await
+    late_requests_are_rejected(Delivery::Rest).await
 }
 
 #[tokio::test]
 async fn late_requests_with_bundle() -> anyhow::Result<()> {
-    what_an_agent_sent_before_it_died_comes_too_late(Delivery::Bundle).await
+    late_requests_are_rejected(Delivery::Bundle).await
 }
 
-/// An agent is killed after OPA has new data and before OPA can have the policies.
+/// Kills an agent after OPA has new data, before new policies.
 #[tokio::test]
-async fn between_data_and_policies() -> anyhow::Result<()> {
+async fn kill_between_data_and_policies() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let dir = manifests.path();
@@ -341,7 +343,7 @@ async fn between_data_and_policies() -> anyhow::Result<()> {
         })
         .await?;
         let before = if is_first { Value::Null } else { json!(1) };
-        assert_eq!(opa.data("/changed/x").await?, before, "the policies are those of before");
+        assert_eq!(opa.data("/changed/x").await?, before, "policies are unchanged");
         agent.kill();
         let mut agent = start(&hub.url)?;
         agent.wait_in_step().await?;
@@ -353,12 +355,12 @@ async fn between_data_and_policies() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A fault of OPA in the middle of its load.
+/// A fault of OPA during a load.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Fault {
     Killed,
     Suspended,
-    /// Its agent restarts while it is suspended.
+    /// The agent restarts while OPA is suspended.
     SuspendedUnderTwo,
 }
 
@@ -387,7 +389,7 @@ async fn opa_fails_in_its_load(delivery: Delivery) -> anyhow::Result<()> {
             proxy.resume();
             opa.restart().await?;
         } else {
-            let process = opa.process.as_ref().expect("it runs");
+            let process = opa.process.as_ref().expect("OPA runs");
             process.suspend()?;
             proxy.resume();
             passes(LOAD_BYTES).await?;

@@ -1,4 +1,4 @@
-//! Several hubs, some of them dead: agents move on, say honestly whether they are in step, and keep what they have.
+//! Fail-over between hubs: agents switch, report correctly whether they are up to date, and retain their content.
 
 use std::path::Path;
 
@@ -35,7 +35,7 @@ async fn is_behind(agent: &Agent, because: &str) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn an_agent_moves_on_and_keeps_what_it_has() -> anyhow::Result<()> {
+async fn agent_fails_over_and_retains_content() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let work = tempfile::tempdir()?;
     let manifests = tempfile::tempdir()?;
@@ -53,7 +53,7 @@ async fn an_agent_moves_on_and_keeps_what_it_has() -> anyhow::Result<()> {
     agent.wait_in_step().await?;
     holds(&opa, 0).await?;
 
-    // Whichever it follows goes: it resumes by frame at the other one.
+    // The current hub stops: the agent resumes by frame at the other.
     let followed = usize::from(hubs[1].metric("opa_hub_agents").await? == 1);
     hubs[followed].kill();
     write(manifests.path(), 1)?;
@@ -62,17 +62,17 @@ async fn an_agent_moves_on_and_keeps_what_it_has() -> anyhow::Result<()> {
     let done = &agent.status().await?["done"];
     assert_eq!((&done["snapshots"], &done["reconciles"]), (&json!(1), &json!(0)), "{done}");
 
-    // Both go: what OPA holds stays, and the agent says that it may be old.
+    // Both stop: OPA keeps its content, and the agent reports staleness.
     hubs[1 - followed].kill();
     is_behind(&agent, "no stream from the hub").await?;
     has_readiness(&agent, false, "OPA is out of step for").await?;
     assert_eq!(opa.data("/ns/m/k/value").await?, json!(1));
-    // OPA goes too: it is empty, and the agent says so.
+    // OPA restarts empty, which the agent reports.
     opa.process = None;
     opa.restart().await?;
     is_behind(&agent, "OPA does not hold what the hub last said").await?;
     assert_eq!(opa.data("/ns/m").await?, Value::Null);
-    // One hub comes back: so does everything else.
+    // One hub restarts, and all content returns.
     hubs[followed].spawn()?;
     agent.wait_in_step().await?;
     holds(&opa, 1).await
@@ -87,9 +87,9 @@ async fn has_readiness(agent: &Agent, is_ready: bool, words: &str) -> anyhow::Re
     .map(drop)
 }
 
-/// An outage of the hub takes no application out of its Service: an OPA that was loaded is ready until it restarts.
+/// A hub outage affects no application: a loaded OPA stays ready until it restarts.
 #[tokio::test]
-async fn an_opa_that_was_loaded_stays_ready() -> anyhow::Result<()> {
+async fn loaded_opa_stays_ready() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), 0)?;
@@ -100,13 +100,13 @@ async fn an_opa_that_was_loaded_stays_ready() -> anyhow::Result<()> {
     let mut agent =
         Agent::start(work.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &flags)?;
     agent.wait_in_step().await?;
-    // Not on disk yet when all is killed.
+    // Not on disk before the kill.
     write(manifests.path(), 1)?;
     holds(&opa, 1).await?;
     hub.kill();
     is_behind(&agent, "no stream from the hub").await?;
     has_readiness(&agent, true, "ok").await?;
-    // An agent that restarts meanwhile finds what OPA holds.
+    // A restarted agent resumes from OPA's marker.
     agent.kill();
     agent.spawn()?;
     has_readiness(&agent, true, "ok").await?;
@@ -127,9 +127,9 @@ async fn an_opa_that_was_loaded_stays_ready() -> anyhow::Result<()> {
     agent.wait_in_step().await
 }
 
-/// A hub that hangs says nothing and closes nothing: silence is what tells.
+/// A hanging hub closes no connection; agents time out.
 #[tokio::test]
-async fn a_hub_that_hangs_is_left() -> anyhow::Result<()> {
+async fn agents_leave_a_hanging_hub() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let work = tempfile::tempdir()?;
     let manifests = tempfile::tempdir()?;
@@ -144,14 +144,14 @@ async fn a_hub_that_hangs_is_left() -> anyhow::Result<()> {
     let mut agent = Agent::start(work.path(), &Agent::address()?, &urls, &opa.url, Delivery::Rest, &[])?;
     agent.wait_in_step().await?;
     let followed = usize::from(hubs[1].metric("opa_hub_agents").await? == 1);
-    hubs[followed].process.as_ref().expect("it runs").suspend()?;
+    hubs[followed].process.as_ref().expect("the hub runs").suspend()?;
     write(manifests.path(), 1)?;
     holds(&opa, 1).await
 }
 
-/// Somebody removes what the agent put, or its marker: it is put right.
+/// Content or markers removed by other clients are restored.
 #[tokio::test]
-async fn what_others_remove_from_opa_comes_back() -> anyhow::Result<()> {
+async fn agent_restores_content_removed_by_others() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let work = tempfile::tempdir()?;
     let manifests = tempfile::tempdir()?;
@@ -175,7 +175,7 @@ async fn what_others_remove_from_opa_comes_back() -> anyhow::Result<()> {
         holds_other(&opa).await?;
         agent.wait_in_step().await?;
     }
-    // Of a marker that no agent wrote the names are believed.
+    // The names in a marker of unknown origin are used.
     for (value, marker) in [(5, "{\"revision\": 5}"), (6, "{\"revision\": 5, \"dirs\": {\"/ns/gone\": 1}}")] {
         for (path, body) in [("ns/gone", "{\"k\": 1}"), ("system/opahub/main", marker)] {
             let put = http.put(format!("{}/v1/data/{path}", opa.url)).body(body.to_owned());
@@ -188,7 +188,7 @@ async fn what_others_remove_from_opa_comes_back() -> anyhow::Result<()> {
     agent.wait_in_step().await
 }
 
-/// The other directory is whole, whatever happened to the first.
+/// Waits until the other directory is complete.
 async fn holds_other(opa: &Opa) -> anyhow::Result<()> {
     eventually("the other directory", async || {
         equal(&opa.data("/ns/other/k").await.map_err(|error| error.to_string())?, &json!({}))

@@ -1,6 +1,6 @@
-//! Hub, agents and OPAs as programs. A seed kills, suspends and disconnects them one after the other while objects and
-//! policies change. Each OPA ends with what the folder says and never decides on a part of the data.
-//! `OPA_HUB_AGENT_FAULT_SEED` and `OPA_HUB_AGENT_FAULT_STEPS` ask for another run.
+//! Fault test with real hub, agent and OPA processes. A seed determines kills, suspensions and disconnects while objects
+//! and policies change. Each OPA ends with the folder's content and never decides on partial data.
+//! `OPA_HUB_AGENT_FAULT_SEED` and `OPA_HUB_AGENT_FAULT_STEPS` select another run.
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
@@ -20,21 +20,21 @@ use serde_json::{Map, Value, json};
 use crate::proxy::{Direction, Proxy, Then};
 use crate::world::{wake, without_empty_maps, write_list};
 
-/// Steps of one run of the tests: every kind of event twice.
+/// Default number of steps: every event twice.
 const STEPS: usize = 2 * EVENTS.len();
 const SEED: u64 = 17;
-/// Steps after which OPAs are compared with the folder.
+/// Number of steps between comparisons with the folder.
 const CHECK_AFTER: usize = 4;
-/// Pods that never go. Their load takes OPA several requests.
+/// Number of permanent pods. Their load takes several requests.
 const BASE: usize = 400;
-/// Bytes of one field of a pod, so that a frame carries edits below the object.
+/// Size of a pod's field, in bytes, so that frames contain edits.
 const PADDING: usize = 900;
-/// Bytes of requests after which a load is interrupted: less than it takes until OPA has all pods.
+/// Request bytes before a load is interrupted: less than a full load.
 const LOAD_BYTES: usize = BASE * PADDING / 2;
-/// Pause between two questions, so that two cores do other work too.
+/// Pause between queries, which leaves CPU time on two cores.
 const ASK_PAUSE: Duration = Duration::from_millis(2);
 
-/// Rules that are defined on any data, and count all base pods only where OPA has all of them with all that is read.
+/// Rules defined on any data, which count all base pods only on complete data.
 const COUNT: &str = "package count
 
 base := count([1 |
@@ -47,10 +47,9 @@ base := count([1 |
 ])
 ";
 
-/// Fields that only the edited policy reads.
+/// Fields read only by the edited policy.
 const FIELDS: [(&str, &str); 3] = [("spec", "nodeName"), ("status", "podIP"), ("status", "phase")];
 
-/// All that happens.
 const EVENTS: [&str; 16] = [
     "agents killed",
     "agents killed in a request",
@@ -70,22 +69,20 @@ const EVENTS: [&str; 16] = [
     "policies rejected",
 ];
 
-/// Counters of the agents, each of which must move.
+/// Agent counters, each of which must increase.
 const DONE: [&str; 4] = ["frames", "reconciles", "restores", "snapshots"];
 
-/// The folder, and what OPAs must have of it.
+/// The folder, and the content expected in OPAs.
 struct Folder {
     dir: PathBuf,
     pods: BTreeMap<String, Value>,
-    /// Data ConfigMaps.
     maps: BTreeMap<String, usize>,
-    /// Policies of one rule.
     modules: BTreeMap<String, usize>,
-    /// Version of the edited policy.
+    /// Edited policy's version.
     version: usize,
     /// Fields that this version reads.
     reads: [bool; FIELDS.len()],
-    /// Whether the folder has a text of this policy that does not compile, after this version.
+    /// Whether the folder has a later, invalid text of this policy.
     is_broken: bool,
 }
 
@@ -93,7 +90,10 @@ impl Folder {
     fn new(dir: &Path) -> Self {
         Self {
             dir: dir.to_owned(),
-            pods: (0..BASE).map(|at| format!("base-{at}")).map(|name| (name.clone(), pod(&name))).collect(),
+            pods: (0..BASE)
+                .map(|index| format!("base-{index}"))
+                .map(|name| (name.clone(), pod(&name)))
+                .collect(),
             maps: BTreeMap::from([("map-0".to_owned(), 0)]),
             modules: BTreeMap::new(),
             version: 0,
@@ -141,7 +141,7 @@ impl Folder {
         modules.chain([("count".to_owned(), COUNT.to_owned()), ("reads".to_owned(), reads)]).collect()
     }
 
-    /// `pod` with the fields that policies read.
+    /// Prunes `pod` to the fields that policies read.
     fn cut(&self, pod: &Value) -> Value {
         let metadata =
             json!({ "labels": pod["metadata"]["labels"], "annotations": pod["metadata"]["annotations"] });
@@ -155,7 +155,7 @@ impl Folder {
     async fn is_held_by(&self, opa: &Opa) -> Result<(), String> {
         let text = |error: anyhow::Error| error.to_string();
         let modules = opa.texts().await.map_err(text)?;
-        // OPA puts the bundle's name in front of the ids of a bundle.
+        // OPA prefixes module ids with the bundle's name.
         let modules: BTreeMap<_, _> = modules
             .into_iter()
             .map(|(id, text)| (id.strip_prefix("main/").unwrap_or(&id).to_owned(), text))
@@ -177,9 +177,9 @@ impl Folder {
         stale.map_or(Ok(()), |name| Err(format!("{name} is still there")))
     }
 
-    /// Changes a few pods: most of them by a member or two.
+    /// Changes a few pods, mostly by few members.
     fn change_pods(&mut self, random: &mut Rng) -> anyhow::Result<()> {
-        // A number that no pod has yet, so that each change shows.
+        // A unique number makes each change visible.
         let round = random.u64(..).to_string();
         for _ in 0..random.usize(1..6) {
             let name = format!("base-{}", random.usize(..BASE));
@@ -196,8 +196,8 @@ impl Folder {
         self.write_pods()
     }
 
-    /// Adds a pod, or removes one that was added.
-    fn turn_pod(&mut self, random: &mut Rng) -> anyhow::Result<()> {
+    /// Adds or removes an additional pod.
+    fn toggle_pod(&mut self, random: &mut Rng) -> anyhow::Result<()> {
         let name = format!("other-{}", random.u8(..4));
         if self.pods.remove(&name).is_none() {
             self.pods.insert(name.clone(), pod(&name));
@@ -205,15 +205,15 @@ impl Folder {
         self.write_pods()
     }
 
-    /// Sets or removes one of `of`: data ConfigMaps or policies of one rule.
-    fn turn(of: &mut BTreeMap<String, usize>, prefix: &str, random: &mut Rng) {
+    /// Sets or removes a data ConfigMap or policy.
+    fn toggle(items: &mut BTreeMap<String, usize>, prefix: &str, random: &mut Rng) {
         let name = format!("{prefix}-{}", random.u8(..4));
-        if random.bool() || of.remove(&name).is_none() {
-            of.insert(name, random.usize(..1000));
+        if random.bool() || items.remove(&name).is_none() {
+            items.insert(name, random.usize(..1000));
         }
     }
 
-    /// Edits the policy so that it reads a field more and a field less.
+    /// Edits the policy to read one more field and one less.
     fn edit(&mut self, random: &mut Rng) -> anyhow::Result<()> {
         let before = self.reads;
         let has = |reads: [bool; FIELDS.len()], others: [bool; FIELDS.len()]| {
@@ -239,7 +239,7 @@ fn pod(name: &str) -> Value {
     })
 }
 
-/// Decisions of one OPA so far.
+/// Decision counts of an OPA.
 #[derive(Default)]
 struct Answers {
     right: AtomicUsize,
@@ -248,7 +248,7 @@ struct Answers {
     stop: AtomicBool,
 }
 
-/// Asks for decisions until it is stopped. One that is defined must be the one on all data.
+/// Queries until stopped. Defined decisions must be based on all data.
 async fn ask(http: reqwest::Client, url: String, answers: Arc<Answers>) {
     while !answers.stop.load(Ordering::Relaxed) {
         for rule in ["count/base", "reads/base"] {
@@ -269,7 +269,7 @@ async fn ask(http: reqwest::Client, url: String, answers: Arc<Answers>) {
     }
 }
 
-/// An OPA and its agent, with proxies from the agent to OPA and to the hub.
+/// An OPA and its agent, with proxies to OPA and hub.
 struct Consumer {
     delivery: Delivery,
     opa: Opa,
@@ -287,7 +287,7 @@ impl Consumer {
         let opa = Opa::start(&assets, dir, config.as_ref(), &[]).await?;
         let (to_opa, to_hub) = (Proxy::start(&opa.url).await?, Proxy::start(&hub.url).await?);
         let state = dir.join("agent-state").display().to_string();
-        // The other one has no last good state.
+        // The other agent has no last good state.
         let flags = ["--state-dir", state.as_str()];
         let flags = if delivery == Delivery::Rest { &flags[..] } else { &[] };
         let mut agent = Agent::start(dir, &address, &[&to_hub.url], &to_opa.url, delivery, flags)?;
@@ -315,7 +315,7 @@ impl Consumer {
 
 struct World {
     folder: Folder,
-    /// File of the hub's last good policies.
+    /// The hub's last good file.
     last_good: PathBuf,
     hub: Hub,
     consumers: Vec<Consumer>,
@@ -343,30 +343,30 @@ impl World {
         Ok(Self { folder, last_good, hub, consumers, random, seen })
     }
 
-    /// Waits until each OPA has what the folder says, and decides on that.
+    /// Waits until each OPA matches the folder and decides accordingly.
     async fn check(&mut self) -> anyhow::Result<()> {
         let Self { folder, consumers, .. } = self;
         for consumer in consumers {
             let delivery = consumer.delivery;
-            eventually(format!("{delivery:?}: OPA has what the folder says"), async || {
+            eventually(format!("{delivery:?}: OPA matches the folder"), async || {
                 folder.is_held_by(&consumer.opa).await
             })
             .await?;
             consumer.agent.wait_in_step().await?;
-            let held = folder.is_held_by(&consumer.opa).await;
-            held.map_err(|error| anyhow::anyhow!("{delivery:?}: in step: {error}"))?;
+            let result = folder.is_held_by(&consumer.opa).await;
+            result.map_err(|error| anyhow::anyhow!("{delivery:?}: in step: {error}"))?;
             consumer.decides(json!(BASE)).await?;
             let wrong = consumer.answers.wrong.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            anyhow::ensure!(wrong.is_empty(), "{delivery:?}: decisions on a part of the data: {wrong:?}");
+            anyhow::ensure!(wrong.is_empty(), "{delivery:?}: decisions on partial data: {wrong:?}");
         }
         self.count_done().await;
         Ok(())
     }
 
-    /// Looks at the counters of the agents, which end with an agent.
+    /// Samples the agents' counters, which an agent restart resets.
     async fn count_done(&mut self) {
         for consumer in &self.consumers {
-            // One that was just started does not listen yet.
+            // A new agent may not listen yet.
             let Ok(status) = consumer.agent.status().await else { continue };
             for done in DONE {
                 *self.seen.entry(done).or_default() += usize::from(status["done"][done] != json!(0));
@@ -375,7 +375,7 @@ impl World {
     }
 
     async fn happens(&mut self, event: &'static str) -> anyhow::Result<()> {
-        // These need agents that follow a hub, or policies that have arrived.
+        // These events require connected agents or delivered policies.
         if matches!(event, "OPAs killed without a hub" | "OPAs suspended" | "policies rejected") {
             self.check().await?;
         }
@@ -383,13 +383,13 @@ impl World {
         let one = random.usize(..consumers.len());
         match event {
             "objects changed" => folder.change_pods(random)?,
-            "objects added or removed" => folder.turn_pod(random)?,
+            "objects added or removed" => folder.toggle_pod(random)?,
             "maps changed" => {
-                Folder::turn(&mut folder.maps, "map", random);
+                Folder::toggle(&mut folder.maps, "map", random);
                 folder.write_maps()?;
             }
             "modules added or removed" => {
-                Folder::turn(&mut folder.modules, "module", random);
+                Folder::toggle(&mut folder.modules, "module", random);
                 folder.write_maps()?;
             }
             "policies edited" => folder.edit(random)?,
@@ -408,7 +408,7 @@ impl World {
     }
 }
 
-/// Writes a policy that does not compile. The hub keeps the version before, over its own restarts too.
+/// Writes an invalid policy. The hub keeps the previous version across restarts.
 async fn reject(folder: &mut Folder, last_good: &Path, hub: &Hub) -> anyhow::Result<()> {
     let version = format!("version := {}\\n", folder.version);
     eventually("the hub has stored the policies", async || {
@@ -428,7 +428,7 @@ async fn reject(folder: &mut Folder, last_good: &Path, hub: &Hub) -> anyhow::Res
     .map(drop)
 }
 
-/// Restarts both OPAs while no hub runs: one decides on the last good state of its agent, the other on nothing.
+/// Restarts both OPAs without a hub: only one agent has a last good state.
 async fn kill_without_hub(
     folder: &mut Folder,
     hub: &mut Hub,
@@ -456,7 +456,7 @@ async fn kill_without_hub(
 }
 
 impl Consumer {
-    /// Does something to this agent, its OPA or their connections while objects change.
+    /// Injects a fault while objects change.
     async fn fails(&mut self, event: &str, folder: &mut Folder, random: &mut Rng) -> anyhow::Result<()> {
         match event {
             "agents killed" => {
@@ -469,7 +469,7 @@ impl Consumer {
                 folder.change_pods(random)?;
                 self.to_opa.wait_stopped().await?;
                 self.agent.kill();
-                // What is held back reaches OPA before or after the next agent does.
+                // Delayed bytes arrive before or after the next agent's.
                 if random.bool() {
                     self.to_opa.resume();
                 }
@@ -507,7 +507,7 @@ impl Consumer {
                 self.opa.restart().await?;
                 self.to_opa.wait_stopped().await?;
                 let found = self.opa.decide("/count/base", &json!({})).await?;
-                anyhow::ensure!(found == Value::Null, "{:?}: {found} in the middle of a load", self.delivery);
+                anyhow::ensure!(found == Value::Null, "{:?}: {found} during a load", self.delivery);
                 self.opa.process = None;
                 self.to_opa.resume();
                 self.opa.restart().await?;
@@ -525,15 +525,15 @@ impl Consumer {
                 }
                 wake(self.opa.process.as_ref().context("OPA runs")?)?;
             }
-            _ => anyhow::bail!("{event}: no such event"),
+            _ => anyhow::bail!("unknown event {event}"),
         }
         Ok(())
     }
 }
 
-/// I1 and I10 with the programs themselves.
+/// I1 and I10 with real processes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn i10_whatever_fails_opas_hold_what_the_folder_says() -> anyhow::Result<()> {
+async fn i10_opas_match_the_folder_despite_faults() -> anyhow::Result<()> {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let seed = number("OPA_HUB_AGENT_FAULT_SEED").unwrap_or(SEED);
     let steps = number("OPA_HUB_AGENT_FAULT_STEPS").map_or(Ok(STEPS), usize::try_from)?;
@@ -557,11 +557,11 @@ async fn i10_whatever_fails_opas_hold_what_the_folder_says() -> anyhow::Result<(
         answers.stop.store(true, Ordering::Relaxed);
         let (right, undefined) = (&answers.right, &answers.undefined);
         println!("{delivery:?}: {right:?} decisions right, {undefined:?} undefined");
-        assert!(right.load(Ordering::Relaxed) > steps, "{delivery:?}: decisions were asked for");
+        assert!(right.load(Ordering::Relaxed) > steps, "{delivery:?}: decisions were queried");
         assert!(steps < STEPS || undefined.load(Ordering::Relaxed) > 0, "{delivery:?}: OPA was empty");
     }
     let is_missing = |what: &&str| world.seen.get(*what).is_none_or(|count| *count == 0);
     let missing: Vec<_> = EVENTS.into_iter().chain(DONE).filter(is_missing).collect();
-    assert!(missing.is_empty() || steps < STEPS, "never happened: {missing:?}");
+    assert!(missing.is_empty() || steps < STEPS, "never covered: {missing:?}");
     Ok(())
 }

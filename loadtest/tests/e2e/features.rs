@@ -1,4 +1,4 @@
-//! Flags of the agent and of the hub that one deployment or another needs, each with the programs themselves.
+//! Deployment-specific flags of agent and hub, with real processes.
 
 use std::path::Path;
 
@@ -11,7 +11,6 @@ use serde_json::{Value, json};
 
 use crate::world::{write_list, write_manifest};
 
-/// Writes a policy and a data ConfigMap of this value.
 fn write(dir: &Path, value: usize) -> anyhow::Result<()> {
     let configmap = |name: &str, label: (&str, &str), key: &str, text: String| {
         json!({
@@ -34,7 +33,6 @@ async fn hub(work: &Path, manifests: &Path, flags: &[&str]) -> anyhow::Result<Hu
     Hub::start(work, &flags).await
 }
 
-/// Waits until policy and data have this value.
 async fn decides(opa: &Opa, value: usize) -> anyhow::Result<()> {
     eventually(format!("OPA decides on {value}"), async || {
         let found = opa.decide("/p", &json!({})).await.map_err(|error| error.to_string())?;
@@ -44,9 +42,9 @@ async fn decides(opa: &Opa, value: usize) -> anyhow::Result<()> {
     .map(drop)
 }
 
-/// Waits until the agent says this of its OPA.
-async fn is_told(agent: &Agent, part: &str) -> anyhow::Result<()> {
-    eventually(format!("the agent says {part:?}"), async || {
+/// Waits until the agent's status contains `part`.
+async fn reports(agent: &Agent, part: &str) -> anyhow::Result<()> {
+    eventually(format!("the agent reports {part:?}"), async || {
         let status = agent.status().await.map_err(|error| error.to_string())?.to_string();
         if status.contains(part) { Ok(()) } else { Err(status) }
     })
@@ -55,7 +53,7 @@ async fn is_told(agent: &Agent, part: &str) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn an_opa_with_tls() -> anyhow::Result<()> {
+async fn agent_connects_to_opa_with_tls() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), 1)?;
@@ -65,7 +63,7 @@ async fn an_opa_with_tls() -> anyhow::Result<()> {
     for flags in
         [&["--opa-ca-file", &file("ca.crt")][..], &["--opa-allow-insecure"], &["--opa-allow-insecure=true"]]
     {
-        // The test itself asks OPA at a second address, without TLS.
+        // The test queries a second address, without TLS.
         let (secure, plain) = (free_port()?, free_port()?);
         let addresses = [format!("https://127.0.0.1:{secure}"), format!("http://127.0.0.1:{plain}")];
         let mut opa = Opa::start(
@@ -89,7 +87,7 @@ async fn an_opa_with_tls() -> anyhow::Result<()> {
             Agent::start(work.path(), &Agent::address()?, &[&hub.url], &addresses[0], Delivery::Rest, flags)
         };
         let stranger = start(&[])?;
-        is_told(&stranger, "OPA does not answer").await?;
+        reports(&stranger, "OPA does not answer").await?;
         assert_eq!(opa.decide("/p", &json!({})).await?, Value::Null);
         drop(stranger);
         let mut agent = start(flags)?;
@@ -99,7 +97,7 @@ async fn an_opa_with_tls() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// OPA takes writes with this token only.
+/// Writes an OPA policy that requires this token.
 fn write_authz(dir: &Path, token: &str) -> anyhow::Result<String> {
     let text = format!(
         "package system.authz\n\ndefault allow := false\n\nallow if input.identity == {token:?}\n\n\
@@ -111,7 +109,7 @@ fn write_authz(dir: &Path, token: &str) -> anyhow::Result<String> {
 }
 
 #[tokio::test]
-async fn a_token_of_the_command_line_and_one_of_a_file_that_changes() -> anyhow::Result<()> {
+async fn agent_reads_token_from_flag_and_changing_file() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), 1)?;
@@ -131,10 +129,10 @@ async fn a_token_of_the_command_line_and_one_of_a_file_that_changes() -> anyhow:
     drop(agent);
     let mut agent = start(&["--opa-auth-token-file", &file])?;
     agent.wait_in_step().await?;
-    // OPA takes another token from now on, and the agent learns of it later.
+    // OPA requires a new token before the agent has it.
     write_authz(work.path(), "token-after")?;
     opa.restart().await?;
-    is_told(&agent, "401").await?;
+    reports(&agent, "401").await?;
     assert_eq!(opa.decide("/p", &json!({})).await?, Value::Null);
     std::fs::write(&token, "token-after\n")?;
     decides(&opa, 1).await?;
@@ -144,9 +142,8 @@ async fn a_token_of_the_command_line_and_one_of_a_file_that_changes() -> anyhow:
     Ok(())
 }
 
-/// Probes answer at the second address of agent and hub, and nothing else does.
 #[tokio::test]
-async fn health_endpoints() -> anyhow::Result<()> {
+async fn health_address_serves_only_probes() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), 1)?;
@@ -173,9 +170,8 @@ async fn health_endpoints() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each line of the log of agent and hub is a JSON object with the flag for it.
 #[tokio::test]
-async fn logs_in_json() -> anyhow::Result<()> {
+async fn log_lines_are_json_with_the_flag() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), 1)?;
@@ -186,7 +182,7 @@ async fn logs_in_json() -> anyhow::Result<()> {
         Agent::start(work.path(), &address, &[&hub.url], &opa.url, Delivery::Rest, &["--log-json"])?;
     agent.wait_in_step().await?;
     for process in [&hub.process, &agent.process] {
-        let log = process.as_ref().map(Process::log).context("it runs")?;
+        let log = process.as_ref().map(Process::log).context("process runs")?;
         let lines: Result<Vec<Value>, _> = log.lines().map(serde_json::from_str).collect();
         let lines = lines.with_context(|| log.clone())?;
         assert!(!lines.is_empty() && lines.iter().all(|line| line["level"].is_string()), "{log}");
@@ -194,9 +190,8 @@ async fn logs_in_json() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// OPA takes policies and data as two bundles from the hub itself.
 #[tokio::test]
-async fn policy_and_data_as_two_bundles() -> anyhow::Result<()> {
+async fn opa_pulls_policy_and_data_as_two_bundles() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), 1)?;
@@ -219,9 +214,8 @@ async fn policy_and_data_as_two_bundles() -> anyhow::Result<()> {
     decides(&opa, 3).await
 }
 
-/// Agents of two bundles beside one OPA leave each other's data and policies alone.
 #[tokio::test]
-async fn agents_of_two_bundles_beside_one_opa() -> anyhow::Result<()> {
+async fn agents_of_two_bundles_share_an_opa() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let write = |team: &str, value: usize| {
@@ -280,9 +274,9 @@ async fn agents_of_two_bundles_beside_one_opa() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Two agents of one bundle contend for one OPA, as they do in a rollout. It follows all the same.
+/// Two agents of one bundle contend for an OPA, as in a rollout. OPA stays up to date.
 #[tokio::test]
-async fn agents_of_one_bundle_beside_one_opa() -> anyhow::Result<()> {
+async fn agents_of_one_bundle_share_an_opa() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), 0)?;
@@ -300,9 +294,9 @@ async fn agents_of_one_bundle_beside_one_opa() -> anyhow::Result<()> {
     second.wait_in_step().await
 }
 
-/// An agent takes over from one of another version, the marker of which has fields that it does not know, or does not parse.
+/// An agent continues from a marker of another version, with unknown or invalid fields.
 #[tokio::test]
-async fn a_marker_of_another_version() -> anyhow::Result<()> {
+async fn agent_accepts_a_marker_of_another_version() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), 1)?;
@@ -316,7 +310,7 @@ async fn a_marker_of_another_version() -> anyhow::Result<()> {
         let mut marker = opa.marker("main").await?;
         marker["future"] = json!({ "field": 1 });
         if !is_known {
-            let digests = marker["dirs"].as_object_mut().context("a marker names directories")?;
+            let digests = marker["dirs"].as_object_mut().context("marker without directories")?;
             digests.values_mut().for_each(|digest| *digest = json!({ "future": digest.take() }));
         }
         let request = http()?.put(format!("{}/v1/data/system/opahub/main", opa.url));

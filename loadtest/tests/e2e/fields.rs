@@ -1,5 +1,4 @@
-//! `--fields`: only what is asked for travels, what does not show in it is silence, and no policy ever decides on less
-//! than it reads.
+//! `--fields`: only selected fields are sent, other changes send nothing, and no policy decides on missing fields.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,7 +11,7 @@ use serde_json::{Value, json};
 use crate::world::write_manifest;
 
 #[tokio::test]
-async fn only_these_fields_travel() -> anyhow::Result<()> {
+async fn only_selected_fields_are_sent() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let pod = |name: &str, app: &str, phase: &str| {
@@ -37,7 +36,7 @@ async fn only_these_fields_travel() -> anyhow::Result<()> {
     let pods = |a: &str, b: &str| json!({ "default": { "a": seen(a), "b": seen(b) } });
     assert_eq!(opa.data("/kubernetes/pods").await?, pods("web", "db"));
     let before = hub.metric("opa_hub_view_changes_total").await?;
-    // The first change does not show, the second does: by then the first was seen too.
+    // Only the second change is visible; by then the first was processed.
     pod("a", "web", "Running")?;
     eventually("the hub has seen the change", async || {
         equal(&hub.metric("opa_hub_source_events_total").await.map_err(|error| error.to_string())?, &3)
@@ -52,10 +51,10 @@ async fn only_these_fields_travel() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Edits of the policy under query load.
+/// Number of policy edits under query load.
 const EDITS: u64 = 40;
 const SEED: u64 = 10;
-/// What a policy may read of a pod, and what it finds.
+/// Readable fields of a pod, with their values.
 const FIELDS: [(&str, &str); 4] = [
     ("metadata.labels.app", "web"),
     ("spec.containers[0].image", "i"),
@@ -63,9 +62,9 @@ const FIELDS: [(&str, &str); 4] = [
     ("spec.nodeName", "n"),
 ];
 
-/// A policy of this version that reads some fields of every pod, and decides nothing when one is missing.
+/// Writes a policy that reads some fields of every pod, and is undefined if one is missing.
 fn policy(dir: &Path, version: u64, reads: &[usize]) -> anyhow::Result<()> {
-    let field = |at: &usize| format!("\"f{at}\": pod.{}", FIELDS[*at].0);
+    let field = |index: &usize| format!("\"f{index}\": pod.{}", FIELDS[*index].0);
     let fields: Vec<_> = reads.iter().map(field).collect();
     let text = format!(
         "package t\nby_pod[name] := {{\"version\": {version}, {}}} if {{\n  some name, pod in data.kubernetes.pods[\"default\"]\n}}\n",
@@ -78,7 +77,7 @@ fn policy(dir: &Path, version: u64, reads: &[usize]) -> anyhow::Result<()> {
     write_manifest(dir, "policy.json", &manifest)
 }
 
-/// Asks again and again, until told to stop, and says how often; each answer must be a version's whole decision.
+/// Queries until stopped. Each answer must be one version's complete decision. Returns the number of queries.
 async fn query(opa: &Opa, stop: &AtomicBool, newest: &AtomicU64) -> anyhow::Result<u64> {
     let mut asked = 0;
     while !stop.load(Ordering::Relaxed) {
@@ -88,9 +87,9 @@ async fn query(opa: &Opa, stop: &AtomicBool, newest: &AtomicU64) -> anyhow::Resu
         let pods = pods.ok_or_else(|| anyhow::anyhow!("a pod is missing: {answer}"))?;
         for decision in pods.values() {
             let version = decision["version"].as_u64().unwrap_or(u64::MAX);
-            anyhow::ensure!(version <= newest.load(Ordering::Relaxed), "no such version: {answer}");
-            for (at, (_, expected)) in FIELDS.iter().enumerate() {
-                let found = decision.get(format!("f{at}"));
+            anyhow::ensure!(version <= newest.load(Ordering::Relaxed), "unknown version: {answer}");
+            for (index, (_, expected)) in FIELDS.iter().enumerate() {
+                let found = decision.get(format!("f{index}"));
                 anyhow::ensure!(found.is_none_or(|found| found == expected), "a wrong value: {answer}");
             }
         }
@@ -98,7 +97,7 @@ async fn query(opa: &Opa, stop: &AtomicBool, newest: &AtomicU64) -> anyhow::Resu
     Ok(asked)
 }
 
-/// I10: policies that read ever other fields, edited under query load while hub and agents are killed.
+/// I10: policies change their fields under query load while hub and agents are killed.
 async fn i10_no_policy_decides_on_less_than_it_reads(hubs: usize) -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
@@ -166,7 +165,7 @@ async fn i10_no_policy_decides_on_less_than_it_reads(hubs: usize) -> anyhow::Res
             if agent_dies {
                 agents[dying].spawn()?;
             }
-            // Now and then the next edit comes before this one arrived anywhere.
+            // At times the next edit precedes delivery of this one.
             if random.u8(..3) > 0 {
                 decides(rest, version).await?;
                 decides(bundle, version).await?;
@@ -174,7 +173,7 @@ async fn i10_no_policy_decides_on_less_than_it_reads(hubs: usize) -> anyhow::Res
             if version % 10 == 0 {
                 let expected = expected(&reads);
                 for opa in [rest, bundle] {
-                    eventually("what no policy reads any more is gone", async || {
+                    eventually("unread fields are removed", async || {
                         let found =
                             opa.data("/kubernetes/pods/default/a").await.map_err(|e| e.to_string())?;
                         equal(&found, &expected)
@@ -198,20 +197,20 @@ async fn i10_no_policy_decides_on_less_than_it_reads(hubs: usize) -> anyhow::Res
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn i10_with_one_hub() -> anyhow::Result<()> {
+async fn i10_policies_find_all_fields_with_one_hub() -> anyhow::Result<()> {
     i10_no_policy_decides_on_less_than_it_reads(1).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn i10_with_two_hubs() -> anyhow::Result<()> {
+async fn i10_policies_find_all_fields_with_two_hubs() -> anyhow::Result<()> {
     i10_no_policy_decides_on_less_than_it_reads(2).await
 }
 
-/// A pod with the fields of these reads and no other.
+/// Returns a pod with only the fields of `reads`.
 fn expected(reads: &[usize]) -> Value {
     let mut pod = json!({});
-    for at in reads {
-        match at {
+    for index in reads {
+        match index {
             0 => pod["metadata"] = json!({ "labels": { "app": "web" } }),
             1 => pod["spec"]["containers"] = json!([{ "image": "i" }]),
             2 => pod["status"] = json!({ "podIP": "10.0.0.1" }),
@@ -221,9 +220,9 @@ fn expected(reads: &[usize]) -> Value {
     pod
 }
 
-/// Who takes objects whole is told so, with what it costs, and OPA is not given data and policies apart.
+/// Whole-object replication is reported with its cost, and separate data and policy bundles are rejected.
 #[tokio::test]
-async fn what_travels_is_told() -> anyhow::Result<()> {
+async fn sent_fields_and_their_cost_are_reported() -> anyhow::Result<()> {
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let dir = manifests.path();
     let pod = json!({
@@ -234,18 +233,18 @@ async fn what_travels_is_told() -> anyhow::Result<()> {
     let folder = dir.display().to_string();
     let flags = ["--manifests", &folder, "--replicate=v1/pods", "--fields=auto,spec.nodeName"];
     let hub = Hub::start(work.path(), &flags).await?;
-    // While there is no policy, nothing is read.
-    let told = hub.json("/v1/bundles/main/fields").await?;
+    // Without policies, nothing is read.
+    let report = hub.json("/v1/bundles/main/fields").await?;
     let nothing_but = json!({ "spec": { "nodeName": "n" } }).to_string().len();
-    assert_eq!(told["resources"][0]["jsonBytes"], json!(nothing_but), "{told}");
+    assert_eq!(report["resources"][0]["jsonBytes"], json!(nothing_but), "{report}");
     policy(dir, 0, &[0, 2])?;
     eventually("the policy is served", async || {
         let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
         equal(&bundle["counts"]["modules"], &json!(1))
     })
     .await?;
-    let told = hub.json("/v1/bundles/main/fields").await?;
-    let pods = &told["resources"][0];
+    let report = hub.json("/v1/bundles/main/fields").await?;
+    let pods = &report["resources"][0];
     let fields = pods["fields"].as_array().into_iter().flatten();
     let fields: Vec<_> =
         fields.map(|field| (field["path"].as_str().unwrap_or_default(), &field["readers"])).collect();
@@ -254,9 +253,9 @@ async fn what_travels_is_told() -> anyhow::Result<()> {
         ("status.podIP…", &json!(["opa/t/t.rego:2:69"])),
         ("spec.nodeName…", &json!([])),
     ];
-    assert_eq!(fields, expected, "{told}");
-    let (whole, kept) = (pods["wholeBytes"].as_u64(), pods["jsonBytes"].as_u64());
-    assert!(kept < whole && kept > Some(0), "{told}");
+    assert_eq!(fields, expected, "{report}");
+    let (whole, pruned) = (pods["wholeBytes"].as_u64(), pods["jsonBytes"].as_u64());
+    assert!(pruned < whole && pruned > Some(0), "{report}");
 
     let apart = reqwest::Client::builder().user_agent("Open-Policy-Agent/1.22.2").build()?;
     let answer = apart.get(format!("{}/bundles/main/data", hub.url)).send().await?;
@@ -281,30 +280,31 @@ async fn what_travels_is_told() -> anyhow::Result<()> {
         }
     })
     .await?;
-    let told = hub.json("/v1/bundles/main/fields").await?;
-    assert_eq!(told["resources"][0]["jsonBytes"], told["resources"][0]["wholeBytes"]);
+    let report = hub.json("/v1/bundles/main/fields").await?;
+    assert_eq!(report["resources"][0]["jsonBytes"], report["resources"][0]["wholeBytes"]);
     Ok(())
 }
 
-/// Bytes that the analysis of any policy may add to the hub's memory.
+/// Maximum memory of a policy's analysis, in bytes.
 const ANALYSIS_BYTES_MAX: u64 = 64 << 20;
 
-/// A rule that chooses one of six names at each of so many levels below a node.
+/// Returns a rule that selects one of six names per level below a node.
 fn choosing(rule: &str, levels: usize) -> String {
-    let names = |at: usize| ["a", "b", "c", "d", "e", "f"].map(|name| format!("x{at}.{name}")).join(", ");
-    let lines = (0..levels).map(|at| format!("\tsome x{} in [{}]\n", at + 1, names(at)));
+    let names =
+        |index: usize| ["a", "b", "c", "d", "e", "f"].map(|name| format!("x{index}.{name}")).join(", ");
+    let lines = (0..levels).map(|index| format!("\tsome x{} in [{}]\n", index + 1, names(index)));
     let lines: String = lines.collect();
     format!("{rule} if {{\n\tx0 := data.kubernetes.nodes[\"{rule}\"]\n{lines}\tx{levels} == 1\n}}\n\n")
 }
 
 #[tokio::test]
-async fn the_analysis_of_a_policy_takes_bounded_memory() -> anyhow::Result<()> {
+async fn policy_analysis_uses_bounded_memory() -> anyhow::Result<()> {
     let texts = [
         "allow if data.kubernetes.nodes.n1.a == 1\n".to_owned(),
-        // 6¹² places of one value, many values of few places, and as many as one value may have of a few.
+        // One value with 6¹² references, many values with few, and few values with the maximum.
         choosing("allow", 12),
-        (0..2000).map(|at| choosing(&format!("r{at}"), 2)).collect(),
-        (0..40).map(|at| choosing(&format!("r{at}"), 4)).collect(),
+        (0..2000).map(|index| choosing(&format!("r{index}"), 2)).collect(),
+        (0..40).map(|index| choosing(&format!("r{index}"), 4)).collect(),
     ];
     let mut peaks = Vec::new();
     for text in texts {
@@ -322,7 +322,7 @@ async fn the_analysis_of_a_policy_takes_bounded_memory() -> anyhow::Result<()> {
             equal(&bundle["counts"]["modules"], &json!(1))
         })
         .await?;
-        peaks.push(hub.process.as_ref().context("it runs")?.usage()?.peak);
+        peaks.push(hub.process.as_ref().context("the hub runs")?.usage()?.peak);
     }
     let most = peaks.iter().max().context("four")?;
     assert!(most - peaks[0] <= ANALYSIS_BYTES_MAX, "{peaks:?}");

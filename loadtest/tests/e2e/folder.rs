@@ -1,4 +1,4 @@
-//! From a folder of manifests, with no cluster: names that need escapes, large directories, all three ways.
+//! Folder sources, without a cluster: escaped names, large directories, all ways of delivery.
 
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Hub, Opa, assets};
@@ -10,7 +10,7 @@ const FLAGS: [&str; 4] =
     ["--replicate", "v1/pods", "--replicate-cluster", "rbac.authorization.k8s.io/v1/clusterroles"];
 const ODD_NAMES: [&str; 6] = ["system:a", "50%", "a/b~c", "~1", "\"quoted\"", "ü.-_"];
 
-/// Enough pods in one namespace that their directory goes to OPA in several PATCHes.
+/// Enough pods for several PATCHes of one directory.
 const PODS: usize = 1500;
 
 fn roles(generation: usize) -> Vec<Value> {
@@ -20,7 +20,7 @@ fn roles(generation: usize) -> Vec<Value> {
 
 fn pods(count: usize, generation: usize) -> Vec<Value> {
     let text = "x".repeat(1000);
-    let pod = |at| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{at}"), "namespace": "big" }, "text": text, "generation": generation });
+    let pod = |index| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{index}"), "namespace": "big" }, "text": text, "generation": generation });
     (0..count).map(pod).collect()
 }
 
@@ -48,7 +48,7 @@ async fn check(way: Way) -> anyhow::Result<()> {
         .await
     };
     let (roles_path, pods_path) = ("/kubernetes/clusterroles", "/kubernetes/pods/big");
-    // One change of all, one of a single object, one that makes it few, one that makes it many again, none, and back.
+    // Changes all, one, to few, to many, to none, and back.
     for generation in 0..6 {
         let count = [PODS, PODS, 3, PODS, 0, 1][generation];
         write_list(manifests.path(), "roles.json", &roles(generation))?;
@@ -69,7 +69,7 @@ async fn check(way: Way) -> anyhow::Result<()> {
             agent.wait_in_step().await?;
         }
     }
-    // The last object of a cluster-scoped resource leaves an empty map, however OPA learns of it.
+    // A cluster-scoped resource without objects is an empty map.
     write_list(manifests.path(), "roles.json", &[])?;
     holds(&opa, roles_path, &json!({})).await?;
     Ok(())
@@ -90,8 +90,8 @@ async fn agent_with_bundle() -> anyhow::Result<()> {
     check(Way::Bundle).await
 }
 
-/// A package leaves a place to data, in one edit, and takes it back.
-async fn a_place_changes_hands(way: Way) -> anyhow::Result<()> {
+/// One edit replaces a package by data at its path; another reverts this.
+async fn data_and_package_swap_a_path(way: Way) -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let work = tempfile::tempdir()?;
     let manifests = tempfile::tempdir()?;
@@ -127,16 +127,16 @@ async fn a_place_changes_hands(way: Way) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_place_changes_hands_with_rest() -> anyhow::Result<()> {
-    a_place_changes_hands(Way::Rest).await
+async fn data_and_package_swap_a_path_with_rest() -> anyhow::Result<()> {
+    data_and_package_swap_a_path(Way::Rest).await
 }
 
 #[tokio::test]
-async fn a_place_changes_hands_with_bundle() -> anyhow::Result<()> {
-    a_place_changes_hands(Way::Bundle).await
+async fn data_and_package_swap_a_path_with_bundle() -> anyhow::Result<()> {
+    data_and_package_swap_a_path(Way::Bundle).await
 }
 
-/// OPA's own delta, for who asks for it: objects come, change and go, with names that need escapes.
+/// OPA's native delta: objects with escaped names are added, changed and removed.
 #[tokio::test]
 async fn native_deltas() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;

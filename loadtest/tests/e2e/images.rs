@@ -1,13 +1,13 @@
-//! Programs in an image that has nothing but them.
+//! Programs in otherwise empty images.
 
 use std::process::Command;
 
 use opa_hub_loadtest::lab::process::{Process, program};
 use opa_hub_loadtest::lab::{free_port, http};
 
-/// Plain HTTP needs no certificates of authorities.
+/// Plain HTTP needs no CA certificates.
 #[tokio::test]
-async fn an_agent_starts_without_certificates() -> anyhow::Result<()> {
+async fn agent_starts_without_ca_certificates() -> anyhow::Result<()> {
     let work = tempfile::tempdir()?;
     let listen = format!("127.0.0.1:{}", free_port()?);
     let mut command = Command::new(program("opa-hub-agent")?);

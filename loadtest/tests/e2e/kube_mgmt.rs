@@ -1,4 +1,4 @@
-//! What users of kube-mgmt rely on, on the real components, with each way in which the agent hands over policies.
+//! Compatibility with kube-mgmt on real components, with each policy delivery.
 
 use opa_hub_loadtest::cluster::{Cluster, DATA, POLICY};
 use opa_hub_loadtest::eventually::{equal, eventually};
@@ -8,16 +8,16 @@ use serde_json::{Value, json};
 use crate::world::{Way, World, consumer};
 
 const TOKEN: &str = "the-agents-token";
-/// The documented rights of an agent.
+/// Documented permissions of an agent.
 const AUTHZ: &str = include_str!("../../../deploy/kubernetes/opa-authz.rego");
 
 #[tokio::test]
-async fn with_rest() -> anyhow::Result<()> {
+async fn kube_mgmt_features_work_with_rest() -> anyhow::Result<()> {
     all(Way::Rest).await
 }
 
 #[tokio::test]
-async fn with_bundle() -> anyhow::Result<()> {
+async fn kube_mgmt_features_work_with_bundle() -> anyhow::Result<()> {
     all(Way::Bundle).await
 }
 
@@ -32,7 +32,7 @@ async fn all(way: Way) -> anyhow::Result<()> {
     replication(&world).await
 }
 
-/// A hub of its own, with an OPA and an agent, on the world's API server.
+/// Starts another hub, OPA and agent on the world's API server.
 async fn another(world: &World, flags: &[&str]) -> anyhow::Result<(Hub, Opa, Option<Agent>)> {
     let kubeconfig = world.plane.kubeconfig.display().to_string();
     let flags: Vec<_> = ["--kubeconfig", &kubeconfig].iter().chain(flags).copied().collect();
@@ -53,11 +53,11 @@ async fn has_annotations(cluster: &Cluster, name: &str, status: &str) -> anyhow:
     let found = eventually(format!("ConfigMap {name} says {status}"), async || {
         let map = cluster.get_configmap("opa", name).await.map_err(|error| error.to_string())?;
         let annotations = map.metadata.annotations.unwrap_or_default();
-        let said = annotations.get("openpolicyagent.org/kube-mgmt-status").map_or("null", String::as_str);
-        let said: Value = serde_json::from_str(said).map_err(|error| error.to_string())?;
+        let text = annotations.get("openpolicyagent.org/kube-mgmt-status").map_or("null", String::as_str);
+        let text: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let retries = annotations.get("openpolicyagent.org/kube-mgmt-retries").map(String::as_str);
-        if said["status"] == status && retries == Some("0") {
-            Ok(said)
+        if text["status"] == status && retries == Some("0") {
+            Ok(text)
         } else {
             Err(format!("{annotations:?}"))
         }
@@ -65,10 +65,10 @@ async fn has_annotations(cluster: &Cluster, name: &str, status: &str) -> anyhow:
     Ok(found.await?.0)
 }
 
-/// Nothing at first, then a policy and data, each by its label, each gone with it.
+/// Policy and data appear and disappear with their labels.
 async fn defaults(world: &World) -> anyhow::Result<()> {
     let cluster = &world.cluster;
-    assert_eq!(world.opa.data("").await?, json!({}), "an OPA that was given nothing shows nothing");
+    assert_eq!(world.opa.data("").await?, json!({}), "unloaded OPA is empty");
     world.has_modules(&[]).await?;
     let policy = "package my_pkg\n\ndefault my_rule := false\n\nmy_rule if input.hello == \"world\"";
     cluster.configmap("opa", "policy-default", Some(POLICY), &[("test.rego", policy)]).await?;
@@ -82,11 +82,11 @@ async fn defaults(world: &World) -> anyhow::Result<()> {
     cluster.configmap("opa", "data-default", Some(DATA), &[("x.json", "{")]).await?;
     let status = has_annotations(cluster, "data-default", "error").await?;
     assert!(
-        status["error"]["errors"][0]["message"].as_str().is_some_and(|said| said.contains("x.json")),
+        status["error"]["errors"][0]["message"].as_str().is_some_and(|text| text.contains("x.json")),
         "{status}"
     );
 
-    // With both labels it is data; without any it is nobody's; an unlabelled one never was.
+    // Both labels mean data; no label means ignored.
     cluster.configmap("opa", "neither", None, &[("x.rego", "package neither\n\nx := 1")]).await?;
     cluster.configmap("opa", "policy-default", None, &[("test.rego", policy)]).await?;
     world.decides("/my_pkg/my_rule", json!({}), Value::Null).await?;
@@ -100,7 +100,7 @@ async fn defaults(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Several files a ConfigMap, and one in which a file fails.
+/// ConfigMaps with several files, one of which fails.
 async fn several_files(world: &World) -> anyhow::Result<()> {
     let cluster = &world.cluster;
     let rule = "package multi\n\nimport data.multi_b\n\nrule := multi_b.value";
@@ -124,7 +124,7 @@ async fn several_files(world: &World) -> anyhow::Result<()> {
     world.has_modules(&[]).await
 }
 
-/// Names with dots, many keys, nearly 1 MiB, and keys that are no text.
+/// Names with dots, many keys, nearly 1 MiB, and binary keys.
 async fn odd_configmaps(world: &World) -> anyhow::Result<()> {
     let cluster = &world.cluster;
     let big = format!("{{\"text\": \"{}\"}}", "x".repeat(1_000_000));
@@ -147,7 +147,7 @@ async fn odd_configmaps(world: &World) -> anyhow::Result<()> {
     world.decides("/binary/x", json!({}), json!(1)).await?;
     let status = has_annotations(cluster, "binary", "ok").await?;
     assert!(
-        status["warnings"][0].as_str().is_some_and(|said| said.contains("binaryData is ignored")),
+        status["warnings"][0].as_str().is_some_and(|text| text.contains("binaryData is ignored")),
         "{status}"
     );
     for name in ["big.data.v1", "many.keys", "binary"] {
@@ -184,10 +184,10 @@ async fn custom_labels(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An OPA that lets only the agent write, by its token.
+/// An OPA that requires the agent's token for writes.
 async fn protected_opa(world: &World) -> anyhow::Result<()> {
     let (plane, dir) = (&world.plane, world.plane.dir.path());
-    // The test reads modules too.
+    // The test also reads modules.
     let authz = AUTHZ.replace("opa.runtime().env.AGENT_TOKEN", &format!("{TOKEN:?}"));
     let authz = format!(
         "{authz}\nallow if {{\n\tinput.method == \"GET\"\n\tinput.path == [\"v1\", \"policies\"]\n}}\n"
@@ -203,7 +203,7 @@ async fn protected_opa(world: &World) -> anyhow::Result<()> {
     let token = dir.join("token").display().to_string();
     let start = |flags: &[&str]| Agent::start(dir, &address, &[&world.hub.url], &opa.url, delivery, flags);
     let stranger = start(&[])?;
-    eventually("OPA refuses an agent without a token", async || {
+    eventually("OPA rejects an agent without a token", async || {
         let status = stranger.status().await.map_err(|error| error.to_string())?.to_string();
         if status.contains("401") { Ok(()) } else { Err(status) }
     })
@@ -221,7 +221,7 @@ async fn protected_opa(world: &World) -> anyhow::Result<()> {
     decides(&opa, "/protected/x", json!({}), Value::Null).await
 }
 
-/// Resources with and without namespaces, some of them ignored, odd names, deletes.
+/// Namespaced and cluster-scoped resources, ignored ones, unusual names, deletes.
 async fn replication(world: &World) -> anyhow::Result<()> {
     let cluster = &world.cluster;
     let flags = [

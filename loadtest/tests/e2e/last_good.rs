@@ -1,4 +1,4 @@
-//! The last good state on the agent's disk: OPA and agent restart while hub and source are away, and decide again.
+//! The agent's last good state on disk: OPA and agent restart without hub and source.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,14 +9,14 @@ use serde_json::{Value, json};
 
 use crate::world::write_list;
 
-/// Pods: as many as the promise is for.
+/// Documented number of pods.
 const PODS: usize = 3000;
-/// Time from the start of agent and OPA to the first right decision. On a busy machine most of it is OPA's own start.
+/// Maximum time to the first correct decision, mostly OPA's startup on a busy machine.
 const DECIDES_MAX: Duration = Duration::from_secs(5);
-/// Time after which a change is on disk.
+/// Time until a change is on disk.
 const SYNCED: Duration = Duration::from_millis(1500);
 
-/// Right on one whole state only: all pods, and the newest of both values.
+/// Correct only on a complete state: all pods, and the newest of both values.
 const POLICY: &str = "package count
 
 pods := count([1 | some pod in data.kubernetes.pods.big; pod.metadata.name])
@@ -51,7 +51,7 @@ impl World {
     async fn start(delivery: Delivery) -> anyhow::Result<Self> {
         let assets = tokio::task::spawn_blocking(assets::folder).await??;
         let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
-        let pod = |at| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{at}"), "namespace": "big" }, "text": "x".repeat(1000) });
+        let pod = |index| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{index}"), "namespace": "big" }, "text": "x".repeat(1000) });
         let pods: Vec<_> = (0..PODS).map(pod).collect();
         write_list(manifests.path(), "pods.json", &pods)?;
         write(manifests.path(), 0)?;
@@ -71,7 +71,7 @@ impl World {
 
     async fn decides(&self, generation: usize) -> anyhow::Result<()> {
         for (rule, expected) in [("generation", json!(generation)), ("pods", json!(PODS))] {
-            eventually(format!("{rule} is right"), async || {
+            eventually(format!("{rule} is correct"), async || {
                 let found = self.opa.decide(&format!("/count/{rule}"), &json!({})).await;
                 equal(&found.map_err(|error| error.to_string())?, &expected)
             })
@@ -80,7 +80,7 @@ impl World {
         Ok(())
     }
 
-    /// Kills all, and starts OPA and its agent. Returns the time until they run.
+    /// Kills everything and starts OPA and agent. Returns their start time.
     async fn restart_without_hub(&mut self) -> anyhow::Result<Instant> {
         self.hub.kill();
         self.agent.kill();
@@ -105,7 +105,7 @@ async fn check(delivery: Delivery) -> anyhow::Result<()> {
     let mut world = World::start(delivery).await?;
     world.decides(0).await?;
     for generation in 1..=3 {
-        // Comes as a frame, behind the archive.
+        // Sent as frame after the archive.
         write(world.manifests.path(), generation)?;
         world.decides(generation).await?;
         tokio::time::sleep(SYNCED).await;
@@ -117,24 +117,24 @@ async fn check(delivery: Delivery) -> anyhow::Result<()> {
         is_ready(&world.agent).await?;
         let done = world.agent.status().await?["done"].clone();
         assert_eq!((&done["snapshots"], &done["restores"]), (&json!(0), &json!(1)), "{done}");
-        // The hub comes back with something newer.
+        // The hub restarts with newer content.
         write(world.manifests.path(), generation + 10)?;
         world.hub.spawn()?;
         world.decides(generation + 10).await?;
         world.agent.wait_in_step().await?;
     }
-    // OPA alone restarts, without a hub.
+    // Only OPA restarts, without a hub.
     tokio::time::sleep(SYNCED).await;
     world.hub.kill();
     world.opa.process = None;
     world.opa.restart().await?;
     world.decides(13).await?;
-    // The agent alone does.
+    // Only the agent restarts.
     world.agent.kill();
     world.agent.spawn()?;
     is_ready(&world.agent).await?;
     world.decides(13).await?;
-    // Both do, and a load before that broke off.
+    // Both restart after an interrupted load.
     world.agent.kill();
     world.opa.process = None;
     world.opa.restart().await?;
@@ -143,7 +143,7 @@ async fn check(delivery: Delivery) -> anyhow::Result<()> {
     world.agent.spawn()?;
     world.decides(13).await?;
     is_ready(&world.agent).await?;
-    // What is on disk is damaged: it is no state, and that is told.
+    // A corrupt state is reported and removed.
     world.agent.kill();
     let file = world.work.path().join("state/main.redb");
     let bytes = std::fs::read(&file)?;
@@ -151,7 +151,7 @@ async fn check(delivery: Delivery) -> anyhow::Result<()> {
     world.restart_without_hub().await?;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(world.opa.decide("/count/pods", &json!({})).await?, Value::Null);
-    let log = world.agent.process.as_ref().expect("it runs").log();
+    let log = world.agent.process.as_ref().expect("the agent runs").log();
     assert!(log.contains("state is damaged, removing it"), "{log}");
     world.hub.spawn()?;
     world.decides(13).await?;
@@ -161,18 +161,18 @@ async fn check(delivery: Delivery) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn opa_and_agent_restart_without_a_hub_with_rest() -> anyhow::Result<()> {
+async fn opa_and_agent_restart_without_hub_with_rest() -> anyhow::Result<()> {
     check(Delivery::Rest).await
 }
 
 #[tokio::test]
-async fn opa_and_agent_restart_without_a_hub_with_bundle() -> anyhow::Result<()> {
+async fn opa_and_agent_restart_without_hub_with_bundle() -> anyhow::Result<()> {
     check(Delivery::Bundle).await
 }
 
-/// All are killed in the middle of changes: the state is whole, and not much older than the last that was seen.
+/// Everything is killed during changes: the state is complete and recent.
 #[tokio::test]
-async fn a_state_is_whole_wherever_the_agent_was_killed() -> anyhow::Result<()> {
+async fn state_is_complete_after_any_kill() -> anyhow::Result<()> {
     let mut world = World::start(Delivery::Rest).await?;
     let mut random = fastrand::Rng::with_seed(3);
     let mut generation = 0;
@@ -185,7 +185,7 @@ async fn a_state_is_whole_wherever_the_agent_was_killed() -> anyhow::Result<()> 
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         world.restart_without_hub().await?;
-        let found = eventually("it decides on one whole state", async || {
+        let found = eventually("OPA decides on one complete state", async || {
             let found = world.opa.decide("/count/generation", &json!({})).await;
             let found = found.map_err(|error| error.to_string())?.as_u64();
             found.and_then(|found| usize::try_from(found).ok()).ok_or_else(|| "undefined".to_owned())

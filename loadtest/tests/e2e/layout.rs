@@ -1,4 +1,4 @@
-//! A package next to replicated data, `kubernetes.admission` beside `data.kubernetes`, given by REST.
+//! A package next to replicated data, with REST delivery.
 
 use opa_hub_loadtest::cluster::POLICY;
 use opa_hub_loadtest::eventually::{equal, eventually};
@@ -6,9 +6,9 @@ use serde_json::json;
 
 use crate::world::{Way, World};
 
-/// The agent says what to do, an agent that starts beside a loaded OPA too, until the package is gone.
+/// The agent reports a remedy until the package is removed, also after a restart.
 #[tokio::test]
-async fn a_package_beside_replicated_data_is_noticed() -> anyhow::Result<()> {
+async fn package_next_to_replicated_data_is_reported() -> anyhow::Result<()> {
     let mut world = World::start(Way::Rest, &["--replicate", "v1/pods"]).await?;
     world.cluster.namespace("opa").await?;
     has_notice(&world, false).await?;
@@ -28,8 +28,8 @@ async fn has_notice(world: &World, expected: bool) -> anyhow::Result<()> {
     eventually("the agent's notice", async || {
         let agent = world.agent.as_ref().ok_or("no agent")?;
         let status = agent.status().await.map_err(|error| error.to_string())?;
-        let said = status["notices"].to_string();
-        equal(&said.contains("--policy-delivery bundle"), &expected)
+        let notices = status["notices"].to_string();
+        equal(&notices.contains("--policy-delivery bundle"), &expected)
             .map_err(|error| format!("{error}: {status}"))
     })
     .await

@@ -1,4 +1,4 @@
-//! End to end on real components: what reaches OPA, by each of the three ways, whatever is killed meanwhile.
+//! End-to-end tests on real components.
 
 mod auto;
 

@@ -1,4 +1,4 @@
-//! `--replicate-scope namespace`: an agent gets the objects of its namespace, and nothing of another.
+//! `--replicate-scope namespace`: agents get only their namespace's objects.
 
 use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Agent, Delivery, Hub, Opa, assets};
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::world::{has_done, write_manifest};
 
 #[tokio::test]
-async fn an_agent_holds_nothing_of_another_namespace() -> anyhow::Result<()> {
+async fn agents_get_only_their_namespace() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let put = |kind: &str, namespace: &str, name: &str, value: u64| {
@@ -46,14 +46,14 @@ async fn an_agent_holds_nothing_of_another_namespace() -> anyhow::Result<()> {
                 equal(&opa.data("/kubernetes/pods").await.map_err(|error| error.to_string())?, &expected)
             })
             .await?;
-            assert_eq!(opa.data("/kubernetes/nodes/n/value").await?, json!(0), "nodes belong to none");
+            assert_eq!(opa.data("/kubernetes/nodes/n/value").await?, json!(0), "nodes are cluster-scoped");
         }
         anyhow::Ok(())
     };
     hold([0, 0]).await?;
     put("Pod", "a", "p", 1)?;
     hold([1, 0]).await?;
-    // A change of one namespace is silence to the others: they are at the revision that they had.
+    // Other namespaces keep their revision.
     for ((_, _, agent), frames) in agents.iter().zip([1, 0, 0]) {
         has_done(agent, json!({ "frames": frames, "reconciles": 0, "snapshots": 1 })).await?;
     }
@@ -62,8 +62,8 @@ async fn an_agent_holds_nothing_of_another_namespace() -> anyhow::Result<()> {
     hub.spawn()?;
     hub.wait_ready().await?;
     hold([1, 2]).await?;
-    assert_eq!(hub.metric("opa_hub_snapshots_served_total").await?, 0, "who held something repaired it");
-    // Nobody gets all of them, and who names none is told what to do.
+    assert_eq!(hub.metric("opa_hub_snapshots_served_total").await?, 0, "agents with content reconcile");
+    // Requests without a namespace are rejected with a remedy.
     let answer = hub.json("/bundles/main").await?;
     assert!(answer["error"].as_str().is_some_and(|error| error.contains("?namespace=")), "{answer}");
     Ok(())

@@ -1,5 +1,5 @@
-//! OPA is killed again and again under queries: between its start and all of its data no decision is defined. Its decision
-//! log shows those queries alone.
+//! OPA is killed repeatedly under query load: until all data is loaded, no decision is defined. The decision log contains
+//! only these queries.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,21 +11,21 @@ use serde_json::{Value, json};
 
 use crate::world::{Way, consumer, write_list};
 
-/// Pods: enough that their load takes several requests.
+/// Number of pods, for a load of several requests.
 const PODS: usize = 1500;
-/// Kills in one run of the tests; `OPA_HUB_KILLS` asks for others.
+/// Default number of kills, set by `OPA_HUB_KILLS`.
 const KILLS: usize = 6;
-/// Time in which an OPA without a hub is asked for decisions.
+/// Query time of an OPA without a hub.
 const WITHOUT_HUB: Duration = Duration::from_secs(2);
 
-/// A rule that is defined on any data, and right on all of it only.
+/// Rule defined on any data, and correct only on all data.
 const POLICY: &str = "package count\n\npods := count([1 | some _, _ in data.kubernetes.pods.big])\n";
 
 fn kills() -> usize {
     std::env::var("OPA_HUB_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(KILLS)
 }
 
-/// Decisions that were asked for until now.
+/// Decision counts.
 #[derive(Default)]
 struct Answers {
     right: AtomicUsize,
@@ -34,7 +34,7 @@ struct Answers {
     stop: AtomicBool,
 }
 
-/// Asks for the decision as fast as it goes.
+/// Queries without pause.
 async fn ask(url: String, answers: Arc<Answers>) {
     let http = reqwest::Client::new();
     while !answers.stop.load(Ordering::Relaxed) {
@@ -57,7 +57,7 @@ async fn ask(url: String, answers: Arc<Answers>) {
 async fn check(way: Way) -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let pod = |at| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{at}"), "namespace": "big" }, "text": "x".repeat(1000) });
+    let pod = |index| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{index}"), "namespace": "big" }, "text": "x".repeat(1000) });
     let policy = json!({
         "apiVersion": "v1", "kind": "ConfigMap", "data": { "p.rego": POLICY },
         "metadata": { "name": "count", "namespace": "opa", "labels": { "openpolicyagent.org/policy": "rego" } },
@@ -71,15 +71,15 @@ async fn check(way: Way) -> anyhow::Result<()> {
     let (mut opa, _agent) = consumer(way, &assets, work.path(), &hub).await?;
     let answers = Arc::new(Answers::default());
     let asking = tokio::spawn(ask(opa.url.clone(), Arc::clone(&answers)));
-    let count = |of: &AtomicUsize| of.load(Ordering::Relaxed);
+    let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
     let right_again = async |before: usize| {
-        eventually("the decision is right again", async || {
+        eventually("the decision is correct again", async || {
             equal(&(count(&answers.right) > before + 20), &true).map_err(|_| "not yet".to_owned())
         })
         .await
     };
-    for at in 0..kills() {
-        let is_up = at % 2 == 0;
+    for index in 0..kills() {
+        let is_up = index % 2 == 0;
         if !is_up {
             hub.kill();
         }
@@ -88,8 +88,8 @@ async fn check(way: Way) -> anyhow::Result<()> {
         let (right, undefined) = (count(&answers.right), count(&answers.undefined));
         if !is_up {
             tokio::time::sleep(WITHOUT_HUB).await;
-            assert!(count(&answers.undefined) > undefined, "it was asked");
-            assert_eq!(count(&answers.right), right, "{way:?}: nobody gave it data");
+            assert!(count(&answers.undefined) > undefined, "OPA was queried");
+            assert_eq!(count(&answers.right), right, "{way:?}: OPA has no data");
             hub.spawn()?;
         }
         right_again(right).await?;
@@ -97,25 +97,23 @@ async fn check(way: Way) -> anyhow::Result<()> {
     answers.stop.store(true, Ordering::Relaxed);
     asking.await?;
     println!("{way:?}: {} right, {} undefined", count(&answers.right), count(&answers.undefined));
-    assert_eq!(count(&answers.wrong), 0, "{way:?}: decisions on a part of the data");
+    assert_eq!(count(&answers.wrong), 0, "{way:?}: decisions on partial data");
     Ok(())
 }
 
-/// I10, with policies one by one.
 #[tokio::test]
-async fn i10_no_decision_on_a_part_of_the_data_with_rest() -> anyhow::Result<()> {
+async fn i10_no_decision_on_partial_data_with_rest() -> anyhow::Result<()> {
     check(Way::Rest).await
 }
 
-/// I10, with policies as a bundle.
 #[tokio::test]
-async fn i10_no_decision_on_a_part_of_the_data_with_bundle() -> anyhow::Result<()> {
+async fn i10_no_decision_on_partial_data_with_bundle() -> anyhow::Result<()> {
     check(Way::Bundle).await
 }
 
-/// An agent in step asks OPA for no decision.
+/// Agents query no decisions.
 #[tokio::test]
-async fn the_decision_log_shows_decisions() -> anyhow::Result<()> {
+async fn decision_log_contains_no_agent_queries() -> anyhow::Result<()> {
     const IDLE: Duration = Duration::from_secs(3);
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
@@ -125,10 +123,10 @@ async fn the_decision_log_shows_decisions() -> anyhow::Result<()> {
     let mut agent =
         Agent::start(work.path(), &Agent::address()?, &[&hub.url], &opa.url, Delivery::Rest, &[])?;
     agent.wait_in_step().await?;
-    let decisions = || opa.process.as_ref().expect("it runs").log().matches("decision_id").count();
+    let decisions = || opa.process.as_ref().expect("OPA runs").log().matches("decision_id").count();
     let before = decisions();
     tokio::time::sleep(IDLE).await;
     assert_eq!(decisions(), before);
     opa.decide("/x", &json!({})).await?;
-    eventually("the log shows it", async || equal(&decisions(), &(before + 1))).await.map(drop)
+    eventually("the decision is logged", async || equal(&decisions(), &(before + 1))).await.map(drop)
 }

@@ -1,4 +1,4 @@
-//! Policies that depend on each other, edited at random, well and badly, while OPAs decide by them.
+//! Random valid and invalid edits of interdependent policies while OPAs are queried.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,7 +18,7 @@ const CONFIGMAPS: usize = 20;
 const EDITS: usize = 200;
 const SEED: u64 = 11;
 
-/// What nobody touches: it calls into a library that is edited, but never well to another end.
+/// Unedited policy; valid edits of its library never change its decision.
 const UNTOUCHED: &str = "package untouched\n\nallow if data.lib.f(1) == 2";
 const LIBRARY: [&str; 5] = [
     "package lib\n\nf(x) := x + 1",
@@ -28,25 +28,25 @@ const LIBRARY: [&str; 5] = [
     "package lib\n\nf(x, y) := x + y",
 ];
 
-/// A valid text of ConfigMap `at` that calls another one.
-fn valid(at: usize, other: usize, value: usize) -> String {
-    let call = if at == 0 { String::new() } else { format!("\n\nv := data.p{other}.f({value})") };
-    format!("package p{at}\n\nf(x) := x + {value}{call}")
+/// Returns a valid policy that calls another one.
+fn valid(index: usize, other: usize, value: usize) -> String {
+    let call = if index == 0 { String::new() } else { format!("\n\nv := data.p{other}.f({value})") };
+    format!("package p{index}\n\nf(x) := x + {value}{call}")
 }
 
-/// One that breaks by itself, or breaks those who call it.
-fn broken(at: usize, other: usize, kind: u8) -> String {
+/// Returns a policy that is invalid or breaks its callers.
+fn broken(index: usize, other: usize, kind: u8) -> String {
     match kind {
-        0 => format!("package p{at}\n\nf(x) := x +"),
-        1 => format!("package p{at}\n\nf(x) := x\n\nv := data.p{other}.no_such(1)"),
-        2 => format!("package p{at}\n\ng(x) := x"),
-        3 => format!("package p{at}\n\nf(x, y) := x + y"),
-        4 => format!("package p{other}\n\nf := {at}"),
+        0 => format!("package p{index}\n\nf(x) := x +"),
+        1 => format!("package p{index}\n\nf(x) := x\n\nv := data.p{other}.no_such(1)"),
+        2 => format!("package p{index}\n\ng(x) := x"),
+        3 => format!("package p{index}\n\nf(x, y) := x + y"),
+        4 => format!("package p{other}\n\nf := {index}"),
         _ => "no module at all".into(),
     }
 }
 
-/// The texts of an OPA's modules by id, without the bundle's name.
+/// Returns module texts by id, without the bundle's name.
 async fn texts(opa: &Opa) -> anyhow::Result<BTreeMap<String, String>> {
     let texts = opa.texts().await?;
     Ok(texts
@@ -57,18 +57,17 @@ async fn texts(opa: &Opa) -> anyhow::Result<BTreeMap<String, String>> {
 
 fn compiles(program: &Path, texts: &BTreeMap<String, String>) -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
-    for (at, text) in texts.values().enumerate() {
-        std::fs::write(dir.path().join(format!("{at}.rego")), text)?;
+    for (index, text) in texts.values().enumerate() {
+        std::fs::write(dir.path().join(format!("{index}.rego")), text)?;
     }
     let output = Command::new(program).arg("check").arg(dir.path()).output()?;
-    anyhow::ensure!(output.status.success(), "OPA held what does not compile: {texts:#?}");
+    anyhow::ensure!(output.status.success(), "OPA has modules that do not compile: {texts:#?}");
     Ok(())
 }
 
-/// One edit, well or badly made.
 async fn edit_at_random(cluster: &Cluster, random: &mut fastrand::Rng, edit: usize) -> anyhow::Result<()> {
-    let at = random.usize(..CONFIGMAPS);
-    let (name, other) = (format!("c{at:02}"), random.usize(..at.max(1)));
+    let index = random.usize(..CONFIGMAPS);
+    let (name, other) = (format!("c{index:02}"), random.usize(..index.max(1)));
     let write = |text: String| {
         let (cluster, name) = (cluster.clone(), name.clone());
         async move { cluster.configmap("opa", &name, Some(POLICY), &[("m.rego", &text)]).await }
@@ -80,14 +79,14 @@ async fn edit_at_random(cluster: &Cluster, random: &mut fastrand::Rng, edit: usi
             cluster.configmap("opa", "lib", Some(POLICY), &[("l.rego", text)]).await?;
         }
         2 => _ = cluster.delete_configmap("opa", "lib").await,
-        3..6 => write(broken(at, other, random.u8(..6))).await?,
-        _ => write(valid(at, other, edit)).await?,
+        3..6 => write(broken(index, other, random.u8(..6))).await?,
+        _ => write(valid(index, other, edit)).await?,
     }
     Ok(())
 }
 
-/// I6 under fire: at no moment does an OPA hold modules that do not compile, no decision of an untouched policy
-/// changes, and in the end each holds exactly what is accepted.
+/// I6: OPA's modules always compile, decisions of an unedited policy never change, and finally each OPA has exactly the
+/// accepted modules.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     let plane = ControlPlane::start().await?;
@@ -95,9 +94,9 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     cluster.namespace("opa").await?;
     cluster.configmap("opa", "untouched", Some(POLICY), &[("u.rego", UNTOUCHED)]).await?;
     cluster.configmap("opa", "lib", Some(POLICY), &[("l.rego", LIBRARY[0])]).await?;
-    for at in 0..CONFIGMAPS {
-        let text = valid(at, at.saturating_sub(1), 1);
-        cluster.configmap("opa", &format!("c{at:02}"), Some(POLICY), &[("m.rego", &text)]).await?;
+    for index in 0..CONFIGMAPS {
+        let text = valid(index, index.saturating_sub(1), 1);
+        cluster.configmap("opa", &format!("c{index:02}"), Some(POLICY), &[("m.rego", &text)]).await?;
     }
     let kubeconfig = plane.kubeconfig.display().to_string();
     let hub = Hub::start(plane.dir.path(), &["--kubeconfig", &kubeconfig]).await?;
@@ -124,7 +123,7 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
                 compiles(&program, &texts(&opa).await?)?;
                 for _ in 0..20 {
                     let allowed = opa.decide("/untouched/allow", &json!({})).await?;
-                    anyhow::ensure!(allowed == json!(true), "an untouched policy decides {allowed}");
+                    anyhow::ensure!(allowed == json!(true), "unedited policy decides {allowed}");
                     looks.fetch_add(1, Ordering::Relaxed);
                 }
             }
@@ -135,7 +134,7 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     let mut random = fastrand::Rng::with_seed(SEED);
     for edit in 0..EDITS {
         edit_at_random(&cluster, &mut random, edit).await?;
-        // Sometimes the hub sees many edits at once, sometimes one.
+        // The hub receives single edits and bursts.
         if edit % 4 == 0 {
             cluster
                 .configmap(
@@ -146,7 +145,7 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
                 )
                 .await?;
             for (opa, _) in &opas {
-                eventually("the edits are judged", async || {
+                eventually("the edits are checked", async || {
                     let found = opa.decide("/last/x", &json!({})).await.map_err(|error| error.to_string())?;
                     equal(&found, &json!(edit))
                 })
@@ -156,17 +155,17 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     }
 
     cluster.delete_configmap("opa", "last").await?;
-    // A good end: all are valid again, each calls the one before.
+    // Finally all are valid, each calling its predecessor.
     let mut expected = BTreeMap::from([("opa/untouched/u.rego".to_owned(), UNTOUCHED.to_owned())]);
     cluster.configmap("opa", "lib", Some(POLICY), &[("l.rego", LIBRARY[1])]).await?;
     expected.insert("opa/lib/l.rego".into(), LIBRARY[1].into());
-    for at in 0..CONFIGMAPS {
-        let text = valid(at, at.saturating_sub(1), 1000 + at);
-        cluster.configmap("opa", &format!("c{at:02}"), Some(POLICY), &[("m.rego", &text)]).await?;
-        expected.insert(format!("opa/c{at:02}/m.rego"), text);
+    for index in 0..CONFIGMAPS {
+        let text = valid(index, index.saturating_sub(1), 1000 + index);
+        cluster.configmap("opa", &format!("c{index:02}"), Some(POLICY), &[("m.rego", &text)]).await?;
+        expected.insert(format!("opa/c{index:02}/m.rego"), text);
     }
     for (opa, _) in &opas {
-        eventually("the good end", async || {
+        eventually("the final policies", async || {
             equal(&texts(opa).await.map_err(|error| error.to_string())?, &expected)
         })
         .await?;
@@ -176,17 +175,17 @@ async fn i6_random_edits_never_break_what_is_served() -> anyhow::Result<()> {
     while let Some(watcher) = watchers.join_next().await {
         watcher??;
     }
-    assert!(looks.load(Ordering::Relaxed) > EDITS, "decisions were looked at: {looks:?}");
+    assert!(looks.load(Ordering::Relaxed) > EDITS, "decisions were checked: {looks:?}");
     let bundle = hub.json("/v1/bundles/main").await?;
     assert_eq!(bundle["problems"], json!([]), "{bundle}");
     let log = hub.process.as_ref().map(Process::log).unwrap_or_default();
-    assert!(log.matches("last good content stays").count() > CONFIGMAPS, "few edits were bad\n{log}");
+    assert!(log.matches("last good content stays").count() > CONFIGMAPS, "too few invalid edits\n{log}");
     Ok(())
 }
 
-/// Rules that change places between two modules go in no order: they arrive all the same.
+/// Rules swapped between two modules are delivered, although no order of single writes compiles.
 #[tokio::test]
-async fn modules_that_swap_their_rules_arrive() -> anyhow::Result<()> {
+async fn modules_swapping_rules_are_delivered() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let write = |a: &str, b: &str| {
@@ -220,8 +219,8 @@ async fn modules_that_swap_their_rules_arrive() -> anyhow::Result<()> {
     write(y, x)?;
     holds(y, x).await?;
     agent.wait_in_step().await?;
-    assert_eq!(agent.status().await?["behind"], json!([]), "nothing is refused");
-    // The marker says what OPA really holds.
+    assert_eq!(agent.status().await?["behind"], json!([]), "nothing is rejected");
+    // The marker matches OPA's content.
     let marker = opa.marker("main").await?;
     assert_eq!(marker["revision"], hub.json("/v1/bundles/main").await?["revision"]);
     assert!(
@@ -231,7 +230,7 @@ async fn modules_that_swap_their_rules_arrive() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Tests in a ConfigMap that is labelled for it gate it, and are not served.
+/// Tests of a labelled ConfigMap gate it, and are not served.
 #[tokio::test]
 async fn tests_gate_their_configmap() -> anyhow::Result<()> {
     tokio::task::spawn_blocking(assets::folder).await??;
@@ -249,23 +248,23 @@ async fn tests_gate_their_configmap() -> anyhow::Result<()> {
     let hub = Hub::start(work.path(), &["--manifests", &folder, "--test-label", "run-tests"]).await?;
     let served = hub.json("/v1/bundles/main").await?;
     assert_eq!(served["counts"]["modules"], 1, "{served}");
-    for (value, test, said) in [
+    for (value, test, reason) in [
         (2, "test_x if data.p.x == 1", "test data.p_test.test_x failed"),
         (3, "test_x if data.p.x == ", "rego_parse_error"),
         (4, "test_x if data.p.f(1)", "undefined function data.p.f"),
         (5, "test_x if http.send({\"method\": \"get\", \"url\": \"http://127.0.0.1:1\"})", "test_x failed"),
     ] {
         write(value, test)?;
-        eventually(format!("it is refused: {said}"), async || {
+        eventually(format!("the policy is rejected: {reason}"), async || {
             let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
             let verdict = bundle["verdicts"]["ns/m"].to_string();
             equal(&bundle["revision"], &served["revision"])?;
-            if verdict.contains(said) { Ok(()) } else { Err(verdict) }
+            if verdict.contains(reason) { Ok(()) } else { Err(verdict) }
         })
         .await?;
     }
     write(6, "test_x if data.p.x == 6")?;
-    eventually("it is accepted", async || {
+    eventually("the policy is accepted", async || {
         let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
         if bundle["revision"] == served["revision"] { Err(bundle.to_string()) } else { Ok(()) }
     })

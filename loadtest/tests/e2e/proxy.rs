@@ -1,4 +1,4 @@
-//! A TCP proxy that fails on request: in the middle of a request or of an answer it breaks, or holds back all bytes.
+//! A TCP proxy that breaks or stalls on demand, also within a request or response.
 
 use std::sync::Arc;
 
@@ -8,28 +8,26 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// Bytes that are forwarded at a time.
+/// Copy buffer size, in bytes.
 const CHUNK: usize = 16 << 10;
 
-/// A direction of bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Direction {
     /// From the client.
     Requests,
-    /// From the target, which has executed what it answers.
+    /// From the target, after executing the request.
     Answers,
 }
 
-/// Behaviour of a proxy that has stopped.
+/// Behaviour of a stopped proxy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Then {
-    /// Connections end, and new ones are not accepted.
+    /// Connections are closed, new ones rejected.
     Break,
-    /// Connections stay open, and no byte passes in either direction.
+    /// Connections stay open, but no bytes pass.
     Hold,
 }
 
-/// A running proxy.
 pub(crate) struct Proxy {
     /// `http://127.0.0.1:PORT`.
     pub(crate) url: String,
@@ -39,27 +37,26 @@ pub(crate) struct Proxy {
 
 #[derive(Default)]
 struct State {
-    /// Bytes of requests, and of answers.
+    /// Bytes of requests and responses.
     forwarded: [usize; 2],
     stop: Option<Stop>,
-    /// Number of times that all connections were severed.
+    /// Number of `sever` calls.
     severed: usize,
 }
 
 struct Stop {
     direction: Direction,
-    /// Bytes that still pass in this direction.
+    /// Remaining bytes in this direction.
     left: usize,
     then: Then,
 }
 
 impl State {
-    /// Behaviour if the proxy has stopped.
     fn stopped(&self) -> Option<Then> {
         self.stop.as_ref().filter(|stop| stop.left == 0).map(|stop| stop.then)
     }
 
-    /// Number of the next `count` bytes that pass.
+    /// Number of the next `count` bytes to forward.
     fn pass(&mut self, direction: Direction, count: usize) -> usize {
         if self.stopped().is_some() {
             return 0;
@@ -92,17 +89,17 @@ impl Proxy {
         Ok(Self { url, state, task })
     }
 
-    /// Stops after `bytes` more of this direction, over all connections together. Zero stops at once.
+    /// Stops after `bytes` in this direction, over all connections; immediately if zero.
     pub(crate) fn stop_after(&self, direction: Direction, bytes: usize, then: Then) {
         self.state.send_modify(|state| state.stop = Some(Stop { direction, left: bytes, then }));
     }
 
-    /// Forwards everything again, what was held back first.
+    /// Forwards everything again, delayed bytes first.
     pub(crate) fn resume(&self) {
         self.state.send_modify(|state| state.stop = None);
     }
 
-    /// Ends all connections; new ones are accepted.
+    /// Closes all connections; new ones are accepted.
     pub(crate) fn sever(&self) {
         self.state.send_modify(|state| state.severed += 1);
     }
@@ -122,7 +119,6 @@ impl Proxy {
         .map(drop)
     }
 
-    /// Bytes of this direction so far.
     pub(crate) fn forwarded(&self, direction: Direction) -> usize {
         self.state.borrow().forwarded[direction as usize]
     }
@@ -135,7 +131,6 @@ impl Drop for Proxy {
     }
 }
 
-/// Forwards until either side closes, the proxy breaks, or its connections are severed.
 async fn forward(client: TcpStream, target: String, state: Arc<watch::Sender<State>>) {
     let mut watched = state.subscribe();
     let severed = watched.borrow_and_update().severed;
@@ -171,13 +166,12 @@ async fn copy(
                 return;
             }
             written += passing;
-            // The last byte before a stop counts: a client would wait for the rest of its answer.
+            // Checked after every byte: a client would wait for its complete response.
             let stopped = state.borrow().stopped();
             match stopped {
                 Some(Then::Break) => return,
                 Some(Then::Hold) => {
                     let mut watched = state.subscribe();
-                    // The sender outlives its connections.
                     _ = watched.wait_for(|state| state.stopped().is_none()).await;
                 }
                 None => {}

@@ -1,4 +1,4 @@
-//! Two replicas of the hub on one API server: agents move between them and never back in time.
+//! Two hub replicas on one API server: agents switch between them without rollback.
 
 use std::time::{Duration, Instant};
 
@@ -14,8 +14,8 @@ use crate::world::write_manifest;
 struct Replicas {
     _plane: ControlPlane,
     cluster: Cluster,
-    /// Between each hub and the API server.
-    valves: [BlackholeProxy; 2],
+    /// Proxies between hubs and API server.
+    proxies: [BlackholeProxy; 2],
     hubs: [Hub; 2],
     opa: Opa,
     agent: Agent,
@@ -26,19 +26,19 @@ impl Replicas {
         let plane = ControlPlane::start().await?;
         let cluster = Cluster { client: plane.client().await? };
         cluster.namespace("opa").await?;
-        let valves = [plane.blackhole_proxy().await?, plane.blackhole_proxy().await?];
+        let proxies = [plane.blackhole_proxy().await?, plane.blackhole_proxy().await?];
         let dir = plane.dir.path();
         let hub = async |valve: &BlackholeProxy| {
             let kubeconfig = plane.kubeconfig_through(valve)?.display().to_string();
             Hub::start(dir, &["--kubeconfig", &kubeconfig]).await
         };
-        let hubs = [hub(&valves[0]).await?, hub(&valves[1]).await?];
+        let hubs = [hub(&proxies[0]).await?, hub(&proxies[1]).await?];
         let opa = Opa::start(&plane.assets, dir, None, &[]).await?;
         let urls = hubs.each_ref().map(|hub| hub.url.as_str());
         let flags = ["--unready-after", "1"];
         let mut agent = Agent::start(dir, &Agent::address()?, &urls, &opa.url, Delivery::Rest, &flags)?;
         agent.wait_in_step().await?;
-        Ok(Self { _plane: plane, cluster, valves, hubs, opa, agent })
+        Ok(Self { _plane: plane, cluster, proxies, hubs, opa, agent })
     }
 
     async fn write(&self, value: u64) -> anyhow::Result<()> {
@@ -71,10 +71,10 @@ impl Replicas {
 
     /// The hub that the agent follows.
     async fn followed(&self) -> anyhow::Result<usize> {
-        let (followed, _) = eventually("one is followed", async || {
-            for (at, hub) in self.hubs.iter().enumerate().filter(|(_, hub)| hub.process.is_some()) {
+        let (followed, _) = eventually("the agent has a hub", async || {
+            for (index, hub) in self.hubs.iter().enumerate().filter(|(_, hub)| hub.process.is_some()) {
                 if hub.metric("opa_hub_agents").await.map_err(|error| error.to_string())? == 1 {
-                    return Ok(at);
+                    return Ok(index);
                 }
             }
             Err("none is".to_owned())
@@ -94,7 +94,7 @@ impl Replicas {
 
     async fn done(&self) -> anyhow::Result<(u64, u64)> {
         let done = &self.agent.status().await?["done"];
-        let count = |name: &str| done[name].as_u64().context("a count");
+        let count = |name: &str| done[name].as_u64().context("counter missing");
         Ok((count("snapshots")?, count("reconciles")?))
     }
 
@@ -109,14 +109,14 @@ impl Replicas {
 }
 
 #[tokio::test]
-async fn agents_go_to_another_replica_and_back_by_frames() -> anyhow::Result<()> {
+async fn agents_fail_over_and_back_by_frames() -> anyhow::Result<()> {
     let mut world = Replicas::start().await?;
     world.write(0).await?;
     world.holds(0).await?;
     for value in 1..=2 {
-        // A hub that stops tells its agents to go; the change comes while it is away.
+        // Shutdown moves the agents; the change follows during the outage.
         let followed = world.followed().await?;
-        let process = world.hubs[followed].process.as_mut().context("it runs")?;
+        let process = world.hubs[followed].process.as_mut().context("the hub runs")?;
         process.terminate()?;
         process.ended().await?;
         world.hubs[followed].kill();
@@ -127,17 +127,17 @@ async fn agents_go_to_another_replica_and_back_by_frames() -> anyhow::Result<()>
         world.hubs[followed].wait_ready().await?;
     }
     world.agent.wait_in_step().await?;
-    // The hub that came back knows one revision only: it may be asked for the rest once.
+    // A restarted hub has one revision, so one reconcile is allowed.
     let (snapshots, reconciles) = world.done().await?;
     assert!(snapshots == 1 && reconciles <= 1, "{snapshots} snapshots, {reconciles} reconciles");
 
-    // All are gone, and what was deleted meanwhile none of the new ones ever saw.
+    // All hubs restart, after a deletion that none observed.
     world.hubs.iter_mut().for_each(Hub::kill);
     world.cluster.delete_configmap("opa", "m").await?;
     world.cluster.configmap("opa", "n", Some(DATA), &[("k", "{}")]).await?;
     let (_, before) = world.done().await?;
     world.hubs[0].spawn()?;
-    eventually("OPA holds what is there", async || {
+    eventually("OPA has the existing objects", async || {
         let found = world.opa.data("/opa").await.map_err(|error| error.to_string())?;
         equal(&found, &json!({ "n": { "k": {} } }))
     })
@@ -147,9 +147,9 @@ async fn agents_go_to_another_replica_and_back_by_frames() -> anyhow::Result<()>
     Ok(())
 }
 
-/// An agent that knows one hub only is told of another one, and comes back when that is gone.
+/// An agent with one configured hub is redirected to another, and returns after that stops.
 #[tokio::test]
-async fn a_hub_that_stops_says_where_to_go() -> anyhow::Result<()> {
+async fn stopping_hub_redirects_agents() -> anyhow::Result<()> {
     let assets = tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let write = |value: u64| {
@@ -162,7 +162,7 @@ async fn a_hub_that_stops_says_where_to_go() -> anyhow::Result<()> {
     };
     write(1)?;
     let folder = manifests.path().display().to_string();
-    // One of them is not there, and neither is ready that stops.
+    // One replica does not exist; the stopping one is not ready.
     let replicas = [free_port()?, free_port()?, free_port()?].map(|port| format!("127.0.0.1:{port}"));
     let replicas_flag = format!("--replicas={}", replicas.join(","));
     let hub = async |listen: &str| {
@@ -187,7 +187,7 @@ async fn a_hub_that_stops_says_where_to_go() -> anyhow::Result<()> {
         })
         .await
     };
-    let process = hubs[0].process.as_mut().context("it runs")?;
+    let process = hubs[0].process.as_mut().context("the hub runs")?;
     process.terminate()?;
     process.ended().await?;
     hubs[0].kill();
@@ -204,14 +204,14 @@ async fn a_hub_that_stops_says_where_to_go() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_replica_that_lags_takes_nobody_back() -> anyhow::Result<()> {
+async fn lagging_replica_never_rolls_agents_back() -> anyhow::Result<()> {
     let mut world = Replicas::start().await?;
     world.write(0).await?;
     world.holds(0).await?;
     let followed = world.followed().await?;
     world.agree().await?;
-    // The other one hears no more. Content that it had before is no proof that it is as new.
-    world.valves[1 - followed].set_open(false);
+    // The other hub loses its source; equal content does not prove it is up to date.
+    world.proxies[1 - followed].set_open(false);
     world.write(1).await?;
     world.holds(1).await?;
     world.write(0).await?;
@@ -222,7 +222,7 @@ async fn a_replica_that_lags_takes_nobody_back() -> anyhow::Result<()> {
     world.is_behind("back in time").await?;
     assert_eq!(world.value().await?, json!(2));
     assert_eq!(world.hubs[1 - followed].metric("opa_hub_agents").await?, 0);
-    world.valves[1 - followed].set_open(true);
+    world.proxies[1 - followed].set_open(true);
     world.agent.wait_in_step().await?;
     assert_eq!(world.value().await?, json!(2));
     world.write(3).await?;
@@ -230,29 +230,29 @@ async fn a_replica_that_lags_takes_nobody_back() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_hub_that_is_cut_off_is_left() -> anyhow::Result<()> {
+async fn agents_leave_a_hub_without_source() -> anyhow::Result<()> {
     let mut world = Replicas::start().await?;
     world.write(0).await?;
     world.holds(0).await?;
     let followed = world.followed().await?;
-    world.valves[followed].set_open(false);
+    world.proxies[followed].set_open(false);
     world.write(1).await?;
     let started = Instant::now();
-    // It knows by the silence, since no connection was closed; so do its agents.
+    // Only timeouts reveal this, since no connection closes.
     world.holds(1).await?;
-    assert!(started.elapsed() > Duration::from_secs(5), "its source was cut off: {:?}", started.elapsed());
+    assert!(started.elapsed() > Duration::from_secs(5), "source was cut off: {:?}", started.elapsed());
     world.has_agents(1 - followed, 1).await?;
     world.has_agents(followed, 0).await?;
     let ready = world.hubs[followed].json("/readyz").await?;
     assert_eq!(ready["ready"], json!(false));
     assert!(ready["stale"]["main"].to_string().contains("no response from"), "{ready}");
 
-    // The other one is cut off too: there is nowhere to go, so the agent stays and says so.
-    world.valves[1 - followed].set_open(false);
+    // The other hub is cut off too, so the agent stays and reports staleness.
+    world.proxies[1 - followed].set_open(false);
     world.is_behind("what the hub says may be old").await?;
     assert_eq!(world.hubs[1 - followed].metric("opa_hub_agents").await?, 1);
     assert_eq!(world.value().await?, json!(1));
-    world.valves.iter().for_each(|valve| valve.set_open(true));
+    world.proxies.iter().for_each(|valve| valve.set_open(true));
     world.agent.wait_in_step().await?;
     world.write(2).await?;
     world.holds(2).await

@@ -1,4 +1,4 @@
-//! The load runs, small: what they count is what it must be, however fast this machine is.
+//! Small load runs, with expected counts on any machine.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -12,27 +12,27 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::ControlPlane;
 use serde_json::{Value, json};
 
-/// What a scenario kept of its one run.
-struct Kept(Value);
+/// Results of a scenario's run.
+struct Results(Value);
 
-impl Kept {
-    async fn of(args: &[&str]) -> anyhow::Result<Self> {
+impl Results {
+    async fn collect(args: &[&str]) -> anyhow::Result<Self> {
         let out = tempfile::tempdir()?;
         let mut command = Command::new(env!("CARGO_BIN_EXE_opa-hub-loadtest"));
         command.args(args).arg("--out").arg(out.path());
         let ran = tokio::task::spawn_blocking(move || command.output()).await??;
         ensure!(ran.status.success(), "{args:?}: {}", String::from_utf8_lossy(&ran.stderr));
         let file = |kind: &str| out.path().join(format!("{}.{kind}", args[0]));
-        // Drawn anew from what was kept, it is the same.
+        // Redrawing the results gives the same page.
         let drawn = std::fs::read(file("md"))?;
         std::fs::remove_file(file("md"))?;
         let mut report = Command::new(env!("CARGO_BIN_EXE_opa-hub-loadtest"));
         report.arg("report").arg(out.path());
-        // It fails where a goal is missed, as goals of time may be here.
-        let said = tokio::task::spawn_blocking(move || report.output()).await??.stdout;
+        // The exit code is ignored: timing goals may be missed.
+        let output = tokio::task::spawn_blocking(move || report.output()).await??.stdout;
         ensure!(std::fs::read(file("md"))? == drawn);
         ensure!(
-            std::fs::read(out.path().join("README.md"))?.len() + 1 == said.len(),
+            std::fs::read(out.path().join("README.md"))?.len() + 1 == output.len(),
             "the goals are printed"
         );
         Ok(Self(serde_json::from_slice(&std::fs::read(file("json"))?)?))
@@ -40,10 +40,11 @@ impl Kept {
 
     fn figure(&self, who: &str, name: &str) -> anyhow::Result<f64> {
         let run = self.0["runs"][0].as_array().context("a run")?;
-        let of = run.iter().find(|of| of["who"] == who).with_context(|| format!("nothing of {who}"))?;
-        let figures = of["figures"].as_array().context("figures")?;
+        let entry =
+            run.iter().find(|entry| entry["who"] == who).with_context(|| format!("no results of {who}"))?;
+        let figures = entry["figures"].as_array().context("figures")?;
         let figure = figures.iter().find(|figure| figure["name"] == name);
-        figure.with_context(|| format!("no {name} in {of}"))?["value"].as_f64().context("a number")
+        figure.with_context(|| format!("no {name} in {entry}"))?["value"].as_f64().context("a number")
     }
 
     fn check(&self, who: &str, name: &str, expected: f64) -> anyhow::Result<()> {
@@ -53,81 +54,82 @@ impl Kept {
     }
 }
 
-/// I4, and bytes: one encode a change, and of what a change says little more than the pod.
+/// I4, and bytes: one encode per change, slightly larger than the pod.
 #[tokio::test]
 async fn fanout() -> anyhow::Result<()> {
-    let kept = Kept::of(&["fanout", "--agents", "100", "--rounds", "3", "--sustained-seconds", "1"]).await?;
-    kept.check("opa-hub", "frames encoded a change", 1.0)?;
-    kept.check("opa-hub", "witnesses that hold something else in the end", 0.0)?;
-    let bytes = kept.figure("opa-hub", "bytes an agent and change")?;
+    let results =
+        Results::collect(&["fanout", "--agents", "100", "--rounds", "3", "--sustained-seconds", "1"]).await?;
+    results.check("opa-hub", "frames encoded a change", 1.0)?;
+    results.check("opa-hub", "witnesses that hold something else in the end", 0.0)?;
+    let bytes = results.figure("opa-hub", "bytes an agent and change")?;
     ensure!(bytes < 700.0, "{bytes} bytes for a pod of 300");
     Ok(())
 }
 
-/// Nobody is cut off or loses anything who reads slowly, and is sent less than there was.
+/// Slow clients stay connected, lose nothing, and get fewer frames than changes.
 #[tokio::test]
 async fn slow() -> anyhow::Result<()> {
-    let kept = Kept::of(&["slow", "--agents", "200", "--rate", "100", "--seconds", "3"]).await?;
+    let results = Results::collect(&["slow", "--agents", "200", "--rate", "100", "--seconds", "3"]).await?;
     let slow = "1 % stalled, 1 % trickling";
-    kept.check(slow, "streams that ended", 0.0)?;
-    kept.check(slow, "witnesses that hold something else in the end", 0.0)?;
+    results.check(slow, "streams that ended", 0.0)?;
+    results.check(slow, "witnesses that hold something else in the end", 0.0)?;
     let (sent, changes) = (
-        kept.figure(slow, "frames that a stalled agent was sent")?,
-        kept.figure(slow, "changes that there were")?,
+        results.figure(slow, "frames that a stalled agent was sent")?,
+        results.figure(slow, "changes that there were")?,
     );
     ensure!(sent < changes / 2.0, "{sent} frames for {changes} changes");
     Ok(())
 }
 
-/// No fail-over, by a closed socket or by silence, and no restart costs a snapshot; an answer to reconcile is encoded once
-/// for all.
+/// Fail-over, by closed socket or timeout, and restarts need no archive. A reconcile response is encoded once.
 #[tokio::test]
 async fn failover() -> anyhow::Result<()> {
-    let kept = Kept::of(&["failover", "--agents", "200", "--pods", "20", "--opas", "1"]).await?;
+    let results = Results::collect(&["failover", "--agents", "200", "--pods", "20", "--opas", "1"]).await?;
     let (other, same, silent) =
         ("another replica", "the same hub, restarted", "another replica, packets dropped");
     for who in [other, same, silent] {
-        kept.check(who, "real agents that loaded their OPA anew", 0.0)?;
-        kept.check(who, "witnesses that hold something else in the end", 0.0)?;
+        results.check(who, "real agents that loaded their OPA anew", 0.0)?;
+        results.check(who, "witnesses that hold something else in the end", 0.0)?;
     }
     for who in [other, silent] {
-        kept.check(who, "agents that had to reconcile", 0.0)?;
+        results.check(who, "agents that had to reconcile", 0.0)?;
     }
-    // Nothing but silence tells that the hub is cut off.
-    let silence = kept.figure(silent, "from the fault until every agent has a change made right after it")?;
+    // Only a timeout reveals the cut.
+    let silence =
+        results.figure(silent, "from the fault until every agent has a change made right after it")?;
     ensure!(silence > 5000.0, "left after {silence} ms");
-    kept.check(same, "agents that had to reconcile", 200.0)?;
-    // That of the real agent, which has policies besides, is one of its own.
-    ensure!(kept.figure(same, "answers to those encoded")? <= 3.0);
+    results.check(same, "agents that had to reconcile", 200.0)?;
+    // The real agent's response differs, since it has policies.
+    ensure!(results.figure(same, "answers to those encoded")? <= 3.0);
     Ok(())
 }
 
-/// However many agents and OPAs, the API server has one hub's watches to serve.
+/// The API server serves one hub's watches, for any number of agents.
 #[tokio::test]
 async fn churn() -> anyhow::Result<()> {
     let args = ["churn", "--pods", "20", "--opas", "2", "--agents", "50", "--rate", "10", "--seconds", "3"];
-    let kept = Kept::of(&args).await?;
-    kept.check("opa-hub and many agents", "watches on the API server", 3.0)?;
+    let results = Results::collect(&args).await?;
+    results.check("opa-hub and many agents", "watches on the API server", 3.0)?;
     for who in ["opa-hub and many agents", "opa-hub, fields auto, and many agents"] {
-        kept.check(who, "witnesses that hold something else in the end", 0.0)?;
+        results.check(who, "witnesses that hold something else in the end", 0.0)?;
     }
-    kept.figure("opa-hub, package kubernetes.admission", "change to decision, p99")?;
-    kept.check("watches", "watches on the API server", 50.0)
+    results.figure("opa-hub, package kubernetes.admission", "change to decision, p99")?;
+    results.check("watches", "watches on the API server", 50.0)
 }
 
-/// One frame, however many changes, in PATCHes that are bounded; one repair where the log does not reach back.
+/// Any number of changes is one frame in bounded PATCHes, or one reconcile beyond the history.
 #[tokio::test]
 async fn catchup() -> anyhow::Result<()> {
-    let kept = Kept::of(&["catchup", "--changes", "3000", "--pods", "5000"]).await?;
-    kept.check("opa-hub", "frames", 1.0)?;
-    kept.check("opa-hub", "reconciles", 0.0)?;
+    let results = Results::collect(&["catchup", "--changes", "3000", "--pods", "5000"]).await?;
+    results.check("opa-hub", "frames", 1.0)?;
+    results.check("opa-hub", "reconciles", 0.0)?;
     let (operations, patches) =
-        (kept.figure("opa-hub", "operations in it")?, kept.figure("opa-hub", "PATCHes")?);
+        (results.figure("opa-hub", "operations in it")?, results.figure("opa-hub", "PATCHes")?);
     ensure!(patches >= operations / 500.0, "{patches} PATCHes for {operations} operations");
-    // Of each hundred pods 40 change.
-    kept.check("opa-hub", "operations in it", 2000.0)?;
+    // 40 % of the pods change.
+    results.check("opa-hub", "operations in it", 2000.0)?;
     for who in ["opa-hub, changes spread", "opa-hub, pods of 10 KB"] {
-        let (frames, repairs) = (kept.figure(who, "frames")?, kept.figure(who, "reconciles")?);
+        let (frames, repairs) = (results.figure(who, "frames")?, results.figure(who, "reconciles")?);
         ensure!(
             (frames - 1.0).abs() < f64::EPSILON || (repairs - 1.0).abs() < f64::EPSILON,
             "{who}: {frames}, {repairs}"
@@ -136,55 +138,55 @@ async fn catchup() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Joins share a snapshot; what is killed comes back without one.
+/// New agents share an archive; restarted ones need none.
 #[tokio::test]
 async fn start_and_restart() -> anyhow::Result<()> {
     let args = ["start", "--pods", "20", "--opas", "2", "--joins", "50", "--small-pods", "500"];
-    Kept::of(&args).await?.check("opa-hub", "snapshots encoded for all that join", 1.0)?;
-    let kept = Kept::of(&["restart", "--pods", "20", "--opas", "2"]).await?;
+    Results::collect(&args).await?.check("opa-hub", "snapshots encoded for all that join", 1.0)?;
+    let results = Results::collect(&["restart", "--pods", "20", "--opas", "2"]).await?;
     for (who, loaded) in [("the hub", 0.0), ("the agents", 0.0), ("the OPAs", 2.0), ("the API server", 0.0)] {
-        kept.check(who, "OPAs that were loaded anew", loaded)?;
+        results.check(who, "OPAs that were loaded anew", loaded)?;
     }
     Ok(())
 }
 
 #[tokio::test]
 async fn soak() -> anyhow::Result<()> {
-    let kept = Kept::of(&["soak", "--agents", "50", "--rate", "100", "--seconds", "10"]).await?;
-    kept.check("opa-hub", "witnesses that hold something else in the end", 0.0)?;
-    kept.check("opa-hub", "streams that ended", 0.0)
+    let results = Results::collect(&["soak", "--agents", "50", "--rate", "100", "--seconds", "10"]).await?;
+    results.check("opa-hub", "witnesses that hold something else in the end", 0.0)?;
+    results.check("opa-hub", "streams that ended", 0.0)
 }
 
-/// Every attack reaches the hub, which runs on; the other tenant sees all that it edits and asks for.
+/// The hub survives every attack; the other tenant's edits and requests succeed.
 #[tokio::test]
 async fn tenant() -> anyhow::Result<()> {
-    let kept = Kept::of(&["tenant", "--seconds", "2"]).await?;
+    let results = Results::collect(&["tenant", "--seconds", "2"]).await?;
     let (calm, whole) = ("no attack", "the whole run");
     for figure in [
         "of these never seen",
         "times that the hub had to be started again",
         "differences from B's expected content at the end",
     ] {
-        kept.check(whole, figure, 0.0)?;
+        results.check(whole, figure, 0.0)?;
     }
-    let asked = kept.figure(calm, "edits and requests of B")?;
+    let asked = results.figure(calm, "edits and requests of B")?;
     ensure!(asked > 0.0, "B did nothing");
-    for of in kept.0["runs"][0].as_array().context("a run")? {
-        let who = of["who"].as_str().context("a name")?;
+    for entry in results.0["runs"][0].as_array().context("a run")? {
+        let who = entry["who"].as_str().context("a name")?;
         if who == whole {
             continue;
         }
-        // As much as without an attack, and all of it seen.
-        kept.check(who, "edits and requests of B", asked)?;
-        kept.check(who, "of these never seen", 0.0)?;
+        // As many as without an attack.
+        results.check(who, "edits and requests of B", asked)?;
+        results.check(who, "of these never seen", 0.0)?;
         if who != calm {
-            ensure!(kept.figure(who, "of these with a trace in the hub")? > 0.0, "{who} left no trace");
+            ensure!(results.figure(who, "of these with a trace in the hub")? > 0.0, "{who} left no trace");
         }
     }
     Ok(())
 }
 
-/// Finishes the removal of namespaces: the lab has no controllers.
+/// Finalizes namespaces, since the lab has no controllers.
 async fn remove_namespaces(cluster: Cluster) -> anyhow::Result<()> {
     loop {
         for mut namespace in
@@ -205,10 +207,10 @@ async fn remove_namespaces(cluster: Cluster) -> anyhow::Result<()> {
     }
 }
 
-/// In a cluster of other people, which restricts pods and has pods of its own, a run measures as elsewhere, and nothing
-/// stays behind, however it ends. Missing rights and arguments that nobody can mean are reported.
+/// In an external cluster with restricted and existing pods, runs succeed and always clean up. Missing permissions and
+/// invalid arguments are reported.
 #[tokio::test]
-async fn guests_leave() -> anyhow::Result<()> {
+async fn external_cluster_is_cleaned_up() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let admission = dir.path().join("admission.json");
     let restricted = json!({
@@ -232,14 +234,14 @@ async fn guests_leave() -> anyhow::Result<()> {
     let given = ["--create-pods", "--kubeconfig", &kubeconfig];
     let namespaces = async || -> anyhow::Result<Vec<String>> {
         let list = Api::<Namespace>::all(cluster.client.clone()).list(&ListParams::default()).await?;
-        Ok(list.items.into_iter().filter_map(|of| of.metadata.name).collect())
+        Ok(list.items.into_iter().filter_map(|namespace| namespace.metadata.name).collect())
     };
     let before = namespaces().await?;
     let args = ["churn", "--pods", "10", "--opas", "1", "--agents", "20", "--rate", "10", "--seconds", "2"];
-    let kept = Kept::of(&[&args[..], &given].concat()).await?;
+    let results = Results::collect(&[&args[..], &given].concat()).await?;
     for who in ["opa-hub and many agents", "opa-hub, fields auto, and many agents"] {
-        kept.check(who, "witnesses that hold something else in the end", 0.0)?;
-        kept.figure(who, "API server CPU a change")?;
+        results.check(who, "witnesses that hold something else in the end", 0.0)?;
+        results.figure(who, "API server CPU a change")?;
     }
     ensure!(namespaces().await? == before);
 
@@ -249,16 +251,16 @@ async fn guests_leave() -> anyhow::Result<()> {
         command
     };
     let mut stopped = load().args(["failover", "--pods", "5000"]).args(given).spawn()?;
-    eventually("it makes pods", async || {
+    eventually("the run creates pods", async || {
         let now = namespaces().await.map_err(|error| error.to_string())?;
         equal(&(now.len() > before.len()), &true)
     })
     .await?;
-    let id = stopped.id().context("it runs")?.to_string();
+    let id = stopped.id().context("the run is active")?.to_string();
     ensure!(Command::new("kill").arg(id).status()?.success());
     ensure!(!stopped.wait().await?.success());
     ensure!(namespaces().await? == before);
-    let plain = plane.plain_kubeconfig.as_ref().context("the lab has a user without rights")?;
+    let plain = plane.plain_kubeconfig.as_ref().context("the lab has a user without permissions")?;
     let refused = load().args(["churn", "--create-pods", "--kubeconfig"]).arg(plain).output().await?;
     let words = String::from_utf8_lossy(&refused.stderr);
     ensure!(

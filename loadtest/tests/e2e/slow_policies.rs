@@ -1,4 +1,4 @@
-//! Tests of policies that take OPA's time, or that another ConfigMap's edit breaks, with a real OPA.
+//! Policy tests that are slow, or broken by another ConfigMap, with a real OPA.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,10 +10,9 @@ use serde_json::{Value, json};
 
 use crate::world::write_manifest;
 
-/// A search for what makes OPA slow has ended after this: three runs of 30 s, two of which are cut off, and some more.
+/// Maximum time to find slow tests: three runs of 30 s, two of them cancelled, and a margin.
 const SEARCH: Duration = Duration::from_secs(300);
 
-/// Writes a ConfigMap of one policy, and of tests, if there are any.
 fn write(dir: &Path, name: &str, policy: &str, tests: &str) -> anyhow::Result<()> {
     let mut data = json!({ "p.rego": format!("package {name}\n\n{policy}") });
     let mut labels = json!({ POLICY.0: POLICY.1 });
@@ -37,17 +36,17 @@ async fn bundle(hub: &Hub) -> Result<Value, String> {
 }
 
 #[tokio::test]
-async fn slow_tests_of_one_configmap_do_not_stop_the_others() -> anyhow::Result<()> {
+async fn slow_tests_do_not_block_other_configmaps() -> anyhow::Result<()> {
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), "quick", "x := 1", "test_x if data.quick.x < 9")?;
     let hub = hub(work.path(), manifests.path()).await?;
     let first = hub.json("/v1/bundles/main").await?["revision"].clone();
-    // Each takes the 5 s that a test may take.
+    // Each runs into the limit of 5 s.
     let slow = "if { some i in numbers.range(1, 100000); some j in numbers.range(1, 100000); i + j < 0 }";
-    let tests: Vec<_> = (0..20).map(|at| format!("test_{at} {slow}")).collect();
+    let tests: Vec<_> = (0..20).map(|index| format!("test_{index} {slow}")).collect();
     write(manifests.path(), "slow", "x := 1", &tests.join("\n"))?;
     write(manifests.path(), "quick", "x := 2", "test_x if data.quick.x < 9")?;
-    within(SEARCH, "the slow tests are refused, the other edit is served", async || {
+    within(SEARCH, "the slow tests are rejected, the other edit is served", async || {
         let bundle = bundle(&hub).await?;
         let is_refused = bundle["verdicts"]["ns/slow"].to_string().contains("ns/slow/p_test.rego");
         if is_refused && bundle["revision"] != first { Ok(()) } else { Err(bundle.to_string()) }
@@ -64,7 +63,7 @@ async fn slow_tests_of_one_configmap_do_not_stop_the_others() -> anyhow::Result<
 }
 
 #[tokio::test]
-async fn a_test_that_no_longer_compiles_refuses_no_other_configmap() -> anyhow::Result<()> {
+async fn broken_test_rejects_no_other_configmap() -> anyhow::Result<()> {
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     write(manifests.path(), "lib", "helper(x) := x", "")?;
     write(manifests.path(), "user", "x := 1", "test_x if data.lib.helper(1) == 1")?;

@@ -1,4 +1,4 @@
-//! What the hub does with an API server that does not give it what it asks for.
+//! API servers that deny, lack or fail requests of the hub.
 
 use std::path::Path;
 use std::process::Command;
@@ -11,7 +11,7 @@ use opa_hub_loadtest::lab::process::Process;
 use opa_hub_loadtest::lab::{ControlPlane, Hub};
 use serde_json::{Value, json};
 
-/// Waits until `/readyz` gives this reason for one of the sources.
+/// Waits until `/readyz` contains this reason for a source.
 async fn is_pending(hub: &Hub, source: &str, reason: &str) -> anyhow::Result<()> {
     eventually(format!("{source} is not ready"), async || {
         let ready = hub.json("/readyz").await.map_err(|error| error.to_string())?;
@@ -28,9 +28,9 @@ async fn modules_and_entries(hub: &Hub) -> Result<(Value, Value), String> {
 }
 
 #[tokio::test]
-async fn rights_that_are_missing_are_named() -> anyhow::Result<()> {
+async fn missing_permissions_are_reported() -> anyhow::Result<()> {
     let plane = ControlPlane::start().await?;
-    let kubeconfig = plane.plain_kubeconfig.as_ref().context("the lab has a user without rights")?;
+    let kubeconfig = plane.plain_kubeconfig.as_ref().context("the lab has a user without permissions")?;
     let cluster = Cluster { client: plane.client().await? };
     let kubeconfig = kubeconfig.display().to_string();
     let mut hub =
@@ -44,7 +44,7 @@ async fn rights_that_are_missing_are_named() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_resource_to_come_is_waited_for() -> anyhow::Result<()> {
+async fn hub_waits_for_a_missing_resource() -> anyhow::Result<()> {
     let plane = ControlPlane::start().await?;
     let cluster = Cluster { client: plane.client().await? };
     let kubeconfig = plane.kubeconfig.display().to_string();
@@ -73,10 +73,9 @@ async fn a_resource_to_come_is_waited_for() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An API server without streaming lists (KEP-3157) is listed by pages, and what it says of an object then is the
-/// same, byte by byte.
+/// Without streaming lists (KEP-3157) the hub lists by pages, with identical bytes.
 #[tokio::test]
-async fn no_streaming_list_means_pages() -> anyhow::Result<()> {
+async fn hub_lists_by_pages_without_streaming_lists() -> anyhow::Result<()> {
     let plane = ControlPlane::start_with(&["--feature-gates=WatchList=false"]).await?;
     let cluster = Cluster { client: plane.client().await? };
     for name in ["a", "b"] {
@@ -93,15 +92,15 @@ async fn no_streaming_list_means_pages() -> anyhow::Result<()> {
     eventually("the third pod", async || equal(&modules_and_entries(&hub).await?, &(json!(0), json!(3))))
         .await?;
     let watched = hub.json("/v1/bundles/main").await?;
-    // I2: another hub lists what this one has partly watched.
+    // I2: another hub lists objects that this one watched.
     let other = Hub::start(plane.dir.path(), &flags).await?;
     assert_eq!(other.json("/v1/bundles/main").await?["revision"], watched["revision"]);
     Ok(())
 }
 
-/// A watch from where the source was would be accepted, and silent until it is there again.
+/// A restored server accepts a watch from a future version, but sends nothing until reaching it.
 #[tokio::test]
-async fn a_source_that_is_restored_is_listed_again() -> anyhow::Result<()> {
+async fn restored_source_is_relisted() -> anyhow::Result<()> {
     let mut plane = ControlPlane::start().await?;
     let cluster = Cluster { client: plane.client().await? };
     let write = async |value: u64| {
@@ -114,24 +113,24 @@ async fn a_source_that_is_restored_is_listed_again() -> anyhow::Result<()> {
         async || -> anyhow::Result<Value> { Ok(hub.json("/v1/bundles/main").await?["revision"].clone()) };
     let before = revision().await?;
     let copy = |from: &Path, to: &Path| Command::new("cp").arg("-r").args([from, to]).status().map(drop);
-    let kept = plane.dir.path().join("etcd-before");
-    plane.while_stopped(|data| copy(data, &kept)).await?;
+    let backup = plane.dir.path().join("etcd-before");
+    plane.while_stopped(|data| copy(data, &backup)).await?;
     for value in 1..=200 {
         write(value).await?;
     }
-    let is = async |expected: bool| {
-        eventually("the hub has heard", async || {
+    let is_unchanged = async |expected: bool| {
+        eventually("the hub has the event", async || {
             let now = revision().await.map_err(|error| error.to_string())?;
             equal(&(now == before), &expected)
         })
         .await
     };
-    is(false).await?;
+    is_unchanged(false).await?;
     plane
         .while_stopped(|data| {
             std::fs::remove_dir_all(data)?;
-            copy(&kept, data)
+            copy(&backup, data)
         })
         .await?;
-    is(true).await.map(drop)
+    is_unchanged(true).await.map(drop)
 }

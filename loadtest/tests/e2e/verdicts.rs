@@ -1,4 +1,4 @@
-//! What is said of policies, and what it costs the API server to say it; what was good outlives a restart.
+//! Reported verdicts, their cost for the API server, and last good modules across restarts.
 
 use std::process::Command;
 
@@ -40,7 +40,7 @@ async fn has_event(cluster: &Cluster, name: &str, expected: &str) -> anyhow::Res
     .map(drop)
 }
 
-/// Writes to ConfigMaps that are neither ours nor the keeping of last good policies.
+/// Number of ConfigMap writes, except by the test and for last good modules.
 async fn writes(cluster: &Cluster) -> anyhow::Result<u64> {
     cluster.metric("apiserver_request_total", &[("resource", "configmaps"), ("verb", "PATCH")]).await
 }
@@ -49,9 +49,9 @@ async fn watches(cluster: &Cluster) -> anyhow::Result<u64> {
     cluster.metric("apiserver_longrunning_requests", &[("verb", "WATCH")]).await
 }
 
-/// Ten OPAs on two replicas: one write an edit at most, and no watch more than without them.
+/// Ten OPAs on two replicas cause at most one write per edit, and no additional watch.
 #[tokio::test]
-async fn one_write_an_edit_whatever_the_number_of_agents() -> anyhow::Result<()> {
+async fn writes_per_edit_are_independent_of_agents() -> anyhow::Result<()> {
     let plane = ControlPlane::start().await?;
     let cluster = Cluster { client: plane.client().await? };
     cluster.namespace("opa").await?;
@@ -64,13 +64,13 @@ async fn one_write_an_edit_whatever_the_number_of_agents() -> anyhow::Result<()>
     for name in ["lib", "shop"] {
         has_status(&cluster, name, "ok").await?;
     }
-    assert_eq!(writes(&cluster).await?, 2, "one a ConfigMap, whichever replica");
+    assert_eq!(writes(&cluster).await?, 2, "one write per ConfigMap");
     let alone = watches(&cluster).await?;
 
     let urls = hubs.each_ref().map(|hub| hub.url.as_str());
     let (mut opas, mut agents) = (Vec::new(), Vec::new());
-    for at in 0..AGENTS {
-        let delivery = if at % 2 == 0 { Delivery::Rest } else { Delivery::Bundle };
+    for index in 0..AGENTS {
+        let delivery = if index % 2 == 0 { Delivery::Rest } else { Delivery::Bundle };
         let address = Agent::address()?;
         let config = (delivery == Delivery::Bundle).then(|| Agent::opa_config(&address));
         let opa = Opa::start(&plane.assets, dir, config.as_ref(), &[]).await?;
@@ -80,18 +80,18 @@ async fn one_write_an_edit_whatever_the_number_of_agents() -> anyhow::Result<()>
     for agent in &mut agents {
         agent.wait_in_step().await?;
     }
-    assert_eq!(watches(&cluster).await?, alone, "agents watch nothing");
+    assert_eq!(watches(&cluster).await?, alone, "agents open no watches");
 
-    // A good edit changes nothing of what is said.
+    // A valid edit changes no verdict.
     cluster.configmap("opa", "lib", Some(POLICY), &[("lib.rego", "package lib\n\none := 2")]).await?;
     for opa in &opas {
         decides(opa, "/shop/allow", json!(2)).await?;
     }
-    // It replaced the ConfigMap, and its annotations with it: they are written again, once.
+    // The replaced ConfigMap's annotations are rewritten once.
     has_status(&cluster, "lib", "ok").await?;
     assert_eq!(writes(&cluster).await?, 3);
 
-    // A bad edit reaches nobody, and is said once: where, by OPA's own words.
+    // An invalid edit is not served, and reported once with OPA's location.
     cluster.configmap("opa", "shop", Some(POLICY), &[("shop.rego", UNCOMPILABLE)]).await?;
     let status = has_status(&cluster, "shop", "error").await?;
     let error = json!({
@@ -107,7 +107,7 @@ async fn one_write_an_edit_whatever_the_number_of_agents() -> anyhow::Result<()>
         })
         .await?;
         let verdicts = &hub.json("/v1/bundles/main").await?["verdicts"];
-        assert_eq!(verdicts["opa/shop"], status, "the same is said everywhere");
+        assert_eq!(verdicts["opa/shop"], status, "all verdicts are equal");
     }
     cluster.configmap("opa", "lib", Some(POLICY), &[("lib.rego", "package lib\n\none := 3")]).await?;
     for opa in &opas {
@@ -116,7 +116,7 @@ async fn one_write_an_edit_whatever_the_number_of_agents() -> anyhow::Result<()>
     has_status(&cluster, "lib", "ok").await?;
     assert_eq!(writes(&cluster).await?, 5);
 
-    // The edit that mends it is said once.
+    // The fix is reported once.
     cluster.configmap("opa", "shop", Some(POLICY), &[("shop.rego", GOOD)]).await?;
     has_status(&cluster, "shop", "ok").await?;
     cluster.configmap("opa", "shop", Some(POLICY), &[("shop.rego", "")]).await?;
@@ -126,11 +126,11 @@ async fn one_write_an_edit_whatever_the_number_of_agents() -> anyhow::Result<()>
     Ok(())
 }
 
-/// No right to write: one warning, no storm, and the policies are served all the same.
+/// Without write permission, the hub warns once and still serves the policies.
 #[tokio::test]
-async fn a_hub_that_may_not_write_says_so_once() -> anyhow::Result<()> {
+async fn hub_without_write_permission_warns_once() -> anyhow::Result<()> {
     let plane = ControlPlane::start().await?;
-    let kubeconfig = plane.plain_kubeconfig.as_ref().context("the lab has a user without rights")?;
+    let kubeconfig = plane.plain_kubeconfig.as_ref().context("the lab has a user without permissions")?;
     let cluster = Cluster { client: plane.client().await? };
     cluster.namespace("opa").await?;
     let leases = json!({ "apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["*"] });
@@ -145,12 +145,12 @@ async fn a_hub_that_may_not_write_says_so_once() -> anyhow::Result<()> {
             .configmap("opa", "data", Some(DATA), &[("round.json", &format!("{{\"n\": {round}}}"))])
             .await?;
     }
-    eventually("the hub says what it lacks", async || {
+    eventually("the hub reports the missing permission", async || {
         let ready = hub.json("/readyz").await.map_err(|error| error.to_string())?;
-        let said = ready["problems"].to_string();
+        let problems = ready["problems"].to_string();
         let lacks =
             ["grant the hub the verb patch on configmaps", "grant the hub the verbs get, create, patch"];
-        if lacks.iter().all(|lack| said.contains(lack)) { Ok(()) } else { Err(said) }
+        if lacks.iter().all(|lack| problems.contains(lack)) { Ok(()) } else { Err(problems) }
     })
     .await?;
     eventually("the last edit is served", async || {
@@ -159,15 +159,15 @@ async fn a_hub_that_may_not_write_says_so_once() -> anyhow::Result<()> {
     })
     .await?;
     let tried = hub.metric("opa_hub_verdict_writes_total").await?;
-    assert!((1..=2).contains(&tried), "one try a ConfigMap, not one an edit: {tried}");
+    assert!((1..=2).contains(&tried), "one attempt per ConfigMap, not per edit: {tried}");
     let log = hub.process.as_ref().map(opa_hub_loadtest::lab::process::Process::log).unwrap_or_default();
     assert_eq!(log.matches("grant the hub the verb patch").count(), 1, "{log}");
     Ok(())
 }
 
-/// I6 over restarts, in a cluster: a hub that was killed, and one that is new, serve the last good text.
+/// I6: restarted and new hubs serve the last good text, in a cluster.
 #[tokio::test]
-async fn the_last_good_text_outlives_the_hub_in_a_cluster() -> anyhow::Result<()> {
+async fn i6_last_good_text_survives_restarts_in_a_cluster() -> anyhow::Result<()> {
     let plane = ControlPlane::start().await?;
     let cluster = Cluster { client: plane.client().await? };
     cluster.namespace("opa").await?;
@@ -177,15 +177,15 @@ async fn the_last_good_text_outlives_the_hub_in_a_cluster() -> anyhow::Result<()
     let flags = ["--kubeconfig", &kubeconfig];
     let mut hub = Hub::start(plane.dir.path(), &flags).await?;
     let served = hub.json("/v1/bundles/main").await?["revision"].clone();
-    eventually("the last good policies are kept", async || {
+    eventually("the last good policies are stored", async || {
         cluster.get_configmap("default", "opa-hub-main").await.map(drop)
     })
     .await?;
-    // One that no longer compiles, and one that is gone though another needs it.
+    // An invalid module, and a removed dependency.
     cluster.configmap("opa", "shop", Some(POLICY), &[("shop.rego", UNCOMPILABLE)]).await?;
     has_status(&cluster, "shop", "error").await?;
     hub.kill();
-    // It changes again while no hub looks.
+    // Another change without a running hub.
     cluster.configmap("opa", "shop", Some(POLICY), &[("shop.rego", "package")]).await?;
     hub.spawn()?;
     hub.wait_ready().await?;
@@ -195,10 +195,10 @@ async fn the_last_good_text_outlives_the_hub_in_a_cluster() -> anyhow::Result<()
         assert_eq!(bundle["revision"], served, "{bundle}");
         assert_eq!(bundle["verdicts"]["opa/shop"]["status"], "error", "{bundle}");
     }
-    // What is mended is served by both.
+    // Both serve the fixed text.
     cluster.configmap("opa", "shop", Some(POLICY), &[("shop.rego", "package shop\n\nallow := 7")]).await?;
     for hub in [&hub, &fresh] {
-        eventually("the mended text is served", async || {
+        eventually("the fixed text is served", async || {
             let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
             if bundle["revision"] == served { Err(bundle.to_string()) } else { Ok(()) }
         })
@@ -207,9 +207,9 @@ async fn the_last_good_text_outlives_the_hub_in_a_cluster() -> anyhow::Result<()
     Ok(())
 }
 
-/// I6 over restarts, from a folder, with `--state-dir`.
+/// I6: restarted hubs serve the last good text, from a folder with `--state-dir`.
 #[tokio::test]
-async fn the_last_good_text_outlives_the_hub_in_a_folder() -> anyhow::Result<()> {
+async fn i6_last_good_text_survives_restarts_in_a_folder() -> anyhow::Result<()> {
     tokio::task::spawn_blocking(assets::folder).await??;
     let (work, manifests) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let write = |text: &str| {
@@ -224,7 +224,7 @@ async fn the_last_good_text_outlives_the_hub_in_a_folder() -> anyhow::Result<()>
     let flags = ["--manifests", &folder, "--state-dir", &state.display().to_string()];
     let mut hub = Hub::start(work.path(), &flags).await?;
     let served = hub.json("/v1/bundles/main").await?["revision"].clone();
-    eventually("the last good policies are kept", async || {
+    eventually("the last good policies are stored", async || {
         std::fs::metadata(state.join("main.last-good.json.gz"))
     })
     .await?;
@@ -234,7 +234,7 @@ async fn the_last_good_text_outlives_the_hub_in_a_folder() -> anyhow::Result<()>
     hub.wait_ready().await?;
     let bundle = hub.json("/v1/bundles/main").await?;
     assert_eq!(bundle["revision"], served, "{bundle}");
-    // A damaged state is told and passed over: then nothing good is known.
+    // A corrupt state is reported and ignored.
     hub.kill();
     std::fs::write(state.join("main.last-good.json.gz"), "{}")?;
     hub.spawn()?;
@@ -244,11 +244,11 @@ async fn the_last_good_text_outlives_the_hub_in_a_folder() -> anyhow::Result<()>
     Ok(())
 }
 
-/// `deploy/kubernetes` is taken by a real API server, and its rights are enough for all that the hub does.
+/// A real API server accepts `deploy/kubernetes`, and its permissions suffice for the hub.
 #[tokio::test]
-async fn the_rights_in_the_manifests_suffice() -> anyhow::Result<()> {
+async fn manifest_permissions_suffice() -> anyhow::Result<()> {
     let plane = ControlPlane::start().await?;
-    let kubeconfig = plane.plain_kubeconfig.as_ref().context("the lab has a user without rights")?;
+    let kubeconfig = plane.plain_kubeconfig.as_ref().context("the lab has a user without permissions")?;
     let cluster = Cluster { client: plane.client().await? };
     for namespace in ["opa", "shop"] {
         cluster.namespace(namespace).await?;
@@ -281,7 +281,7 @@ async fn the_rights_in_the_manifests_suffice() -> anyhow::Result<()> {
     has_status(&cluster, "shop", "ok").await?;
     cluster.configmap("opa", "shop", Some(POLICY), &[("shop.rego", "package")]).await?;
     has_event(&cluster, "shop", "Warning Refused").await?;
-    eventually("the last good policies are kept", async || {
+    eventually("the last good policies are stored", async || {
         cluster.get_configmap("opa-hub", "opa-hub-main").await.map(drop)
     })
     .await?;

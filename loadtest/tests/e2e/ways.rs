@@ -1,4 +1,4 @@
-//! The same script by each way: create, edit, delete, labels, ignored namespaces, kills, restarts, churn.
+//! One script for each way of delivery: edits, labels, ignored namespaces, kills, restarts, churn.
 
 use std::time::{Duration, Instant};
 
@@ -66,7 +66,7 @@ async fn policies(world: &World) -> anyhow::Result<()> {
         .await?;
     world.has_modules(&["opa/authz/allow.rego", "opa/more/a.rego", "opa/more/b.rego"]).await?;
     world.decides("/b/p", json!({}), json!(1)).await?;
-    // A text that does not parse reaches nobody: the last good one stays, and the rest goes on.
+    // An unparseable text is not served: the last good one remains.
     cluster.configmap("opa", "more", Some(POLICY), &[("a.rego", "package a\np := {")]).await?;
     cluster.configmap("opa", "authz", Some(POLICY), &[("allow.rego", &allow("carol"))]).await?;
     world.decides("/authz/allow", json!({ "user": "carol" }), json!(true)).await?;
@@ -76,7 +76,7 @@ async fn policies(world: &World) -> anyhow::Result<()> {
         bundle["problems"][0]["message"].as_str().is_some_and(|text| text.contains("a.rego")),
         "{bundle}"
     );
-    // A label that goes takes the module with it, and brings it back.
+    // Removing and restoring a label removes and restores the module.
     cluster.configmap("opa", "authz", None, &[("allow.rego", &allow("bob"))]).await?;
     world.decides("/authz/allow", bob.clone(), Value::Null).await?;
     cluster.configmap("opa", "authz", Some(POLICY), &[("allow.rego", &allow("bob"))]).await?;
@@ -103,7 +103,7 @@ async fn data(world: &World) -> anyhow::Result<()> {
 
 async fn pods(world: &World) -> anyhow::Result<()> {
     let cluster = &world.cluster;
-    // Nothing is there yet, and that is a map too, as kube-mgmt has it.
+    // Without objects there is an empty map, as with kube-mgmt.
     eventually("an empty map", async || {
         equal(&world.opa.data("/kubernetes/pods").await.map_err(|error| error.to_string())?, &json!({}))
     })
@@ -143,11 +143,11 @@ async fn agent_killed(world: &mut World) -> anyhow::Result<()> {
     agent.wait_in_step().await?;
     world.decides("/authz/allow", json!({ "user": "dora" }), json!(true)).await?;
     world.mirrors_pods(&["ignored"]).await?;
-    let done = &world.agent.as_ref().expect("there is one").status().await?["done"];
+    let done = &world.agent.as_ref().expect("agent exists").status().await?["done"];
     assert_eq!(
         (&done["snapshots"], &done["reconciles"]),
         (&json!(0), &json!(0)),
-        "it resumed from OPA's marker"
+        "agent resumed from OPA's marker"
     );
     Ok(())
 }
@@ -172,7 +172,7 @@ async fn hub_restarted(world: &mut World) -> anyhow::Result<()> {
         assert_eq!(count(&sample), Some(0), "no snapshot is served after a restart\n{text}");
     }
     assert_eq!(world.hub.metric("opa_hub_reconciles_total").await?, 1);
-    eventually("what was reconciled is followed", async || {
+    eventually("the stream follows the reconcile", async || {
         equal(&world.hub.metric("opa_hub_agents").await.map_err(|error| error.to_string())?, &1)
     })
     .await
@@ -181,7 +181,7 @@ async fn hub_restarted(world: &mut World) -> anyhow::Result<()> {
 
 async fn apiserver_restarted(world: &mut World) -> anyhow::Result<()> {
     world.plane.stop_apiserver();
-    // What was served stays while the source is away.
+    // Content remains during a source outage.
     world.decides("/authz/allow", json!({ "user": "erin" }), json!(true)).await?;
     world.plane.start_apiserver().await?;
     world.cluster.pod("opa", "after-the-api-server-was-away", &[]).await?;
@@ -190,7 +190,7 @@ async fn apiserver_restarted(world: &mut World) -> anyhow::Result<()> {
     world.mirrors_pods(&["ignored"]).await
 }
 
-/// Pods come, change and go for half a minute; afterwards OPA holds exactly what the API server has.
+/// After half a minute of pod churn, OPA has exactly the API server's pods.
 async fn churn(world: &World) -> anyhow::Result<()> {
     let mut random = fastrand::Rng::with_seed(7);
     let mut live: Vec<String> = Vec::new();

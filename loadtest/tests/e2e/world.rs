@@ -1,4 +1,4 @@
-//! A cluster, a hub, and one OPA that gets everything by one of the three ways.
+//! A cluster, a hub, and an OPA with one of three ways of delivery.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,12 +9,12 @@ use opa_hub_loadtest::lab::process::Process;
 use opa_hub_loadtest::lab::{Agent, ControlPlane, Delivery, Hub, Opa};
 use serde_json::{Value, json};
 
-/// How an OPA consumes the hub's work.
+/// Delivery from hub to OPA.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Way {
-    /// OPA's own bundle client at the bundle URL.
+    /// OPA's bundle client.
     Direct,
-    /// An agent that puts policies one by one.
+    /// An agent that writes policies by REST.
     Rest,
     /// An agent that serves the policies as a bundle.
     Bundle,
@@ -41,7 +41,7 @@ impl World {
         Ok(Self { plane, cluster, hub, opa, agent, way })
     }
 
-    /// Waits until the decision is as expected; `Null`: undefined.
+    /// Waits for a decision; `Null` if undefined.
     pub(crate) async fn decides(&self, path: &str, input: Value, expected: Value) -> anyhow::Result<()> {
         eventually(format!("{:?}: {path} for {input}", self.way), async || {
             let found = self.opa.decide(path, &input).await.map_err(|error| error.to_string())?;
@@ -51,7 +51,7 @@ impl World {
         .map(drop)
     }
 
-    /// Waits until OPA's data is as expected, empty maps left out.
+    /// Waits for OPA's data, without empty maps.
     pub(crate) async fn holds(&self, path: &str, expected: Value) -> anyhow::Result<()> {
         eventually(format!("{:?}: data at {path}", self.way), async || {
             let found = self.opa.data(path).await.map_err(|error| error.to_string())?;
@@ -61,11 +61,11 @@ impl World {
         .map(drop)
     }
 
-    /// Waits until OPA has exactly these modules, by kube-mgmt's ids.
+    /// Waits for exactly these modules, by kube-mgmt's ids.
     pub(crate) async fn has_modules(&self, expected: &[&str]) -> anyhow::Result<()> {
         eventually(format!("{:?}: modules", self.way), async || {
             let found = self.opa.modules().await.map_err(|error| error.to_string())?;
-            // OPA puts the bundle's name in front of what it takes from a bundle.
+            // OPA prefixes module ids with the bundle's name.
             let found: Vec<_> = found.iter().map(|id| id.strip_prefix("main/").unwrap_or(id)).collect();
             equal(&found, &expected.to_vec())
         })
@@ -73,14 +73,14 @@ impl World {
         .map(drop)
     }
 
-    /// Waits until OPA holds the API server's pods, every byte of them.
+    /// Waits until OPA has the API server's pods, byte for byte.
     pub(crate) async fn mirrors_pods(&self, ignored: &[&str]) -> anyhow::Result<()> {
         let pods = self.cluster.pods(ignored).await?;
         self.holds("/kubernetes/pods", pods).await
     }
 }
 
-/// An OPA, with the agent that `way` needs.
+/// Starts an OPA, with an agent if `way` needs one.
 pub(crate) async fn consumer(
     way: Way,
     assets: &Path,
@@ -102,7 +102,7 @@ pub(crate) async fn consumer(
     Ok((opa, Some(agent)))
 }
 
-/// What an OPA that talks to the hub itself is configured with.
+/// Configuration of an OPA without an agent.
 pub(crate) fn direct_config(hub: &str, resource: &str) -> Value {
     let polling =
         json!({ "long_polling_timeout_seconds": 10, "min_delay_seconds": 1, "max_delay_seconds": 1 });
@@ -112,14 +112,14 @@ pub(crate) fn direct_config(hub: &str, resource: &str) -> Value {
     })
 }
 
-/// Ends what [`Process::suspend`] began.
+/// Reverts [`Process::suspend`].
 pub(crate) fn wake(process: &Process) -> anyhow::Result<()> {
     let status = Command::new("kill").args(["-CONT", &process.id().to_string()]).status()?;
     anyhow::ensure!(status.success(), "waking a process failed: {status}");
     Ok(())
 }
 
-/// Waits until an agent counts so many of each as done: it does once OPA has them.
+/// Waits for an agent's counters, which increase once OPA has the content.
 pub(crate) async fn has_done(agent: &Agent, expected: Value) -> anyhow::Result<()> {
     eventually("the agent has counted", async || {
         let status = agent.status().await.map_err(|error| error.to_string())?;
@@ -131,18 +131,16 @@ pub(crate) async fn has_done(agent: &Agent, expected: Value) -> anyhow::Result<(
     .map(drop)
 }
 
-/// Writes a manifest as an editor does, so that nobody reads half of it.
+/// Writes a manifest atomically, as editors do.
 pub(crate) fn write_manifest(dir: &Path, file: &str, content: &Value) -> anyhow::Result<()> {
     std::fs::write(dir.join(".draft"), content.to_string())?;
     Ok(std::fs::rename(dir.join(".draft"), dir.join(file))?)
 }
 
-/// Writes objects as one manifest.
 pub(crate) fn write_list(dir: &Path, file: &str, objects: &[Value]) -> anyhow::Result<()> {
     write_manifest(dir, file, &json!({ "apiVersion": "v1", "kind": "List", "items": objects }))
 }
 
-/// `value` without maps that have no content.
 pub(crate) fn without_empty_maps(value: Value) -> Value {
     match value {
         Value::Object(map) => {

@@ -1,4 +1,4 @@
-//! An agent of the fault test, with its OPA and the connections that it has or had.
+//! An agent of the fault test, with its OPA and connections.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -16,48 +16,45 @@ use super::reads::{i10, i10_auto};
 use super::source::Kind;
 use super::streams::{UnderWay, Wire};
 use super::{HUBS, World};
-use crate::fold::{Held, Refused};
+use crate::fold::{AppliedState, Refused};
 
-/// Connections that one agent has given up without the hub's knowing.
-const GIVEN_UP: usize = 2;
-/// Refusals by hubs that are behind after which an agent believes that the source went back: of all of them.
+/// Maximum number of connections abandoned without the hub's notice.
+const ABANDONED_MAX: usize = 2;
+/// Rejections, one by every hub, after which an agent assumes a source rollback.
 const REFUSALS_MAX: usize = HUBS;
 
-/// What positions call policies.
+/// Name of policies in positions.
 const POLICIES: &str = "policies";
 
 pub(super) struct Agent {
     pub(super) name: &'static str,
     pub(super) namespace: &'static str,
-    pub(super) held: Held,
-    /// Its OPA holds nothing.
+    pub(super) applied: AppliedState,
     is_empty: bool,
-    /// What it holds, as which document says it.
+    /// Document of the applied content.
     document: Option<Document>,
-    /// Of which its positions are; none: of several, or of several documents.
+    /// Epoch of the positions; `None` if mixed.
     epoch: Option<usize>,
-    /// The newest that was held, by kind.
+    /// Newest applied version by kind.
     latest: BTreeMap<Kind, u64>,
-    /// It has all of the change that it was told last.
+    /// Whether the last change is complete.
     is_whole: bool,
     following: Option<(Wire, Decoder)>,
-    /// Which hub it follows.
     hub: usize,
-    /// As of when it opened that.
+    /// Position when the stream was opened.
     opened: Position,
-    /// Connections that it gave up without the hub's knowing.
-    given_up: VecDeque<Wire>,
-    /// In a row.
+    /// Connections abandoned without the hub's notice.
+    abandoned: VecDeque<Wire>,
+    /// Consecutive rejections.
     refusals: usize,
 }
 
 impl Agent {
-    /// Beside an OPA that holds nothing.
     pub(super) fn start(name: &'static str, namespace: &'static str) -> Self {
         Self {
             name,
             namespace,
-            held: Held::empty(),
+            applied: AppliedState::empty(),
             is_empty: true,
             document: None,
             epoch: None,
@@ -66,126 +63,122 @@ impl Agent {
             following: None,
             hub: 0,
             opened: Position::default(),
-            given_up: VecDeque::new(),
+            abandoned: VecDeque::new(),
             refusals: 0,
         }
     }
 
-    /// Asks hubs for a stream, the one `at` first, and the next one where that is behind.
-    pub(super) async fn connect(&mut self, hubs: &mut [Hub], at: usize, world: &mut World) {
+    /// Opens a stream at hub `index`, or at the next one if that is behind.
+    pub(super) async fn connect(&mut self, hubs: &mut [Hub], index: usize, world: &mut World) {
         for turn in 0..HUBS {
-            let is_behind = self.connect_to(hubs, (at + turn) % HUBS, world).await;
+            let is_behind = self.connect_to(hubs, (index + turn) % HUBS, world).await;
             if !is_behind {
                 return;
             }
         }
     }
 
-    /// Asks a hub for a stream, and for what it takes to get one. Says nothing of connections that it had. Returns whether
-    /// the hub is behind.
-    async fn connect_to(&mut self, hubs: &mut [Hub], at: usize, world: &mut World) -> bool {
-        let hub = &mut hubs[at];
+    /// Opens a stream, after reconcile if needed, without closing earlier connections. Returns whether the hub is behind.
+    async fn connect_to(&mut self, hubs: &mut [Hub], index: usize, world: &mut World) -> bool {
+        let hub = &mut hubs[index];
         let Some((part, document)) = hub.part(self.name, self.namespace) else { return false };
-        let here = part.position();
+        let current = part.position();
         let Some(head) = part.head().borrow().clone() else { return false };
         if self.is_empty {
             world.seen.add("snapshots");
             let bytes = archive(&head, Part::Whole).await;
-            self.take_archive(&bytes, &head, &here);
-            // Between a backup and the next quiet moment hubs tell versions of both.
+            self.apply_archive(&bytes, &head, &current);
+            // Until the next quiet phase after a restore, hubs send versions of both epochs.
             self.epoch = Some(world.source.epoch).filter(|epoch| *epoch == world.quiet_epoch);
-        } else if !self.resume(&head, &here, world).await {
+        } else if !self.resume(&head, &current, world).await {
             world.seen.add("lags");
-            self.was_refused(world);
+            self.count_rejection(world);
             return true;
         }
-        // What one document leaves out another has not: positions tell nothing of that.
-        let is_same = self.document.is_none_or(|held| held == document);
+        // Documents omit different objects, which positions do not show.
+        let is_same = self.document.is_none_or(|applied| applied == document);
         self.epoch = self.epoch.filter(|_| is_same);
         (self.refusals, self.document) = (0, Some(document));
-        self.opened = self.held.position.clone();
-        self.held.judge = Judge::new(self.opened.clone());
-        let wire = hub.streams.open(&part, (self.name, self.namespace), self.held.revision());
-        self.give_up();
-        (self.hub, self.following) = (at, Some((wire, Decoder::new(FRAME_BYTES_MAX))));
+        self.opened = self.applied.position.clone();
+        self.applied.judge = Judge::new(self.opened.clone());
+        let wire = hub.streams.open(&part, (self.name, self.namespace), self.applied.revision());
+        self.abandon();
+        (self.hub, self.following) = (index, Some((wire, Decoder::new(FRAME_BYTES_MAX))));
         false
     }
 
-    /// Leaves its connection without the hub's knowing.
-    fn give_up(&mut self) {
-        self.given_up.extend(self.following.take().map(|(wire, _)| wire));
-        if self.given_up.len() > GIVEN_UP {
-            self.given_up.pop_front().unwrap().lock().unwrap().take();
+    /// Abandons the connection without the hub's notice.
+    fn abandon(&mut self) {
+        self.abandoned.extend(self.following.take().map(|(wire, _)| wire));
+        if self.abandoned.len() > ABANDONED_MAX {
+            self.abandoned.pop_front().unwrap().lock().unwrap().take();
         }
     }
 
-    /// Whether frames can lead on from what it holds, where needed once it was repaired; not where that would take it
-    /// back in time.
-    async fn resume(&mut self, head: &Arc<Edition>, here: &Position, world: &mut World) -> bool {
-        let there = self.held.position.clone();
-        if head.lag(self.held.revision(), here, &there).is_some() {
+    /// Reconciles if needed. Returns whether frames can follow, `false` if the position would regress.
+    async fn resume(&mut self, head: &Arc<Edition>, current: &Position, world: &mut World) -> bool {
+        let required = self.applied.position.clone();
+        if head.lag(self.applied.revision(), current, &required).is_some() {
             return false;
         }
         for round in 0..RECONCILES_MAX {
-            // As each request for a stream does.
-            head.tell_as_of(here, &self.held.position);
-            if !matches!(head.next(self.held.revision()), Next::Unknown) {
+            head.tell_as_of(current, &self.applied.position);
+            if !matches!(head.next(self.applied.revision()), Next::Unknown) {
                 return true;
             }
-            let (held, there) = (self.held.reconcile(), &self.held.position);
-            if head.lag_of(&held, Some(self.held.revision().modules), here, there).is_some() {
+            let (applied, required) = (self.applied.reconcile(), &self.applied.position);
+            if head.lag_of(&applied, Some(self.applied.revision().modules), current, required).is_some() {
                 return false;
             }
             world.seen.add("reconciles");
-            world.seen.add_if(round > 0, "answers to older policies");
-            let bytes = answer(head, &self.held).await;
-            // What comes there does not lead on any more.
-            self.give_up();
-            self.take_archive(&bytes, head, here);
+            world.seen.add_if(round > 0, "responses to older policies");
+            let bytes = answer(head, &self.applied).await;
+            // Frames on the old stream no longer apply.
+            self.abandon();
+            self.apply_archive(&bytes, head, current);
         }
-        assert_eq!(self.held.revision(), head.view.revision, "{}: reconcile ends at the head", self.name);
+        assert_eq!(self.applied.revision(), head.view.revision, "{}: reconcile ends at the head", self.name);
         true
     }
 
-    fn take_archive(&mut self, bytes: &[u8], head: &Edition, here: &Position) {
-        self.held.archive_by_halves(bytes, i10);
-        i10(&self.held);
+    fn apply_archive(&mut self, bytes: &[u8], head: &Edition, current: &Position) {
+        self.applied.archive_by_halves(bytes, i10);
+        i10(&self.applied);
         if self.name == AUTO {
-            i10_auto(&self.held);
+            i10_auto(&self.applied);
         }
         self.is_empty = false;
-        self.arrive(head, here);
+        self.record_head(head, current);
     }
 
-    fn arrive(&mut self, head: &Edition, here: &Position) {
-        self.held.proven = here.clone().after(&self.held.proven);
-        self.held.position = head.newest().after(&self.held.position);
-        self.is_whole = self.held.revision() == head.view.revision;
+    fn record_head(&mut self, head: &Edition, current: &Position) {
+        self.applied.proven = current.clone().after(&self.applied.proven);
+        self.applied.position = head.newest().after(&self.applied.position);
+        self.is_whole = self.applied.revision() == head.view.revision;
     }
 
-    /// Where no hub is as new as what it holds the source itself went back, and the agent goes with it.
-    fn was_refused(&mut self, world: &mut World) {
+    /// If every hub is behind, the source was rolled back, and the agent accepts that.
+    fn count_rejection(&mut self, world: &mut World) {
         self.refusals += 1;
         if self.epoch != Some(world.source.epoch) && self.refusals >= REFUSALS_MAX {
-            world.seen.add("agents that go back");
+            world.seen.add("agent rollbacks");
             self.forget_positions();
         }
     }
 
     fn forget_positions(&mut self) {
-        (self.held.position, self.held.proven) = (Position::default(), Position::default());
+        (self.applied.position, self.applied.proven) = (Position::default(), Position::default());
         self.latest.clear();
         self.refusals = 0;
     }
 
-    /// Its connection breaks, maybe in the middle of a frame.
+    /// Breaks the connection, maybe within a frame.
     pub(super) fn cut(&mut self) {
         if let Some((wire, _)) = self.following.take() {
             wire.lock().unwrap().take();
         }
     }
 
-    /// Reads some bytes of its connection.
     pub(super) fn read(&mut self, most: usize, world: &mut World) {
         let Some((wire, decoder)) = &mut self.following else { return };
         let bytes: Vec<u8> = match wire.lock().unwrap().as_mut() {
@@ -198,45 +191,45 @@ impl Agent {
             let has_edits = String::from_utf8_lossy(data).contains("/metadata/labels/");
             let is_end = |under_way: &mut UnderWay| under_way.ends.pop_front_if(|end| end == id).is_some();
             let is_whole = wire.lock().unwrap().as_mut().is_some_and(is_end);
-            let policies = self.held.proven.of(POLICIES).unwrap_or(0);
-            match self.held.take(message) {
+            let policies = self.applied.proven.of(POLICIES).unwrap_or(0);
+            match self.applied.apply(message) {
                 Ok(()) => {
                     self.is_whole = is_whole;
                     if !is_whole {
-                        // Its modules come last.
-                        self.held.proven.heard(POLICIES.into(), policies);
+                        // Modules arrive last.
+                        self.applied.proven.heard(POLICIES.into(), policies);
                     }
                     world.seen.add("frames");
                     world.seen.add_if(has_edits, "edits");
-                    i10(&self.held);
+                    i10(&self.applied);
                     if self.name == AUTO {
-                        i10_auto(&self.held);
+                        i10_auto(&self.applied);
                     }
                 }
                 Err(Refused::NotHeld) => panic!("I3"),
                 Err(Refused::Lags(lag)) => {
                     let before = self.opened.of(&lag.name);
                     assert!(
-                        // What is listed anew is as of nothing yet.
+                        // A relisted watch has no version yet.
                         self.epoch != Some(world.source.epoch) || before >= Some(lag.there) || lag.here == 0,
-                        "{lag}: by what the same hub said, {before:?} before that"
+                        "{lag}: rejected by the same hub's versions, {before:?} before"
                     );
                     world.seen.add("lags");
                     return self.cut();
                 }
             }
         }
-        // The hub has closed it, or is gone, which heartbeats tell.
+        // Heartbeats detect a closed stream or stopped hub.
         let is_over = Arc::strong_count(wire) == 1 && bytes.len() < most;
         if is_over {
             self.cut();
         }
     }
 
-    /// Checks that the agent holds all that the source had at its position, and at any before, and nothing else. Returns
-    /// whether what it holds could be checked: one whole state whose position is proven.
+    /// Checks that the content equals the source's at the newest position so far. Returns `false` if the state is partial
+    /// or its position unproven.
     pub(super) fn check(&mut self, world: &World) -> bool {
-        let Held { position, proven, .. } = &self.held;
+        let AppliedState { position, proven, .. } = &self.applied;
         let is_ready = self.is_whole && self.epoch == Some(world.source.epoch);
         if position.is_empty() || !is_ready || proven.is_behind(position) {
             return false;
@@ -249,38 +242,38 @@ impl Agent {
         }
         let latest = |kind: Kind| self.latest.get(&kind).copied().filter(|_| is_looked_at(kind));
         let context = format!(
-            ", position {position}, proven {proven}, latest {:?}, opened as of {}, source at {} of epoch {}",
+            ", position {position}, proven {proven}, latest {:?}, opened at {}, source at {} of epoch {}",
             self.latest,
             self.opened,
             world.source.version(),
             world.source.epoch
         );
         let asked = Asked { document, namespace: Some(self.namespace), opened: BTreeSet::new(), context };
-        asked.check(&world.source, &units_held(&self.held), false, latest);
+        asked.check(&world.source, &units_held(&self.applied), false, latest);
         true
     }
 
-    /// Once all that failed has stopped failing it is at the head of a hub, and holds what the source has.
+    /// Without faults, checks that the agent reaches the head and has the source's content.
     pub(super) async fn settle(&mut self, hubs: &mut [Hub], world: &mut World) {
         if self.epoch != Some(world.source.epoch) {
-            // A minute has passed.
+            // A minute later.
             self.cut();
             self.forget_positions();
         }
         if self.following.is_none() {
-            let at = world.rng.usize(..hubs.len());
-            self.connect(hubs, at, world).await;
+            let index = world.rng.usize(..hubs.len());
+            self.connect(hubs, index, world).await;
             hubs[self.hub].streams.write(|| false);
             self.read(usize::MAX, world);
         }
-        assert!(self.following.is_some(), "{} {}: it has a stream", self.name, self.namespace);
+        assert!(self.following.is_some(), "{} {}: agent has a stream", self.name, self.namespace);
         let (part, document) = hubs[self.hub].part(self.name, self.namespace).unwrap();
         let head = part.head().borrow().clone().unwrap();
-        assert_eq!(self.held.revision(), head.view.revision, "{} {}: I1", self.name, self.namespace);
+        assert_eq!(self.applied.revision(), head.view.revision, "{} {}: I1", self.name, self.namespace);
         (self.document, self.epoch) = (Some(document), Some(world.source.epoch));
-        self.arrive(&head, &part.position());
+        self.record_head(&head, &part.position());
         let asked = Asked::new(document, Some(self.namespace), &part);
-        asked.check_all(&world.source, &units_held(&self.held));
+        asked.check_all(&world.source, &units_held(&self.applied));
         _ = self.check(world);
     }
 }

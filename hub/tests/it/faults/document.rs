@@ -1,4 +1,4 @@
-//! What the fault test's bundles are made of.
+//! Bundle specs of the fault test.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,50 +10,42 @@ use opa_hub_proto::path::DirPath;
 
 use crate::invariants;
 
-/// What a document asks for.
+/// A bundle's options.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) struct Document {
     pub(super) name: &'static str,
-    /// Readers get the objects of one namespace.
+    /// Whether clients get one namespace's objects.
     pub(super) is_scoped: bool,
-    /// Fields of pods that are served beside those that policies read; none: pods are served whole.
+    /// Additional pod fields; `None` for whole pods.
     pub(super) fields: Option<&'static [&'static str]>,
-    /// It holds what its policies read, too.
+    /// Whether resources that policies read are replicated.
     pub(super) is_auto: bool,
-    /// Bytes that its data may have.
     pub(super) max_bytes: Option<usize>,
-    /// Directories that its data may have.
     pub(super) max_directories: Option<usize>,
-    /// A few changes take it beyond what a commit takes, and what its log remembers.
+    /// Whether a few changes exceed a commit and the history.
     pub(super) is_small: bool,
 }
 
-/// The bundle that may be given out by namespace.
+/// Bundle served by namespace.
 const SPACES: &str = "spaces";
-/// The bundle whose pods may be cut.
 pub(super) const FIELDS: &str = "fields";
-/// The bundle that is replicated as policies read.
 pub(super) const AUTO: &str = "auto";
 
-/// The bundle that may leave out what is too large.
 const LIMIT: &str = "limit";
-/// Bytes of about as much data as there is.
+/// About the size of all data.
 const MAX_BYTES: usize = 2500;
-/// The bundle that may leave out whole directories.
 const FEW: &str = "few";
-/// Some less than there are.
+/// Slightly fewer than exist.
 const MAX_DIRECTORIES: usize = 10;
-/// What a small bundle takes at a time, and remembers.
 const SMALL_COMMIT: usize = 5;
 const SMALL_LOG: usize = 8;
 const SMALL_LOG_KEYS: usize = 24;
-/// Objects that there may be of all kinds together, each of which may have changed.
+/// Maximum number of objects of all kinds.
 const OBJECTS_MAX: usize = 120;
 
 const NO_FIELDS: &[&str] = &[];
 const IMAGES: &[&str] = &["spec.image"];
 
-/// All of everything.
 const PLAIN: Document = Document {
     name: "main",
     is_scoped: false,
@@ -65,7 +57,6 @@ const PLAIN: Document = Document {
 };
 
 impl Document {
-    /// Those that there are at the start.
     pub(super) fn all() -> Vec<Self> {
         vec![
             PLAIN,
@@ -77,7 +68,6 @@ impl Document {
         ]
     }
 
-    /// Another one of this name.
     pub(super) fn edited(self, rng: &mut Rng) -> Self {
         match self.name {
             SPACES | FIELDS | AUTO if rng.bool() => Self { is_small: !self.is_small, ..self },
@@ -98,12 +88,12 @@ impl Document {
         }
     }
 
-    /// Whether it may hold less than there is.
+    /// Whether objects may be omitted.
     pub(super) fn is_limited(&self) -> bool {
         self.max_bytes.is_some() || self.max_directories.is_some()
     }
 
-    /// Commits after which nothing is left to take.
+    /// Number of commits that drain everything.
     pub(super) fn commits(&self) -> usize {
         if self.is_small { OBJECTS_MAX / SMALL_COMMIT } else { 2 }
     }

@@ -1,4 +1,4 @@
-//! A hub of the fault test: watches of a source that fails in every way, bundles over one store, and streams.
+//! A hub of the fault test: failing watches, bundles over one store, and streams.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,14 +15,13 @@ use super::source::Kind;
 use super::streams::Streams;
 use super::written::Written;
 
-/// Rounds in which all that waits for something gets it: a document, a watch, a list, a check, an edition.
+/// Rounds that resolve all dependencies: document, watch, list, check, snapshot.
 const SETTLE_ROUNDS: usize = 6;
-/// What is told of a watch that fails.
+/// Events of a failing watch.
 const FAILS: [Event; 1] = [Event::Unavailable];
-/// What is told of a resource that the server does not know.
+/// Events of an unknown resource.
 const NOT_SERVED: [Event; 2] = [Event::Unavailable, Event::Refused];
 
-/// See the module's text.
 pub(super) struct Hub {
     store: Arc<Store>,
     wanted: Wanted,
@@ -32,7 +31,7 @@ pub(super) struct Hub {
     pub(super) streams: Streams,
 }
 
-/// A bundle that is served, and the one that takes its place once it can.
+/// A served bundle, and its pending replacement.
 struct Slot {
     running: Written,
     next: Option<Written>,
@@ -44,37 +43,33 @@ impl Slot {
     }
 }
 
-/// One watch.
 struct Watching {
     kind: Kind,
     trouble: Trouble,
-    /// What it told last does not lead on.
+    /// Whether a new list is required.
     needs_list: bool,
     was_listed: bool,
-    /// Which versions it tells.
+    /// Epoch of its versions.
     epoch: usize,
-    /// All is told up to this version.
-    told: u64,
+    /// Version up to which events are complete.
+    delivered: u64,
 }
 
 #[derive(PartialEq)]
 enum Trouble {
     No,
-    /// Nothing comes.
     Silent,
-    /// The server answers that it cannot.
     Failing,
 }
 
 impl Watching {
-    /// Policies are served without what cannot be had: of services that would break I10.
+    /// Policies are served without failing watches; for services that would break I10.
     fn may_fail(&self) -> bool {
         self.was_listed || self.kind != Kind::Services
     }
 }
 
 impl Hub {
-    /// With empty memory, and almost ready.
     pub(super) fn start(world: &mut World) -> Self {
         let store = Arc::new(Store::new(Readiness::default()));
         let mut hub = Self {
@@ -85,7 +80,7 @@ impl Hub {
             served: Bundles::default(),
             streams: Streams::default(),
         };
-        hub.turn(world);
+        hub.reconcile(world);
         hub.follow_wanted(world);
         for id in hub.ids() {
             if world.rng.u8(..8) > 0 {
@@ -99,11 +94,11 @@ impl Hub {
         hub
     }
 
-    /// Looks at the documents.
-    pub(super) fn turn(&mut self, world: &mut World) {
+    /// Reconciles bundles with the documents.
+    pub(super) fn reconcile(&mut self, world: &mut World) {
         for document in world.documents.values() {
             let Some(slot) = self.slots.get_mut(document.name) else {
-                let good = world.kept.get(document.name).cloned().unwrap_or_default();
+                let good = world.persisted.get(document.name).cloned().unwrap_or_default();
                 let running = Written::start(*document, good, &self.store);
                 self.served.serve(Arc::clone(running.bundle()));
                 self.slots.insert(document.name, Slot { running, next: None });
@@ -114,28 +109,28 @@ impl Hub {
             }
             slot.next = None;
             if slot.running.document != *document {
-                // Not from what a restart would find, unless nothing was checked yet.
-                let kept = || world.kept.get(document.name).cloned().unwrap_or_default();
-                let good = slot.running.good().unwrap_or_else(kept);
+                // The persisted last good modules count only if nothing was checked yet.
+                let persisted = || world.persisted.get(document.name).cloned().unwrap_or_default();
+                let good = slot.running.good().unwrap_or_else(persisted);
                 slot.next = Some(Written::start(*document, good, &self.store));
             }
         }
         for (name, _) in self.slots.extract_if(.., |name, _| !world.documents.contains_key(name)) {
-            world.seen.add("bundles that go");
+            world.seen.add("bundles removed");
             self.served.withdraw(name);
         }
         for slot in self.slots.values_mut() {
             if slot.next.as_ref().is_some_and(Written::is_live)
                 && let Some(next) = slot.next.take()
             {
-                world.seen.add("bundles that are replaced");
+                world.seen.add("bundles replaced");
                 self.served.serve(Arc::clone(next.bundle()));
                 slot.running = next;
             }
         }
     }
 
-    /// What is served to whoever asks for this bundle from this namespace, and as which document.
+    /// Returns the bundle served to this namespace, and its document.
     pub(super) fn part(&self, name: &str, namespace: &str) -> Option<(Arc<Bundle>, Document)> {
         let whole = self.served.get(name)?;
         let part = whole.of(Some(namespace)).unwrap();
@@ -146,7 +141,7 @@ impl Hub {
                 assert_eq!(
                     same,
                     Some(dir.digest),
-                    "{name} {namespace}: {path} is not as in the whole bundle: part {} newest {}, whole {} newest {}, position {}",
+                    "{name} {namespace}: {path} differs from the whole bundle: part {} newest {}, whole {} newest {}, position {}",
                     of_part.view.revision,
                     of_part.newest(),
                     of_whole.view.revision,
@@ -158,12 +153,11 @@ impl Hub {
         Some((part, self.slots[name].running.document))
     }
 
-    /// The bundles that are served.
     pub(super) fn bundles(&self) -> impl Iterator<Item = &Written> {
         self.slots.values().map(|slot| &slot.running)
     }
 
-    /// All bundles.
+    /// All bundles, including replacements.
     fn written(&mut self) -> impl Iterator<Item = &mut Written> {
         self.slots.values_mut().flat_map(Slot::all)
     }
@@ -172,24 +166,23 @@ impl Hub {
         self.slots.get_mut(name).map(|slot| &mut slot.running)
     }
 
-    /// Its bundles give up what older policies read.
+    /// Bundles remove fields that only older policies read.
     pub(super) fn narrow(&mut self, world: &mut World) {
         for written in self.written() {
             written.narrow(&mut world.seen);
         }
     }
 
-    /// One of all bundles.
     pub(super) fn any(&mut self, world: &mut World) -> &mut Written {
-        let at = world.rng.usize(..self.written().count());
-        self.written().nth(at).unwrap()
+        let index = world.rng.usize(..self.written().count());
+        self.written().nth(index).unwrap()
     }
 
     fn ids(&self) -> Vec<WatchId> {
         self.watches.keys().copied().collect()
     }
 
-    /// Watches what the bundles want.
+    /// Adds and removes watches for the bundles.
     fn follow_wanted(&mut self, world: &World) {
         let wanted = self.wanted.borrow().clone();
         self.watches.retain(|id, _| wanted.contains_key(id));
@@ -200,22 +193,22 @@ impl Hub {
                 needs_list: true,
                 was_listed: false,
                 epoch: world.source.epoch,
-                told: 0,
+                delivered: 0,
             });
         }
     }
 
-    /// Is told some of what it was not told yet, of which it publishes some.
-    pub(super) fn hear(&mut self, world: &mut World) {
+    /// Receives some pending events and publishes some of them.
+    pub(super) fn receive(&mut self, world: &mut World) {
         self.follow_wanted(world);
         for id in self.ids() {
-            self.hear_of(id, world);
+            self.receive_from(id, world);
         }
         self.commit(world);
     }
 
-    fn hear_of(&mut self, id: WatchId, world: &mut World) {
-        let watching = self.watches.get_mut(&id).expect("it is watched");
+    fn receive_from(&mut self, id: WatchId, world: &mut World) {
+        let watching = self.watches.get_mut(&id).expect("watch exists");
         if watching.trouble != Trouble::No && world.rng.u8(..6) > 0 {
             if watching.trouble == Trouble::Failing && watching.may_fail() {
                 for event in FAILS {
@@ -224,12 +217,12 @@ impl Hub {
             }
             return;
         }
-        // After a failure all is listed; after a silence all comes at once.
+        // A failure requires a list; after silence all events arrive at once.
         let trouble = std::mem::replace(&mut watching.trouble, Trouble::No);
         watching.needs_list |= trouble == Trouble::Failing;
         let is_served = world.source.serves(watching.kind);
         if watching.needs_list || watching.epoch != world.source.epoch || !is_served {
-            // A server that was restored knows nothing of the version that is asked for, and is silent.
+            // A restored server does not know the requested version, and sends nothing.
             if world.rng.bool() {
                 self.list(id, false, world);
             }
@@ -237,13 +230,13 @@ impl Hub {
         }
         let most = if trouble == Trouble::Silent { usize::MAX } else { world.rng.usize(..8) };
         let bookmarks = world.rng.u8(..8) == 0;
-        self.tell(id, most, bookmarks, world);
+        self.send_events(id, most, bookmarks, world);
     }
 
-    /// Is told some of what happened, and where that is all maybe how far the source is.
-    fn tell(&mut self, id: WatchId, most: usize, bookmarks: bool, world: &World) {
-        let watching = self.watches.get_mut(&id).expect("it is watched");
-        let new = world.source.since(watching.kind, watching.told);
+    /// Receives some events, and possibly a bookmark at the end.
+    fn send_events(&mut self, id: WatchId, most: usize, bookmarks: bool, world: &World) {
+        let watching = self.watches.get_mut(&id).expect("watch exists");
+        let new = world.source.since(watching.kind, watching.delivered);
         let is_all = new.len() <= most;
         for (version, key, value) in new.into_iter().take(most) {
             let event = match value {
@@ -251,38 +244,37 @@ impl Hub {
                 None => Event::Delete(key.clone()),
             };
             self.store.apply((id, event, Some(Version(version))));
-            watching.told = version;
+            watching.delivered = version;
         }
         if is_all && bookmarks {
-            watching.told = world.source.version();
-            self.store.apply((id, Event::Quiet, Some(Version(watching.told))));
+            watching.delivered = world.source.version();
+            self.store.apply((id, Event::Quiet, Some(Version(watching.delivered))));
         }
     }
 
-    /// Is told all that there is. Unless the source `is_calm` the list may break off, and while it is not complete some is
-    /// published.
+    /// Receives a list. Unless `is_calm`, the list may end early, and parts may be published.
     fn list(&mut self, id: WatchId, is_calm: bool, world: &mut World) {
         let watching = &self.watches[&id];
         let (kind, version, may_fail) = (watching.kind, world.source.version(), watching.may_fail());
         if !world.source.serves(kind) {
-            world.seen.add("resources that are not served");
+            world.seen.add("unserved resources");
             for event in NOT_SERVED {
                 self.store.apply((id, event, None));
             }
-            self.watches.get_mut(&id).expect("it is watched").needs_list = true;
+            self.watches.get_mut(&id).expect("watch exists").needs_list = true;
             return;
         }
         world.seen.add("lists");
         self.store.apply((id, Event::Init, None));
-        let objects = world.source.at(kind, version).into_iter();
+        let objects = world.source.objects_at(kind, version).into_iter();
         let objects = objects.map(|(key, value)| Object { key: key.clone(), json: value.to_string().into() });
         for object in objects.collect::<Vec<_>>() {
             if !is_calm && may_fail && world.rng.u8(..64) == 0 {
-                world.seen.add("lists that break off");
+                world.seen.add("incomplete lists");
                 for event in FAILS {
                     self.store.apply((id, event, None));
                 }
-                self.watches.get_mut(&id).expect("it is watched").needs_list = true;
+                self.watches.get_mut(&id).expect("watch exists").needs_list = true;
                 return;
             }
             self.store.apply((id, Event::Apply(object), None));
@@ -291,12 +283,12 @@ impl Hub {
             }
         }
         self.store.apply((id, Event::InitDone, Some(Version(version))));
-        let watching = self.watches.get_mut(&id).expect("it is watched");
-        (watching.epoch, watching.told) = (world.source.epoch, version);
+        let watching = self.watches.get_mut(&id).expect("watch exists");
+        (watching.epoch, watching.delivered) = (world.source.epoch, version);
         (watching.needs_list, watching.was_listed) = (false, true);
     }
 
-    /// The server no longer knows the version of one of its watches.
+    /// Expires the version of a random watch.
     pub(super) fn list_any(&mut self, world: &mut World) {
         self.follow_wanted(world);
         if let Some(id) = world.rng.choice(self.ids()) {
@@ -305,19 +297,19 @@ impl Hub {
         }
     }
 
-    /// One of its watches fails, or is silent, for a while.
+    /// Makes a random watch fail or stay silent.
     pub(super) fn trouble(&mut self, world: &mut World) {
         let Some(id) = world.rng.choice(self.ids()) else { return };
         let (what, trouble) = if world.rng.bool() {
-            ("watches that fail", Trouble::Failing)
+            ("failing watches", Trouble::Failing)
         } else {
-            ("watches that are silent", Trouble::Silent)
+            ("silent watches", Trouble::Silent)
         };
         world.seen.add(what);
-        self.watches.get_mut(&id).expect("it is watched").trouble = trouble;
+        self.watches.get_mut(&id).expect("watch exists").trouble = trouble;
     }
 
-    /// Some of its bundles publish some of what they have.
+    /// Some bundles publish some changes.
     fn commit(&mut self, world: &mut World) {
         for written in self.written() {
             if world.rng.bool() {
@@ -326,30 +318,30 @@ impl Hub {
         }
     }
 
-    /// Some of its checkers go on.
+    /// Some checkers advance.
     pub(super) fn check(&mut self, world: &mut World) {
         for written in self.written() {
             if world.rng.bool() {
                 written.check(&mut world.seen);
             }
-            // Whichever replica writes to the cluster has seen this, or not yet.
+            // The leader may not have seen this yet.
             if let Some(good) = written.good().filter(|_| world.rng.u8(..4) == 0) {
-                world.kept.insert(written.document.name, good);
+                world.persisted.insert(written.document.name, good);
             }
         }
     }
 
-    /// Whatever failed stops failing.
+    /// Ends all faults.
     pub(super) fn settle(&mut self, world: &mut World) {
         for _ in 0..SETTLE_ROUNDS {
-            self.turn(world);
+            self.reconcile(world);
             self.follow_wanted(world);
             for id in self.ids() {
-                let watching = self.watches.get_mut(&id).expect("it is watched");
+                let watching = self.watches.get_mut(&id).expect("watch exists");
                 let trouble = std::mem::replace(&mut watching.trouble, Trouble::No);
                 let is_known = watching.epoch == world.source.epoch && !watching.needs_list;
                 if is_known && trouble != Trouble::Failing {
-                    self.tell(id, usize::MAX, true, world);
+                    self.send_events(id, usize::MAX, true, world);
                 } else {
                     self.list(id, true, world);
                 }
@@ -364,14 +356,14 @@ impl Hub {
         }
     }
 
-    /// Every stream is of a bundle that is served, and at its head.
+    /// Checks that every stream is at the head of a served bundle.
     pub(super) fn check_streams(&self) {
         for stream in &self.streams.0 {
             let (name, namespace) = (stream.name, stream.namespace);
-            let (part, _) = self.part(name, namespace).expect("a bundle that is gone ends its streams");
-            assert_eq!(stream.id, part.id, "{name} {namespace}: a bundle that was replaced ends its streams");
-            let head = part.head().borrow().clone().expect("it is live");
-            assert_eq!(stream.held, head.view.revision, "{name} {namespace}: a stream leads to the head");
+            let (part, _) = self.part(name, namespace).expect("removed bundles end their streams");
+            assert_eq!(stream.id, part.id, "{name} {namespace}: replaced bundles end their streams");
+            let head = part.head().borrow().clone().expect("bundle is live");
+            assert_eq!(stream.applied, head.view.revision, "{name} {namespace}: stream is at the head");
         }
     }
 }

@@ -1,12 +1,15 @@
-//! A source, replicas of the hub with several bundles each, and agents, with everything between them that fails: hubs
-//! that lag, list again, or die with all they knew; watches that fail or are silent, and a server that is restored from a
-//! backup; resources that come and go; documents that change; policies that do not compile or read other fields and
-//! resources, and a compiler that fails; connections that break in the middle of a frame, or die unnoticed while the agent
-//! asks elsewhere; OPAs that come back empty; more than every bound of a bundle lets pass. One seed makes one run, step by
-//! step, in one thread. After a read that leaves an agent with one whole state at a proven position, that state is what the
-//! source had at the newest position that the agent ever named, and all that its policies read. Every few hundred steps
-//! all that fails stops failing: then every stream, archive and answer to reconcile is what the source has.
-//! `OPA_HUB_FAULT_STEPS` and `OPA_HUB_FAULT_SEED` ask for another run.
+//! Fault test of a source, hub replicas with several bundles, and agents. The faults:
+//!
+//! - hubs lag, relist, or restart without state
+//! - watches fail or are silent; the server is restored from a backup; resources appear and disappear
+//! - documents change; policies break or read other fields and resources; the compiler fails
+//! - connections break within a frame, or are abandoned unnoticed; OPAs restart empty
+//! - bundles exceed every limit
+//!
+//! A seed determines a run, which is single-threaded. A read may leave an agent with a complete state at a proven
+//! position. That state must equal the source's at the agent's newest position ever, with all that policies read. Every
+//! few hundred steps the faults end, and every stream, archive and reconcile response must match the source.
+//! `OPA_HUB_FAULT_STEPS` and `OPA_HUB_FAULT_SEED` select another run.
 
 mod agent;
 mod document;
@@ -33,10 +36,10 @@ use self::source::Source;
 const STEPS: usize = 3000;
 const SEEDS: u64 = 4;
 const HUBS: usize = 3;
-/// After so many steps all is quiet for a moment.
+/// Number of steps between quiet phases.
 const QUIET_AFTER: usize = 400;
 const NAMESPACES: [&str; 3] = ["ns0", "ns1", "ns2"];
-/// What each agent asks for.
+/// Bundle and namespace of each agent.
 const AGENTS: [(&str, &str); 14] = [
     ("main", "ns0"),
     ("main", "ns1"),
@@ -54,47 +57,46 @@ const AGENTS: [(&str, &str); 14] = [
     ("spaces", "ns2"),
 ];
 
-/// What happened, to see that all of it did.
+/// Counts of events, for coverage.
 #[derive(Default, Debug)]
 struct Seen(BTreeMap<&'static str, usize>);
 
-/// Maximum number of reads for one that leaves an agent with a state that is checked. The others leave it with a part of
-/// a change, or with a position that is not proven.
+/// Maximum number of reads per checked state. Other reads leave a partial change or an unproven position.
 const READS_A_CHECK_MAX: usize = 20;
 
-/// All that is to happen.
+/// Events that every long run must cover.
 const TRIED: [&str; 31] = [
-    "agents that go back",
-    "answers to older policies",
-    "bundles that are replaced",
-    "bundles that go",
+    "agent rollbacks",
+    "bundles removed",
+    "bundles replaced",
+    "checked reads",
     "checks without a compiler",
     "checks without a plan",
-    "closings",
-    "cuts",
-    "directories that are left out",
+    "connections cut",
+    "directories omitted",
     "edits",
+    "failing watches",
+    "field removals",
     "frames",
-    "kills",
+    "incomplete lists",
     "lags",
     "lists",
-    "lists that break off",
-    "narrowings",
-    "objects that are left out",
-    "openings",
-    "places that are taken",
+    "objects omitted",
+    "OPA kills",
+    "outdated streams",
+    "path conflicts",
     "reads in between",
-    "reads that are checked",
     "rechecks",
     "reconciles",
-    "refused policies",
-    "resources that are not served",
+    "rejected policies",
+    "responses to older policies",
     "restarts",
     "restored servers",
+    "silent watches",
     "snapshots",
-    "streams that fall behind",
-    "watches that are silent",
-    "watches that fail",
+    "unserved resources",
+    "watches closed",
+    "watches opened",
 ];
 
 impl Seen {
@@ -110,29 +112,25 @@ impl Seen {
     }
 }
 
-/// What hubs and agents are in.
 struct World {
     rng: Rng,
     source: Source,
-    /// By name.
     documents: BTreeMap<&'static str, Document>,
-    /// The good policies of each bundle that a restart finds.
-    kept: BTreeMap<&'static str, LastGood>,
+    /// Persisted last good modules by bundle.
+    persisted: BTreeMap<&'static str, LastGood>,
     seen: Seen,
-    /// The source's, when all was quiet last.
+    /// Source's epoch at the last quiet phase.
     quiet_epoch: usize,
 }
 
 impl World {
-    /// Somebody edits a document, removes it, or puts it back.
     fn edit(&mut self) {
         let all = Document::all();
         let document = all[self.rng.usize(..all.len())];
         match self.documents.remove(document.name) {
             None => _ = self.documents.insert(document.name, document),
-            // Removed.
             Some(_) if self.rng.u8(..4) == 0 => {}
-            Some(held) => _ = self.documents.insert(held.name, held.edited(&mut self.rng)),
+            Some(present) => _ = self.documents.insert(present.name, present.edited(&mut self.rng)),
         }
     }
 }
@@ -150,7 +148,7 @@ impl Run {
             rng: Rng::with_seed(seed),
             source: Source::new(),
             documents: documents.collect(),
-            kept: BTreeMap::new(),
+            persisted: BTreeMap::new(),
             seen: Seen::default(),
             quiet_epoch: 0,
         };
@@ -161,36 +159,35 @@ impl Run {
 
     async fn step(&mut self) {
         let Self { world, hubs, agents } = self;
-        let (at, agent) = (world.rng.usize(..HUBS), world.rng.usize(..AGENTS.len()));
-        let (hub, agent) = (&mut hubs[at], &mut agents[agent]);
+        let (index, agent) = (world.rng.usize(..HUBS), world.rng.usize(..AGENTS.len()));
+        let (hub, agent) = (&mut hubs[index], &mut agents[agent]);
         match world.rng.u16(..1000) {
             0..250 => world.source.change(&mut world.rng),
-            250..430 => hub.hear(world),
+            250..430 => hub.receive(world),
             430..520 => hub.check(world),
             520..670 => {
                 let behind = hub.streams.write(|| world.rng.bool());
-                world.seen.add_if(behind > 0, "streams that fall behind");
+                world.seen.add_if(behind > 0, "outdated streams");
             }
             670..860 => {
-                // In pieces, and all of it.
                 let most = if world.rng.bool() { world.rng.usize(..400) } else { usize::MAX };
                 agent.read(most, world);
                 let is_checked = agent.check(world);
-                world.seen.add(if is_checked { "reads that are checked" } else { "reads in between" });
+                world.seen.add(if is_checked { "checked reads" } else { "reads in between" });
             }
-            860..910 => agent.connect(hubs, at, world).await,
+            860..910 => agent.connect(hubs, index, world).await,
             910..922 => {
-                world.seen.add("cuts");
+                world.seen.add("connections cut");
                 agent.cut();
             }
             922..932 => hub.list_any(world),
-            // Its connections stay as they are: nobody told the agents.
+            // Connections stay open: agents are not notified.
             932..937 => {
                 world.seen.add("restarts");
                 *hub = Hub::start(world);
             }
             937..944 => {
-                world.seen.add("kills");
+                world.seen.add("OPA kills");
                 *agent = Agent::start(agent.name, agent.namespace);
             }
             944..958 => hub.trouble(world),
@@ -202,34 +199,34 @@ impl Run {
                 let written = hub.any(world);
                 written.fails = !written.fails;
             }
-            964..967 => world.source.turn_jobs(),
-            967..971 => world.source.turn_place_of_jobs(),
+            964..967 => world.source.toggle_jobs(),
+            967..971 => world.source.toggle_place_of_jobs(),
             971..975 => {
                 if let Some(written) = hub.written_of(FIELDS) {
                     written.plan_fails = !written.plan_fails;
                 }
             }
             975..982 => world.edit(),
-            982..990 => hub.turn(world),
+            982..990 => hub.reconcile(world),
             _ => hub.narrow(world),
         }
     }
 
-    /// Whatever failed stops failing for a moment, maybe but for what people got wrong.
+    /// Ends all faults temporarily; `is_mended` also fixes user errors.
     async fn quiet(&mut self, is_mended: bool) {
         let Self { world, hubs, agents } = self;
-        world.source.calm();
+        world.source.end_faults();
         world.quiet_epoch = world.source.epoch;
         for document in Document::all() {
             world.documents.entry(document.name).or_insert(document);
         }
         if is_mended {
-            world.source.mend();
+            world.source.fix_rejected();
         }
         for hub in &mut *hubs {
             hub.settle(world);
         }
-        // Who was replaced or forgotten is dropped.
+        // Replaced and abandoned connections are dropped.
         for _ in 0..3 {
             tokio::time::advance(SCOPE_IDLE).await;
             let_others_run().await;
@@ -242,10 +239,10 @@ impl Run {
             agent.read(usize::MAX, world);
             agent.settle(hubs, world).await;
         }
-        let others: Vec<_> = agents.iter().map(|agent| agent.held.clone()).collect();
+        let others: Vec<_> = agents.iter().map(|agent| agent.applied.clone()).collect();
         let looked_at = world.rng.usize(..HUBS);
         let mut revisions = BTreeMap::new();
-        for (at, hub) in hubs.iter().enumerate() {
+        for (index, hub) in hubs.iter().enumerate() {
             for written in hub.bundles() {
                 let document = written.document;
                 let namespaces = NAMESPACES.into_iter().filter(|_| document.is_scoped);
@@ -258,17 +255,17 @@ impl Run {
                     let asked = Asked::new(document, namespace, &part);
                     let left_out = asked.check_all(&world.source, &units_of(&head.view));
                     let is_by_bytes = document.max_bytes.is_some();
-                    world.seen.add_if(left_out > 0 && is_by_bytes, "objects that are left out");
-                    world.seen.add_if(left_out > 0 && !is_by_bytes, "directories that are left out");
-                    if at == looked_at {
-                        // What some agent holds is repaired, whichever bundle that is of.
+                    world.seen.add_if(left_out > 0 && is_by_bytes, "objects omitted");
+                    world.seen.add_if(left_out > 0 && !is_by_bytes, "directories omitted");
+                    if index == looked_at {
+                        // Reconciles any agent's content, even of another bundle.
                         let other = &others[world.rng.usize(..others.len())];
                         asked.check_archives(&world.source, &head, std::slice::from_ref(other)).await;
                     }
                     let revision = head.view.revision;
-                    let of = (document.name, namespace, asked.opened.clone());
-                    let same = *revisions.entry(of).or_insert(revision);
-                    // What came first may keep out the rest.
+                    let view = (document.name, namespace, asked.opened.clone());
+                    let same = *revisions.entry(view).or_insert(revision);
+                    // Earlier objects may displace later ones.
                     let depends = document.is_limited() || !world.source.is_good();
                     assert!(same == revision || depends, "{asked}: I2");
                 }
@@ -291,7 +288,7 @@ async fn run(seed: u64, steps: usize) -> Seen {
 }
 
 #[test]
-fn whatever_fails_agents_hold_what_the_source_has() {
+fn agents_match_the_source_despite_faults() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let steps = number("OPA_HUB_FAULT_STEPS").and_then(|steps: u64| steps.try_into().ok()).unwrap_or(STEPS);
     let seeds = number("OPA_HUB_FAULT_SEED").map_or(0..SEEDS, |seed| seed..seed + 1);
@@ -304,9 +301,8 @@ fn whatever_fails_agents_hold_what_the_source_has() {
         seen.0.into_iter().for_each(|(what, count)| *all.0.entry(what).or_default() += count);
     }
     let missing: Vec<_> = TRIED.into_iter().filter(|what| !all.0.contains_key(what)).collect();
-    assert!(missing.is_empty() || !is_long, "never tried: {missing:?}");
-    let [checked, others] =
-        ["reads that are checked", "reads in between"].map(|what| all.0.get(what).copied());
+    assert!(missing.is_empty() || !is_long, "never covered: {missing:?}");
+    let [checked, others] = ["checked reads", "reads in between"].map(|what| all.0.get(what).copied());
     let (checked, others) = (checked.unwrap_or(0), others.unwrap_or(0));
     assert!(
         checked * READS_A_CHECK_MAX >= checked + others,

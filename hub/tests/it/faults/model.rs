@@ -1,4 +1,4 @@
-//! What the fault test expects, computed from the source's objects alone.
+//! Expected content of the fault test, computed from the source's objects.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -13,22 +13,21 @@ use super::limits::{self, LIMITED};
 use super::reads::{cut, lines, paths};
 use super::source::{Kind, Source, place_of_jobs, served};
 use super::written::opened;
-use crate::fold::Held;
+use crate::fold::AppliedState;
 
-/// What is served of each object.
+/// Served content by object.
 pub(super) type Units = BTreeMap<(Kind, ObjectKey), Value>;
 
-/// What is served to whom.
+/// Expected view of a client.
 pub(super) struct Asked {
     pub(super) document: Document,
     pub(super) namespace: Option<&'static str>,
-    /// What is replicated because policies read it.
+    /// Kinds replicated because policies read them.
     pub(super) opened: BTreeSet<Kind>,
-    /// Who asks, and as of when, for the message of a failure.
+    /// Client and position, for failure messages.
     pub(super) context: String,
 }
 
-/// What an edition holds.
 pub(super) fn units_of(view: &View) -> Units {
     let dirs = view.dirs.iter().map(|(path, dir)| {
         let mut json = Vec::new();
@@ -39,9 +38,8 @@ pub(super) fn units_of(view: &View) -> Units {
     units(dirs.collect(), modules)
 }
 
-/// What an agent holds.
-pub(super) fn units_held(held: &Held) -> Units {
-    units(held.entries(), held.modules.iter().map(|(id, text)| (id.as_str(), text.as_str())))
+pub(super) fn units_held(applied: &AppliedState) -> Units {
+    units(applied.entries(), applied.modules.iter().map(|(id, text)| (id.as_str(), text.as_str())))
 }
 
 fn units<'a>(
@@ -59,13 +57,13 @@ fn units<'a>(
                 units.insert((Kind::Data, key(namespace, name)), Value::Object(entries));
                 continue;
             }
-            _ => panic!("nothing lies at {dir}"),
+            _ => panic!("unexpected directory {dir}"),
         };
         units.extend(entries.into_iter().map(|(name, value)| ((kind, key(namespace, &name)), value)));
     }
     for (id, text) in modules {
         let path: Vec<_> = id.split('/').collect();
-        let [namespace, name, file] = path[..] else { panic!("no ConfigMap gave {id}") };
+        let [namespace, name, file] = path[..] else { panic!("{id} has no ConfigMap") };
         let unit = units.entry((Kind::Policies, key(namespace, name))).or_insert(Value::Null);
         unit[file] = text.into();
     }
@@ -85,25 +83,24 @@ impl Asked {
         namespace.is_none_or(|namespace| *key.namespace == *namespace)
     }
 
-    /// Compares `units` with what the source had of each kind at that version; where there is none they are not looked at.
-    /// Of pods that are cut only what their policies read is compared, unless the hub `is_quiet`: then nothing else is
-    /// there.
+    /// Compares `units` with the source by kind at the given versions; kinds without version are skipped. Of pruned pods
+    /// only the fields that policies read are compared, unless the hub `is_quiet`: then no others exist.
     pub(super) fn check(
         &self,
         source: &Source,
         units: &Units,
         is_quiet: bool,
-        at: impl Fn(Kind) -> Option<u64>,
+        version_at: impl Fn(Kind) -> Option<u64>,
     ) {
         let read = paths(&lines_of(units));
         let is_cut = |kind: Kind| self.document.name == FIELDS && kind == Kind::Pods;
         for kind in Kind::ALL {
-            let Some(version) = at(kind) else { continue };
+            let Some(version) = version_at(kind) else { continue };
             let mut allowed = source.allowed(kind, version);
-            // Who comes first has the place.
+            // The first owner has the path.
             let is_disputed = |key: &ObjectKey| self.document.is_auto && !is_quiet && *key == place_of_jobs();
             allowed.retain(|key, _| !is_disputed(key));
-            for (_, key) in units.keys().filter(|(of, key)| *of == kind && !is_disputed(key)) {
+            for (_, key) in units.keys().filter(|(other, key)| *other == kind && !is_disputed(key)) {
                 assert!(
                     allowed.contains_key(key) && self.sees(kind, key),
                     "{self}: {kind:?} {key} is served"
@@ -125,82 +122,81 @@ impl Asked {
                 let expected: Vec<_> = expected.collect();
                 assert!(
                     expected.contains(&found),
-                    "{self}: {kind:?} {key} is {found:?}, not one of {expected:?} as of {version}: {}",
+                    "{self}: {kind:?} {key} is {found:?}, not one of {expected:?} at {version}: {}",
                     source.history(kind, key)
                 );
             }
         }
     }
 
-    /// The same of all kinds as of now, where the hub is quiet. Returns how many objects a limit left out.
+    /// Compares all kinds with the current source, for a quiet hub. Returns the number of objects omitted by a limit.
     pub(super) fn check_all(&self, source: &Source, units: &Units) -> usize {
         let lines = lines_of(units);
         let reads = |kind: Kind| self.document.is_auto && lines.contains(kind.plural());
         assert_eq!(self.opened.contains(&Kind::Services), reads(Kind::Services), "{self}: services are read");
-        // Something else may have been in their place.
-        assert!(!self.opened.contains(&Kind::Jobs) || reads(Kind::Jobs), "{self}: nobody reads jobs");
+        // Other data may own the path.
+        assert!(!self.opened.contains(&Kind::Jobs) || reads(Kind::Jobs), "{self}: no policy reads jobs");
         let is_limited = |kind: Kind| self.document.is_limited() && LIMITED.contains(&kind);
         self.check(source, units, true, |kind| (!is_limited(kind)).then_some(source.version()));
         if self.document.is_limited() { limits::check(&self.document, source, units) } else { 0 }
     }
 
-    /// Every archive of an edition, and every answer to reconcile, makes its view. `others` hold something.
-    pub(super) async fn check_archives(&self, source: &Source, head: &Arc<Edition>, others: &[Held]) {
+    /// Checks that every archive and reconcile response produces the snapshot, also from the content of `others`.
+    pub(super) async fn check_archives(&self, source: &Source, head: &Arc<Edition>, others: &[AppliedState]) {
         let expected = units_of(&head.view);
-        let mut whole = Held::empty();
+        let mut whole = AppliedState::empty();
         for part in [Part::Policy, Part::Data] {
-            // Each by itself, one beside the other.
+            // Data and policy archives together.
             let bytes = archive(head, part).await;
             whole.archive(&bytes);
         }
-        assert_eq!(units_held(&whole), expected, "{self}: the parts make the whole");
-        let mut whole = Held::empty();
+        assert_eq!(units_held(&whole), expected, "{self}: data and policy archives equal the full one");
+        let mut whole = AppliedState::empty();
         let bytes = archive(head, Part::Whole).await;
         whole.archive(&bytes);
         assert_eq!((units_held(&whole), whole.revision()), (expected, head.view.revision), "{self}");
         self.check_all(source, &units_held(&whole));
-        for held in others {
-            let mut held = held.clone();
+        for applied in others {
+            let mut applied = applied.clone();
             for _ in 0..RECONCILES_MAX {
-                if held.revision() != head.view.revision {
-                    let bytes = answer(head, &held).await;
-                    held.archive(&bytes);
+                if applied.revision() != head.view.revision {
+                    let bytes = answer(head, &applied).await;
+                    applied.archive(&bytes);
                 }
             }
-            assert_eq!(held.revision(), head.view.revision, "{self}: an answer to reconcile");
-            assert_eq!(units_held(&held), units_held(&whole), "{self}: an answer to reconcile");
+            assert_eq!(applied.revision(), head.view.revision, "{self}: reconcile response");
+            assert_eq!(units_held(&applied), units_held(&whole), "{self}: reconcile response");
         }
     }
 }
 
-/// What the policies among these read.
+/// Read annotations of the policies.
 fn lines_of(units: &Units) -> BTreeSet<&str> {
     let policies = units.iter().filter(|((kind, _), _)| *kind == Kind::Policies);
     let texts = policies.flat_map(|(_, texts)| texts.as_object().into_iter().flat_map(Map::values));
     lines(texts.filter_map(Value::as_str))
 }
 
-/// All that lies at these.
+/// Paths of these fields.
 fn given<'a>(fields: &[&'a str]) -> Vec<Vec<&'a str>> {
     fields.iter().map(|field| field.split('.').chain(["!"]).collect()).collect()
 }
 
-/// Answers that are needed at most: one may hold what older policies read, too.
+/// Maximum number of responses: one may contain fields of older policies.
 pub(super) const RECONCILES_MAX: usize = 2;
 
 pub(super) async fn archive(head: &Arc<Edition>, part: Part) -> Vec<u8> {
     in_no_time(head.archive(part)).await.pieces.concat()
 }
 
-pub(super) async fn answer(head: &Arc<Edition>, held: &Held) -> Vec<u8> {
-    in_no_time(head.reconcile(held.reconcile())).await.unwrap().0.pieces.concat()
+pub(super) async fn answer(head: &Arc<Edition>, applied: &AppliedState) -> Vec<u8> {
+    in_no_time(head.reconcile(applied.reconcile())).await.unwrap().0.pieces.concat()
 }
 
-/// Yields after which all tasks that could go on have done so.
+/// Yields after which all ready tasks have run.
 const YIELDS: usize = 8;
 
-/// Awaits work on other threads in no time: a paused clock stands while a thread for blocking work is busy. Other tasks go
-/// on until they wait, however long the work takes, so that a seed always does the same.
+/// Awaits blocking work without advancing the paused clock. Other tasks run until idle, so that a seed is reproducible.
 async fn in_no_time<T>(work: impl Future<Output = T>) -> T {
     let (done, busy) = std::sync::mpsc::channel::<()>();
     let busy = tokio::task::spawn_blocking(move || _ = busy.recv());

@@ -1,5 +1,5 @@
-//! What policies of the fault test read. They tell it themselves, in lines such as `# reads services`, or of each pod
-//! `# reads pods metadata.labels.app`; a path that ends with `!` reads all that lies there.
+//! Reads of the fault test's policies. Policies declare them in lines such as `# reads services` or
+//! `# reads pods metadata.labels.app`; a path that ends with `!` reads the whole subtree.
 
 use std::collections::BTreeSet;
 
@@ -7,11 +7,9 @@ use opa_hub::policy::analyze::{Extent, Place, Reads, Step};
 use serde_json::Value;
 
 use super::source::ALWAYS;
-use crate::fold::Held;
+use crate::fold::AppliedState;
 
-/// How such a line begins.
 pub(super) const READS: &str = "# reads ";
-/// What policies may read.
 pub(super) const READABLE: [&str; 9] = [
     "jobs",
     "services",
@@ -23,7 +21,7 @@ pub(super) const READABLE: [&str; 9] = [
     "pods spec.image",
     "pods spec.size.cpu",
 ];
-/// What every pod has.
+/// Fields of every pod.
 const LEAVES: [&str; 8] = [
     "kind",
     "metadata.labels.app",
@@ -35,18 +33,18 @@ const LEAVES: [&str; 8] = [
     "text",
 ];
 
-/// What these modules read, each line once.
+/// Returns the distinct read lines of these modules.
 pub(super) fn lines<'a>(texts: impl Iterator<Item = &'a str>) -> BTreeSet<&'a str> {
     texts.flat_map(str::lines).filter_map(|line| line.strip_prefix(READS)).collect()
 }
 
-/// What of that they read of pods.
+/// Returns the pod paths of `lines`.
 pub(super) fn paths<'a>(lines: &BTreeSet<&'a str>) -> Vec<Vec<&'a str>> {
     let paths = lines.iter().filter_map(|line| line.strip_prefix("pods "));
     paths.map(|path| path.split('.').collect()).collect()
 }
 
-/// The same as the hub's analysis of a plan that steps there.
+/// Returns `lines` as the hub's analysis would.
 pub(super) fn analyzed(lines: &BTreeSet<&str>) -> Reads {
     let places = paths(lines).into_iter().flat_map(|path| {
         let pods = ["kubernetes", "pods", "*", "*"];
@@ -65,7 +63,7 @@ fn place(path: &[&str]) -> (Place, Extent) {
     (path.iter().map(step).collect(), extent)
 }
 
-/// What of `value` lies at these paths: scalars, containers without what no path leads to, and all of what ends with `!`.
+/// Prunes `value` to these paths: scalars, emptied containers, and whole subtrees for `!`.
 pub(super) fn cut(value: &Value, paths: &[Vec<&str>]) -> Value {
     if paths.iter().any(|path| path.first() == Some(&"!")) {
         return value.clone();
@@ -75,35 +73,35 @@ pub(super) fn cut(value: &Value, paths: &[Vec<&str>]) -> Value {
         let paths = paths.iter().filter(|path| path.first() == Some(&name));
         paths.map(|path| path[1..].to_vec()).collect::<Vec<_>>()
     };
-    let kept = members.iter().map(|(name, value)| (name, value, below(name)));
-    let kept = kept.filter(|(_, _, paths)| !paths.is_empty());
-    Value::Object(kept.map(|(name, value, paths)| (name.clone(), cut(value, &paths))).collect())
+    let pruned = members.iter().map(|(name, value)| (name, value, below(name)));
+    let pruned = pruned.filter(|(_, _, paths)| !paths.is_empty());
+    Value::Object(pruned.map(|(name, value, paths)| (name.clone(), cut(value, &paths))).collect())
 }
 
-/// I10: of every pod that there is all is there that the modules read.
-pub(super) fn i10(held: &Held) {
-    let paths = paths(&lines(held.modules.values().map(String::as_str)));
-    let namespaces = held.data.pointer("/kubernetes/pods").and_then(Value::as_object);
+/// I10: every pod has all fields that the modules read.
+pub(super) fn i10(applied: &AppliedState) {
+    let paths = paths(&lines(applied.modules.values().map(String::as_str)));
+    let namespaces = applied.data.pointer("/kubernetes/pods").and_then(Value::as_object);
     for (namespace, pods) in namespaces.into_iter().flatten() {
         for (name, pod) in pods.as_object().into_iter().flatten() {
             for path in &paths {
                 let missing = missing(pod, path);
-                assert_eq!(missing, None, "I10: {namespace}/{name} is {pod}, and {path:?} is read");
+                assert_eq!(missing, None, "I10: {namespace}/{name} is {pod}, policies read {path:?}");
             }
         }
     }
 }
 
-/// I10: what is replicated for the modules is there. An answer to reconcile can only hold what its hub has: so between
-/// its halves what older modules read may not be.
-pub(super) fn i10_auto(held: &Held) {
-    let lines = lines(held.modules.values().map(String::as_str));
+/// I10: resources that the modules read are present. Between the halves of a reconcile response, resources of older
+/// modules may be missing.
+pub(super) fn i10_auto(applied: &AppliedState) {
+    let lines = lines(applied.modules.values().map(String::as_str));
     let [namespace, name] = ALWAYS;
-    let service = held.data.pointer(&format!("/kubernetes/services/{namespace}/{name}"));
-    assert!(service.is_some() || !lines.contains("services"), "I10: no services, and they are read");
+    let service = applied.data.pointer(&format!("/kubernetes/services/{namespace}/{name}"));
+    assert!(service.is_some() || !lines.contains("services"), "I10: policies read services, none exist");
 }
 
-/// What is read at `path`, is part of every pod, and is not there.
+/// Returns the first required field below `path` that is missing.
 fn missing(pod: &Value, path: &[&str]) -> Option<String> {
     let needed: Vec<String> = match path.split_last() {
         Some((&"!", above)) => {

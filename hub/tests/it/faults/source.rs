@@ -1,4 +1,4 @@
-//! The API server of the fault test: what it has, all that it ever had, and what of that a hub may serve.
+//! The API server of the fault test: current objects, their history, and the content that a hub may serve.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,51 +9,47 @@ use serde_json::{Value, json};
 
 use super::reads::{READABLE, READS};
 
-/// What the stub of the compiler refuses.
+/// Comment that the fake compiler rejects.
 pub(super) const WRONG: &str = "# wrong";
-/// Changes that a backup of the server is older by, at most.
+/// Maximum age of a backup, in changes.
 const BACKUP_AGE_MAX: u64 = 30;
 
-/// What can be watched.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum Kind {
     Policies,
     Data,
     Pods,
     Nodes,
-    /// Replicated where policies read them.
+    /// Replicated if policies read them.
     Services,
-    /// The same, and at times the server does not know them.
+    /// Replicated if policies read them; at times unknown to the server.
     Jobs,
 }
 
-/// An object as it is; none: it is gone.
+/// Object content; `None` if removed.
 pub(super) type Content = Option<Arc<Value>>;
 
-/// The namespace and the name of a service that is always there.
+/// Namespace and name of a permanent service.
 pub(super) const ALWAYS: [&str; 2] = ["ns0", "always"];
 
-/// See the module's text.
 #[derive(Default)]
 pub(super) struct Source {
     version: u64,
     has_no_jobs: bool,
-    /// How often the server was restored from a backup: versions of one epoch mean nothing in another.
+    /// Number of restores. Versions of different epochs are not comparable.
     pub(super) epoch: usize,
-    /// Which objects changed, by version.
+    /// Changed objects by version.
     changes: BTreeMap<Kind, Vec<(u64, ObjectKey)>>,
-    /// Every change of each object, by version.
+    /// History of each object by version.
     objects: BTreeMap<Kind, BTreeMap<ObjectKey, Vec<(u64, Content)>>>,
-    /// Every good content that each object ever had, whichever the epoch.
+    /// All good contents of each object, in any epoch.
     good: BTreeMap<(Kind, ObjectKey), Vec<Arc<Value>>>,
-    /// What changed last.
     last: Option<(Kind, ObjectKey)>,
 }
 
 impl Kind {
     pub(super) const ALL: [Self; 6] =
         [Self::Policies, Self::Data, Self::Pods, Self::Nodes, Self::Services, Self::Jobs];
-    /// Those that are there because policies read them.
     pub(super) const AUTO: [Self; 2] = [Self::Services, Self::Jobs];
 
     pub(super) fn plural(self) -> &'static str {
@@ -69,10 +65,9 @@ impl Kind {
 
     pub(super) fn of(plural: &str) -> Self {
         let found = Self::ALL.into_iter().find(|kind| kind.plural() == plural);
-        found.unwrap_or_else(|| panic!("no resource is called {plural}"))
+        found.unwrap_or_else(|| panic!("unknown resource {plural}"))
     }
 
-    /// What positions call it.
     pub(super) fn position_name(self) -> &'static str {
         match self {
             Self::Policies => "policies",
@@ -84,7 +79,7 @@ impl Kind {
         }
     }
 
-    /// Whether it is replicated, and its objects belong to namespaces.
+    /// Whether replicated and namespaced.
     pub(super) fn is_scoped(self) -> bool {
         !matches!(self, Self::Policies | Self::Data | Self::Nodes)
     }
@@ -98,7 +93,6 @@ impl Source {
         source
     }
 
-    /// Whether the server knows such objects.
     pub(super) fn serves(&self, kind: Kind) -> bool {
         kind != Kind::Jobs || !self.has_no_jobs
     }
@@ -107,29 +101,30 @@ impl Source {
         self.version
     }
 
-    /// The last contents of an object, for the message of a failure.
+    /// Last contents of an object, for failure messages.
     pub(super) fn history(&self, kind: Kind, key: &ObjectKey) -> String {
         let history = &self.objects[&kind][key];
         format!("{:?}", &history[history.len().saturating_sub(4)..])
     }
 
-    /// The objects that there were.
-    pub(super) fn at(&self, kind: Kind, version: u64) -> Vec<(&ObjectKey, &Arc<Value>)> {
+    pub(super) fn objects_at(&self, kind: Kind, version: u64) -> Vec<(&ObjectKey, &Arc<Value>)> {
         let objects = self.objects.get(&kind).into_iter().flatten();
         objects.filter_map(|(key, history)| Some((key, content_at(history, version)?))).collect()
     }
 
-    /// The changes after `version`, with what came of each.
+    /// Changes after `version`, with their results.
     pub(super) fn since(&self, kind: Kind, version: u64) -> Vec<(u64, &ObjectKey, Option<&Arc<Value>>)> {
         let changes = self.changes.get(&kind).map(Vec::as_slice).unwrap_or_default();
-        let new = &changes[changes.partition_point(|(at, _)| *at <= version)..];
-        new.iter().map(|(at, key)| (*at, key, content_at(&self.objects[&kind][key], *at))).collect()
+        let new = &changes[changes.partition_point(|(changed_at, _)| *changed_at <= version)..];
+        new.iter()
+            .map(|(changed_at, key)| (*changed_at, key, content_at(&self.objects[&kind][key], *changed_at)))
+            .collect()
     }
 
-    /// What may be served of each object that there was: the object, or where it is refused whatever was good of it.
+    /// Content that may be served at `version`: the object, or any good content if rejected.
     pub(super) fn allowed(&self, kind: Kind, version: u64) -> BTreeMap<&ObjectKey, Vec<Content>> {
         let mut allowed = BTreeMap::new();
-        for (key, value) in self.at(kind, version) {
+        for (key, value) in self.objects_at(kind, version) {
             let contents: Vec<Content> = if is_good(kind, value) {
                 vec![Some(Arc::clone(value))]
             } else {
@@ -141,17 +136,16 @@ impl Source {
         allowed
     }
 
-    /// Whether what is served of an object was good of it at any time.
+    /// Whether `unit` was good content of the object at any time.
     pub(super) fn was(&self, kind: Kind, key: &ObjectKey, unit: &Value) -> bool {
         let mut good = self.good.get(&(kind, key.clone())).into_iter().flatten();
         good.any(|value| served(kind, value) == *unit)
     }
 
-    /// Whether a hub accepts all that there is.
     pub(super) fn is_good(&self) -> bool {
         Kind::ALL
             .into_iter()
-            .all(|kind| self.at(kind, self.version).iter().all(|(_, value)| is_good(kind, value)))
+            .all(|kind| self.objects_at(kind, self.version).iter().all(|(_, value)| is_good(kind, value)))
     }
 
     fn put(&mut self, kind: Kind, key: ObjectKey, content: Content) {
@@ -164,13 +158,12 @@ impl Source {
         history.push((self.version, content));
     }
 
-    /// Something comes, changes or goes.
     pub(super) fn change(&mut self, rng: &mut Rng) {
-        // As it was before: content that is known from another time.
+        // Restores earlier content.
         let last = self.last.clone().filter(|(kind, _)| self.serves(*kind));
         if let (Some((kind, key)), 0..90) = (last, rng.u8(..)) {
             let history = &self.objects[&kind][&key];
-            let before = history.len().checked_sub(2).and_then(|at| history[at].1.clone());
+            let before = history.len().checked_sub(2).and_then(|index| history[index].1.clone());
             return self.put(kind, key, before);
         }
         let (kind, names) = match rng.u8(..12) {
@@ -195,37 +188,37 @@ impl Source {
         self.put(kind, key, content.map(Arc::new));
     }
 
-    /// The server forgets what jobs are, and all that there are, or learns it.
-    pub(super) fn turn_jobs(&mut self) {
+    /// Adds or removes the jobs resource with all its objects.
+    pub(super) fn toggle_jobs(&mut self) {
         self.has_no_jobs = !self.has_no_jobs;
         self.remove_all(Kind::Jobs);
     }
 
     fn remove_all(&mut self, kind: Kind) {
-        let all = self.at(kind, self.version).into_iter().map(|(key, _)| key.clone());
+        let all = self.objects_at(kind, self.version).into_iter().map(|(key, _)| key.clone());
         for key in all.collect::<Vec<_>>() {
             self.put(kind, key, None);
         }
     }
 
-    /// Data comes, or goes, that lies where jobs would.
-    pub(super) fn turn_place_of_jobs(&mut self) {
+    /// Adds or removes data at the path of jobs.
+    pub(super) fn toggle_place_of_jobs(&mut self) {
         let key = place_of_jobs();
-        let is_there = self.at(Kind::Data, self.version).iter().any(|(held, _)| **held == key);
+        let is_there = self.objects_at(Kind::Data, self.version).iter().any(|(other, _)| **other == key);
         let data = json!({ "data": { "k0": "{\"x\": 1}" } });
         self.put(Kind::Data, key, (!is_there).then(|| Arc::new(data)));
     }
 
-    /// The server serves all that it ever did, and nothing is in another's place.
-    pub(super) fn calm(&mut self) {
+    /// Serves all resources, without path conflicts.
+    pub(super) fn end_faults(&mut self) {
         self.has_no_jobs = false;
         self.put(Kind::Data, place_of_jobs(), None);
     }
 
-    /// People see to what is refused.
-    pub(super) fn mend(&mut self) {
+    /// Users fix rejected objects.
+    pub(super) fn fix_rejected(&mut self) {
         for kind in Kind::ALL {
-            let all = self.at(kind, self.version).into_iter();
+            let all = self.objects_at(kind, self.version).into_iter();
             let refused = all.filter(|(_, value)| !is_good(kind, value)).map(|(key, _)| key.clone());
             for key in refused.collect::<Vec<_>>() {
                 self.put(kind, key, None);
@@ -233,14 +226,13 @@ impl Source {
         }
     }
 
-    /// The server is as a backup of it was, and goes on from there.
     pub(super) fn restore(&mut self, rng: &mut Rng) {
         let version = self.version.saturating_sub(rng.u64(1..=BACKUP_AGE_MAX)).max(1);
         for changes in self.changes.values_mut() {
-            changes.retain(|(at, _)| *at <= version);
+            changes.retain(|(changed_at, _)| *changed_at <= version);
         }
         for history in self.objects.values_mut().flat_map(BTreeMap::values_mut) {
-            history.retain(|(at, _)| *at <= version);
+            history.retain(|(changed_at, _)| *changed_at <= version);
         }
         (self.version, self.last) = (version, None);
         self.epoch += 1;
@@ -250,13 +242,13 @@ impl Source {
     }
 }
 
-/// Data that lies where jobs would.
+/// Data at the path of jobs.
 pub(super) fn place_of_jobs() -> ObjectKey {
     ObjectKey { namespace: "kubernetes".into(), name: "jobs".into() }
 }
 
 fn content_at(history: &[(u64, Content)], version: u64) -> Option<&Arc<Value>> {
-    let end = history.partition_point(|(at, _)| *at <= version);
+    let end = history.partition_point(|(changed_at, _)| *changed_at <= version);
     history[..end].last()?.1.as_ref()
 }
 
@@ -266,11 +258,11 @@ fn key(kind: Kind, namespace: u8, name: u8) -> ObjectKey {
     ObjectKey { namespace: namespace.into(), name: format!("o{name}{odd}").into() }
 }
 
-/// Some modules. One in eight ConfigMaps is refused: by the compiler, or because a text is no module.
+/// Random modules. One in eight ConfigMaps is rejected by the compiler or parser.
 fn policies(name: u8, rng: &mut Rng) -> Value {
     let mut texts = BTreeMap::new();
-    for at in 0..rng.u8(1..4) {
-        texts.insert(format!("k{at}"), format!("package p{name}.q{at}\nx := {}", rng.u8(..3)));
+    for index in 0..rng.u8(1..4) {
+        texts.insert(format!("k{index}"), format!("package p{name}.q{index}\nx := {}", rng.u8(..3)));
     }
     if let Some(text) = texts.get_mut("k0").filter(|_| rng.bool()) {
         let line = READABLE[rng.usize(..READABLE.len())];
@@ -284,11 +276,11 @@ fn policies(name: u8, rng: &mut Rng) -> Value {
     json!({ "data": texts })
 }
 
-/// Some entries. One in sixteen ConfigMaps is refused.
+/// Random entries. One in sixteen ConfigMaps is rejected.
 fn data(rng: &mut Rng) -> Value {
     let mut texts = BTreeMap::new();
-    for at in 0..rng.u8(1..4) {
-        texts.insert(format!("k{at}"), format!("{{\"x\": {}}}", rng.u8(..3)));
+    for index in 0..rng.u8(1..4) {
+        texts.insert(format!("k{index}"), format!("{{\"x\": {}}}", rng.u8(..3)));
     }
     if rng.u8(..16) == 0 {
         texts.insert("k0".into(), "[]".into());
@@ -296,7 +288,7 @@ fn data(rng: &mut Rng) -> Value {
     json!({ "data": texts })
 }
 
-/// One in eight is large, and three have what makes an edit worth it.
+/// One object in eight is large; three in eight qualify for edits.
 fn object(rng: &mut Rng) -> Value {
     let padding = match rng.u8(..8) {
         0 => rng.usize(..600),
@@ -305,14 +297,13 @@ fn object(rng: &mut Rng) -> Value {
     };
     let mut labels = json!({ "app": rng.u8(..3), "tier": rng.u8(..3) });
     if rng.bool() {
-        // Comes and goes.
+        // Present at times.
         labels["flag"] = Value::Null;
     }
     json!({
         "kind": "x",
         "metadata": { "labels": labels },
         "padding": "x".repeat(padding),
-        // Objects that never were there before, too.
         "round": rng.u16(..),
         "spec": { "image": rng.u8(..3), "size": { "cpu": rng.u8(..3) } },
         "text": "~1/%\n",
@@ -324,7 +315,7 @@ fn texts(value: &Value) -> impl Iterator<Item = (&String, &str)> {
     texts.iter().map(|(file, text)| (file, text.as_str().unwrap()))
 }
 
-/// Whether a hub accepts the object, whatever else there is.
+/// Whether a hub accepts the object, considered alone.
 fn is_good(kind: Kind, value: &Value) -> bool {
     match kind {
         Kind::Policies => texts(value).all(|(_, text)| text.starts_with("package ") && !text.contains(WRONG)),
@@ -333,7 +324,7 @@ fn is_good(kind: Kind, value: &Value) -> bool {
     }
 }
 
-/// What is served of an object that is accepted.
+/// Served content of an accepted object.
 pub(super) fn served(kind: Kind, value: &Value) -> Value {
     match kind {
         Kind::Policies => value["data"].clone(),

@@ -1,4 +1,4 @@
-//! One bundle of one hub: its writer, and a stub of its checker.
+//! One bundle of a hub: its writer and a fake checker.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -21,28 +21,24 @@ use super::source::{Kind, WRONG};
 use super::{Seen, World, reads};
 use crate::invariants::Writer;
 
-/// See the module's text.
 pub(super) struct Written {
     pub(super) document: Document,
     writer: Writer,
-    /// What is to be checked.
     job: Option<Arc<Candidates>>,
-    /// The compiler fails, whatever it is given.
     pub(super) fails: bool,
-    /// It cannot tell what policies read …
+    /// Whether the analysis fails.
     pub(super) plan_fails: bool,
-    /// … and could not when it was asked last.
+    /// Whether the last analysis failed.
     reads_all: bool,
-    /// What is replicated because policies read it.
+    /// Kinds replicated because policies read them.
     auto: BTreeSet<Kind>,
-    /// What was accepted, until what it reads is there.
+    /// Accepted outcome, until its resources are available.
     opening: Option<(Outcome, oneshot::Receiver<()>)>,
 }
 
 impl Written {
-    /// Begins with what was good before.
     pub(super) fn start(document: Document, good: LastGood, store: &Arc<Store>) -> Self {
-        let writer = Writer::of(&document.spec(), Arc::clone(store), good);
+        let writer = Writer::with_store(&document.spec(), Arc::clone(store), good);
         Self {
             document,
             writer,
@@ -59,7 +55,7 @@ impl Written {
         &self.writer.bundle
     }
 
-    /// Its good policies; none: they were not checked yet.
+    /// Last good modules; `None` before the first check.
     pub(super) fn good(&self) -> Option<LastGood> {
         self.writer.ends.good.borrow().clone()
     }
@@ -72,7 +68,7 @@ impl Written {
         self.bundle().head().borrow().as_ref().map(|head| head.view.revision)
     }
 
-    /// Publishes so much at most of what waits; none: as much as it takes by itself.
+    /// Publishes up to `most` pending changes; `None` for the default limit.
     pub(super) fn commit(&mut self, most: Option<usize>) {
         match most {
             Some(most) => self.writer.pipeline.commit_some(most),
@@ -80,15 +76,15 @@ impl Written {
         }
     }
 
-    /// Gives up what was kept for older policies, though agents may not be past those.
+    /// Removes fields of older policies, though agents may not have replaced those.
     pub(super) fn narrow(&mut self, seen: &mut Seen) {
         let before = self.revision();
         self.writer.pipeline.narrow();
-        seen.add_if(self.revision() != before, "narrowings");
+        seen.add_if(self.revision() != before, "field removals");
         self.commit(None);
     }
 
-    /// Goes on with the check under way. Whether that did something.
+    /// Advances the check. Returns whether anything changed.
     pub(super) fn check(&mut self, seen: &mut Seen) -> bool {
         if let Some((outcome, mut settled)) = self.opening.take() {
             if matches!(settled.try_recv(), Err(oneshot::error::TryRecvError::Empty)) {
@@ -112,7 +108,7 @@ impl Written {
         let Some(candidates) = self.job.take() else { return false };
         let check = async |selection: &Selection| Ok::<_, Infallible>(faults(selection));
         let Ok(outcome) = futures::executor::block_on(settle(&candidates, check));
-        seen.add_if(!outcome.faults.is_empty(), "refused policies");
+        seen.add_if(!outcome.faults.is_empty(), "rejected policies");
         let new = &self.replicated_for(&outcome) - &self.auto;
         if new.is_empty() {
             self.accept(outcome, seen);
@@ -122,15 +118,15 @@ impl Written {
         true
     }
 
-    /// What is replicated because these policies read it.
+    /// Kinds replicated for these policies.
     fn replicated_for(&self, outcome: &Outcome) -> BTreeSet<Kind> {
         let lines = lines(outcome);
         Kind::AUTO.into_iter().filter(|kind| self.document.is_auto && lines.contains(kind.plural())).collect()
     }
 
-    /// Asks for what policies are the first to read.
+    /// Subscribes to newly read kinds.
     fn open(&mut self, new: &BTreeSet<Kind>, outcome: Outcome, seen: &mut Seen) {
-        seen.add("openings");
+        seen.add("watches opened");
         let (settled, until) = oneshot::channel();
         let feed = |kind: &Kind| Feed {
             resource: Resource::named(kind.plural()),
@@ -141,7 +137,7 @@ impl Written {
         self.writer.pipeline.hear(Said::Opened { feeds: new.iter().map(feed).collect(), settled });
         self.commit(None);
         self.auto.extend(new);
-        seen.add_if(new.iter().any(|kind| !opened(self.bundle()).contains(kind)), "places that are taken");
+        seen.add_if(new.iter().any(|kind| !opened(self.bundle()).contains(kind)), "path conflicts");
         self.opening = Some((outcome, until));
     }
 
@@ -153,14 +149,14 @@ impl Written {
         seen.add_if(self.reads_all, "checks without a plan");
         let reads = if self.reads_all { Reads::everything() } else { reads::analyzed(&lines) };
         let reads = is_cut.then_some(reads);
-        seen.add_if(!self.auto.is_subset(&replicated), "closings");
+        seen.add_if(!self.auto.is_subset(&replicated), "watches closed");
         self.auto = replicated;
         let resources = self.document.is_auto.then(|| self.auto.iter().map(|kind| place(*kind)).collect());
         self.writer.pipeline.hear(Said::Checked { outcome, reads, resources });
         self.commit(None);
     }
 
-    /// Takes and checks all that waits.
+    /// Drains and checks everything.
     pub(super) fn settle(&mut self, world: &mut World) {
         (self.fails, self.plan_fails) = (false, false);
         for _ in 0..self.document.commits() {
@@ -170,16 +166,16 @@ impl Written {
         self.narrow(&mut world.seen);
     }
 
-    /// It is served, and waits for nothing.
+    /// Checks that the bundle is live and idle.
     pub(super) fn check_settled(&self) {
         assert!(self.is_live(), "{} is not live", self.document.name);
         let is_idle = self.job.is_none() && self.opening.is_none();
-        assert!(is_idle, "{} checks", self.document.name);
-        assert!(!self.reads_all, "{} knows what is read", self.document.name);
+        assert!(is_idle, "{} is idle", self.document.name);
+        assert!(!self.reads_all, "{} has field masks", self.document.name);
     }
 }
 
-/// What is replicated because policies read it, and nothing else is in its place.
+/// Kinds replicated because policies read them, without path conflicts.
 pub(super) fn opened(bundle: &Bundle) -> BTreeSet<Kind> {
     let names: BTreeSet<_> = bundle.feeds.list().iter().map(|feed| feed.position_name.clone()).collect();
     Kind::AUTO.into_iter().filter(|kind| names.contains(kind.position_name())).collect()
@@ -189,13 +185,13 @@ fn place(kind: Kind) -> DirPath {
     kind.position_name().parse().unwrap()
 }
 
-/// What these policies read.
+/// Read lines of these policies.
 fn lines(outcome: &Outcome) -> BTreeSet<&str> {
     let modules = outcome.accepted.values().flat_map(|texts| texts.modules.values());
     reads::lines(modules.map(|module| module.text.as_str()))
 }
 
-/// What the stub says of a selection.
+/// The fake checker's diagnostics.
 fn faults(selection: &Selection) -> Vec<Fault> {
     let modules = selection.values().flat_map(|selected| &selected.texts.modules);
     let wrong = modules.filter(|(_, module)| module.text.contains(WRONG));
