@@ -1,5 +1,8 @@
 //! Single writer of a bundle. Pending changes become one snapshot. Policies are checked concurrently, so data never waits
 //! for the compiler.
+//!
+//! Policies count as observed after their check, a list at its end. A failed watch has observed nothing, unless the
+//! source denies or does not serve the resource.
 
 mod checker;
 

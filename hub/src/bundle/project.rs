@@ -1,5 +1,8 @@
 //! Projects objects into entries and modules, with the layout of kube-mgmt. A ConfigMap is accepted as a whole;
 //! otherwise its last good content stays.
+//!
+//! Data of the namespaces `system` and `opahub` would be inside OPA's own documents and is rejected. At startup last
+//! good policies claim their paths first, then data, then new policies.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Bound;

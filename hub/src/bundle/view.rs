@@ -1,4 +1,6 @@
 //! Immutable content of a bundle: directories of entries, and modules. Views share unchanged pieces.
+//!
+//! The data digest includes empty maps.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;

@@ -1,4 +1,7 @@
 //! Policy check, concurrent with the writer. Finds the data that policies read.
+//!
+//! An edit waits up to 15 s for analyses that begin and 30 s more to measure `maxBytes`. The rest is analysed next to
+//! later edits.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

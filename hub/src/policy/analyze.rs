@@ -6,6 +6,8 @@
 //!
 //! OPA also compares set members, and values that are assigned twice. Two objects of one resource are equal
 //! only if their identities are.
+//!
+//! `object.get` with a key that may not be a string reads its object deeply: OPA accepts an array there as a path.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -1,4 +1,7 @@
 //! Desired, last good and checked modules of all policy ConfigMaps. Changes during a check wait for the next.
+//!
+//! Rejected modules own no package. They join a later check only if their paths are free and all modules fit into 16
+//! MiB.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -1,4 +1,6 @@
 //! Splits decisions that OPA cannot process together, so that one cannot spoil the others.
+//!
+//! `opa deps` takes over a minute for 30,000 definitions of one rule.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

@@ -1,4 +1,6 @@
 //! A Rego module and its package.
+//!
+//! The hub parses the package line itself, since it determines the bundle's roots.
 
 use std::collections::BTreeSet;
 

@@ -1,5 +1,7 @@
 //! OPA's intermediate representation (OPA v1/ir/ir.go), free of aliases, imports, unification and
 //! comprehensions.
+//!
+//! Definitions of one rule reuse numbers for different locals: a first mention that assigns starts a new local.
 
 use std::collections::HashMap;
 

@@ -3,6 +3,7 @@
 //! - A 304 repeats the client's ETag. An early 304 under `wait` would make OPA retry without pause.
 //! - `If-None-Match` may be a list, newest first, with weak tags.
 //! - OPA compares the content type byte by byte, and expects no `Content-Encoding` on a gzip'd tar.
+//! - With `--fields auto`, policies and data must come in one bundle: `/policy` and `/data` are rejected for OPA.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};

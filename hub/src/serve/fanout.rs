@@ -3,6 +3,9 @@
 //!
 //! A stalled client delays no other, and receives one merged frame when it reads again. Large frames are encoded on a
 //! blocking thread.
+//!
+//! Heartbeats are written in sixteenths of their interval, which also detects closed sockets. Half of the file
+//! descriptors are reserved for streams.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::ErrorKind;

@@ -1,4 +1,6 @@
 //! Watches of resources that policies read and no flag names.
+//!
+//! A package with unknown reads is a problem of the bundle; no resource is removed while it exists.
 
 use std::collections::BTreeSet;
 

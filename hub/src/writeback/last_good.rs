@@ -1,5 +1,7 @@
 //! Stores the last good policies in a file or a ConfigMap, for the next start: a rejected ConfigMap no longer contains
 //! them (I6).
+//!
+//! A crash can lose the modules of the last 100 ms. A new leader writes them again.
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};

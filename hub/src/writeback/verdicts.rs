@@ -1,4 +1,6 @@
 //! Writes verdicts as kube-mgmt's annotations and as Events, once per change, and only to the version that was checked.
+//!
+//! A ConfigMap of several bundles has one annotation: rejected, with the bundle's name, while one bundle rejects it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

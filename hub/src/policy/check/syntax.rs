@@ -1,4 +1,6 @@
 //! Checks the syntax of one module with regorus.
+//!
+//! regorus rejects syntax newer than itself, such as string interpolation.
 
 use std::num::NonZeroU32;
 

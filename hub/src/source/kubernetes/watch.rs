@@ -1,6 +1,8 @@
 //! List and watch of one resource, by streaming list (KEP-3157) or pages. Unlike kube's `watcher` this one reports
 //! resource versions, so that no replica moves an agent back, and contact, so that a replica detects isolation. Events,
 //! bookmarks and an orderly end prove contact; an accepted request does not.
+//!
+//! After a failure the server's version is requested; a server that is behind is listed again.
 
 use std::time::Duration;
 
