@@ -1,17 +1,17 @@
-//! What the agent serves on loopback: health, and the policy bundle for its OPA, by OPA's own protocol.
+//! Loopback server: health, and the policy bundle for OPA by OPA's bundle protocol.
 //!
-//! `/bundles/{name}` is the policy bundle. `/bundles/{name}/data-only` is an empty bundle that owns nothing of use:
-//! OPA checks after each REST write whether data and rules collide below the roots of the bundle that it activated
-//! last, and copies the data for it where a package lies beside it. So this one is given anew whenever OPA activated
-//! policies, and by then owns nothing to check.
+//! `/bundles/{name}` is the policy bundle. `/bundles/{name}/data-only` is an empty bundle with a root of its own. After
+//! each REST write OPA checks data against rules below the roots of the bundle activated last, and copies that data. The
+//! empty bundle gets a new ETag after each activation of policies, so OPA activates it last and has nothing to check.
 //!
-//! An OPA that says of no policy bundle that it activated it may have restarted, and then has no data either. It gets
-//! no policies before somebody looked: they would decide on nothing.
+//! An OPA whose poll names no activated policies may have restarted without data. The server answers only after the data
+//! is confirmed: policies must not decide on missing data.
 //!
-//! A poll is the only word on what OPA has activated. It counts until OPA is given something else or is lost: polls in
-//! flight end then, and OPA polls again.
+//! Polls are the only source for the activated revision, which is valid until the server sends another bundle or OPA is
+//! lost. A loss ends polls in flight, and OPA polls again.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::Router;
@@ -28,13 +28,18 @@ use opa_hub_proto::poll::{BUNDLE_TYPE, OPA_AGENT, entity_tags, wait};
 use opa_hub_proto::revision::Digest;
 use tokio::sync::watch;
 
-use crate::config::{GATE_MAX, LONG_POLL_MAX};
-use crate::pull::PolicyBundle;
-use crate::status::{self, Detail, Report, Status};
+use crate::archive::PolicyBundle;
+use crate::status::{Detail, Report, Status, SyncState};
 
-/// What the handlers share.
+/// Minimum time that a poll without policies waits for data. OPA waits 10 s for a response (OPA
+/// v1/plugins/rest/rest.go, `defaultResponseHeaderTimeoutSeconds`).
+const DATA_WAIT_MIN: Duration = Duration::from_secs(5);
+/// Maximum time of a long poll.
+const LONG_POLL_MAX: Duration = Duration::from_secs(300);
+
+/// State shared by the handlers.
 #[derive(Clone)]
-pub struct Local(Arc<Shared>);
+pub struct LocalServer(Arc<Shared>);
 
 struct Shared {
     bundle: String,
@@ -42,21 +47,20 @@ struct Shared {
     policy: watch::Sender<Option<PolicyBundle>>,
     data_only: watch::Sender<Option<PolicyBundle>>,
     gate: watch::Sender<Gate>,
-    /// Changed whenever OPA is lost.
+    /// Notified when OPA is lost.
     losses: watch::Sender<()>,
 }
 
-/// Polls by an OPA that has activated no policies, counted.
+/// Counts polls of an OPA without activated policies.
 #[derive(Clone, Copy, Default)]
 struct Gate {
-    /// All of them.
     polls: u64,
-    /// Those after which OPA was seen to hold its data.
-    passed: u64,
+    /// Number of polls whose data is confirmed.
+    confirmed: u64,
 }
 
-impl Local {
-    /// Serves `bundle`, once there is one.
+impl LocalServer {
+    /// Creates a server without a policy bundle.
     pub fn new(bundle: String, status: Status) -> Self {
         Self(Arc::new(Shared {
             bundle,
@@ -68,50 +72,51 @@ impl Local {
         }))
     }
 
-    /// Number of polls so far by an OPA that has activated no policies.
-    pub fn polls(&self) -> u64 {
+    /// Returns the number of polls without activated policies.
+    pub(crate) fn polls(&self) -> u64 {
         self.0.gate.borrow().polls
     }
 
-    /// Waits until one of these polls has not passed.
-    pub async fn needs_data(&self) {
+    /// Waits for an unconfirmed poll.
+    pub(crate) async fn needs_data(&self) {
         let mut gate = self.0.gate.subscribe();
-        // The sender lives as long as this.
-        _ = gate.wait_for(|gate| gate.passed < gate.polls).await;
+        // Cannot fail: `self` owns the sender.
+        _ = gate.wait_for(|gate| gate.confirmed < gate.polls).await;
     }
 
-    /// Lets the first so many polls pass: OPA was seen to hold its data after they came.
-    pub fn pass(&self, polls: u64) {
-        self.0.gate.send_modify(|gate| gate.passed = gate.passed.max(polls));
+    /// Releases the first `polls` polls: OPA had its data after they arrived.
+    pub(crate) fn confirm_data(&self, polls: u64) {
+        self.0.gate.send_modify(|gate| gate.confirmed = gate.confirmed.max(polls));
     }
 
-    /// The policy bundle that is served.
-    pub fn served(&self) -> Option<PolicyBundle> {
+    /// Returns the published policy bundle.
+    pub(crate) fn published(&self) -> Option<PolicyBundle> {
         self.0.policy.borrow().clone()
     }
 
-    /// Waits until OPA says that it activated these modules.
-    pub async fn activated(&self, modules: Digest) {
-        // Each poll that says so sends this, the same or not.
-        let mut said = self.0.data_only.subscribe();
-        let is_it = |_: &Option<PolicyBundle>| self.0.status.with(|status| status.activated) == Some(modules);
-        // The sender lives as long as this.
-        _ = said.wait_for(is_it).await;
+    /// Waits until OPA reports these modules as activated.
+    pub(crate) async fn wait_activated(&self, modules: Digest) {
+        // Every poll of OPA notifies this channel.
+        let mut polled = self.0.data_only.subscribe();
+        let is_activated =
+            |_: &Option<PolicyBundle>| self.0.status.with(|status| status.activated) == Some(modules);
+        // Cannot fail: `self` owns the sender.
+        _ = polled.wait_for(is_activated).await;
     }
 
-    /// Serves this policy bundle from now on; `None` if that of OPA's data is not known.
-    pub fn serve(&self, policy: Option<PolicyBundle>) {
+    /// Publishes a policy bundle; `None` if the one for OPA's data is unknown.
+    pub(crate) fn publish(&self, policy: Option<PolicyBundle>) {
         self.0.policy.send_replace(policy);
     }
 
-    /// Forgets what OPA said: it restarted, or may have.
-    pub fn lost(&self) {
-        self.0.status.with(status::State::lost);
+    /// Resets the state of an OPA that restarted or may have.
+    pub(crate) fn reset_opa(&self) {
+        self.0.status.with(SyncState::reset_opa);
         self.0.losses.send_replace(());
     }
 
-    /// All that the agent answers.
-    pub fn router(self) -> Router {
+    /// Returns all routes.
+    pub(crate) fn router(self) -> Router {
         Router::new()
             .route("/bundles/{name}", get(policy))
             .route("/bundles/{name}/data-only", get(data_only))
@@ -123,12 +128,12 @@ impl Local {
             .merge(self.probes(Detail::Full))
     }
 
-    /// Health for a listener that the cluster reaches.
-    pub fn health(self) -> Router {
+    /// Returns the routes for a listener that is reachable from the cluster.
+    pub(crate) fn health_router(self) -> Router {
         self.probes(Detail::Counts)
     }
 
-    /// Whether the process answers, whether OPA is loaded, and metrics. kube-mgmt's name for the first is `/health`.
+    /// Returns liveness, readiness and metrics; `/health` is kube-mgmt's name of liveness.
     fn probes(self, detail: Detail) -> Router {
         let live = || async { "ok\n" };
         let ready = move |State(local): State<Self>, RawQuery(query): RawQuery| async move {
@@ -143,21 +148,21 @@ impl Local {
     }
 }
 
-/// `?verbose`: with reasons.
+/// `?verbose` returns the report.
 fn ready(report: &Report, query: Option<&str>) -> Response {
     let status = if report.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     match query {
         Some("verbose") => (status, Json(report)).into_response(),
-        _ => (status, if report.ready { "ok\n".into() } else { report.because.join("\n") + "\n" })
+        _ => (status, if report.ready { "ok\n".into() } else { report.reasons.join("\n") + "\n" })
             .into_response(),
     }
 }
 
-async fn policy(State(local): State<Local>, Path(name): Path<String>, headers: HeaderMap) -> Response {
-    // What OPA sends is what it has activated; nothing, when it just started. Nobody else is asked.
+async fn policy(State(local): State<LocalServer>, Path(name): Path<String>, headers: HeaderMap) -> Response {
+    // OPA sends the ETag of its activated bundle, none after a start. Other clients report nothing.
     let is_opa = name == local.0.bundle
-        && values(&headers, USER_AGENT.as_str()).any(|agent| agent.starts_with(OPA_AGENT));
-    let activated = held(&headers).into_iter().next();
+        && header_values(&headers, USER_AGENT.as_str()).any(|agent| agent.starts_with(OPA_AGENT));
+    let activated = requested_etags(&headers).into_iter().next();
     if is_opa {
         local
             .0
@@ -171,93 +176,103 @@ async fn policy(State(local): State<Local>, Path(name): Path<String>, headers: H
             poll = gate.polls;
         });
         let mut gate = local.0.gate.subscribe();
-        let patience = wait(values(&headers, "prefer"), LONG_POLL_MAX).max(GATE_MAX);
-        let passed = tokio::time::timeout(patience, gate.wait_for(|gate| gate.passed >= poll)).await;
-        if passed.is_err() {
-            return (StatusCode::SERVICE_UNAVAILABLE, "the data is not there yet\n").into_response();
+        let max_wait = wait(header_values(&headers, "prefer"), LONG_POLL_MAX).max(DATA_WAIT_MIN);
+        let confirmed = tokio::time::timeout(max_wait, gate.wait_for(|gate| gate.confirmed >= poll)).await;
+        if confirmed.is_err() {
+            return (StatusCode::SERVICE_UNAVAILABLE, "the data is not loaded yet\n").into_response();
         }
     }
     if let Some(etag) = activated.filter(|_| is_opa) {
-        let mut lost = local.0.losses.subscribe();
-        local.0.data_only.send_modify(|served| {
-            if served.as_ref().is_none_or(|served| served.etag != etag) {
+        let mut losses = local.0.losses.subscribe();
+        local.0.data_only.send_modify(|published| {
+            if published.as_ref().is_none_or(|published| published.etag != etag) {
                 let archive = empty_bundle(&local.0.bundle, &etag);
-                *served = Some(PolicyBundle { archive, etag: etag.clone() });
+                *published = Some(PolicyBundle { archive, etag: etag.clone() });
             }
         });
-        let answer = tokio::select! {
+        let response = tokio::select! {
             biased;
-            _ = lost.changed() => not_modified(&etag),
-            answer = poll(&local, &name, &headers, local.0.policy.subscribe()) => answer,
+            _ = losses.changed() => not_modified(&etag),
+            response = long_poll(&local, &name, &headers, local.0.policy.subscribe()) => response,
         };
-        if answer.status() == StatusCode::OK {
-            // Until the next poll OPA decides by this or by what it was given now.
-            let said: Option<Digest> = etag.parse().ok();
-            local.0.status.with(|status| _ = status.activated.take_if(|activated| Some(*activated) == said));
+        if response.status() == StatusCode::OK {
+            // Until the next poll OPA may use the old or the new bundle.
+            let reported: Option<Digest> = etag.parse().ok();
+            local
+                .0
+                .status
+                .with(|status| _ = status.activated.take_if(|activated| Some(*activated) == reported));
         }
-        return answer;
+        return response;
     }
-    poll(&local, &name, &headers, local.0.policy.subscribe()).await
+    long_poll(&local, &name, &headers, local.0.policy.subscribe()).await
 }
 
-fn not_modified(tag: &str) -> Response {
-    (StatusCode::NOT_MODIFIED, [(ETAG, format!("\"{tag}\""))]).into_response()
+fn not_modified(etag: &str) -> Response {
+    (StatusCode::NOT_MODIFIED, [(ETAG, format!("\"{etag}\""))]).into_response()
 }
 
-async fn data_only(State(local): State<Local>, Path(name): Path<String>, headers: HeaderMap) -> Response {
-    poll(&local, &name, &headers, local.0.data_only.subscribe()).await
+async fn data_only(
+    State(local): State<LocalServer>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+) -> Response {
+    long_poll(&local, &name, &headers, local.0.data_only.subscribe()).await
 }
 
-async fn poll(
-    local: &Local,
+async fn long_poll(
+    local: &LocalServer,
     name: &str,
     headers: &HeaderMap,
     mut bundle: watch::Receiver<Option<PolicyBundle>>,
 ) -> Response {
     if name != local.0.bundle {
-        return (StatusCode::NOT_FOUND, format!("this agent keeps the bundle {:?}\n", local.0.bundle))
+        return (StatusCode::NOT_FOUND, format!("this agent serves only the bundle {:?}\n", local.0.bundle))
             .into_response();
     }
-    let tags = held(headers);
-    let patience = wait(values(headers, "prefer"), LONG_POLL_MAX);
-    let lacks =
-        |bundle: &Option<PolicyBundle>| bundle.as_ref().is_some_and(|bundle| !tags.contains(&bundle.etag));
-    let found = tokio::time::timeout(patience, bundle.wait_for(lacks)).await;
+    let etags = requested_etags(headers);
+    let max_wait = wait(header_values(headers, "prefer"), LONG_POLL_MAX);
+    let is_newer =
+        |bundle: &Option<PolicyBundle>| bundle.as_ref().is_some_and(|bundle| !etags.contains(&bundle.etag));
+    let found = tokio::time::timeout(max_wait, bundle.wait_for(is_newer)).await;
     let newer = found.ok().and_then(Result::ok).and_then(|bundle| bundle.clone());
     match newer {
         Some(bundle) => {
             let headers = [(CONTENT_TYPE, BUNDLE_TYPE.to_owned()), (ETAG, format!("\"{}\"", bundle.etag))];
             (headers, bundle.archive).into_response()
         }
-        None if tags.is_empty() => {
-            (StatusCode::SERVICE_UNAVAILABLE, "no bundle from the hub yet\n").into_response()
+        None if etags.is_empty() => {
+            (StatusCode::SERVICE_UNAVAILABLE, "no bundle received from the hub yet\n").into_response()
         }
-        None => not_modified(&tags[0]),
+        None => not_modified(&etags[0]),
     }
 }
 
-fn held(headers: &HeaderMap) -> Vec<String> {
-    entity_tags(values(headers, IF_NONE_MATCH.as_str())).iter().map(|tag| tag.opaque.to_owned()).collect()
+fn requested_etags(headers: &HeaderMap) -> Vec<String> {
+    entity_tags(header_values(headers, IF_NONE_MATCH.as_str()))
+        .iter()
+        .map(|tag| tag.opaque.to_owned())
+        .collect()
 }
 
-fn values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
+fn header_values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
     headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok())
 }
 
-/// A bundle of nothing, below a root that nobody else has.
+/// Returns a bundle without files, below a root that no other bundle owns.
 fn empty_bundle(bundle: &str, revision: &str) -> Bytes {
     let manifest = Manifest {
         revision: revision.to_owned(),
         roots: vec![format!("opahub/{bundle}/data-only")],
         rego_version: None,
     };
-    let manifest = serde_json::to_vec(&manifest).expect("a manifest has text keys only");
+    let manifest = serde_json::to_vec(&manifest).expect("a manifest has string keys");
     let mut header = tar::Header::new_gnu();
     header.set_size(manifest.len() as u64);
     header.set_mode(0o644);
     let mut tar = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
-    tar.append_data(&mut header, MANIFEST_FILE, &manifest[..]).expect("written into memory");
-    tar.into_inner().and_then(GzEncoder::finish).expect("written into memory").into()
+    tar.append_data(&mut header, MANIFEST_FILE, &manifest[..]).expect("memory writes do not fail");
+    tar.into_inner().and_then(GzEncoder::finish).expect("memory writes do not fail").into()
 }
 
 #[cfg(test)]
@@ -274,8 +289,8 @@ mod tests {
         PolicyBundle { etag: modules.to_string(), archive: Bytes::from_static(b"archive") }
     }
 
-    /// A poll by an OPA that has activated these modules.
-    async fn ask(local: &Local, modules: Digest) -> StatusCode {
+    /// Polls as an OPA with these modules activated.
+    async fn poll_bundle(local: &LocalServer, modules: Digest) -> StatusCode {
         let mut headers = HeaderMap::new();
         headers.insert(USER_AGENT, HeaderValue::from_static("Open-Policy-Agent/1"));
         headers.insert(IF_NONE_MATCH, HeaderValue::try_from(format!("\"{modules}\"")).unwrap());
@@ -283,28 +298,31 @@ mod tests {
         policy(State(local.clone()), Path("main".to_owned()), headers).await.status()
     }
 
-    /// M4: a poll in flight says nothing of the OPA that comes after a loss, nor of what its answer brings.
+    /// M4: a poll in flight is no evidence for an OPA that restarts later, nor for the bundle in its response.
     #[tokio::test]
-    async fn what_opa_has_activated_is_forgotten_when_it_is_lost_or_given_more() {
+    async fn activation_is_reset_by_a_loss_or_a_new_bundle() {
         let (first, second) = (Digest::of(b"1"), Digest::of(b"2"));
         let status = Status::new(Delivery::Bundle, None);
-        let local = Local::new("main".to_owned(), status.clone());
+        let local = LocalServer::new("main".to_owned(), status.clone());
         let activated = || status.with(|status| status.activated);
-        local.serve(Some(bundle(first)));
-        let mut flight = pin!(ask(&local, first));
+        local.publish(Some(bundle(first)));
+        let mut flight = pin!(poll_bundle(&local, first));
         assert!(poll!(&mut flight).is_pending());
-        local.activated(first).await;
-        local.lost();
-        assert!(poll!(pin!(local.activated(first))).is_pending(), "the next OPA has activated nothing yet");
-        assert_eq!(flight.await, StatusCode::NOT_MODIFIED, "OPA is to poll again");
+        local.wait_activated(first).await;
+        local.reset_opa();
+        assert!(
+            poll!(pin!(local.wait_activated(first))).is_pending(),
+            "the next OPA has activated nothing yet"
+        );
+        assert_eq!(flight.await, StatusCode::NOT_MODIFIED, "OPA must poll again");
         assert_eq!(activated(), None);
 
-        let mut flight = pin!(ask(&local, first));
+        let mut flight = pin!(poll_bundle(&local, first));
         assert!(poll!(&mut flight).is_pending());
         assert_eq!(activated(), Some(first));
-        local.serve(Some(bundle(second)));
+        local.publish(Some(bundle(second)));
         assert_eq!(flight.await, StatusCode::OK);
-        local.serve(Some(bundle(first)));
-        assert!(poll!(pin!(local.activated(first))).is_pending(), "it may be activating the second");
+        local.publish(Some(bundle(first)));
+        assert!(poll!(pin!(local.wait_activated(first))).is_pending(), "OPA may be activating the second");
     }
 }

@@ -70,7 +70,7 @@ async fn an_agent_moves_on_and_keeps_what_it_has() -> anyhow::Result<()> {
     // OPA goes too: it is empty, and the agent says so.
     opa.process = None;
     opa.restart().await?;
-    is_behind(&agent, "OPA does not hold what the hub last said").await?;
+    is_behind(&agent, "OPA has not applied the hub's latest revision").await?;
     assert_eq!(opa.data("/ns/m").await?, Value::Null);
     // One hub comes back: so does everything else.
     hubs[followed].spawn()?;

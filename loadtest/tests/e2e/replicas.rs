@@ -249,7 +249,7 @@ async fn a_hub_that_is_cut_off_is_left() -> anyhow::Result<()> {
 
     // The other one is cut off too: there is nowhere to go, so the agent stays and says so.
     world.valves[1 - followed].set_open(false);
-    world.is_behind("what the hub says may be old").await?;
+    world.is_behind("the hub's data may be stale").await?;
     assert_eq!(world.hubs[1 - followed].metric("opa_hub_agents").await?, 1);
     assert_eq!(world.value().await?, json!(1));
     world.valves.iter().for_each(|valve| valve.set_open(true));
