@@ -1,6 +1,7 @@
-//! A tiny client of OPA's REST API (OPA v1/server/server.go).
+//! Client of OPA's REST API (OPA v1/server/server.go).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
@@ -10,87 +11,73 @@ use reqwest::redirect::Policy;
 use reqwest::{Body, Client, Method, RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 
-use crate::authorities::authorities;
-use crate::body;
-use crate::config::{ANSWER_BYTES_MAX, OPA_READ, OPA_WRITE, OpaConfig, Token};
-use crate::marker::{Marker, WRITER};
+use super::marker::{Marker, WRITER};
+use crate::config::{OpaConfig, Token};
+use crate::http;
 
-/// Why OPA did not do what it was asked.
+/// Timeout of a write: a directory of thousands of entries takes OPA a second.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Timeout of a read of the marker.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum bytes of a response: a marker of 20,000 directories, or the keys of the largest one.
+const RESPONSE_BYTES_MAX: usize = 16 << 20;
+
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The client could not be made.
-    #[error("making a client for OPA failed: {0}; check --opa-ca-file and the certificates of the image")]
+pub(crate) enum Error {
+    #[error("creating the client for OPA failed: {0}; check --opa-ca-file and the certificates of the image")]
     Client(String),
-    /// The token file cannot be read.
-    #[error("cannot read the token for OPA: {0}")]
+    #[error("reading the token for OPA failed: {0}; check --opa-auth-token-file")]
     Token(std::io::Error),
-    /// OPA is not there, or did not answer.
-    #[error("OPA does not answer: {0}")]
+    #[error("request to OPA failed: {0}")]
     Unreachable(#[from] reqwest::Error),
-    /// A path that must exist does not: OPA does not hold what it was believed to.
-    #[error("OPA lacks a path that it should hold: {0}")]
+    /// OPA's content differs from its marker.
+    #[error("OPA lacks a path that the agent wrote: {0}")]
     Missing(String),
-    /// OPA says no.
-    #[error("OPA refuses {what} with {status}: {message}")]
-    Refused {
-        /// What was asked.
-        what: String,
-        /// The answer's status.
-        status: StatusCode,
-        /// OPA's words.
-        message: String,
-    },
-    /// OPA's answer is not what its API promises.
-    #[error("OPA's answer to {what} does not parse: {source}")]
-    Answer {
-        /// What was asked.
-        what: String,
-        /// Where it fails.
-        source: serde_json::Error,
-    },
+    #[error("OPA rejected {request} with {status}: {message}")]
+    Rejected { request: String, status: StatusCode, message: String },
+    #[error("parsing OPA's response to {request} failed: {source}")]
+    Response { request: String, source: serde_json::Error },
 }
 
 impl Error {
-    /// Whether OPA says no to what it was given, and would again; else to who gave it, or to everybody for a while.
-    pub fn is_verdict(&self) -> bool {
+    /// Whether OPA would reject the same content again. Other statuses concern the client, or are transient.
+    pub(crate) fn is_permanent(&self) -> bool {
         let is_final = |status| matches!(status, StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE);
-        matches!(self, Self::Refused { status, .. } if is_final(*status))
+        matches!(self, Self::Rejected { status, .. } if is_final(*status))
     }
 
-    /// OPA's own, where it said some.
-    pub fn words(self) -> String {
+    /// Returns OPA's own message, if any.
+    pub(crate) fn message(self) -> String {
         match self {
-            Self::Refused { message, .. } => message,
+            Self::Rejected { message, .. } => message,
             other => other.to_string(),
         }
     }
 }
 
-/// Beginning of the syntax tree in OPA's answer with a module, many times as large as the text before it. A text of JSON
-/// has no such quote without a backslash (OPA v1/server/types/types.go, `PolicyV1`).
+/// Start of the syntax tree in OPA's response with a module; the tree is many times as large as the source. JSON strings
+/// contain no such quote without a backslash (OPA v1/server/types/types.go, `PolicyV1`).
 const SYNTAX_TREE: &[u8] = b",\"ast\":";
 
-/// OPA's usual host, which needs no thread to be resolved. The port is that of the URL.
+/// OPA's usual host, resolved without a thread. Port 0 selects the port of the URL.
 const LOCALHOST: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
     SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0),
 ];
 
-/// The client.
 #[derive(Clone)]
-pub struct Opa {
+pub(crate) struct OpaClient {
     client: Client,
     config: OpaConfig,
 }
 
 #[derive(Deserialize)]
-struct Answer<T> {
+struct Payload<T> {
     result: Option<T>,
 }
 
-impl Opa {
-    /// A client for the OPA at `config`.
-    pub fn new(config: OpaConfig) -> Result<Self, Error> {
+impl OpaClient {
+    pub(crate) fn new(config: OpaConfig) -> Result<Self, Error> {
         let mut builder = Client::builder()
             .no_proxy()
             .redirect(Policy::none())
@@ -98,49 +85,49 @@ impl Opa {
             .tcp_nodelay(true)
             .pool_max_idle_per_host(2);
         if let Some(file) = &config.ca_file {
-            builder = builder.tls_certs_merge(authorities(file).map_err(Error::Client)?);
+            builder = builder.tls_certs_merge(http::ca_certificates(file).map_err(Error::Client)?);
         }
         if config.allow_insecure {
             builder = builder.tls_danger_accept_invalid_certs(true);
         }
         if config.url.scheme() == "http" {
-            // An image without certificates of authorities will do.
+            // Supports images without CA certificates.
             builder = builder.tls_certs_only([]);
         }
         let client = builder.build().map_err(|error| Error::Client(error.to_string()))?;
         Ok(Self { client, config })
     }
 
-    /// What OPA says that it holds of `bundle`; none when it was never loaded.
-    /// Of a marker that does not parse (another version's, somebody else's) only the names are believed.
-    pub async fn marker(&self, bundle: &str) -> Result<Option<Marker>, Error> {
+    /// Reads the marker of `bundle`, `None` if OPA was never loaded. A marker of another version, which does not parse,
+    /// is reduced to its names.
+    pub(crate) async fn marker(&self, bundle: &str) -> Result<Option<Marker>, Error> {
         match self.read(&Marker::path(bundle)).await {
-            Err(error @ Error::Answer { .. }) => {
-                tracing::warn!(%error, "marker does not parse, repairing what it names");
+            Err(error @ Error::Response { .. }) => {
+                tracing::warn!(%error, "marker does not parse, repairing OPA");
                 let json: Option<serde_json::Value> = self.read(&Marker::path(bundle)).await?;
-                Ok(json.as_ref().and_then(Marker::of_names))
+                Ok(json.as_ref().and_then(Marker::from_names))
             }
             other => other,
         }
     }
 
-    /// Whether OPA holds this revision of `bundle`.
-    pub async fn holds(&self, bundle: &str, revision: Option<Revision>) -> Result<bool, Error> {
+    /// Whether OPA's marker of `bundle` has this revision.
+    pub(crate) async fn has_revision(&self, bundle: &str, revision: Option<Revision>) -> Result<bool, Error> {
         let Some(revision) = revision else { return Ok(false) };
         self.is_true(bundle, &format!(".revision == \"{revision}\"")).await
     }
 
-    /// Whether OPA holds anything of `bundle`: it has not restarted since it was first given some.
-    pub async fn has_marker(&self, bundle: &str) -> Result<bool, Error> {
+    /// Whether OPA has a marker of `bundle`, so has not restarted since its first load.
+    pub(crate) async fn has_marker(&self, bundle: &str) -> Result<bool, Error> {
         self.is_true(bundle, "").await
     }
 
-    /// Whether OPA holds the marker of `bundle` and `writer` is the last session that claimed it.
-    pub async fn has_writer(&self, bundle: &str, writer: &str) -> Result<bool, Error> {
+    /// Whether `writer` is the last session that claimed the marker of `bundle`.
+    pub(crate) async fn has_writer(&self, bundle: &str, writer: &str) -> Result<bool, Error> {
         self.is_true(bundle, &format!("[\"{WRITER}\"][\"{writer}\"]")).await
     }
 
-    /// Whether `condition` is true of the marker. Asked by partial evaluation, which no decision log shows (OPA
+    /// Whether `condition` is true of the marker. Partial evaluation keeps the query out of decision logs (OPA
     /// v1/server/server.go, `v1CompilePost`).
     async fn is_true(&self, bundle: &str, condition: &str) -> Result<bool, Error> {
         #[derive(Deserialize, Default)]
@@ -151,74 +138,76 @@ impl Opa {
         let path = Marker::path(bundle).relative().replace('/', "\"][\"");
         let query = format!("data[\"{path}\"]{condition}");
         let query = serde_json::json!({ "query": query }).to_string();
-        let what = "compile".to_owned();
-        let send = self.send(Method::POST, &what, Some(query.into()), |request| request.timeout(OPA_READ));
-        let body = body::read(send.await?, ANSWER_BYTES_MAX).await?;
-        let answer: Answer<Partial> =
-            serde_json::from_slice(&body).map_err(|source| Error::Answer { what, source })?;
-        Ok(!answer.result.unwrap_or_default().queries.is_empty())
+        let request = "compile".to_owned();
+        let send =
+            self.send(Method::POST, &request, Some(query.into()), |request| request.timeout(READ_TIMEOUT));
+        let body = http::read(send.await?, RESPONSE_BYTES_MAX).await?;
+        let response: Payload<Partial> =
+            serde_json::from_slice(&body).map_err(|source| Error::Response { request, source })?;
+        Ok(!response.result.unwrap_or_default().queries.is_empty())
     }
 
     async fn read<T: serde::de::DeserializeOwned>(&self, path: &DirPath) -> Result<Option<T>, Error> {
-        let what = format!("data{path}");
-        let answer = self.send(Method::GET, &what, None, |request| request.timeout(OPA_READ)).await?;
-        let body = body::read(answer, ANSWER_BYTES_MAX).await?;
-        let answer: Answer<T> =
-            serde_json::from_slice(&body).map_err(|source| Error::Answer { what, source })?;
-        Ok(answer.result)
+        let request = format!("data{path}");
+        let response =
+            self.send(Method::GET, &request, None, |request| request.timeout(READ_TIMEOUT)).await?;
+        let body = http::read(response, RESPONSE_BYTES_MAX).await?;
+        let response: Payload<T> =
+            serde_json::from_slice(&body).map_err(|source| Error::Response { request, source })?;
+        Ok(response.result)
     }
 
     /// Applies a JSON patch in one transaction.
-    pub async fn patch(&self, patch: Vec<u8>) -> Result<(), Error> {
+    pub(crate) async fn patch(&self, patch: Vec<u8>) -> Result<(), Error> {
         self.send(Method::PATCH, "data", Some(patch.into()), |request| request).await.map(drop)
     }
 
-    /// Makes `dir` a map if nothing is there. Parents are made too. Returns whether something was there: OPA finds out
-    /// without reading it, and without a decision (OPA v1/server/server.go, `v1DataPut`).
-    pub async fn ensure(&self, dir: &DirPath) -> Result<bool, Error> {
-        let what = format!("data{dir}");
+    /// Creates `dir` and its parents as maps. Returns whether `dir` existed: OPA checks this without a read or a decision
+    /// (OPA v1/server/server.go, `v1DataPut`).
+    pub(crate) async fn ensure(&self, dir: &DirPath) -> Result<bool, Error> {
+        let request = format!("data{dir}");
         let body = Bytes::from_static(b"{}");
-        let answer =
-            self.send(Method::PUT, &what, Some(body), |request| request.header(IF_NONE_MATCH, "*")).await?;
-        Ok(answer.status() == StatusCode::NOT_MODIFIED)
+        let response = self
+            .send(Method::PUT, &request, Some(body), |request| request.header(IF_NONE_MATCH, "*"))
+            .await?;
+        Ok(response.status() == StatusCode::NOT_MODIFIED)
     }
 
-    /// The text of a module; none when there is no such module.
-    pub async fn module(&self, id: &str) -> Result<Option<String>, Error> {
+    /// Returns the source of a module, `None` if there is no such module.
+    pub(crate) async fn module(&self, id: &str) -> Result<Option<String>, Error> {
         #[derive(Deserialize)]
         struct Policy {
             raw: String,
         }
-        let what = format!("policies/{id}");
-        let mut answer = match self.send(Method::GET, &what, None, |request| request).await {
+        let request = format!("policies/{id}");
+        let mut response = match self.send(Method::GET, &request, None, |request| request).await {
             Err(Error::Missing(_)) => return Ok(None),
-            other => body::read_until(other?, SYNTAX_TREE, ANSWER_BYTES_MAX).await?,
+            other => http::read_until(other?, SYNTAX_TREE, RESPONSE_BYTES_MAX).await?,
         };
-        if let Some(text) = answer.strip_suffix(SYNTAX_TREE) {
-            answer = [text, b"}}"].concat();
+        if let Some(text) = response.strip_suffix(SYNTAX_TREE) {
+            response = [text, b"}}"].concat();
         }
-        let answer: Answer<Policy> =
-            serde_json::from_slice(&answer).map_err(|source| Error::Answer { what, source })?;
-        Ok(answer.result.map(|policy| policy.raw))
+        let response: Payload<Policy> =
+            serde_json::from_slice(&response).map_err(|source| Error::Response { request, source })?;
+        Ok(response.result.map(|policy| policy.raw))
     }
 
-    /// Adds or replaces a module.
-    pub async fn put_module(&self, id: &str, text: String) -> Result<(), Error> {
+    pub(crate) async fn put_module(&self, id: &str, text: String) -> Result<(), Error> {
         self.send(Method::PUT, &format!("policies/{id}"), Some(text.into()), |request| request)
             .await
             .map(drop)
     }
 
-    /// Removes a module; one that is not there is removed already.
-    pub async fn delete_module(&self, id: &str) -> Result<(), Error> {
+    /// Deletes a module; a missing one is no error.
+    pub(crate) async fn delete_module(&self, id: &str) -> Result<(), Error> {
         match self.send(Method::DELETE, &format!("policies/{id}"), None, |request| request).await {
             Err(Error::Missing(_)) => Ok(()),
             other => other.map(drop),
         }
     }
 
-    /// The keys of the map at `dir`; none when there is no map.
-    pub async fn keys(&self, dir: &DirPath) -> Result<Vec<String>, Error> {
+    /// Returns the keys of the map at `dir`, none if there is no map.
+    pub(crate) async fn keys(&self, dir: &DirPath) -> Result<Vec<String>, Error> {
         #[derive(Deserialize)]
         struct Binding {
             keys: Vec<String>,
@@ -226,23 +215,23 @@ impl Opa {
         let path = dir.relative().replace('/', "\"][\"");
         let query =
             serde_json::json!({ "query": format!("keys = object.keys(data[\"{path}\"])") }).to_string();
-        let what = "query".to_owned();
-        let answer = self.send(Method::POST, &what, Some(query.into()), |request| request).await?;
-        let body = body::read(answer, ANSWER_BYTES_MAX).await?;
-        let answer: Answer<Vec<Binding>> =
-            serde_json::from_slice(&body).map_err(|source| Error::Answer { what, source })?;
-        Ok(answer.result.into_iter().flatten().flat_map(|binding| binding.keys).collect())
+        let request = "query".to_owned();
+        let response = self.send(Method::POST, &request, Some(query.into()), |request| request).await?;
+        let body = http::read(response, RESPONSE_BYTES_MAX).await?;
+        let response: Payload<Vec<Binding>> =
+            serde_json::from_slice(&body).map_err(|source| Error::Response { request, source })?;
+        Ok(response.result.into_iter().flatten().flat_map(|binding| binding.keys).collect())
     }
 
     async fn send(
         &self,
         method: Method,
-        what: &str,
+        path: &str,
         body: Option<Bytes>,
-        with: impl FnOnce(RequestBuilder) -> RequestBuilder,
+        customize: impl FnOnce(RequestBuilder) -> RequestBuilder,
     ) -> Result<Response, Error> {
-        let url = self.config.url.join(what).expect("names of our own are URL paths");
-        let mut request = self.client.request(method.clone(), url).timeout(OPA_WRITE);
+        let url = self.config.url.join(path).expect("generated paths are valid in URLs");
+        let mut request = self.client.request(method.clone(), url).timeout(WRITE_TIMEOUT);
         if let Some(token) = &self.config.token {
             let token = match token {
                 Token::Text(token) => token.clone(),
@@ -256,17 +245,17 @@ impl Opa {
         if let Some(body) = body {
             request = request.body(Body::from(body));
         }
-        let response = with(request).send().await?;
+        let response = customize(request).send().await?;
         let status = response.status();
         if status.is_success() || status == StatusCode::NOT_MODIFIED {
             return Ok(response);
         }
-        let message = body::words(response).await;
-        let what = format!("{method} /v1/{what}");
+        let message = http::message(response).await;
+        let request = format!("{method} /v1/{path}");
         if status == StatusCode::NOT_FOUND {
-            return Err(Error::Missing(format!("{what}: {message}")));
+            return Err(Error::Missing(format!("{request}: {message}")));
         }
-        Err(Error::Refused { what, status, message })
+        Err(Error::Rejected { request, status, message })
     }
 }
 
@@ -275,10 +264,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::fake_opa::FakeOpa;
+    use crate::opa::fake_opa::FakeOpa;
 
     #[tokio::test]
-    async fn answers_are_read() {
+    async fn responses_are_parsed() {
         let (fake, opa) = FakeOpa::start().await;
         let dir: DirPath = "/a/b".parse().unwrap();
         assert!(opa.keys(&dir).await.unwrap().is_empty());
@@ -286,16 +275,16 @@ mod tests {
         fake.with(|world| world.data["a"]["b"] = json!({ "x": null, "y": 1 }));
         assert_eq!(opa.keys(&dir).await.unwrap(), ["x", "y"]);
         assert_eq!(opa.module("n/c/m.rego").await.unwrap(), None);
-        // The text looks like what follows it in OPA's answer.
+        // Resembles the rest of OPA's response.
         let text = "has \",\"ast\":{\n";
         opa.put_module("n/c/m.rego", text.to_owned()).await.unwrap();
         assert_eq!(opa.module("n/c/m.rego").await.unwrap().as_deref(), Some(text));
         let error = opa.put_module("n/c/o.rego", "odd".to_owned()).await.unwrap_err();
-        assert!(error.is_verdict() && error.words().contains("undefined function odd"));
+        assert!(error.is_permanent() && error.message().contains("undefined function odd"));
         opa.delete_module("n/c/m.rego").await.unwrap();
         opa.delete_module("n/c/m.rego").await.unwrap();
         fake.with(|world| world.fails_after = Some(0));
-        assert!(!opa.delete_module("n/c/m.rego").await.unwrap_err().is_verdict());
-        assert!(matches!(opa.patch(b"[]".to_vec()).await, Err(Error::Refused { .. })));
+        assert!(!opa.delete_module("n/c/m.rego").await.unwrap_err().is_permanent());
+        assert!(matches!(opa.patch(b"[]".to_vec()).await, Err(Error::Rejected { .. })));
     }
 }

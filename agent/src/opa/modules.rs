@@ -1,164 +1,167 @@
-//! Modules one by one into an OPA that takes each only if it compiles with all that it has then.
+//! Applies modules one by one, in an order that OPA accepts: each must compile with all others.
 //!
-//! A module may need one that comes later, so rounds go on while there is progress. Two modules that exchange rules go in
-//! no order, nor does a function with its callers when its arguments change. OPA's refusal of one then names the others:
-//! their old texts are removed first, and for that moment their rules are undefined. Unless their new texts go in then,
-//! everything is put back.
+//! A module may need a later one, so passes repeat while there is progress. Two modules that exchange rules have no order,
+//! nor does a function whose arguments change with its callers. OPA's error for one then names the others: a trial removes
+//! their old versions first, and their rules are undefined for that moment. If the new versions still fail, the trial is
+//! rolled back.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use opa_hub_proto::revision::Digest;
 use serde::Deserialize;
 
-use crate::opa::{Error, Opa};
+use super::client::{Error, OpaClient};
 
-/// Texts to put (`Some`) and ids to remove (`None`).
-pub type Changes = BTreeMap<String, Option<String>>;
+/// Modules to put (`Some`) and to delete (`None`).
+pub(crate) type ModuleChanges = BTreeMap<String, Option<String>>;
 
-/// Changes that OPA has not taken yet.
-type Open<'a> = BTreeMap<&'a str, Option<&'a str>>;
+/// Changes that OPA has not accepted yet.
+type Pending<'a> = BTreeMap<&'a str, Option<&'a str>>;
 
-/// OPA's words by the ids of the modules that it refuses.
-pub type Refusals = BTreeMap<String, String>;
+/// OPA's messages by id of the rejected module.
+pub(crate) type Rejections = BTreeMap<String, String>;
 
-/// Result of a change of modules.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Turned {
-    /// Modules that OPA refuses, and its words. It keeps the old ones.
-    pub refused: Refusals,
-    /// Modules of these that OPA has lost: it refused to take the old one back.
-    pub absent: BTreeSet<String>,
+pub(super) struct ModuleResults {
+    /// Rejected changes. OPA has the old versions.
+    pub(super) rejected: Rejections,
+    /// Rejected changes whose old version OPA rejected too.
+    pub(super) absent: BTreeSet<String>,
 }
 
-/// State of the modules of one OPA between changes.
 #[derive(Default)]
-pub struct Rounds {
-    /// Changes that OPA refused last.
-    refused: BTreeMap<String, Refusal>,
-    /// Modules as they were before the trial that is under way or that an error ended.
-    aside: Changes,
+pub(super) struct ModuleApplier {
+    /// Changes that OPA rejected last.
+    rejections: BTreeMap<String, Rejection>,
+    /// Modules before the trial that is in progress or was interrupted by an error.
+    rollback: ModuleChanges,
 }
 
-/// A change that OPA refuses.
-struct Refusal {
-    /// Digest of the text; `None`: OPA refuses to remove the module.
-    text: Option<Digest>,
-    words: String,
+struct Rejection {
+    /// `None` if OPA rejected the deletion.
+    digest: Option<Digest>,
+    message: String,
 }
 
 fn digest(text: Option<&str>) -> Option<Digest> {
     text.map(|text| Digest::of(text.as_bytes()))
 }
 
-fn open_of(changes: &Changes) -> Open<'_> {
+fn all_pending(changes: &ModuleChanges) -> Pending<'_> {
     changes.iter().map(|(id, text)| (id.as_str(), text.as_deref())).collect()
 }
 
-impl Rounds {
-    /// Makes `changes` in an order that OPA takes. A change that OPA refused before is tried again only where other modules
-    /// may be the reason and some change with it, or where data may be.
-    pub async fn turn(&mut self, opa: &Opa, changes: &Changes) -> Result<Turned, Error> {
-        self.aside.retain(|id, _| !changes.contains_key(id));
-        let mut refused = BTreeMap::new();
-        let mut open = open_of(changes);
-        let is_news = open.iter().any(|(id, text)| self.known(id, *text).is_none());
-        open.retain(|id, text| match self.known(id, *text) {
-            Some(refusal) if is_final(&refusal.words) || !is_news && !is_for_data(&refusal.words) => {
-                refused.insert((*id).to_owned(), refusal.words.clone());
+impl ModuleApplier {
+    /// Applies `changes`. A rejected change is retried if it may depend on other modules and one of them changes, or if it
+    /// may depend on data.
+    pub(super) async fn apply(
+        &mut self,
+        opa: &OpaClient,
+        changes: &ModuleChanges,
+    ) -> Result<ModuleResults, Error> {
+        self.rollback.retain(|id, _| !changes.contains_key(id));
+        let mut rejected = BTreeMap::new();
+        let mut pending = all_pending(changes);
+        let has_new = pending.iter().any(|(id, text)| self.rejection(id, *text).is_none());
+        pending.retain(|id, text| match self.rejection(id, *text) {
+            Some(rejection)
+                if is_permanent(&rejection.message) || !has_new && !depends_on_data(&rejection.message) =>
+            {
+                rejected.insert((*id).to_owned(), rejection.message.clone());
                 false
             }
             _ => true,
         });
-        let (stuck, absent) = self.apply(opa, &mut open).await?;
-        refused.extend(stuck);
-        let refusal = |(id, words): (&String, &String)| {
-            (id.clone(), Refusal { text: digest(changes[id].as_deref()), words: words.clone() })
+        let (stuck, absent) = self.apply_pending(opa, &mut pending).await?;
+        rejected.extend(stuck);
+        let rejection = |(id, message): (&String, &String)| {
+            (id.clone(), Rejection { digest: digest(changes[id].as_deref()), message: message.clone() })
         };
-        self.refused = refused.iter().map(refusal).collect();
-        Ok(Turned { refused, absent })
+        self.rejections = rejected.iter().map(rejection).collect();
+        Ok(ModuleResults { rejected, absent })
     }
 
-    /// Puts back what a trial changed, also one that an error ended. Returns the modules that OPA refuses to take back.
-    pub async fn put_back(&mut self, opa: &Opa) -> Result<BTreeSet<String>, Error> {
-        let mut open = open_of(&self.aside);
-        go_round(opa, &mut open).await?;
-        if !open.is_empty() {
-            // New texts of the trial may keep the old ones out.
-            for id in open.keys() {
+    /// Restores modules from before a trial. Returns the modules that OPA rejects.
+    pub(super) async fn roll_back(&mut self, opa: &OpaClient) -> Result<BTreeSet<String>, Error> {
+        let mut pending = all_pending(&self.rollback);
+        apply_until_stuck(opa, &mut pending).await?;
+        if !pending.is_empty() {
+            // New versions may conflict with the old ones.
+            for id in pending.keys() {
                 match opa.delete_module(id).await {
-                    Err(error) if !error.is_verdict() => return Err(error),
+                    Err(error) if !error.is_permanent() => return Err(error),
                     _ => {}
                 }
             }
-            go_round(opa, &mut open).await?;
+            apply_until_stuck(opa, &mut pending).await?;
         }
         let absent =
-            open.into_iter().filter(|(_, text)| text.is_some()).map(|(id, _)| id.to_owned()).collect();
-        self.aside.clear();
+            pending.into_iter().filter(|(_, text)| text.is_some()).map(|(id, _)| id.to_owned()).collect();
+        self.rollback.clear();
         Ok(absent)
     }
 
-    /// Whether a trial was cut off.
-    pub fn is_cut_off(&self) -> bool {
-        !self.aside.is_empty()
+    /// Whether an error interrupted a trial.
+    pub(super) fn is_interrupted(&self) -> bool {
+        !self.rollback.is_empty()
     }
 
-    /// Lets modules be tried again that OPA refused for what may be there now, e.g. a function of a bundle from elsewhere.
-    pub fn retry(&mut self) {
-        self.refused.retain(|_, refusal| is_final(&refusal.words));
+    /// Allows retries of changes that may depend on something new in OPA, e.g. a function of another bundle.
+    pub(super) fn allow_retries(&mut self) {
+        self.rejections.retain(|_, rejection| is_permanent(&rejection.message));
     }
 
-    /// Forgets all: OPA restarted.
-    pub fn forget(&mut self) {
+    /// Resets everything after a restart of OPA.
+    pub(super) fn reset(&mut self) {
         *self = Self::default();
     }
 
-    /// The refusal of this change; `None` where OPA was never given it.
-    fn known(&self, id: &str, text: Option<&str>) -> Option<&Refusal> {
-        self.refused.get(id).filter(|refusal| refusal.text == digest(text))
+    /// Returns the rejection of exactly this change.
+    fn rejection(&self, id: &str, text: Option<&str>) -> Option<&Rejection> {
+        self.rejections.get(id).filter(|rejection| rejection.digest == digest(text))
     }
 
-    /// Makes the changes in `open`. Returns the changes that OPA refuses, and modules that it has lost.
-    async fn apply<'a>(
+    /// Returns the changes that OPA rejects, and the modules that it lost.
+    async fn apply_pending<'a>(
         &mut self,
-        opa: &Opa,
-        open: &mut Open<'a>,
-    ) -> Result<(Refusals, BTreeSet<String>), Error> {
+        opa: &OpaClient,
+        pending: &mut Pending<'a>,
+    ) -> Result<(Rejections, BTreeSet<String>), Error> {
         let mut absent: BTreeSet<String> = BTreeSet::new();
         let mut tried: BTreeSet<&'a str> = BTreeSet::new();
-        let mut stuck = go_round(opa, open).await?;
+        let mut stuck = apply_until_stuck(opa, pending).await?;
         let is_named =
-            |id: &str, stuck: &Refusals| stuck.iter().any(|(other, words)| names(other, words, id));
-        while let Some(id) = first(open, |id| !tried.contains(id) && is_named(id, &stuck)) {
-            if let Some(words) = self.make_way(opa, id, open, &stuck, &mut tried).await? {
-                self.aside.clear();
-                open.retain(|id, _| words.contains_key(*id));
-                stuck = words;
+            |id: &str, stuck: &Rejections| stuck.iter().any(|(other, message)| names(other, message, id));
+        while let Some(id) = first_put(pending, |id| !tried.contains(id) && is_named(id, &stuck)) {
+            if let Some(rejected) = self.remove_and_retry(opa, id, pending, &stuck, &mut tried).await? {
+                self.rollback.clear();
+                pending.retain(|id, _| rejected.contains_key(*id));
+                stuck = rejected;
             } else {
-                absent.extend(self.put_back(opa).await?);
+                absent.extend(self.roll_back(opa).await?);
             }
         }
         absent.retain(|id| stuck.contains_key(id));
         Ok((stuck, absent))
     }
 
-    /// Removes the module `id`, then others that the same refusals name, until what was removed is in with its new text.
-    /// Returns what OPA still refuses; `None` where that is one of the removed, so that all is to be put back.
-    async fn make_way<'a>(
+    /// Removes `id`, then other modules that related rejections name, until OPA accepts new versions of all removed
+    /// modules. Returns the remaining rejections; `None` if the trial must be rolled back.
+    async fn remove_and_retry<'a>(
         &mut self,
-        opa: &Opa,
+        opa: &OpaClient,
         id: &'a str,
-        open: &Open<'a>,
-        refused: &Refusals,
+        pending: &Pending<'a>,
+        rejected: &Rejections,
         tried: &mut BTreeSet<&'a str>,
-    ) -> Result<Option<Refusals>, Error> {
-        let mut before = Changes::new();
-        for id in open.keys() {
+    ) -> Result<Option<Rejections>, Error> {
+        let mut before = ModuleChanges::new();
+        for id in pending.keys() {
             before.insert((*id).to_owned(), opa.module(id).await?);
         }
-        self.aside = before;
-        let mut open = open.clone();
-        let waiting = refused.iter().filter(|(other, words)| names(other, words, id));
+        self.rollback = before;
+        let mut pending = pending.clone();
+        let waiting = rejected.iter().filter(|(other, message)| names(other, message, id));
         let mut group: BTreeSet<&str> = waiting.map(|(other, _)| other.as_str()).collect();
         let mut removed = BTreeSet::new();
         let mut next = id;
@@ -167,19 +170,25 @@ impl Rounds {
             group.insert(next);
             removed.insert(next);
             match opa.delete_module(next).await {
-                // Modules that stay need it.
-                Err(error) if error.is_verdict() => return Ok(None),
+                // Unchanged modules need this one.
+                Err(error) if error.is_permanent() => return Ok(None),
                 other => other?,
             }
-            tracing::warn!(module = next, "module removed for a moment: another one waits for its new text");
-            let stuck = go_round(opa, &mut open).await?;
-            if removed.iter().all(|id| !open.contains_key(id)) {
+            tracing::warn!(
+                module = next,
+                reason = "another module needs its new version",
+                "module removed temporarily"
+            );
+            let stuck = apply_until_stuck(opa, &mut pending).await?;
+            if removed.iter().all(|id| !pending.contains_key(id)) {
                 return Ok(Some(stuck));
             }
             let is_named = |id: &str| {
-                stuck.iter().any(|(other, words)| group.contains(other.as_str()) && names(other, words, id))
+                stuck
+                    .iter()
+                    .any(|(other, message)| group.contains(other.as_str()) && names(other, message, id))
             };
-            match first(&open, |id| !removed.contains(id) && is_named(id)) {
+            match first_put(&pending, |id| !removed.contains(id) && is_named(id)) {
                 Some(id) => next = id,
                 None => return Ok(None),
             }
@@ -187,60 +196,60 @@ impl Rounds {
     }
 }
 
-/// Whether the refusal of the module `other` names the module `id`.
-fn names(other: &str, words: &str, id: &str) -> bool {
-    other != id && words.contains(&format!("\"{id}\""))
+/// Whether the rejection of module `other` names module `id`.
+fn names(other: &str, message: &str, id: &str) -> bool {
+    other != id && message.contains(&format!("\"{id}\""))
 }
 
-/// The first module to put that `is_wanted`.
-fn first<'a>(open: &Open<'a>, is_wanted: impl Fn(&str) -> bool) -> Option<&'a str> {
-    open.iter().filter(|(_, text)| text.is_some()).map(|(id, _)| *id).find(|id| is_wanted(id))
+/// Returns the first module to put that matches.
+fn first_put<'a>(pending: &Pending<'a>, matches: impl Fn(&str) -> bool) -> Option<&'a str> {
+    pending.iter().filter(|(_, text)| text.is_some()).map(|(id, _)| *id).find(|id| matches(id))
 }
 
-/// Whether OPA refuses a text for itself alone: one that does not parse. A function that is undefined may be a built-in one
-/// that this OPA lacks, or one of the same package in a module that comes later: OPA's words are the same.
-fn is_final(words: &str) -> bool {
+/// Whether a text fails by itself, because it does not parse. An undefined function may exist later: OPA's error is the
+/// same for missing built-in functions and for functions of other modules.
+fn is_permanent(message: &str) -> bool {
     #[derive(Deserialize)]
-    struct Refused {
+    struct Response {
         errors: Vec<Cause>,
     }
     #[derive(Deserialize)]
     struct Cause {
         code: String,
     }
-    let is_alone = |cause: &Cause| cause.code == "rego_parse_error";
-    let parsed = serde_json::from_str::<Refused>(words);
-    parsed.is_ok_and(|refused| !refused.errors.is_empty() && refused.errors.iter().all(is_alone))
+    let is_syntax = |cause: &Cause| cause.code == "rego_parse_error";
+    let parsed = serde_json::from_str::<Response>(message);
+    parsed.is_ok_and(|response| !response.errors.is_empty() && response.errors.iter().all(is_syntax))
 }
 
-/// Whether OPA refuses a module for data that lies in its place: data changes too (OPA v1/ast/conflicts.go).
-fn is_for_data(words: &str) -> bool {
-    words.contains("conflicting rule for data path")
+/// Whether a module conflicts with data, which may change too (OPA v1/ast/conflicts.go).
+fn depends_on_data(message: &str) -> bool {
+    message.contains("conflicting rule for data path")
 }
 
-/// Goes round until nothing is open or nothing moves. What stays open is what OPA refuses, with its words.
-async fn go_round(opa: &Opa, open: &mut Open<'_>) -> Result<Refusals, Error> {
+/// Repeats passes until nothing is pending or a pass makes no progress. Returns the rejections of the last pass.
+async fn apply_until_stuck(opa: &OpaClient, pending: &mut Pending<'_>) -> Result<Rejections, Error> {
     loop {
-        let before = open.len();
-        let mut refused = BTreeMap::new();
-        // First what is put, then what is removed: the other way round only when nothing else helps.
-        for removing in [false, true] {
-            let turn: Vec<_> =
-                open.iter().filter(|(_, text)| text.is_none() == removing).map(|(id, _)| *id).collect();
-            for id in turn {
-                let result = match open[id] {
+        let before = pending.len();
+        let mut rejected = BTreeMap::new();
+        // Puts first: deleting first would undefine more rules.
+        for is_delete in [false, true] {
+            let ids: Vec<_> =
+                pending.iter().filter(|(_, text)| text.is_none() == is_delete).map(|(id, _)| *id).collect();
+            for id in ids {
+                let result = match pending[id] {
                     Some(text) => opa.put_module(id, text.to_owned()).await,
                     None => opa.delete_module(id).await,
                 };
                 match result {
-                    Ok(()) => _ = open.remove(id),
-                    Err(error) if !error.is_verdict() => return Err(error),
-                    Err(error) => _ = refused.insert(id.to_owned(), error.words()),
+                    Ok(()) => _ = pending.remove(id),
+                    Err(error) if !error.is_permanent() => return Err(error),
+                    Err(error) => _ = rejected.insert(id.to_owned(), error.message()),
                 }
             }
         }
-        if open.is_empty() || open.len() == before {
-            return Ok(refused);
+        if pending.is_empty() || pending.len() == before {
+            return Ok(rejected);
         }
     }
 }

@@ -1,7 +1,13 @@
+use std::collections::BTreeMap;
+
+use opa_hub_proto::head::{DataHead, Head};
+use opa_hub_proto::position::Position;
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
 
 use super::*;
-use crate::fake_opa::FakeOpa;
+use crate::archive::Piece;
+use crate::opa::fake_opa::FakeOpa;
 
 fn path(path: &str) -> DirPath {
     path.parse().unwrap()
@@ -11,7 +17,7 @@ fn raw(value: &Value) -> Box<RawValue> {
     RawValue::from_string(value.to_string()).unwrap()
 }
 
-/// A delta from `marker` that gives `/shop/a` another digest.
+/// Returns a delta from `marker` that changes the digest of `/shop/a`.
 fn delta<'a>(marker: &Marker, ops: usize, patch: &'a RawValue) -> Delta<'a> {
     let mut next = marker.clone();
     let digest = Some(Digest::of(patch.get().as_bytes()));
@@ -29,7 +35,7 @@ fn delta<'a>(marker: &Marker, ops: usize, patch: &'a RawValue) -> Delta<'a> {
     }
 }
 
-/// An OPA that was loaded with one directory.
+/// Starts an OPA with one directory.
 async fn loaded() -> (FakeOpa, Applier, Marker) {
     let (fake, opa) = FakeOpa::start().await;
     let mut applier = Applier::new(opa, "main".to_owned());
@@ -41,13 +47,10 @@ async fn loaded() -> (FakeOpa, Applier, Marker) {
     let json = br#"{"k":{"n":null},"l":1}"#.to_vec();
     out.try_send(Ok(Piece::Directory(path("/shop/a"), json))).unwrap();
     drop(out);
-    let (mut marker, _) = applier.archive(None, false, Position::default(), &mut pieces).await.unwrap();
+    let (mut marker, _) = applier.load(None, false, Position::default(), &mut pieces).await.unwrap();
     assert_eq!(marker.revision, None);
-    applier.modules(&mut marker, &BTreeMap::new(), None).await.unwrap();
-    assert_eq!(
-        fake.with(|world| world.data["shop"].clone()),
-        json!({ "a": { "k": { "n": null }, "l": 1 } })
-    );
+    applier.apply_modules(&mut marker, &BTreeMap::new(), None).await.unwrap();
+    assert_eq!(fake.with(|world| world.data["shop"].clone()), json!({ "a": { "k": { "n": null }, "l": 1 } }));
     assert_marked(&applier, &marker).await;
     fake.log();
     (fake, applier, marker)
@@ -55,7 +58,7 @@ async fn loaded() -> (FakeOpa, Applier, Marker) {
 
 async fn assert_marked(applier: &Applier, marker: &Marker) {
     assert_eq!(applier.opa.marker("main").await.unwrap().as_ref(), Some(marker));
-    assert!(applier.opa.holds("main", marker.revision).await.unwrap());
+    assert!(applier.opa.has_revision("main", marker.revision).await.unwrap());
 }
 
 #[tokio::test]
@@ -67,7 +70,7 @@ async fn a_frame_is_one_patch_with_its_marker() {
         { "op": "remove", "path": "/shop/a/l" },
     ]));
     let frame = delta(&marker, 3, &patch);
-    applier.delta(&mut marker, &frame).await.unwrap();
+    applier.apply_delta(&mut marker, &frame).await.unwrap();
     assert_eq!(marker.revision.unwrap().data, frame.to);
     assert_eq!(fake.log(), ["PATCH data 204"]);
     assert_eq!(
@@ -75,9 +78,9 @@ async fn a_frame_is_one_patch_with_its_marker() {
         json!({ "k": { "n": [null] }, "m": null })
     );
     assert_marked(&applier, &marker).await;
-    // It is not what OPA holds any more.
-    let error = applier.delta(&mut marker, &frame).await.unwrap_err();
-    assert!(matches!(error, Error::NotHeld { .. }), "{error}");
+    // OPA is past the frame's base.
+    let error = applier.apply_delta(&mut marker, &frame).await.unwrap_err();
+    assert!(matches!(error, Error::WrongBase { .. }), "{error}");
 }
 
 #[tokio::test]
@@ -85,27 +88,27 @@ async fn a_large_frame_is_bounded_patches() {
     let (fake, applier, mut marker) = loaded().await;
     let value = "x".repeat(PATCH_BYTES_MAX / 2);
     let ops: Vec<_> = (0..FRAME_PATCH_BYTES_MAX / value.len())
-        .map(|at| json!({ "op": "add", "path": format!("/shop/a/{at}"), "value": value }))
+        .map(|key| json!({ "op": "add", "path": format!("/shop/a/{key}"), "value": value }))
         .collect();
     let patch = raw(&json!(ops));
     let frame = delta(&marker, ops.len(), &patch);
-    applier.delta(&mut marker, &frame).await.unwrap();
+    applier.apply_delta(&mut marker, &frame).await.unwrap();
     let log = fake.log();
     assert!(log.len() > 4 && log.iter().all(|request| request == "PATCH data 204"), "{log:?}");
-    let held = fake.with(|world| world.data["shop"]["a"].as_object().map(serde_json::Map::len));
-    assert_eq!(held, Some(ops.len() + 2));
+    let entries = fake.with(|world| world.data["shop"]["a"].as_object().map(serde_json::Map::len));
+    assert_eq!(entries, Some(ops.len() + 2));
     assert_marked(&applier, &marker).await;
-    // Cut off in the middle: the marker in OPA names no revision.
+    // An interrupted frame leaves a marker without a revision.
     let frame = delta(&marker, ops.len(), &patch);
     fake.with(|world| world.fails_after = Some(2));
-    applier.delta(&mut marker, &frame).await.unwrap_err();
+    applier.apply_delta(&mut marker, &frame).await.unwrap_err();
     fake.with(|world| world.fails_after = None);
-    let held = applier.opa.marker("main").await.unwrap().unwrap();
-    assert_eq!((held.revision, held.dirs[&path("/shop/a")]), (None, None));
+    let marker = applier.opa.marker("main").await.unwrap().unwrap();
+    assert_eq!((marker.revision, marker.dirs[&path("/shop/a")]), (None, None));
 }
 
 #[tokio::test]
-async fn what_another_session_or_a_restart_came_before_is_refused() {
+async fn frames_fail_after_another_session_or_a_restart() {
     let patch = raw(&json!([{ "op": "add", "path": "/shop/a/m", "value": 1 }]));
     for is_restart in [true, false] {
         let (fake, applier, mut marker) = loaded().await;
@@ -116,44 +119,44 @@ async fn what_another_session_or_a_restart_came_before_is_refused() {
         }
         let before = fake.with(|world| world.data.clone());
         let frame = delta(&marker, 1, &patch);
-        let error = applier.delta(&mut marker, &frame).await.unwrap_err();
+        let error = applier.apply_delta(&mut marker, &frame).await.unwrap_err();
         assert!(matches!(error, Error::OtherWriter), "{error}");
         assert_eq!(fake.with(|world| world.data.clone()), before);
     }
 }
 
 #[tokio::test]
-async fn a_directory_that_others_removed_is_noticed() {
+async fn removed_directory_is_detected() {
     let (fake, mut applier, marker) = loaded().await;
-    applier.verified.1 = Instant::now();
+    applier.verified_at = Instant::now();
     applier.verify(&marker).await.unwrap();
-    assert!(fake.log().is_empty(), "it is not time yet");
-    for is_there in [true, false] {
-        if !is_there {
+    assert!(fake.log().is_empty(), "the interval has not elapsed");
+    for exists in [true, false] {
+        if !exists {
             fake.with(|world| world.data["shop"] = json!({}));
         }
-        applier.verified.1 = Instant::now().checked_sub(VERIFY_INTERVAL).unwrap();
+        applier.verified_at = Instant::now().checked_sub(VERIFY_INTERVAL).unwrap();
         let result = applier.verify(&marker).await;
-        assert_eq!(result.is_ok(), is_there, "{result:?}");
+        assert_eq!(result.is_ok(), exists, "{result:?}");
     }
     assert_eq!(fake.log(), ["PUT data/shop/a 304", "PUT data/shop/a 204", "PATCH data 204"]);
-    let held = applier.opa.marker("main").await.unwrap().unwrap();
-    assert_eq!((held.revision, held.dirs[&path("/shop/a")]), (None, None));
+    let marker = applier.opa.marker("main").await.unwrap().unwrap();
+    assert_eq!((marker.revision, marker.dirs[&path("/shop/a")]), (None, None));
 }
 
-/// A trial that an error ended is taken back in the next session, unless another agent had one meanwhile.
+/// The next session rolls back an interrupted trial, unless another agent had a session.
 #[tokio::test]
-async fn modules_of_another_session_stay() {
+async fn modules_of_another_session_remain() {
     let put = |texts: [&str; 2]| -> BTreeMap<_, _> {
         ["a", "b"].into_iter().map(str::to_owned).zip(texts.map(|text| Some(text.to_owned()))).collect()
     };
     for is_other in [false, true] {
         let (fake, mut applier, mut marker) = loaded().await;
-        applier.modules(&mut marker, &put(["has x", "has y"]), None).await.unwrap();
+        applier.apply_modules(&mut marker, &put(["has x", "has y"]), None).await.unwrap();
         let mut errors = 0;
-        while !applier.rounds.is_cut_off() {
+        while !applier.modules.is_interrupted() {
             fake.with(|world| world.fails_after = Some(errors));
-            applier.modules(&mut marker, &put(["has y", "has x"]), None).await.unwrap_err();
+            applier.apply_modules(&mut marker, &put(["has y", "has x"]), None).await.unwrap_err();
             errors += 1;
         }
         fake.with(|world| world.fails_after = None);
@@ -167,36 +170,36 @@ async fn modules_of_another_session_stay() {
     }
 }
 
-/// A5: modules that this OPA refuses take no good ones out, at later changes neither.
+/// A5: rejected modules remove no others, at later changes neither.
 #[tokio::test]
-async fn refused_modules_leave_the_marker_and_the_others() {
+async fn rejected_modules_change_neither_marker_nor_others() {
     let (fake, mut applier, mut marker) = loaded().await;
     let texts = |texts: &[(&str, &str)]| -> BTreeMap<_, _> {
         texts.iter().map(|(id, text)| ((*id).to_owned(), Some((*text).to_owned()))).collect()
     };
-    applier.modules(&mut marker, &texts(&[("a", "has x"), ("b", "has y")]), None).await.unwrap();
+    applier.apply_modules(&mut marker, &texts(&[("a", "has x"), ("b", "has y")]), None).await.unwrap();
     let before = marker.clone();
     fake.log();
     for _ in 0..2 {
         let changes = texts(&[("a", "has x\nodd"), ("b", "has y\nodd")]);
-        let refused = applier.modules(&mut marker, &changes, None).await.unwrap();
-        assert_eq!(refused.len(), 2);
+        let rejected = applier.apply_modules(&mut marker, &changes, None).await.unwrap();
+        assert_eq!(rejected.len(), 2);
         assert_eq!(marker, before);
     }
     let log = fake.log();
     assert_eq!(log.iter().filter(|request| request.contains("policies/")).count(), 2, "{log:?}");
     assert_eq!(fake.with(|world| world.modules["a"].clone()), "has x");
     assert_marked(&applier, &marker).await;
-    // OPA restarts, and may be another one.
+    // After a restart OPA may have another version.
     fake.with(|world| world.data = json!({}));
     assert_eq!(applier.claim().await.unwrap(), None);
     assert!(
         applier
-            .rounds
-            .turn(&applier.opa, &texts(&[("a", "odd")]))
+            .modules
+            .apply(&applier.opa, &texts(&[("a", "odd")]))
             .await
             .unwrap()
-            .refused
+            .rejected
             .contains_key("a")
     );
     assert!(fake.log().contains(&"PUT policies/a 400".to_owned()));
