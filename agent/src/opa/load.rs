@@ -201,7 +201,10 @@ impl<'a> Loader<'a> {
         }
         let mut marker = self.marker;
         marker.revision = None;
-        marker.dirs = self.data.dirs.iter().map(|(dir, digest)| (dir.clone(), Some(*digest))).collect();
+        marker.dirs.retain(|dir, digest| {
+            *digest = self.data.dirs.get(dir).copied();
+            digest.is_some()
+        });
         marker.ensure.clone_from(&self.data.ensure);
         marker.rego_version = rego_version;
         // The new policies follow, unless the agent crashes first.

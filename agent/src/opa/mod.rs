@@ -21,3 +21,4 @@ pub(crate) use client::{Error as ClientError, OpaClient};
 pub(crate) use layout::Layout;
 pub(crate) use load::ArchiveModules;
 pub use marker::Marker;
+pub(crate) use modules::ModuleChanges;

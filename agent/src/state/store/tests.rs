@@ -1,21 +1,27 @@
+use std::path::Path;
+
+use opa_hub_proto::head::{DataHead, Head};
+use opa_hub_proto::position::Position;
+use opa_hub_proto::revision::{Digest, Revision};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::archive::PATCH_BYTES_MAX;
 
-fn meta(at: u8) -> Meta {
-    let digest = Digest::of(&[at]);
+fn meta(seed: u8) -> Meta {
+    let digest = Digest::of(&[seed]);
     Meta {
         revision: Revision { modules: digest, data: digest },
         position: Position::default(),
         ensure: vec!["/pods".parse().unwrap()],
         rego_version: None,
-        reads: None,
+        field_mask: None,
         etag: None,
     }
 }
 
 fn head(dirs: &[(&str, u8)], modules: &[(&str, &str)]) -> Piece {
-    let dirs = dirs.iter().map(|(dir, at)| (dir.parse().unwrap(), Digest::of(&[*at]))).collect();
+    let dirs = dirs.iter().map(|(dir, seed)| (dir.parse().unwrap(), Digest::of(&[*seed]))).collect();
     let modules = modules.iter().map(|(id, text)| ((*id).to_owned(), Digest::of(text.as_bytes())));
     Piece::Head(Head {
         data: Some(DataHead { dirs, ensure: Vec::new() }),
@@ -32,30 +38,30 @@ fn module(id: &str, text: &str) -> Piece {
     Piece::Module { id: id.into(), text: text.into() }
 }
 
-fn open(dir: &Path) -> State {
-    State::open(dir.to_owned(), "main", None).unwrap()
+fn open(dir: &Path) -> StateStore {
+    StateStore::open(dir.to_owned(), "main", None).unwrap()
 }
 
-/// A disk that hangs keeps no OPA waiting.
+/// A hanging disk does not delay OPA.
 #[tokio::test(start_paused = true)]
-async fn a_disk_that_hangs_is_given_up() {
+async fn state_of_a_hanging_disk_is_discarded() {
     for is_reading in [false, true] {
-        let (changes, _hangs) = sync_channel(WAITING_MAX);
-        let (_end, ended) = oneshot::channel();
-        let mut state = State { changes: Some(changes), is_lost: Arc::default(), ended };
+        let (commands, _queue) = sync_channel(QUEUED_MAX);
+        let (_end, thread_end) = oneshot::channel();
+        let mut state = StateStore { commands: Some(commands), is_lost: Arc::default(), thread_end };
         if is_reading {
             let mut pieces = state.read().await;
             assert!(pieces.recv().await.unwrap().is_err());
             state.abort().await;
         } else {
-            assert!(state.content().await.meta.is_none());
+            assert!(state.summary().await.meta.is_none());
         }
-        assert!(state.changes.is_none() && state.is_lost.load(Ordering::Relaxed));
+        assert!(state.commands.is_none() && state.is_lost.load(Ordering::Relaxed));
     }
 }
 
-/// All that is read back: data by directory, and texts of modules.
-async fn read(state: &mut State) -> Value {
+/// Reads data by directory, and modules by id.
+async fn read(state: &mut StateStore) -> Value {
     let mut pieces = state.read().await;
     let (mut all, mut large) = (json!({}), None);
     while let Some(piece) = pieces.recv().await {
@@ -74,21 +80,21 @@ async fn read(state: &mut State) -> Value {
     all
 }
 
-async fn archive(state: &mut State, pieces: &[Piece], at: u8) {
+async fn archive(state: &mut StateStore, pieces: &[Piece], seed: u8) {
     for piece in pieces {
-        state.piece(piece).await;
+        state.write_piece(piece).await;
     }
-    state.commit(meta(at)).await;
+    state.commit(meta(seed)).await;
 }
 
-async fn delta(state: &mut State, dirs: &[(&str, Option<u8>)], patch: &Value) {
-    let dirs = dirs.iter().map(|(dir, at)| (dir.parse().unwrap(), at.map(|at| Digest::of(&[at]))));
+async fn delta(state: &mut StateStore, dirs: &[(&str, Option<u8>)], patch: &Value) {
+    let dirs = dirs.iter().map(|(dir, seed)| (dir.parse().unwrap(), seed.map(|seed| Digest::of(&[seed]))));
     let patch = serde_json::value::to_raw_value(patch).unwrap();
-    state.send(Change::Delta { dirs: dirs.collect(), patch }).await;
+    state.send(Command::ApplyDelta { dirs: dirs.collect(), patch }).await;
 }
 
 #[tokio::test]
-async fn what_was_committed_is_there_after_a_restart() {
+async fn commits_survive_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let mut state = open(dir.path());
     assert_eq!(read(&mut state).await, json!({}));
@@ -117,7 +123,7 @@ async fn what_was_committed_is_there_after_a_restart() {
         { "op": "add", "path": "/pods/a/y~1z/w", "value": null },
     ]);
     delta(&mut state, &[("/pods/a", Some(2)), ("/pods/b", Some(2)), ("/pods/c", Some(1))], &ops).await;
-    state.modules(BTreeMap::from([("m".into(), Some("2".into())), ("n".into(), None)])).await;
+    state.write_modules(BTreeMap::from([("m".into(), Some("2".into())), ("n".into(), None)])).await;
     state.commit(meta(2)).await;
     let mut expected = json!({
         "m": "2", "/pods": { "ab": {} },
@@ -125,27 +131,26 @@ async fn what_was_committed_is_there_after_a_restart() {
         "/pods/b": { "large": large, "small": 3 }, "/pods/c": { "k": 1 },
     });
     assert_eq!(read(&mut state).await, expected);
-    // What is not committed is not there.
+    // Uncommitted changes are lost.
     delta(&mut state, &[("/pods/c", None)], &json!([{ "op": "remove", "path": "/pods/c" }])).await;
     state.close().await;
     let mut state = open(dir.path());
     assert_eq!(read(&mut state).await, expected);
-    assert_eq!(state.content().await.meta.unwrap().revision, meta(2).revision);
+    assert_eq!(state.summary().await.meta.unwrap().revision, meta(2).revision);
     delta(&mut state, &[("/pods/c", None)], &json!([{ "op": "remove", "path": "/pods/c" }])).await;
     state.commit(meta(3)).await;
     expected.as_object_mut().unwrap().remove("/pods/c");
     assert_eq!(read(&mut state).await, expected);
-    // An answer to reconcile brings what differs.
-    let pieces =
-        [head(&[("/pods/a", 2), ("/pods/b", 9)], &[("m", "2")]), directory("/pods/b", &json!({}))];
+    // A reconcile response has the differences only.
+    let pieces = [head(&[("/pods/a", 2), ("/pods/b", 9)], &[("m", "2")]), directory("/pods/b", &json!({}))];
     archive(&mut state, &pieces, 4).await;
     let expected = json!({ "m": "2", "/pods/a": expected["/pods/a"], "/pods/b": {} });
     assert_eq!(read(&mut state).await, expected);
 }
 
-/// What was committed just before SIGTERM is synced before the process ends.
+/// A commit just before SIGTERM is synced.
 #[tokio::test]
-async fn a_closed_state_is_synced_and_free() {
+async fn closed_state_is_synced_and_unlocked() {
     let dir = tempfile::tempdir().unwrap();
     let mut state = open(dir.path());
     archive(&mut state, &[head(&[("/a", 1)], &[]), directory("/a", &json!({ "k": 1 }))], 1).await;
@@ -155,7 +160,7 @@ async fn a_closed_state_is_synced_and_free() {
 }
 
 #[tokio::test]
-async fn a_state_that_would_be_wrong_is_given_up() {
+async fn incomplete_state_is_discarded() {
     for pieces in [
         vec![head(&[("/a", 1)], &[])],
         vec![head(&[], &[("m", "1")])],
@@ -165,18 +170,18 @@ async fn a_state_that_would_be_wrong_is_given_up() {
         let mut state = open(dir.path());
         archive(&mut state, &[head(&[("/b", 1)], &[]), directory("/b", &json!({}))], 1).await;
         archive(&mut state, &pieces, 2).await;
-        assert_eq!(read(&mut state).await, json!({}), "it tells nothing");
+        assert_eq!(read(&mut state).await, json!({}), "the state is empty");
         state.close().await;
         assert_eq!(read(&mut open(dir.path())).await, json!({}), "nor after a restart");
     }
 }
 
 #[tokio::test]
-async fn a_damaged_file_is_no_state() {
+async fn damaged_file_is_removed_or_intact() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("main.redb");
     let mut intact = 0;
-    for at in 0..64 {
+    for step in 0..64 {
         let mut state = open(dir.path());
         let pieces = [head(&[("/a", 1)], &[]), directory("/a", &json!({ "k": "x".repeat(20_000) }))];
         archive(&mut state, &pieces, 1).await;
@@ -185,18 +190,18 @@ async fn a_damaged_file_is_no_state() {
         open(dir.path()).close().await;
         open(dir.path()).close().await;
         let mut bytes = std::fs::read(&file).unwrap();
-        let place = bytes.len() * at / 64 + at;
-        bytes[place] ^= 0x40;
-        if at % 8 == 7 {
-            bytes.truncate(place);
+        let offset = bytes.len() * step / 64 + step;
+        bytes[offset] ^= 0x40;
+        if step % 8 == 7 {
+            bytes.truncate(offset);
         }
         std::fs::write(&file, bytes).unwrap();
         let mut state = open(dir.path());
         let found = read(&mut state).await;
         state.close().await;
-        assert!(found == json!({}) || found == expected, "byte {place}");
+        assert!(found == json!({}) || found == expected, "byte {offset}");
         intact += usize::from(found == expected);
         std::fs::remove_file(&file).unwrap();
     }
-    assert!(intact < 60, "most damage is in what counts: {intact}");
+    assert!(intact < 60, "most damage affects the content: {intact}");
 }
