@@ -89,7 +89,7 @@ async fn an_opa_with_tls() -> anyhow::Result<()> {
             Agent::start(work.path(), &Agent::address()?, &[&hub.url], &addresses[0], Delivery::Rest, flags)
         };
         let stranger = start(&[])?;
-        is_told(&stranger, "OPA does not answer").await?;
+        is_told(&stranger, "request to OPA failed").await?;
         assert_eq!(opa.decide("/p", &json!({})).await?, Value::Null);
         drop(stranger);
         let mut agent = start(flags)?;
