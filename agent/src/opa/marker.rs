@@ -80,7 +80,7 @@ impl Marker {
     }
 
     /// Adds the field mask of modules that may decide from now on.
-    pub(super) fn add_field_mask(&mut self, mask: Option<String>) {
+    pub(crate) fn add_field_mask(&mut self, mask: Option<String>) {
         if let Some(mask) = mask {
             self.field_masks.retain(|known| *known != mask);
             self.field_masks.push(mask);

@@ -90,7 +90,8 @@ impl Replica {
         let dirs = marker.dirs().map(|(dir, digest)| (dir.clone(), digest)).collect();
         let request = Reconcile { dirs, modules, reads: marker.field_masks.clone() };
         let response = self.hub.reconcile(&request, marker.revision, &marker.position);
-        let download = match self.watch_opa().guard(response).await? {
+        let response = self.watch_opa().guard(response).await?;
+        let download = match response {
             Err(error) if error.is_permanent() => {
                 self.repair.rejections += 1;
                 return Err(error.into());

@@ -103,7 +103,8 @@ impl Replica {
 
     /// Whether OPA has these modules or can load them.
     pub(super) fn is_published(&self, modules: Digest) -> bool {
-        self.policies.delivery == Delivery::Rest || self.published_modules() == Some(modules)
+        let is_current = |policy: PolicyBundle| policy.etag == modules.to_string();
+        self.policies.delivery == Delivery::Rest || self.policies.server.published().is_some_and(is_current)
     }
 
     pub(super) fn published_modules(&self) -> Option<Digest> {
