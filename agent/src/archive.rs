@@ -1,6 +1,6 @@
-//! Streaming reader of archives: gzip'd tar in, directories and modules out.
+//! Streaming reader of archives.
 //!
-//! The reader buffers at most the header, one module, one entry, or one directory that fits into a PATCH.
+//! Buffers at most the header, a module, an entry, or a directory that fits into a PATCH.
 
 use std::io::{self, BufRead, BufReader, Read};
 
@@ -11,33 +11,32 @@ use opa_hub_proto::manifest::{DATA_FILE, module_id};
 use opa_hub_proto::path::DirPath;
 use tokio::sync::mpsc;
 
-/// Maximum bytes of one PATCH of several: OPA decodes it at once, and the agent buffers it. A larger operation is a PATCH
-/// of its own.
+/// Maximum bytes that OPA decodes at once and the agent buffers. Larger operations are alone in a PATCH.
 pub(crate) const PATCH_BYTES_MAX: usize = 256 << 10;
-/// Maximum number of pieces that are decoded before OPA needs them.
+/// Maximum number of decoded pieces.
 pub(crate) const DECODED_AHEAD_MAX: usize = 2;
-/// Maximum bytes of a file name, as on Linux: namespace, ConfigMap and key need 570.
+/// Limit of Linux paths; namespace, ConfigMap and key need 570.
 const NAME_BYTES_MAX: usize = 4 << 10;
 
-/// Part of an archive. The order is: header, modules, directories.
+/// Part of an archive, in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Piece {
-    /// Digests of the complete content.
+    /// Description of the content.
     Head(Head),
     /// One module.
     Module {
-        /// Id in OPA.
+        /// Id.
         id: String,
-        /// Rego source.
+        /// Source.
         text: String,
     },
-    /// Directory up to [`PATCH_BYTES_MAX`], as a JSON object.
+    /// Directory as a JSON object.
     Directory(DirPath, Vec<u8>),
-    /// Start of a larger directory.
+    /// Start of a directory above [`PATCH_BYTES_MAX`].
     Begin(DirPath),
-    /// Key and JSON value in that directory.
+    /// Key and JSON value.
     Entry(String, Vec<u8>),
-    /// End of that directory.
+    /// End of the directory.
     End,
 }
 
@@ -49,10 +48,9 @@ pub(crate) enum Error {
     Content { file: String, problem: String },
 }
 
-/// Bytes received from the network.
 pub(crate) type Chunks = mpsc::Receiver<io::Result<Bytes>>;
 
-/// Policy bundle for OPA.
+/// Policies for OPA.
 #[derive(Clone, Debug)]
 pub(crate) struct PolicyBundle {
     /// Digest of the modules.
@@ -61,8 +59,7 @@ pub(crate) struct PolicyBundle {
     pub(crate) archive: Bytes,
 }
 
-/// Reads `chunks` on a separate thread: name resolution must not use up the runtime's blocking threads. The thread ends
-/// with `chunks` or the receiver.
+/// Reads on a thread of its own: name resolution must not block archives.
 pub(crate) fn read(chunks: Chunks) -> Result<mpsc::Receiver<Result<Piece, Error>>, Error> {
     let (out, pieces) = mpsc::channel(DECODED_AHEAD_MAX);
     let run = move || {
@@ -75,12 +72,12 @@ pub(crate) fn read(chunks: Chunks) -> Result<mpsc::Receiver<Result<Piece, Error>
     Ok(pieces)
 }
 
-/// Passes the pieces of an archive to `emit` until that returns `false`.
+/// Stops when `emit` returns `false`.
 fn read_pieces(reader: impl Read, emit: &mut dyn FnMut(Piece) -> bool) -> Result<(), Error> {
     let mut archive = tar::Archive::new(GzDecoder::new(reader));
     let mut modules_bytes: usize = 0;
     let mut long_name = None;
-    // Raw, because `tar` reads long names and extensions without a limit.
+    // `tar` reads long names and extensions without a limit.
     for entry in archive.entries()?.raw(true) {
         let mut entry = entry?;
         let kind = entry.header().entry_type();
@@ -129,7 +126,7 @@ fn read_directory(
 ) -> io::Result<bool> {
     if size <= PATCH_BYTES_MAX {
         let json = read_file(entry, size, PATCH_BYTES_MAX)?;
-        // The JSON is spliced into a patch unparsed: anything but an object would break the patch.
+        // Anything but an object would break the patch around.
         return match serde_json::from_slice::<serde::de::IgnoredAny>(&json) {
             Ok(_) if json.starts_with(b"{") => Ok(emit(Piece::Directory(dir, json))),
             _ => Err(invalid_data("not a JSON object")),
@@ -160,7 +157,6 @@ fn invalid_data(problem: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, problem)
 }
 
-/// Reads the members of a JSON object one by one.
 struct ObjectReader<R> {
     reader: BufReader<R>,
     is_first: bool,

@@ -1,4 +1,4 @@
-//! Command line: flags for the hub, and kube-mgmt's flags for OPA.
+//! Command line; flags for OPA are kube-mgmt's.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,10 +11,9 @@ use reqwest::Url;
 
 use crate::config::{Config, Delivery, OpaConfig, Token};
 
-/// Keep the OPA next to this agent in sync with opa-hub. The agent needs no Kubernetes permission.
+/// Keep the OPA next to this agent in sync with opa-hub.
 ///
-/// The agent writes data by OPA's REST API, and policies too (--policy-delivery rest). With --policy-delivery bundle
-/// OPA loads the policies from the agent, with this configuration:
+/// With --policy-delivery bundle OPA needs this configuration:
 ///
 ///   services: {agent: {url: "http://127.0.0.1:8282"}}
 ///   bundles:
@@ -23,33 +22,32 @@ use crate::config::{Config, Delivery, OpaConfig, Token};
 #[derive(Parser, Debug)]
 #[command(version, name = "opa-hub-agent", verbatim_doc_comment, args_override_self = true)]
 pub(crate) struct Args {
-    /// URL of the hub, or of several replicas for failover
+    /// Hub URLs, several for failover
     #[arg(long, value_name = "URL,…", env = "OPA_HUB_URL", value_delimiter = ',', required = true)]
     hub: Vec<Url>,
     /// Bundle to sync
     #[arg(long, value_name = "NAME", env = "OPA_HUB_BUNDLE", default_value = "main")]
     bundle: String,
-    /// Namespace whose objects are requested, if the hub scopes the bundle by namespace
+    /// Namespace of the requested objects, if the hub scopes by namespace
     #[arg(long, value_name = "NS", env = "OPA_HUB_NAMESPACE")]
     namespace: Option<String>,
-    /// Delivery of policies to OPA. Use bundle if a package shares its first name with replicated data, e.g.
-    /// kubernetes.admission and data.kubernetes: with rest OPA copies that data at every change
+    /// Delivery of policies. Use bundle if packages and replicated data share their first name: with rest OPA copies
+    /// that data at every change
     #[arg(long, value_name = "HOW", env = "OPA_HUB_POLICY_DELIVERY", default_value = "rest")]
     policy_delivery: Delivery,
-    /// Address of health, and with --policy-delivery bundle of the policies
+    /// Address of health and policy bundle
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_AGENT_LISTEN", default_value = "127.0.0.1:8282", value_parser = listen_address)]
     listen: SocketAddr,
-    /// Additional address of /health, /livez, /readyz and /metrics
+    /// Additional address of health
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT", value_parser = listen_address)]
     health_endpoint: Option<SocketAddr>,
-    /// PEM file of authorities for https hubs, added to the system's; read at the start
+    /// PEM file of additional authorities for hubs, read once
     #[arg(long, value_name = "FILE", env = "OPA_HUB_CA_FILE")]
     hub_ca_file: Option<PathBuf>,
-    /// Directory for the last good data and policies, so that OPA and agent restart without a hub. An emptyDir suffices
+    /// Directory of the last good state, for restarts without a hub; an emptyDir suffices
     #[arg(long, value_name = "DIR", env = "OPA_HUB_STATE_DIR")]
     state_dir: Option<PathBuf>,
-    /// Fail /readyz after OPA was out of sync for this many seconds. Without this flag a loaded OPA stays ready during
-    /// an outage of the hub, and its application stays in its Service
+    /// Seconds out of sync after which /readyz fails. Without this flag a loaded OPA stays ready
     #[arg(long, value_name = "SECONDS", env = "OPA_HUB_UNREADY_AFTER")]
     unready_after: Option<u64>,
 
@@ -72,10 +70,10 @@ pub(crate) struct Args {
         help_heading = "OPA"
     )]
     opa_auth_token: Option<String>,
-    /// File with the bearer token in its first line, read for every request
+    /// File with the bearer token, read for every request
     #[arg(long, value_name = "FILE", env = "OPA_AUTH_TOKEN_FILE", help_heading = "OPA")]
     opa_auth_token_file: Option<PathBuf>,
-    /// PEM file of authorities for OPA, added to the system's; read at the start
+    /// PEM file of additional authorities for OPA, read once
     #[arg(long, value_name = "FILE", env = "OPA_CA_FILE", help_heading = "OPA")]
     opa_ca_file: Option<PathBuf>,
     /// Accept any certificate of OPA
@@ -93,20 +91,18 @@ pub(crate) struct Args {
         help_heading = "Logging"
     )]
     pub(crate) log_level: tracing::Level,
-    /// Write logs as JSON, one object per line
+    /// Write JSON logs
     #[arg(long, env = "OPA_HUB_LOG_JSON", help_heading = "Logging")]
     pub(crate) log_json: bool,
 }
 
-/// Flags that are invalid together or for the agent.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum Error {
-    /// Names are used in URLs and paths.
     #[error("--bundle {0:?}: use letters, digits, '.', '_' and '-'")]
     BundleName(String),
     #[error("--opa-ca-file and --opa-allow-insecure conflict; set one of them")]
     CaUnused,
-    /// Logs would show the password.
+    /// Logs would show passwords.
     #[error("{flag}: write a URL without user and password")]
     UserInfo { flag: &'static str },
     #[error("--opa-url {0}: write the URL of OPA's API, which ends in /v1")]
@@ -116,8 +112,7 @@ pub(crate) enum Error {
 }
 
 impl Args {
-    /// Parses the command line and returns unknown flags by name: containers that ran kube-mgmt may still have flags
-    /// that now belong to the hub.
+    /// Returns unknown flags too: containers that ran kube-mgmt may have flags of the hub.
     pub(crate) fn parse_tolerantly(
         args: impl IntoIterator<Item = String>,
     ) -> Result<(Self, Vec<String>), clap::Error> {
@@ -134,7 +129,7 @@ impl Args {
                 known.push(arg);
                 continue;
             }
-            // A separate value, as kube-mgmt's parser accepts. Never returned: the value may be a token.
+            // A separate value, which may be a secret.
             if !arg.contains('=') {
                 args.next_if(|next| !next.starts_with('-'));
             }
@@ -176,7 +171,6 @@ impl Args {
     }
 }
 
-/// Accepts kube-mgmt's level names too.
 fn level(name: &str) -> Result<tracing::Level, String> {
     let name = match name {
         "warning" => "warn",
@@ -186,7 +180,7 @@ fn level(name: &str) -> Result<tracing::Level, String> {
     name.parse().map_err(|_| "write error, warn, info, debug or trace".to_owned())
 }
 
-/// Appends `/`, so that relative paths are resolved below `url`.
+/// Appends `/` for relative paths.
 fn base_url(flag: &'static str, url: &Url) -> Result<Url, Error> {
     if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
         return Err(Error::Url { flag, url: url.to_string() });

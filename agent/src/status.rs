@@ -11,35 +11,34 @@ use tokio::time::Instant;
 
 use crate::config::Delivery;
 
-/// Status that the replica writes and the local server reads.
+/// Status of the agent.
 #[derive(Clone)]
 pub struct Status(Arc<Mutex<SyncState>>);
 
 pub(crate) struct SyncState {
     delivery: Delivery,
     unready_after: Option<Duration>,
-    /// Whether OPA has had one complete revision since its start; it decides on that until it restarts.
+    /// Whether OPA was in sync since its start: it decides on that.
     is_loaded: bool,
-    /// `None` while OPA is in sync with the source.
+    /// `None` while in sync with the source.
     out_of_sync_since: Option<Instant>,
     /// Latest revision from the hub.
     pub(crate) target: Option<Revision>,
-    /// Revision in OPA; `None` while OPA does not respond or is incomplete.
+    /// `None` while unknown or incomplete.
     pub(crate) applied: Option<Revision>,
-    /// Modules of the policy bundle that OPA last reported as activated.
+    /// Modules that OPA reports as activated.
     pub(crate) activated: Option<Digest>,
     pub(crate) hub: HubStatus,
     pub(crate) problems: Problems,
     pub(crate) counters: Counters,
 }
 
-/// Connection to the hub.
 pub(crate) struct HubStatus {
     /// `None` while a stream is open.
     pub(crate) disconnected_since: Option<Instant>,
-    /// Time of the first announcement of an event that has not arrived.
+    /// Time of the first unfulfilled announcement.
     pub(crate) pending_since: Option<Instant>,
-    /// Time since which the hub reports its source as lost, and the reason.
+    /// Start and reason, as the hub reports.
     pub(crate) stale: Option<(Instant, String)>,
 }
 
@@ -47,17 +46,13 @@ pub(crate) struct HubStatus {
 pub(crate) struct Problems {
     /// OPA's messages by module id.
     pub(crate) rejected_modules: BTreeMap<String, String>,
-    /// Error of the last session.
     pub(crate) failure: Option<String>,
-    /// Warning for operators.
     pub(crate) notice: Option<String>,
 }
 
-/// Totals since the start.
 #[derive(Serialize, Clone, Copy, Default)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Counters {
-    /// Applied events.
     pub(crate) frames: u64,
     /// Loads from a hub.
     pub(crate) snapshots: u64,
@@ -67,12 +62,11 @@ pub(crate) struct Counters {
     pub(crate) restores: u64,
 }
 
-/// Detail of a report.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Detail {
-    /// Module names and messages of OPA and the hub.
+    /// Names and messages.
     Full,
-    /// Counts only, for a listener that is reachable from the cluster.
+    /// Counts only, for the cluster.
     Counts,
 }
 
@@ -81,12 +75,11 @@ pub(crate) enum Detail {
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Report {
     pub(crate) ready: bool,
-    /// Reasons for not being ready.
     #[serde(rename = "because")]
     pub(crate) reasons: Vec<String>,
     #[serde(rename = "inStep")]
     in_sync: bool,
-    /// Reasons why OPA may be behind the source.
+    /// Reasons for being behind the source.
     behind: Vec<String>,
     notices: Vec<String>,
     #[serde(rename = "said")]
@@ -98,7 +91,7 @@ pub(crate) struct Report {
 }
 
 impl Status {
-    /// Creates the status of an agent that is not connected. `None` keeps a loaded OPA ready.
+    /// Creates the status of a disconnected agent.
     pub fn new(delivery: Delivery, unready_after: Option<Duration>) -> Self {
         let hub = HubStatus { disconnected_since: Some(Instant::now()), pending_since: None, stale: None };
         Self(Arc::new(Mutex::new(SyncState {
@@ -115,7 +108,6 @@ impl Status {
         })))
     }
 
-    /// Reads or changes the state.
     pub(crate) fn with<T>(&self, f: impl FnOnce(&mut SyncState) -> T) -> T {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let result = f(&mut state);
@@ -127,7 +119,6 @@ impl Status {
         result
     }
 
-    /// Returns metrics in the text format of Prometheus.
     pub(crate) fn metrics(&self) -> String {
         self.with(|state| state.metrics())
     }
@@ -150,12 +141,10 @@ impl Status {
 }
 
 impl SyncState {
-    /// Resets the state of OPA after its restart.
     pub(crate) fn reset_opa(&mut self) {
         (self.is_loaded, self.applied, self.activated) = (false, None, None);
     }
 
-    /// Whether OPA has activated the modules of the target.
     fn is_activated(&self) -> bool {
         self.delivery == Delivery::Rest || self.activated == self.target.map(|target| target.modules)
     }

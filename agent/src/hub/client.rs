@@ -19,15 +19,15 @@ use super::stream::Stream;
 use crate::archive::{Chunks, PolicyBundle};
 use crate::http;
 
-/// A hub on the same network accepts a connection within milliseconds.
+/// Hubs on the same network accept within milliseconds.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Maximum time until the first bytes of a response: compressing 150 MB takes the hub half a second.
+/// Compressing 150 MB takes the hub half a second.
 const HUB_RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 const READY_PROBE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Maximum bytes of a policy bundle, which the agent stores in memory for OPA.
+/// The agent stores the bundle in memory.
 const POLICY_BUNDLE_BYTES_MAX: usize = 16 << 20;
 
-/// Client of one hub, with failover to others.
+/// Client of one hub at a time.
 pub(crate) struct HubClient {
     client: Client,
     bundle: String,
@@ -35,10 +35,8 @@ pub(crate) struct HubClient {
     failover: Failover,
 }
 
-/// Archive that is being received.
 pub(crate) struct Download {
     pub(crate) chunks: Chunks,
-    /// Position of the content.
     pub(crate) position: Position,
     /// Receives the archive until dropped.
     pub(crate) task: AbortOnDropHandle<()>,
@@ -51,8 +49,7 @@ impl HubClient {
         bundle: String,
         namespace: Option<String>,
     ) -> Result<Self, Error> {
-        // No pool: the hub serves a stream on its own connection cheaper. No proxy: it would buffer. No redirects: only
-        // configured hubs are trusted.
+        // A connection without a pool is cheaper for the hub; proxies buffer; redirects are untrusted.
         let mut builder = Client::builder()
             .no_proxy()
             .redirect(Policy::none())
@@ -63,14 +60,13 @@ impl HubClient {
             builder = builder.tls_certs_merge(http::ca_certificates(file).map_err(Error::Client)?);
         }
         if urls.iter().all(|url| url.scheme() == "http") {
-            // Supports images without CA certificates.
+            // Images may lack CA certificates.
             builder = builder.tls_certs_only([]);
         }
         let client = builder.build().map_err(|error| Error::Client(error.to_string()))?;
         Ok(Self { client, bundle, namespace, failover: Failover::new(urls) })
     }
 
-    /// Returns the URL of the selected hub.
     pub(crate) fn current(&self) -> &Url {
         self.failover.current()
     }
@@ -79,12 +75,11 @@ impl HubClient {
         self.failover.next_hub();
     }
 
-    /// Moves to a random peer of a hub that shuts down, or to the next hub.
+    /// Moves to a random peer, or to the next hub.
     pub(crate) fn move_to_peer(&mut self, peers: Vec<Url>) {
         self.failover.move_to_peer(peers);
     }
 
-    /// Resets the backoff after a success.
     pub(crate) fn reset_backoff(&mut self) {
         self.failover.reset_backoff();
     }
@@ -93,13 +88,13 @@ impl HubClient {
         self.failover.back_off().await;
     }
 
-    /// Returns the maximum time until the agent returns to the selected hub, if all others fail.
+    /// Maximum time until a return to the selected hub.
     pub(crate) fn rotation_timeout(&self) -> Duration {
         let hubs = u32::try_from(self.failover.len() + 1).unwrap_or(u32::MAX);
         (CONNECT_TIMEOUT + HUB_RESPONSE_TIMEOUT + BACKOFF_MAX) * hubs
     }
 
-    /// Moves to a ready hub, if there is one. The current URL is probed last: other replicas may share it.
+    /// Moves to a ready hub. Probes the current URL last: replicas may share it.
     pub(crate) async fn move_to_ready(&mut self) -> bool {
         for steps in 1..=self.failover.len() {
             let index = self.failover.index_after(steps);
@@ -114,19 +109,16 @@ impl HubClient {
         false
     }
 
-    /// Requests the archive of all data.
     pub(crate) async fn data(&self) -> Result<Download, Error> {
         let request = self.client.get(self.url("/data"));
         self.send("GET data", request).await.map(download)
     }
 
-    /// Requests the archive of all data and modules.
     pub(crate) async fn full(&self) -> Result<Download, Error> {
         let request = self.client.get(self.url(""));
         self.send("GET bundle", request).await.map(download)
     }
 
-    /// Requests the latest policy bundle.
     pub(crate) async fn policy_bundle(&self) -> Result<PolicyBundle, Error> {
         let request = self.client.get(self.url("/policy"));
         let response = self.send("GET policy", request).await?;
@@ -143,7 +135,7 @@ impl HubClient {
         Ok(PolicyBundle { etag, archive: archive.into() })
     }
 
-    /// Requests the content that differs from `digests` at `position`. `revision` is `None` for incomplete content.
+    /// Requests the differences from `digests`. `revision` is `None` for incomplete content.
     pub(crate) async fn reconcile(
         &self,
         digests: &Reconcile,
@@ -159,7 +151,7 @@ impl HubClient {
         self.send("POST reconcile", request).await.map(download)
     }
 
-    /// Opens the stream from `revision` at `position`; `None` if the hub does not know the revision.
+    /// Returns `None` if the hub does not know `revision`.
     pub(crate) async fn stream(
         &self,
         revision: Revision,
@@ -197,7 +189,7 @@ impl HubClient {
     }
 }
 
-/// Adds the position that the hub must have reached.
+/// Adds the minimum position of the hub.
 fn with_position(request: RequestBuilder, position: &Position) -> RequestBuilder {
     let text = position.to_string();
     let is_omitted = position.is_empty() || text.len() > POSITION_BYTES_MAX;
@@ -206,9 +198,8 @@ fn with_position(request: RequestBuilder, position: &Position) -> RequestBuilder
 
 fn download(response: Response) -> Download {
     let position = response.headers().get(POSITION_HEADER).and_then(|position| position.to_str().ok());
-    // Without a position all content is accepted.
+    // Content without a position is always accepted.
     let position = position.and_then(|position| position.parse().ok()).unwrap_or_default();
-    // One chunk is buffered.
     let (out, chunks) = mpsc::channel(1);
     let task = tokio::spawn(async move {
         let mut body = Body::new(response);

@@ -1,4 +1,4 @@
-//! Applies frames, modules and markers to OPA. Decisions see the state before or after a change: nothing is emptied first.
+//! Applies frames and modules to OPA. Decisions see the state before or after a change.
 
 use std::ops::Bound;
 use std::time::Duration;
@@ -15,11 +15,9 @@ use super::marker::{MARKERS, Marker, WRITER};
 use super::modules::{ModuleApplier, ModuleChanges, ModuleResults, Rejections};
 use crate::archive::{self, PATCH_BYTES_MAX};
 
-/// Maximum bytes of a frame that is one PATCH, so that decisions see all of it or nothing. The agent stores these bytes
-/// three times.
+/// Maximum bytes of a frame that is one atomic PATCH. The agent stores them three times.
 const FRAME_PATCH_BYTES_MAX: usize = 1 << 20;
-/// Interval of the check that one directory still exists in OPA. A check costs as much as a poll; 1,000 directories take
-/// 84 minutes.
+/// Interval between checks of one directory; 1,000 directories take 84 minutes.
 const VERIFY_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +26,6 @@ pub(crate) enum Error {
     Opa(#[from] client::Error),
     #[error(transparent)]
     Archive(#[from] archive::Error),
-    /// The marker is missing, or of another session.
     #[error("OPA's marker changed: OPA restarted, or another agent writes to it")]
     OtherWriter,
     #[error("parsing an event of the hub failed: {0}")]
@@ -44,11 +41,9 @@ pub(crate) enum Error {
     InvalidArchive,
 }
 
-/// Writes to one OPA in sessions.
 pub(crate) struct Applier {
     pub(crate) opa: OpaClient,
     pub(crate) bundle: String,
-    /// Name of the session that may write to OPA.
     writer: String,
     modules: ModuleApplier,
     verified_dir: Option<DirPath>,
@@ -61,8 +56,7 @@ impl Applier {
         Self { opa, bundle, writer, modules, verified_dir: None, verified_at: Instant::now() }
     }
 
-    /// Starts a session: OPA rejects later writes of earlier sessions. Returns OPA's marker, `None` if OPA was never
-    /// loaded.
+    /// Starts a session: OPA rejects writes of earlier ones. Returns `None` if OPA was never loaded.
     pub(crate) async fn claim(&mut self) -> Result<Option<Marker>, Error> {
         // A rollback must not replace modules of another session.
         if self.modules.is_interrupted() && !self.opa.has_writer(&self.bundle, &self.writer).await? {
@@ -80,7 +74,7 @@ impl Applier {
             }
             Err(error) => return Err(error.into()),
         }
-        // Modules that OPA lost have no digest in the marker, so the hub sends them.
+        // The hub sends lost modules: the marker has no digest of them.
         match self.modules.roll_back(&self.opa).await {
             Err(error @ client::Error::Unreachable(_)) => return Err(error.into()),
             Err(error) => tracing::warn!(%error, "rollback of modules failed"),
@@ -89,8 +83,7 @@ impl Applier {
         Ok(self.opa.marker(&self.bundle).await?)
     }
 
-    /// Checks that the next directory of `marker` exists, once per [`VERIFY_INTERVAL`]. A missing one is created empty,
-    /// and OPA's marker loses its revision.
+    /// Checks one directory per [`VERIFY_INTERVAL`]. A missing one is created, and OPA's marker loses its revision.
     pub(crate) async fn verify(&mut self, marker: &Marker) -> Result<(), Error> {
         if self.verified_at.elapsed() < VERIFY_INTERVAL {
             return Ok(());
@@ -111,14 +104,13 @@ impl Applier {
         Ok(())
     }
 
-    /// Sends a patch that OPA applies only in this session. JSON patches in OPA have no test of a value, so the patch
-    /// replaces a key that must exist.
+    /// Sends a patch for this session only. OPA has no test operation, so the patch replaces a key that must exist.
     pub(super) async fn patch(&self, patch: PatchWriter) -> Result<(), Error> {
         let mut guard = PatchWriter::default();
         let writers = Marker::path(&self.bundle).join(WRITER).expect("constants are segments");
         guard.replace(&writers, &self.writer, b"true");
         match self.opa.patch(patch.into_array_after(&guard)).await {
-            // OPA's error does not name the missing path (v1/storage/errors.go).
+            // The error names no path (v1/storage/errors.go).
             Err(client::Error::Missing(_)) if !self.opa.has_writer(&self.bundle, &self.writer).await? => {
                 Err(Error::OtherWriter)
             }
@@ -130,8 +122,7 @@ impl Applier {
         marker.write(patch, &self.bundle, &self.writer);
     }
 
-    /// Applies `delta` and updates `marker`: one PATCH, unless the frame is large or directories must be created first.
-    /// `marker` is invalid after an error.
+    /// Applies `delta` as one PATCH, unless it is large or adds maps. `marker` is invalid after an error.
     pub(crate) async fn apply_delta(&self, marker: &mut Marker, delta: &Delta<'_>) -> Result<(), Error> {
         let applied = marker.revision.unwrap_or_else(|| unreachable!("streams start from a revision"));
         if delta.from != applied.data {
@@ -153,7 +144,7 @@ impl Applier {
         }
         marker.position = position;
         if !is_atomic {
-            // Part of the frame may be in OPA after a crash: the new position prevents older content.
+            // A crash may leave part of the frame: the new position prevents older content.
             marker.revision = None;
             marker.dirs.extend(delta.dirs.keys().map(|dir| (dir.clone(), None)));
             self.write_marker(marker).await?;
@@ -173,8 +164,7 @@ impl Applier {
         self.patch(patch).await
     }
 
-    /// Applies changes of modules, which then have `field_mask`. Updates `marker` and returns OPA's messages for rejected
-    /// modules.
+    /// Updates `marker` and returns OPA's messages for rejected modules.
     pub(crate) async fn apply_modules(
         &mut self,
         marker: &mut Marker,
@@ -222,7 +212,6 @@ impl Applier {
         self.patch(patch).await
     }
 
-    /// Writes the first marker to an OPA without one.
     pub(super) async fn write_first_marker(&self, marker: &Marker) -> Result<(), Error> {
         self.opa.ensure(&MARKERS.parse().expect("a constant path is valid")).await?;
         let mut patch = PatchWriter::default();
@@ -230,7 +219,7 @@ impl Applier {
         Ok(self.opa.patch(patch.into_array()).await?)
     }
 
-    /// Sends the patch if an operation of `bytes` exceeds its limits.
+    /// Sends the patch if `bytes` more exceed its limits.
     pub(super) async fn reserve(&self, patch: &mut PatchWriter, bytes: usize) -> Result<(), Error> {
         if patch.ops() + 1 >= PATCH_OPS_MAX || !patch.is_empty() && patch.len() + bytes > PATCH_BYTES_MAX {
             self.patch(std::mem::take(patch)).await?;

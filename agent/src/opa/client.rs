@@ -15,11 +15,10 @@ use super::marker::{Marker, WRITER};
 use crate::config::{OpaConfig, Token};
 use crate::http;
 
-/// Timeout of a write: a directory of thousands of entries takes OPA a second.
+/// Large directories take OPA a second.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Timeout of a read of the marker.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
-/// Maximum bytes of a response: a marker of 20,000 directories, or the keys of the largest one.
+/// Enough for a marker of 20,000 directories.
 const RESPONSE_BYTES_MAX: usize = 16 << 20;
 
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +29,6 @@ pub(crate) enum Error {
     Token(std::io::Error),
     #[error("request to OPA failed: {0}")]
     Unreachable(#[from] reqwest::Error),
-    /// OPA's content differs from its marker.
     #[error("OPA lacks a path that the agent wrote: {0}")]
     Missing(String),
     #[error("OPA rejected {request} with {status}: {message}")]
@@ -40,13 +38,12 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// Whether OPA would reject the same content again. Other statuses concern the client, or are transient.
+    /// Whether OPA would reject the same content again.
     pub(crate) fn is_permanent(&self) -> bool {
         let is_final = |status| matches!(status, StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE);
         matches!(self, Self::Rejected { status, .. } if is_final(*status))
     }
 
-    /// Returns OPA's own message, if any.
     pub(crate) fn message(self) -> String {
         match self {
             Self::Rejected { message, .. } => message,
@@ -55,11 +52,11 @@ impl Error {
     }
 }
 
-/// Start of the syntax tree in OPA's response with a module; the tree is many times as large as the source. JSON strings
-/// contain no such quote without a backslash (OPA v1/server/types/types.go, `PolicyV1`).
+/// Start of the large syntax tree in OPA's response; JSON strings escape such quotes (OPA v1/server/types/types.go,
+/// `PolicyV1`).
 const SYNTAX_TREE: &[u8] = b",\"ast\":";
 
-/// OPA's usual host, resolved without a thread. Port 0 selects the port of the URL.
+/// Resolved without a thread; port 0 selects the port of the URL.
 const LOCALHOST: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
     SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0),
@@ -91,15 +88,13 @@ impl OpaClient {
             builder = builder.tls_danger_accept_invalid_certs(true);
         }
         if config.url.scheme() == "http" {
-            // Supports images without CA certificates.
             builder = builder.tls_certs_only([]);
         }
         let client = builder.build().map_err(|error| Error::Client(error.to_string()))?;
         Ok(Self { client, config })
     }
 
-    /// Reads the marker of `bundle`, `None` if OPA was never loaded. A marker of another version, which does not parse,
-    /// is reduced to its names.
+    /// Returns `None` if OPA was never loaded. A marker that does not parse is reduced to its names.
     pub(crate) async fn marker(&self, bundle: &str) -> Result<Option<Marker>, Error> {
         match self.read(&Marker::path(bundle)).await {
             Err(error @ Error::Response { .. }) => {
@@ -111,24 +106,20 @@ impl OpaClient {
         }
     }
 
-    /// Whether OPA's marker of `bundle` has this revision.
     pub(crate) async fn has_revision(&self, bundle: &str, revision: Option<Revision>) -> Result<bool, Error> {
         let Some(revision) = revision else { return Ok(false) };
         self.is_true(bundle, &format!(".revision == \"{revision}\"")).await
     }
 
-    /// Whether OPA has a marker of `bundle`, so has not restarted since its first load.
     pub(crate) async fn has_marker(&self, bundle: &str) -> Result<bool, Error> {
         self.is_true(bundle, "").await
     }
 
-    /// Whether `writer` is the last session that claimed the marker of `bundle`.
     pub(crate) async fn has_writer(&self, bundle: &str, writer: &str) -> Result<bool, Error> {
         self.is_true(bundle, &format!("[\"{WRITER}\"][\"{writer}\"]")).await
     }
 
-    /// Whether `condition` is true of the marker. Partial evaluation keeps the query out of decision logs (OPA
-    /// v1/server/server.go, `v1CompilePost`).
+    /// Partial evaluation keeps the query out of decision logs (OPA v1/server/server.go, `v1CompilePost`).
     async fn is_true(&self, bundle: &str, condition: &str) -> Result<bool, Error> {
         #[derive(Deserialize, Default)]
         struct Partial {
@@ -157,13 +148,11 @@ impl OpaClient {
         Ok(response.result)
     }
 
-    /// Applies a JSON patch in one transaction.
     pub(crate) async fn patch(&self, patch: Vec<u8>) -> Result<(), Error> {
         self.send(Method::PATCH, "data", Some(patch.into()), |request| request).await.map(drop)
     }
 
-    /// Creates `dir` and its parents as maps. Returns whether `dir` existed: OPA checks this without a read or a decision
-    /// (OPA v1/server/server.go, `v1DataPut`).
+    /// Creates `dir` and its parents as maps. Returns whether `dir` existed (OPA v1/server/server.go, `v1DataPut`).
     pub(crate) async fn ensure(&self, dir: &DirPath) -> Result<bool, Error> {
         let request = format!("data{dir}");
         let body = Bytes::from_static(b"{}");
@@ -173,7 +162,6 @@ impl OpaClient {
         Ok(response.status() == StatusCode::NOT_MODIFIED)
     }
 
-    /// Returns the source of a module, `None` if there is no such module.
     pub(crate) async fn module(&self, id: &str) -> Result<Option<String>, Error> {
         #[derive(Deserialize)]
         struct Policy {
@@ -198,7 +186,6 @@ impl OpaClient {
             .map(drop)
     }
 
-    /// Deletes a module; a missing one is no error.
     pub(crate) async fn delete_module(&self, id: &str) -> Result<(), Error> {
         match self.send(Method::DELETE, &format!("policies/{id}"), None, |request| request).await {
             Err(Error::Missing(_)) => Ok(()),
@@ -206,7 +193,6 @@ impl OpaClient {
         }
     }
 
-    /// Returns the keys of the map at `dir`, none if there is no map.
     pub(crate) async fn keys(&self, dir: &DirPath) -> Result<Vec<String>, Error> {
         #[derive(Deserialize)]
         struct Binding {
@@ -275,7 +261,6 @@ mod tests {
         fake.with(|world| world.data["a"]["b"] = json!({ "x": null, "y": 1 }));
         assert_eq!(opa.keys(&dir).await.unwrap(), ["x", "y"]);
         assert_eq!(opa.module("n/c/m.rego").await.unwrap(), None);
-        // Resembles the rest of OPA's response.
         let text = "has \",\"ast\":{\n";
         opa.put_module("n/c/m.rego", text.to_owned()).await.unwrap();
         assert_eq!(opa.module("n/c/m.rego").await.unwrap().as_deref(), Some(text));

@@ -1,9 +1,7 @@
-//! Fake OPA with the data, patch and module semantics of OPA's REST API (OPA v1/server/server.go,
-//! v1/storage/inmem/txn.go).
+//! Fake OPA (OPA v1/server/server.go, v1/storage/inmem/txn.go).
 //!
-//! A module is lines: `has x` is a rule, `calls x` needs a rule of any module, `broken` does not parse, `odd` calls an
-//! unknown built-in function. Errors have the locations of OPA 1.22: a conflict is at the first module in the order of
-//! ids, a missing function at its caller.
+//! Lines of a module: `has x` is a rule, `calls x` needs a rule, `broken` does not parse, `odd` calls an unknown built-in
+//! function. Errors have the locations of OPA 1.22: the first module of a conflict, the caller of a missing function.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -27,7 +25,6 @@ pub(super) struct World {
     pub(super) modules: BTreeMap<String, String>,
     /// Requests as `METHOD path status`.
     pub(super) log: Vec<String>,
-    /// Number of requests before all fail.
     pub(super) fails_after: Option<usize>,
 }
 
@@ -37,7 +34,6 @@ pub(super) struct FakeOpa(Arc<Mutex<World>>);
 type Reply = (StatusCode, String);
 
 impl FakeOpa {
-    /// Starts an empty OPA and a client of it.
     pub(super) async fn start() -> (Self, OpaClient) {
         let world = World { data: json!({}), modules: BTreeMap::new(), log: Vec::new(), fails_after: None };
         let fake = Self(Arc::new(Mutex::new(world)));
@@ -46,7 +42,6 @@ impl FakeOpa {
         let router =
             Router::new().fallback(answer).layer(DefaultBodyLimit::disable()).with_state(fake.clone());
         tokio::spawn(async move { axum::serve(listener, router).await });
-        // Another test may have installed the provider.
         _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let opa =
             OpaClient::new(OpaConfig { url, token: None, ca_file: None, allow_insecure: false }).unwrap();
@@ -57,7 +52,6 @@ impl FakeOpa {
         f(&mut self.0.lock().unwrap())
     }
 
-    /// Returns the requests since the last call.
     pub(super) fn log(&self) -> Vec<String> {
         self.with(|world| std::mem::take(&mut world.log))
     }
@@ -114,7 +108,6 @@ impl World {
                 ok(json!({ "result": { "queries": queries } }).to_string())
             }
             ("GET", "policies") => match self.modules.get(rest) {
-                // OPA's order of fields.
                 Some(raw) => ok(format!(r#"{{"result":{{"id":"{rest}","raw":{},"ast":{{}}}}}}"#, json!(raw))),
                 None => not_found(),
             },
@@ -172,7 +165,6 @@ impl World {
         (StatusCode::NO_CONTENT, String::new())
     }
 
-    /// Accepts `modules` if they compile together.
     fn compile(&mut self, modules: BTreeMap<String, String>) -> Reply {
         let coded = |code: &str, message: String, file: &str| json!({ "code": code, "message": message, "location": { "file": file, "row": 1, "col": 1 } });
         let error = |message: String, file: &str| coded("rego_type_error", message, file);
@@ -215,7 +207,6 @@ fn ok(body: String) -> Reply {
     (StatusCode::OK, body)
 }
 
-/// OPA's response does not name the missing path.
 fn not_found() -> Reply {
     let message = "storage_not_found_error: document does not exist";
     (StatusCode::NOT_FOUND, json!({ "code": "resource_not_found", "message": message }).to_string())
@@ -225,7 +216,7 @@ fn tokens(path: &str) -> Vec<String> {
     path.trim_matches('/').split('/').map(|token| unescape(token).into_owned()).collect()
 }
 
-/// Returns the map with the last token, and that token.
+/// Returns the map with the last token.
 fn parent<'a>(data: &'a mut Value, tokens: &'a [String]) -> Option<(&'a mut Map<String, Value>, &'a String)> {
     let (last, dirs) = tokens.split_last()?;
     let mut map = data;
@@ -235,7 +226,6 @@ fn parent<'a>(data: &'a mut Value, tokens: &'a [String]) -> Option<(&'a mut Map<
     Some((map.as_object_mut()?, last))
 }
 
-/// Returns the JSON pointer of the reference `data["a"]["b"]` in a query.
 fn pointer(query: &str) -> String {
     let query = query.replace('\\', "");
     let (_, names) = query.split_once("data[").unwrap();

@@ -1,8 +1,7 @@
 //! Warning about packages that make OPA slow.
 //!
-//! After each write OPA checks rules against data: if a package and data share their first name, OPA copies all data
-//! below (OPA v1/storage/inmem/txn.go). With thousands of objects a change takes seconds. Delivery as a bundle avoids
-//! this (`server/local.rs`); with `rest` the agent can only warn.
+//! If a package and data share their first name, OPA copies all data below at each write (OPA v1/storage/inmem/txn.go).
+//! Delivery as a bundle avoids this (`server/local.rs`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,12 +10,11 @@ use opa_hub_proto::path::DirPath;
 use super::client::OpaClient;
 use super::marker::Marker;
 
-/// First names of the packages in OPA, by module id.
 #[derive(Default)]
 pub(crate) struct Layout(BTreeMap<String, String>);
 
 impl Layout {
-    /// Records an added (`Some`) or removed (`None`) module.
+    /// Records an added or removed (`None`) module.
     pub(crate) fn record(&mut self, id: &str, text: Option<&str>) {
         match text {
             Some(text) => self.0.insert(id.to_owned(), first_name(text).to_owned()),
@@ -24,7 +22,7 @@ impl Layout {
         };
     }
 
-    /// Reads unrecorded modules of `marker` from OPA. An error only ends the reading: a warning must not end a session.
+    /// Stops at an error: a warning must not end a session.
     pub(crate) async fn read(&mut self, opa: &OpaClient, marker: &Marker) {
         for id in marker.modules.keys() {
             if self.0.contains_key(id) {
@@ -35,7 +33,6 @@ impl Layout {
         }
     }
 
-    /// Returns the warning, `None` if packages and replicated data share no name.
     pub(crate) fn notice(&self, marker: &Marker) -> Option<String> {
         // Directories of ConfigMaps have two segments, and little data.
         let is_replicated = |path: &&str| path.split('/').count() > 2;
@@ -55,7 +52,6 @@ impl Layout {
     }
 }
 
-/// Returns the first name of the package, empty if `text` has no package.
 fn first_name(text: &str) -> &str {
     let code = text.trim_start_matches('\u{feff}').lines().filter_map(|line| line.split('#').next());
     let mut words = code.flat_map(str::split_whitespace);

@@ -1,4 +1,4 @@
-//! Applies an archive directory by directory, to an empty OPA or to one that lacks some content.
+//! Applies an archive directory by directory.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -14,20 +14,18 @@ use super::marker::Marker;
 use super::modules::ModuleChanges;
 use crate::archive::{self, PATCH_BYTES_MAX, Piece};
 
-/// Modules of an archive, which the caller applies after the data.
+/// Modules to apply after the data.
 #[derive(Default)]
 pub(crate) struct ArchiveModules {
-    /// Modules in the archive.
     put: BTreeMap<String, String>,
-    /// Digests of all modules; `None` if the archive has data only.
+    /// `None` if the archive has data only.
     pub(crate) all: Option<BTreeMap<String, Digest>>,
-    /// Digest of the modules that the data is for.
+    /// Modules that the data is for.
     pub(crate) digest: Option<Digest>,
     pub(crate) field_mask: Option<String>,
 }
 
 impl ArchiveModules {
-    /// Returns the changes from the modules of `known`.
     pub(crate) fn changes(&self, known: Option<&Marker>) -> ModuleChanges {
         let all = self.all.as_ref();
         let removed = known.into_iter().flat_map(|known| known.modules.keys());
@@ -38,9 +36,8 @@ impl ArchiveModules {
 }
 
 impl Applier {
-    /// Applies an archive of `position` to an OPA with the content of `known`, `None` if OPA was never loaded. The
-    /// returned marker has no revision until the modules are applied. With `modules_first` modules are applied before data
-    /// that replaces a package.
+    /// Applies an archive to an OPA with the content of `known`, `None` if never loaded. The returned marker lacks the
+    /// modules. `modules_first` frees paths of packages for data.
     pub(crate) async fn load(
         &mut self,
         known: Option<&Marker>,
@@ -75,25 +72,24 @@ impl Applier {
     }
 }
 
-/// Archive that is being applied.
 struct Loader<'a> {
     applier: &'a mut Applier,
     known: Option<&'a Marker>,
     data: &'a DataHead,
     modules: ArchiveModules,
-    /// Marker without digests of changed content.
+    /// Lacks digests of changed content.
     marker: Marker,
-    /// Directories that the archive must contain.
+    /// Directories that the archive must still contain.
     missing: BTreeSet<&'a DirPath>,
-    /// Directories and maps to remove.
+    /// Obsolete directories and maps.
     removed: Vec<DirPath>,
     patch: PatchWriter,
-    /// Large directory, and its keys that the archive does not contain.
+    /// Large directory, and its obsolete keys.
     large: Option<(DirPath, HashSet<String>)>,
 }
 
 impl<'a> Loader<'a> {
-    /// Writes the marker of the incomplete state, and creates the maps of the archive.
+    /// Writes the incomplete marker and creates maps.
     async fn start(
         applier: &'a mut Applier,
         known: Option<&'a Marker>,
@@ -113,7 +109,7 @@ impl<'a> Loader<'a> {
                 missing.insert(dir);
             }
         }
-        // All later writes need the marker: without it they fail, since OPA restarted.
+        // Later writes need the marker: without it OPA restarted.
         if known.is_some() {
             applier.write_marker(&marker).await?;
         } else {
@@ -129,7 +125,6 @@ impl<'a> Loader<'a> {
         Ok(loader)
     }
 
-    /// Empties removed directories that contain new ones.
     async fn empty_outer_dirs(&mut self) -> Result<(), Error> {
         for dir in self.removed.iter().filter(|dir| is_outer(self.data, dir)) {
             self.applier.opa.ensure(dir).await?;
@@ -146,7 +141,7 @@ impl<'a> Loader<'a> {
     }
 
     async fn replace_dir(&mut self, dir: &DirPath, json: &[u8]) -> Result<(), Error> {
-        // Archives also contain empty maps that OPA has.
+        // Archives repeat empty maps.
         if self.missing.remove(dir) {
             self.ensure_parents(dir).await?;
             self.applier.reserve(&mut self.patch, json.len()).await?;
@@ -160,7 +155,7 @@ impl<'a> Loader<'a> {
         self.applier.opa.ensure(&dir).await?;
         let stale: HashSet<_> = self.applier.opa.keys(&dir).await?.into_iter().collect();
         if stale.is_empty() {
-            // There is nothing to empty; the value may not be a map.
+            // The value may not be a map.
             self.applier.reserve(&mut self.patch, 0).await?;
             self.patch.add_dir(&dir, b"{}");
         }
@@ -185,7 +180,6 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
-    /// Removes old directories and writes the marker of the complete data.
     async fn finish(mut self, rego_version: Option<u8>) -> Result<(Marker, ArchiveModules), Error> {
         if let Some(dir) = self.missing.first() {
             return Err(Error::Incomplete((*dir).clone()));
@@ -207,7 +201,7 @@ impl<'a> Loader<'a> {
         });
         marker.ensure.clone_from(&self.data.ensure);
         marker.rego_version = rego_version;
-        // The new policies follow, unless the agent crashes first.
+        // A crash may precede the new policies.
         marker.add_field_mask(self.modules.field_mask.clone());
         self.applier.reserve(&mut self.patch, PATCH_BYTES_MAX).await?;
         self.applier.add_marker(&marker, &mut self.patch);
@@ -215,8 +209,7 @@ impl<'a> Loader<'a> {
         Ok((marker, self.modules))
     }
 
-    /// Creates a directory outside replicated resources, which `start` created. Only the directory itself: if a policy
-    /// bundle owns a path next to it, OPA rejects writes above.
+    /// Creates only the directory itself: if a policy bundle owns a path next to it, OPA rejects writes above.
     async fn ensure_parents(&self, dir: &DirPath) -> Result<(), Error> {
         let is_known = self.known.is_some_and(|known| known.dirs.get(dir).is_some_and(Option::is_some));
         if !is_known && !self.data.ensure.iter().any(|map| dir.is_within(map)) {
@@ -226,13 +219,11 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// Whether a directory of `data` is within `dir`.
 fn is_outer(data: &DataHead, dir: &DirPath) -> bool {
     data.dirs.keys().any(|other| other.is_within(dir))
 }
 
-/// Returns directories and maps of OPA that are not in `data`, inner ones first. Without a marker the replicated resources
-/// are read from OPA: another writer may have filled them.
+/// Returns obsolete paths, inner ones first. Without a marker replicated resources are read from OPA.
 async fn find_removed(
     applier: &Applier,
     known: Option<&Marker>,

@@ -1,4 +1,4 @@
-//! State of the agent in OPA: `data.system.opahub.<bundle>`, written in the transaction that changes the data.
+//! State of the agent in OPA: `data.system.opahub.<bundle>`, written in the transaction of the data.
 
 use std::collections::BTreeMap;
 
@@ -10,47 +10,43 @@ use opa_hub_proto::reconcile::READS_MAX;
 use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
 use serde::{Deserialize, Serialize};
 
-/// Content of OPA by digest. An entry without a digest is in flux: the next reconcile rewrites or removes it. The marker
-/// names everything that the agent may have written, or nothing could remove it.
+/// Digests of content, `None` while an entry changes. Names everything that the agent may have written, for removal.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq, Default)]
 pub struct Marker {
-    /// Revision of the content; `None` while a change is incomplete.
+    /// `None` while incomplete.
     pub revision: Option<Revision>,
     /// Digests of directories.
     #[serde(default)]
     pub dirs: BTreeMap<DirPath, Option<Digest>>,
-    /// Digests of modules by id; empty if OPA loads its policies as a bundle.
+    /// Empty with delivery as a bundle.
     #[serde(default)]
     pub modules: BTreeMap<String, Option<Digest>>,
-    /// Maps that exist even while they are empty.
+    /// Maps that exist even while empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ensure: Vec<DirPath>,
-    /// Rego version, part of the modules' digest.
+    /// Part of the modules' digest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rego_version: Option<u8>,
-    /// Position of the hub that sent the content.
+    /// Position of the content.
     #[serde(default, skip_serializing_if = "Position::is_empty")]
     pub position: Position,
-    /// Field masks of the modules that may decide, newest last, as serialized by the hub.
+    /// Field masks of modules that may decide, newest last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[serde(rename = "reads")]
     pub field_masks: Vec<String>,
 }
 
-/// Key in a marker, with the name of the session that may write to OPA.
+/// Key of the session that may write.
 pub(super) const WRITER: &str = "writer";
 
-/// Parent of all markers.
 pub(super) const MARKERS: &str = "/system/opahub";
 
 impl Marker {
-    /// Returns the path of the marker of `bundle`.
     pub(super) fn path(bundle: &str) -> DirPath {
         format!("{MARKERS}/{bundle}").parse().expect("bundle names are segments")
     }
 
-    /// Reduces a marker of an unknown version to its names: the agent may have written these entries. `None` if there
-    /// are no names.
+    /// Returns the names in a marker of an unknown version.
     pub(super) fn from_names(json: &serde_json::Value) -> Option<Self> {
         let keys = |field: &str| json[field].as_object().into_iter().flat_map(|names| names.keys());
         let dirs = keys("dirs").filter_map(|dir| Some((dir.parse().ok()?, None))).collect();
@@ -59,27 +55,26 @@ impl Marker {
         (marker != Self::default()).then_some(marker)
     }
 
-    /// Returns the directories that are complete.
+    /// Complete directories.
     pub fn dirs(&self) -> impl Iterator<Item = (&DirPath, Digest)> {
         self.dirs.iter().filter_map(|(path, digest)| Some((path, (*digest)?)))
     }
 
-    /// Returns the digest of complete directories and maps.
+    /// Digest of complete directories.
     pub fn data_digest(&self) -> Digest {
         data_digest(self.dirs(), &self.ensure)
     }
 
-    /// Returns the modules that are complete.
     pub(crate) fn modules(&self) -> impl Iterator<Item = (&str, Digest)> {
         self.modules.iter().filter_map(|(id, digest)| Some((id.as_str(), (*digest)?)))
     }
 
-    /// Returns the digest of complete modules.
+    /// Digest of complete modules.
     pub fn modules_digest(&self) -> Digest {
         modules_digest(self.modules(), self.rego_version)
     }
 
-    /// Adds the field mask of modules that may decide from now on.
+    /// Adds the mask of modules that may decide from now on.
     pub(crate) fn add_field_mask(&mut self, mask: Option<String>) {
         if let Some(mask) = mask {
             self.field_masks.retain(|known| *known != mask);
@@ -89,13 +84,12 @@ impl Marker {
         }
     }
 
-    /// Drops all field masks but the newest: older modules no longer decide.
+    /// Called when older modules no longer decide.
     pub(crate) fn drop_old_field_masks(&mut self) {
         let surplus = self.field_masks.len().saturating_sub(1);
         self.field_masks.drain(..surplus);
     }
 
-    /// Writes the complete marker for the session `writer`.
     pub(super) fn write(&self, patch: &mut PatchWriter, bundle: &str, writer: &str) {
         #[derive(Serialize)]
         struct Claimed<'a> {
@@ -108,7 +102,7 @@ impl Marker {
         patch.add_dir(&Self::path(bundle), &json);
     }
 
-    /// Writes the changes of `delta`, which leads to `revision` at `position`.
+    /// Writes the changes of `delta`.
     pub(super) fn write_delta(
         &self,
         patch: &mut PatchWriter,
@@ -132,7 +126,6 @@ impl Marker {
         patch.add(&marker, "revision", quoted(&revision).as_bytes());
     }
 
-    /// Applies the directory digests of `delta`.
     pub(super) fn apply_dirs(&mut self, delta: &Delta) {
         for (dir, digest) in &delta.dirs {
             match digest {

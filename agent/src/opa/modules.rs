@@ -1,9 +1,7 @@
-//! Applies modules one by one, in an order that OPA accepts: each must compile with all others.
+//! Applies modules in an order that OPA accepts: each must compile with all others.
 //!
-//! A module may need a later one, so passes repeat while there is progress. Two modules that exchange rules have no order,
-//! nor does a function whose arguments change with its callers. OPA's error for one then names the others: a trial removes
-//! their old versions first, and their rules are undefined for that moment. If the new versions still fail, the trial is
-//! rolled back.
+//! Passes repeat while there is progress. Modules that exchange rules have no order, nor does a function whose arguments
+//! change with its callers. Then a trial removes the old versions that OPA's error names, and rolls back on failure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,33 +10,30 @@ use serde::Deserialize;
 
 use super::client::{Error, OpaClient};
 
-/// Modules to put (`Some`) and to delete (`None`).
+/// Modules to put and to delete (`None`).
 pub(crate) type ModuleChanges = BTreeMap<String, Option<String>>;
 
-/// Changes that OPA has not accepted yet.
 type Pending<'a> = BTreeMap<&'a str, Option<&'a str>>;
 
-/// OPA's messages by id of the rejected module.
+/// OPA's messages by module id.
 pub(crate) type Rejections = BTreeMap<String, String>;
 
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct ModuleResults {
-    /// Rejected changes. OPA has the old versions.
     pub(super) rejected: Rejections,
-    /// Rejected changes whose old version OPA rejected too.
+    /// Modules whose old version OPA rejected too.
     pub(super) absent: BTreeSet<String>,
 }
 
 #[derive(Default)]
 pub(super) struct ModuleApplier {
-    /// Changes that OPA rejected last.
     rejections: BTreeMap<String, Rejection>,
-    /// Modules before the trial that is in progress or was interrupted by an error.
+    /// Modules before an unfinished trial.
     rollback: ModuleChanges,
 }
 
 struct Rejection {
-    /// `None` if OPA rejected the deletion.
+    /// `None` for a deletion.
     digest: Option<Digest>,
     message: String,
 }
@@ -52,8 +47,7 @@ fn all_pending(changes: &ModuleChanges) -> Pending<'_> {
 }
 
 impl ModuleApplier {
-    /// Applies `changes`. A rejected change is retried if it may depend on other modules and one of them changes, or if it
-    /// may depend on data.
+    /// Retries a rejected change only if other changed modules, or data, may matter.
     pub(super) async fn apply(
         &mut self,
         opa: &OpaClient,
@@ -81,12 +75,11 @@ impl ModuleApplier {
         Ok(ModuleResults { rejected, absent })
     }
 
-    /// Restores modules from before a trial. Returns the modules that OPA rejects.
+    /// Undoes a trial. Returns the modules that OPA rejects.
     pub(super) async fn roll_back(&mut self, opa: &OpaClient) -> Result<BTreeSet<String>, Error> {
         let mut pending = all_pending(&self.rollback);
         apply_until_stuck(opa, &mut pending).await?;
         if !pending.is_empty() {
-            // New versions may conflict with the old ones.
             for id in pending.keys() {
                 match opa.delete_module(id).await {
                     Err(error) if !error.is_permanent() => return Err(error),
@@ -101,27 +94,24 @@ impl ModuleApplier {
         Ok(absent)
     }
 
-    /// Whether an error interrupted a trial.
     pub(super) fn is_interrupted(&self) -> bool {
         !self.rollback.is_empty()
     }
 
-    /// Allows retries of changes that may depend on something new in OPA, e.g. a function of another bundle.
+    /// Retries changes that may depend on something new in OPA, e.g. another bundle.
     pub(super) fn allow_retries(&mut self) {
         self.rejections.retain(|_, rejection| is_permanent(&rejection.message));
     }
 
-    /// Resets everything after a restart of OPA.
     pub(super) fn reset(&mut self) {
         *self = Self::default();
     }
 
-    /// Returns the rejection of exactly this change.
     fn rejection(&self, id: &str, text: Option<&str>) -> Option<&Rejection> {
         self.rejections.get(id).filter(|rejection| rejection.digest == digest(text))
     }
 
-    /// Returns the changes that OPA rejects, and the modules that it lost.
+    /// Returns rejected changes and lost modules.
     async fn apply_pending<'a>(
         &mut self,
         opa: &OpaClient,
@@ -145,8 +135,8 @@ impl ModuleApplier {
         Ok((stuck, absent))
     }
 
-    /// Removes `id`, then other modules that related rejections name, until OPA accepts new versions of all removed
-    /// modules. Returns the remaining rejections; `None` if the trial must be rolled back.
+    /// Removes `id` and modules that related errors name, until OPA accepts their new versions. Returns the remaining
+    /// rejections, `None` after a failure.
     async fn remove_and_retry<'a>(
         &mut self,
         opa: &OpaClient,
@@ -170,7 +160,6 @@ impl ModuleApplier {
             group.insert(next);
             removed.insert(next);
             match opa.delete_module(next).await {
-                // Unchanged modules need this one.
                 Err(error) if error.is_permanent() => return Ok(None),
                 other => other?,
             }
@@ -196,18 +185,15 @@ impl ModuleApplier {
     }
 }
 
-/// Whether the rejection of module `other` names module `id`.
 fn names(other: &str, message: &str, id: &str) -> bool {
     other != id && message.contains(&format!("\"{id}\""))
 }
 
-/// Returns the first module to put that matches.
 fn first_put<'a>(pending: &Pending<'a>, matches: impl Fn(&str) -> bool) -> Option<&'a str> {
     pending.iter().filter(|(_, text)| text.is_some()).map(|(id, _)| *id).find(|id| matches(id))
 }
 
-/// Whether a text fails by itself, because it does not parse. An undefined function may exist later: OPA's error is the
-/// same for missing built-in functions and for functions of other modules.
+/// Whether a text does not parse. Undefined functions may exist later: OPA's error is the same for built-in functions.
 fn is_permanent(message: &str) -> bool {
     #[derive(Deserialize)]
     struct Response {
@@ -222,17 +208,17 @@ fn is_permanent(message: &str) -> bool {
     parsed.is_ok_and(|response| !response.errors.is_empty() && response.errors.iter().all(is_syntax))
 }
 
-/// Whether a module conflicts with data, which may change too (OPA v1/ast/conflicts.go).
+/// Data may change too (OPA v1/ast/conflicts.go).
 fn depends_on_data(message: &str) -> bool {
     message.contains("conflicting rule for data path")
 }
 
-/// Repeats passes until nothing is pending or a pass makes no progress. Returns the rejections of the last pass.
+/// Returns the rejections of the last pass.
 async fn apply_until_stuck(opa: &OpaClient, pending: &mut Pending<'_>) -> Result<Rejections, Error> {
     loop {
         let before = pending.len();
         let mut rejected = BTreeMap::new();
-        // Puts first: deleting first would undefine more rules.
+        // Deleting first would undefine more rules.
         for is_delete in [false, true] {
             let ids: Vec<_> =
                 pending.iter().filter(|(_, text)| text.is_none() == is_delete).map(|(id, _)| *id).collect();

@@ -1,14 +1,11 @@
-//! Loopback server: health, and the policy bundle for OPA by OPA's bundle protocol.
+//! Loopback server: health, and the policy bundle for OPA.
 //!
-//! `/bundles/{name}` is the policy bundle. `/bundles/{name}/data-only` is an empty bundle with a root of its own. After
-//! each REST write OPA checks data against rules below the roots of the bundle activated last, and copies that data. The
-//! empty bundle gets a new ETag after each activation of policies, so OPA activates it last and has nothing to check.
+//! After each REST write OPA checks data against rules below the roots of the bundle activated last, and copies that
+//! data. So `/bundles/{name}/data-only` is an empty bundle that changes after each activation of policies.
 //!
-//! An OPA whose poll names no activated policies may have restarted without data. The server answers only after the data
-//! is confirmed: policies must not decide on missing data.
+//! An OPA without activated policies may have restarted. Its poll waits for data: policies must not decide without it.
 //!
-//! Polls are the only source for the activated revision, which is valid until the server sends another bundle or OPA is
-//! lost. A loss ends polls in flight, and OPA polls again.
+//! Only polls report the activated revision. A new bundle or a loss of OPA ends its validity.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,13 +28,11 @@ use tokio::sync::watch;
 use crate::archive::PolicyBundle;
 use crate::status::{Detail, Report, Status, SyncState};
 
-/// Minimum time that a poll without policies waits for data. OPA waits 10 s for a response (OPA
-/// v1/plugins/rest/rest.go, `defaultResponseHeaderTimeoutSeconds`).
+/// Minimum wait for data. OPA waits 10 s (OPA v1/plugins/rest/rest.go, `defaultResponseHeaderTimeoutSeconds`).
 const DATA_WAIT_MIN: Duration = Duration::from_secs(5);
-/// Maximum time of a long poll.
 const LONG_POLL_MAX: Duration = Duration::from_secs(300);
 
-/// State shared by the handlers.
+/// Server for OPA and probes.
 #[derive(Clone)]
 pub struct LocalServer(Arc<Shared>);
 
@@ -47,15 +42,13 @@ struct Shared {
     policy: watch::Sender<Option<PolicyBundle>>,
     data_only: watch::Sender<Option<PolicyBundle>>,
     gate: watch::Sender<Gate>,
-    /// Notified when OPA is lost.
     losses: watch::Sender<()>,
 }
 
-/// Counts polls of an OPA without activated policies.
+/// Polls of an OPA without activated policies.
 #[derive(Clone, Copy, Default)]
 struct Gate {
     polls: u64,
-    /// Number of polls whose data is confirmed.
     confirmed: u64,
 }
 
@@ -72,50 +65,40 @@ impl LocalServer {
         }))
     }
 
-    /// Returns the number of polls without activated policies.
     pub(crate) fn polls(&self) -> u64 {
         self.0.gate.borrow().polls
     }
 
-    /// Waits for an unconfirmed poll.
     pub(crate) async fn needs_data(&self) {
         let mut gate = self.0.gate.subscribe();
-        // Cannot fail: `self` owns the sender.
         _ = gate.wait_for(|gate| gate.confirmed < gate.polls).await;
     }
 
-    /// Releases the first `polls` polls: OPA had its data after they arrived.
     pub(crate) fn confirm_data(&self, polls: u64) {
         self.0.gate.send_modify(|gate| gate.confirmed = gate.confirmed.max(polls));
     }
 
-    /// Returns the published policy bundle.
     pub(crate) fn published(&self) -> Option<PolicyBundle> {
         self.0.policy.borrow().clone()
     }
 
-    /// Waits until OPA reports these modules as activated.
     pub(crate) async fn wait_activated(&self, modules: Digest) {
-        // Every poll of OPA notifies this channel.
+        // Notified by every poll of OPA.
         let mut polled = self.0.data_only.subscribe();
         let is_activated =
             |_: &Option<PolicyBundle>| self.0.status.with(|status| status.activated) == Some(modules);
-        // Cannot fail: `self` owns the sender.
         _ = polled.wait_for(is_activated).await;
     }
 
-    /// Publishes a policy bundle; `None` if the one for OPA's data is unknown.
     pub(crate) fn publish(&self, policy: Option<PolicyBundle>) {
         self.0.policy.send_replace(policy);
     }
 
-    /// Resets the state of an OPA that restarted or may have.
     pub(crate) fn reset_opa(&self) {
         self.0.status.with(SyncState::reset_opa);
         self.0.losses.send_replace(());
     }
 
-    /// Returns all routes.
     pub(crate) fn router(self) -> Router {
         Router::new()
             .route("/bundles/{name}", get(policy))
@@ -128,12 +111,11 @@ impl LocalServer {
             .merge(self.probes(Detail::Full))
     }
 
-    /// Returns the routes for a listener that is reachable from the cluster.
     pub(crate) fn health_router(self) -> Router {
         self.probes(Detail::Counts)
     }
 
-    /// Returns liveness, readiness and metrics; `/health` is kube-mgmt's name of liveness.
+    /// `/health` is kube-mgmt's name of `/livez`.
     fn probes(self, detail: Detail) -> Router {
         let live = || async { "ok\n" };
         let ready = move |State(local): State<Self>, RawQuery(query): RawQuery| async move {
@@ -148,7 +130,6 @@ impl LocalServer {
     }
 }
 
-/// `?verbose` returns the report.
 fn ready(report: &Report, query: Option<&str>) -> Response {
     let status = if report.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     match query {
@@ -159,7 +140,7 @@ fn ready(report: &Report, query: Option<&str>) -> Response {
 }
 
 async fn policy(State(local): State<LocalServer>, Path(name): Path<String>, headers: HeaderMap) -> Response {
-    // OPA sends the ETag of its activated bundle, none after a start. Other clients report nothing.
+    // OPA sends the ETag of its activated bundle, none after a start.
     let is_opa = name == local.0.bundle
         && header_values(&headers, USER_AGENT.as_str()).any(|agent| agent.starts_with(OPA_AGENT));
     let activated = requested_etags(&headers).into_iter().next();
@@ -259,7 +240,7 @@ fn header_values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item =
     headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok())
 }
 
-/// Returns a bundle without files, below a root that no other bundle owns.
+/// The root belongs to no other bundle.
 fn empty_bundle(bundle: &str, revision: &str) -> Bytes {
     let manifest = Manifest {
         revision: revision.to_owned(),
@@ -289,7 +270,6 @@ mod tests {
         PolicyBundle { etag: modules.to_string(), archive: Bytes::from_static(b"archive") }
     }
 
-    /// Polls as an OPA with these modules activated.
     async fn poll_bundle(local: &LocalServer, modules: Digest) -> StatusCode {
         let mut headers = HeaderMap::new();
         headers.insert(USER_AGENT, HeaderValue::from_static("Open-Policy-Agent/1"));
@@ -298,7 +278,7 @@ mod tests {
         policy(State(local.clone()), Path("main".to_owned()), headers).await.status()
     }
 
-    /// M4: a poll in flight is no evidence for an OPA that restarts later, nor for the bundle in its response.
+    /// M4: polls in flight are no evidence for a restarted OPA, nor for the bundle in their response.
     #[tokio::test]
     async fn activation_is_reset_by_a_loss_or_a_new_bundle() {
         let (first, second) = (Digest::of(b"1"), Digest::of(b"2"));

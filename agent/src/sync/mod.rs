@@ -8,19 +8,18 @@
 //!    └── back off ◀── no hub, no OPA, another marker, an event that does not fit ◀──┘
 //! ```
 //!
-//! Every session starts from OPA's marker: the start and a restart of OPA, agent or hub are one path.
+//! This file is the retry loop. All starts and restarts take this path.
 //!
-//! - this file: retry loop
-//! - `session`: one session, from the marker to the stream
-//! - `load`: load, restore and reconcile
-//! - `follow`: events and comments of the stream
-//! - `policies`: delivery of policies
-//! - `last_good`: use of the state on disk
-//! - `freshness`: search for a hub that has its source
-//! - `opa_watch`: restarts of OPA during a wait
-//! - `applied`: content of OPA, and trust in its marker
+//! - `session`: marker to stream
+//! - `load`: load, restore, reconcile
+//! - `follow`: events
+//! - `policies`: delivery
+//! - `last_good`: state on disk
+//! - `freshness`: search for a ready hub
+//! - `opa_watch`: restarts of OPA
+//! - `applied`: content of OPA
 //! - `replica`: state between sessions
-//! - `error`: causes for the end of a session
+//! - `error`: ends of sessions
 
 mod applied;
 mod error;
@@ -45,16 +44,15 @@ use crate::backoff::Backoff;
 use crate::opa::ClientError;
 use crate::{hub, opa};
 
-/// Sessions that end earlier, because of another writer or a hub that shuts down, are followed by a pause: two agents of
-/// one OPA would alternate without one.
+/// Earlier ends lead to a pause: two agents of one OPA would alternate without one.
 const SESSION_MIN: Duration = Duration::from_secs(1);
-/// OPA starts within a second, and decides nothing before the agent connects.
+/// OPA starts within a second.
 const OPA_BACKOFF_MAX: Duration = Duration::from_millis(500);
-/// Pause between repairs of an OPA that does not activate its policies. Each repair costs the hub a response.
+/// Each repair costs the hub a response.
 const UNACTIVATED_PAUSE: Duration = Duration::from_secs(5);
 
 impl Replica {
-    /// Keeps OPA in sync until `stop`, then syncs the state on disk.
+    /// Keeps OPA in sync until `stop`.
     pub async fn run(mut self, stop: impl Future<Output = ()>) {
         tokio::select! {
             () = self.run_sessions() => unreachable!("the loop has no end"),
@@ -96,7 +94,7 @@ impl Replica {
             }
         };
         let pause = UNACTIVATED_PAUSE.mul_f64(0.5 + fastrand::f64() / 2.0);
-        // The next session reports the cause.
+        // The next session reports errors.
         _ = self.watch_opa().guard(timeout(pause, activated)).await;
     }
 
@@ -126,7 +124,6 @@ impl Replica {
 
     fn report_unreachable(&mut self, error: &reqwest::Error) {
         tracing::warn!(%error, "OPA unreachable, retrying");
-        // A slow OPA still has its content.
         if error.is_connect() {
             self.policies.server.reset_opa();
         } else {
@@ -138,7 +135,6 @@ impl Replica {
         tracing::warn!(%error, "repairing OPA");
         self.status.with(|state| state.applied = None);
         if let opa::Error::OtherWriter = error {
-            // The other writer's marker remains.
             self.expected = ExpectedMarker::Any;
             if started.elapsed() < SESSION_MIN {
                 self.back_off().await;
@@ -152,7 +148,7 @@ impl Replica {
             opa::Error::Opa(ClientError::Missing(_)) => MarkerTrust::Names,
             _ => MarkerTrust::Digests,
         };
-        // The failed change may have removed the revision from the marker.
+        // OPA may have no marker with a revision.
         self.expected = ExpectedMarker::Unwritten;
         self.hub.next_hub();
         self.back_off().await;
