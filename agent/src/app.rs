@@ -11,8 +11,7 @@ use crate::server::{self, LocalServer};
 use crate::status::Status;
 use crate::sync::Replica;
 
-/// Maximum number of threads that resolve names. A DNS outage blocks one for up to 30 s per attempt at a hub; OPA's name
-/// needs another.
+/// A DNS outage blocks one thread for up to 30 s per attempt at a hub.
 const RESOLVERS_MAX: usize = 8;
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -36,7 +35,7 @@ pub fn main() -> ExitCode {
         let (opa, bundle, delivery) = (&config.opa.url, &config.bundle, config.delivery);
         tracing::info!(hubs = hubs.join(","), %opa, bundle, ?delivery, "agent starting");
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
-        // Few threads: each costs an arena of the allocator.
+        // Each thread costs an arena of the allocator.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(RESOLVERS_MAX)

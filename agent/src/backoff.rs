@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-/// Bound of the first pause.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 
 pub(crate) struct Backoff {
@@ -20,10 +19,10 @@ impl Backoff {
         self.bound = BACKOFF_MIN;
     }
 
-    /// Sleeps for a random time up to the bound, which doubles.
+    /// Sleeps up to the bound, which doubles.
     pub(crate) async fn sleep(&mut self) {
         let bound = self.bound;
-        // Doubled first: the caller may drop this future.
+        // The caller may drop this future.
         self.bound = (bound * 2).min(self.max);
         tokio::time::sleep(bound.mul_f64(fastrand::f64())).await;
     }

@@ -15,7 +15,7 @@ pub struct Config {
     pub hub_ca_file: Option<PathBuf>,
     /// Bundle to sync.
     pub bundle: String,
-    /// Namespace whose objects are requested; `None` if the bundle is not scoped.
+    /// `None` if the bundle is not scoped.
     pub namespace: Option<String>,
     /// Connection to OPA.
     pub opa: OpaConfig,
@@ -25,9 +25,9 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Additional address of health.
     pub health: Option<SocketAddr>,
-    /// Directory of the last good state; `None` if nothing is stored.
+    /// `None` if nothing is stored.
     pub state_dir: Option<PathBuf>,
-    /// Time out of sync after which `/readyz` fails; `None` if never.
+    /// Time out of sync until `/readyz` fails; `None` if never.
     pub unready_after: Option<Duration>,
 }
 
@@ -40,7 +40,7 @@ pub struct OpaConfig {
     pub token: Option<Token>,
     /// CA certificates.
     pub ca_file: Option<PathBuf>,
-    /// Whether any certificate is accepted.
+    /// Whether to accept any certificate.
     pub allow_insecure: bool,
 }
 
@@ -49,15 +49,15 @@ pub struct OpaConfig {
 pub enum Token {
     /// From the command line.
     Text(String),
-    /// First line of a file, read for every request because tokens rotate.
+    /// First line of a file, read for every request.
     File(PathBuf),
 }
 
 /// Delivery of policies to OPA.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum Delivery {
-    /// One PUT per module, under kube-mgmt's ids; OPA needs no configuration
+    /// One PUT per module; OPA needs no configuration
     Rest,
-    /// A bundle that OPA loads from the agent: all modules in one step
+    /// A bundle that OPA loads from the agent
     Bundle,
 }

@@ -1,13 +1,12 @@
-//! Helpers of the HTTP clients: bounded bodies, certificates of authorities.
+//! Helpers of the HTTP clients.
 
 use std::path::Path;
 
 use reqwest::{Certificate, Response};
 
-/// Maximum bytes of an error message from a server: more than any of the hub or of OPA.
+/// Larger than any error of the hub or OPA.
 const MESSAGE_BYTES_MAX: usize = 2 << 10;
 
-/// Reads a body up to `max` bytes.
 pub(crate) async fn read(mut response: Response, max: usize) -> reqwest::Result<Vec<u8>> {
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await? {
@@ -19,7 +18,7 @@ pub(crate) async fn read(mut response: Response, max: usize) -> reqwest::Result<
     Ok(body)
 }
 
-/// Reads a body up to and including `end`, at most `max` bytes.
+/// Reads up to and including `end`.
 pub(crate) async fn read_until(mut response: Response, end: &[u8], max: usize) -> reqwest::Result<Vec<u8>> {
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await? {
@@ -37,14 +36,13 @@ pub(crate) async fn read_until(mut response: Response, end: &[u8], max: usize) -
     Ok(body)
 }
 
-/// Returns the message of an error response on one line, empty if the body cannot be read.
+/// Returns one line, empty if the body cannot be read.
 pub(crate) async fn message(response: Response) -> String {
     let body = read(response, MESSAGE_BYTES_MAX).await.unwrap_or_default();
     String::from_utf8_lossy(&body).split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Reads certificates from a PEM file; the error names the file. A file without certificates is an error: a truncated
-/// mount must not look like an untrusted server.
+/// A file without certificates is an error: a truncated mount must not look like an untrusted server.
 pub(crate) fn ca_certificates(file: &Path) -> Result<Vec<Certificate>, String> {
     let failed = |cause: &dyn std::fmt::Display| format!("{}: {cause}", file.display());
     let pem = std::fs::read(file).map_err(|error| failed(&error))?;
@@ -74,7 +72,6 @@ mod tests {
         let url = format!("http://{}/", listener.local_addr().unwrap());
         let router = axum::Router::new().route("/", axum::routing::get(endless));
         tokio::spawn(async move { axum::serve(listener, router).await });
-        // Another test may have installed the provider.
         _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let client = reqwest::Client::builder().no_proxy().tls_certs_only([]).build().unwrap();
         let message = message(client.get(&url).send().await.unwrap()).await;

@@ -8,9 +8,8 @@
 //!
 //! Imports go one way: `app` → `sync` → `hub`, `opa`, `state`, `server` → `status`, `archive`, `http`, `config`.
 //!
-//! The agent has digests in memory, never data. Its state is in OPA (`data.system.opahub.<bundle>`), written in the
-//! transaction that changes the data. An OPA that restarted has no such marker and is loaded. An agent that restarted
-//! reads the marker and resumes.
+//! The agent stores no data. Its state is in OPA, written in the same transactions. An OPA without this marker is loaded;
+//! an agent that restarted resumes from it.
 
 pub mod app;
 pub mod archive;

@@ -8,18 +8,16 @@ use tokio::time::Instant;
 
 use super::error::Error;
 
-/// Maximum time without bytes. The hub sends a heartbeat every 5 s.
+/// The hub sends a heartbeat every 5 s.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
-/// Period in which a body must deliver [`WINDOW_BYTES_MIN`]; the reader's own time does not count.
+/// The reader's own time does not count.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
-/// Minimum bytes per [`RATE_WINDOW`]: a thousandth of the bandwidth within a cluster.
+/// A thousandth of the bandwidth within a cluster.
 const WINDOW_BYTES_MIN: usize = 64 << 10;
 
 pub(super) struct Body {
     response: Response,
-    /// Time spent waiting in the current window.
     waited: Duration,
-    /// Bytes received in the current window.
     bytes: usize,
 }
 
@@ -44,7 +42,6 @@ impl Body {
     }
 }
 
-/// Returns a response that sends `chunk` after each `pause`.
 #[cfg(test)]
 pub(super) fn repeat(chunk: impl Into<Bytes>, pause: Duration) -> Response {
     let chunk = chunk.into();
@@ -66,7 +63,6 @@ mod tests {
         assert!(matches!(body.chunk().await, Err(Error::TooSlow { .. })));
         let mut body = Body::new(repeat(vec![0; WINDOW_BYTES_MIN], Duration::from_secs(9)));
         for _ in 0..20 {
-            // The reader may be slow.
             tokio::time::sleep(RATE_WINDOW * 2).await;
             assert!(body.chunk().await.unwrap().is_some());
         }

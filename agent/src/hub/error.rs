@@ -1,4 +1,4 @@
-//! Failed requests and streams. All are retried, with the next hub.
+//! Failed requests and streams, retried with the next hub.
 
 use std::time::Duration;
 
@@ -21,17 +21,16 @@ pub(crate) enum Error {
     EventTimeout(Duration),
     #[error("the hub rejected {request} with {status}: {message}")]
     Rejected { request: &'static str, status: StatusCode, message: String },
-    /// The hub has older content than OPA.
     #[error("this hub would move OPA back in time: {0}")]
     BehindOpa(String),
     #[error("the hub lost its source, another hub is ready: {0}")]
     Stale(String),
-    /// Shutdown of the hub, with the peers that are ready.
+    /// Carries the ready peers.
     #[error("the hub shuts down")]
     GoAway(Vec<Url>),
     #[error("decoding the stream failed: {0}")]
     Stream(#[from] sse::Error),
-    /// The hub shuts down or does not know the revision in OPA.
+    /// Also closes streams of unknown revisions.
     #[error("the hub closed the stream")]
     Closed,
     #[error("policies changed while data was fetched; retrying")]
@@ -41,7 +40,7 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// Whether the hub would reject the same request again: unsupported or too large.
+    /// Whether a retry would fail again.
     pub(crate) fn is_permanent(&self) -> bool {
         let transient = [
             StatusCode::NOT_FOUND,

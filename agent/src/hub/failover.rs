@@ -1,4 +1,4 @@
-//! Selection of the hub: equivalent hubs, peers announced at shutdown, pauses between attempts.
+//! Selection of the hub.
 
 use std::time::Duration;
 
@@ -6,19 +6,19 @@ use reqwest::Url;
 
 use crate::backoff::Backoff;
 
-/// Spreads the reconnects of ten thousand agents over seconds.
+/// Spreads ten thousand reconnects over seconds.
 pub(super) const BACKOFF_MAX: Duration = Duration::from_secs(5);
 
 pub(super) struct Failover {
     urls: Vec<Url>,
     index: usize,
-    /// Peer of a hub that shut down, used until it fails.
+    /// Peer of a hub that shut down.
     peer: Option<Url>,
     backoff: Backoff,
 }
 
 impl Failover {
-    /// Starts with a random hub, so that agents spread.
+    /// The first hub is random, so that agents spread.
     pub(super) fn new(urls: Vec<Url>) -> Self {
         let index = fastrand::usize(..urls.len());
         Self { urls, index, peer: None, backoff: Backoff::new(BACKOFF_MAX) }
@@ -38,7 +38,6 @@ impl Failover {
         }
     }
 
-    /// Returns the index of the hub `steps` after the current one.
     pub(super) fn index_after(&self, steps: usize) -> usize {
         (self.index + steps) % self.urls.len()
     }
@@ -51,7 +50,7 @@ impl Failover {
         (self.index, self.peer) = (index, None);
     }
 
-    /// Moves to a random peer, or to the next hub without peers.
+    /// Without peers, moves to the next hub.
     pub(super) fn move_to_peer(&mut self, mut peers: Vec<Url>) {
         // Connections with TLS stay with TLS.
         peers.retain(|peer| peer.scheme() == self.current().scheme());

@@ -1,10 +1,10 @@
 //! Client of opa-hub.
 //!
-//! - `client`: requests for archives, policies, reconcile answers and streams
+//! - `client`: requests
 //! - `failover`: selection of the hub
-//! - `stream`: reader of an event stream
-//! - `body`: reader of a response body with a minimum rate
-//! - `error`: failed requests and streams
+//! - `stream`: events
+//! - `body`: minimum rate
+//! - `error`: failures
 
 mod body;
 mod client;

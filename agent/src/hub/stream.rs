@@ -10,14 +10,13 @@ use tokio::time::Instant;
 use super::body::IDLE_TIMEOUT;
 use super::error::Error;
 
-/// Maximum time from the first to the last byte of an event of up to 4 MiB.
+/// An event has up to 4 MiB.
 const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(crate) struct Stream {
     response: Response,
     decoder: Decoder,
     received_at: Instant,
-    /// Time of the first bytes of an incomplete event.
     event_started_at: Option<Instant>,
 }
 
@@ -27,24 +26,23 @@ impl Stream {
         Self { response, decoder, received_at: Instant::now(), event_started_at: None }
     }
 
-    /// Restarts the idle timeout after the reader was busy.
+    /// For readers that were busy.
     pub(crate) fn reset_idle_timeout(&mut self) {
         self.received_at = Instant::now();
     }
 
-    /// Whether no received message is left.
     pub(crate) fn is_drained(&self) -> bool {
         self.decoder.is_drained()
     }
 
-    /// Returns the next message. Cancel safe.
+    /// Cancel safe.
     pub(crate) async fn next(&mut self) -> Result<Message, Error> {
         loop {
             if let Some(message) = self.decoder.next()? {
                 self.event_started_at = None;
                 return Ok(message);
             }
-            // Counted from the last bytes, not from this call: callers cancel and call again.
+            // Callers cancel and call again, so the last bytes count.
             let idle_end = self.received_at + IDLE_TIMEOUT;
             let end = self.event_started_at.map_or(idle_end, |start| idle_end.min(start + EVENT_TIMEOUT));
             let chunk = tokio::time::timeout_at(end, self.response.chunk()).await;

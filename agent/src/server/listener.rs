@@ -1,4 +1,4 @@
-//! HTTP/1.1 listener with bounds on connections and on each wait for a client.
+//! HTTP/1.1 listener with bounded connections and waits.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,17 +11,14 @@ use socket2::SockRef;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-/// Maximum number of connections: OPA, a kubelet and some scrapers. More wait in the kernel's queue.
+/// OPA, a kubelet and some scrapers; more wait in the kernel.
 const CONNECTIONS_MAX: usize = 64;
-/// Maximum time for the head of a request, also between requests, so that idle clients make room for a probe. Hyper does
-/// not count the time of a response: long polls continue.
+/// Includes the time between requests, so that idle clients make room for probes. Long polls are unaffected.
 const REQUEST_HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// Maximum time until a client acknowledges written bytes.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Pause after a failed accept: other connections must end first to free file descriptors.
+/// Other connections must end to free file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves until the caller drops it.
 pub(crate) async fn serve(listener: TcpListener, router: Router) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(REQUEST_HEAD_TIMEOUT);
@@ -42,7 +39,7 @@ pub(crate) async fn serve(listener: TcpListener, router: Router) {
         let connection = http.serve_connection(TokioIo::new(tcp), service.clone());
         tokio::spawn(async move {
             let _permit = permit;
-            // Errors are the client's: disconnected, timed out, or not HTTP.
+            // Errors are the client's.
             _ = connection.await;
         });
     }

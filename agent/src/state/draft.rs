@@ -17,9 +17,8 @@ use crate::archive::Piece;
 
 pub(super) struct Draft {
     pub(super) write: WriteTransaction,
-    /// Directories and modules that the archive must still contain.
+    /// Entries that the archive must still contain.
     missing: BTreeSet<String>,
-    /// Large directory that is being written.
     large: Option<DirPath>,
 }
 
@@ -28,7 +27,6 @@ impl Draft {
         Self { write, missing: BTreeSet::new(), large: None }
     }
 
-    /// Fails if an archive was incomplete.
     pub(super) fn check_complete(&mut self) -> Result<(), Error> {
         self.missing.pop_first().map_or(Ok(()), |missing| Err(Error::Incomplete(missing)))
     }
@@ -60,7 +58,7 @@ impl Draft {
         }
     }
 
-    /// Removes content that the archive lacks, and records what it must contain.
+    /// Removes what the archive lacks.
     fn apply_head(&mut self, head: Head) -> Result<(), Error> {
         let Some(data) = head.data else { return Ok(()) };
         let stored = read_digests(&self.write.open_table(DIRS)?)?;
@@ -127,12 +125,12 @@ impl Draft {
             #[serde(borrow, default, deserialize_with = "present")]
             value: Option<&'a RawValue>,
         }
-        /// Distinguishes `null` from a missing value, which removes.
+        /// Distinguishes `null` from a missing value.
         fn present<'de, D: Deserializer<'de>>(value: D) -> Result<Option<&'de RawValue>, D::Error> {
             <&RawValue>::deserialize(value).map(Some)
         }
         for Op { path, value } in serde_json::from_str::<Vec<Op>>(patch.get())? {
-            // An operation belongs to the innermost directory. Removed directories are cleared below.
+            // The innermost directory owns the operation.
             let ends = path.match_indices('/').map(|(end, _)| end).chain([path.len()]).rev();
             let mut inner = ends.map(|end| path.split_at(end));
             let Some((dir, below)) = inner.find(|(dir, _)| has_digest(dirs, dir)) else { continue };
@@ -172,7 +170,6 @@ fn has_digest(dirs: &BTreeMap<DirPath, Option<Digest>>, dir: &str) -> bool {
     dir.parse().is_ok_and(|dir: DirPath| dirs.get(&dir).is_some_and(Option::is_some))
 }
 
-/// Returns the JSON of `object` with the member at `path` set to `value`, or removed.
 fn set_member(object: &[u8], path: &[Cow<'_, str>], value: Option<&RawValue>) -> serde_json::Result<String> {
     let mut members: BTreeMap<Cow<'_, str>, &RawValue> = serde_json::from_slice(object)?;
     let inner;

@@ -11,13 +11,12 @@ pub(super) enum Error {
     Database(#[from] redb::Error),
     #[error("parsing the state failed: {0}")]
     Content(#[from] serde_json::Error),
-    /// The state has another version of the entry.
     #[error("the archive lacks {0}")]
     Incomplete(String),
 }
 
 impl Error {
-    /// Whether the file is corrupt, not only unavailable.
+    /// Whether the file is corrupt.
     pub(super) fn is_corruption(&self) -> bool {
         match self {
             Self::Database(redb::Error::Io(error)) => {

@@ -1,15 +1,14 @@
-//! Last good state of one OPA on disk. OPA and agent start from it while no hub answers.
+//! Last good state of one OPA on disk, for starts without a hub.
 //!
-//! The file is a redb database of one complete state. A commit is atomic; pages have checksums, which are verified before
-//! use. A thread writes, and syncs at most once per second: a crash loses that time. If the disk fails, the state is
-//! discarded: a disk must not stop OPA.
+//! A redb file: commits are atomic, and checksums are verified before use. Syncs at most once per second: a crash loses
+//! that time. If the disk fails, the state is discarded: a disk must not stop OPA.
 //!
 //! - `store`: handle of the thread
 //! - `writer`: the thread
-//! - `draft`: changes since the last commit
-//! - `reader`: reads a committed state
-//! - `tables`: layout of the file
-//! - `error`: failures of the file
+//! - `draft`: uncommitted changes
+//! - `reader`: committed state
+//! - `tables`: layout
+//! - `error`: failures
 
 mod draft;
 mod error;

@@ -53,7 +53,7 @@ fn read_bundle(read: &ReadTransaction, meta: &Meta) -> Result<Option<PolicyBundl
     Ok(archive.map(|archive| PolicyBundle { etag, archive: archive.value().to_vec().into() }))
 }
 
-/// Passes the state as an archive to `emit` until that returns `false`.
+/// Stops when `emit` returns `false`.
 pub(super) fn read_pieces(read: &ReadTransaction, emit: &mut dyn FnMut(Piece) -> bool) -> Result<(), Error> {
     let StateSummary { meta: Some(meta), dirs, modules, .. } = read_summary(read)? else { return Ok(()) };
     let Meta { revision, ensure, rego_version, field_mask: reads, .. } = meta;

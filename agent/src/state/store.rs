@@ -1,4 +1,4 @@
-//! Handle of the thread that writes the state file.
+//! Handle of the writer thread.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,29 +17,26 @@ use super::tables::{Meta, StateSummary};
 use super::writer::{Command, Writer, open_or_replace};
 use crate::archive::{self, DECODED_AHEAD_MAX, Piece, PolicyBundle};
 
-/// Maximum number of queued commands.
 const QUEUED_MAX: usize = 16;
-/// Maximum time until the queue has room. Then the state is discarded.
+/// Maximum wait for the queue.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Maximum time of a read, including the verification of the file. Then the state is discarded.
+/// Includes the verification of the file.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
-/// Interval of attempts to use a full queue.
 const QUEUE_POLL_INTERVAL: Duration = Duration::from_millis(5);
-/// Maximum time of the last sync: a kubelet waits 30 s before SIGKILL.
+/// A kubelet waits 30 s before SIGKILL.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Last good state of one OPA.
 pub struct StateStore {
-    /// `None` after the state was discarded.
+    /// `None` if discarded.
     commands: Option<SyncSender<Command>>,
-    /// Whether commands were lost, so that the file differs from OPA.
+    /// Whether the file differs from OPA.
     is_lost: Arc<AtomicBool>,
-    /// Closed at the end of the thread.
     thread_end: oneshot::Receiver<()>,
 }
 
 impl StateStore {
-    /// Starts the thread for the state of `bundle` in `dir`.
+    /// Starts the writer of `bundle`.
     pub fn open(dir: PathBuf, bundle: &str, namespace: Option<&str>) -> io::Result<Self> {
         let name = namespace.map_or_else(|| bundle.to_owned(), |namespace| format!("{bundle}@{namespace}"));
         let (commands, queue) = sync_channel(QUEUED_MAX);
@@ -52,13 +49,12 @@ impl StateStore {
                 tracing::error!(%error, "state discarded, restarts need a hub");
             };
             let result = match open_or_replace(&dir, &path) {
-                // The file may be in use by another agent.
+                // Another agent may use the file.
                 Err(error) => return report(&error),
                 Ok(database) => Writer::new(database).run(&queue),
             };
             _ = result.as_ref().inspect_err(|error| report(error));
             if result.is_err() || lost.load(Ordering::Relaxed) {
-                // The file will differ from OPA.
                 _ = std::fs::remove_file(&path);
             }
             drop(end);
@@ -67,7 +63,7 @@ impl StateStore {
         Ok(Self { commands: Some(commands), is_lost, thread_end })
     }
 
-    /// Syncs all commits and closes the file.
+    /// Syncs and closes the file.
     pub async fn close(mut self) {
         self.commands = None;
         if timeout(CLOSE_TIMEOUT, self.thread_end).await.is_err() {
@@ -100,7 +96,6 @@ impl StateStore {
         }
     }
 
-    /// Returns the digests of the committed content.
     pub(crate) async fn summary(&mut self) -> StateSummary {
         let (out, summary) = oneshot::channel();
         self.send(Command::Summarize(out)).await;
@@ -111,7 +106,6 @@ impl StateStore {
         StateSummary::default()
     }
 
-    /// Returns the committed content as an archive.
     pub(crate) async fn read(&mut self) -> mpsc::Receiver<Result<Piece, archive::Error>> {
         let (out, mut pieces) = mpsc::channel(DECODED_AHEAD_MAX);
         self.send(Command::Read(out)).await;
@@ -137,12 +131,12 @@ impl StateStore {
         bounded
     }
 
-    /// Writes a piece of an archive.
+    /// Writes part of an archive.
     pub async fn write_piece(&mut self, piece: &Piece) {
         self.send(Command::WritePiece(piece.clone())).await;
     }
 
-    /// Writes (`Some`) and removes (`None`) modules.
+    /// `None` removes a module.
     pub(crate) async fn write_modules(&mut self, changes: BTreeMap<String, Option<String>>) {
         self.send(Command::WriteModules(changes)).await;
     }
@@ -156,12 +150,12 @@ impl StateStore {
         self.send(command).await;
     }
 
-    /// Commits all changes as one complete state.
+    /// Commits a complete state.
     pub async fn commit(&mut self, meta: Meta) {
         self.send(Command::Commit(Box::new(meta))).await;
     }
 
-    /// Drops the changes since the last commit.
+    /// Drops uncommitted changes.
     pub(crate) async fn abort(&mut self) {
         self.send(Command::Abort).await;
     }

@@ -1,4 +1,4 @@
-//! Layout of the state file.
+//! Layout of the file.
 
 use std::collections::BTreeMap;
 
@@ -12,15 +12,11 @@ use crate::archive::PolicyBundle;
 
 /// JSON values by directory and key.
 pub(super) const ENTRIES: TableDefinition<(&str, &str), &[u8]> = TableDefinition::new("entries");
-/// Digests of directories.
 pub(super) const DIRS: TableDefinition<&str, &str> = TableDefinition::new("dirs");
 /// Modules by id.
 pub(super) const MODULES: TableDefinition<&str, &str> = TableDefinition::new("modules");
-/// [`HEAD`] and [`BUNDLE`].
 pub(super) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
-/// Key of [`Meta`] as JSON.
 pub(super) const HEAD: &str = "head";
-/// Key of the policy bundle.
 pub(super) const BUNDLE: &str = "bundle";
 
 /// Description of a complete state.
@@ -31,18 +27,17 @@ pub struct Meta {
     /// Position of the content.
     #[serde(default, skip_serializing_if = "Position::is_empty")]
     pub position: Position,
-    /// Maps that exist even while they are empty.
+    /// Maps that exist even while empty.
     pub ensure: Vec<DirPath>,
-    /// Rego version, if the hub sets one.
+    /// Rego version, if set.
     pub rego_version: Option<u8>,
-    /// Field mask of the modules, as serialized by the hub.
+    /// Field mask of the modules.
     #[serde(rename = "reads")]
     pub field_mask: Option<String>,
-    /// ETag of the policy bundle; `None` with modules instead.
+    /// ETag of the policy bundle, if any.
     pub etag: Option<String>,
 }
 
-/// Digests of the committed content.
 #[derive(Default)]
 pub(crate) struct StateSummary {
     /// `None` before the first commit.

@@ -1,4 +1,4 @@
-//! Thread that writes the state file.
+//! Writer thread.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,11 +18,11 @@ use super::reader::{read_pieces, read_summary};
 use super::tables::{BUNDLE, HEAD, META, Meta, StateSummary};
 use crate::archive::{self, Piece, PolicyBundle};
 
-/// Bytes of cached pages: more are not measurably faster.
+/// More cached pages are not faster.
 const CACHE_BYTES: usize = 512 << 10;
-/// Time from the first commit to its sync. Each sync is a write of the disk.
+/// Each sync costs a disk write.
 const SYNC_DELAY: Duration = Duration::from_secs(1);
-/// Ratio of the file to its content that leads to compaction at the start: writes leave free pages.
+/// Writes leave free pages, compacted at the start.
 const COMPACTION_RATIO: u64 = 3;
 
 pub(super) enum Command {
@@ -36,7 +36,7 @@ pub(super) enum Command {
     Read(mpsc::Sender<Result<Piece, archive::Error>>),
 }
 
-/// Opens a file in a directory, and creates both if needed. A corrupt file is replaced.
+/// Replaces a corrupt file.
 pub(super) fn open_or_replace(dir: &Path, path: &Path) -> Result<Database, Error> {
     let failed = |source| Error::Directory { path: dir.to_owned(), source };
     std::fs::create_dir_all(dir).map_err(failed)?;
@@ -69,7 +69,6 @@ fn open(path: &Path) -> Result<Database, Error> {
 pub(super) struct Writer {
     database: Database,
     draft: Option<Draft>,
-    /// Time of the first commit that is not synced.
     unsynced_since: Option<Instant>,
 }
 
@@ -78,7 +77,7 @@ impl Writer {
         Self { database, draft: None, unsynced_since: None }
     }
 
-    /// Runs commands until their sender is dropped, then syncs.
+    /// Ends with a sync when the sender is dropped.
     pub(super) fn run(mut self, commands: &Receiver<Command>) -> Result<(), Error> {
         loop {
             let wait = self.unsynced_since.map(|since| SYNC_DELAY.saturating_sub(since.elapsed()));

@@ -1,4 +1,4 @@
-//! Content of OPA, as the marker and the hub describe it.
+//! Content of OPA.
 
 use opa_hub_proto::revision::{Digest, Revision};
 
@@ -6,9 +6,9 @@ use crate::opa::{Marker, ModuleChanges};
 
 pub(super) struct AppliedState {
     pub(super) marker: Marker,
-    /// Digest of the hub's modules. The marker has another one while OPA rejects some.
+    /// The hub's modules. The marker differs while OPA rejects some.
     pub(super) modules: Digest,
-    /// Changes that OPA rejects.
+    /// Rejected by OPA.
     pub(super) rejected: ModuleChanges,
 }
 
@@ -18,18 +18,18 @@ impl AppliedState {
     }
 }
 
-/// Part of OPA's marker that a session may use, until OPA was repaired.
+/// Usable part of OPA's marker until a repair.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum MarkerTrust {
     Full,
-    /// Not the revision: an event did not fit.
+    /// An event did not fit.
     Digests,
-    /// Only names: OPA lacked content that the agent wrote.
+    /// OPA lacked content.
     Names,
 }
 
 impl MarkerTrust {
-    /// Removes from `marker` what is not trusted.
+    /// Removes untrusted content.
     pub(super) fn restrict(self, marker: &mut Marker) {
         if self != Self::Full {
             marker.revision = None;

@@ -1,4 +1,4 @@
-//! Causes for the end of a session.
+//! Ends of a session.
 
 use crate::{hub, opa};
 
@@ -8,7 +8,7 @@ pub(super) enum SessionError {
     Hub(#[from] hub::Error),
     #[error(transparent)]
     Apply(#[from] opa::Error),
-    /// Old policies would miss fields that a frame removes.
+    /// Old policies would miss removed fields.
     #[error("OPA has not activated the latest policies; fields that its current policies read remain")]
     NotActivated,
 }

@@ -1,4 +1,4 @@
-//! Applies the events of a stream, and checks OPA's marker meanwhile.
+//! Follows a stream and checks OPA's marker.
 
 use std::time::Duration;
 
@@ -16,7 +16,6 @@ use crate::config::Delivery;
 use crate::hub::{self, Stream};
 use crate::opa;
 
-/// Maximum time from the announcement of an event to the event.
 const PENDING_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Replica {
@@ -26,13 +25,12 @@ impl Replica {
         mut applied: AppliedState,
     ) -> Result<std::convert::Infallible, SessionError> {
         let mut judge = Judge::new(applied.marker.position.clone());
-        // Time of the first announcement of an event that has not arrived.
         let mut announced_at = None;
         let mut poll = poll_interval(Duration::ZERO);
         loop {
             tokio::select! {
                 biased;
-                // An OPA that restarted polls at once.
+                // A restarted OPA polls at once.
                 () = self.policies.server.needs_data() => self.check_applied(applied.marker.revision).await?,
                 _ = poll.tick() => {
                     self.check_applied(applied.marker.revision).await?;
@@ -46,7 +44,7 @@ impl Replica {
                             self.status.with(|state| state.target = target);
                             self.apply_event(&mut applied, &mut judge, &event, &data, target).await?;
                             self.record_progress();
-                            // Data and policies of one change arrive together.
+                            // Halves of a change arrive together.
                             if stream.is_drained() {
                                 self.report_applied(&applied);
                             }
@@ -82,7 +80,7 @@ impl Replica {
             }
             Word::Here | Word::Stale(_) => *announced_at = None,
         }
-        // No more events are due, but other policies are published.
+        // Other policies are published, and no event is due.
         if !self.is_published(applied.modules) {
             return Err(hub::Error::PoliciesChanged.into());
         }
@@ -91,15 +89,14 @@ impl Replica {
         self.check_freshness(comment).await
     }
 
-    /// Records that OPA accepts what the hub sends. An open stream alone is no success: its first frame may be older than
-    /// OPA.
+    /// An open stream alone is no progress: its first frame may be older than OPA.
     fn record_progress(&mut self) {
         self.status.with(|state| state.hub.pending_since = None);
         self.hub.reset_backoff();
         self.freshness.clear_behind();
     }
 
-    /// Fails if OPA has another revision; else releases polls for policies.
+    /// Releases polls for policies if OPA has `revision`.
     pub(super) async fn check_applied(&self, revision: Option<Revision>) -> Result<(), SessionError> {
         let polls = self.policies.server.polls();
         if !self.applier.opa.has_revision(&self.applier.bundle, revision).await? {
@@ -109,7 +106,7 @@ impl Replica {
         Ok(())
     }
 
-    /// Moves from a stale hub to a ready one, if there is one.
+    /// Moves from a stale hub to a ready one.
     async fn check_freshness(&mut self, comment: &str) -> Result<(), SessionError> {
         let Word::Stale(reason) = Word::of(comment) else {
             self.status.with(|state| state.hub.stale = None);
@@ -130,7 +127,7 @@ impl Replica {
         if has_moved { Err(hub::Error::Stale(reason).into()) } else { Ok(()) }
     }
 
-    /// Applies one half of the change to `target`: data or policies.
+    /// Applies the data or the policies of `target`.
     async fn apply_event(
         &mut self,
         applied: &mut AppliedState,
@@ -196,7 +193,6 @@ impl Replica {
     }
 }
 
-/// I3
 fn check_base(from: Option<Digest>, applied: Digest) -> Result<(), opa::Error> {
     match from {
         Some(from) if from != applied => Err(opa::Error::WrongBase { from, applied }),
@@ -204,7 +200,7 @@ fn check_base(from: Option<Digest>, applied: Digest) -> Result<(), opa::Error> {
     }
 }
 
-/// The hub knows OPA's revision, but from an earlier time than the hub that sent it.
+/// The hub was at OPA's revision earlier.
 fn behind_opa(lag: &Lag) -> hub::Error {
     hub::Error::BehindOpa(lag.to_string())
 }

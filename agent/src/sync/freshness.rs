@@ -1,19 +1,18 @@
-//! Schedule of the search for a ready hub, and duration for which all hubs are behind OPA.
+//! Schedule of searches for a ready hub.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// First pause between searches for a hub that has its source.
 const PROBE_PAUSE_MIN: Duration = Duration::from_secs(5);
 const PROBE_PAUSE_MAX: Duration = Duration::from_secs(60);
-/// Time for which OPA stays ahead of all hubs. Then the source itself went back, e.g. a cluster restored from a backup.
+/// After this time the source itself went back, e.g. to a backup.
 const BEHIND_MAX: Duration = Duration::from_secs(60);
 
 pub(super) struct Freshness {
     next_probe: Instant,
     pause: Duration,
-    /// Times of the first and last response of a hub behind OPA.
+    /// First and last response of a hub behind OPA.
     behind: Option<(Instant, Instant)>,
 }
 
@@ -26,7 +25,7 @@ impl Freshness {
         (self.next_probe, self.pause) = (Instant::now(), PROBE_PAUSE_MIN);
     }
 
-    /// Whether a search is due now. Schedules the next one.
+    /// Schedules the next search if one is due.
     pub(super) fn is_probe_due(&mut self) -> bool {
         let now = Instant::now();
         if now < self.next_probe {
@@ -37,7 +36,7 @@ impl Freshness {
         true
     }
 
-    /// Records that a hub is behind OPA. The period restarts if no hub was within `rotation_timeout`.
+    /// Starts a new period if the last one is older than `rotation_timeout`.
     pub(super) fn record_behind(&mut self, rotation_timeout: Duration) {
         let now = Instant::now();
         let recent = self.behind.filter(|(_, last)| now - *last < rotation_timeout);
@@ -48,7 +47,6 @@ impl Freshness {
         self.behind = None;
     }
 
-    /// Whether the source itself went back.
     pub(super) fn has_source_regressed(&self) -> bool {
         self.behind.is_some_and(|(first, last)| last - first > BEHIND_MAX)
     }

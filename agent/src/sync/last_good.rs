@@ -10,11 +10,10 @@ use crate::opa::Marker;
 use crate::state::{Meta, StateStore, StateSummary};
 
 pub(super) struct LastGood {
-    /// `None` without a state directory.
+    /// `None` without a directory.
     pub(super) store: Option<StateStore>,
-    /// Revision of the last commit.
     saved: Option<Revision>,
-    /// Policy bundle from disk, until a session succeeds.
+    /// Policies from disk, until a session succeeds.
     pub(super) bundle: Option<PolicyBundle>,
 }
 
@@ -34,8 +33,7 @@ impl LastGood {
         }
     }
 
-    /// Removes digests from `marker` that the state does not have, if their revisions differ: after a crash, or in a new
-    /// directory. The hub sends that content.
+    /// Removes digests that the state lacks, so that the hub sends them: after a crash, or in a new directory.
     pub(super) async fn reduce_to_common(&mut self, marker: &mut Marker) {
         let Some(store) = &mut self.store else { return };
         store.abort().await;
@@ -49,7 +47,7 @@ impl LastGood {
         }
     }
 
-    /// Returns the description of the state, `None` if there is none for this delivery.
+    /// Returns `None` for a state of another delivery.
     pub(super) async fn meta(&mut self, delivery: Delivery) -> Option<Meta> {
         let store = self.store.as_mut()?;
         store.abort().await;
@@ -62,7 +60,6 @@ impl LastGood {
         self.saved = Some(revision);
     }
 
-    /// Commits the applied content.
     pub(super) async fn save(&mut self, applied: &AppliedState, delivery: Delivery) {
         let Some(store) = &mut self.store else { return };
         let meta = Meta {
@@ -88,7 +85,7 @@ fn intersect(marker: &mut Marker, summary: &StateSummary) {
     }
 }
 
-/// Writes pieces to the state and forwards them, until the receiver of `out` is dropped.
+/// Ends with the receiver of `out`.
 pub(super) async fn store_and_forward(
     store: &mut StateStore,
     pieces: &mut mpsc::Receiver<Result<Piece, archive::Error>>,

@@ -1,4 +1,4 @@
-//! Loads and repairs OPA: from the hub, by digests, or from disk.
+//! Loads and repairs OPA.
 
 use std::time::Duration;
 
@@ -17,14 +17,13 @@ use crate::opa::Marker;
 use crate::state::Meta;
 use crate::{archive, hub, opa};
 
-/// Time for the first response of the hub while there is a last good state. Then OPA starts with that.
+/// Later OPA starts from disk.
 const HUB_FIRST_TIMEOUT: Duration = Duration::from_millis(300);
-/// Maximum number of consecutive permanent rejections of a reconcile request. Then OPA is loaded: during a replacement each
-/// of two hubs may reject one.
+/// Afterwards OPA is loaded: during a replacement each of two hubs may reject a request.
 const REJECTIONS_MAX: u32 = 3;
 
 impl Replica {
-    /// Loads an OPA without a marker: from the hub, or from disk if that does not respond soon.
+    /// Falls back to disk if no hub responds.
     pub(super) async fn load(&mut self) -> Result<AppliedState, SessionError> {
         let started = Instant::now();
         let last_good = self.last_good.meta(self.policies.delivery).await;
@@ -41,7 +40,6 @@ impl Replica {
         Ok(applied)
     }
 
-    /// Requests all content that this delivery writes by REST.
     async fn download_all(&self) -> Result<Download, hub::Error> {
         match self.policies.delivery {
             Delivery::Rest => self.hub.full().await,
@@ -49,7 +47,7 @@ impl Replica {
         }
     }
 
-    /// Loads OPA, which may have other content, from disk.
+    /// Loads from disk; OPA may have other content.
     pub(super) async fn restore(
         &mut self,
         marker: Option<&Marker>,
@@ -69,7 +67,7 @@ impl Replica {
         Ok(applied)
     }
 
-    /// Requests and applies the content that differs from the digests in `marker`.
+    /// Applies the differences from `marker`.
     pub(super) async fn reconcile(&mut self, mut marker: Marker) -> Result<AppliedState, SessionError> {
         let started = Instant::now();
         self.status.with(|state| state.applied = None);
@@ -80,7 +78,7 @@ impl Replica {
                 if let (Some(published), true) = (marker.revision, marker.field_masks.len() > 1)
                     && !self.repair.awaits_activation
                 {
-                    // Activation saves a larger response, with fields for old policies.
+                    // Activation makes the response smaller.
                     _ = self.wait_activated(published.modules).await?;
                 }
                 self.drop_replaced_masks(&mut marker);
@@ -105,8 +103,8 @@ impl Replica {
         Ok(applied)
     }
 
-    /// Replaces all content of OPA, if hubs reject its digests. Old policies may lack their own fields until OPA activates
-    /// the latest ones. An archive behind OPA in anything is rejected; the hub catches up when it renews its watches.
+    /// Loads all content, if hubs reject digests. Old policies may lack fields until activation. A hub behind OPA catches up
+    /// when it renews its watches.
     async fn reload(&mut self, mut marker: Marker) -> Result<AppliedState, SessionError> {
         tracing::warn!(rejections = self.repair.rejections, "reconcile rejected, loading OPA again");
         MarkerTrust::Names.restrict(&mut marker);
@@ -121,7 +119,6 @@ impl Replica {
         Ok(applied)
     }
 
-    /// Applies data, then the policies for it. Copies both to disk.
     async fn apply_download(
         &mut self,
         marker: Option<&Marker>,
@@ -129,7 +126,7 @@ impl Replica {
     ) -> Result<AppliedState, SessionError> {
         let Download { chunks, position, task } = download;
         let mut pieces = archive::read(chunks).map_err(opa::Error::from)?;
-        // The first piece writes a missing marker.
+        // The first piece writes the marker.
         self.expected = if marker.is_some() { ExpectedMarker::Any } else { ExpectedMarker::Unwritten };
         let watch = OpaWatch::new(&self.applier, &self.policies.server, self.expected);
         let (applier, modules_first) = (&mut self.applier, self.repair.modules_first);

@@ -1,4 +1,4 @@
-//! Detects a restart of OPA during a wait.
+//! Detects restarts of OPA during a wait.
 
 use std::time::Duration;
 
@@ -9,23 +9,22 @@ use super::error::SessionError;
 use crate::opa::{self, Applier, ClientError, Marker, OpaClient};
 use crate::server::LocalServer;
 
-/// Interval of checks of OPA's marker, so the maximum time to detect a restart.
+/// Maximum time to detect a restart.
 const OPA_POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Returns the interval of checks of OPA's marker, first after `delay`.
 pub(super) fn poll_interval(delay: Duration) -> Interval {
     let mut interval = interval_at(Instant::now() + delay, OPA_POLL_INTERVAL);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     interval
 }
 
-/// Marker that OPA has until it restarts.
+/// Marker until a restart.
 #[derive(Clone, Copy)]
 pub(super) enum ExpectedMarker {
-    /// None yet: a restart loses nothing.
+    /// A restart loses nothing.
     Unwritten,
     Any,
-    /// OPA may have the policies of this revision.
+    /// OPA may get the policies of this revision.
     Revision(Revision),
 }
 
@@ -47,7 +46,7 @@ impl<'a> OpaWatch<'a> {
         Self { opa: applier.opa.clone(), bundle: applier.bundle.clone(), server, expected }
     }
 
-    /// Returns the result of `wait`, or an error as soon as OPA restarts: OPA needs its last good state then.
+    /// Fails as soon as OPA restarts: it needs its last good state.
     pub(super) async fn guard<T>(&self, wait: impl Future<Output = T>) -> Result<T, SessionError> {
         tokio::select! {
             biased;
@@ -56,7 +55,6 @@ impl<'a> OpaWatch<'a> {
         }
     }
 
-    /// Waits for a restart of OPA. Releases polls for policies while OPA has the data.
     async fn restart(&self) -> SessionError {
         let Self { opa, bundle, .. } = self;
         let mut expected = self.expected;
@@ -64,7 +62,7 @@ impl<'a> OpaWatch<'a> {
         let mut poll = poll_interval(OPA_POLL_INTERVAL);
         loop {
             tokio::select! {
-                // An OPA that restarted polls at once.
+                // A restarted OPA polls at once.
                 () = self.server.needs_data(), if is_complete => {}
                 _ = poll.tick() => {}
             }
@@ -81,7 +79,7 @@ impl<'a> OpaWatch<'a> {
                 Err(ClientError::Unreachable(error)) if error.is_connect() => {
                     return ClientError::Unreachable(error).into();
                 }
-                // A busy OPA is slow, not restarted.
+                // A busy OPA is not restarted.
                 Err(_) => _ = poll.tick().await,
             }
         }

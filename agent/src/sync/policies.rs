@@ -1,4 +1,4 @@
-//! Delivery of policies: modules by REST, or a bundle that OPA loads from the local server.
+//! Delivery of policies.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,11 +15,11 @@ use crate::config::Delivery;
 use crate::opa::{ArchiveModules, Marker, ModuleChanges};
 use crate::{hub, opa};
 
-/// Usual time in which OPA activates a policy bundle.
+/// OPA usually activates a bundle within this time.
 const ACTIVATION_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Replica {
-    /// Delivers the policies for data that OPA has.
+    /// Delivers the policies of OPA's data.
     pub(super) async fn apply_policies(
         &mut self,
         marker: Marker,
@@ -50,7 +50,6 @@ impl Replica {
         self.change_modules(applied, changes, modules.field_mask).await
     }
 
-    /// Writes modules to OPA and records rejected ones.
     pub(super) async fn change_modules(
         &mut self,
         applied: &mut AppliedState,
@@ -67,7 +66,7 @@ impl Replica {
         Ok(())
     }
 
-    /// Publishes the policy bundle of these modules. Fails if the hub has newer ones: their data may be missing in OPA.
+    /// Fails if the hub has newer modules: OPA may lack their data.
     pub(super) async fn publish_policies(
         &mut self,
         applied: &mut AppliedState,
@@ -86,7 +85,7 @@ impl Replica {
         Ok(())
     }
 
-    /// Returns the policy bundle of these modules, `None` if the hub has newer ones.
+    /// Returns `None` if the hub has newer modules.
     async fn policy_bundle(&self, modules: Digest) -> Result<Option<PolicyBundle>, SessionError> {
         if let Some(known) = self.known_bundle(modules) {
             return Ok(Some(known));
@@ -95,13 +94,11 @@ impl Replica {
         Ok(Some(latest).filter(|policy| policy.etag == modules.to_string()))
     }
 
-    /// Returns the policy bundle of these modules from memory or disk.
     pub(super) fn known_bundle(&self, modules: Digest) -> Option<PolicyBundle> {
         let known = self.policies.server.published().into_iter().chain(self.last_good.bundle.clone());
         known.into_iter().find(|policy| policy.etag == modules.to_string())
     }
 
-    /// Whether OPA has these modules or can load them.
     pub(super) fn is_published(&self, modules: Digest) -> bool {
         let is_current = |policy: PolicyBundle| policy.etag == modules.to_string();
         self.policies.delivery == Delivery::Rest || self.policies.server.published().is_some_and(is_current)
@@ -111,13 +108,13 @@ impl Replica {
         self.policies.server.published()?.etag.parse().ok()
     }
 
-    /// Waits until OPA activates these modules. Returns `false` after [`ACTIVATION_TIMEOUT`].
+    /// Returns `false` after [`ACTIVATION_TIMEOUT`].
     pub(super) async fn wait_activated(&self, modules: Digest) -> Result<bool, SessionError> {
         let activated = timeout(ACTIVATION_TIMEOUT, self.policies.server.wait_activated(modules));
         Ok(self.watch_opa().guard(activated).await?.is_ok())
     }
 
-    /// Drops old field masks once OPA has activated the published policies.
+    /// Old masks are unused once OPA has activated the policies.
     pub(super) fn drop_replaced_masks(&self, marker: &mut Marker) {
         let published = self.published_modules();
         if published.is_some() && self.status.with(|state| state.activated) == published {
@@ -125,7 +122,7 @@ impl Replica {
         }
     }
 
-    /// Returns the modules from which a stream may resume, `None` if the marker has no complete revision.
+    /// Returns the modules of a complete revision.
     pub(super) fn verified_modules(&self, marker: &Marker) -> Option<Digest> {
         let is_complete = marker.dirs.values().all(Option::is_some);
         let revision =
@@ -136,8 +133,7 @@ impl Replica {
         is_verified.then_some(revision.modules)
     }
 
-    /// Returns the modules from which a stream may resume, and publishes their bundle. Without it the stream leads to newer
-    /// ones.
+    /// Publishes and returns the modules of a complete revision.
     pub(super) async fn resumable_modules(
         &mut self,
         marker: &Marker,
@@ -149,7 +145,6 @@ impl Replica {
         Ok(Some(modules))
     }
 
-    /// Warns once about packages that make OPA slow.
     pub(super) fn report_layout(&self, marker: &Marker) {
         let notice = self.policies.layout.notice(marker);
         let has_changed = self.status.with(|state| {

@@ -1,4 +1,4 @@
-//! State of an agent between and during sessions.
+//! State between and during sessions.
 
 use super::applied::{AppliedState, MarkerTrust};
 use super::freshness::Freshness;
@@ -10,7 +10,7 @@ use crate::opa::{Applier, Layout, OpaClient};
 use crate::server::LocalServer;
 use crate::status::Status;
 
-/// One OPA that follows a bundle of the hub.
+/// One OPA that follows a hub.
 pub struct Replica {
     pub(super) applier: Applier,
     pub(super) hub: HubClient,
@@ -22,26 +22,24 @@ pub struct Replica {
     pub(super) expected: ExpectedMarker,
 }
 
-/// Delivery of policies to OPA.
 pub(super) struct Policies {
     pub(super) delivery: Delivery,
     pub(super) server: LocalServer,
     pub(super) layout: Layout,
 }
 
-/// Consequences of earlier sessions for the next one.
+/// Consequences of earlier sessions.
 pub(super) struct Repair {
     pub(super) trust: MarkerTrust,
-    /// OPA rejected data: new data may replace a package that the new modules remove.
+    /// New data may need the path of an old package.
     pub(super) modules_first: bool,
-    /// OPA does not activate the policies for new frames: reconcile until it does.
+    /// OPA does not activate the latest policies.
     pub(super) awaits_activation: bool,
-    /// Number of consecutive permanent rejections of reconcile requests.
     pub(super) rejections: u32,
 }
 
 impl Replica {
-    /// Creates a replica without connections.
+    /// Creates a disconnected replica.
     pub fn new(config: &Config, server: LocalServer, status: Status) -> anyhow::Result<Self> {
         let opa = OpaClient::new(config.opa.clone())?;
         let hub = HubClient::new(
@@ -71,10 +69,10 @@ impl Replica {
         OpaWatch::new(&self.applier, &self.policies.server, self.expected)
     }
 
-    /// Sleeps before the next session, until OPA restarts.
+    /// Ends early if OPA restarts.
     pub(super) async fn back_off(&mut self) {
         let watch = OpaWatch::new(&self.applier, &self.policies.server, self.expected);
-        // The next session reports the cause.
+        // The next session reports errors.
         _ = watch.guard(self.hub.back_off()).await;
     }
 

@@ -1,4 +1,4 @@
-//! One session: reads OPA's marker, resumes or repairs, and follows the stream.
+//! One session with OPA and a hub.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use crate::config::Delivery;
 use crate::hub::{self, Stream};
 use crate::opa::{self, Marker};
 
-/// Maximum number of reconcile responses at a start: one with fields for old policies, and one without.
+/// One with fields for old policies, and one without.
 const RECONCILES_MAX: usize = 2;
 
 impl Replica {
@@ -36,7 +36,7 @@ impl Replica {
         self.follow(stream, applied).await
     }
 
-    /// Starts a session at OPA. Returns its marker, and whether that has a complete revision.
+    /// Returns the marker, and whether its revision is complete.
     async fn claim(&mut self) -> Result<(Option<Marker>, bool), SessionError> {
         self.expected = ExpectedMarker::Unwritten;
         let mut found = self.applier.claim().await?;
@@ -58,7 +58,7 @@ impl Replica {
         let complete = found.as_ref().filter(|marker| self.verified_modules(marker).is_some());
         self.status.with(|state| {
             state.applied = complete.and_then(|marker| marker.revision);
-            // After a restart of the agent OPA's revision is the latest known.
+            // For an agent that restarted.
             state.target = state.target.or(state.applied);
         });
         let is_complete = complete.is_some();
@@ -66,7 +66,7 @@ impl Replica {
             let original = marker.clone();
             self.last_good.reduce_to_common(marker).await;
             if let Some(modules) = self.verified_modules(&original) {
-                // OPA needs its policies before the hub responds.
+                // OPA must not wait for the hub.
                 self.policies.server.publish(self.known_bundle(modules));
                 self.expected = ExpectedMarker::from(&original);
                 self.check_applied(original.revision).await?;
@@ -92,7 +92,7 @@ impl Replica {
             }
             (None, _) => self.load().await?,
             (Some(marker), None) => match self.reconcile(marker.clone()).await {
-                // An interrupted load, and no hub to complete it.
+                // An interrupted load, and no hub.
                 Err(error @ (SessionError::Hub(_) | SessionError::Apply(opa::Error::Archive(_))))
                     if !is_complete =>
                 {
@@ -108,7 +108,6 @@ impl Replica {
         Ok(applied)
     }
 
-    /// Opens the stream. Reconciles first if the hub does not know OPA's revision.
     async fn open_stream(
         &mut self,
         mut applied: AppliedState,
@@ -123,7 +122,7 @@ impl Replica {
         self.repair.awaits_activation = false;
         match stream {
             Some(stream) => Ok((stream, applied)),
-            // With fields for old policies, OPA's data is no revision of a hub.
+            // OPA has fields for old policies, so no revision of a hub.
             None if self.policies.delivery == Delivery::Bundle && applied.marker.field_masks.len() > 1 => {
                 Err(SessionError::NotActivated)
             }

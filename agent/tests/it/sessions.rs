@@ -32,13 +32,12 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-/// Maximum time to detect a restart of OPA: less than any wait for a hub.
+/// Less than any wait for a hub.
 const DETECTED: Duration = Duration::from_secs(4);
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 const MARKER: &str = "/system/opahub/main";
 
-/// Marker of an OPA, and its requests.
 #[derive(Default)]
 struct Opa {
     marker: Option<Value>,
@@ -125,7 +124,6 @@ async fn serve(router: Router) -> Url {
     url.parse().unwrap()
 }
 
-/// Returns a replica of an OPA with `marker`.
 async fn replica(
     marker: &Marker,
     hub: Url,
@@ -168,7 +166,6 @@ fn digest(dir: &str) -> Digest {
     Digest::of(dir.as_bytes())
 }
 
-/// Returns the marker of a complete revision.
 fn marker(dirs: &[&str], modules: Option<Digest>) -> Marker {
     let dirs = dirs.iter().map(|dir| (dir.parse().unwrap(), Some(digest(dir)))).collect();
     let mut marker = Marker { dirs, ..Marker::default() };
@@ -183,7 +180,6 @@ fn archive(head: &Head, files: &[(&str, &str)]) -> Vec<u8> {
     tar.into_inner().unwrap().finish().unwrap()
 }
 
-/// Returns an archive without its end.
 fn beginning(head: &Head, files: &[(&str, &str)]) -> Bytes {
     let mut tar = tar_of(head, files);
     tar.get_mut().flush().unwrap();
@@ -229,7 +225,6 @@ async fn restart_of_opa_is_detected_while_the_hub_is_silent() {
     .await;
 }
 
-/// Writes a last good state with one empty directory.
 async fn last_good(whole: &Marker) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let mut last_good = StateStore::open(dir.path().to_owned(), "main", None).unwrap();
@@ -248,7 +243,6 @@ async fn last_good(whole: &Marker) -> tempfile::TempDir {
     dir
 }
 
-/// Waits until OPA has this revision.
 async fn has_applied(opa: &Shared, revision: Revision) {
     let revision = json!(revision.to_string());
     let has_applied = |opa: &Opa| opa.marker.as_ref().is_some_and(|marker| marker["revision"] == revision);
@@ -322,7 +316,7 @@ async fn conflicting_writers_back_off() {
     assert!(started.elapsed() > Duration::from_millis(100), "{:?}", started.elapsed());
 }
 
-/// A8: OPA gets data while it does not activate policies, with fields for its old ones.
+/// A8: OPA gets data, with fields for its old policies.
 #[tokio::test]
 async fn data_continues_without_activation() {
     let modules = digest("new");
@@ -390,7 +384,7 @@ async fn data_continues_without_activation() {
     );
 }
 
-/// A10: after permanent rejections OPA is loaded, and other content of its marker is removed.
+/// A10: OPA is loaded, and obsolete content removed.
 #[tokio::test]
 async fn permanent_rejection_of_reconcile_leads_to_a_load() {
     let answer = archive(&head(&marker(&["/b"], None)), &[("b/data.json", "{\"x\":1}")]);

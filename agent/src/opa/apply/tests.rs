@@ -17,7 +17,6 @@ fn raw(value: &Value) -> Box<RawValue> {
     RawValue::from_string(value.to_string()).unwrap()
 }
 
-/// Returns a delta from `marker` that changes the digest of `/shop/a`.
 fn delta<'a>(marker: &Marker, ops: usize, patch: &'a RawValue) -> Delta<'a> {
     let mut next = marker.clone();
     let digest = Some(Digest::of(patch.get().as_bytes()));
@@ -35,7 +34,6 @@ fn delta<'a>(marker: &Marker, ops: usize, patch: &'a RawValue) -> Delta<'a> {
     }
 }
 
-/// Starts an OPA with one directory.
 async fn loaded() -> (FakeOpa, Applier, Marker) {
     let (fake, opa) = FakeOpa::start().await;
     let mut applier = Applier::new(opa, "main".to_owned());
@@ -98,7 +96,7 @@ async fn a_large_frame_is_bounded_patches() {
     let entries = fake.with(|world| world.data["shop"]["a"].as_object().map(serde_json::Map::len));
     assert_eq!(entries, Some(ops.len() + 2));
     assert_marked(&applier, &marker).await;
-    // An interrupted frame leaves a marker without a revision.
+    // An interrupted frame leaves no revision.
     let frame = delta(&marker, ops.len(), &patch);
     fake.with(|world| world.fails_after = Some(2));
     applier.apply_delta(&mut marker, &frame).await.unwrap_err();
@@ -144,7 +142,7 @@ async fn removed_directory_is_detected() {
     assert_eq!((marker.revision, marker.dirs[&path("/shop/a")]), (None, None));
 }
 
-/// The next session rolls back an interrupted trial, unless another agent had a session.
+/// The next session rolls back, unless another agent had one.
 #[tokio::test]
 async fn modules_of_another_session_remain() {
     let put = |texts: [&str; 2]| -> BTreeMap<_, _> {
@@ -170,7 +168,7 @@ async fn modules_of_another_session_remain() {
     }
 }
 
-/// A5: rejected modules remove no others, at later changes neither.
+/// A5: rejected modules remove no others.
 #[tokio::test]
 async fn rejected_modules_change_neither_marker_nor_others() {
     let (fake, mut applier, mut marker) = loaded().await;
@@ -190,7 +188,7 @@ async fn rejected_modules_change_neither_marker_nor_others() {
     assert_eq!(log.iter().filter(|request| request.contains("policies/")).count(), 2, "{log:?}");
     assert_eq!(fake.with(|world| world.modules["a"].clone()), "has x");
     assert_marked(&applier, &marker).await;
-    // After a restart OPA may have another version.
+    // OPA may have another version now.
     fake.with(|world| world.data = json!({}));
     assert_eq!(applier.claim().await.unwrap(), None);
     assert!(

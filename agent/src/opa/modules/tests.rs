@@ -11,7 +11,6 @@ fn ids(texts: &BTreeMap<String, String>) -> Vec<&str> {
     texts.keys().map(String::as_str).collect()
 }
 
-/// Starts an OPA with these modules.
 async fn opa_with(texts: Texts<'_>) -> (FakeOpa, OpaClient) {
     let (fake, opa) = FakeOpa::start().await;
     let modules = texts.iter().map(|(id, text)| ((*id).to_owned(), (*text).to_owned()));
@@ -59,14 +58,13 @@ async fn modules_are_applied_and_rejected_ones_remove_no_others() {
     check(&[("a", "calls f"), ("b", "has f")], &[("a", "calls g"), ("b", "has g")], &[], &["a"]).await;
     let before: Texts = &[("a", "calls f"), ("b", "calls f"), ("c", "has f")];
     check(before, &[("a", "calls g"), ("b", "calls g"), ("c", "has g")], &[], &["a", "b"]).await;
-    // One caller fails by itself: the rollback removes the new versions.
+    // One caller fails by itself.
     let wanted: Texts = &[("a", "calls g"), ("b", "calls g\nodd"), ("c", "has g")];
     check(before, wanted, &["a", "b", "c"], &["a", "b", "a", "c"]).await;
-    // Another pair is applied all the same.
     let pairs: Texts = &[("a", "has x"), ("b", "has y"), ("c", "has z"), ("d", "has q")];
     let wanted: Texts = &[("a", "odd"), ("b", "has y\nhas x"), ("c", "has q"), ("d", "has z")];
     check(pairs, wanted, &["a", "b"], &["a", "c"]).await;
-    // One takes over a rule of a module that fails by itself: neither changes.
+    // A rule moves from a module that fails by itself.
     let wanted: Texts = &[("a", "has z\nodd"), ("b", "has y\nhas x")];
     check(&[("a", "has x\nhas z"), ("b", "has y")], wanted, &["a", "b"], &["a"]).await;
 }

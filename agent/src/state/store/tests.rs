@@ -60,7 +60,6 @@ async fn state_of_a_hanging_disk_is_discarded() {
     }
 }
 
-/// Reads data by directory, and modules by id.
 async fn read(state: &mut StateStore) -> Value {
     let mut pieces = state.read().await;
     let (mut all, mut large) = (json!({}), None);
@@ -131,7 +130,6 @@ async fn commits_survive_a_restart() {
         "/pods/b": { "large": large, "small": 3 }, "/pods/c": { "k": 1 },
     });
     assert_eq!(read(&mut state).await, expected);
-    // Uncommitted changes are lost.
     delta(&mut state, &[("/pods/c", None)], &json!([{ "op": "remove", "path": "/pods/c" }])).await;
     state.close().await;
     let mut state = open(dir.path());
@@ -141,7 +139,7 @@ async fn commits_survive_a_restart() {
     state.commit(meta(3)).await;
     expected.as_object_mut().unwrap().remove("/pods/c");
     assert_eq!(read(&mut state).await, expected);
-    // A reconcile response has the differences only.
+    // Reconcile responses contain differences only.
     let pieces = [head(&[("/pods/a", 2), ("/pods/b", 9)], &[("m", "2")]), directory("/pods/b", &json!({}))];
     archive(&mut state, &pieces, 4).await;
     let expected = json!({ "m": "2", "/pods/a": expected["/pods/a"], "/pods/b": {} });
