@@ -64,7 +64,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let status = Status::new(config.delivery, config.unready_after);
     let local = LocalServer::new(config.bundle.clone(), status.clone());
     let replica = Replica::new(&config, local.clone(), status)?;
-    tracing::info!(address = %listener.local_addr()?, "serving health");
+    let address = listener.local_addr()?;
+    tracing::info!(%address, "serving health");
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let health_router = local.clone().health_router();
     let serve_health = async {

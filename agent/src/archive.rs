@@ -32,7 +32,7 @@ pub enum Piece {
     },
     /// Directory as a JSON object.
     Directory(DirPath, Vec<u8>),
-    /// Start of a directory above [`PATCH_BYTES_MAX`].
+    /// Start of a directory that is too large for a PATCH.
     Begin(DirPath),
     /// Key and JSON value.
     Entry(String, Vec<u8>),

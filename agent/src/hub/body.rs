@@ -8,9 +8,9 @@ use tokio::time::Instant;
 
 use super::error::Error;
 
-/// The hub sends a heartbeat every 5 s.
+/// Maximum time without bytes: the hub sends a heartbeat every 5 s.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
-/// The reader's own time does not count.
+/// Period for [`WINDOW_BYTES_MIN`]; the reader's own time does not count.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
 /// A thousandth of the bandwidth within a cluster.
 const WINDOW_BYTES_MIN: usize = 64 << 10;

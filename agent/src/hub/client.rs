@@ -21,7 +21,7 @@ use crate::http;
 
 /// Hubs on the same network accept within milliseconds.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Compressing 150 MB takes the hub half a second.
+/// Maximum time until a response starts: compressing 150 MB needs half a second.
 const HUB_RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 const READY_PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The agent stores the bundle in memory.

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::body::IDLE_TIMEOUT;
 use super::error::Error;
 
-/// An event has up to 4 MiB.
+/// Maximum time for an event of up to 4 MiB.
 const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(crate) struct Stream {

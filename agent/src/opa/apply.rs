@@ -17,7 +17,7 @@ use crate::archive::{self, PATCH_BYTES_MAX};
 
 /// Maximum bytes of a frame that is one atomic PATCH. The agent stores them three times.
 const FRAME_PATCH_BYTES_MAX: usize = 1 << 20;
-/// Interval between checks of one directory; 1,000 directories take 84 minutes.
+/// Interval between checks of one directory; 1,000 directories need 84 minutes.
 const VERIFY_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]

@@ -15,7 +15,7 @@ use super::marker::{Marker, WRITER};
 use crate::config::{OpaConfig, Token};
 use crate::http;
 
-/// Large directories take OPA a second.
+/// A directory of thousands of entries needs a second.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 /// Enough for a marker of 20,000 directories.

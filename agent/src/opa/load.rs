@@ -15,7 +15,6 @@ use super::modules::ModuleChanges;
 use crate::archive::{self, PATCH_BYTES_MAX, Piece};
 
 /// Modules to apply after the data.
-#[derive(Default)]
 pub(crate) struct ArchiveModules {
     put: BTreeMap<String, String>,
     /// `None` if the archive has data only.

@@ -20,10 +20,10 @@ use crate::archive::{self, DECODED_AHEAD_MAX, Piece, PolicyBundle};
 const QUEUED_MAX: usize = 16;
 /// Maximum wait for the queue.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Includes the verification of the file.
+/// Maximum time of a read, including verification of the file.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 const QUEUE_POLL_INTERVAL: Duration = Duration::from_millis(5);
-/// A kubelet waits 30 s before SIGKILL.
+/// Maximum time of the last sync: a kubelet waits 30 s before SIGKILL.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Last good state of one OPA.

@@ -18,11 +18,11 @@ use super::reader::{read_pieces, read_summary};
 use super::tables::{BUNDLE, HEAD, META, Meta, StateSummary};
 use crate::archive::{self, Piece, PolicyBundle};
 
-/// More cached pages are not faster.
+/// Page cache: more is not measurably faster.
 const CACHE_BYTES: usize = 512 << 10;
-/// Each sync costs a disk write.
+/// Delay of a sync after a commit: each costs a disk write.
 const SYNC_DELAY: Duration = Duration::from_secs(1);
-/// Writes leave free pages, compacted at the start.
+/// Ratio of file to content that leads to compaction at the start: writes leave free pages.
 const COMPACTION_RATIO: u64 = 3;
 
 pub(super) enum Command {

@@ -22,9 +22,9 @@ impl AppliedState {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum MarkerTrust {
     Full,
-    /// An event did not fit.
+    /// Not the revision: an event did not fit.
     Digests,
-    /// OPA lacked content.
+    /// No digests: OPA lacked content.
     Names,
 }
 

@@ -16,6 +16,7 @@ use crate::config::Delivery;
 use crate::hub::{self, Stream};
 use crate::opa;
 
+/// Maximum time from an announcement to its event; another hub may be faster.
 const PENDING_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Replica {
@@ -193,6 +194,7 @@ impl Replica {
     }
 }
 
+/// Checks that an event starts from the applied content (I3).
 fn check_base(from: Option<Digest>, applied: Digest) -> Result<(), opa::Error> {
     match from {
         Some(from) if from != applied => Err(opa::Error::WrongBase { from, applied }),
@@ -200,7 +202,7 @@ fn check_base(from: Option<Digest>, applied: Digest) -> Result<(), opa::Error> {
     }
 }
 
-/// The hub was at OPA's revision earlier.
+/// A hub that knows OPA's revision may be behind the hub that sent it.
 fn behind_opa(lag: &Lag) -> hub::Error {
     hub::Error::BehindOpa(lag.to_string())
 }

@@ -17,13 +17,13 @@ use crate::opa::Marker;
 use crate::state::Meta;
 use crate::{archive, hub, opa};
 
-/// Later OPA starts from disk.
+/// Maximum wait for the hub if OPA can start from disk.
 const HUB_FIRST_TIMEOUT: Duration = Duration::from_millis(300);
-/// Afterwards OPA is loaded: during a replacement each of two hubs may reject a request.
+/// Consecutive rejections of reconcile requests before a full load: during an upgrade each of two hubs may reject one.
 const REJECTIONS_MAX: u32 = 3;
 
 impl Replica {
-    /// Falls back to disk if no hub responds.
+    /// Loads an OPA without a marker, from disk if no hub responds.
     pub(super) async fn load(&mut self) -> Result<AppliedState, SessionError> {
         let started = Instant::now();
         let last_good = self.last_good.meta(self.policies.delivery).await;
@@ -67,7 +67,7 @@ impl Replica {
         Ok(applied)
     }
 
-    /// Applies the differences from `marker`.
+    /// Requests and applies the content that differs from `marker`.
     pub(super) async fn reconcile(&mut self, mut marker: Marker) -> Result<AppliedState, SessionError> {
         let started = Instant::now();
         self.status.with(|state| state.applied = None);

@@ -8,7 +8,7 @@
 //!    └── back off ◀── no hub, no OPA, another marker, an event that does not fit ◀──┘
 //! ```
 //!
-//! This file is the retry loop. All starts and restarts take this path.
+//! This file is the retry loop. Starts and restarts share one path.
 //!
 //! - `session`: marker to stream
 //! - `load`: load, restore, reconcile
@@ -44,11 +44,11 @@ use crate::backoff::Backoff;
 use crate::opa::ClientError;
 use crate::{hub, opa};
 
-/// Earlier ends lead to a pause: two agents of one OPA would alternate without one.
+/// A shorter session is followed by a pause: two agents of one OPA would alternate without one.
 const SESSION_MIN: Duration = Duration::from_secs(1);
-/// OPA starts within a second.
+/// Maximum pause for an OPA that starts, within a second.
 const OPA_BACKOFF_MAX: Duration = Duration::from_millis(500);
-/// Each repair costs the hub a response.
+/// Pause between repairs of an OPA that activates no policies; each costs the hub a response.
 const UNACTIVATED_PAUSE: Duration = Duration::from_secs(5);
 
 impl Replica {
@@ -122,8 +122,9 @@ impl Replica {
         }
     }
 
-    fn report_unreachable(&mut self, error: &reqwest::Error) {
+    fn report_unreachable(&self, error: &reqwest::Error) {
         tracing::warn!(%error, "OPA unreachable, retrying");
+        // A slow OPA has its content.
         if error.is_connect() {
             self.policies.server.reset_opa();
         } else {
@@ -135,6 +136,7 @@ impl Replica {
         tracing::warn!(%error, "repairing OPA");
         self.status.with(|state| state.applied = None);
         if let opa::Error::OtherWriter = error {
+            // The other writer's marker remains.
             self.expected = ExpectedMarker::Any;
             if started.elapsed() < SESSION_MIN {
                 self.back_off().await;

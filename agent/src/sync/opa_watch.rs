@@ -21,7 +21,7 @@ pub(super) fn poll_interval(delay: Duration) -> Interval {
 /// Marker until a restart.
 #[derive(Clone, Copy)]
 pub(super) enum ExpectedMarker {
-    /// A restart loses nothing.
+    /// No marker: a restart loses nothing.
     Unwritten,
     Any,
     /// OPA may get the policies of this revision.

@@ -15,7 +15,7 @@ use crate::config::Delivery;
 use crate::opa::{ArchiveModules, Marker, ModuleChanges};
 use crate::{hub, opa};
 
-/// OPA usually activates a bundle within this time.
+/// Usual time until OPA activates a policy bundle.
 const ACTIVATION_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Replica {
@@ -122,7 +122,7 @@ impl Replica {
         }
     }
 
-    /// Returns the modules of a complete revision.
+    /// Returns the modules from which a stream may resume, `None` if the marker has no complete revision.
     pub(super) fn verified_modules(&self, marker: &Marker) -> Option<Digest> {
         let is_complete = marker.dirs.values().all(Option::is_some);
         let revision =
@@ -133,7 +133,7 @@ impl Replica {
         is_verified.then_some(revision.modules)
     }
 
-    /// Publishes and returns the modules of a complete revision.
+    /// Publishes the policies from which a stream may resume, and returns their modules.
     pub(super) async fn resumable_modules(
         &mut self,
         marker: &Marker,

@@ -12,7 +12,7 @@ use crate::config::Delivery;
 use crate::hub::{self, Stream};
 use crate::opa::{self, Marker};
 
-/// One with fields for old policies, and one without.
+/// Reconcile requests before a stream opens: one with fields for old policies, and one without.
 const RECONCILES_MAX: usize = 2;
 
 impl Replica {
@@ -58,7 +58,7 @@ impl Replica {
         let complete = found.as_ref().filter(|marker| self.verified_modules(marker).is_some());
         self.status.with(|state| {
             state.applied = complete.and_then(|marker| marker.revision);
-            // For an agent that restarted.
+            // A restarted agent knows the target from OPA.
             state.target = state.target.or(state.applied);
         });
         let is_complete = complete.is_some();
