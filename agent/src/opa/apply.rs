@@ -26,7 +26,7 @@ pub(crate) enum Error {
     Opa(#[from] client::Error),
     #[error(transparent)]
     Archive(#[from] archive::Error),
-    #[error("OPA's marker changed: OPA restarted, or another agent writes to it")]
+    #[error("OPA's marker changed: OPA restarted or has another writer")]
     OtherWriter,
     #[error("parsing an event of the hub failed: {0}")]
     Event(#[from] serde_json::Error),

@@ -1,7 +1,8 @@
 //! Loopback server: health, and the policy bundle for OPA.
 //!
 //! After each REST write OPA checks data against rules below the roots of the bundle activated last, and copies that
-//! data. So `/bundles/{name}/data-only` is an empty bundle that changes after each activation of policies.
+//! data. So `/bundles/{name}/data-only`, an empty bundle, changes after each activation of policies: OPA activates it
+//! last and has nothing to check.
 //!
 //! An OPA without activated policies may have restarted. Its poll waits for data: policies must not decide without it.
 //!

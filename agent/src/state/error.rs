@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    #[error("using the state directory {} failed: {source}; make it writable for the agent", path.display())]
+    #[error("using the state directory {} failed: {source}; grant the agent write access", path.display())]
     Directory { path: PathBuf, source: io::Error },
     #[error("reading or writing the state failed: {0}")]
     Database(#[from] redb::Error),

@@ -33,7 +33,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 /// Less than any wait for a hub.
-const DETECTED: Duration = Duration::from_secs(4);
+const DETECTION_TIMEOUT: Duration = Duration::from_secs(4);
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 const MARKER: &str = "/system/opahub/main";
@@ -246,7 +246,7 @@ async fn last_good(whole: &Marker) -> tempfile::TempDir {
 async fn has_applied(opa: &Shared, revision: Revision) {
     let revision = json!(revision.to_string());
     let has_applied = |opa: &Opa| opa.marker.as_ref().is_some_and(|marker| marker["revision"] == revision);
-    tokio::time::timeout(DETECTED, opa.subscribe().wait_for(has_applied)).await.unwrap().unwrap();
+    tokio::time::timeout(DETECTION_TIMEOUT, opa.subscribe().wait_for(has_applied)).await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -292,7 +292,7 @@ async fn rejection_by_opa_ends_a_load_at_once() {
     let (shared, replica) = replica(&half, url, Delivery::Rest, Some(dir.path())).await;
     _ = opa.set(shared);
     until(replica, async {
-        let again = tokio::time::timeout(DETECTED, async {
+        let again = tokio::time::timeout(DETECTION_TIMEOUT, async {
             requested.subscribe().wait_for(|requested| *requested >= 2).await.map(|requested| *requested)
         });
         again.await.unwrap().unwrap();
