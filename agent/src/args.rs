@@ -13,7 +13,7 @@ use crate::config::{Config, Delivery, OpaConfig, Token};
 
 /// Keep the OPA next to this agent in sync with opa-hub.
 ///
-/// With --policy-delivery bundle OPA needs this configuration:
+/// The agent writes data by OPA's REST API. With --policy-delivery bundle OPA loads policies from the agent:
 ///
 ///   services: {agent: {url: "http://127.0.0.1:8282"}}
 ///   bundles:
@@ -38,16 +38,16 @@ pub(crate) struct Args {
     /// Address of health and policy bundle
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_AGENT_LISTEN", default_value = "127.0.0.1:8282", value_parser = listen_address)]
     listen: SocketAddr,
-    /// Additional address of health
+    /// Additional address of /health, /livez, /readyz and /metrics
     #[arg(long, value_name = "ADDR", env = "OPA_HUB_HEALTH_ENDPOINT", value_parser = listen_address)]
     health_endpoint: Option<SocketAddr>,
     /// PEM file of additional authorities for hubs, read once
     #[arg(long, value_name = "FILE", env = "OPA_HUB_CA_FILE")]
     hub_ca_file: Option<PathBuf>,
-    /// Directory of the last good state, for restarts without a hub; an emptyDir suffices
+    /// Directory of the last good data and policies, for restarts without a hub; an emptyDir suffices
     #[arg(long, value_name = "DIR", env = "OPA_HUB_STATE_DIR")]
     state_dir: Option<PathBuf>,
-    /// Seconds out of sync after which /readyz fails. Without this flag a loaded OPA stays ready
+    /// Seconds out of sync after which /readyz fails. Without this flag a loaded OPA stays ready while no hub answers
     #[arg(long, value_name = "SECONDS", env = "OPA_HUB_UNREADY_AFTER")]
     unready_after: Option<u64>,
 

@@ -18,7 +18,7 @@ pub struct Status(Arc<Mutex<SyncState>>);
 pub(crate) struct SyncState {
     delivery: Delivery,
     unready_after: Option<Duration>,
-    /// Whether OPA was in sync since its start: it decides on that.
+    /// Whether OPA has had complete content since its start.
     is_loaded: bool,
     /// `None` while in sync with the source.
     out_of_sync_since: Option<Instant>,
