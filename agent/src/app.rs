@@ -1,39 +1,41 @@
-//! The only wiring.
+//! Starts the agent and joins its parts.
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 
-use crate::cli::Cli;
-use crate::config::{Config, RESOLVERS_MAX};
-use crate::local::Local;
-use crate::replica::Replica;
-use crate::server;
+use crate::args::Args;
+use crate::config::Config;
+use crate::server::{self, LocalServer};
 use crate::status::Status;
+use crate::sync::Replica;
 
-/// Runs the agent as the command line says until it is told to stop.
+/// A DNS outage blocks one thread for up to 30 s per attempt at a hub.
+const RESOLVERS_MAX: usize = 8;
+
+/// Runs the agent until SIGTERM or SIGINT.
 pub fn main() -> ExitCode {
-    let (cli, others) = match Cli::parse_tolerantly(std::env::args()) {
+    let (args, unknown) = match Args::parse_tolerantly(std::env::args()) {
         Ok(parsed) => parsed,
         Err(error) => error.exit(),
     };
-    let log = tracing_subscriber::fmt().with_max_level(cli.log_level).with_writer(std::io::stderr);
-    if cli.log_json {
+    let log = tracing_subscriber::fmt().with_max_level(args.log_level).with_writer(std::io::stderr);
+    if args.log_json {
         log.json().init();
     } else {
         log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init();
     }
     let run = || -> anyhow::Result<()> {
-        let config = cli.config()?;
-        if !others.is_empty() {
-            tracing::warn!(flags = others.join(" "), "passed over, the hub may need them now");
+        let config = args.config()?;
+        if !unknown.is_empty() {
+            tracing::warn!(flags = unknown.join(" "), "unknown flags ignored");
         }
         let hubs: Vec<_> = config.hubs.iter().map(reqwest::Url::as_str).collect();
         let (opa, bundle, delivery) = (&config.opa.url, &config.bundle, config.delivery);
-        tracing::info!(hubs = hubs.join(","), %opa, bundle, ?delivery, "starting");
+        tracing::info!(hubs = hubs.join(","), %opa, bundle, ?delivery, "agent starting");
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
-        // One thread for everything but archives, the state and names: each thread costs an arena of the allocator.
+        // Each thread costs an arena of the allocator.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(RESOLVERS_MAX)
@@ -60,14 +62,15 @@ async fn run(config: Config) -> anyhow::Result<()> {
         None => None,
     };
     let status = Status::new(config.delivery, config.unready_after);
-    let local = Local::new(config.bundle.clone(), status.clone());
+    let local = LocalServer::new(config.bundle.clone(), status.clone());
     let replica = Replica::new(&config, local.clone(), status)?;
-    tracing::info!("health at http://{}/readyz", listener.local_addr()?);
+    let address = listener.local_addr()?;
+    tracing::info!(%address, "serving health");
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    let router = local.clone().health();
-    let also_health = async {
+    let health_router = local.clone().health_router();
+    let serve_health = async {
         match health {
-            Some(listener) => server::serve(listener, router).await,
+            Some(listener) => server::serve(listener, health_router).await,
             None => std::future::pending().await,
         }
     };
@@ -78,8 +81,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
         }
     };
     tokio::select! {
-        () = server::serve(listener, local.router()) => unreachable!("it serves for ever"),
-        () = also_health => unreachable!("it serves for ever"),
+        () = server::serve(listener, local.router()) => unreachable!("a server has no end"),
+        () = serve_health => unreachable!("a server has no end"),
         () = replica.run(stop) => Ok(()),
     }
 }

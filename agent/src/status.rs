@@ -1,4 +1,4 @@
-//! What the agent knows of itself, for `/readyz` and for people.
+//! Sync status for `/readyz`, `/v1/status` and `/metrics`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,225 +11,225 @@ use tokio::time::Instant;
 
 use crate::config::Delivery;
 
-/// Shared by the replica, which writes, and the local server, which reads.
+/// Status of the agent.
 #[derive(Clone)]
-pub struct Status(Arc<Mutex<State>>);
+pub struct Status(Arc<Mutex<SyncState>>);
 
-/// See [`Status`].
-pub struct State {
+pub(crate) struct SyncState {
     delivery: Delivery,
     unready_after: Option<Duration>,
-    /// Whether OPA has held one whole state since it started: it decides on that until it restarts.
-    loaded: bool,
-    /// Time since which OPA is not in step with the source; `None` while it is.
-    apart: Option<Instant>,
-    /// What the hub last said.
-    pub said: Option<Revision>,
-    /// What OPA held when it was asked last; none when it did not answer or holds less.
-    pub held: Option<Revision>,
-    /// The modules' digest of the policy bundle that OPA last said it has activated.
-    pub activated: Option<Digest>,
-    /// Since when there is no stream; none while there is one.
-    pub unconnected: Option<Instant>,
-    /// Since when the hub says that there is more than it has given.
-    pub behind: Option<Instant>,
-    /// Since when the hub has not heard its source, in its words.
-    pub stale: Option<(Instant, String)>,
-    /// Modules that OPA refuses, with its words.
-    pub refused: BTreeMap<String, String>,
-    /// The failure that is being waited out.
-    pub failure: Option<String>,
-    /// What an operator should know although nothing fails.
-    pub notice: Option<String>,
-    /// What was done since the start.
-    pub done: Done,
+    /// Whether OPA has had complete content since its start.
+    is_loaded: bool,
+    /// `None` while in sync with the source.
+    out_of_sync_since: Option<Instant>,
+    /// Latest revision from the hub.
+    pub(crate) target: Option<Revision>,
+    /// `None` while unknown or incomplete.
+    pub(crate) applied: Option<Revision>,
+    /// Modules that OPA reports as activated.
+    pub(crate) activated: Option<Digest>,
+    pub(crate) hub: HubStatus,
+    pub(crate) problems: Problems,
+    pub(crate) counters: Counters,
 }
 
-/// What was done since the start.
+pub(crate) struct HubStatus {
+    /// `None` while a stream is open.
+    pub(crate) disconnected_since: Option<Instant>,
+    /// Time of the first unfulfilled announcement.
+    pub(crate) pending_since: Option<Instant>,
+    /// Start and reason, as the hub reports.
+    pub(crate) stale: Option<(Instant, String)>,
+}
+
+#[derive(Default)]
+pub(crate) struct Problems {
+    /// OPA's messages by module id.
+    pub(crate) rejected_modules: BTreeMap<String, String>,
+    pub(crate) failure: Option<String>,
+    pub(crate) notice: Option<String>,
+}
+
 #[derive(Serialize, Clone, Copy, Default)]
 #[serde(rename_all = "camelCase")]
-pub struct Done {
-    /// Events applied.
-    pub frames: u64,
-    /// Times that an OPA without a marker was loaded.
-    pub snapshots: u64,
-    /// Times that an OPA was repaired by digests.
-    pub reconciles: u64,
-    /// Times that an OPA without a marker was loaded from the last good state on disk.
-    pub restores: u64,
+pub(crate) struct Counters {
+    pub(crate) frames: u64,
+    /// Loads from a hub.
+    pub(crate) snapshots: u64,
+    /// Repairs by digests.
+    pub(crate) reconciles: u64,
+    /// Loads from disk.
+    pub(crate) restores: u64,
 }
 
-/// How much a report shows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Detail {
-    /// Names of modules, and the words of OPA and of the hub.
+pub(crate) enum Detail {
+    /// Names and messages.
     Full,
-    /// Counts instead, for a listener that the whole cluster may reach.
+    /// Counts only, for the cluster.
     Counts,
 }
 
-/// What `/v1/status` and `/readyz?verbose` show.
+/// Body of `/v1/status` and `/readyz?verbose`.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Report {
-    /// Whether OPA decides on one whole state, and is not out of step for longer than it may be.
-    pub ready: bool,
-    /// Reasons why it is not.
-    pub because: Vec<String>,
-    /// Whether OPA holds what the hub last said.
-    pub in_step: bool,
-    /// Reasons why OPA may not hold what the source has.
-    pub behind: Vec<String>,
-    /// What an operator should know although nothing fails.
-    pub notices: Vec<String>,
-    /// What the hub last said.
-    pub said: Option<Revision>,
-    /// What OPA holds.
-    pub held: Option<Revision>,
-    /// What was done since the start.
-    pub done: Done,
+pub(crate) struct Report {
+    pub(crate) ready: bool,
+    #[serde(rename = "because")]
+    pub(crate) reasons: Vec<String>,
+    #[serde(rename = "inStep")]
+    in_sync: bool,
+    /// Reasons for being behind the source.
+    behind: Vec<String>,
+    notices: Vec<String>,
+    #[serde(rename = "said")]
+    target_revision: Option<Revision>,
+    #[serde(rename = "held")]
+    applied_revision: Option<Revision>,
+    #[serde(rename = "done")]
+    counters: Counters,
 }
 
 impl Status {
-    /// Nothing is known yet.
+    /// Creates the status of a disconnected agent.
     pub fn new(delivery: Delivery, unready_after: Option<Duration>) -> Self {
-        Self(Arc::new(Mutex::new(State {
+        let hub = HubStatus { disconnected_since: Some(Instant::now()), pending_since: None, stale: None };
+        Self(Arc::new(Mutex::new(SyncState {
             delivery,
             unready_after,
-            loaded: false,
-            apart: Some(Instant::now()),
-            said: None,
-            held: None,
+            is_loaded: false,
+            out_of_sync_since: Some(Instant::now()),
+            target: None,
+            applied: None,
             activated: None,
-            unconnected: Some(Instant::now()),
-            behind: None,
-            stale: None,
-            refused: BTreeMap::new(),
-            failure: None,
-            notice: None,
-            done: Done::default(),
+            hub,
+            problems: Problems::default(),
+            counters: Counters::default(),
         })))
     }
 
-    /// Changes or reads it.
-    pub fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+    pub(crate) fn with<T>(&self, f: impl FnOnce(&mut SyncState) -> T) -> T {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let result = f(&mut state);
-        state.loaded |= state.is_in_step();
-        state.apart = match state.apart {
-            _ if !state.is_behind() => None,
+        state.is_loaded |= state.is_in_sync();
+        state.out_of_sync_since = match state.out_of_sync_since {
+            _ if !state.is_behind_source() => None,
             since => since.or_else(|| Some(Instant::now())),
         };
         result
     }
 
-    /// Metrics in the text format of Prometheus.
-    pub fn metrics(&self) -> String {
+    pub(crate) fn metrics(&self) -> String {
         self.with(|state| state.metrics())
     }
 
-    /// What people and probes are shown.
-    pub fn report(&self, detail: Detail) -> Report {
+    pub(crate) fn report(&self, detail: Detail) -> Report {
         self.with(|state| {
-            let because = state.unready();
+            let reasons = state.unready_reasons();
             Report {
-                ready: because.is_empty(),
-                because,
-                in_step: state.is_in_step(),
-                behind: state.behind(detail),
-                notices: state.notice.iter().cloned().collect(),
-                said: state.said,
-                held: state.held,
-                done: state.done,
+                ready: reasons.is_empty(),
+                reasons,
+                in_sync: state.is_in_sync(),
+                behind: state.behind_reasons(detail),
+                notices: state.problems.notice.iter().cloned().collect(),
+                target_revision: state.target,
+                applied_revision: state.applied,
+                counters: state.counters,
             }
         })
     }
 }
 
-impl State {
-    /// OPA restarted: it holds nothing.
-    pub fn lost(&mut self) {
-        (self.loaded, self.held, self.activated) = (false, None, None);
+impl SyncState {
+    pub(crate) fn reset_opa(&mut self) {
+        (self.is_loaded, self.applied, self.activated) = (false, None, None);
     }
 
-    /// Modules that OPA should have activated and has not.
     fn is_activated(&self) -> bool {
-        self.delivery == Delivery::Rest || self.activated == self.said.map(|said| said.modules)
+        self.delivery == Delivery::Rest || self.activated == self.target.map(|target| target.modules)
     }
 
-    fn is_in_step(&self) -> bool {
-        let is_held = self.held.is_some() && self.held == self.said;
-        is_held && self.behind.is_none() && self.refused.is_empty() && self.is_activated()
+    fn is_in_sync(&self) -> bool {
+        let is_applied = self.applied.is_some() && self.applied == self.target;
+        let is_complete = self.hub.pending_since.is_none() && self.problems.rejected_modules.is_empty();
+        is_applied && is_complete && self.is_activated()
     }
 
-    /// Whether OPA may not hold what the source has.
-    fn is_behind(&self) -> bool {
-        let since = [self.unconnected, self.behind, self.stale.as_ref().map(|(since, _)| *since)];
-        !self.is_in_step() || since.iter().any(Option::is_some)
+    /// Whether OPA may lack content of the source.
+    fn is_behind_source(&self) -> bool {
+        let HubStatus { disconnected_since, pending_since, stale } = &self.hub;
+        let is_current = disconnected_since.is_none() && pending_since.is_none() && stale.is_none();
+        !self.is_in_sync() || !is_current
     }
 
-    fn unready(&self) -> Vec<String> {
-        if !self.loaded {
+    fn unready_reasons(&self) -> Vec<String> {
+        if !self.is_loaded {
             return vec!["OPA is not loaded".to_owned()];
         }
-        let apart = self.apart.map(|since| since.elapsed());
-        let apart = apart.filter(|apart| self.unready_after.is_some_and(|after| *apart >= after));
-        apart.map(|apart| format!("OPA is out of step for {} s", apart.as_secs())).into_iter().collect()
+        let elapsed = self.out_of_sync_since.map(|since| since.elapsed());
+        let elapsed = elapsed.filter(|elapsed| self.unready_after.is_some_and(|after| *elapsed >= after));
+        elapsed.map(|elapsed| format!("OPA is out of step for {} s", elapsed.as_secs())).into_iter().collect()
     }
 
-    fn behind(&self, detail: Detail) -> Vec<String> {
-        let mut behind = Vec::new();
-        if self.held.is_none() || self.held != self.said {
-            behind.push("OPA does not hold what the hub last said".to_owned());
+    fn behind_reasons(&self, detail: Detail) -> Vec<String> {
+        let mut reasons = Vec::new();
+        if self.applied.is_none() || self.applied != self.target {
+            reasons.push("OPA has not applied the hub's latest revision".to_owned());
         }
         if !self.is_activated() {
-            behind.push("OPA has not activated the policy bundle that the hub last said".to_owned());
+            reasons.push("OPA has not activated the latest policy bundle".to_owned());
         }
         let seconds = |since: Instant| since.elapsed().as_secs();
-        if let Some(since) = self.unconnected {
-            behind.push(format!("no stream from the hub for {} s", seconds(since)));
+        if let Some(since) = self.hub.disconnected_since {
+            reasons.push(format!("no stream from the hub for {} s", seconds(since)));
         }
-        if let Some(since) = self.behind {
-            behind.push(format!("the hub has more to say, for {} s", seconds(since)));
+        if let Some(since) = self.hub.pending_since {
+            reasons.push(format!("a change announced by the hub is pending for {} s", seconds(since)));
         }
-        if let Some((since, words)) = &self.stale {
-            let words = if detail == Detail::Full { format!(": {words}") } else { String::new() };
-            behind.push(format!("what the hub says may be old, for {} s{words}", seconds(*since)));
+        if let Some((since, reason)) = &self.hub.stale {
+            let reason = if detail == Detail::Full { format!(": {reason}") } else { String::new() };
+            reasons.push(format!("the hub's data may be stale for {} s{reason}", seconds(*since)));
         }
+        let rejected = &self.problems.rejected_modules;
         if detail == Detail::Counts {
-            let refused = self.refused.len();
-            behind.extend((refused > 0).then(|| format!("OPA refuses modules: {refused}")));
-            return behind;
+            let count = rejected.len();
+            reasons.extend((count > 0).then(|| format!("OPA rejected modules: {count}")));
+            return reasons;
         }
-        behind.extend(self.refused.iter().map(|(id, message)| format!("OPA refuses {id}: {message}")));
-        if !behind.is_empty() {
-            behind.extend(self.failure.clone());
+        reasons.extend(rejected.iter().map(|(id, message)| format!("OPA rejected {id}: {message}")));
+        if !reasons.is_empty() {
+            reasons.extend(self.problems.failure.clone());
         }
-        behind
+        reasons
     }
 
-    /// Metrics in the text format of Prometheus.
     fn metrics(&self) -> String {
         let age = |since: Option<Instant>| since.map_or(0.0, |since| since.elapsed().as_secs_f64());
-        let Done { frames, snapshots, reconciles, restores } = self.done;
-        let stale = self.stale.as_ref().map(|(since, _)| *since);
+        let flag = |value: bool| f64::from(u8::from(value));
+        let Counters { frames, snapshots, reconciles, restores } = self.counters;
+        let stale_since = self.hub.stale.as_ref().map(|(since, _)| *since);
+        let rejected = self.problems.rejected_modules.len() as f64;
         let gauges = [
+            ("ready", "Whether OPA decides on complete content", flag(self.unready_reasons().is_empty())),
+            ("in_step", "Whether OPA has applied the hub's latest revision", flag(self.is_in_sync())),
             (
-                "ready",
-                "Whether OPA decides on one whole state",
-                f64::from(u8::from(self.unready().is_empty())),
+                "out_of_step_seconds",
+                "Seconds since OPA had the source's content",
+                age(self.out_of_sync_since),
             ),
-            ("in_step", "Whether OPA holds what the hub last sent", f64::from(u8::from(self.is_in_step()))),
-            ("out_of_step_seconds", "Time since OPA held what the source has", age(self.apart)),
-            ("disconnected_seconds", "Time since there was a stream from a hub", age(self.unconnected)),
-            ("stale_seconds", "Time since the hub lost its source", age(stale)),
-            ("refused_modules", "Modules that OPA refuses", self.refused.len() as f64),
+            (
+                "disconnected_seconds",
+                "Seconds since a stream from a hub was open",
+                age(self.hub.disconnected_since),
+            ),
+            ("stale_seconds", "Seconds since the hub lost its source", age(stale_since)),
+            ("refused_modules", "Number of modules rejected by OPA", rejected),
         ];
         let counters = [
-            ("frames", "Frames applied", frames),
-            ("snapshots", "Loads of an OPA that held nothing", snapshots),
-            ("reconciles", "Repairs by digests", reconciles),
-            ("restores", "Loads from the last good state on disk", restores),
+            ("frames", "Total frames applied", frames),
+            ("snapshots", "Total loads of OPA from a hub", snapshots),
+            ("reconciles", "Total repairs of OPA by digests", reconciles),
+            ("restores", "Total loads of OPA from disk", restores),
         ];
         let mut text = String::new();
         for (name, help, value) in gauges {
@@ -248,36 +248,39 @@ impl State {
 mod tests {
     use super::*;
 
-    /// A19: `: wait` says that there is more.
+    /// A19: `: wait` announces a change.
     #[test]
-    fn an_event_that_is_announced_is_not_in_step() {
+    fn announced_change_is_out_of_sync() {
         let status = Status::new(Delivery::Rest, None);
         let digest = Digest::of(b"x");
         let revision = Some(Revision { modules: digest, data: digest });
-        status.with(|state| (state.said, state.held, state.unconnected) = (revision, revision, None));
-        assert!(status.report(Detail::Full).in_step);
-        status.with(|state| state.behind = Some(Instant::now()));
+        status.with(|state| {
+            (state.target, state.applied, state.hub.disconnected_since) = (revision, revision, None);
+        });
+        assert!(status.report(Detail::Full).in_sync);
+        status.with(|state| state.hub.pending_since = Some(Instant::now()));
         let report = status.report(Detail::Full);
-        assert!(report.ready && !report.in_step);
-        status.with(|state| state.behind = None);
-        assert!(status.report(Detail::Full).in_step);
+        assert!(report.ready && !report.in_sync);
+        status.with(|state| state.hub.pending_since = None);
+        assert!(status.report(Detail::Full).in_sync);
     }
 
     #[test]
-    fn counts_name_no_module_and_repeat_no_error() {
+    fn counts_contain_no_names_and_no_messages() {
         let status = Status::new(Delivery::Rest, None);
         status.with(|state| {
             state
-                .refused
+                .problems
+                .rejected_modules
                 .insert("shop/authz/a.rego".to_owned(), "rego_parse_error in secret.rego".to_owned());
-            state.failure = Some("OPA refuses PUT /v1/policies/shop".to_owned());
-            state.stale = Some((Instant::now(), "v1/pods: forbidden".to_owned()));
+            state.problems.failure = Some("OPA rejected PUT /v1/policies/shop".to_owned());
+            state.hub.stale = Some((Instant::now(), "v1/pods: forbidden".to_owned()));
         });
         let behind = |detail| status.report(detail).behind.join("\n");
         let (full, counts) = (behind(Detail::Full), behind(Detail::Counts));
         for part in ["shop/authz/a.rego", "secret.rego", "/v1/policies/shop", "forbidden"] {
             assert!(full.contains(part) && !counts.contains(part), "{part}: {full}, {counts}");
         }
-        assert!(counts.contains("OPA refuses modules: 1"), "{counts}");
+        assert!(counts.contains("OPA rejected modules: 1"), "{counts}");
     }
 }

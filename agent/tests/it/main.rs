@@ -1,4 +1,4 @@
-//! The program: what it says of itself, and what it says when it cannot do what it was told.
+//! Tests of the program.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -12,7 +12,7 @@ fn run(args: &[&str]) -> (bool, String) {
 }
 
 #[test]
-fn says_what_is_wrong_and_what_to_do() {
+fn invalid_arguments_are_explained() {
     for (args, part) in [
         (&[][..], "--hub"),
         (&["--hub", "unix:/x"], "write http://HOST"),

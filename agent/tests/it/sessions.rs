@@ -1,4 +1,4 @@
-//! Sessions of a replica between an OPA and a hub that misbehave.
+//! Sessions with a faulty OPA and hub.
 
 use std::collections::BTreeMap;
 use std::future::pending;
@@ -16,11 +16,11 @@ use flate2::write::GzEncoder;
 use futures::{StreamExt as _, stream};
 use opa_hub_agent::archive::Piece;
 use opa_hub_agent::config::{Config, Delivery, OpaConfig};
-use opa_hub_agent::local::Local;
-use opa_hub_agent::marker::Marker;
-use opa_hub_agent::replica::Replica;
-use opa_hub_agent::state::{self, Meta};
+use opa_hub_agent::opa::Marker;
+use opa_hub_agent::server::LocalServer;
+use opa_hub_agent::state::{Meta, StateStore};
 use opa_hub_agent::status::Status;
+use opa_hub_agent::sync::Replica;
 use opa_hub_proto::frame::{DELTA_EVENT, Delta, write_event};
 use opa_hub_proto::head::{DataHead, Head};
 use opa_hub_proto::position::Position;
@@ -32,18 +32,16 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-/// Time in which a restart of OPA must be noticed, on a busy machine too: less than any wait for a hub.
-const NOTICED: Duration = Duration::from_secs(4);
-/// Time in which everything else must happen.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Less than any wait for a hub.
+const DETECTION_TIMEOUT: Duration = Duration::from_secs(4);
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 const MARKER: &str = "/system/opahub/main";
 
-/// What an OPA holds and was asked.
 #[derive(Default)]
 struct Opa {
     marker: Option<Value>,
-    /// Whether it holds another revision whenever it is asked.
+    /// Whether the revision never matches.
     is_shared: bool,
     claims: usize,
     /// Operations on data.
@@ -126,17 +124,15 @@ async fn serve(router: Router) -> Url {
     url.parse().unwrap()
 }
 
-/// A replica of an OPA that holds `marker`.
 async fn replica(
     marker: &Marker,
     hub: Url,
     delivery: Delivery,
     dir: Option<&std::path::Path>,
 ) -> (Shared, Replica) {
-    // Another test may have done so.
     _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let held = Opa { marker: Some(serde_json::to_value(marker).unwrap()), ..Opa::default() };
-    let shared: Shared = Arc::new(watch::Sender::new(held));
+    let state = Opa { marker: Some(serde_json::to_value(marker).unwrap()), ..Opa::default() };
+    let shared: Shared = Arc::new(watch::Sender::new(state));
     let opa = |State(opa): State<Shared>, method: Method, uri: Uri, body: Bytes| async move {
         answer(&opa, method, &uri, &body)
     };
@@ -155,15 +151,14 @@ async fn replica(
         unready_after: None,
     };
     let status = Status::new(delivery, None);
-    let local = Local::new("main".to_owned(), status.clone());
+    let local = LocalServer::new("main".to_owned(), status.clone());
     (shared, Replica::new(&config, local, status).unwrap())
 }
 
-/// Runs `replica` until `done`.
 async fn until<T>(replica: Replica, done: impl Future<Output = T>) -> T {
     tokio::select! {
-        () = replica.run(pending()) => unreachable!("it runs for ever"),
-        done = tokio::time::timeout(PATIENCE, done) => done.unwrap(),
+        () = replica.run(pending()) => unreachable!("the loop has no end"),
+        done = tokio::time::timeout(TEST_TIMEOUT, done) => done.unwrap(),
     }
 }
 
@@ -171,7 +166,6 @@ fn digest(dir: &str) -> Digest {
     Digest::of(dir.as_bytes())
 }
 
-/// The marker of one whole revision.
 fn marker(dirs: &[&str], modules: Option<Digest>) -> Marker {
     let dirs = dirs.iter().map(|dir| (dir.parse().unwrap(), Some(digest(dir)))).collect();
     let mut marker = Marker { dirs, ..Marker::default() };
@@ -186,7 +180,6 @@ fn archive(head: &Head, files: &[(&str, &str)]) -> Vec<u8> {
     tar.into_inner().unwrap().finish().unwrap()
 }
 
-/// The first bytes of an archive, up to the end of these files.
 fn beginning(head: &Head, files: &[(&str, &str)]) -> Bytes {
     let mut tar = tar_of(head, files);
     tar.get_mut().flush().unwrap();
@@ -215,35 +208,34 @@ fn head(marker: &Marker) -> Head {
     }
 }
 
-/// H4: a hub that takes connections and says nothing hides no restart of OPA, and OPA gets its last good state.
+/// H4: OPA's restart is detected while a hub does not respond.
 #[tokio::test]
-async fn a_silent_hub_hides_no_restart_of_opa() {
+async fn restart_of_opa_is_detected_while_the_hub_is_silent() {
     let hub = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/", hub.local_addr().unwrap()).parse().unwrap();
     let whole = marker(&["/pods"], None);
     let dir = last_good(&whole).await;
     let (opa, replica) = replica(&whole, url, Delivery::Rest, Some(dir.path())).await;
     until(replica, async {
-        let asked = hub.accept().await.unwrap();
+        let connection = hub.accept().await.unwrap();
         opa.send_modify(|opa| opa.marker = None);
-        is_given(&opa, whole.revision.unwrap()).await;
-        drop(asked);
+        has_applied(&opa, whole.revision.unwrap()).await;
+        drop(connection);
     })
     .await;
 }
 
-/// Writes a last good state whose one directory is empty.
 async fn last_good(whole: &Marker) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let mut last_good = state::State::open(dir.path().to_owned(), "main", None).unwrap();
-    last_good.piece(&Piece::Head(head(whole))).await;
-    last_good.piece(&Piece::Directory("/pods".parse().unwrap(), b"{}".to_vec())).await;
+    let mut last_good = StateStore::open(dir.path().to_owned(), "main", None).unwrap();
+    last_good.write_piece(&Piece::Head(head(whole))).await;
+    last_good.write_piece(&Piece::Directory("/pods".parse().unwrap(), b"{}".to_vec())).await;
     let meta = Meta {
         revision: whole.revision.unwrap(),
         position: Position::default(),
         ensure: Vec::new(),
         rego_version: None,
-        reads: None,
+        field_mask: None,
         etag: None,
     };
     last_good.commit(meta).await;
@@ -251,16 +243,14 @@ async fn last_good(whole: &Marker) -> tempfile::TempDir {
     dir
 }
 
-/// Waits until OPA holds this revision.
-async fn is_given(opa: &Shared, revision: Revision) {
+async fn has_applied(opa: &Shared, revision: Revision) {
     let revision = json!(revision.to_string());
-    let is_given = |opa: &Opa| opa.marker.as_ref().is_some_and(|marker| marker["revision"] == revision);
-    tokio::time::timeout(NOTICED, opa.subscribe().wait_for(is_given)).await.unwrap().unwrap();
+    let has_applied = |opa: &Opa| opa.marker.as_ref().is_some_and(|marker| marker["revision"] == revision);
+    tokio::time::timeout(DETECTION_TIMEOUT, opa.subscribe().wait_for(has_applied)).await.unwrap().unwrap();
 }
 
-/// A load that broke off is completed from the last good state where hubs break off too.
 #[tokio::test]
-async fn an_archive_that_breaks_off_leads_to_the_last_good_state() {
+async fn interrupted_archive_leads_to_the_last_good_state() {
     let whole = marker(&["/pods"], None);
     let dir = last_good(&whole).await;
     let first = beginning(&head(&marker(&["/pods", "/shop"], None)), &[]);
@@ -274,26 +264,25 @@ async fn an_archive_that_breaks_off_leads_to_the_last_good_state() {
     let url = serve(Router::new().fallback(hub)).await;
     let half = Marker { revision: None, dirs: [("/pods".parse().unwrap(), None)].into(), ..whole.clone() };
     let (opa, replica) = replica(&half, url, Delivery::Rest, Some(dir.path())).await;
-    until(replica, is_given(&opa, whole.revision.unwrap())).await;
+    until(replica, has_applied(&opa, whole.revision.unwrap())).await;
 }
 
-/// Where OPA takes no more, no more is waited for from the hub.
 #[tokio::test]
-async fn a_refusal_of_opa_ends_a_load_at_once() {
+async fn rejection_by_opa_ends_a_load_at_once() {
     let whole = marker(&["/pods"], None);
     let dir = last_good(&whole).await;
     let first = beginning(&head(&marker(&["/pods", "/shop"], None)), &[]);
-    let asked = Arc::new(watch::Sender::new(0));
+    let requested = Arc::new(watch::Sender::new(0));
     let opa: Arc<std::sync::OnceLock<Shared>> = Arc::default();
     let hub = {
-        let (asked, opa) = (Arc::clone(&asked), Arc::clone(&opa));
+        let (requested, opa) = (Arc::clone(&requested), Arc::clone(&opa));
         move |method: Method| async move {
             if method != Method::POST {
                 return StatusCode::GONE.into_response();
             }
             let other = |opa: &mut Opa| opa.marker.as_mut().unwrap()["writer"] = json!({ "other": true });
             opa.get().unwrap().send_modify(other);
-            asked.send_modify(|asked| *asked += 1);
+            requested.send_modify(|requested| *requested += 1);
             Body::from_stream(stream::iter([Ok::<_, std::io::Error>(first)]).chain(stream::pending()))
                 .into_response()
         }
@@ -303,17 +292,17 @@ async fn a_refusal_of_opa_ends_a_load_at_once() {
     let (shared, replica) = replica(&half, url, Delivery::Rest, Some(dir.path())).await;
     _ = opa.set(shared);
     until(replica, async {
-        let again = tokio::time::timeout(NOTICED, async {
-            asked.subscribe().wait_for(|asked| *asked >= 2).await.map(|asked| *asked)
+        let again = tokio::time::timeout(DETECTION_TIMEOUT, async {
+            requested.subscribe().wait_for(|requested| *requested >= 2).await.map(|requested| *requested)
         });
         again.await.unwrap().unwrap();
     })
     .await;
 }
 
-/// A9: two writers of one marker pause.
+/// A9
 #[tokio::test]
-async fn writers_that_do_not_agree_pause() {
+async fn conflicting_writers_back_off() {
     let hub = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/", hub.local_addr().unwrap()).parse().unwrap();
     let (opa, replica) = replica(&marker(&[], None), url, Delivery::Rest, None).await;
@@ -323,17 +312,17 @@ async fn writers_that_do_not_agree_pause() {
         _ = opa.subscribe().wait_for(|opa| opa.claims == 6).await.unwrap();
     })
     .await;
-    // Five pauses are drawn from nothing up to 0.1 s, 0.2 s … 1.6 s.
+    // Five random pauses of up to 0.1 s, 0.2 s … 1.6 s.
     assert!(started.elapsed() > Duration::from_millis(100), "{:?}", started.elapsed());
 }
 
-/// A8: data goes on while OPA does not activate the newest policies, with what its older ones read.
+/// A8: OPA gets data, with fields for its old policies.
 #[tokio::test]
-async fn data_goes_on_without_an_activation() {
+async fn data_continues_without_activation() {
     let modules = digest("new");
-    let mut held = marker(&["/pods"], Some(modules));
-    held.reads = vec!["old".to_owned(), "new".to_owned()];
-    let from = held.data_digest();
+    let mut old = marker(&["/pods"], Some(modules));
+    old.field_masks = vec!["old".to_owned(), "new".to_owned()];
+    let from = old.data_digest();
     let dirs = BTreeMap::from([("/pods".parse().unwrap(), Some(digest("narrow")))]);
     let to = data_digest(dirs.keys().map(|dir| (dir, digest("narrow"))), &[]);
     let patch = RawValue::from_string(r#"[{"op":"remove","path":"/pods/a"}]"#.to_owned()).unwrap();
@@ -360,10 +349,10 @@ async fn data_goes_on_without_an_activation() {
         &Head { modules: None, reads: Some("new".to_owned()), ..head(&wide) },
         &[("pods/data.json", "{\"a\":1}")],
     );
-    let first = held.revision.unwrap().to_string();
-    let asked = Arc::new(watch::Sender::new(Reconcile::default()));
+    let first = old.revision.unwrap().to_string();
+    let requested = Arc::new(watch::Sender::new(Reconcile::default()));
     let hub = {
-        let asked = Arc::clone(&asked);
+        let requested = Arc::clone(&requested);
         move |method: Method, uri: Uri, headers: axum::http::HeaderMap, body: Bytes| async move {
             match (method, uri.path()) {
                 (Method::GET, "/bundles/main/policy") => {
@@ -374,7 +363,7 @@ async fn data_goes_on_without_an_activation() {
                     Body::from_stream(event.chain(stream::pending())).into_response()
                 }
                 (Method::POST, "/bundles/main/reconcile") => {
-                    asked.send_replace(serde_json::from_slice(&body).unwrap());
+                    requested.send_replace(serde_json::from_slice(&body).unwrap());
                     answer.into_response()
                 }
                 _ => StatusCode::GONE.into_response(),
@@ -382,22 +371,22 @@ async fn data_goes_on_without_an_activation() {
         }
     };
     let url = serve(Router::new().fallback(hub)).await;
-    let (opa, replica) = replica(&held, url, Delivery::Bundle, None).await;
+    let (opa, replica) = replica(&old, url, Delivery::Bundle, None).await;
     until(replica, async {
-        let is_given = |opa: &Opa| opa.ops.contains(&("add".to_owned(), "/pods".to_owned()));
-        _ = opa.subscribe().wait_for(is_given).await.unwrap();
+        let has_applied = |opa: &Opa| opa.ops.contains(&("add".to_owned(), "/pods".to_owned()));
+        _ = opa.subscribe().wait_for(has_applied).await.unwrap();
     })
     .await;
-    assert_eq!(asked.borrow().reads, ["old", "new"]);
+    assert_eq!(requested.borrow().reads, ["old", "new"]);
     assert!(
         !opa.borrow().ops.contains(&("remove".to_owned(), "/pods/a".to_owned())),
-        "older policies read it"
+        "old policies read this field"
     );
 }
 
-/// A10: an OPA whose reconcile is refused for good is loaded, and what only its marker names is removed.
+/// A10: OPA is loaded, and obsolete content removed.
 #[tokio::test]
-async fn a_final_refusal_of_reconcile_ends_in_a_load() {
+async fn permanent_rejection_of_reconcile_leads_to_a_load() {
     let answer = archive(&head(&marker(&["/b"], None)), &[("b/data.json", "{\"x\":1}")]);
     let hub = move |method: Method, uri: Uri| async move {
         match (method, uri.path()) {

@@ -70,7 +70,7 @@ async fn agent_fails_over_and_retains_content() -> anyhow::Result<()> {
     // OPA restarts empty, which the agent reports.
     opa.process = None;
     opa.restart().await?;
-    is_behind(&agent, "OPA does not hold what the hub last said").await?;
+    is_behind(&agent, "OPA has not applied the hub's latest revision").await?;
     assert_eq!(opa.data("/ns/m").await?, Value::Null);
     // One hub restarts, and all content returns.
     hubs[followed].spawn()?;

@@ -87,7 +87,7 @@ async fn agent_connects_to_opa_with_tls() -> anyhow::Result<()> {
             Agent::start(work.path(), &Agent::address()?, &[&hub.url], &addresses[0], Delivery::Rest, flags)
         };
         let stranger = start(&[])?;
-        reports(&stranger, "OPA does not answer").await?;
+        reports(&stranger, "request to OPA failed").await?;
         assert_eq!(opa.decide("/p", &json!({})).await?, Value::Null);
         drop(stranger);
         let mut agent = start(flags)?;

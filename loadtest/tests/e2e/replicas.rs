@@ -249,7 +249,7 @@ async fn agents_leave_a_hub_without_source() -> anyhow::Result<()> {
 
     // The other hub is cut off too, so the agent stays and reports staleness.
     world.proxies[1 - followed].set_open(false);
-    world.is_behind("what the hub says may be old").await?;
+    world.is_behind("the hub's data may be stale").await?;
     assert_eq!(world.hubs[1 - followed].metric("opa_hub_agents").await?, 1);
     assert_eq!(world.value().await?, json!(1));
     world.proxies.iter().for_each(|valve| valve.set_open(true));

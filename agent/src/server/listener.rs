@@ -1,8 +1,7 @@
-//! HTTP/1.1 listeners of the agent, with bounds on connections and on each wait for a client.
-//!
-//! Hyper's time for a head also runs between two requests, and not while a response is under way: it cuts no long poll.
+//! HTTP/1.1 listener with bounded connections and waits.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::http1;
@@ -12,30 +11,35 @@ use socket2::SockRef;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-use crate::config::{ACCEPT_PAUSE, CONNECTIONS_MAX, REQUEST_HEAD_MAX, WRITE_TIMEOUT};
+/// OPA, a kubelet and some scrapers; more wait in the kernel.
+const CONNECTIONS_MAX: usize = 64;
+/// Includes the time between requests, so that idle clients make room for probes. Long polls are unaffected.
+const REQUEST_HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Other connections must end to free file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves until it is dropped.
-pub async fn serve(listener: TcpListener, router: Router) {
+pub(crate) async fn serve(listener: TcpListener, router: Router) {
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(REQUEST_HEAD_MAX);
+    http.timer(TokioTimer::new()).header_read_timeout(REQUEST_HEAD_TIMEOUT);
     let service = TowerToHyperService::new(router);
-    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
-        let permit = Arc::clone(&room).acquire_owned().await.expect("it is never closed");
+        let permit = Arc::clone(&slots).acquire_owned().await.expect("the semaphore stays open");
         let tcp = match listener.accept().await {
             Ok((tcp, _)) => tcp,
             Err(error) => {
-                tracing::warn!(%error, "accepting a connection failed, retrying");
+                tracing::warn!(%error, "accept failed, retrying");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        // This fails only for a socket that is closed.
+        // Fails only for closed sockets.
         _ = SockRef::from(&tcp).set_tcp_user_timeout(Some(WRITE_TIMEOUT));
         let connection = http.serve_connection(TokioIo::new(tcp), service.clone());
         tokio::spawn(async move {
             let _permit = permit;
-            // An error is the client's: it left, was silent for too long, or does not speak HTTP.
+            // Errors are the client's.
             _ = connection.await;
         });
     }

@@ -1,9 +1,7 @@
-//! An OPA for tests: data, patches and modules behave as at OPA's REST API (OPA v1/server/server.go,
-//! v1/storage/inmem/txn.go).
+//! Fake OPA (OPA v1/server/server.go, v1/storage/inmem/txn.go).
 //!
-//! A module is lines: `has x` is a rule, `calls x` needs a rule of any module, `broken` does not parse, `odd` calls a built-in
-//! function that this OPA lacks. Refusals have the places that OPA 1.22 gives: two rules of one name are told at the first
-//! module in the order of ids, a missing function at its caller.
+//! Lines of a module: `has x` is a rule, `calls x` needs a rule, `broken` does not parse, `odd` calls an unknown built-in
+//! function. Errors have the locations of OPA 1.22: the first module of a conflict, the caller of a missing function.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -19,28 +17,24 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 
+use super::client::OpaClient;
 use crate::config::OpaConfig;
-use crate::opa::Opa;
 
-/// State of the OPA.
-pub(crate) struct World {
-    pub(crate) data: Value,
-    pub(crate) modules: BTreeMap<String, String>,
+pub(super) struct World {
+    pub(super) data: Value,
+    pub(super) modules: BTreeMap<String, String>,
     /// Requests as `METHOD path status`.
-    pub(crate) log: Vec<String>,
-    /// Number of requests after which all fail.
-    pub(crate) fails_after: Option<usize>,
+    pub(super) log: Vec<String>,
+    pub(super) fails_after: Option<usize>,
 }
 
-/// Handle of the OPA.
 #[derive(Clone)]
-pub(crate) struct FakeOpa(Arc<Mutex<World>>);
+pub(super) struct FakeOpa(Arc<Mutex<World>>);
 
-type Answer = (StatusCode, String);
+type Reply = (StatusCode, String);
 
 impl FakeOpa {
-    /// Starts an empty one. Returns it with a client.
-    pub(crate) async fn start() -> (Self, Opa) {
+    pub(super) async fn start() -> (Self, OpaClient) {
         let world = World { data: json!({}), modules: BTreeMap::new(), log: Vec::new(), fails_after: None };
         let fake = Self(Arc::new(Mutex::new(world)));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -48,19 +42,17 @@ impl FakeOpa {
         let router =
             Router::new().fallback(answer).layer(DefaultBodyLimit::disable()).with_state(fake.clone());
         tokio::spawn(async move { axum::serve(listener, router).await });
-        // Another test may have done so.
         _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        let opa = Opa::new(OpaConfig { url, token: None, ca_file: None, allow_insecure: false }).unwrap();
+        let opa =
+            OpaClient::new(OpaConfig { url, token: None, ca_file: None, allow_insecure: false }).unwrap();
         (fake, opa)
     }
 
-    /// Reads or changes its state.
-    pub(crate) fn with<T>(&self, f: impl FnOnce(&mut World) -> T) -> T {
+    pub(super) fn with<T>(&self, f: impl FnOnce(&mut World) -> T) -> T {
         f(&mut self.0.lock().unwrap())
     }
 
-    /// Requests since the last call.
-    pub(crate) fn log(&self) -> Vec<String> {
+    pub(super) fn log(&self) -> Vec<String> {
         self.with(|world| std::mem::take(&mut world.log))
     }
 }
@@ -71,7 +63,7 @@ async fn answer(
     uri: Uri,
     headers: HeaderMap,
     body: Bytes,
-) -> Answer {
+) -> Reply {
     let path = uri.path().strip_prefix("/v1/").unwrap_or_default().to_owned();
     let if_none = headers.contains_key("if-none-match");
     fake.with(|world| {
@@ -86,7 +78,7 @@ async fn answer(
 }
 
 impl World {
-    fn answer(&mut self, method: &Method, path: &str, if_none: bool, body: &[u8]) -> Answer {
+    fn answer(&mut self, method: &Method, path: &str, if_none: bool, body: &[u8]) -> Reply {
         let text = || String::from_utf8(body.to_vec()).unwrap();
         let (api, rest) = path.split_once('/').unwrap_or((path, ""));
         match (method.as_str(), api) {
@@ -104,19 +96,18 @@ impl World {
             ("POST", "compile") => {
                 let query: Value = serde_json::from_slice(body).unwrap();
                 let query = query["query"].as_str().unwrap();
-                let (place, revision) = query.split_once(".revision == ").unzip();
-                let found = self.data.pointer(&pointer(place.unwrap_or(query)));
+                let (marker, revision) = query.split_once(".revision == ").unzip();
+                let found = self.data.pointer(&pointer(marker.unwrap_or(query)));
                 let is_true = found.is_some_and(|found| {
-                    let is = |revision: &str| {
-                        serde_json::from_str(revision).is_ok_and(|it: Value| found["revision"] == it)
+                    let is_equal = |revision: &str| {
+                        serde_json::from_str(revision).is_ok_and(|value: Value| found["revision"] == value)
                     };
-                    revision.is_none_or(is)
+                    revision.is_none_or(is_equal)
                 });
                 let queries = if is_true { json!([[]]) } else { json!([]) };
                 ok(json!({ "result": { "queries": queries } }).to_string())
             }
             ("GET", "policies") => match self.modules.get(rest) {
-                // The order is OPA's.
                 Some(raw) => ok(format!(r#"{{"result":{{"id":"{rest}","raw":{},"ast":{{}}}}}}"#, json!(raw))),
                 None => not_found(),
             },
@@ -132,11 +123,11 @@ impl World {
                     None => not_found(),
                 }
             }
-            _ => panic!("{method} {path} is not OPA's"),
+            _ => panic!("OPA has no {method} {path}"),
         }
     }
 
-    fn patch(&mut self, body: &[u8]) -> Answer {
+    fn patch(&mut self, body: &[u8]) -> Reply {
         #[derive(Deserialize)]
         struct Op {
             #[serde(rename = "op")]
@@ -148,7 +139,7 @@ impl World {
         let mut data = self.data.clone();
         for Op { name, path, value } in serde_json::from_slice::<Vec<Op>>(body).unwrap() {
             let tokens = tokens(&path);
-            let Some((map, key)) = place(&mut data, &tokens) else { return not_found() };
+            let Some((map, key)) = parent(&mut data, &tokens) else { return not_found() };
             match name.as_str() {
                 "add" => _ = map.insert(key.clone(), value),
                 "replace" if map.contains_key(key) => _ = map.insert(key.clone(), value),
@@ -160,22 +151,21 @@ impl World {
         (StatusCode::NO_CONTENT, String::new())
     }
 
-    fn put(&mut self, path: &str, if_none: bool, value: Value) -> Answer {
+    fn put(&mut self, path: &str, if_none: bool, value: Value) -> Reply {
         let tokens = tokens(path);
         if if_none && self.data.pointer(&format!("/{path}")).is_some() {
             return (StatusCode::NOT_MODIFIED, String::new());
         }
         for end in 1..tokens.len() {
-            let Some((map, key)) = place(&mut self.data, &tokens[..end]) else { return not_found() };
+            let Some((map, key)) = parent(&mut self.data, &tokens[..end]) else { return not_found() };
             map.entry(key.clone()).or_insert_with(|| json!({}));
         }
-        let Some((map, key)) = place(&mut self.data, &tokens) else { return not_found() };
+        let Some((map, key)) = parent(&mut self.data, &tokens) else { return not_found() };
         map.insert(key.clone(), value);
         (StatusCode::NO_CONTENT, String::new())
     }
 
-    /// Takes these modules if they compile together.
-    fn compile(&mut self, modules: BTreeMap<String, String>) -> Answer {
+    fn compile(&mut self, modules: BTreeMap<String, String>) -> Reply {
         let coded = |code: &str, message: String, file: &str| json!({ "code": code, "message": message, "location": { "file": file, "row": 1, "col": 1 } });
         let error = |message: String, file: &str| coded("rego_type_error", message, file);
         let mut rules: BTreeMap<&str, &str> = BTreeMap::new();
@@ -192,7 +182,7 @@ impl World {
         for (id, _) in lines().filter(|(_, line)| *line == "broken") {
             errors.push(coded("rego_parse_error", "unexpected eof token".to_owned(), id));
         }
-        // OPA ends with the first stage that fails.
+        // OPA stops at the first failed stage.
         let has_conflicts = !errors.is_empty();
         for (id, line) in lines().filter(|_| !has_conflicts) {
             match line.strip_prefix("calls ") {
@@ -213,12 +203,11 @@ impl World {
     }
 }
 
-fn ok(body: String) -> Answer {
+fn ok(body: String) -> Reply {
     (StatusCode::OK, body)
 }
 
-/// OPA's answer, which does not say which place is missing.
-fn not_found() -> Answer {
+fn not_found() -> Reply {
     let message = "storage_not_found_error: document does not exist";
     (StatusCode::NOT_FOUND, json!({ "code": "resource_not_found", "message": message }).to_string())
 }
@@ -227,17 +216,16 @@ fn tokens(path: &str) -> Vec<String> {
     path.trim_matches('/').split('/').map(|token| unescape(token).into_owned()).collect()
 }
 
-/// The map that holds the last token, and that token.
-fn place<'a>(data: &'a mut Value, tokens: &'a [String]) -> Option<(&'a mut Map<String, Value>, &'a String)> {
+/// Returns the map with the last token.
+fn parent<'a>(data: &'a mut Value, tokens: &'a [String]) -> Option<(&'a mut Map<String, Value>, &'a String)> {
     let (last, dirs) = tokens.split_last()?;
-    let mut at = data;
+    let mut map = data;
     for token in dirs {
-        at = at.as_object_mut()?.get_mut(token)?;
+        map = map.as_object_mut()?.get_mut(token)?;
     }
-    Some((at.as_object_mut()?, last))
+    Some((map.as_object_mut()?, last))
 }
 
-/// The pointer to the reference `data["a"]["b"]` in a query.
 fn pointer(query: &str) -> String {
     let query = query.replace('\\', "");
     let (_, names) = query.split_once("data[").unwrap();

@@ -1,32 +1,29 @@
-//! Packages next to replicated data, which make OPA slow.
+//! Warning about packages that make OPA slow.
 //!
-//! After each write OPA looks whether rules and data collide. For that it copies all data below the first name of a
-//! package that data shares (OPA v1/storage/inmem/txn.go): with thousands of objects a change takes seconds. With
-//! policies as bundles OPA can be told that there is nothing to look at (`local`); with `rest` the agent can only warn.
+//! If a package and data share their first name, OPA copies all data below at each write (OPA v1/storage/inmem/txn.go).
+//! Delivery as a bundle avoids this (`server/local.rs`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use opa_hub_proto::path::DirPath;
 
-use crate::marker::Marker;
-use crate::opa::Opa;
+use super::client::OpaClient;
+use super::marker::Marker;
 
-/// First names of the packages in OPA, by the ids of their modules.
 #[derive(Default)]
-pub struct Layout(BTreeMap<String, String>);
+pub(crate) struct Layout(BTreeMap<String, String>);
 
 impl Layout {
-    /// Records a module that OPA is given (`Some`) or loses (`None`).
-    pub fn record(&mut self, id: &str, text: Option<&str>) {
+    /// Records an added or removed (`None`) module.
+    pub(crate) fn record(&mut self, id: &str, text: Option<&str>) {
         match text {
             Some(text) => self.0.insert(id.to_owned(), first_name(text).to_owned()),
             None => self.0.remove(id),
         };
     }
 
-    /// Reads modules from OPA that an agent before this one gave it. A failure ends the reading: a warning is not worth a
-    /// session.
-    pub async fn read(&mut self, opa: &Opa, marker: &Marker) {
+    /// Stops at an error: a warning must not end a session.
+    pub(crate) async fn read(&mut self, opa: &OpaClient, marker: &Marker) {
         for id in marker.modules.keys() {
             if self.0.contains_key(id) {
                 continue;
@@ -36,27 +33,25 @@ impl Layout {
         }
     }
 
-    /// The warning for the modules of `marker` next to its data; `None` where no name is shared.
-    pub fn notice(&self, marker: &Marker) -> Option<String> {
-        // A ConfigMap's directory has two names, and little data.
+    pub(crate) fn notice(&self, marker: &Marker) -> Option<String> {
+        // Directories of ConfigMaps have two segments, and little data.
         let is_replicated = |path: &&str| path.split('/').count() > 2;
         let dirs = marker.dirs.keys().map(DirPath::relative).filter(is_replicated);
-        let places = dirs.chain(marker.ensure.iter().map(DirPath::relative));
-        let replicated: BTreeSet<_> = places.filter_map(|path| path.split('/').next()).collect();
+        let paths = dirs.chain(marker.ensure.iter().map(DirPath::relative));
+        let replicated: BTreeSet<_> = paths.filter_map(|path| path.split('/').next()).collect();
         let packages = marker.modules.keys().filter_map(|id| self.0.get(id)).map(String::as_str);
         let shared: BTreeSet<_> = packages.filter(|name| replicated.contains(name)).collect();
         let shared: Vec<_> = shared.into_iter().map(|name| format!("data.{name}")).collect();
         (!shared.is_empty()).then(|| {
             format!(
-                "OPA copies all of {} at every change of data, since packages and replicated data share the name: give \
-                 --policy-delivery bundle and OPA the bundles of --help, or rename the packages",
+                "OPA copies {} at every change of data: packages and replicated data share the name; set \
+                 --policy-delivery bundle and configure OPA as --help shows, or rename the packages",
                 shared.join(", ")
             )
         })
     }
 }
 
-/// First name of the package that a module begins with; empty where it begins with none.
 fn first_name(text: &str) -> &str {
     let code = text.trim_start_matches('\u{feff}').lines().filter_map(|line| line.split('#').next());
     let mut words = code.flat_map(str::split_whitespace);
@@ -71,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn first_names_are_read() {
+    fn first_names_are_parsed() {
         for (text, expected) in [
             ("package kubernetes.admission\n", "kubernetes"),
             ("\u{feff}# METADATA\n# title: a\n\npackage # here\n  shop\nallow := true\n", "shop"),
@@ -85,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn packages_next_to_replicated_data_are_noticed() {
+    fn packages_next_to_replicated_data_cause_a_notice() {
         for (package, dirs, ensure, is_noticed) in [
             ("kubernetes.admission", &["/kubernetes/nodes/x"][..], &["/kubernetes/nodes"][..], true),
             ("kubernetes.admission", &["/kubernetes/pods/shop"], &[], true),

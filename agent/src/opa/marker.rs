@@ -1,4 +1,4 @@
-//! What an OPA says that it holds: `data.system.opahub.<bundle>`, written in the transaction that made it true.
+//! State of the agent in OPA: `data.system.opahub.<bundle>`, written in the transaction of the data.
 
 use std::collections::BTreeMap;
 
@@ -10,106 +10,100 @@ use opa_hub_proto::reconcile::READS_MAX;
 use opa_hub_proto::revision::{Digest, Revision, data_digest, modules_digest};
 use serde::{Deserialize, Serialize};
 
-/// See the module's text. What has no digest is in flux: it is given anew, or removed, at the next reconcile. Whatever
-/// may be in OPA because of us is named, or it could never be removed.
+/// Digests of content, `None` while an entry changes. Names everything that the agent may have written, for removal.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq, Default)]
 pub struct Marker {
-    /// What OPA holds, while that is one revision: none while a change is half done.
+    /// `None` while incomplete.
     pub revision: Option<Revision>,
-    /// The digest of each directory.
+    /// Digests of directories.
     #[serde(default)]
     pub dirs: BTreeMap<DirPath, Option<Digest>>,
-    /// The digest of each module that the agent put, none while it is put or removed; empty when OPA loads its
-    /// policies as a bundle.
+    /// Empty with delivery as a bundle.
     #[serde(default)]
     pub modules: BTreeMap<String, Option<Digest>>,
-    /// Maps that exist even while they are empty.
+    /// Maps that exist even while empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ensure: Vec<DirPath>,
-    /// The version of Rego that is part of the modules' digest.
+    /// Part of the modules' digest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rego_version: Option<u8>,
-    /// How far the hub had heard that gave this.
+    /// Position of the content.
     #[serde(default, skip_serializing_if = "Position::is_empty")]
     pub position: Position,
-    /// What the modules read that may decide, newest last, in the hub's words.
+    /// Field masks of modules that may decide, newest last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub reads: Vec<String>,
+    #[serde(rename = "reads")]
+    pub field_masks: Vec<String>,
 }
 
-/// The key of a marker below which the session that may write to OPA has its name.
-pub const WRITER: &str = "writer";
+/// Key of the session that may write.
+pub(super) const WRITER: &str = "writer";
 
-/// Where the markers of all bundles are.
-pub const MARKERS: &str = "/system/opahub";
+pub(super) const MARKERS: &str = "/system/opahub";
 
 impl Marker {
-    /// Where the marker of `bundle` is.
-    pub fn path(bundle: &str) -> DirPath {
-        format!("{MARKERS}/{bundle}").parse().expect("a bundle's name is a segment")
+    pub(super) fn path(bundle: &str) -> DirPath {
+        format!("{MARKERS}/{bundle}").parse().expect("bundle names are segments")
     }
 
-    /// The names in a marker that does not parse, of another version, say: what they name may lie in OPA because of us.
-    /// `None` where there are none.
-    pub fn of_names(json: &serde_json::Value) -> Option<Self> {
-        let keys = |part: &str| json[part].as_object().into_iter().flat_map(|names| names.keys());
+    /// Returns the names in a marker of an unknown version.
+    pub(super) fn from_names(json: &serde_json::Value) -> Option<Self> {
+        let keys = |field: &str| json[field].as_object().into_iter().flat_map(|names| names.keys());
         let dirs = keys("dirs").filter_map(|dir| Some((dir.parse().ok()?, None))).collect();
         let modules = keys("modules").map(|id| (id.clone(), None)).collect();
         let marker = Self { dirs, modules, ..Self::default() };
         (marker != Self::default()).then_some(marker)
     }
 
-    /// The directories that are surely there.
+    /// Complete directories.
     pub fn dirs(&self) -> impl Iterator<Item = (&DirPath, Digest)> {
         self.dirs.iter().filter_map(|(path, digest)| Some((path, (*digest)?)))
     }
 
-    /// The digest of these directories and maps.
+    /// Digest of complete directories.
     pub fn data_digest(&self) -> Digest {
         data_digest(self.dirs(), &self.ensure)
     }
 
-    /// The modules that are surely there.
-    pub fn modules(&self) -> impl Iterator<Item = (&str, Digest)> {
+    pub(crate) fn modules(&self) -> impl Iterator<Item = (&str, Digest)> {
         self.modules.iter().filter_map(|(id, digest)| Some((id.as_str(), (*digest)?)))
     }
 
-    /// The digest of these modules.
+    /// Digest of complete modules.
     pub fn modules_digest(&self) -> Digest {
         modules_digest(self.modules(), self.rego_version)
     }
 
-    /// From now on modules may decide that read this.
-    pub fn may_read(&mut self, reads: Option<String>) {
-        if let Some(reads) = reads {
-            self.reads.retain(|held| *held != reads);
-            self.reads.push(reads);
-            let surplus = self.reads.len().saturating_sub(READS_MAX);
-            self.reads.drain(..surplus);
+    /// Adds the mask of modules that may decide from now on.
+    pub(crate) fn add_field_mask(&mut self, mask: Option<String>) {
+        if let Some(mask) = mask {
+            self.field_masks.retain(|known| *known != mask);
+            self.field_masks.push(mask);
+            let surplus = self.field_masks.len().saturating_sub(READS_MAX);
+            self.field_masks.drain(..surplus);
         }
     }
 
-    /// From now on no modules decide but the newest.
-    pub fn only_newest(&mut self) {
-        let surplus = self.reads.len().saturating_sub(1);
-        self.reads.drain(..surplus);
+    /// Called when older modules no longer decide.
+    pub(crate) fn drop_old_field_masks(&mut self) {
+        let surplus = self.field_masks.len().saturating_sub(1);
+        self.field_masks.drain(..surplus);
     }
 
-    /// Writes the whole marker, in a session of this name.
-    pub fn write(&self, patch: &mut PatchWriter, bundle: &str, writer: &str) {
+    pub(super) fn write(&self, patch: &mut PatchWriter, bundle: &str, writer: &str) {
         #[derive(Serialize)]
-        struct Written<'a> {
+        struct Claimed<'a> {
             #[serde(flatten)]
             marker: &'a Marker,
             writer: BTreeMap<&'a str, bool>,
         }
-        let written = Written { marker: self, writer: BTreeMap::from([(writer, true)]) };
-        let json = serde_json::to_vec(&written).expect("a marker has text keys only");
+        let claimed = Claimed { marker: self, writer: BTreeMap::from([(writer, true)]) };
+        let json = serde_json::to_vec(&claimed).expect("a marker has string keys");
         patch.add_dir(&Self::path(bundle), &json);
     }
 
-    /// Writes what `delta` changes, which makes `revision` as of `position`.
-    pub fn write_delta(
+    /// Writes the changes of `delta`.
+    pub(super) fn write_delta(
         &self,
         patch: &mut PatchWriter,
         bundle: &str,
@@ -118,11 +112,11 @@ impl Marker {
         position: &Position,
     ) {
         let marker = Self::path(bundle);
-        let place = marker.join("dirs").expect("a segment");
+        let digests = marker.join("dirs").expect("constants are segments");
         for (dir, digest) in &delta.dirs {
             match digest {
-                Some(digest) => patch.add(&place, dir.as_str(), quoted(digest).as_bytes()),
-                None if self.dirs.contains_key(dir) => patch.remove(&place, dir.as_str()),
+                Some(digest) => patch.add(&digests, dir.as_str(), quoted(digest).as_bytes()),
+                None if self.dirs.contains_key(dir) => patch.remove(&digests, dir.as_str()),
                 None => {}
             }
         }
@@ -132,8 +126,7 @@ impl Marker {
         patch.add(&marker, "revision", quoted(&revision).as_bytes());
     }
 
-    /// Records the directories that `delta` changes.
-    pub fn take_dirs(&mut self, delta: &Delta) {
+    pub(super) fn apply_dirs(&mut self, delta: &Delta) {
         for (dir, digest) in &delta.dirs {
             match digest {
                 Some(digest) => _ = self.dirs.insert(dir.clone(), Some(*digest)),
@@ -154,15 +147,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_what_may_be_there_are_kept() {
+    fn names_of_unknown_markers_are_preserved() {
         let json =
             json!({ "revision": 5, "dirs": { "/a/b": 7, "no path": null }, "modules": { "x/y.rego": [] } });
-        let marker = Marker::of_names(&json).unwrap();
+        let marker = Marker::from_names(&json).unwrap();
         assert!(marker.dirs.into_iter().eq([("/a/b".parse().unwrap(), None)]));
         assert!(marker.modules.into_iter().eq([("x/y.rego".to_owned(), None)]));
         for json in [json!({ "revision": 5 }), json!([]), json!(null), json!({ "dirs": [], "modules": "x" })]
         {
-            assert_eq!(Marker::of_names(&json), None, "{json}");
+            assert_eq!(Marker::from_names(&json), None, "{json}");
         }
     }
 }
