@@ -1,4 +1,4 @@
-//! Data-flow analysis of OPA's [`Plan`]: finds the paths below `data` that policies can read.
+//! Data-flow analysis of OPA's plan: finds the paths below `data` that policies can read.
 //!
 //! The abstract value of a local has all paths and strings that may reach it. A step by a known string reads
 //! that field only. Compared, returned, printed and otherwise unmodelled values are read deeply. Unknown

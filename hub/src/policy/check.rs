@@ -94,6 +94,7 @@ impl Dialect {
         }
     }
 
+    /// `None` for the default of OPA.
     pub fn version(self) -> Option<u8> {
         match self {
             Self::Default => None,

@@ -117,10 +117,8 @@ impl<T> Divider<T> {
         // Earlier failures must not fail a group.
         let (retries, others): (Vec<&DirPath>, Vec<_>) =
             new.partition(|decision| self.failed.contains_key(**decision));
-        let retries: Vec<_> =
-            retries.into_iter().map(|decision| BTreeSet::from([decision.clone()])).collect();
         self.groups.insert(0, others.into_iter().cloned().collect());
-        self.groups.extend(retries);
+        self.groups.extend(retries.into_iter().map(|decision| BTreeSet::from([decision.clone()])));
 
         let (mut runs, mut index) = (0, 0);
         // Breadth first: good halves succeed early.

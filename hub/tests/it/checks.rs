@@ -203,7 +203,7 @@ async fn analysis_out_of_time_resumes_without_an_edit() {
             candidate.good.clone_from(&candidate.wanted);
         }
         assert_eq!(checks.settle(&candidates).await.accepted, accepted);
-        assert!(problem().contains("data/p01stuck reads cannot be found: OPA ended"), "{}", problem());
+        assert!(problem().contains("data/p01stuck reads cannot be found: OPA failed"), "{}", problem());
     })
     .await;
 }

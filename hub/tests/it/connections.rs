@@ -123,7 +123,7 @@ async fn slow_clients_are_disconnected() {
             "HTTP/1.1 200 ",
             "ok\n",
         ),
-        (main, reconcile, "HTTP/1.1 408 ", "send all of it within that time\"}"),
+        (main, reconcile, "HTTP/1.1 408 ", "send all of the body within that time\"}"),
         (health, "", "", ""),
         (health, "GET /readyz HT", "", ""),
         (health, "GET /livez HTTP/1.1\r\nhost: x\r\n\r\n", "HTTP/1.1 200 ", "ok\n"),

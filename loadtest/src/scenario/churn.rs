@@ -169,10 +169,8 @@ async fn run_once(
         while let Some(number) = numbers.recv().await {
             label(&hot_cluster, Nth(0), &number.to_string()).await?;
             // Not earlier: queries load the API server.
-            hot_probes.expect(
-                number,
-                hot_due.due_at(number).context("measuring failed: a change has no due time")?,
-            );
+            let due = hot_due.due_at(number).context("measuring failed: a change has no due time")?;
+            hot_probes.expect(number, due);
         }
         Ok(())
     });
@@ -207,11 +205,8 @@ async fn run_once(
     }
     if let Some(swarm) = &mut running.swarm {
         let fields = if matches!(baseline, Baseline::HubAutoAndMany) { probe::READS } else { WHOLE };
-        measured.add(
-            MISMATCHES,
-            "",
-            swarm.settled_mismatches(&cluster.pods(&[]).await?, fields).await as f64,
-        );
+        let mismatches = swarm.settled_mismatches(&cluster.pods(&[]).await?, fields).await;
+        measured.add(MISMATCHES, "", mismatches as f64);
         measured.add_delays("change to agent", &swarm.take_delays());
     }
     if probed > 0 {

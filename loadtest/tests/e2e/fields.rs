@@ -271,8 +271,10 @@ async fn sent_fields_and_their_cost_are_reported() -> anyhow::Result<()> {
     eventually("the verdict names the line", async || {
         let bundle = hub.json("/v1/bundles/main").await.map_err(|error| error.to_string())?;
         let warning = bundle["verdicts"]["opa/t"]["warnings"][0].as_str().unwrap_or_default();
-        let expected =
-            ["opa/t/t.rego:2:1 reads whole objects of v1/pods", ": all := data.kubernetes.pods[input.namespace]"];
+        let expected = [
+            "opa/t/t.rego:2:1 reads whole objects of v1/pods",
+            ": all := data.kubernetes.pods[input.namespace]",
+        ];
         if expected.iter().all(|part| warning.contains(part)) {
             Ok(())
         } else {
