@@ -114,10 +114,10 @@ impl Schedule {
 
     fn record_delays(&self, from: u64, to: u64, now: Instant, delays: &Histogram) {
         let due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
-        for (number, due) in (1..=to).zip(&*due).skip(usize::try_from(from).unwrap_or(usize::MAX)) {
-            if number.is_multiple_of(self.every) {
-                delays.record(now.saturating_duration_since(*due));
-            }
+        for number in (from + 1..=to).filter(|number| number.is_multiple_of(self.every)) {
+            // Iterating over all changes would take time that grows with a run.
+            let due = usize::try_from(number - 1).ok().and_then(|index| due.get(index));
+            due.inspect(|due| delays.record(now.saturating_duration_since(**due)));
         }
     }
 }
