@@ -87,7 +87,7 @@ async fn hub_lists_by_pages_without_streaming_lists() -> anyhow::Result<()> {
     let listed = hub.json("/v1/bundles/main").await?;
     assert_eq!(listed["counts"]["entries"], 2, "{listed}");
     let log = hub.process.as_ref().map(Process::log).unwrap_or_default();
-    assert!(log.contains("listing by pages"), "{log}");
+    assert!(log.contains("using pages"), "{log}");
     cluster.pod("default", "c", &[]).await?;
     eventually("the third pod", async || equal(&modules_and_entries(&hub).await?, &(json!(0), json!(3))))
         .await?;
