@@ -11,17 +11,25 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::bundles::{Bundles, Stages};
-use crate::cli::{Cli, Task};
-use crate::config::{Config, DRAIN, EVENT_QUEUE_MAX, FILES_WANTED, LISTEN_BACKLOG, Source};
-use crate::documents::{Documents, Opinions};
+use crate::args::config::{Config, Source};
+use crate::args::{Cli, Task};
+use crate::bundle::registry::Bundles;
+use crate::health::Readiness;
+use crate::manager::last_good::{self, Place};
+use crate::manager::runner::Stages;
+use crate::manager::{Documents, Opinions};
 use crate::policy::check::{Compiler, Dialect};
-use crate::readiness::Readiness;
+use crate::serve::DRAIN;
+use crate::source::EVENT_QUEUE_MAX;
 use crate::source::{self, folder, kubernetes};
+use crate::status::{bundles, configmaps, leader};
 use crate::store::Store;
-use crate::writeback::last_good::{self, Place};
-use crate::writeback::{lease, statuses, verdicts};
-use crate::{fields_of, serve, telemetry, writeback};
+use crate::{fields_command, k8s, logging, serve};
+
+/// File descriptors below which the hub warns. Each stream uses one.
+pub const FILES_WANTED: u64 = 16_384;
+/// Maximum unaccepted connections (kernel limit: `net.core.somaxconn`). Dropped clients retry after 1 s.
+pub const LISTEN_BACKLOG: u32 = 16_384;
 
 const NOT_COMPILED: &str = "policies are parsed, not compiled: no opa program was found; put opa on the PATH, or set \
                             OPA_BIN to it";
@@ -33,13 +41,13 @@ type Tasks = JoinSet<anyhow::Result<&'static str>>;
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let (level, format) = cli.log();
-    telemetry::init(level, format);
+    logging::init(level, format);
     let run = || -> anyhow::Result<()> {
         let config = match cli.task()? {
             Task::Serve(config) => config,
             Task::Fields(config) => {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                print!("{}", runtime.block_on(fields_of::report(&config))?);
+                print!("{}", runtime.block_on(fields_command::report(&config))?);
                 return Ok(());
             }
         };
@@ -177,7 +185,7 @@ fn last_good_storage(
     Box::new(move |bundle| match (&dir, &cluster) {
         (Some(dir), _) => Place::folder(dir, bundle),
         (None, Some(client)) => {
-            Place::cluster(client.clone(), &writeback::namespace(namespace.as_deref(), client), bundle)
+            Place::cluster(client.clone(), &k8s::namespace(namespace.as_deref(), client), bundle)
         }
         (None, None) => Place::Nowhere,
     })
@@ -195,17 +203,17 @@ fn start_writeback(
     stop: &CancellationToken,
     tasks: &mut Tasks,
 ) -> JoinHandle<()> {
-    let identity = writeback::identity();
+    let identity = k8s::identity();
     if config.write_verdicts {
         let writer =
-            verdicts::Writer::new(client.clone(), identity.clone(), Arc::clone(bundles), readiness.clone());
+            configmaps::Writer::new(client.clone(), identity.clone(), Arc::clone(bundles), readiness.clone());
         let write = writer.run(is_leader.subscribe());
         tasks.spawn(async move {
             write.await;
             Ok("verdict writer")
         });
     }
-    let write = statuses::run(
+    let write = bundles::run(
         client.clone(),
         Arc::clone(bundles),
         document_statuses,
@@ -216,8 +224,8 @@ fn start_writeback(
         write.await;
         Ok("status writer")
     });
-    let namespace = writeback::namespace(config.namespace.as_deref(), &client);
-    let elector = lease::Striving::new(client, &namespace, last_good::object_name(&config.bundle), identity);
+    let namespace = k8s::namespace(config.namespace.as_deref(), &client);
+    let elector = leader::Striving::new(client, &namespace, last_good::object_name(&config.bundle), identity);
     tokio::spawn(elector.run(is_leader, readiness.clone(), stop.clone().cancelled_owned()))
 }
 

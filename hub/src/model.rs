@@ -1,9 +1,11 @@
 //! Plain values passed between stages.
 
+use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
+use tokio::sync::watch;
 
 use bytes::Bytes;
 use opa_hub_proto::path::{DirPath, is_segment};
@@ -108,7 +110,7 @@ pub struct ObjectKey {
 pub struct Object {
     /// Namespace and name.
     pub key: ObjectKey,
-    /// Canonical JSON, see [`crate::source::trim`].
+    /// Canonical JSON, see [`crate::source::normalize`].
     pub json: Bytes,
 }
 
@@ -334,6 +336,21 @@ impl fmt::Display for ObjectKey {
         }
     }
 }
+
+pub(crate) fn directory(place: &DirPath, key: &ObjectKey) -> Option<DirPath> {
+    if key.namespace.is_empty() { Some(place.clone()) } else { place.join(&key.namespace).ok() }
+}
+
+/// The set of subscribed watches.
+pub type Wanted = watch::Receiver<BTreeMap<WatchId, Feed>>;
+
+/// Whether a source may lack the resource.
+pub fn is_optional(content: &Content) -> bool {
+    *content == Content::Bundles
+}
+
+/// An event with the watch's version after it, if known.
+pub type Told = (WatchId, Event, Option<Version>);
 
 #[cfg(test)]
 mod tests {

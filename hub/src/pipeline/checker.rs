@@ -11,20 +11,23 @@ use opa_hub_proto::path::DirPath;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::{POLICIES, Said};
 use crate::bundle::Bundle;
-use crate::bundle::limit::Scales;
-use crate::bundle::spec::Spec;
-use crate::config::CHECK_RETRY;
+use crate::health::Readiness;
 use crate::model::ObjectKey;
-use crate::policy::analyze::Reads;
+use crate::pipeline::auto_replication::{self, Auto};
+use crate::pipeline::quota_check::Scales;
+use crate::pipeline::{POLICIES, Said};
+use crate::policy::candidate::{Candidate, Candidates, Outcome, Progress, Selection, Texts};
 use crate::policy::check::{self, Compiler, Modules};
+use crate::policy::dataflow::Reads;
 use crate::policy::divide::RETRY_AFTER;
 use crate::policy::reads::{Analyst, Found, Names};
-use crate::policy::settle::{self, Candidate, Candidates, Outcome, Progress, Selection, Texts};
+use crate::policy::resolve;
 use crate::policy::verdict::Fault;
-use crate::readiness::Readiness;
-use crate::source::auto::{self, Auto};
+use crate::spec::Spec;
+
+/// Pause after a failed OPA run.
+pub(super) const CHECK_RETRY: Duration = Duration::from_secs(2);
 
 /// Time after which a starting hub serves the last good policies.
 const INTERIM_AFTER: Duration = Duration::from_secs(2);
@@ -48,7 +51,7 @@ pub async fn check(
 ) {
     // Reported by an earlier document.
     if auto.is_none() {
-        readiness.problem(auto::SUBJECT, None);
+        readiness.problem(auto_replication::SUBJECT, None);
     }
     if spec.fields.follows.is_nothing() {
         readiness.problem(FIELDS, None);
@@ -283,13 +286,13 @@ async fn resolve(
     let check = async |selection: &Selection| {
         let mut faults = compiler.check(selection).await?;
         if let Some(size_check) = &mut size_check
-            && faults.iter().all(settle::is_of_tests)
+            && faults.iter().all(crate::policy::candidate::is_of_tests)
         {
             faults.extend(size_check.check(selection).await?);
         }
         Ok(faults)
     };
-    settle::settle(candidates, check).await
+    resolve::settle(candidates, check).await
 }
 
 /// Rejects policies whose reads make the data exceed `maxBytes`.

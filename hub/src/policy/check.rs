@@ -17,13 +17,27 @@ use tokio::process::Command;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use self::run::{Output, run};
-use super::modules::Module;
-use super::plan::Plan;
-use super::settle::{CHECK_FAILED, Selected, Selection, TEST_FAILED, TESTS_NOT_RUN, TESTS_TOO_LONG, Texts};
-use super::verdict::{Fault, Location};
-use crate::config::{CHECK_FAULTS_MAX, CHECK_MAX, TEST_RUN_MAX, TEST_SECONDS, TESTS_MAX, TESTS_PAUSE};
 use crate::model::ObjectKey;
+use crate::policy::candidate::{
+    CHECK_FAILED, Selected, Selection, TEST_FAILED, TESTS_NOT_RUN, TESTS_TOO_LONG, Texts,
+};
+use crate::policy::check::run::{Output, run};
+use crate::policy::modules::Module;
+use crate::policy::plan::Plan;
+use crate::policy::verdict::{Fault, Location};
+
+/// Timeout of one OPA run. 10,000 modules take a second.
+pub const CHECK_MAX: Duration = Duration::from_secs(10);
+/// Timeout of one test run.
+pub const TEST_RUN_MAX: Duration = Duration::from_secs(30);
+/// Maximum diagnostics of one OPA run.
+pub const CHECK_FAULTS_MAX: usize = 100;
+/// Timeout of one test in seconds, OPA's default.
+pub const TEST_SECONDS: u64 = 5;
+/// Time for starting separate test runs after the joint run timed out. A check takes two [`TEST_RUN_MAX`] more.
+pub const TESTS_MAX: Duration = Duration::from_secs(30);
+/// Pause before unchanged tests that timed out run again.
+pub const TESTS_PAUSE: Duration = Duration::from_secs(600);
 
 /// Failure of OPA.
 #[derive(Debug, thiserror::Error)]

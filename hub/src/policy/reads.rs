@@ -8,11 +8,11 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, modules_digest};
 use tokio::time::{Duration, Instant};
 
-use super::analyze::{self, Extent, Reads, Step};
-use super::check::{self, Compiler, Dependencies, Modules};
-use super::divide::{self, Divided, Divider};
-use super::modules::Module;
-use super::plan::{Plan, Site};
+use crate::policy::check::{self, Compiler, Dependencies, Modules};
+use crate::policy::dataflow::{self, Extent, Reads, Step};
+use crate::policy::divide::{self, Divided, Divider};
+use crate::policy::modules::Module;
+use crate::policy::plan::{Plan, Site};
 
 /// Data that policies read.
 #[derive(Clone, Debug, Default)]
@@ -136,7 +136,7 @@ impl Analyst {
         let found = match compiler.plan(modules, &queried_by_opa(modules).collect::<Vec<_>>()).await {
             Ok(Some(planned)) if planned.is_annotated => {
                 let unused = unused_modules(&planned.plan, modules);
-                analyze::reads(&planned.plan).ok().map(|reads| Found { reads, unused, ..Found::default() })
+                dataflow::reads(&planned.plan).ok().map(|reads| Found { reads, unused, ..Found::default() })
             }
             Ok(_) => None,
             Err(error) if error.is_transient() => return Err(error),
@@ -221,7 +221,7 @@ async fn analyse(
     decisions: &[&DirPath],
 ) -> Result<Option<Reads>, divide::Error> {
     let Some(planned) = compiler.plan(modules, decisions).await? else { return Ok(None) };
-    Ok(Some(analyze::reads(&planned.plan)?))
+    Ok(Some(dataflow::reads(&planned.plan)?))
 }
 
 /// Deep reads of all data that the decisions name.

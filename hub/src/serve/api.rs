@@ -10,11 +10,12 @@ use axum::Json;
 use axum::extract::{Path, State};
 use serde_json::{Value, json};
 
-use super::Hub;
-use super::error::Error;
-use crate::bundle::feeds::Feed;
-use crate::bundle::{Bundle, forecast};
+use crate::bundle::Bundle;
+use crate::bundle::watches::Feed;
+use crate::fields::cost;
 use crate::model::Problem;
+use crate::serve::Hub;
+use crate::serve::error::Error;
 
 pub(super) async fn list(State(hub): State<Hub>) -> Json<Value> {
     let (pending, mut problems) = (hub.0.readiness.pendings(), hub.0.readiness.problems());
@@ -124,7 +125,7 @@ fn summary(hub: &Hub, bundle: &Bundle, pending: &BTreeMap<String, String>, probl
             "directories": view.dirs.len(),
             "entries": view.entries(),
             "jsonBytes": view.json_bytes(),
-            "opaBytes": forecast::opa_bytes(view.json_bytes(), view.entries()),
+            "opaBytes": cost::opa_bytes(view.json_bytes(), view.entries()),
         });
     }
     summary

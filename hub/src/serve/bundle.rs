@@ -24,11 +24,17 @@ use serde::Deserialize;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::error::Error;
-use super::{Hub, Shared};
-use crate::bundle::archive::Archive;
-use crate::bundle::{Bundle, Edition, Part};
-use crate::config::{DELTA_CLIENTS_MAX, LONG_POLL_MAX};
+use crate::bundle::{Bundle, Edition};
+use crate::serve::error::Error;
+use crate::serve::{Hub, Shared};
+use crate::snapshot::archive::Archive;
+use crate::snapshot::bundle_archive::Part;
+
+/// Maximum clients remembered for a failed native delta.
+const DELTA_CLIENTS_MAX: usize = 4096;
+
+/// Maximum duration of a long poll. OPA's default is 30 s.
+pub(super) const LONG_POLL_MAX: Duration = Duration::from_secs(300);
 
 /// A request repeated within this time means that the client failed to apply the delta.
 const DELTA_RETRY: Duration = Duration::from_secs(60);

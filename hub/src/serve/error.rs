@@ -10,15 +10,15 @@ use axum::response::{IntoResponse, Response};
 use opa_hub_proto::position::{self, Lag, POSITION_HEADER};
 use opa_hub_proto::reconcile::RECONCILE_BYTES_MAX;
 
-use crate::bundle::feeds::{Feeds, Stale};
-use crate::bundle::scopes;
+use crate::bundle::namespaces;
+use crate::bundle::watches::{Feeds, Stale};
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
     #[error("no bundle is named {0:?}; GET /v1/bundles lists the names")]
     NoSuchBundle(String),
     #[error(transparent)]
-    Scope(#[from] scopes::Error),
+    Scope(#[from] namespaces::Error),
     /// I5.
     #[error("hub is not ready: some resources are not listed yet; GET /readyz names them")]
     NotReady,
@@ -70,7 +70,7 @@ impl IntoResponse for Error {
             | Self::Stale { .. }
             | Self::Full
             | Self::AnswersFull
-            | Self::Scope(scopes::Error::TooMany) => StatusCode::SERVICE_UNAVAILABLE,
+            | Self::Scope(namespaces::Error::TooMany) => StatusCode::SERVICE_UNAVAILABLE,
             Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
             Self::LengthRequired => StatusCode::LENGTH_REQUIRED,
             Self::Body(ref rejection) => rejection.status(),

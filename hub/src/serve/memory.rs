@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::bundles::Bundles;
+use crate::bundle::registry::Bundles;
 
 /// Without kernel buffers; measured by `opa-hub-loadtest fanout`.
 const STREAM_BYTES: usize = 1100;

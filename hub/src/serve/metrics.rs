@@ -15,12 +15,13 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
-use super::Hub;
-use super::memory::{self, resident};
-use crate::bundle::feeds::Feed;
-use crate::bundle::view::View;
-use crate::bundle::{Bundle, Counters, Part};
+use crate::bundle::watches::Feed;
+use crate::bundle::{Bundle, Counters};
 use crate::policy::verdict::Told;
+use crate::serve::Hub;
+use crate::serve::memory::{self, resident};
+use crate::snapshot::View;
+use crate::snapshot::bundle_archive::Part;
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 

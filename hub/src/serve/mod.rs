@@ -4,10 +4,7 @@ mod api;
 mod bundle;
 mod connections;
 mod dashboard;
-mod door;
 mod error;
-mod fanout;
-mod farewell;
 mod health;
 pub mod memory;
 mod metrics;
@@ -26,13 +23,22 @@ use tokio::net::TcpListener;
 use tokio::sync::{OnceCell, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::bundle::{Bundle, Part};
-use crate::bundles::Bundles;
-use crate::config::{CONNECTIONS_MAX, DRAIN, REQUEST_BODY_MAX, REQUEST_HEAD_MAX};
-use crate::readiness::Readiness;
+use crate::bundle::Bundle;
+use crate::bundle::registry::Bundles;
+use crate::health::Readiness;
 use crate::serve::connections::{Connections, PROBES_MAX};
 use crate::serve::error::Error;
-use crate::serve::fanout::Fanout;
+use crate::serve::stream::fanout::Fanout;
+use crate::snapshot::bundle_archive::Part;
+
+/// Timeout of request heads and idle connections. Scrapes every 15 s stay connected.
+pub const REQUEST_HEAD_MAX: Duration = Duration::from_secs(20);
+/// Timeout of a request body.
+pub const REQUEST_BODY_MAX: Duration = Duration::from_secs(10);
+/// Maximum connections of a listener besides streams.
+pub const CONNECTIONS_MAX: usize = 16_384;
+/// Maximum time for requests in flight at shutdown.
+pub const DRAIN: Duration = Duration::from_secs(5);
 
 /// State of all handlers.
 #[derive(Clone)]
@@ -103,7 +109,7 @@ impl Hub {
     }
 
     async fn farewell(&self) -> Bytes {
-        self.0.farewell.get_or_init(|| farewell::farewell(&self.0.replicas)).await.clone()
+        self.0.farewell.get_or_init(|| stream::peers::farewell(&self.0.replicas)).await.clone()
     }
 
     fn bundle(&self, name: &str) -> Result<Arc<Bundle>, Error> {
@@ -181,7 +187,7 @@ pub async fn run(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
     let connections = Connections::new(router(hub.clone()), hub.1, stop.clone());
     tokio::select! {
         () = stop.cancelled() => {}
-        () = door::open(listener, &hub, &fanout, &connections) => {}
+        () = stream::listener::open(listener, &hub, &fanout, &connections) => {}
     }
     let drained = async {
         connections.drained().await;

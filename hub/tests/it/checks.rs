@@ -8,19 +8,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use opa_hub::bundle::Bundle;
-use opa_hub::bundle::kept::Kept;
-use opa_hub::bundle::spec::{AutoReplication, Spec};
+use opa_hub::fields::masks::Kept;
+use opa_hub::health::Readiness;
 use opa_hub::model::{Object, ObjectKey, Replicated};
+use opa_hub::pipeline::auto_replication::Auto;
 use opa_hub::pipeline::{self, Said};
+use opa_hub::policy::candidate::{
+    CHECK_FAILED, Candidate, Candidates, Outcome, Progress, Refused, Selected, Selection, Texts,
+};
 use opa_hub::policy::check::{Compiler, Dialect, Modules};
 use opa_hub::policy::divide::RETRY_AFTER;
 use opa_hub::policy::modules::Module;
 use opa_hub::policy::reads::Analyst;
-use opa_hub::policy::settle::{
-    CHECK_FAILED, Candidate, Candidates, Outcome, Progress, Refused, Selected, Selection, Texts,
-};
-use opa_hub::readiness::Readiness;
-use opa_hub::source::auto::Auto;
+use opa_hub::spec::{AutoReplication, Spec};
 use opa_hub_loadtest::lab::assets;
 use opa_hub_proto::path::DirPath;
 use serde_json::json;

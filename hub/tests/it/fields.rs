@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use opa_hub::bundle::kept::Kept;
+use opa_hub::fields::masks::Kept;
 use opa_hub::policy::check::{Compiler, Dialect};
 use opa_hub::policy::modules::Module;
 use opa_hub::policy::reads::Analyst;

@@ -9,14 +9,15 @@ use axum::extract::ConnectInfo;
 use axum::http::{HeaderMap, Request, Response, StatusCode};
 use futures::StreamExt;
 use opa_hub::bundle::Bundle;
-use opa_hub::bundle::spec::Spec;
-use opa_hub::bundles::Bundles;
+use opa_hub::bundle::registry::Bundles;
+use opa_hub::health::Readiness;
 use opa_hub::model::{Content, Feed, Resource, Scope};
-use opa_hub::pipeline::{Pipeline, Said};
-use opa_hub::policy::candidates::LastGood;
-use opa_hub::readiness::Readiness;
+use opa_hub::pipeline::Said;
+use opa_hub::pipeline::writer::Pipeline;
+use opa_hub::policy::registry::LastGood;
 use opa_hub::serve::{Hub, router};
 use opa_hub::source::folder;
+use opa_hub::spec::Spec;
 use opa_hub::store::Store;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -36,7 +37,12 @@ impl Served {
         let served = Self::empty();
         served.follow_folder();
         served.bundle.head().wait_for(Option::is_some).await.unwrap();
-        served.bundle.archived(opa_hub::bundle::Part::Whole).wait_for(Option::is_some).await.unwrap();
+        served
+            .bundle
+            .archived(opa_hub::snapshot::bundle_archive::Part::Whole)
+            .wait_for(Option::is_some)
+            .await
+            .unwrap();
         served
     }
 
@@ -102,7 +108,7 @@ impl Served {
         let changed = |edition: &Option<Arc<opa_hub::bundle::Edition>>| {
             edition.as_ref().is_some_and(|edition| edition.view.revision.to_string() != revision)
         };
-        self.bundle.archived(opa_hub::bundle::Part::Whole).wait_for(changed).await.unwrap();
+        self.bundle.archived(opa_hub::snapshot::bundle_archive::Part::Whole).wait_for(changed).await.unwrap();
     }
 }
 

@@ -7,10 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use opa_hub::bundle::fields::Fields;
-use opa_hub::bundle::kept::Kept;
-use opa_hub::policy::analyze::Extent;
+use opa_hub::fields::mask::Fields;
+use opa_hub::fields::masks::Kept;
 use opa_hub::policy::check::{Compiler, Dialect};
+use opa_hub::policy::dataflow::Extent;
 use opa_hub::policy::modules::Module;
 use opa_hub::policy::reads::Analyst;
 use opa_hub_loadtest::lab::opa::Opa;

@@ -5,15 +5,18 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use opa_hub::bundle::scopes;
-use opa_hub::bundle::spec::{Scoped, Spec};
-use opa_hub::bundle::{Bundle, Edition, Next, Part};
-use opa_hub::config::SCOPE_IDLE;
+use opa_hub::bundle::namespaces;
+use opa_hub::bundle::namespaces::SCOPE_IDLE;
+use opa_hub::bundle::{Bundle, Edition, Next};
+use opa_hub::health::Readiness;
 use opa_hub::model::{Content, Event, Feed, Object, ObjectKey, Resource, Scope, WatchId};
-use opa_hub::pipeline::{Ends, Pipeline, Said};
-use opa_hub::policy::candidates::LastGood;
-use opa_hub::policy::settle::{Selection, settle};
-use opa_hub::readiness::Readiness;
+use opa_hub::pipeline::writer::Pipeline;
+use opa_hub::pipeline::{Ends, Said};
+use opa_hub::policy::candidate::Selection;
+use opa_hub::policy::registry::LastGood;
+use opa_hub::policy::resolve::settle;
+use opa_hub::snapshot::bundle_archive::Part;
+use opa_hub::spec::{Scoped, Spec};
 use opa_hub::store::Store;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -329,8 +332,8 @@ fn i4_namespace_views_are_encoded_once() {
     const AGENTS: usize = 5;
     runtime().block_on(async {
         let mut writer = Writer::scoped(Some("/kubernetes")).list();
-        assert_eq!(writer.bundle.of(None).err(), Some(scopes::Error::NoNamespace));
-        assert!(matches!(writer.bundle.of(Some("a/b")), Err(scopes::Error::Invalid(_))));
+        assert_eq!(writer.bundle.of(None).err(), Some(namespaces::Error::NoNamespace));
+        assert!(matches!(writer.bundle.of(Some("a/b")), Err(namespaces::Error::Invalid(_))));
         let pods =
             |value| (0..NAMESPACES).map(|namespace| (2, namespace, 0, Some(value))).collect::<Vec<_>>();
         writer.run(&vec![pods(0)]);

@@ -1,7 +1,7 @@
 //! A small realistic cluster: objects, some of them unusual, and inputs.
 
-use opa_hub::bundle::fields::Fields;
-use opa_hub::bundle::kept::Kept;
+use opa_hub::fields::mask::Fields;
+use opa_hub::fields::masks::Kept;
 use opa_hub_loadtest::pods::Nth;
 use opa_hub_proto::path::DirPath;
 use serde_json::{Value, json};

@@ -6,7 +6,7 @@ use std::num::NonZeroU32;
 
 use regorus::unstable::{Parser, Source};
 
-use super::Dialect;
+use crate::policy::check::Dialect;
 use crate::policy::verdict::{Fault, Location};
 
 /// Maximum columns; 1 MiB exceeds any ConfigMap.

@@ -6,9 +6,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use crate::bundle::spec::API_VERSION;
 use crate::model::{Feed, Object, Scope};
-use crate::source::trim;
+use crate::source::normalize;
+use crate::spec::API_VERSION;
 
 /// One object of a file.
 pub(super) struct Manifest {
@@ -124,7 +124,7 @@ fn flatten(json: &str, list: &ListHeader, document: usize, out: &mut Vec<Manifes
     if header.kind.is_empty() || header.api_version.is_empty() {
         return Err(wrap(&"kind or apiVersion is missing"));
     }
-    let object = trim::object(json, &header.api_version, &header.kind).map_err(|error| wrap(&error))?;
+    let object = normalize::object(json, &header.api_version, &header.kind).map_err(|error| wrap(&error))?;
     out.push(Manifest { kind: header.kind, api_version: header.api_version, object, document });
     Ok(())
 }

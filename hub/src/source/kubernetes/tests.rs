@@ -10,8 +10,10 @@ use tokio::sync::mpsc;
 use tokio::time::sleep;
 
 use super::*;
-use crate::config::{EVENT_QUEUE_MAX, LIST_PAGE, LIST_PAGE_MIN, STALE_AFTER};
 use crate::model::{Content, FeedId};
+use crate::source::EVENT_QUEUE_MAX;
+use crate::source::kubernetes::watcher::{LIST_PAGE, LIST_PAGE_MIN};
+use crate::store::STALE_AFTER;
 use crate::store::{Counters, Store, Subscription};
 
 const POLL_INTERVAL: Duration = Duration::from_millis(100);

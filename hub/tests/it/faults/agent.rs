@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use opa_hub::bundle::{Edition, Next, Part};
+use opa_hub::bundle::{Edition, Next};
+use opa_hub::snapshot::bundle_archive::Part;
 use opa_hub_proto::frame::FRAME_BYTES_MAX;
 use opa_hub_proto::position::{Judge, Position};
 use opa_hub_proto::sse::{Decoder, Message};

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fastrand::Rng;
-use opa_hub::bundle::fields::Fields;
-use opa_hub::bundle::kept::Kept;
-use opa_hub::bundle::spec::{AutoReplication, Scoped, Spec};
+use opa_hub::fields::mask::Fields;
+use opa_hub::fields::masks::Kept;
+use opa_hub::spec::{AutoReplication, Scoped, Spec};
 use opa_hub_proto::path::DirPath;
 
 use crate::invariants;

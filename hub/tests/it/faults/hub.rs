@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use opa_hub::bundle::Bundle;
-use opa_hub::bundles::Bundles;
+use opa_hub::bundle::registry::Bundles;
+use opa_hub::health::Readiness;
+use opa_hub::model::Wanted;
 use opa_hub::model::{Event, Object, Version, WatchId};
-use opa_hub::readiness::Readiness;
-use opa_hub::store::{Store, Wanted};
+use opa_hub::store::Store;
 
 use super::World;
 use super::document::Document;

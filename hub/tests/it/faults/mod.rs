@@ -24,8 +24,8 @@ mod written;
 use std::collections::BTreeMap;
 
 use fastrand::Rng;
-use opa_hub::config::SCOPE_IDLE;
-use opa_hub::policy::candidates::LastGood;
+use opa_hub::bundle::namespaces::SCOPE_IDLE;
+use opa_hub::policy::registry::LastGood;
 
 use self::agent::Agent;
 use self::document::{Document, FIELDS};

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use opa_hub::bundle::view::View;
-use opa_hub::bundle::{Bundle, Edition, Part};
+use opa_hub::bundle::{Bundle, Edition};
 use opa_hub::model::ObjectKey;
+use opa_hub::snapshot::View;
+use opa_hub::snapshot::bundle_archive::Part;
 use serde_json::{Map, Value};
 
 use super::document::{Document, FIELDS};

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use opa_hub::policy::analyze::{Extent, Place, Reads, Step};
+use opa_hub::policy::dataflow::{Extent, Place, Reads, Step};
 use serde_json::Value;
 
 use super::source::ALWAYS;
