@@ -32,17 +32,17 @@ use crate::spec::Scoped;
 /// Minimum interval of bundle archives. OPA parses each one completely.
 pub(super) const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum cached reconcile responses of one bundle.
-pub(super) const RECONCILE_CACHE_MAX: usize = 1024;
+const RECONCILE_CACHE_MAX: usize = 1024;
 /// Maximum bytes of cached reconcile responses. The newest is always cached.
-pub(super) const RECONCILE_CACHE_BYTES_MAX: usize = 64 << 20;
+pub const RECONCILE_CACHE_BYTES_MAX: usize = 64 << 20;
 /// Maximum bytes of cached or unsent reconcile responses of one bundle.
-pub(super) const RECONCILE_LIVE_MAX: usize = 128 << 20;
+pub const RECONCILE_LIVE_MAX: usize = 128 << 20;
 /// Maximum concurrent reconcile encodes of one bundle. Each uses a core.
-pub(super) const RECONCILE_ENCODES_MAX: usize = 1;
+pub const RECONCILE_ENCODES_MAX: usize = 1;
 /// Maximum bytes of pending reconcile requests of one bundle: 280 with 3,000 directories.
-pub(super) const RECONCILE_REQUESTS_MAX: usize = 64 << 20;
+const RECONCILE_REQUESTS_MAX: usize = 64 << 20;
 /// Minimum bytes charged for a reconcile request: at most 4,096 wait.
-pub(super) const RECONCILE_REQUEST_MIN: usize = 16 << 10;
+const RECONCILE_REQUEST_MIN: usize = 16 << 10;
 /// Maximum bytes of encoded frames of one bundle. Above it, clients wait for large frames.
 pub(super) const FRAMES_LIVE_MAX: usize = 128 << 20;
 
