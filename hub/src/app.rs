@@ -13,11 +13,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::args::config::{Config, Source};
 use crate::args::{Cli, Task};
-use crate::bundle::registry::Bundles;
-use crate::health::Readiness;
+use crate::bundle::registry::BundleRegistry;
+use crate::health::Health;
 use crate::manager::last_good::{self, Place};
-use crate::manager::runner::Stages;
-use crate::manager::{Documents, Opinions};
+use crate::manager::runner::BundleFactory;
+use crate::manager::{BundleController, DocumentStatuses};
 use crate::policy::check::{Compiler, Dialect};
 use crate::serve::DRAIN;
 use crate::source::EVENT_QUEUE_MAX;
@@ -84,7 +84,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         None => None,
     };
     serve::memory::note_start();
-    let readiness = Readiness::default();
+    let readiness = Health::default();
     let compiler = Compiler::find(config.opa.as_deref(), Dialect::Default).await?;
     let checker = compiler.name();
     tracing::info!(compiler = checker, "policy compiler selected");
@@ -104,10 +104,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
             Ok("store")
         }
     });
-    let bundles = Arc::new(Bundles::default());
+    let bundles = Arc::new(BundleRegistry::default());
     bundles.store.get_or_init(|| Arc::clone(&store));
     let is_leader = watch::Sender::new(false);
-    let stages = Stages {
+    let stages = BundleFactory {
         store,
         compiler,
         place: last_good_storage(&config, cluster.clone()),
@@ -115,7 +115,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         readiness: readiness.clone(),
         bundles: Arc::clone(&bundles),
     };
-    let documents = Documents::new(stages, config.flags.clone(), config.documents.clone());
+    let documents = BundleController::new(stages, config.flags.clone(), config.documents.clone());
     let lease = cluster.map(|client| {
         let statuses = documents.opinions();
         start_writeback(&config, client, is_leader, &bundles, statuses, &readiness, &stop, &mut tasks)
@@ -155,7 +155,7 @@ async fn start_source(
     config: &Config,
     store: &Store,
     events: source::Sender,
-    readiness: &Readiness,
+    readiness: &Health,
     tasks: &mut Tasks,
 ) -> anyhow::Result<Option<kube::Client>> {
     let (watches, readiness) = (store.wanted(), readiness.clone());
@@ -197,9 +197,9 @@ fn start_writeback(
     config: &Config,
     client: kube::Client,
     is_leader: watch::Sender<bool>,
-    bundles: &Arc<Bundles>,
-    document_statuses: watch::Receiver<Opinions>,
-    readiness: &Readiness,
+    bundles: &Arc<BundleRegistry>,
+    document_statuses: watch::Receiver<DocumentStatuses>,
+    readiness: &Health,
     stop: &CancellationToken,
     tasks: &mut Tasks,
 ) -> JoinHandle<()> {
@@ -225,7 +225,8 @@ fn start_writeback(
         Ok("status writer")
     });
     let namespace = k8s::namespace(config.namespace.as_deref(), &client);
-    let elector = leader::Striving::new(client, &namespace, last_good::object_name(&config.bundle), identity);
+    let elector =
+        leader::LeaderElector::new(client, &namespace, last_good::object_name(&config.bundle), identity);
     tokio::spawn(elector.run(is_leader, readiness.clone(), stop.clone().cancelled_owned()))
 }
 

@@ -8,15 +8,15 @@ use anyhow::{Context as _, bail};
 
 use crate::args::config::{Config, Source};
 use crate::fields::cost::{self, Field, Sample};
-use crate::fields::masks::Kept;
-use crate::model::{Change, Content, FeedId, Object, Scope};
+use crate::fields::masks::FieldMasks;
+use crate::model::{Change, Content, InputId, NamespaceSelector, Object};
 use crate::policy::check::Compiler;
 use crate::policy::reads::{Analyst, Found};
 use crate::policy::resolve::settle;
-use crate::projection::Projection;
+use crate::projection::Projector;
 use crate::snapshot::Batch;
 use crate::source::folder::{self, Contents};
-use crate::spec::Spec;
+use crate::spec::BundleSpec;
 
 /// Interval of progress reports.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
@@ -26,15 +26,15 @@ pub(crate) async fn report(config: &Config) -> anyhow::Result<String> {
         bail!("reading policies failed: a cluster is not supported; set --manifests DIR")
     };
     let mut problems = Vec::new();
-    let mut specs: Vec<Spec> = config.flags.iter().cloned().collect();
+    let mut specs: Vec<BundleSpec> = config.flags.iter().cloned().collect();
     let in_file = config
         .documents
         .as_deref()
         .map(|path| folder::read_file(path).map_err(|error| anyhow::anyhow!("{}: {error}", path.display())));
-    let in_folder = folder::read_once(dir, &[Spec::documents()])?;
+    let in_folder = folder::read_once(dir, &[BundleSpec::documents()])?;
     let in_folder = in_folder.objects.into_iter().map(|(_, object)| object);
     for document in in_file.transpose()?.into_iter().flatten().chain(in_folder) {
-        match Spec::parse(&document) {
+        match BundleSpec::parse(&document) {
             Ok(spec) if specs.iter().any(|other| other.name == spec.name) => {
                 problems.push(format!("Bundle {}: another bundle has this name; rename one", spec.name));
             }
@@ -59,13 +59,13 @@ pub(crate) async fn report(config: &Config) -> anyhow::Result<String> {
     Ok(text)
 }
 
-async fn bundle_report(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Result<String> {
+async fn bundle_report(dir: &Path, spec: &BundleSpec, config: &Config) -> anyhow::Result<String> {
     let compiler = Compiler::find(config.opa.as_deref(), spec.dialect).await?;
     let Contents { objects, mut problems } = folder::read_once(dir, &spec.feeds)?;
 
-    let mut projection = Projection::new(spec, Kept::default());
+    let mut projection = Projector::new(spec, FieldMasks::default());
     let mut batch = Batch::default();
-    for (id, object) in objects.iter().filter(|(id, _)| spec.feeds[id.0].content == Content::Policies) {
+    for (id, object) in objects.iter().filter(|(id, _)| spec.feeds[id.0].content == Content::PolicyRegistry) {
         projection.apply(Change::Put(*id, object.clone()), &mut batch);
     }
     projection.retry_refused(&mut batch);
@@ -96,12 +96,12 @@ async fn bundle_report(dir: &Path, spec: &Spec, config: &Config) -> anyhow::Resu
     };
 
     let mut text = String::new();
-    for (id, feed) in (0..).map(FeedId).zip(&spec.feeds) {
+    for (id, feed) in (0..).map(InputId).zip(&spec.feeds) {
         let Content::Resource(path) = &feed.content else { continue };
-        let scope = Some(feed.scope == Scope::Cluster);
-        let kept = Kept::of_reads(&reads, [(path.clone(), scope)]);
+        let scope = Some(feed.scope == NamespaceSelector::ClusterScoped);
+        let kept = FieldMasks::of_reads(&reads, [(path.clone(), scope)]);
         let fields = kept.of(path);
-        let sample = |(_, object): &(FeedId, Object)| {
+        let sample = |(_, object): &(InputId, Object)| {
             let (namespace, whole_bytes) = (object.key.namespace.clone(), object.json.len());
             fields.cut_object(&object.json).map(|kept| Sample { namespace, whole_bytes, kept })
         };

@@ -7,7 +7,7 @@ use crate::model::{Problem, WatchId};
 
 /// Handle to the state behind `/readyz`.
 #[derive(Clone, Default)]
-pub struct Readiness {
+pub struct Health {
     state: Arc<Mutex<State>>,
     prefix: Arc<str>,
     /// Distinguishes watches of one name.
@@ -23,7 +23,7 @@ struct State {
     notices: BTreeMap<Name, String>,
 }
 
-impl Readiness {
+impl Health {
     /// Returns a handle that prepends `prefix` to each name.
     #[must_use]
     pub fn of(&self, prefix: &str) -> Self {

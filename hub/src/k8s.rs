@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use kube::Client;
 use tokio::sync::watch;
 
-use crate::health::Readiness;
+use crate::health::Health;
 
 /// Timeout of a write-back request with kube's retries, for busy API servers.
 pub const WRITEBACK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -79,7 +79,7 @@ pub(crate) async fn while_leading<T>(
 }
 
 /// Reports a problem, and logs a new one.
-pub(crate) fn report(readiness: &Readiness, subject: &str, message: String) {
+pub(crate) fn report(readiness: &Health, subject: &str, message: String) {
     if readiness.is_news(subject, &message) {
         tracing::warn!(subject, error = message, "reading or writing state failed");
     }

@@ -2,7 +2,14 @@
 
 use tracing_subscriber::EnvFilter;
 
-use crate::args::LogFormat;
+/// Format of log lines.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum LogFormat {
+    /// Plain text.
+    Text,
+    /// JSON lines.
+    Json,
+}
 
 /// Starts logging at `level`, which `RUST_LOG` overrides.
 pub fn init(level: tracing::Level, format: LogFormat) {

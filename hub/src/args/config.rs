@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use crate::spec::Spec;
+use crate::spec::BundleSpec;
 
 /// Validated configuration of the hub.
 #[derive(Debug, Clone)]
@@ -19,7 +19,7 @@ pub struct Config {
     /// Name of the flags' bundle and of the Lease.
     pub bundle: String,
     /// Bundle configured by flags. `None` with documents only.
-    pub flags: Option<Spec>,
+    pub flags: Option<BundleSpec>,
     /// File of bundle documents.
     pub documents: Option<PathBuf>,
     /// OPA binary. `None` selects `opa` on the search path.

@@ -2,6 +2,7 @@
 
 pub mod config;
 
+use crate::logging::LogFormat;
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,14 +12,14 @@ use opa_hub_proto::flag::{boolean, listen_address};
 use opa_hub_proto::path::{DirPath, is_segment};
 
 use crate::args::config::{Config, Source};
-use crate::fields::mask::{Fields, InvalidField};
-use crate::fields::masks::Kept;
-use crate::model::{Condition, Content, Feed, LabelTerm, Resource, Scope};
+use crate::fields::mask::{FieldMask, InvalidField};
+use crate::fields::masks::FieldMasks;
+use crate::model::{Condition, Content, LabelTerm, NamespaceSelector, Resource, WatchSpec};
 use crate::policy::check::Dialect;
-use crate::spec::BundleLimits;
+use crate::snapshot::history::BundleLimits;
 use crate::spec::{
-    self, AutoReplication, Follows, Scoped, Selection, Spec, configmap_feeds, is_label, is_label_value,
-    is_reserved,
+    self, AutoFields, AutoReplication, BundleSpec, NamespaceScoping, Selection, configmap_feeds, is_label,
+    is_label_value, is_reserved,
 };
 
 /// Watch a Kubernetes API server once and serve its policies, JSON data and replicated resources to every OPA.
@@ -76,38 +77,38 @@ pub(crate) struct Flags {
         value_name = "NS,…",
         value_delimiter = ',',
         default_value = "*",
-        help_heading = "Policies and data"
+        help_heading = "PolicyRegistry and data"
     )]
     namespaces: Vec<String>,
     /// Load policies from labelled ConfigMaps
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
-          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Policies and data")]
+          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "PolicyRegistry and data")]
     enable_policies: bool,
     /// Label of policy ConfigMaps
     #[arg(
         long,
         value_name = "LABEL",
         default_value = "openpolicyagent.org/policy",
-        help_heading = "Policies and data"
+        help_heading = "PolicyRegistry and data"
     )]
     policy_label: String,
     /// Value of the policy label
-    #[arg(long, value_name = "VALUE", default_value = "rego", help_heading = "Policies and data")]
+    #[arg(long, value_name = "VALUE", default_value = "rego", help_heading = "PolicyRegistry and data")]
     policy_value: String,
     /// Load JSON data from labelled ConfigMaps
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
-          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Policies and data")]
+          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "PolicyRegistry and data")]
     enable_data: bool,
     /// Label of data ConfigMaps; wins over the policy label
     #[arg(
         long,
         value_name = "LABEL",
         default_value = "openpolicyagent.org/data",
-        help_heading = "Policies and data"
+        help_heading = "PolicyRegistry and data"
     )]
     data_label: String,
     /// Value of the data label
-    #[arg(long, value_name = "VALUE", default_value = "opa", help_heading = "Policies and data")]
+    #[arg(long, value_name = "VALUE", default_value = "opa", help_heading = "PolicyRegistry and data")]
     data_value: String,
 
     /// Replicate a namespaced resource, e.g. v1/pods or apps/v1/deployments; repeatable
@@ -179,7 +180,7 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "NS", env = "POD_NAMESPACE", help_heading = "Checking policies")]
     namespace: Option<String>,
 
-    /// Log level: error, warn, info, debug or trace; RUST_LOG overrides it
+    /// History level: error, warn, info, debug or trace; RUST_LOG overrides it
     #[arg(
         long,
         value_name = "LEVEL",
@@ -189,7 +190,7 @@ pub(crate) struct Flags {
         help_heading = "Logging"
     )]
     log_level: tracing::Level,
-    /// Log format
+    /// History format
     #[arg(
         long,
         value_name = "FORMAT",
@@ -206,15 +207,6 @@ pub(crate) enum ReplicateScope {
     Cluster,
     /// The client's namespace, and cluster-scoped objects
     Namespace,
-}
-
-/// Format of log lines.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum LogFormat {
-    /// Plain text.
-    Text,
-    /// JSON lines.
-    Json,
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -291,10 +283,10 @@ impl Flags {
             .replicate_auto
             .then(|| AutoReplication { path: replicate_path.clone(), ignored: self.ignored_namespaces() });
         let scoped = self.replicate_scope == ReplicateScope::Namespace;
-        let spec = Spec {
+        let spec = BundleSpec {
             name: self.bundle.clone(),
             fields,
-            scoped: scoped.then(|| Scoped { root: replicate_path, whole: BTreeSet::new() }),
+            scoped: scoped.then(|| NamespaceScoping { root: replicate_path, whole: BTreeSet::new() }),
             dialect,
             test_label: self.test_label.clone(),
             max_bytes: self.max_bytes,
@@ -318,9 +310,9 @@ impl Flags {
         })
     }
 
-    fn field_selection(&self, feeds: &[Feed]) -> Result<Selection, Error> {
+    fn field_selection(&self, feeds: &[WatchSpec]) -> Result<Selection, Error> {
         let paths = self.fields.iter().map(String::as_str).filter(|path| !matches!(*path, "all" | "auto"));
-        let fields = Fields::parse(paths)?;
+        let fields = FieldMask::parse(paths)?;
         let has = |word: &str| self.fields.iter().any(|path| path == word);
         let entrypoint =
             |text: &String| spec::entrypoint(text).ok_or_else(|| Error::Entrypoint(text.clone()));
@@ -332,15 +324,15 @@ impl Flags {
         if !auto && !entrypoints.is_empty() {
             return Err(Error::EntrypointsAlone);
         }
-        let places = feeds.iter().filter_map(Feed::place).filter(|_| auto).cloned().collect();
+        let places = feeds.iter().filter_map(WatchSpec::place).filter(|_| auto).cloned().collect();
         Ok(Selection {
-            given: Kept::alike(if all { Fields::all() } else { fields }),
-            follows: Follows { places, others: auto && self.replicate_auto },
+            given: FieldMasks::alike(if all { FieldMask::all() } else { fields }),
+            follows: AutoFields { places, others: auto && self.replicate_auto },
             entrypoints,
         })
     }
 
-    fn configmap_feeds(&self) -> Result<Vec<Feed>, Error> {
+    fn configmap_feeds(&self) -> Result<Vec<WatchSpec>, Error> {
         let label = |label_flag, label: &String, value_flag, value: &String| {
             validate(label_flag, label, is_label)?;
             validate(value_flag, value, is_label_value)?;
@@ -354,7 +346,8 @@ impl Flags {
                 label: self.data_label.clone(),
                 is: Condition::NotIn(vec![self.data_value.clone()]),
             });
-            contents.push((Content::Policies, [policy].into_iter().chain(not_data).collect::<Vec<_>>()));
+            contents
+                .push((Content::PolicyRegistry, [policy].into_iter().chain(not_data).collect::<Vec<_>>()));
         }
         if self.enable_data {
             contents.push((Content::Data, vec![data]));
@@ -362,11 +355,11 @@ impl Flags {
         let mut scopes = Vec::new();
         for namespace in self.namespaces.iter().filter(|namespace| !namespace.is_empty()) {
             if namespace == "*" {
-                scopes = vec![Scope::Namespaces { ignored: Vec::new() }];
+                scopes = vec![NamespaceSelector::AllExcept { ignored: Vec::new() }];
                 break;
             }
             validate("--namespaces", namespace, is_segment)?;
-            let scope = Scope::Namespace(namespace.clone());
+            let scope = NamespaceSelector::Only(namespace.clone());
             if !scopes.contains(&scope) {
                 scopes.push(scope);
             }
@@ -379,15 +372,18 @@ impl Flags {
         self.replicate_ignore_namespaces.iter().filter(|ns| !ns.is_empty()).cloned().collect()
     }
 
-    fn resource_feeds(&self, path: &DirPath) -> Result<Vec<Feed>, Error> {
+    fn resource_feeds(&self, path: &DirPath) -> Result<Vec<WatchSpec>, Error> {
         let ignored = self.ignored_namespaces();
         for namespace in &ignored {
             validate("--replicate-ignore-namespaces", namespace, is_segment)?;
         }
-        let namespaced =
-            self.replicate.iter().map(|resource| (resource, Scope::Namespaces { ignored: ignored.clone() }));
-        let cluster = self.replicate_cluster.iter().map(|resource| (resource, Scope::Cluster));
-        let mut feeds: Vec<Feed> = Vec::new();
+        let namespaced = self
+            .replicate
+            .iter()
+            .map(|resource| (resource, NamespaceSelector::AllExcept { ignored: ignored.clone() }));
+        let cluster =
+            self.replicate_cluster.iter().map(|resource| (resource, NamespaceSelector::ClusterScoped));
+        let mut feeds: Vec<WatchSpec> = Vec::new();
         let mut by_plural: HashMap<&str, &Resource> = HashMap::new();
         for (resource, scope) in namespaced.chain(cluster) {
             let prefix =
@@ -404,7 +400,7 @@ impl Flags {
                     path: prefix.relative().replace('/', "."),
                 });
             }
-            feeds.push(Feed {
+            feeds.push(WatchSpec {
                 resource: resource.clone(),
                 scope,
                 labels: Vec::new(),

@@ -1,6 +1,6 @@
 //! Published snapshots: a view, its history and a cache of all encodings.
 
-use crate::snapshot::bundle_archive::Part;
+use crate::snapshot::bundle_archive::ArchiveKind;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -13,21 +13,21 @@ use opa_hub_proto::reconcile::{READS_BYTES_MAX, READS_MAX, RECONCILE_BYTES_MAX, 
 use opa_hub_proto::revision::{Digest, Hasher, Revision};
 use tokio::sync::{OnceCell, Semaphore, SemaphorePermit, watch};
 
-use crate::bundle::namespaces::{self, Scopes};
-use crate::bundle::watches::Feeds;
+use crate::bundle::namespaces::{self, NamespaceViews};
+use crate::bundle::watches::WatchStatuses;
 use crate::fields::cost::{self, Sample};
-use crate::fields::mask::Fields;
-use crate::fields::masks::Kept;
+use crate::fields::mask::FieldMask;
+use crate::fields::masks::FieldMasks;
 use crate::model::directory;
-use crate::model::{FeedId, Object, Problem, Replicated, Version};
-use crate::policy::dataflow::Reads;
-use crate::policy::verdict::Verdicts;
+use crate::model::{InputId, Object, Problem, Replicated, Version};
+use crate::policy::dataflow::ReadSet;
+use crate::policy::verdict::VerdictBoard;
 use crate::snapshot::archive::Archive;
 use crate::snapshot::bundle_archive::{self, SegmentCache};
-use crate::snapshot::history::Log;
-use crate::snapshot::{Batch, Directory, View, within};
+use crate::snapshot::history::History;
+use crate::snapshot::{Batch, Directory, Snapshot, within};
 use crate::snapshot::{delta, frame};
-use crate::spec::Scoped;
+use crate::spec::NamespaceScoping;
 
 /// Minimum interval of bundle archives. OPA parses each one completely.
 pub(super) const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(1);
@@ -64,15 +64,15 @@ pub struct Bundle {
     pub id: u64,
     /// Bundle name.
     pub name: String,
-    head: watch::Sender<Option<Arc<Edition>>>,
-    paced: watch::Sender<Option<Arc<Edition>>>,
+    head: watch::Sender<Option<Arc<CachedSnapshot>>>,
+    paced: watch::Sender<Option<Arc<CachedSnapshot>>>,
     /// Observed position of the source. The head contains all changes before it.
     position: Arc<Mutex<Position>>,
     problems: Mutex<Arc<[Problem]>>,
-    reading: Arc<Mutex<Arc<Reading>>>,
-    /// Feeds.
-    pub feeds: Feeds,
-    pub(crate) verdicts: Verdicts,
+    reading: Arc<Mutex<Arc<FieldState>>>,
+    /// WatchStatuses.
+    pub feeds: WatchStatuses,
+    pub(crate) verdicts: VerdictBoard,
     segments: Arc<SegmentCache>,
     objects: Arc<OnceLock<Objects>>,
     newest: Arc<OnceLock<Newest>>,
@@ -80,18 +80,18 @@ pub struct Bundle {
     pub counters: Arc<Counters>,
     pub(crate) budget: Arc<Budget>,
     /// Namespace views, if enabled.
-    pub scopes: Option<Scopes>,
+    pub scopes: Option<NamespaceViews>,
 }
 
 /// Field masks and the reads behind them.
 #[derive(Default)]
-pub struct Reading {
-    pub(crate) kept: Kept,
-    pub(crate) reads: Option<Reads>,
+pub struct FieldState {
+    pub(crate) kept: FieldMasks,
+    pub(crate) reads: Option<ReadSet>,
 }
 
 /// Returns the newest possible version of each feed's objects.
-pub type Newest = Box<dyn Fn() -> BTreeMap<FeedId, Version> + Send + Sync>;
+pub type Newest = Box<dyn Fn() -> BTreeMap<InputId, Version> + Send + Sync>;
 
 /// Lists the replicated objects.
 pub type Objects = Box<dyn Fn() -> Replicated + Send + Sync>;
@@ -113,7 +113,7 @@ pub struct Counters {
     /// Reconcile answers encoded.
     pub reconcile_encodes: AtomicU64,
     pub(crate) agents: AtomicI64,
-    /// Archives sent, by [`Part`].
+    /// Archives sent, by [`ArchiveKind`].
     pub(crate) snapshots: [AtomicU64; 3],
     pub(crate) native_deltas: AtomicU64,
     pub(crate) reconciles: AtomicU64,
@@ -121,13 +121,13 @@ pub struct Counters {
 }
 
 /// A published snapshot.
-pub struct Edition {
+pub struct CachedSnapshot {
     /// Content.
-    pub view: View,
+    pub view: Snapshot,
     pub(crate) published: SystemTime,
     bounds: Mutex<Bounds>,
     bundle: String,
-    log: Log,
+    log: History,
     frames: Mutex<Frames>,
     archives: [Arc<OnceCell<Archive>>; 3],
     /// Owned by waiting requests and the [`Budget`].
@@ -223,19 +223,19 @@ impl Budget {
     }
 }
 
-/// Next step for a stream.
-pub enum Next {
+/// CatchUp step for a stream.
+pub enum CatchUp {
     /// The client is at the head.
     UpToDate,
     /// Events that lead to the head.
-    Frames(Bytes),
+    Frame(Bytes),
     /// The revision is unknown or too old: the client must reconcile.
-    Unknown,
+    TooOld,
 }
 
 impl Bundle {
     /// Creates a bundle without edition.
-    pub fn new(name: String, scoped: Option<Scoped>) -> Self {
+    pub fn new(name: String, scoped: Option<NamespaceScoping>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -245,14 +245,14 @@ impl Bundle {
             position: Arc::default(),
             problems: Mutex::default(),
             reading: Arc::default(),
-            feeds: Feeds::default(),
-            verdicts: Verdicts::default(),
+            feeds: WatchStatuses::default(),
+            verdicts: VerdictBoard::default(),
             segments: Arc::default(),
             objects: Arc::default(),
             newest: Arc::default(),
             counters: Arc::default(),
             budget: Arc::default(),
-            scopes: scoped.map(Scopes::new),
+            scopes: scoped.map(NamespaceViews::new),
         }
     }
 
@@ -327,15 +327,15 @@ impl Bundle {
     }
 
     /// Publishes `view`, which is within `bounds`.
-    pub fn publish(&self, view: View, log: Log, bounds: Bounds) {
+    pub fn publish(&self, view: Snapshot, log: History, bounds: Bounds) {
         self.counters.view_changes.fetch_add(1, Ordering::Relaxed);
         let before = self.head.borrow().clone();
         // Unchanged parts share their archives.
-        let archives = [Part::Whole, Part::Policy, Part::Data].map(|part| {
+        let archives = [ArchiveKind::Full, ArchiveKind::Policy, ArchiveKind::Data].map(|part| {
             let same = before.as_ref().filter(|before| part.is_same(&before.view, &view));
             same.map(|before| Arc::clone(&before.archives[part as usize])).unwrap_or_default()
         });
-        let edition = Edition {
+        let edition = CachedSnapshot {
             view,
             published: SystemTime::now(),
             bounds: Mutex::new(bounds),
@@ -384,7 +384,7 @@ impl Bundle {
     }
 
     /// Newest position of `edition`. The head is as new as its bundle.
-    pub(crate) fn newest_of(&self, edition: &Arc<Edition>) -> Position {
+    pub(crate) fn newest_of(&self, edition: &Arc<CachedSnapshot>) -> Position {
         let position = self.position();
         let is_head = self.head.borrow().as_ref().is_some_and(|head| Arc::ptr_eq(head, edition));
         if is_head { position.after(&edition.newest()) } else { edition.newest() }
@@ -404,7 +404,7 @@ impl Bundle {
             ("modules", modules),
             ("history", head.map_or(0, |head| head.log.memory())),
             ("segments", self.segments.memory()),
-            ("namespaces", self.scopes.as_ref().map_or(0, Scopes::memory)),
+            ("namespaces", self.scopes.as_ref().map_or(0, NamespaceViews::memory)),
             ("projection", load(&self.counters.projection_bytes)),
             ("frames", load(&self.counters.frame_bytes)),
             ("answers", load(&self.counters.answer_bytes)),
@@ -423,15 +423,15 @@ impl Bundle {
         self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub(crate) fn set_reading(&self, reading: Reading) {
+    pub(crate) fn set_reading(&self, reading: FieldState) {
         *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(reading);
     }
 
-    pub(crate) fn reading(&self) -> Arc<Reading> {
+    pub(crate) fn reading(&self) -> Arc<FieldState> {
         self.reading.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Cost of each replicated resource. Reads all replicated objects.
+    /// Cost of each replicated resource. ReadSet all replicated objects.
     pub(crate) fn forecast(&self) -> Vec<cost::Resource> {
         let (reading, edition) = (self.reading(), self.head.borrow().clone());
         let Some(edition) = edition else { return Vec::new() };
@@ -452,16 +452,16 @@ impl Bundle {
     }
 
     /// The newest edition, `None` until all sources have listed (I5).
-    pub fn head(&self) -> watch::Receiver<Option<Arc<Edition>>> {
+    pub fn head(&self) -> watch::Receiver<Option<Arc<CachedSnapshot>>> {
         self.head.subscribe()
     }
 
     /// The edition for archives of `part`. With data, see [`pace`](Self::pace).
-    pub fn archived(&self, part: Part) -> watch::Receiver<Option<Arc<Edition>>> {
+    pub fn archived(&self, part: ArchiveKind) -> watch::Receiver<Option<Arc<CachedSnapshot>>> {
         if part.has_data() { self.paced.subscribe() } else { self.head.subscribe() }
     }
 
-    /// Passes editions to [`archived`](Self::archived), at most one in [`SNAPSHOT_INTERVAL`].
+    /// Passes editions to [`archived`](Self::archived), at most one in `SNAPSHOT_INTERVAL`.
     pub fn pace(self: &Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
         // Subscribes at once, for `is_read`.
         let (bundle, mut head) = (Arc::clone(self), self.head());
@@ -480,8 +480,8 @@ impl Bundle {
     }
 }
 
-impl Edition {
-    pub(super) fn log(&self) -> &Log {
+impl CachedSnapshot {
+    pub(super) fn log(&self) -> &History {
         &self.log
     }
 
@@ -552,7 +552,7 @@ impl Edition {
     }
 
     /// Returns [`next`](Self::next). Large frames are encoded on a blocking thread, few at a time.
-    pub(crate) async fn next_beside(self: &Arc<Self>, from: Revision) -> Next {
+    pub(crate) async fn next_beside(self: &Arc<Self>, from: Revision) -> CatchUp {
         if self.is_near(from) {
             return self.next(from);
         }
@@ -564,10 +564,10 @@ impl Edition {
         tokio::task::spawn_blocking(move || edition.next(from)).await.expect("encoding does not panic")
     }
 
-    /// Next step for a client at `from`. Each frame is encoded once (I4).
-    pub fn next(&self, from: Revision) -> Next {
+    /// CatchUp step for a client at `from`. Each frame is encoded once (I4).
+    pub fn next(&self, from: Revision) -> CatchUp {
         if from == self.view.revision {
-            return Next::UpToDate;
+            return CatchUp::UpToDate;
         }
         let cell = {
             let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
@@ -585,11 +585,11 @@ impl Edition {
             self.counters.frame_encodes.fetch_add(u64::from(frame.is_some()), Ordering::Relaxed);
             frame.map(|frame| MeteredBytes::bytes(frame.into(), &self.counters.frame_bytes))
         });
-        frame.clone().map_or(Next::Unknown, Next::Frames)
+        frame.clone().map_or(CatchUp::TooOld, CatchUp::Frame)
     }
 
     /// Archive of `part`, encoded once (I4).
-    pub async fn archive(self: &Arc<Self>, part: Part) -> Archive {
+    pub async fn archive(self: &Arc<Self>, part: ArchiveKind) -> Archive {
         let edition = Arc::clone(self);
         let cell = Arc::clone(&self.archives[part as usize]);
         encode_once(cell, move || {
@@ -654,23 +654,23 @@ impl Edition {
     }
 
     /// Masks of this hub, and their union with the client's. `None` if objects are served whole.
-    fn masks(&self, request: &Reconcile) -> Option<(Kept, Kept)> {
-        let served = Kept::parse(self.view.reads.as_deref()?).ok()?;
+    fn masks(&self, request: &Reconcile) -> Option<(FieldMasks, FieldMasks)> {
+        let served = FieldMasks::parse(self.view.reads.as_deref()?).ok()?;
         let mut union = served.clone();
         let is_bounded = |reads: &&String| request.reads.len() <= READS_MAX && reads.len() <= READS_BYTES_MAX;
-        let parse = |reads| Some(reads).filter(is_bounded).and_then(|reads| Kept::parse(reads).ok());
+        let parse = |reads| Some(reads).filter(is_bounded).and_then(|reads| FieldMasks::parse(reads).ok());
         let readers: Option<Vec<_>> = request.reads.iter().map(parse).collect();
         match readers {
             Some(readers) if !readers.is_empty() => readers.iter().for_each(|reads| union.join(reads)),
             _ if request.dirs.is_empty() && request.modules.as_ref().is_none_or(BTreeMap::is_empty) => {}
             // The client expects whole objects, or its masks are unreadable.
-            _ => union.join_alike(&Fields::all()),
+            _ => union.join_alike(&FieldMask::all()),
         }
         Some((served, union))
     }
 
     /// This view with the fields that the client needs in addition. `None` if there are none.
-    fn widened_for(&self, request: &Reconcile) -> Option<View> {
+    fn widened_for(&self, request: &Reconcile) -> Option<Snapshot> {
         let (served, union) = self.masks(request)?;
         // Older modules may read resources that this hub removed: the client retains them.
         let named: BTreeSet<_> = served.places().collect();
@@ -734,7 +734,7 @@ impl Bundle {
     /// Returns a bundle with two editions and its first revision.
     pub(crate) fn far_from_its_first() -> (Arc<Self>, Revision) {
         let bundle = Self::new("main".into(), None);
-        let next = |view: &View, value: &'static str| {
+        let next = |view: &Snapshot, value: &'static str| {
             let mut batch = Batch::default();
             for key in 0..=INLINE_ENCODE_KEYS_MAX {
                 let value = Bytes::from_static(value.as_bytes());
@@ -742,9 +742,9 @@ impl Bundle {
             }
             view.apply(batch).unwrap()
         };
-        let (first, _) = next(&View::empty(Arc::new([]), None), "1");
+        let (first, _) = next(&Snapshot::empty(Arc::new([]), None), "1");
         let (second, changed) = next(&first, "2");
-        let mut log = Log::new(crate::spec::BundleLimits::default());
+        let mut log = History::new(crate::snapshot::history::BundleLimits::default());
         log.push(first.revision, changed, false);
         bundle.publish(second, log, Bounds::default());
         (Arc::new(bundle), first.revision)
@@ -758,7 +758,7 @@ mod tests {
 
     use super::*;
 
-    fn head(bundle: &Bundle) -> Arc<Edition> {
+    fn head(bundle: &Bundle) -> Arc<CachedSnapshot> {
         bundle.head().borrow().clone().unwrap()
     }
 
@@ -770,7 +770,7 @@ mod tests {
     async fn bundles_encode_far_frames_independently() {
         let ((busy, held), (idle, _)) = (Bundle::far_from_its_first(), Bundle::far_from_its_first());
         let _permit = busy.budget.large_encodes.acquire().await.unwrap();
-        assert!(matches!(head(&idle).next_beside(held).await, Next::Frames(_)));
+        assert!(matches!(head(&idle).next_beside(held).await, CatchUp::Frame(_)));
         let head = head(&busy);
         assert!(poll(pin!(head.next_beside(held))).is_pending(), "its own permit is taken");
         assert_eq!(busy.counters.frame_encodes.load(Ordering::Relaxed), 0);

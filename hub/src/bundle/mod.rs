@@ -5,4 +5,6 @@ pub mod namespaces;
 pub mod registry;
 pub mod watches;
 
-pub use self::cache::{Bundle, Counters, Edition, IsWidened, Newest, Next, Objects, Reading};
+pub use crate::bundle::cache::{
+    Bundle, CachedSnapshot, CatchUp, Counters, FieldState, IsWidened, Newest, Objects,
+};

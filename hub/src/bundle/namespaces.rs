@@ -13,10 +13,10 @@ use opa_hub_proto::position::Position;
 use opa_hub_proto::revision::Revision;
 use tokio::sync::watch;
 
-use crate::bundle::cache::{Bundle, Edition};
+use crate::bundle::cache::{Bundle, CachedSnapshot};
 use crate::snapshot::history::Commit;
-use crate::snapshot::{Changed, Directory, View};
-use crate::spec::Scoped;
+use crate::snapshot::{ChangeSet, Directory, Snapshot};
+use crate::spec::NamespaceScoping;
 
 /// Maximum cached namespace views.
 pub const SCOPES_MAX: usize = 10_000;
@@ -38,9 +38,9 @@ pub enum Error {
 }
 
 /// The namespace views of a bundle.
-pub struct Scopes {
-    scoped: Scoped,
-    live: Mutex<BTreeMap<String, Scope>>,
+pub struct NamespaceViews {
+    scoped: NamespaceScoping,
+    live: Mutex<BTreeMap<String, NamespaceView>>,
 }
 
 struct ViewId {
@@ -48,7 +48,7 @@ struct ViewId {
     namespace: String,
 }
 
-struct Scope {
+struct NamespaceView {
     bundle: Arc<Bundle>,
     source_revision: Option<Revision>,
     /// Whether the namespace had objects at creation.
@@ -69,8 +69,8 @@ type Dirs = Vec<(DirPath, Arc<Directory>)>;
 /// Key of the view without namespaced objects.
 const NO_NAMESPACE: &str = "";
 
-impl Scopes {
-    pub(crate) fn new(scoped: Scoped) -> Self {
+impl NamespaceViews {
+    pub(crate) fn new(scoped: NamespaceScoping) -> Self {
         Self { scoped, live: Mutex::default() }
     }
 
@@ -81,10 +81,10 @@ impl Scopes {
 
     /// Bytes not shared with the bundle.
     pub(crate) fn memory(&self) -> usize {
-        let bytes = |scope: &Scope| {
+        let bytes = |scope: &NamespaceView| {
             let head = scope.bundle.head().borrow().clone();
             let dirs = head.map_or(0, |head| head.view.dirs.len());
-            size_of::<(Bundle, Edition)>() + dirs * VIEW_DIRECTORY_BYTES
+            size_of::<(Bundle, CachedSnapshot)>() + dirs * VIEW_DIRECTORY_BYTES
         };
         self.live().values().map(bytes).sum()
     }
@@ -94,11 +94,11 @@ impl Scopes {
         self.view_of(whole, namespace)
     }
 
-    /// View for a single response. Namespaces without objects share one view: invented names cost nothing.
+    /// Snapshot for a single response. Namespaces without objects share one view: invented names cost nothing.
     pub(crate) fn once(&self, whole: &Arc<Bundle>, namespace: Option<&str>) -> Result<Arc<Bundle>, Error> {
         let namespace = validate(namespace)?;
         let head = whole.head().borrow().clone();
-        let has_objects = |edition: Arc<Edition>| self.has_objects(&edition.view, namespace);
+        let has_objects = |edition: Arc<CachedSnapshot>| self.has_objects(&edition.view, namespace);
         let is_known = self.live().contains_key(namespace) || head.is_some_and(has_objects);
         self.view_of(whole, if is_known { namespace } else { NO_NAMESPACE })
     }
@@ -127,7 +127,8 @@ impl Scopes {
             bundle.publish(view, edition.log().emptied(), edition.bounds().clone());
         }
         let asked = Arc::new(AtomicBool::new(true));
-        let scope = Scope { bundle: Arc::clone(&bundle), source_revision: revision, has_objects, asked };
+        let scope =
+            NamespaceView { bundle: Arc::clone(&bundle), source_revision: revision, has_objects, asked };
         live.insert(namespace.to_owned(), scope);
         drop(live);
         let view = ViewId { id: bundle.id, namespace: namespace.to_owned() };
@@ -135,7 +136,7 @@ impl Scopes {
         Ok(bundle)
     }
 
-    pub(crate) fn follow(&self, edition: &Edition) {
+    pub(crate) fn follow(&self, edition: &CachedSnapshot) {
         let dirs = LazyCell::new(|| self.by_namespace(&edition.view));
         for (namespace, scope) in self.live().iter_mut() {
             let before = scope.source_revision.replace(edition.view.revision);
@@ -163,7 +164,7 @@ impl Scopes {
                     log = head.log().clone();
                     log.push(
                         head.view.revision,
-                        Changed { dirs: namespaced.cloned().collect(), modules },
+                        ChangeSet { dirs: namespaced.cloned().collect(), modules },
                         commit.narrows,
                     );
                 }
@@ -182,7 +183,7 @@ impl Scopes {
     /// Namespace of a directory; `None` if all namespaces share it. Cluster-scoped objects are directly below their
     /// resource.
     fn namespace_of<'a>(&self, dir: &'a DirPath) -> Option<&'a str> {
-        let Scoped { root, whole } = &self.scoped;
+        let NamespaceScoping { root, whole } = &self.scoped;
         let below = dir.as_str().strip_prefix(root.as_str())?.strip_prefix('/')?;
         let (_, namespace) = below.split_once('/')?;
         (!whole.iter().any(|place| dir.is_within(place))).then_some(namespace)
@@ -192,7 +193,7 @@ impl Scopes {
         self.namespace_of(dir).is_none_or(|owner| owner == namespace)
     }
 
-    fn has_objects(&self, whole: &View, namespace: &str) -> bool {
+    fn has_objects(&self, whole: &Snapshot, namespace: &str) -> bool {
         let root = format!("{}/", self.scoped.root);
         let mut from = Bound::Included(root.clone());
         loop {
@@ -215,7 +216,7 @@ impl Scopes {
         }
     }
 
-    fn by_namespace<'a>(&self, whole: &'a View) -> ByNamespace<'a> {
+    fn by_namespace<'a>(&self, whole: &'a Snapshot) -> ByNamespace<'a> {
         let mut dirs = ByNamespace { shared: Dirs::new(), namespaced: HashMap::new() };
         for (path, dir) in whole.dirs.iter() {
             let group = match self.namespace_of(path) {
@@ -238,13 +239,13 @@ impl Scopes {
         idle
     }
 
-    fn live(&self) -> MutexGuard<'_, BTreeMap<String, Scope>> {
+    fn live(&self) -> MutexGuard<'_, BTreeMap<String, NamespaceView>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl ByNamespace<'_> {
-    fn view(&self, whole: &View, namespace: &str) -> View {
+    fn view(&self, whole: &Snapshot, namespace: &str) -> Snapshot {
         let namespaced = self.namespaced.get(namespace).into_iter().flatten();
         whole.with_dirs(self.shared.iter().chain(namespaced).cloned().collect())
     }
@@ -258,7 +259,7 @@ fn validate(namespace: Option<&str>) -> Result<&str, Error> {
 /// Does not own the bundle: streams of a replaced bundle must end.
 async fn throttle_archives(
     whole: Weak<Bundle>,
-    mut head: watch::Receiver<Option<Arc<Edition>>>,
+    mut head: watch::Receiver<Option<Arc<CachedSnapshot>>>,
     pacing: impl Future<Output = ()>,
     view: ViewId,
 ) {

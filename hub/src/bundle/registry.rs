@@ -1,4 +1,4 @@
-//! Bundles by name.
+//! BundleRegistry by name.
 
 use crate::bundle::Bundle;
 use crate::store::Store;
@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 /// Served bundles, by name.
 #[derive(Default)]
-pub struct Bundles {
+pub struct BundleRegistry {
     served: RwLock<BTreeMap<String, Arc<Bundle>>>,
     /// Watched objects, set at startup.
     pub store: OnceLock<Arc<Store>>,
@@ -19,7 +19,7 @@ pub struct Bundles {
     pub verdict_writes: AtomicU64,
 }
 
-impl Bundles {
+impl BundleRegistry {
     /// Returns a bundle.
     pub fn get(&self, name: &str) -> Option<Arc<Bundle>> {
         self.served.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()

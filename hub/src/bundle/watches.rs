@@ -4,12 +4,12 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::model::{self, FeedId};
+use crate::model::{self, InputId};
 use crate::store;
 
 /// By feed, `None` if closed. Clones share the content.
 #[derive(Clone, Default)]
-pub struct Feeds(Arc<Mutex<Vec<Option<Arc<Feed>>>>>);
+pub struct WatchStatuses(Arc<Mutex<Vec<Option<Arc<WatchStatus>>>>>);
 
 /// A feed without recent response from its source.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl std::fmt::Display for Stale {
 }
 
 /// Status of a feed.
-pub struct Feed {
+pub struct WatchStatus {
     /// Display name.
     pub name: String,
     /// Name in positions.
@@ -36,9 +36,9 @@ pub struct Feed {
     pub changes: AtomicU64,
 }
 
-impl Feeds {
+impl WatchStatuses {
     /// Open feeds.
-    pub fn list(&self) -> Vec<Arc<Feed>> {
+    pub fn list(&self) -> Vec<Arc<WatchStatus>> {
         self.with(|feeds| feeds.iter().flatten().cloned().collect())
     }
 
@@ -57,7 +57,7 @@ impl Feeds {
         self.longest(|feed| !feed.watch.is_refused())
     }
 
-    fn longest(&self, matches: impl Fn(&Feed) -> bool) -> Option<Stale> {
+    fn longest(&self, matches: impl Fn(&WatchStatus) -> bool) -> Option<Stale> {
         let feeds = self.list();
         let feeds = feeds.iter().filter(|feed| matches(feed));
         let stale =
@@ -65,25 +65,26 @@ impl Feeds {
         stale.max_by_key(|stale| stale.silent)
     }
 
-    pub(crate) fn of(&self, id: FeedId) -> Option<Arc<Feed>> {
+    pub(crate) fn of(&self, id: InputId) -> Option<Arc<WatchStatus>> {
         self.with(|feeds| feeds.get(id.0).cloned().flatten())
     }
 
-    pub(crate) fn open(&self, id: FeedId, feed: &model::Feed, watch: Arc<store::Counters>) {
+    pub(crate) fn open(&self, id: InputId, feed: &model::WatchSpec, watch: Arc<store::Counters>) {
         self.with(|feeds| {
             if feeds.len() <= id.0 {
                 feeds.resize(id.0 + 1, None);
             }
             let (name, position_name) = (feed.to_string(), feed.position_name());
-            feeds[id.0] = Some(Arc::new(Feed { name, position_name, watch, changes: AtomicU64::new(0) }));
+            feeds[id.0] =
+                Some(Arc::new(WatchStatus { name, position_name, watch, changes: AtomicU64::new(0) }));
         });
     }
 
-    pub(crate) fn close(&self, id: FeedId) {
+    pub(crate) fn close(&self, id: InputId) {
         self.with(|feeds| feeds.get_mut(id.0).map(Option::take));
     }
 
-    fn with<T>(&self, f: impl FnOnce(&mut Vec<Option<Arc<Feed>>>) -> T) -> T {
+    fn with<T>(&self, f: impl FnOnce(&mut Vec<Option<Arc<WatchStatus>>>) -> T) -> T {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

@@ -7,10 +7,10 @@ use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
 use serde::Serialize;
 
-use crate::fields::mask::Fields;
+use crate::fields::mask::FieldMask;
 use crate::fields::masks::IsClusterScoped;
 use crate::json::Members;
-use crate::policy::dataflow::{Extent, Reads, Step};
+use crate::policy::dataflow::{ReadDepth, ReadSet, Segment};
 use crate::policy::plan::Site;
 
 /// Maximum objects of a resource whose fields are measured.
@@ -41,7 +41,7 @@ pub(crate) struct Resource {
 #[derive(Serialize, Debug)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Field {
-    /// Ends with `…` if all fields below are included.
+    /// WriterHandles with `…` if all fields below are included.
     pub(crate) path: String,
     /// Estimated from a sample.
     pub(crate) json_bytes: usize,
@@ -67,8 +67,8 @@ pub(crate) fn opa_bytes(json_bytes: usize, entries: usize) -> u64 {
 pub(crate) fn resource(
     place: &DirPath,
     scope: IsClusterScoped,
-    fields: &Fields,
-    reads: Option<&Reads>,
+    fields: &FieldMask,
+    reads: Option<&ReadSet>,
     objects: &[Sample],
 ) -> Resource {
     let mut namespaces = BTreeMap::new();
@@ -78,8 +78,8 @@ pub(crate) fn resource(
     let sampled: Vec<_> = objects.iter().step_by(objects.len().div_ceil(SAMPLE).max(1)).collect();
     let paths = if fields.is_all() { top_level_fields(&sampled) } else { fields.paths() };
     let readers = reads.map(|reads| readers(reads, place, scope)).unwrap_or_default();
-    let measure = |(steps, extent): (Vec<Step>, Extent)| {
-        let mut only = Fields::default();
+    let measure = |(steps, extent): (Vec<Segment>, ReadDepth)| {
+        let mut only = FieldMask::default();
         only.insert(&steps, extent);
         let bytes: usize = sampled.iter().map(|object| size_of_fields(&only, &object.kept)).sum();
         let path = only.to_string().trim_end().to_owned();
@@ -100,13 +100,13 @@ pub(crate) fn resource(
     }
 }
 
-fn size_of_fields(fields: &Fields, object: &Bytes) -> usize {
+fn size_of_fields(fields: &FieldMask, object: &Bytes) -> usize {
     // Without the braces, which remain without the field.
     fields.cut_object(object).map_or(0, |cut| cut.len().saturating_sub(2))
 }
 
-/// Fields of unpruned objects, two levels deep.
-fn top_level_fields(objects: &[&Sample]) -> Vec<(Vec<Step>, Extent)> {
+/// FieldMask of unpruned objects, two levels deep.
+fn top_level_fields(objects: &[&Sample]) -> Vec<(Vec<Segment>, ReadDepth)> {
     fn members(json: &str) -> Vec<(String, &str)> {
         let members = serde_json::from_str::<Members>(json).map(|members| members.0).unwrap_or_default();
         members.into_iter().map(|(name, value)| (name.into_owned(), value.get())).collect()
@@ -114,26 +114,26 @@ fn top_level_fields(objects: &[&Sample]) -> Vec<(Vec<Step>, Extent)> {
     let mut found = BTreeSet::new();
     for text in objects.iter().filter_map(|object| std::str::from_utf8(&object.kept).ok()) {
         for (name, value) in members(text) {
-            let name = Step::Name(name.into());
+            let name = Segment::Key(name.into());
             let below =
-                members(value).into_iter().map(|(below, _)| vec![name.clone(), Step::Name(below.into())]);
+                members(value).into_iter().map(|(below, _)| vec![name.clone(), Segment::Key(below.into())]);
             let below: Vec<_> = below.collect();
             found.extend(if below.is_empty() { vec![vec![name]] } else { below });
         }
     }
-    found.into_iter().map(|steps| (steps, Extent::Whole)).collect()
+    found.into_iter().map(|steps| (steps, ReadDepth::Whole)).collect()
 }
 
 /// Readers by field. Readers of whole objects have no steps.
 pub(crate) fn readers(
-    reads: &Reads,
+    reads: &ReadSet,
     place: &DirPath,
     scope: IsClusterScoped,
-) -> BTreeMap<Vec<Step>, BTreeSet<Site>> {
+) -> BTreeMap<Vec<Segment>, BTreeSet<Site>> {
     let depth = if scope == Some(true) { 1 } else { 2 };
-    let mut readers: BTreeMap<Vec<Step>, BTreeSet<Site>> = BTreeMap::new();
+    let mut readers: BTreeMap<Vec<Segment>, BTreeSet<Site>> = BTreeMap::new();
     for (path, extent, sites) in reads.of_objects(place, depth) {
-        if !path.is_empty() || extent == Extent::Whole {
+        if !path.is_empty() || extent == ReadDepth::Whole {
             readers.entry(path).or_default().extend(sites.iter().cloned());
         }
     }

@@ -10,19 +10,19 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::json::Members;
-use crate::policy::dataflow::{Extent, Step};
+use crate::policy::dataflow::{ReadDepth, Segment};
 
 /// Tree of fields. Values in the tree retain their type, scalars their content.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct Fields {
+pub struct FieldMask {
     /// Includes all fields below.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     whole: bool,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    names: BTreeMap<Arc<str>, Fields>,
+    names: BTreeMap<Arc<str>, FieldMask>,
     /// Mask of every member or element, in addition.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    any: Option<Box<Fields>>,
+    any: Option<Box<FieldMask>>,
 }
 
 /// Invalid field path.
@@ -32,12 +32,12 @@ pub struct Fields {
 )]
 pub struct InvalidField(String);
 
-impl Fields {
+impl FieldMask {
     /// Mask of these paths and all below.
     pub fn parse<'a>(paths: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidField> {
         let mut fields = Self::default();
         for path in paths {
-            fields.insert(&steps(path).ok_or_else(|| InvalidField(path.to_owned()))?, Extent::Whole);
+            fields.insert(&steps(path).ok_or_else(|| InvalidField(path.to_owned()))?, ReadDepth::Whole);
         }
         Ok(fields)
     }
@@ -53,19 +53,19 @@ impl Fields {
     }
 
     /// Adds the field at `steps`.
-    pub fn insert(&mut self, steps: &[Step], extent: Extent) {
+    pub fn insert(&mut self, steps: &[Segment], extent: ReadDepth) {
         if self.whole {
             return;
         }
         let Some((first, rest)) = steps.split_first() else {
-            if extent == Extent::Whole {
+            if extent == ReadDepth::Whole {
                 *self = Self::all();
             }
             return;
         };
         match first {
-            Step::Name(name) => self.names.entry(name.clone()).or_default().insert(rest, extent),
-            Step::Any => self.any.get_or_insert_default().insert(rest, extent),
+            Segment::Key(name) => self.names.entry(name.clone()).or_default().insert(rest, extent),
+            Segment::Wildcard => self.any.get_or_insert_default().insert(rest, extent),
         }
     }
 
@@ -95,15 +95,15 @@ impl Fields {
     }
 
     /// Paths of the leaves.
-    pub fn paths(&self) -> Vec<(Vec<Step>, Extent)> {
-        fn collect(fields: &Fields, path: &mut Vec<Step>, out: &mut Vec<(Vec<Step>, Extent)>) {
+    pub fn paths(&self) -> Vec<(Vec<Segment>, ReadDepth)> {
+        fn collect(fields: &FieldMask, path: &mut Vec<Segment>, out: &mut Vec<(Vec<Segment>, ReadDepth)>) {
             if fields.whole {
-                out.push((path.clone(), Extent::Whole));
+                out.push((path.clone(), ReadDepth::Whole));
             } else if fields.names.is_empty() && fields.any.is_none() && !path.is_empty() {
-                out.push((path.clone(), Extent::Shallow));
+                out.push((path.clone(), ReadDepth::Shallow));
             }
-            let names = fields.names.iter().map(|(name, below)| (Step::Name(name.clone()), below));
-            for (step, below) in names.chain(fields.any.iter().map(|below| (Step::Any, &**below))) {
+            let names = fields.names.iter().map(|(name, below)| (Segment::Key(name.clone()), below));
+            for (step, below) in names.chain(fields.any.iter().map(|below| (Segment::Wildcard, &**below))) {
                 path.push(step);
                 collect(below, path, out);
                 path.pop();
@@ -184,16 +184,16 @@ impl Fields {
 /// A name with one of these is written in brackets and quotes.
 const QUOTED_CHARS: [char; 6] = ['.', '[', ']', '"', '*', ' '];
 
-fn steps(path: &str) -> Option<Vec<Step>> {
+fn steps(path: &str) -> Option<Vec<Segment>> {
     let mut steps = Vec::new();
     let mut rest = path;
     while !rest.is_empty() {
         if let Some(after) = rest.strip_prefix("[*]") {
-            steps.push(Step::Any);
+            steps.push(Segment::Wildcard);
             rest = after;
         } else if let Some(after) = rest.strip_prefix('[') {
             let mut texts = serde_json::Deserializer::from_str(after).into_iter::<String>();
-            steps.push(Step::Name(texts.next()?.ok()?.into()));
+            steps.push(Segment::Key(texts.next()?.ok()?.into()));
             rest = after[texts.byte_offset()..].strip_prefix(']')?;
         } else {
             let from = if steps.is_empty() { rest } else { rest.strip_prefix('.')? };
@@ -202,27 +202,27 @@ fn steps(path: &str) -> Option<Vec<Step>> {
             if name.is_empty() || name.contains(QUOTED_CHARS) {
                 return None;
             }
-            steps.push(Step::Name(name.into()));
+            steps.push(Segment::Key(name.into()));
             rest = after;
         }
     }
     (!steps.is_empty()).then_some(steps)
 }
 
-impl fmt::Display for Fields {
+impl fmt::Display for FieldMask {
     /// One path per line, `…` if all fields below are included.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (steps, extent) in self.paths() {
             for (index, step) in steps.iter().enumerate() {
                 match step {
-                    Step::Any => f.write_str("[*]")?,
-                    Step::Name(name) if name.is_empty() || name.contains(QUOTED_CHARS) => {
+                    Segment::Wildcard => f.write_str("[*]")?,
+                    Segment::Key(name) if name.is_empty() || name.contains(QUOTED_CHARS) => {
                         write!(f, "[{}]", serde_json::Value::from(&**name))?;
                     }
-                    Step::Name(name) => write!(f, "{}{name}", if index == 0 { "" } else { "." })?,
+                    Segment::Key(name) => write!(f, "{}{name}", if index == 0 { "" } else { "." })?,
                 }
             }
-            writeln!(f, "{}", if extent == Extent::Whole { "…" } else { "" })?;
+            writeln!(f, "{}", if extent == ReadDepth::Whole { "…" } else { "" })?;
         }
         Ok(())
     }
@@ -234,13 +234,13 @@ mod tests {
 
     /// Paths are written `a.*.b`, with `!` at the end for all below.
     fn check(paths: &[&str], json: &str, expected: &str) {
-        let mut fields = Fields::default();
+        let mut fields = FieldMask::default();
         for path in paths {
             let (path, extent) = match path.strip_suffix('!') {
-                Some(path) => (path, Extent::Whole),
-                None => (*path, Extent::Shallow),
+                Some(path) => (path, ReadDepth::Whole),
+                None => (*path, ReadDepth::Shallow),
             };
-            let step = |name: &str| if name == "*" { Step::Any } else { Step::Name(name.into()) };
+            let step = |name: &str| if name == "*" { Segment::Wildcard } else { Segment::Key(name.into()) };
             fields.insert(
                 &path.split('.').filter(|name| !name.is_empty()).map(step).collect::<Vec<_>>(),
                 extent,
@@ -276,19 +276,19 @@ mod tests {
     #[test]
     fn printed_paths_parse() {
         let paths = ["metadata.labels", "spec.containers[*].image", "metadata.annotations[\"a/b\"].c"];
-        let printed = Fields::parse(paths).unwrap().to_string();
+        let printed = FieldMask::parse(paths).unwrap().to_string();
         assert_eq!(printed, "metadata.annotations.a/b.c…\nmetadata.labels…\nspec.containers[*].image…\n");
         for bad in ["", ".", "a.", ".a", "a..b", "a[", "a[b]", "a[\"b\"", "a]", "a[*]b", "a b"] {
-            assert_eq!(Fields::parse([bad]), Err(InvalidField(bad.into())), "{bad}");
+            assert_eq!(FieldMask::parse([bad]), Err(InvalidField(bad.into())), "{bad}");
         }
     }
 
     #[test]
     fn fields_print_as_paths() {
-        let mut fields = Fields::default();
-        let name = |name: &str| Step::Name(name.into());
-        fields.insert(&[name("spec"), name("c"), Step::Any, name("image")], Extent::Shallow);
-        fields.insert(&[name("metadata"), name("labels")], Extent::Whole);
+        let mut fields = FieldMask::default();
+        let name = |name: &str| Segment::Key(name.into());
+        fields.insert(&[name("spec"), name("c"), Segment::Wildcard, name("image")], ReadDepth::Shallow);
+        fields.insert(&[name("metadata"), name("labels")], ReadDepth::Whole);
         assert_eq!(fields.to_string(), "metadata.labels…\nspec.c[*].image\n");
     }
 }

@@ -5,57 +5,60 @@ use std::collections::BTreeMap;
 use opa_hub_proto::path::DirPath;
 use serde::{Deserialize, Serialize};
 
-use crate::fields::mask::Fields;
-use crate::policy::dataflow::Reads;
+use crate::fields::mask::FieldMask;
+use crate::policy::dataflow::ReadSet;
 
 /// Field mask of each resource.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct Kept {
+pub struct FieldMasks {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    places: BTreeMap<DirPath, Fields>,
+    places: BTreeMap<DirPath, FieldMask>,
     /// Mask of other resources.
     #[serde(default)]
-    others: Fields,
+    others: FieldMask,
 }
 
 /// Whether a resource is cluster-scoped. `None` if unknown.
 pub type IsClusterScoped = Option<bool>;
 
-impl Kept {
+impl FieldMasks {
     /// Masks of the fields that policies read.
-    pub fn of_reads(reads: &Reads, resources: impl IntoIterator<Item = (DirPath, IsClusterScoped)>) -> Self {
+    pub fn of_reads(
+        reads: &ReadSet,
+        resources: impl IntoIterator<Item = (DirPath, IsClusterScoped)>,
+    ) -> Self {
         let mask = |(place, scope): (DirPath, IsClusterScoped)| {
             let depths: &[usize] = match scope {
                 Some(true) => &[1],
                 Some(false) => &[2],
                 None => &[1, 2],
             };
-            let mut fields = Fields::default();
+            let mut fields = FieldMask::default();
             for depth in depths {
                 fields.join(&fields_read(reads, &place, *depth));
             }
             (place, fields)
         };
-        Self { places: resources.into_iter().map(mask).collect(), others: Fields::default() }
+        Self { places: resources.into_iter().map(mask).collect(), others: FieldMask::default() }
     }
 
     /// Masks of named and other resources.
-    pub fn new(places: BTreeMap<DirPath, Fields>, others: Fields) -> Self {
+    pub fn new(places: BTreeMap<DirPath, FieldMask>, others: FieldMask) -> Self {
         Self { places, others }
     }
 
     /// Whether all fields are included.
     pub fn is_all(&self) -> bool {
-        self.others.is_all() && self.places.values().all(Fields::is_all)
+        self.others.is_all() && self.places.values().all(FieldMask::is_all)
     }
 
     /// One mask for all resources.
-    pub(crate) fn alike(fields: Fields) -> Self {
+    pub(crate) fn alike(fields: FieldMask) -> Self {
         Self { places: BTreeMap::new(), others: fields }
     }
 
     /// Mask of the resource at `place`.
-    pub fn of(&self, place: &DirPath) -> &Fields {
+    pub fn of(&self, place: &DirPath) -> &FieldMask {
         self.places.get(place).unwrap_or(&self.others)
     }
 
@@ -86,7 +89,7 @@ impl Kept {
     }
 
     /// Adds these fields to all resources.
-    pub(crate) fn join_alike(&mut self, fields: &Fields) {
+    pub(crate) fn join_alike(&mut self, fields: &FieldMask) {
         self.join(&Self::alike(fields.clone()));
     }
 
@@ -107,9 +110,9 @@ impl Kept {
     }
 }
 
-/// Fields that are read of objects `depth` names below `place`.
-fn fields_read(reads: &Reads, place: &DirPath, depth: usize) -> Fields {
-    let mut fields = Fields::default();
+/// FieldMask that are read of objects `depth` names below `place`.
+fn fields_read(reads: &ReadSet, place: &DirPath, depth: usize) -> FieldMask {
+    let mut fields = FieldMask::default();
     for (path, extent, _) in reads.of_objects(place, depth) {
         fields.insert(&path, extent);
     }
@@ -120,11 +123,11 @@ fn fields_read(reads: &Reads, place: &DirPath, depth: usize) -> Fields {
 mod tests {
     use super::*;
 
-    fn kept(paths: &[&str]) -> Kept {
-        let fields = Fields::parse(paths.iter().copied()).unwrap();
-        Kept {
+    fn kept(paths: &[&str]) -> FieldMasks {
+        let fields = FieldMask::parse(paths.iter().copied()).unwrap();
+        FieldMasks {
             places: BTreeMap::from([("/kubernetes/pods".parse().unwrap(), fields)]),
-            others: Fields::default(),
+            others: FieldMask::default(),
         }
     }
 
@@ -142,10 +145,12 @@ mod tests {
         ] {
             let (mut wide, narrow) = (kept(wide), kept(narrow));
             assert_eq!(wide.includes(&narrow), expected, "{wide:?} {narrow:?}");
-            assert_eq!(Kept::parse(&wide.to_text()).unwrap(), wide);
+            assert_eq!(FieldMasks::parse(&wide.to_text()).unwrap(), wide);
             wide.join(&narrow);
             assert!(wide.includes(&narrow));
-            assert!(wide.includes(&Kept::default()) && Kept::alike(Fields::all()).includes(&wide));
+            assert!(
+                wide.includes(&FieldMasks::default()) && FieldMasks::alike(FieldMask::all()).includes(&wide)
+            );
         }
     }
 }

@@ -21,12 +21,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
 use crate::backoff::{RETRY, RETRY_MAX};
-use crate::health::Readiness;
+use crate::health::Health;
 use crate::k8s::WRITEBACK_TIMEOUT;
 use crate::k8s::{FIELD_MANAGER, RequestError, report, while_leading, within};
 use crate::model::ObjectKey;
-use crate::pipeline::Said;
-use crate::policy::candidate::Texts;
+use crate::pipeline::WriterCommand;
+use crate::policy::candidate::ModuleSet;
 use crate::policy::modules::Module;
 use crate::policy::registry::LastGood;
 
@@ -39,7 +39,7 @@ pub const LAST_GOOD_SETTLE: Duration = Duration::from_millis(100);
 
 const SUBJECT: &str = "last good policies";
 const FILE: &str = "last-good.json.gz";
-/// Limit of the API server.
+/// SizeQuota of the API server.
 const OBJECT_NAME_MAX: usize = 253;
 /// Leaves room for prefix and digest within [`OBJECT_NAME_MAX`].
 const READABLE_CHARS_MAX: usize = 200;
@@ -105,7 +105,7 @@ impl Place {
     }
 
     /// Sends the stored policies to the writer, and returns their encoding.
-    pub async fn restore(&self, writer: mpsc::Sender<Said>, readiness: &Readiness) -> Option<Vec<u8>> {
+    pub async fn restore(&self, writer: mpsc::Sender<WriterCommand>, readiness: &Health) -> Option<Vec<u8>> {
         let mut stored = self.load_with_retry(readiness).await;
         let restored =
             stored.as_deref().map_or_else(|| Ok(LastGood::new()), decode).unwrap_or_else(|error| {
@@ -117,7 +117,7 @@ impl Place {
             tracing::info!(configmaps = restored.len(), "last good policies restored");
         }
         // Fails only if the bundle was stopped.
-        _ = writer.send(Said::Restored(restored)).await;
+        _ = writer.send(WriterCommand::RestoreLastGood(restored)).await;
         stored
     }
 
@@ -127,7 +127,7 @@ impl Place {
         mut stored: Option<Vec<u8>>,
         mut good: watch::Receiver<Option<LastGood>>,
         mut leads: watch::Receiver<bool>,
-        readiness: Readiness,
+        readiness: Health,
     ) {
         let mut retry = RETRY;
         loop {
@@ -162,7 +162,7 @@ impl Place {
     }
 
     /// Retries API server failures.
-    async fn load_with_retry(&self, readiness: &Readiness) -> Option<Vec<u8>> {
+    async fn load_with_retry(&self, readiness: &Health) -> Option<Vec<u8>> {
         let mut retry = RETRY;
         loop {
             match self.load().await {
@@ -292,7 +292,7 @@ fn encode(good: &LastGood) -> Vec<u8> {
     let texts = |modules: &BTreeMap<String, Arc<Module>>| {
         modules.iter().map(|(id, module)| (id.clone(), module.text.clone())).collect()
     };
-    let save = |set: &Texts| SavedModules { modules: texts(&set.modules), tests: texts(&set.tests) };
+    let save = |set: &ModuleSet| SavedModules { modules: texts(&set.modules), tests: texts(&set.tests) };
     let saved = Saved { configmaps: good.iter().map(|(key, set)| (key.to_string(), save(set))).collect() };
     let json = serde_json::to_vec(&saved).expect("all keys are strings");
     let mut gzip = GzEncoder::new(Vec::new(), Compression::best());
@@ -314,7 +314,7 @@ fn decode(bytes: &[u8]) -> Result<LastGood, Error> {
         let key = ObjectKey { namespace: namespace.into(), name: name.into() };
         let modules = saved.modules.into_iter().map(module).collect::<Result<_, _>>()?;
         let tests = saved.tests.into_iter().map(module).collect::<Result<_, _>>()?;
-        Ok((key, Arc::new(Texts { modules, tests })))
+        Ok((key, Arc::new(ModuleSet { modules, tests })))
     };
     saved.configmaps.into_iter().map(modules_of).collect()
 }
@@ -330,7 +330,7 @@ mod tests {
 
     fn good() -> LastGood {
         let module = |text: &str| Arc::new(Module::read(text).unwrap());
-        let texts = Texts {
+        let texts = ModuleSet {
             modules: BTreeMap::from([("opa/a/x".to_owned(), module("package x"))]),
             tests: BTreeMap::from([("opa/a/x_test.rego".to_owned(), module("package x_test"))]),
         };
@@ -397,7 +397,7 @@ mod tests {
         assert!(object_name("My_bundle").starts_with("opa-hub-my-bundle-"));
     }
 
-    fn write(client: Client, leads: watch::Receiver<bool>, readiness: Readiness) {
+    fn write(client: Client, leads: watch::Receiver<bool>, readiness: Health) {
         let (publish, good) = watch::channel(Some(good()));
         tokio::spawn(async move { publish.closed().await });
         tokio::spawn(Place::cluster(client, NAMESPACE, "main").keep(None, good, leads, readiness));
@@ -415,7 +415,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_lost_read_at_the_start_is_reported_and_retried() {
-        let read = |client: Client, _: watch::Receiver<bool>, readiness: Readiness| {
+        let read = |client: Client, _: watch::Receiver<bool>, readiness: Health| {
             let (writer, _) = mpsc::channel(1);
             let place = Place::cluster(client, NAMESPACE, "main");
             tokio::spawn(async move { place.restore(writer, &readiness).await });
@@ -430,7 +430,7 @@ mod tests {
         let (_good, accepted) = watch::channel(Some(good()));
         let (leads, leading) = watch::channel(false);
         let place = Place::cluster(link.client(), NAMESPACE, "main");
-        tokio::spawn(place.keep(Some(encode(&good())), accepted, leading, Readiness::default()));
+        tokio::spawn(place.keep(Some(encode(&good())), accepted, leading, Health::default()));
         for term in 1..=3 {
             cluster.delete("/configmaps");
             leads.send_replace(true);

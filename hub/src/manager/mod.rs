@@ -14,11 +14,11 @@ use std::time::SystemTime;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::bundle::Edition;
-use crate::manager::runner::{Ended, Running, Stages};
-use crate::model::{Change, FeedId, Object};
+use crate::bundle::CachedSnapshot;
+use crate::manager::runner::{BundleFactory, RunningBundle, TaskName};
+use crate::model::{Change, InputId, Object};
 use crate::source::folder;
-use crate::spec::Spec;
+use crate::spec::BundleSpec;
 use crate::store::Subscription;
 
 /// Maximum bundles. Each has two threads and runs OPA.
@@ -27,7 +27,7 @@ pub const BUNDLES_MAX: usize = 200;
 pub const DOCUMENTS_LOOK: Duration = Duration::from_secs(1);
 
 /// Statuses of the source's documents, by name.
-pub type Opinions = BTreeMap<String, Opinion>;
+pub type DocumentStatuses = BTreeMap<String, Opinion>;
 
 /// Status of a document.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -38,24 +38,24 @@ pub struct Opinion {
     pub error: Option<String>,
 }
 
-pub(crate) struct Documents {
-    stages: Stages,
-    flags: Option<Arc<Spec>>,
+pub(crate) struct BundleController {
+    stages: BundleFactory,
+    flags: Option<Arc<BundleSpec>>,
     file: Option<DocumentFile>,
     source: Subscription,
     objects: BTreeMap<String, Object>,
-    statuses: watch::Sender<Opinions>,
+    statuses: watch::Sender<DocumentStatuses>,
     rejected: BTreeMap<String, String>,
     managed: BTreeMap<String, ManagedBundle>,
-    tasks: JoinSet<Ended>,
+    tasks: JoinSet<TaskName>,
     /// Whether the source has listed or failed.
     is_settled: bool,
 }
 
 struct ManagedBundle {
-    running: Running,
+    running: RunningBundle,
     /// Replaces `running` once it has a snapshot.
-    next: Option<Running>,
+    next: Option<RunningBundle>,
 }
 
 struct DocumentFile {
@@ -66,12 +66,12 @@ struct DocumentFile {
 }
 
 const DOCUMENTS: &str = "bundle documents";
-const FEED: FeedId = FeedId(0);
+const FEED: InputId = InputId(0);
 
-impl Documents {
-    pub(crate) fn new(stages: Stages, flags: Option<Spec>, path: Option<PathBuf>) -> Self {
+impl BundleController {
+    pub(crate) fn new(stages: BundleFactory, flags: Option<BundleSpec>, path: Option<PathBuf>) -> Self {
         let source = stages.store.subscribe();
-        source.open(FEED, &Spec::documents());
+        source.open(FEED, &BundleSpec::documents());
         stages.readiness.pending(DOCUMENTS, "not listed yet");
         let file = path.map(|path| DocumentFile { path, stamp: None, objects: Vec::new(), error: None });
         Self {
@@ -88,7 +88,7 @@ impl Documents {
         }
     }
 
-    pub(crate) fn opinions(&self) -> watch::Receiver<Opinions> {
+    pub(crate) fn opinions(&self) -> watch::Receiver<DocumentStatuses> {
         self.statuses.subscribe()
     }
 
@@ -135,7 +135,7 @@ impl Documents {
                 tracing::info!("waiting for documents of kind Bundle");
             }
         }
-        // Bundles of rejected documents stay.
+        // BundleRegistry of rejected documents stay.
         let removed = self.managed.extract_if(.., |name, _| self.is_settled && !desired.names.contains(name));
         for (name, managed) in removed.collect::<Vec<_>>() {
             tracing::info!(bundle = name, "document deleted, bundle removed");
@@ -143,7 +143,7 @@ impl Documents {
             managed.running.forget();
         }
         for managed in self.managed.values_mut() {
-            if managed.next.as_ref().is_some_and(Running::is_live)
+            if managed.next.as_ref().is_some_and(RunningBundle::is_live)
                 && let Some(mut next) = managed.next.take()
             {
                 tracing::info!(bundle = next.spec.name, "bundle replaced");
@@ -158,7 +158,7 @@ impl Documents {
     fn desired(&mut self) -> Desired {
         let mut desired = Desired::default();
         let mut rejected = BTreeMap::new();
-        let mut statuses = Opinions::new();
+        let mut statuses = DocumentStatuses::new();
         let mut room = BUNDLES_MAX.saturating_sub(self.managed.len());
         if let Some(spec) = &self.flags {
             desired.names.insert(spec.name.clone());
@@ -170,7 +170,7 @@ impl Documents {
                 Some(file) => format!("{}: Bundle {}", file.path.display(), object.key.name),
                 None => format!("Bundle {}", object.key.name),
             };
-            let result = match Spec::parse(object) {
+            let result = match BundleSpec::parse(object) {
                 _ if desired.names.contains(&*object.key.name) => Err(
                     "a bundle of this name is given by flags (--bundle) or by another document; rename one"
                         .into(),
@@ -212,7 +212,7 @@ impl Documents {
         desired
     }
 
-    async fn ensure_running(&mut self, name: String, spec: Arc<Spec>, gates: bool) {
+    async fn ensure_running(&mut self, name: String, spec: Arc<BundleSpec>, gates: bool) {
         let Self { stages, managed, tasks, .. } = self;
         let Some(bundle) = managed.get_mut(&name) else {
             let watches = spec.feeds.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
@@ -246,17 +246,17 @@ async fn any_live(heads: Vec<Head>) {
     futures::future::select_all(heads.into_iter().map(live)).await;
 }
 
-type Head = watch::Receiver<Option<Arc<Edition>>>;
+type Head = watch::Receiver<Option<Arc<CachedSnapshot>>>;
 
 #[derive(Default)]
 struct Desired {
-    specs: Vec<(String, Arc<Spec>)>,
+    specs: Vec<(String, Arc<BundleSpec>)>,
     /// Includes rejected documents.
     names: BTreeSet<String>,
 }
 
 impl DocumentFile {
-    /// Reads the file if it changed. On failure the last documents stay.
+    /// ReadSet the file if it changed. On failure the last documents stay.
     fn poll(&mut self) {
         let stamp = |file: Metadata| Some((file.modified().ok()?, file.len(), file.ino()));
         let now = std::fs::metadata(&self.path).ok().and_then(stamp);

@@ -1,6 +1,6 @@
-//! Running bundles, each on its own threads.
+//! RunningBundle bundles, each on its own threads.
 
-use crate::bundle::registry::Bundles;
+use crate::bundle::registry::BundleRegistry;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
@@ -9,19 +9,19 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::bundle::Bundle;
-use crate::health::Readiness;
+use crate::health::Health;
 use crate::manager::last_good::Place;
 use crate::pipeline::auto_replication::Auto;
-use crate::pipeline::writer::Pipeline;
-use crate::pipeline::{self, Ends, Said};
+use crate::pipeline::writer::BundleWriter;
+use crate::pipeline::{self, WriterCommand, WriterHandles};
 use crate::policy::check::Compiler;
 use crate::policy::registry::LastGood;
-use crate::policy::verdict::Verdicts;
-use crate::spec::Spec;
+use crate::policy::verdict::VerdictBoard;
+use crate::spec::BundleSpec;
 use crate::store::Store;
 
 /// Starts bundles.
-pub struct Stages {
+pub struct BundleFactory {
     /// Watched objects.
     pub store: Arc<Store>,
     /// Policy compiler.
@@ -30,38 +30,38 @@ pub struct Stages {
     pub place: Box<dyn Fn(&str) -> Place + Send + Sync>,
     /// Whether this replica is the leader.
     pub leads: watch::Receiver<bool>,
-    /// Readiness of the hub.
-    pub readiness: Readiness,
+    /// Health of the hub.
+    pub readiness: Health,
     /// Served bundles.
-    pub bundles: Arc<Bundles>,
+    pub bundles: Arc<BundleRegistry>,
 }
 
-/// Running bundle. Its tasks stop on drop.
-pub struct Running {
+/// RunningBundle bundle. Its tasks stop on drop.
+pub struct RunningBundle {
     /// Specification.
-    pub spec: Arc<Spec>,
+    pub spec: Arc<BundleSpec>,
     /// Served content.
     pub bundle: Arc<Bundle>,
-    readiness: Readiness,
+    readiness: Health,
     last_good: watch::Receiver<Option<LastGood>>,
     tasks: Vec<AbortHandle>,
     _stop: DropGuard,
 }
 
 /// Name of a finished task.
-pub type Ended = &'static str;
+pub type TaskName = &'static str;
 
-impl Stages {
+impl BundleFactory {
     /// Starts a bundle with the `restored` policies, or else the stored ones. `gates` delays the hub's readiness. Problems
     /// of the flags' bundle (`is_flags`) omit its name.
     pub async fn start(
         &self,
-        spec: Arc<Spec>,
+        spec: Arc<BundleSpec>,
         restored: Option<LastGood>,
         gates: bool,
         is_flags: bool,
-        tasks: &mut JoinSet<Ended>,
-    ) -> Running {
+        tasks: &mut JoinSet<TaskName>,
+    ) -> RunningBundle {
         let readiness = if is_flags {
             self.readiness.clone()
         } else {
@@ -69,10 +69,10 @@ impl Stages {
         };
         let compiler = self.compiler.with_dialect(spec.dialect);
         let mut bundle = Bundle::new(spec.name.clone(), spec.scoped.clone());
-        bundle.verdicts = Verdicts::telling(Arc::clone(&self.bundles.verdicts));
+        bundle.verdicts = VerdictBoard::telling(Arc::clone(&self.bundles.verdicts));
         let bundle = Arc::new(bundle);
-        let (writer, Ends { jobs, good: last_good }) =
-            Pipeline::new(&spec, Arc::clone(&bundle), &self.store, readiness.clone());
+        let (writer, WriterHandles { jobs, good: last_good }) =
+            BundleWriter::new(&spec, Arc::clone(&bundle), &self.store, readiness.clone());
         if gates {
             writer.gate();
         }
@@ -107,9 +107,9 @@ impl Stages {
             }
         }));
         let mut running =
-            Running { spec, bundle, readiness, last_good, tasks: handles, _stop: stop.drop_guard() };
+            RunningBundle { spec, bundle, readiness, last_good, tasks: handles, _stop: stop.drop_guard() };
         match restored {
-            Some(policies) => _ = commands.send(Said::Restored(policies)).await,
+            Some(policies) => _ = commands.send(WriterCommand::RestoreLastGood(policies)).await,
             None => self.keep(&mut running, Some(commands), tasks),
         }
         running
@@ -118,9 +118,9 @@ impl Stages {
     /// Stores changed last good policies, after sending the stored ones to `restore`.
     pub fn keep(
         &self,
-        running: &mut Running,
-        restore: Option<mpsc::Sender<Said>>,
-        tasks: &mut JoinSet<Ended>,
+        running: &mut RunningBundle,
+        restore: Option<mpsc::Sender<WriterCommand>>,
+        tasks: &mut JoinSet<TaskName>,
     ) {
         let storage = (self.place)(&running.spec.name);
         let (last_good, is_leader) = (running.last_good.clone(), self.leads.clone());
@@ -153,7 +153,7 @@ async fn on_thread(name: &str, work: impl FnOnce() + Send + 'static) {
     }
 }
 
-impl Running {
+impl RunningBundle {
     pub(crate) fn good(&self) -> Option<LastGood> {
         self.last_good.borrow().clone()
     }
@@ -168,7 +168,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningBundle {
     fn drop(&mut self) {
         self.tasks.iter().for_each(AbortHandle::abort);
     }

@@ -8,9 +8,9 @@ use std::time::Duration;
 use opa_hub_proto::path::{DirPath, is_segment};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::health::Readiness;
-use crate::model::{Content, Feed, Resource, Scope};
-use crate::pipeline::Said;
+use crate::health::Health;
+use crate::model::{Content, NamespaceSelector, Resource, WatchSpec};
+use crate::pipeline::WriterCommand;
 use crate::policy::check;
 use crate::policy::reads::Names;
 use crate::spec::AutoReplication;
@@ -20,24 +20,24 @@ pub const AUTO_FEEDS_MAX: usize = 100;
 /// Maximum wait of a policy for newly read resources.
 pub const AUTO_LIST_MAX: Duration = Duration::from_secs(30);
 
-/// Subject in [`Readiness`].
+/// Subject in [`Health`].
 pub const SUBJECT: &str = "--replicate-auto";
 
 /// Automatically replicated resources of one bundle.
 pub struct Auto {
     path: DirPath,
-    scope: Scope,
+    scope: NamespaceSelector,
     explicit: BTreeSet<String>,
     active: BTreeSet<String>,
 }
 
 impl Auto {
     /// Creates the set for a spec with these explicit `feeds`.
-    pub fn new(replication: AutoReplication, feeds: &[Feed]) -> Self {
+    pub fn new(replication: AutoReplication, feeds: &[WatchSpec]) -> Self {
         let explicit = feeds.iter().filter(|feed| feed.place().is_some());
         Self {
             path: replication.path,
-            scope: Scope::Namespaces { ignored: replication.ignored },
+            scope: NamespaceSelector::AllExcept { ignored: replication.ignored },
             explicit: explicit.map(|feed| feed.resource.plural.clone()).collect(),
             active: BTreeSet::new(),
         }
@@ -52,7 +52,7 @@ impl Auto {
     pub fn reads(
         &self,
         names: &Result<Option<Names>, check::Error>,
-        readiness: &Readiness,
+        readiness: &Health,
     ) -> Option<BTreeSet<String>> {
         let (problem, reads) = match names {
             Err(error) => (Some(error.to_string()), None),
@@ -99,14 +99,14 @@ impl Auto {
     }
 
     /// Adds watches and waits for their lists.
-    pub async fn widen(&mut self, reads: &BTreeSet<String>, commands: &mpsc::Sender<Said>) {
+    pub async fn widen(&mut self, reads: &BTreeSet<String>, commands: &mpsc::Sender<WriterCommand>) {
         let new: Vec<_> = reads.difference(&self.active).cloned().collect();
         if new.is_empty() {
             return;
         }
         let feed = |name: &String| {
             tracing::info!(resource = name, "replicating resource that policies read");
-            Feed {
+            WatchSpec {
                 resource: Resource::named(name),
                 scope: self.scope.clone(),
                 labels: Vec::new(),
@@ -114,7 +114,7 @@ impl Auto {
             }
         };
         let (settled, listed) = oneshot::channel();
-        _ = commands.send(Said::Opened { feeds: new.iter().map(feed).collect(), settled }).await;
+        _ = commands.send(WriterCommand::AddWatches { feeds: new.iter().map(feed).collect(), settled }).await;
         self.active.extend(new);
         if tokio::time::timeout(AUTO_LIST_MAX, listed).await.is_err() {
             tracing::warn!("resources not listed in time, continuing");
@@ -174,7 +174,7 @@ mod tests {
             (&many[1..], unknown(&["pods"]), &many[1..], Some("it is stuck")),
         ];
         for (active, names, expected, problem) in cases {
-            let readiness = Readiness::default();
+            let readiness = Health::default();
             let reads = auto(active).reads(&Ok(Some(names)), &readiness).unwrap();
             assert!(reads.iter().eq(expected), "{reads:?}");
             let problems = readiness.problems();

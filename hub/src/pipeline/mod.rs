@@ -1,7 +1,7 @@
-//! Single writer of a bundle. Pending changes become one snapshot. Policies are checked concurrently, so data never waits
+//! Single writer of a bundle. Pending changes become one snapshot. PolicyRegistry are checked concurrently, so data never waits
 //! for the compiler.
 //!
-//! Policies count as observed after their check, a list at its end. A failed watch has observed nothing, unless the
+//! PolicyRegistry count as observed after their check, a list at its end. A failed watch has observed nothing, unless the
 //! source denies or does not serve the resource.
 
 pub mod auto_replication;
@@ -16,9 +16,9 @@ use std::time::Duration;
 use opa_hub_proto::path::DirPath;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::model::Feed;
-use crate::policy::candidate::{Candidates, Outcome};
-use crate::policy::dataflow::Reads;
+use crate::model::WatchSpec;
+use crate::policy::candidate::{Candidates, Resolution};
+use crate::policy::dataflow::ReadSet;
 use crate::policy::registry::LastGood;
 
 pub use checker::check;
@@ -26,36 +26,36 @@ pub use checker::check;
 /// Delay of removing unread fields. Agents with the new policies need not reconcile.
 pub const NARROW_AFTER: Duration = Duration::from_secs(5);
 
-/// Readiness subject of the policy check.
+/// Health subject of the policy check.
 pub const POLICIES: &str = "policies checked";
 
 /// Command to the writer.
-pub enum Said {
-    /// Policies accepted before a restart.
-    Restored(LastGood),
+pub enum WriterCommand {
+    /// PolicyRegistry accepted before a restart.
+    RestoreLastGood(LastGood),
     /// Result of the running check.
-    Checked {
+    ApplyCheck {
         /// Accepted policies.
-        outcome: Outcome,
+        outcome: Resolution,
         /// Data that they read; `None` if fields do not follow policies.
-        reads: Option<Reads>,
+        reads: Option<ReadSet>,
         /// Auto-replicated resources still read; `None` if unknown.
         resources: Option<BTreeSet<DirPath>>,
     },
     /// Repeats the check after a better analysis.
     Recheck,
     /// Replicates resources that policies under check read.
-    Opened {
+    AddWatches {
         /// Watches to add.
-        feeds: Vec<Feed>,
+        feeds: Vec<WatchSpec>,
         /// Dropped once every watch has listed or failed.
         settled: oneshot::Sender<()>,
     },
 }
 
 /// Receivers of a writer's output.
-pub struct Ends {
-    /// Policies to check, one set at a time.
+pub struct WriterHandles {
+    /// PolicyRegistry to check, one set at a time.
     pub jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
     /// Accepted policies; `None` before the first check.
     pub good: watch::Receiver<Option<LastGood>>,

@@ -1,29 +1,29 @@
 //! Size of the data under proposed policies.
 
 use crate::bundle::Bundle;
-use crate::fields::mask::Fields;
-use crate::fields::masks::Kept;
+use crate::fields::mask::FieldMask;
+use crate::fields::masks::FieldMasks;
 use crate::model::Object;
-use crate::policy::dataflow::Reads;
+use crate::policy::dataflow::ReadSet;
 use crate::projection::quota::entry_bytes;
 use crate::snapshot::within;
-use crate::spec::Spec;
+use crate::spec::BundleSpec;
 use opa_hub_proto::path::DirPath;
 use std::collections::BTreeMap;
 
 /// Measures the data that policies would need, before they are accepted.
-pub(crate) struct Scales<'a> {
-    spec: &'a Spec,
+pub(crate) struct QuotaCheck<'a> {
+    spec: &'a BundleSpec,
     max: usize,
     /// Bytes of data that is not replicated.
     not_replicated: usize,
     objects: Vec<(DirPath, Object)>,
-    measured: Vec<(Kept, usize)>,
+    measured: Vec<(FieldMasks, usize)>,
 }
 
-impl<'a> Scales<'a> {
+impl<'a> QuotaCheck<'a> {
     /// Returns `None` if policies do not affect the size.
-    pub(crate) fn new(spec: &'a Spec, bundle: &Bundle) -> Option<Self> {
+    pub(crate) fn new(spec: &'a BundleSpec, bundle: &Bundle) -> Option<Self> {
         let max = spec.max_bytes.filter(|_| !spec.fields.follows.is_nothing())?;
         let objects = bundle.objects();
         let edition = bundle.head().borrow().clone();
@@ -35,7 +35,7 @@ impl<'a> Scales<'a> {
         Some(Self { spec, max, not_replicated, objects, measured: Vec::new() })
     }
 
-    pub(crate) fn weigh(&mut self, reads: &Reads) -> usize {
+    pub(crate) fn weigh(&mut self, reads: &ReadSet) -> usize {
         let mut places: BTreeMap<&DirPath, bool> = BTreeMap::new();
         for (place, object) in &self.objects {
             *places.entry(place).or_insert(true) &= object.key.namespace.is_empty();
@@ -43,12 +43,12 @@ impl<'a> Scales<'a> {
         let is_named = |place: &DirPath| self.spec.feeds.iter().any(|feed| feed.place() == Some(place));
         let follows = places.iter().filter(|(place, _)| self.spec.fields.follows(place, is_named(place)));
         let follows = follows.map(|(place, is_cluster)| ((*place).clone(), Some(*is_cluster)));
-        let mut kept = Kept::of_reads(reads, follows);
+        let mut kept = FieldMasks::of_reads(reads, follows);
         kept.join(&self.spec.fields.given);
         if let Some((_, bytes)) = self.measured.iter().find(|(measured, _)| *measured == kept) {
             return *bytes;
         }
-        let measure = |fields: &Fields, object: &Object| {
+        let measure = |fields: &FieldMask, object: &Object| {
             let bytes = fields.cut_object(&object.json).map_or(0, |cut| cut.len());
             entry_bytes(&object.key.name, bytes)
         };

@@ -1,18 +1,18 @@
 //! The single writer of a bundle.
 
-use super::{Ends, NARROW_AFTER, POLICIES, Said};
-use crate::bundle::{Bundle, Reading};
-use crate::fields::masks::Kept;
-use crate::health::Readiness;
-use crate::model::{Change, Content, Feed, FeedId, Scope, Version};
+use crate::bundle::{Bundle, FieldState};
+use crate::fields::masks::FieldMasks;
+use crate::health::Health;
+use crate::model::{Change, Content, InputId, NamespaceSelector, Version, WatchSpec};
+use crate::pipeline::{NARROW_AFTER, POLICIES, WriterCommand, WriterHandles};
 use crate::policy::candidate::{Candidates, Progress};
-use crate::policy::dataflow::Reads;
+use crate::policy::dataflow::ReadSet;
 use crate::policy::registry::LastGood;
-use crate::projection::Projection;
-use crate::snapshot::history::Log;
-use crate::snapshot::{Batch, Changed, View};
-use crate::spec::Spec;
-use crate::store::{Store, Subscription, Taken};
+use crate::projection::Projector;
+use crate::snapshot::history::History;
+use crate::snapshot::{Batch, ChangeSet, Snapshot};
+use crate::spec::BundleSpec;
+use crate::store::{ChangeBatch, Store, Subscription};
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::position::{Bounds, Position};
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,20 +22,20 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 /// Writer of one bundle.
-pub struct Pipeline {
-    feeds: Vec<Feed>,
+pub struct BundleWriter {
+    feeds: Vec<WatchSpec>,
     source: Subscription,
-    projection: Projection,
+    projection: Projector,
     batch: Batch,
-    snapshot: View,
-    history: Log,
+    snapshot: Snapshot,
+    history: History,
     observed: Watermarks,
-    /// Policies in the running check.
+    /// PolicyRegistry in the running check.
     in_check: Watermarks,
-    /// Policies in the last complete check.
+    /// PolicyRegistry in the last complete check.
     verified: Watermarks,
     bundle: Arc<Bundle>,
-    readiness: Readiness,
+    readiness: Health,
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
     last_good: watch::Sender<Option<LastGood>>,
     is_restored: bool,
@@ -44,13 +44,13 @@ pub struct Pipeline {
     list_waiters: Vec<oneshot::Sender<()>>,
     auto_resources: BTreeSet<DirPath>,
     pending_removal: Option<PendingRemoval>,
-    limits: crate::spec::BundleLimits,
+    limits: crate::snapshot::history::BundleLimits,
     phase: Phase,
 }
 
 /// Data is removed after agents have dropped the policies that read it (I10).
 struct PendingRemoval {
-    remaining: Kept,
+    remaining: FieldMasks,
     resources: BTreeSet<DirPath>,
     due: Instant,
 }
@@ -58,9 +58,9 @@ struct PendingRemoval {
 #[derive(Default)]
 struct Watermarks {
     /// All changes up to these were drained.
-    complete: BTreeMap<FeedId, Version>,
+    complete: BTreeMap<InputId, Version>,
     /// No later changes were drained.
-    newest: BTreeMap<FeedId, Version>,
+    newest: BTreeMap<InputId, Version>,
 }
 
 #[derive(PartialEq, Eq, Clone, Copy)]
@@ -70,37 +70,42 @@ enum Phase {
     Live,
 }
 
-impl Pipeline {
-    /// Creates a writer, which publishes nothing before [`Said::Restored`].
-    pub fn new(spec: &Spec, bundle: Arc<Bundle>, store: &Arc<Store>, readiness: Readiness) -> (Self, Ends) {
+impl BundleWriter {
+    /// Creates a writer, which publishes nothing before [`WriterCommand::RestoreLastGood`].
+    pub fn new(
+        spec: &BundleSpec,
+        bundle: Arc<Bundle>,
+        store: &Arc<Store>,
+        readiness: Health,
+    ) -> (Self, WriterHandles) {
         let ensure: BTreeSet<_> = spec.feeds.iter().filter_map(|feed| feed.place().cloned()).collect();
         let source = store.subscribe();
         for (id, feed) in spec.feeds.iter().enumerate() {
-            let watch = source.open(FeedId(id), feed);
-            bundle.feeds.open(FeedId(id), feed, watch);
+            let watch = source.open(InputId(id), feed);
+            bundle.feeds.open(InputId(id), feed, watch);
         }
         let (jobs, checker) = mpsc::unbounded_channel();
         let last_good = watch::Sender::new(None);
-        let ends = Ends { jobs: checker, good: last_good.subscribe() };
-        let mut snapshot = View::empty(ensure.into_iter().collect(), spec.dialect.version());
+        let ends = WriterHandles { jobs: checker, good: last_good.subscribe() };
+        let mut snapshot = Snapshot::empty(ensure.into_iter().collect(), spec.dialect.version());
         let kept = spec.fields.given.clone();
-        let reads = (!spec.fields.follows.is_nothing()).then(Reads::default);
+        let reads = (!spec.fields.follows.is_nothing()).then(ReadSet::default);
         // Agents need explicit fields too: after a restart fields may follow policies.
         let is_auto = spec.auto.is_some();
         snapshot.reads = (reads.is_some() || !kept.is_all() || is_auto).then(|| kept.to_text().into());
-        bundle.set_reading(Reading { kept: kept.clone(), reads });
+        bundle.set_reading(FieldState { kept: kept.clone(), reads });
         bundle.set_objects(Box::new(source.replicated()));
         bundle.set_newest(Box::new(source.newest_by_feed()));
         let writer = Self {
             snapshot,
             source,
-            projection: Projection::new(spec, kept),
+            projection: Projector::new(spec, kept),
             auto_resources: BTreeSet::new(),
             pending_removal: None,
             limits: spec.limits,
             feeds: spec.feeds.clone(),
             batch: Batch::default(),
-            history: Log::new(spec.limits),
+            history: History::new(spec.limits),
             observed: Watermarks::default(),
             in_check: Watermarks::default(),
             verified: Watermarks::default(),
@@ -123,7 +128,7 @@ impl Pipeline {
     }
 
     /// Runs until all senders are dropped. Blocks its thread.
-    pub fn run(mut self, mut commands: mpsc::Receiver<Said>) {
+    pub fn run(mut self, mut commands: mpsc::Receiver<WriterCommand>) {
         futures::executor::block_on(async {
             loop {
                 tokio::select! {
@@ -140,13 +145,13 @@ impl Pipeline {
     }
 
     /// Handles a command, for the next commit.
-    pub fn hear(&mut self, command: Said) {
+    pub fn hear(&mut self, command: WriterCommand) {
         match command {
-            Said::Restored(good) => {
+            WriterCommand::RestoreLastGood(good) => {
                 self.projection.restore(good);
                 self.is_restored = true;
             }
-            Said::Checked { outcome, reads, resources } => {
+            WriterCommand::ApplyCheck { outcome, reads, resources } => {
                 // Same commit as the policies: its frames send data first.
                 if reads.is_some() || resources.is_some() {
                     self.add_fields(reads, resources.as_ref());
@@ -165,8 +170,8 @@ impl Pipeline {
                     changed
                 });
             }
-            Said::Recheck => self.projection.recheck(),
-            Said::Opened { feeds, settled } => {
+            WriterCommand::Recheck => self.projection.recheck(),
+            WriterCommand::AddWatches { feeds, settled } => {
                 for feed in &feeds {
                     self.open(feed);
                 }
@@ -176,7 +181,7 @@ impl Pipeline {
     }
 
     /// Adds fields, and schedules the removal of unread data.
-    fn add_fields(&mut self, reads: Option<Reads>, resources: Option<&BTreeSet<DirPath>>) {
+    fn add_fields(&mut self, reads: Option<ReadSet>, resources: Option<&BTreeSet<DirPath>>) {
         let unread: BTreeSet<_> = match resources {
             Some(resources) => self.auto_resources.difference(resources).cloned().collect(),
             None => self.pending_removal.take().map(|removal| removal.resources).unwrap_or_default(),
@@ -195,7 +200,7 @@ impl Pipeline {
         if let Some(reads) = &reads {
             self.projection.read_by(reads, &target);
         }
-        self.bundle.set_reading(Reading { kept: target.clone(), reads });
+        self.bundle.set_reading(FieldState { kept: target.clone(), reads });
         let mut combined = self.projection.kept().clone();
         combined.join(&target);
         let due = Instant::now() + NARROW_AFTER;
@@ -226,7 +231,7 @@ impl Pipeline {
         true
     }
 
-    fn set_fields(&mut self, kept: Kept) {
+    fn set_fields(&mut self, kept: FieldMasks) {
         let feeds = self.projection.keep(kept);
         let objects = self.source.objects_of(&feeds);
         // Deleted objects cannot be pruned again.
@@ -240,7 +245,7 @@ impl Pipeline {
 
     /// Returns whether no changes are left.
     fn drain(&mut self, max: usize) -> bool {
-        let Taken { changes, all, newest } = self.source.take(max);
+        let ChangeBatch { changes, all, newest } = self.source.take(max);
         let is_all = all.is_some();
         if let Some(all) = all {
             self.observed.complete = all;
@@ -261,7 +266,7 @@ impl Pipeline {
     }
 
     fn policy_watermarks(&self) -> Watermarks {
-        let policies_only = |versions: &BTreeMap<FeedId, Version>| {
+        let policies_only = |versions: &BTreeMap<InputId, Version>| {
             let versions = versions.iter().map(|(id, version)| (*id, *version));
             versions.filter(|(id, _)| self.is_policies(*id)).collect()
         };
@@ -271,11 +276,11 @@ impl Pipeline {
         }
     }
 
-    fn is_policies(&self, id: FeedId) -> bool {
-        self.feeds[id.0].content == Content::Policies
+    fn is_policies(&self, id: InputId) -> bool {
+        self.feeds[id.0].content == Content::PolicyRegistry
     }
 
-    fn position(&self, versions: impl Fn(&Watermarks) -> &BTreeMap<FeedId, Version>) -> Position {
+    fn position(&self, versions: impl Fn(&Watermarks) -> &BTreeMap<InputId, Version>) -> Position {
         let mut position = Position::default();
         let data = versions(&self.observed).iter().filter(|(id, _)| !self.is_policies(**id));
         for (id, Version(version)) in data.chain(versions(&self.verified)) {
@@ -284,7 +289,7 @@ impl Pipeline {
         position
     }
 
-    fn open(&mut self, feed: &Feed) {
+    fn open(&mut self, feed: &WatchSpec) {
         if let Some(removal) = &mut self.pending_removal
             && let Some(path) = feed.place()
         {
@@ -295,7 +300,7 @@ impl Pipeline {
         }
         let name = feed.to_string();
         let index = self.feeds.iter().position(|known| known.content == feed.content);
-        let id = FeedId(index.unwrap_or(self.feeds.len()));
+        let id = InputId(index.unwrap_or(self.feeds.len()));
         match self.feeds.get_mut(id.0) {
             Some(known) => *known = feed.clone(),
             None => self.feeds.push(feed.clone()),
@@ -310,9 +315,9 @@ impl Pipeline {
     }
 
     fn close(&mut self, resources: &BTreeSet<DirPath>) {
-        let is_closing = |feed: &Feed| feed.place().is_some_and(|path| resources.contains(path));
+        let is_closing = |feed: &WatchSpec| feed.place().is_some_and(|path| resources.contains(path));
         let ids: Vec<_> =
-            (0..self.feeds.len()).filter(|id| is_closing(&self.feeds[*id])).map(FeedId).collect();
+            (0..self.feeds.len()).filter(|id| is_closing(&self.feeds[*id])).map(InputId).collect();
         for id in ids {
             self.source.close(id);
             self.projection.close(id, &mut self.batch);
@@ -394,10 +399,10 @@ impl Pipeline {
         self.bundle.set_position(&complete);
     }
 
-    fn count(&self, changed: &Changed) {
+    fn count(&self, changed: &ChangeSet) {
         for (id, path, _) in self.projection.places() {
             let dir = match &self.feeds[id.0].scope {
-                Scope::Namespace(namespace) => path.join(namespace).unwrap_or_else(|_| path.clone()),
+                NamespaceSelector::Only(namespace) => path.join(namespace).unwrap_or_else(|_| path.clone()),
                 _ => path.clone(),
             };
             let keys = changed
@@ -414,7 +419,7 @@ impl Pipeline {
     /// Applies data, then new policies, in one order on every replica, since the first object owns a path (I2).
     fn project_all(&mut self) {
         let mut listed = self.source.start();
-        let is_policy = |id: FeedId| self.feeds[id.0].content == Content::Policies;
+        let is_policy = |id: InputId| self.feeds[id.0].content == Content::PolicyRegistry;
         listed.sort_unstable_by(|(a, one), (b, other)| {
             (is_policy(*a), a, &one.key).cmp(&(is_policy(*b), b, &other.key))
         });

@@ -3,7 +3,7 @@
 use crate::model::ObjectKey;
 use crate::policy::modules::Module;
 use crate::policy::resolve::is_from;
-use crate::policy::verdict::Fault;
+use crate::policy::verdict::Diagnostic;
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub const CHECK_FAILED: &str = "check_failed";
 
 /// Modules of one ConfigMap, by id.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Texts {
+pub struct ModuleSet {
     /// Modules that are served.
     pub modules: BTreeMap<String, Arc<Module>>,
     /// Modules that are only tested.
@@ -34,20 +34,20 @@ pub struct Texts {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Candidate {
     /// Last good modules. `None` if there are none.
-    pub good: Option<Arc<Texts>>,
+    pub good: Option<Arc<ModuleSet>>,
     /// Desired modules. `None` if the ConfigMap was deleted.
-    pub wanted: Option<Arc<Texts>>,
+    pub wanted: Option<Arc<ModuleSet>>,
     /// Earlier rejection of `wanted`.
-    pub refused: Option<Refused>,
+    pub refused: Option<Rejection>,
 }
 
 /// Kind of rejection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Refused {
+pub enum Rejection {
     /// Inconclusive, so first in the next check.
-    Untried,
+    Unattributed,
     /// Checked conclusively.
-    Tried,
+    Confirmed,
     /// OPA fails or tests time out: no retry until edited.
     Costly,
 }
@@ -62,12 +62,12 @@ pub type Selection<'a> = BTreeMap<&'a ObjectKey, Selected<'a>>;
 #[derive(Clone, Copy, Debug)]
 pub struct Selected<'a> {
     /// Modules.
-    pub texts: &'a Texts,
+    pub texts: &'a ModuleSet,
     /// Whether they are desired but not accepted.
     pub is_changed: bool,
 }
 
-/// Scope of an [`Outcome`].
+/// NamespaceSelector of an [`Resolution`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Progress {
     /// All candidates.
@@ -81,31 +81,31 @@ pub enum Progress {
 
 /// Result of a search.
 #[derive(Debug, Default)]
-pub struct Outcome {
+pub struct Resolution {
     /// Accepted modules.
-    pub accepted: BTreeMap<ObjectKey, Arc<Texts>>,
+    pub accepted: BTreeMap<ObjectKey, Arc<ModuleSet>>,
     /// Reasons of new rejections.
-    pub faults: BTreeMap<ObjectKey, Vec<Fault>>,
+    pub faults: BTreeMap<ObjectKey, Vec<Diagnostic>>,
     /// Inconclusive rejections.
     pub untried: BTreeSet<ObjectKey>,
     /// Failed tests of unchanged ConfigMaps.
-    pub warnings: BTreeMap<ObjectKey, Vec<Fault>>,
+    pub warnings: BTreeMap<ObjectKey, Vec<Diagnostic>>,
     /// Number of checks.
     pub checks: usize,
     /// Failure of the last good modules.
-    pub failure: Option<Box<Fault>>,
-    /// Scope of the result.
+    pub failure: Option<Box<Diagnostic>>,
+    /// NamespaceSelector of the result.
     pub progress: Progress,
 }
 
-impl Outcome {
+impl Resolution {
     /// Changes nothing and requests another check.
     pub fn unsettled(candidates: &Candidates) -> Self {
         let good =
             candidates.iter().filter_map(|(key, candidate)| Some((key.clone(), candidate.good.clone()?)));
         let is_pending = |candidate: &Candidate| {
             candidate.wanted != candidate.good
-                && !matches!(candidate.refused, Some(Refused::Tried | Refused::Costly))
+                && !matches!(candidate.refused, Some(Rejection::Confirmed | Rejection::Costly))
         };
         let pending = candidates.iter().filter(|(_, candidate)| is_pending(candidate));
         let mut untried: BTreeSet<_> = pending.map(|(key, _)| key.clone()).collect();
@@ -116,12 +116,13 @@ impl Outcome {
         Self { accepted: good.collect(), untried, progress: Progress::Nothing, ..Self::default() }
     }
 
-    /// Returns those rejected as [`Refused::Costly`].
+    /// Returns those rejected as [`Rejection::Costly`].
     pub fn costly(&self) -> impl Iterator<Item = &ObjectKey> {
         let refused = self.faults.iter().filter(|(key, _)| !self.untried.contains(*key));
         let costly = refused.filter(|(key, faults)| {
-            let is_own =
-                |fault: &Fault| fault.location.as_ref().is_some_and(|location| is_from(&location.file, key));
+            let is_own = |fault: &Diagnostic| {
+                fault.location.as_ref().is_some_and(|location| is_from(&location.file, key))
+            };
             faults.iter().any(|fault| match fault.code.as_str() {
                 CHECK_FAILED => true,
                 TESTS_TOO_LONG => is_own(fault),
@@ -133,6 +134,6 @@ impl Outcome {
 }
 
 /// Whether a test, not a module, is at fault.
-pub fn is_of_tests(fault: &Fault) -> bool {
+pub fn is_of_tests(fault: &Diagnostic) -> bool {
     [TEST_FAILED, TESTS_TOO_LONG, TESTS_NOT_RUN].contains(&fault.code.as_str())
 }

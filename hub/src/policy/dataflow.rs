@@ -33,25 +33,25 @@ const NESTING_MAX: usize = 8;
 const STRINGS_MAX: usize = 64;
 /// Maximum length of a tracked list.
 const LIST_MAX: usize = 256;
-/// Fields that differ between any two objects.
+/// FieldMask that differ between any two objects.
 const IDENTITY: [&[&str]; 4] =
     [&["apiVersion"], &["kind"], &["metadata", "name"], &["metadata", "namespace"]];
 
 /// One segment of a path.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum Step {
+pub enum Segment {
     /// This key.
-    Name(Arc<str>),
+    Key(Arc<str>),
     /// Any key or index.
-    Any,
+    Wildcard,
 }
 
 /// A path below `data`.
-pub type Place = Vec<Step>;
+pub type Place = Vec<Segment>;
 
 /// Depth of a read.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum Extent {
+pub enum ReadDepth {
     /// Existence, type, scalar value.
     Shallow,
     /// Identifying fields of a Kubernetes object.
@@ -65,16 +65,16 @@ const SITES_MAX: usize = 8;
 
 /// Paths read, with source locations.
 #[derive(Clone, Default, Debug)]
-pub struct Reads(BTreeMap<Place, (Extent, BTreeSet<Site>)>);
+pub struct ReadSet(BTreeMap<Place, (ReadDepth, BTreeSet<Site>)>);
 
 /// The analysis exceeded its bounds.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("field analysis failed: the policies choose among too many fields; read fields by constant names")]
 pub(crate) struct TooComplex;
 
-impl Reads {
+impl ReadSet {
     /// Creates reads located at `sites`.
-    pub fn of(places: impl IntoIterator<Item = (Place, Extent)>, sites: &[Site]) -> Self {
+    pub fn of(places: impl IntoIterator<Item = (Place, ReadDepth)>, sites: &[Site]) -> Self {
         let mut reads = Self::default();
         for (place, extent) in places {
             reads.add(&place, extent, None);
@@ -95,48 +95,53 @@ impl Reads {
         }
     }
 
-    /// Returns the paths read in objects `depth` levels below `place`, with [`Extent::Identity`] expanded. An
+    /// Returns the paths read in objects `depth` levels below `place`, with [`ReadDepth::Identity`] expanded. An
     /// empty deep path means complete objects.
-    pub fn of_objects(&self, place: &DirPath, depth: usize) -> Vec<(Vec<Step>, Extent, &BTreeSet<Site>)> {
+    pub fn of_objects(
+        &self,
+        place: &DirPath,
+        depth: usize,
+    ) -> Vec<(Vec<Segment>, ReadDepth, &BTreeSet<Site>)> {
         let resource = place.relative().split('/').count();
-        let is_name = |step: &Step| matches!(step, Step::Name(_));
+        let is_name = |step: &Segment| matches!(step, Segment::Key(_));
         let mut paths = Vec::new();
         for (read, extent, sites) in self.about(place) {
             match (read.get(resource + depth..), extent) {
-                (Some([]), Extent::Identity) if read[..resource].iter().all(is_name) => {
-                    let path = |names: &[&str]| names.iter().map(|name| Step::Name((*name).into())).collect();
-                    paths.extend(IDENTITY.map(|names| (path(names), Extent::Shallow, sites)));
+                (Some([]), ReadDepth::Identity) if read[..resource].iter().all(is_name) => {
+                    let path =
+                        |names: &[&str]| names.iter().map(|name| Segment::Key((*name).into())).collect();
+                    paths.extend(IDENTITY.map(|names| (path(names), ReadDepth::Shallow, sites)));
                 }
-                (Some(steps), Extent::Shallow) => paths.push((steps.to_vec(), Extent::Shallow, sites)),
-                (Some(steps), _) => paths.push((steps.to_vec(), Extent::Whole, sites)),
-                (None, Extent::Shallow) => {}
-                (None, _) => paths.push((Vec::new(), Extent::Whole, sites)),
+                (Some(steps), ReadDepth::Shallow) => paths.push((steps.to_vec(), ReadDepth::Shallow, sites)),
+                (Some(steps), _) => paths.push((steps.to_vec(), ReadDepth::Whole, sites)),
+                (None, ReadDepth::Shallow) => {}
+                (None, _) => paths.push((Vec::new(), ReadDepth::Whole, sites)),
             }
         }
         paths
     }
 
     /// Iterates over all reads, sorted.
-    pub fn iter(&self) -> impl Iterator<Item = (&Place, Extent, &BTreeSet<Site>)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&Place, ReadDepth, &BTreeSet<Site>)> {
         self.0.iter().map(|(place, (extent, sites))| (place, *extent, sites))
     }
 
     /// Iterates over reads at, above and below `place`.
-    pub fn about(&self, place: &DirPath) -> impl Iterator<Item = (&Place, Extent, &BTreeSet<Site>)> {
-        let is_match = |(step, name): (&Step, &str)| match step {
-            Step::Name(key) => **key == *name,
-            Step::Any => true,
+    pub fn about(&self, place: &DirPath) -> impl Iterator<Item = (&Place, ReadDepth, &BTreeSet<Site>)> {
+        let is_match = |(step, name): (&Segment, &str)| match step {
+            Segment::Key(key) => **key == *name,
+            Segment::Wildcard => true,
         };
         self.iter().filter(move |(read, ..)| read.iter().zip(place.relative().split('/')).all(is_match))
     }
 
     /// Returns a deep read of all data, without locations.
     pub fn everything() -> Self {
-        Self(BTreeMap::from([(Vec::new(), (Extent::Whole, BTreeSet::new()))]))
+        Self(BTreeMap::from([(Vec::new(), (ReadDepth::Whole, BTreeSet::new()))]))
     }
 
     /// Returns whether the set of reads grew.
-    fn add(&mut self, place: &[Step], extent: Extent, site: Option<&Site>) -> bool {
+    fn add(&mut self, place: &[Segment], extent: ReadDepth, site: Option<&Site>) -> bool {
         let is_new = !self.0.contains_key(place);
         let (recorded, sites) = self.0.entry(place.to_vec()).or_insert((extent, BTreeSet::new()));
         let is_deeper = *recorded < extent;
@@ -180,11 +185,11 @@ impl AbstractValue {
     }
 
     /// Returns possible segments of a lookup by this value.
-    fn steps(&self) -> Vec<Step> {
+    fn steps(&self) -> Vec<Segment> {
         if self.is_string() {
-            self.strings.iter().cloned().map(Step::Name).collect()
+            self.strings.iter().cloned().map(Segment::Key).collect()
         } else {
-            vec![Step::Any]
+            vec![Segment::Wildcard]
         }
     }
 
@@ -206,7 +211,7 @@ impl AbstractValue {
     fn is_of_one_resource(&self) -> bool {
         let Some((first, len)) = self.places.first().map(|place| (place, place.len())) else { return false };
         let is_alike = |place: &Place| place.len() == len && place[..len - 1] == first[..len - 1];
-        let is_name = |step: &Step| matches!(step, Step::Name(_));
+        let is_name = |step: &Segment| matches!(step, Segment::Key(_));
         len >= 3 && first[..len - 2].iter().all(is_name) && self.places.iter().all(is_alike)
     }
 
@@ -261,7 +266,7 @@ impl AbstractValue {
     }
 }
 
-pub(crate) fn reads(plan: &Plan) -> Result<Reads, TooComplex> {
+pub(crate) fn reads(plan: &Plan) -> Result<ReadSet, TooComplex> {
     let mut analysis = Analysis {
         plan,
         functions: plan.functions(),
@@ -272,7 +277,7 @@ pub(crate) fn reads(plan: &Plan) -> Result<Reads, TooComplex> {
         depth: 0,
         returns: HashMap::new(),
         return_sites: BTreeMap::new(),
-        reads: Reads::default(),
+        reads: ReadSet::default(),
         single_assignments: HashMap::new(),
         loop_depth: 0,
         visits: 0,
@@ -315,7 +320,7 @@ struct TrackedList {
     /// Depth of the block that creates the list.
     depth: usize,
     /// Possible segments of each element.
-    steps: Vec<Vec<Step>>,
+    steps: Vec<Vec<Segment>>,
 }
 
 struct Analysis<'a> {
@@ -331,7 +336,7 @@ struct Analysis<'a> {
     returns: HashMap<String, AbstractValue>,
     /// First rule that returns each path.
     return_sites: BTreeMap<Place, Site>,
-    reads: Reads,
+    reads: ReadSet,
     /// The only assignment or insertion of a local. `None` if there are several.
     single_assignments: HashMap<Local, Option<*const Stmt>>,
     loop_depth: usize,
@@ -436,7 +441,7 @@ impl Analysis<'_> {
     }
 
     /// Returns each element's possible segments, if known.
-    fn list_segments(&self, operand: Option<Operand>) -> Option<Vec<Vec<Step>>> {
+    fn list_segments(&self, operand: Option<Operand>) -> Option<Vec<Vec<Segment>>> {
         match operand {
             Some(Operand::Local(local)) => self.lists.get(&local).map(|list| list.steps.clone()),
             _ => None,
@@ -473,7 +478,7 @@ impl Analysis<'_> {
             }
             "ScanStmt" => {
                 let source = operand(self, "source");
-                let value = self.step_into(&source, &[Step::Any], site.as_ref());
+                let value = self.step_into(&source, &[Segment::Wildcard], site.as_ref());
                 self.assign(scope, stmt, "key", &source.keys());
                 self.assign(scope, stmt, "value", &value);
                 self.loop_depth += 1;
@@ -482,7 +487,7 @@ impl Analysis<'_> {
             }
             "LenStmt" => {
                 let source = operand(self, "source");
-                self.step_into(&source, &[Step::Any], site.as_ref());
+                self.step_into(&source, &[Segment::Wildcard], site.as_ref());
                 self.assign(scope, stmt, "target", &AbstractValue::unknown());
             }
             "EqualStmt" | "NotEqualStmt" => self.visit_equal(scope, stmt, site.as_ref()),
@@ -515,7 +520,7 @@ impl Analysis<'_> {
             "WithStmt" => {
                 let value = operand(self, "value");
                 if stmt.has_path() {
-                    // Reads of the replaced path are recorded separately.
+                    // ReadSet of the replaced path are recorded separately.
                     self.read_deep(&value, site.as_ref());
                 } else {
                     self.assign(scope, stmt, "local", &value);
@@ -612,7 +617,7 @@ impl Analysis<'_> {
                             };
                             let mut part = object.clone();
                             for step in place {
-                                part = self.step_into(&part, &[Step::Name(step)], site);
+                                part = self.step_into(&part, &[Segment::Key(step)], site);
                             }
                             self.read_deep(&part, site);
                         }
@@ -627,7 +632,7 @@ impl Analysis<'_> {
                 [_],
             ) => AbstractValue::unknown(),
             ("count" | "object.keys", [source]) => {
-                self.step_into(source, &[Step::Any], site);
+                self.step_into(source, &[Segment::Wildcard], site);
                 AbstractValue::unknown()
             }
             _ => {
@@ -642,12 +647,12 @@ impl Analysis<'_> {
 
     fn read_escaped(&mut self, escaped: BTreeSet<Place>) {
         for place in escaped {
-            self.changed |= self.reads.add(&place, Extent::Whole, None);
+            self.changed |= self.reads.add(&place, ReadDepth::Whole, None);
         }
     }
 
-    /// Follows each of `steps` and records at least a shallow read.
-    fn step_into(&mut self, source: &AbstractValue, steps: &[Step], site: Option<&Site>) -> AbstractValue {
+    /// AutoFields each of `steps` and records at least a shallow read.
+    fn step_into(&mut self, source: &AbstractValue, steps: &[Segment], site: Option<&Site>) -> AbstractValue {
         let mut target = AbstractValue { may_be_other: source.may_be_other, ..AbstractValue::default() };
         let places = source.places.len() * steps.len();
         self.visits += places;
@@ -660,9 +665,9 @@ impl Analysis<'_> {
                 let mut below = place.clone();
                 if below.len() < STEPS_MAX {
                     below.push(step.clone());
-                    self.changed |= self.reads.add(&below, Extent::Shallow, site);
+                    self.changed |= self.reads.add(&below, ReadDepth::Shallow, site);
                 } else {
-                    self.changed |= self.reads.add(&below, Extent::Whole, site);
+                    self.changed |= self.reads.add(&below, ReadDepth::Whole, site);
                 }
                 target.places.insert(below);
             }
@@ -695,7 +700,7 @@ impl Analysis<'_> {
             return self.read_deep(value, None);
         }
         for place in &value.places {
-            self.changed |= self.reads.add(place, Extent::Identity, None);
+            self.changed |= self.reads.add(place, ReadDepth::Identity, None);
         }
     }
 
@@ -704,7 +709,7 @@ impl Analysis<'_> {
         for place in &value.places {
             // Results of entrypoints have no location.
             let site = site.or_else(|| self.return_sites.get(place));
-            self.changed |= self.reads.add(place, Extent::Whole, site);
+            self.changed |= self.reads.add(place, ReadDepth::Whole, site);
         }
         if let Some(elements) = &value.elements {
             self.read_deep(elements, site);
@@ -779,10 +784,10 @@ impl Analysis<'_> {
 }
 
 /// Returns the names in `list`. `None` if some are dynamic.
-fn names(list: Vec<Vec<Step>>) -> Option<Vec<Arc<str>>> {
+fn names(list: Vec<Vec<Segment>>) -> Option<Vec<Arc<str>>> {
     let name = |step| match step {
-        Step::Name(name) => Some(name),
-        Step::Any => None,
+        Segment::Key(name) => Some(name),
+        Segment::Wildcard => None,
     };
     list.into_iter().flatten().map(name).collect()
 }

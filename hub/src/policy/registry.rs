@@ -10,12 +10,12 @@ use opa_hub_proto::head::MODULES_BYTES_MAX;
 use opa_hub_proto::path::DirPath;
 
 use crate::model::ObjectKey;
-use crate::policy::candidate::{Candidate, Candidates, Outcome, Refused, Texts};
+use crate::policy::candidate::{Candidate, Candidates, ModuleSet, Rejection, Resolution};
 use crate::policy::modules::Module;
-use crate::policy::verdict::Fault;
+use crate::policy::verdict::Diagnostic;
 
 #[derive(Default)]
-pub(crate) struct Policies {
+pub(crate) struct PolicyRegistry {
     configmaps: BTreeMap<ObjectKey, PolicyConfigMap>,
     needs_check: bool,
     checking: Option<Arc<Candidates>>,
@@ -32,15 +32,15 @@ pub(crate) struct Policies {
 #[derive(Default)]
 struct PolicyConfigMap {
     desired: Desired,
-    good: Option<Arc<Texts>>,
+    good: Option<Arc<ModuleSet>>,
     result: Option<CheckResult>,
 }
 
 #[derive(PartialEq)]
 struct CheckResult {
-    checked: Option<Arc<Texts>>,
-    faults: Vec<Fault>,
-    warnings: Vec<Fault>,
+    checked: Option<Arc<ModuleSet>>,
+    faults: Vec<Diagnostic>,
+    warnings: Vec<Diagnostic>,
     /// Whether the result is inconclusive.
     untried: bool,
     costly: bool,
@@ -52,16 +52,16 @@ enum Desired {
     Deleted,
     /// Nothing that can be checked.
     Unusable,
-    Texts(Arc<Texts>),
+    ModuleSet(Arc<ModuleSet>),
 }
 
 pub(crate) enum Opinion<'a> {
     Waiting,
     /// Accepted if `faults` is empty.
     Told {
-        of: &'a Texts,
-        faults: &'a [Fault],
-        warnings: &'a [Fault],
+        of: &'a ModuleSet,
+        faults: &'a [Diagnostic],
+        warnings: &'a [Diagnostic],
     },
 }
 
@@ -69,9 +69,9 @@ pub(crate) enum Opinion<'a> {
 pub(crate) type ModuleChanges = BTreeMap<String, Option<Arc<Module>>>;
 
 /// Last good modules by ConfigMap.
-pub type LastGood = BTreeMap<ObjectKey, Arc<Texts>>;
+pub type LastGood = BTreeMap<ObjectKey, Arc<ModuleSet>>;
 
-impl Policies {
+impl PolicyRegistry {
     /// Restores last good modules, which must be checked before use.
     pub(crate) fn restore(&mut self, good: LastGood) {
         for (key, texts) in good {
@@ -94,15 +94,15 @@ impl Policies {
         changed
     }
 
-    pub(crate) fn put(&mut self, key: &ObjectKey, texts: Texts) {
+    pub(crate) fn put(&mut self, key: &ObjectKey, texts: ModuleSet) {
         let is_new = self.change(key, |configmap| {
-            if matches!(&configmap.desired, Desired::Texts(current) if **current == texts) {
+            if matches!(&configmap.desired, Desired::ModuleSet(current) if **current == texts) {
                 return false;
             }
             // Reverting to the last good modules reuses their memory.
             let texts =
                 configmap.good.clone().filter(|good| **good == texts).unwrap_or_else(|| Arc::new(texts));
-            configmap.desired = Desired::Texts(texts);
+            configmap.desired = Desired::ModuleSet(texts);
             true
         });
         self.needs_check |= is_new;
@@ -135,10 +135,10 @@ impl Policies {
             let mut wanted = match &configmap.desired {
                 Desired::Deleted => None,
                 Desired::Unusable => configmap.good.clone(),
-                Desired::Texts(texts) => Some(texts.clone()),
+                Desired::ModuleSet(texts) => Some(texts.clone()),
             };
             let refused = configmap.refusal();
-            let is_tried = refused.is_some_and(|refused| refused != Refused::Costly);
+            let is_tried = refused.is_some_and(|refused| refused != Rejection::Costly);
             if let (true, Some(texts)) = (is_tried, wanted.as_ref().filter(|_| wanted != configmap.good)) {
                 let more =
                     texts.bytes().saturating_sub(configmap.good.as_ref().map_or(0, |good| good.bytes()));
@@ -172,15 +172,16 @@ impl Policies {
     }
 
     /// Applies a check. Returns changed modules and the ConfigMaps with a new result.
-    pub(crate) fn take(&mut self, outcome: Outcome) -> (ModuleChanges, BTreeSet<ObjectKey>) {
+    pub(crate) fn take(&mut self, outcome: Resolution) -> (ModuleChanges, BTreeSet<ObjectKey>) {
         let (mut changes, mut updated) = (ModuleChanges::new(), BTreeSet::new());
         let Some(candidates) = self.checking.take() else { return (changes, updated) };
         let bytes = self.bytes;
         let costly: BTreeSet<_> = outcome.costly().cloned().collect();
-        let Outcome { mut accepted, mut faults, mut warnings, untried, .. } = outcome;
+        let Resolution { mut accepted, mut faults, mut warnings, untried, .. } = outcome;
         self.needs_check |= !untried.is_empty();
         self.reserved = 0;
-        let is_included = |candidate: &&Candidate| !matches!(candidate.refused, None | Some(Refused::Costly));
+        let is_included =
+            |candidate: &&Candidate| !matches!(candidate.refused, None | Some(Rejection::Costly));
         for candidate in candidates.values().filter(is_included) {
             remove_roots(&mut self.roots, &[candidate.wanted.clone(), None]);
         }
@@ -204,7 +205,7 @@ impl Policies {
                 faults: faults.remove(key).or(before).unwrap_or_default(),
                 warnings: warnings.remove(key).unwrap_or_default(),
                 untried: untried.contains(key),
-                costly: costly.contains(key) || candidate.refused == Some(Refused::Costly),
+                costly: costly.contains(key) || candidate.refused == Some(Rejection::Costly),
             };
             if configmap.result.as_ref() != Some(&result) {
                 updated.insert(key.clone());
@@ -231,7 +232,7 @@ impl Policies {
         let of = match &configmap.desired {
             Desired::Deleted => return None,
             Desired::Unusable => return Some(Opinion::Waiting),
-            Desired::Texts(texts) => texts,
+            Desired::ModuleSet(texts) => texts,
         };
         Some(match &configmap.result {
             Some(result) if result.checked.as_ref() == Some(of) && !result.untried => {
@@ -242,7 +243,7 @@ impl Policies {
     }
 
     /// Returns rejected ConfigMaps with their faults.
-    pub(crate) fn refused(&self) -> impl Iterator<Item = (&ObjectKey, &[Fault])> {
+    pub(crate) fn refused(&self) -> impl Iterator<Item = (&ObjectKey, &[Diagnostic])> {
         let result =
             self.configmaps.iter().filter_map(|(key, configmap)| Some((key, configmap.result.as_ref()?)));
         let result = result.filter(|(_, result)| !result.untried && !result.faults.is_empty());
@@ -269,7 +270,7 @@ impl Policies {
 }
 
 /// Last good modules and those that may be accepted.
-type Demand = [Option<Arc<Texts>>; 2];
+type Demand = [Option<Arc<ModuleSet>>; 2];
 
 fn bytes(demand: &Demand) -> usize {
     demand.iter().flatten().map(|texts| texts.bytes()).max().unwrap_or(0)
@@ -301,12 +302,12 @@ impl PolicyConfigMap {
         [self.good.clone(), desired.cloned()]
     }
 
-    fn refusal(&self) -> Option<Refused> {
+    fn refusal(&self) -> Option<Rejection> {
         let result = self.result.as_ref().filter(|result| result.checked.as_ref() == self.desired.texts())?;
         let refused = match result {
-            CheckResult { untried: true, .. } => Refused::Untried,
-            CheckResult { costly: true, .. } => Refused::Costly,
-            _ => Refused::Tried,
+            CheckResult { untried: true, .. } => Rejection::Unattributed,
+            CheckResult { costly: true, .. } => Rejection::Costly,
+            _ => Rejection::Confirmed,
         };
         (!result.faults.is_empty()).then_some(refused)
     }
@@ -318,15 +319,15 @@ impl PolicyConfigMap {
 }
 
 impl Desired {
-    fn texts(&self) -> Option<&Arc<Texts>> {
+    fn texts(&self) -> Option<&Arc<ModuleSet>> {
         match self {
-            Self::Texts(texts) => Some(texts),
+            Self::ModuleSet(texts) => Some(texts),
             Self::Deleted | Self::Unusable => None,
         }
     }
 }
 
-impl Texts {
+impl ModuleSet {
     /// Returns the size of the source, in bytes.
     pub fn bytes(&self) -> usize {
         self.modules.values().chain(self.tests.values()).map(|module| module.text.len()).sum()
@@ -345,20 +346,20 @@ mod tests {
         ObjectKey { namespace: "ns".into(), name: name.into() }
     }
 
-    fn texts(text: &str) -> Texts {
+    fn texts(text: &str) -> ModuleSet {
         let module = Arc::new(Module::read(&format!("package a\n{text}")).unwrap());
-        Texts { modules: BTreeMap::from([("ns/a/m".to_owned(), module)]), ..Texts::default() }
+        ModuleSet { modules: BTreeMap::from([("ns/a/m".to_owned(), module)]), ..ModuleSet::default() }
     }
 
-    fn accept_all(candidates: &Candidates) -> Outcome {
+    fn accept_all(candidates: &Candidates) -> Resolution {
         let accepted =
             candidates.iter().filter_map(|(key, candidate)| Some((key.clone(), candidate.wanted.clone()?)));
-        Outcome { accepted: accepted.collect(), ..Outcome::default() }
+        Resolution { accepted: accepted.collect(), ..Resolution::default() }
     }
 
     #[test]
     fn changes_during_a_check_wait_for_the_next() {
-        let mut policies = Policies::default();
+        let mut policies = PolicyRegistry::default();
         assert!(policies.is_settled() && policies.job(anywhere).is_none());
         policies.put(&key("a"), texts("1"));
         let first = policies.job(anywhere).unwrap();
@@ -384,36 +385,36 @@ mod tests {
 
     #[test]
     fn restored_modules_are_checked_first() {
-        let mut policies = Policies::default();
+        let mut policies = PolicyRegistry::default();
         policies.restore(LastGood::from([(key("a"), Arc::new(texts("1")))]));
         policies.put(&key("a"), texts("2"));
         let job = policies.job(anywhere).unwrap();
         assert_eq!(job[&key("a")].good.as_deref(), Some(&texts("1")));
         let good = job[&key("a")].good.clone().unwrap();
-        let outcome = Outcome { accepted: BTreeMap::from([(key("a"), good)]), ..Outcome::default() };
+        let outcome = Resolution { accepted: BTreeMap::from([(key("a"), good)]), ..Resolution::default() };
         let (changes, _) = policies.take(outcome);
         assert_eq!(changes.len(), 1, "{changes:?}");
     }
 
-    fn module(package: &str, bytes: usize) -> Texts {
+    fn module(package: &str, bytes: usize) -> ModuleSet {
         let text = format!("package {package}\n# {}", "x".repeat(bytes));
         let module = Arc::new(Module::read(&text).unwrap());
-        Texts { modules: BTreeMap::from([(format!("ns/{package}/m"), module)]), ..Texts::default() }
+        ModuleSet { modules: BTreeMap::from([(format!("ns/{package}/m"), module)]), ..ModuleSet::default() }
     }
 
-    fn reject(candidates: &Candidates, name: &str) -> Outcome {
+    fn reject(candidates: &Candidates, name: &str) -> Resolution {
         let accepted = candidates.iter().filter_map(|(key, candidate)| {
             let texts = if *key.name == *name { &candidate.good } else { &candidate.wanted };
             Some((key.clone(), texts.clone()?))
         });
-        let faults = BTreeMap::from([(key(name), vec![Fault::new("x", "x")])]);
-        Outcome { accepted: accepted.collect(), faults, ..Outcome::default() }
+        let faults = BTreeMap::from([(key(name), vec![Diagnostic::new("x", "x")])]);
+        Resolution { accepted: accepted.collect(), faults, ..Resolution::default() }
     }
 
     #[test]
     fn rejected_modules_own_nothing_and_need_no_room() {
         let root: DirPath = "/shop".parse().unwrap();
-        let mut policies = Policies::default();
+        let mut policies = PolicyRegistry::default();
         policies.put(&key("a"), module("shop", MODULES_BYTES_MAX / 2 + 1));
         assert!(policies.roots().contains_key(&root));
         let job = policies.job(anywhere).unwrap();

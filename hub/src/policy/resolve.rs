@@ -9,13 +9,13 @@
 
 use crate::policy::candidate::CHECK_FAILED;
 use crate::policy::candidate::Candidates;
-use crate::policy::candidate::Outcome;
+use crate::policy::candidate::ModuleSet;
 use crate::policy::candidate::PARSE_ERROR;
-use crate::policy::candidate::Refused;
+use crate::policy::candidate::Rejection;
+use crate::policy::candidate::Resolution;
 use crate::policy::candidate::Selected;
 use crate::policy::candidate::Selection;
 use crate::policy::candidate::TESTS_NOT_RUN;
-use crate::policy::candidate::Texts;
 use crate::policy::candidate::is_of_tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -24,25 +24,25 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::model::ObjectKey;
-use crate::policy::verdict::Fault;
+use crate::policy::verdict::Diagnostic;
 
 /// Maximum checks of one search for offenders: 1 s with a hundred modules.
 pub const CHECKS_MAX: usize = 32;
 /// Minimum checks of one search, which decide at least one ConfigMap.
 pub const CHECKS_MIN: usize = 6;
-/// Time after which a search starts no check, [`CHECKS_MIN`] aside. A failing check takes [`CHECK_MAX`].
+/// Time after which a search starts no check, [`CHECKS_MIN`] aside. A failing check takes `CHECK_MAX`.
 pub const SETTLE_MAX: Duration = Duration::from_secs(60);
 
 /// Accepts as many of `candidates` as pass together. `check` returns faults; its error ends the search.
 pub async fn settle<E>(
     candidates: &Candidates,
-    check: impl AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>,
-) -> Result<Outcome, E> {
+    check: impl AsyncFnMut(&Selection) -> Result<Vec<Diagnostic>, E>,
+) -> Result<Resolution, E> {
     let resolver = Resolver {
         candidates,
         evicted: BTreeSet::new(),
         check_cache: BTreeMap::new(),
-        outcome: Outcome::default(),
+        outcome: Resolution::default(),
         deadline: Instant::now() + SETTLE_MAX,
         check,
     };
@@ -50,7 +50,7 @@ pub async fn settle<E>(
         Ok(outcome) => Ok(outcome),
         Err(Stop::Check(error)) => Err(error),
         Err(Stop::Good(failure)) => {
-            Ok(Outcome { failure: Some(Box::new(failure)), ..Outcome::unsettled(candidates) })
+            Ok(Resolution { failure: Some(Box::new(failure)), ..Resolution::unsettled(candidates) })
         }
     }
 }
@@ -58,7 +58,7 @@ pub async fn settle<E>(
 enum Stop<E> {
     Check(E),
     /// The last good modules fail.
-    Good(Fault),
+    Good(Diagnostic),
 }
 
 type Keys<'a> = BTreeSet<&'a ObjectKey>;
@@ -68,21 +68,21 @@ struct Resolver<'a, C> {
     /// Last good modules that no longer compile.
     evicted: Keys<'a>,
     /// Check results by changed ConfigMaps.
-    check_cache: BTreeMap<Keys<'a>, Vec<Fault>>,
-    outcome: Outcome,
+    check_cache: BTreeMap<Keys<'a>, Vec<Diagnostic>>,
+    outcome: Resolution,
     deadline: Instant,
     check: C,
 }
 
-impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> {
-    async fn run(mut self) -> Result<Outcome, Stop<E>> {
+impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Diagnostic>, E>> Resolver<'a, C> {
+    async fn run(mut self) -> Result<Resolution, Stop<E>> {
         let changed = self.candidates.iter().filter(|(_, candidate)| {
-            candidate.wanted != candidate.good && candidate.refused != Some(Refused::Costly)
+            candidate.wanted != candidate.good && candidate.refused != Some(Rejection::Costly)
         });
         let (old, new): (Vec<_>, Vec<_>) = changed.partition(|(_, candidate)| candidate.refused.is_some());
         let mut old: Vec<_> = old.into_iter().map(|(key, _)| key).collect();
         // Stable sort: ties are in name order.
-        old.sort_by_key(|key| self.candidates[*key].refused != Some(Refused::Untried));
+        old.sort_by_key(|key| self.candidates[*key].refused != Some(Rejection::Unattributed));
         let new: Keys = new.into_iter().map(|(key, _)| key).collect();
         let all: Keys = new.iter().copied().chain(old.iter().copied()).collect();
         let faults = self.faults(&all).await?;
@@ -179,7 +179,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
             self.reject(&offenders, &faults, |_| false);
             // Syntax errors never depend on others.
             let is_unparseable = |key: &&ObjectKey| {
-                let is_own = |fault: &&Fault| configmap_of(fault, self.candidates) == Some(key);
+                let is_own = |fault: &&Diagnostic| configmap_of(fault, self.candidates) == Some(key);
                 faults.iter().filter(is_own).any(|fault| fault.code == PARSE_ERROR)
             };
             unparseable.extend(offenders.iter().filter(|key| is_unparseable(key)));
@@ -212,7 +212,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
             }
         }
         let is_unchanged = pending.is_empty() && self.evicted.is_empty();
-        skipped.retain(|key| !is_unchanged || self.candidates[*key].refused != Some(Refused::Tried));
+        skipped.retain(|key| !is_unchanged || self.candidates[*key].refused != Some(Rejection::Confirmed));
         self.outcome.untried = skipped.into_iter().cloned().collect();
         Ok(())
     }
@@ -254,7 +254,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
     async fn find_failing_change(
         &mut self,
         pending: &Keys<'a>,
-        failure: &Fault,
+        failure: &Diagnostic,
     ) -> Result<(Keys<'a>, bool), Stop<E>> {
         if self.fails(&Keys::new()).await? {
             return Err(Stop::Good(failure.clone()));
@@ -305,7 +305,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
         Ok(passes(&faults, &more))
     }
 
-    async fn faults(&mut self, pending: &Keys<'a>) -> Result<Vec<Fault>, Stop<E>> {
+    async fn faults(&mut self, pending: &Keys<'a>) -> Result<Vec<Diagnostic>, Stop<E>> {
         if let Some(faults) = self.check_cache.get(pending) {
             return Ok(faults.clone());
         }
@@ -316,7 +316,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
         Ok(faults)
     }
 
-    fn selected(&self, pending: &Keys<'a>) -> impl Iterator<Item = (&'a ObjectKey, &'a Arc<Texts>)> {
+    fn selected(&self, pending: &Keys<'a>) -> impl Iterator<Item = (&'a ObjectKey, &'a Arc<ModuleSet>)> {
         let candidates = self.candidates.iter().filter(|(key, _)| !self.evicted.contains(key));
         candidates.filter_map(|(key, candidate)| {
             let texts = if pending.contains(key) { &candidate.wanted } else { &candidate.good };
@@ -334,7 +334,12 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
     }
 
     /// Rejects `offenders` for their own faults and `is_related` ones.
-    fn reject(&mut self, offenders: &Keys<'a>, faults: &[Fault], is_related: impl Fn(&Fault) -> bool) {
+    fn reject(
+        &mut self,
+        offenders: &Keys<'a>,
+        faults: &[Diagnostic],
+        is_related: impl Fn(&Diagnostic) -> bool,
+    ) {
         for key in offenders {
             let reported = faults
                 .iter()
@@ -343,7 +348,7 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
             if self.candidates[*key].wanted.is_none() {
                 reported.insert(
                     0,
-                    Fault::new(
+                    Diagnostic::new(
                         "still_needed",
                         "ConfigMap deleted, but other policies need its modules; change those first",
                     ),
@@ -355,18 +360,18 @@ impl<'a, E, C: AsyncFnMut(&Selection) -> Result<Vec<Fault>, E>> Resolver<'a, C> 
 }
 
 /// Whether only tests of unchanged ConfigMaps fail.
-fn passes(faults: &[Fault], pending: &Keys) -> bool {
-    let is_in_pending = |fault: &Fault| {
+fn passes(faults: &[Diagnostic], pending: &Keys) -> bool {
+    let is_in_pending = |fault: &Diagnostic| {
         fault.location.as_ref().is_some_and(|location| pending.iter().any(|key| is_from(&location.file, key)))
     };
     faults.iter().all(|fault| fault.code == TESTS_NOT_RUN || (is_of_tests(fault) && !is_in_pending(fault)))
 }
 
-fn failure(faults: &[Fault]) -> Option<&Fault> {
+fn failure(faults: &[Diagnostic]) -> Option<&Diagnostic> {
     faults.iter().find(|fault| fault.code == CHECK_FAILED)
 }
 
-fn configmap_of<'a>(fault: &Fault, candidates: &'a Candidates) -> Option<&'a ObjectKey> {
+fn configmap_of<'a>(fault: &Diagnostic, candidates: &'a Candidates) -> Option<&'a ObjectKey> {
     let (namespace, rest) = fault.location.as_ref()?.file.split_once('/')?;
     let (name, _) = rest.split_once('/')?;
     let key = ObjectKey { namespace: namespace.into(), name: name.into() };
@@ -383,13 +388,13 @@ mod tests {
     use crate::policy::candidate::CHECK_FAILED;
     use crate::policy::candidate::Candidate;
     use crate::policy::candidate::Candidates;
-    use crate::policy::candidate::Outcome;
-    use crate::policy::candidate::Refused;
+    use crate::policy::candidate::ModuleSet;
+    use crate::policy::candidate::Rejection;
+    use crate::policy::candidate::Resolution;
     use crate::policy::candidate::Selected;
     use crate::policy::candidate::Selection;
     use crate::policy::candidate::TEST_FAILED;
     use crate::policy::candidate::TESTS_TOO_LONG;
-    use crate::policy::candidate::Texts;
     use std::convert::Infallible;
     use std::time::Duration;
 
@@ -400,7 +405,7 @@ mod tests {
 
     /// Fake compiler: `name` defines once, `?name` requires, `!` is a syntax error, `T` a failing test,
     /// `LONG` a slow one. `KILL` fails the check, `SLOW` slowly.
-    fn compile(selection: &Selection) -> Vec<Fault> {
+    fn compile(selection: &Selection) -> Vec<Diagnostic> {
         let words = |tests: bool| {
             selection.iter().flat_map(move |(key, Selected { texts, .. })| {
                 let modules = if tests { &texts.tests } else { &texts.modules };
@@ -409,9 +414,9 @@ mod tests {
                 })
             })
         };
-        let fault = |key: &ObjectKey, code: &str, word: &str| Fault {
+        let fault = |key: &ObjectKey, code: &str, word: &str| Diagnostic {
             location: Some(Location { file: format!("{key}/m"), row: 1, col: 1 }),
-            ..Fault::new(code, word)
+            ..Diagnostic::new(code, word)
         };
         let broken: Vec<_> = words(false)
             .filter(|(_, word)| *word == "!")
@@ -421,7 +426,7 @@ mod tests {
             return broken;
         }
         if let Some((_, word)) = words(false).find(|(_, word)| ["KILL", "SLOW"].contains(word)) {
-            return vec![Fault::new(CHECK_FAILED, word)];
+            return vec![Diagnostic::new(CHECK_FAILED, word)];
         }
         let defined: Vec<_> = words(false).filter(|(_, word)| !word.starts_with('?')).collect();
         let mut faults = Vec::new();
@@ -454,8 +459,8 @@ mod tests {
     /// Runs in paused time; `SLOW` checks take the maximum.
     fn settle_once(
         candidates: &Candidates,
-        mut compile: impl FnMut(&Selection) -> Vec<Fault>,
-    ) -> (Outcome, Duration) {
+        mut compile: impl FnMut(&Selection) -> Vec<Diagnostic>,
+    ) -> (Resolution, Duration) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
         runtime.unwrap().block_on(async {
             let started = Instant::now();
@@ -475,12 +480,12 @@ mod tests {
         ObjectKey { namespace: "ns".into(), name: name.into() }
     }
 
-    fn texts(words: &str) -> Option<Arc<Texts>> {
+    fn texts(words: &str) -> Option<Arc<ModuleSet>> {
         let (modules, tests) = words.split_once('/').unwrap_or((words, ""));
         let module = |words: &str| Arc::new(Module::read(&format!("package a\n{words}")).unwrap());
         let module_map = |words: &str, key: &str| BTreeMap::from([(key.to_owned(), module(words))]);
         (words != "-")
-            .then(|| Arc::new(Texts { modules: module_map(modules, "m"), tests: module_map(tests, "t") }))
+            .then(|| Arc::new(ModuleSet { modules: module_map(modules, "m"), tests: module_map(tests, "t") }))
     }
 
     /// Parses `name: good > wanted`: `-` is none, `~` rejected, `^` costly.
@@ -489,8 +494,8 @@ mod tests {
             let (name, states) = line.split_once(": ").unwrap();
             let (good, wanted) = states.split_once(" > ").unwrap_or((states, states));
             let refused = match wanted.as_bytes()[0] {
-                b'~' => Some(Refused::Tried),
-                b'^' => Some(Refused::Costly),
+                b'~' => Some(Rejection::Confirmed),
+                b'^' => Some(Rejection::Costly),
                 _ => None,
             };
             let wanted = wanted.trim_start_matches(['~', '^']);
@@ -515,7 +520,7 @@ mod tests {
         assert_eq!(names, refused, "{script:?}");
     }
 
-    fn settle_all(mut candidates: Candidates) -> BTreeMap<ObjectKey, Arc<Texts>> {
+    fn settle_all(mut candidates: Candidates) -> BTreeMap<ObjectKey, Arc<ModuleSet>> {
         let mut faults = BTreeSet::new();
         for _ in 0..candidates.len() + 2 {
             let (outcome, elapsed) = settle_once(&candidates, compile);
@@ -527,10 +532,10 @@ mod tests {
             }
             for (key, candidate) in &mut candidates {
                 candidate.good = outcome.accepted.get(key).cloned();
-                let is_costly = candidate.refused == Some(Refused::Costly)
+                let is_costly = candidate.refused == Some(Rejection::Costly)
                     || outcome.costly().any(|costly| costly == key);
-                let refused = if is_costly { Refused::Costly } else { Refused::Tried };
-                let refused = if outcome.untried.contains(key) { Refused::Untried } else { refused };
+                let refused = if is_costly { Rejection::Costly } else { Rejection::Confirmed };
+                let refused = if outcome.untried.contains(key) { Rejection::Unattributed } else { refused };
                 candidate.refused = (candidate.good != candidate.wanted).then_some(refused);
                 let is_named = outcome.faults.contains_key(key) || faults.contains(key);
                 let is_explained = is_named || is_costly || candidate.refused.is_none();
@@ -651,14 +656,14 @@ mod tests {
                     checks += 1;
                     let is_change = selection.values().any(|selected| selected.is_changed);
                     if failing.contains(&checks) && is_change {
-                        return vec![Fault::new(CHECK_FAILED, "chance")];
+                        return vec![Diagnostic::new(CHECK_FAILED, "chance")];
                     }
                     compile(selection)
                 });
                 assert_eq!(outcome.costly().count(), 0, "{failing:?}");
                 for (key, candidate) in &mut candidates {
                     candidate.good = outcome.accepted.get(key).cloned();
-                    candidate.refused = outcome.untried.contains(key).then_some(Refused::Untried);
+                    candidate.refused = outcome.untried.contains(key).then_some(Rejection::Unattributed);
                 }
             }
             assert!(candidates.values().all(|candidate| candidate.good == candidate.wanted), "{failing:?}");

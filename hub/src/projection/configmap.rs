@@ -30,7 +30,7 @@ pub(crate) enum Error {
     Module { key: String, source: modules::Error },
     /// Two owners for one path. A package at data would make OPA reject every later write.
     #[error("data{place} conflicts with {owner}; rename one of them")]
-    Taken { place: DirPath, owner: String },
+    ChangeBatch { place: DirPath, owner: String },
     #[error("{subject} has {bytes} bytes; the maximum for {scope} is {max}")]
     TooLarge { subject: String, bytes: usize, max: usize, scope: &'static str },
     #[error(
@@ -50,7 +50,7 @@ impl Error {
             Self::NotAConfigMap(_) | Self::NotAnObjectAtAll(_) | Self::Name(_) => "invalid_object",
             Self::NotJson { .. } | Self::NotAnObject(_) | Self::TooDeep(_) => "invalid_data",
             Self::Module { .. } => "rego_parse_error",
-            Self::Taken { .. } => "path_conflict",
+            Self::ChangeBatch { .. } => "path_conflict",
             Self::TooLarge { .. } | Self::TooManyDirectories(_) => "too_large",
             Self::OverLimit { .. } => "over_limit",
         }
@@ -60,7 +60,10 @@ impl Error {
     pub(super) fn may_pass(&self) -> bool {
         matches!(
             self,
-            Self::Taken { .. } | Self::TooManyDirectories(_) | Self::TooLarge { .. } | Self::OverLimit { .. }
+            Self::ChangeBatch { .. }
+                | Self::TooManyDirectories(_)
+                | Self::TooLarge { .. }
+                | Self::OverLimit { .. }
         )
     }
 }

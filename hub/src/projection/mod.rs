@@ -16,43 +16,43 @@ use opa_hub_proto::head::MODULES_BYTES_MAX;
 use opa_hub_proto::path::{DirPath, is_segment};
 
 use crate::fields::cost;
-use crate::fields::masks::{IsClusterScoped, Kept};
-use crate::model::{Change, Content, Feed, FeedId, Object, ObjectKey, Problem, Scope};
-use crate::policy::candidate::{Candidates, Outcome, Texts};
-use crate::policy::dataflow::Reads;
+use crate::fields::masks::{FieldMasks, IsClusterScoped};
+use crate::model::ALLOCATION_BYTES;
+use crate::model::{Change, Content, InputId, NamespaceSelector, Object, ObjectKey, Problem, WatchSpec};
+use crate::policy::candidate::{Candidates, ModuleSet, Resolution};
+use crate::policy::dataflow::ReadSet;
 use crate::policy::modules::Module;
 use crate::policy::plan::Site;
-use crate::policy::registry::{LastGood, Opinion, Policies};
-use crate::policy::verdict::{Fault, Observed, RETRIES, STATUS, Told, Verdict};
+use crate::policy::registry::{LastGood, Opinion, PolicyRegistry};
+use crate::policy::verdict::{Diagnostic, Observed, RETRIES, STATUS, Told, Verdict};
 pub(crate) use crate::projection::configmap::Error;
 use crate::projection::configmap::{ConfigMap, check_entry, data_value};
-use crate::projection::quota::{Limit, Over, entry_bytes};
+use crate::projection::quota::{QuotaExceeded, SizeQuota, entry_bytes};
 use crate::snapshot::Batch;
-use crate::spec::{Selection, Spec};
-use crate::store::ALLOCATION_BYTES;
+use crate::spec::{BundleSpec, Selection};
 
 /// Maximum problems listed.
 pub const PROBLEMS_MAX: usize = 1000;
 
-pub(crate) struct Projection {
-    feeds: Vec<Feed>,
-    /// Feeds that were closed or rejected.
-    closed: BTreeSet<FeedId>,
+pub(crate) struct Projector {
+    feeds: Vec<WatchSpec>,
+    /// WatchStatuses that were closed or rejected.
+    closed: BTreeSet<InputId>,
     /// Label of ConfigMaps with tests.
     test_label: Option<String>,
     fields: Selection,
-    kept: Kept,
+    kept: FieldMasks,
     accepted: HashMap<ObjectId, ServedObject>,
-    limit: Limit,
+    limit: SizeQuota,
     /// Rejected objects, with the bytes that each needs.
     over_limit: BTreeMap<ObjectId, usize>,
     /// Whether rejected objects may fit now.
     retry: bool,
     directories_max: usize,
     dirs: BTreeMap<DirPath, DirOwner>,
-    policies: Policies,
-    /// Reads of whole objects despite automatic fields.
-    whole_reads: Vec<(Site, FeedId)>,
+    policies: PolicyRegistry,
+    /// ReadSet of whole objects despite automatic fields.
+    whole_reads: Vec<(Site, InputId)>,
     refused: BTreeMap<ObjectId, RejectedObject>,
     configmaps: BTreeMap<ObjectKey, ConfigMapState>,
     /// ConfigMaps with a new verdict.
@@ -62,7 +62,7 @@ pub(crate) struct Projection {
 /// Maximum bytes quoted in a warning.
 const LINE_BYTES_MAX: usize = 120;
 
-pub(crate) type ObjectId = (FeedId, ObjectKey);
+pub(crate) type ObjectId = (InputId, ObjectKey);
 
 #[derive(Default)]
 struct ServedObject {
@@ -77,19 +77,19 @@ struct DirOwner {
 }
 
 struct RejectedObject {
-    fault: Fault,
+    fault: Diagnostic,
     /// Object to retry once others are removed.
     retry: Option<Object>,
 }
 
 struct ConfigMapState {
-    feed: FeedId,
+    feed: InputId,
     observed: Observed,
     warnings: Vec<String>,
 }
 
-impl Projection {
-    pub(crate) fn new(spec: &Spec, kept: Kept) -> Self {
+impl Projector {
+    pub(crate) fn new(spec: &BundleSpec, kept: FieldMasks) -> Self {
         Self {
             feeds: spec.feeds.clone(),
             closed: BTreeSet::new(),
@@ -97,12 +97,12 @@ impl Projection {
             fields: spec.fields.clone(),
             kept,
             accepted: HashMap::new(),
-            limit: Limit::new(spec.max_bytes),
+            limit: SizeQuota::new(spec.max_bytes),
             over_limit: BTreeMap::new(),
             retry: false,
             directories_max: spec.limits.directories_max,
             dirs: BTreeMap::new(),
-            policies: Policies::default(),
+            policies: PolicyRegistry::default(),
             whole_reads: Vec::new(),
             refused: BTreeMap::new(),
             configmaps: BTreeMap::new(),
@@ -111,7 +111,7 @@ impl Projection {
     }
 
     /// Rejects a feed whose path is occupied.
-    pub(crate) fn open(&mut self, id: FeedId, feed: Feed) -> Result<(), Error> {
+    pub(crate) fn open(&mut self, id: InputId, feed: WatchSpec) -> Result<(), Error> {
         if let Content::Resource(prefix) = &feed.content {
             let free = check_disjoint(prefix, reserved([&OPAHUB, &SYSTEM]));
             let free = free
@@ -130,14 +130,14 @@ impl Projection {
         Ok(())
     }
 
-    fn set_feed(&mut self, id: FeedId, feed: Feed) {
+    fn set_feed(&mut self, id: InputId, feed: WatchSpec) {
         match self.feeds.get_mut(id.0) {
             Some(old) => *old = feed,
             None => self.feeds.push(feed),
         }
     }
 
-    pub(crate) fn close(&mut self, id: FeedId, batch: &mut Batch) {
+    pub(crate) fn close(&mut self, id: InputId, batch: &mut Batch) {
         let known = self.accepted.keys().chain(self.refused.keys()).filter(|(feed, _)| *feed == id);
         for (feed, key) in known.cloned().collect::<BTreeSet<_>>() {
             self.apply_change(Change::Remove(feed, key), batch);
@@ -150,7 +150,7 @@ impl Projection {
     /// Removes objects that are not in `live`.
     pub(crate) fn remove_others(
         &mut self,
-        feeds: &BTreeSet<FeedId>,
+        feeds: &BTreeSet<InputId>,
         live: &HashSet<ObjectId>,
         batch: &mut Batch,
     ) {
@@ -160,7 +160,7 @@ impl Projection {
         }
     }
 
-    pub(crate) fn is_closed(&self, id: FeedId) -> bool {
+    pub(crate) fn is_closed(&self, id: InputId) -> bool {
         self.closed.contains(&id)
     }
 
@@ -176,14 +176,14 @@ impl Projection {
     }
 
     /// Replaces the masks. Returns the feeds to apply again.
-    pub(crate) fn keep(&mut self, kept: Kept) -> BTreeSet<FeedId> {
+    pub(crate) fn keep(&mut self, kept: FieldMasks) -> BTreeSet<InputId> {
         let before = std::mem::replace(&mut self.kept, kept);
         let differs = |place: &DirPath| before.of(place) != self.kept.of(place);
         self.places().filter(|(_, place, _)| differs(place)).map(|(id, ..)| id).collect()
     }
 
     /// Records reads of whole objects for warnings.
-    pub(crate) fn read_by(&mut self, reads: &Reads, kept: &Kept) {
+    pub(crate) fn read_by(&mut self, reads: &ReadSet, kept: &FieldMasks) {
         let whole = self.following().filter(|(_, place, _)| kept.of(place).is_all());
         let whole_reads = whole.flat_map(|(id, place, scope)| {
             let sites = cost::readers(reads, place, scope).remove(&Vec::new()).unwrap_or_default();
@@ -193,27 +193,28 @@ impl Projection {
         self.news.extend(self.configmaps.keys().cloned());
     }
 
-    pub(crate) fn kept_for(&self, reads: &Reads) -> Kept {
+    pub(crate) fn kept_for(&self, reads: &ReadSet) -> FieldMasks {
         let places = self.following().map(|(_, place, scope)| (place.clone(), scope));
-        let mut kept = Kept::of_reads(reads, places);
+        let mut kept = FieldMasks::of_reads(reads, places);
         kept.join(&self.fields.given);
         kept
     }
 
-    fn following(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
+    fn following(&self) -> impl Iterator<Item = (InputId, &DirPath, IsClusterScoped)> {
         let follows =
-            |id: FeedId, place| self.fields.follows(place, !self.feeds[id.0].resource.is_named_only());
+            |id: InputId, place| self.fields.follows(place, !self.feeds[id.0].resource.is_named_only());
         self.places().filter(move |(id, place, _)| follows(*id, place))
     }
 
-    pub(crate) fn kept(&self) -> &Kept {
+    pub(crate) fn kept(&self) -> &FieldMasks {
         &self.kept
     }
 
-    pub(crate) fn places(&self) -> impl Iterator<Item = (FeedId, &DirPath, IsClusterScoped)> {
-        let open = self.feeds.iter().enumerate().map(|(id, feed)| (FeedId(id), feed));
+    pub(crate) fn places(&self) -> impl Iterator<Item = (InputId, &DirPath, IsClusterScoped)> {
+        let open = self.feeds.iter().enumerate().map(|(id, feed)| (InputId(id), feed));
         open.filter(|(id, _)| !self.closed.contains(id)).filter_map(|(id, feed)| {
-            let scope = (!feed.resource.is_named_only()).then_some(feed.scope == Scope::Cluster);
+            let scope =
+                (!feed.resource.is_named_only()).then_some(feed.scope == NamespaceSelector::ClusterScoped);
             Some((id, feed.place()?, scope))
         })
     }
@@ -236,7 +237,7 @@ impl Projection {
         self.policies.last_good()
     }
 
-    pub(crate) fn take_outcome(&mut self, outcome: Outcome, batch: &mut Batch) {
+    pub(crate) fn take_outcome(&mut self, outcome: Resolution, batch: &mut Batch) {
         let (changes, news) = self.policies.take(outcome);
         for (key, faults) in self.policies.refused().filter(|(key, _)| news.contains(*key)) {
             let verdict = Verdict { faults: faults.to_vec(), warnings: Vec::new() };
@@ -277,7 +278,7 @@ impl Projection {
         let mut verdict = Verdict { faults: Vec::new(), warnings: known.warnings.clone() };
         if let Some(refused) = self.refused.get(&(known.feed, key.clone())) {
             verdict.faults.push(refused.fault.clone());
-        } else if self.feeds[known.feed.0].content == Content::Policies {
+        } else if self.feeds[known.feed.0].content == Content::PolicyRegistry {
             match self.policies.opinion(key)? {
                 Opinion::Waiting => return None,
                 Opinion::Told { of: texts, faults, warnings } => {
@@ -292,7 +293,7 @@ impl Projection {
         Some(Told { observed: known.observed.clone(), verdict })
     }
 
-    fn whole_read_warnings(&self, texts: &Texts) -> impl Iterator<Item = String> {
+    fn whole_read_warnings(&self, texts: &ModuleSet) -> impl Iterator<Item = String> {
         self.whole_reads.iter().filter_map(|(site, feed)| {
             let above = usize::try_from(site.row).ok()?.checked_sub(1)?;
             let line = texts.modules.get(&site.file)?.text.lines().nth(above).unwrap_or_default().trim();
@@ -308,7 +309,7 @@ impl Projection {
 
     pub(crate) fn apply(&mut self, change: Change, batch: &mut Batch) {
         let (Change::Put(feed, _) | Change::Remove(feed, _)) = &change;
-        let (is_policy, places) = (self.content(*feed) == &Content::Policies, self.dirs.len());
+        let (is_policy, places) = (self.content(*feed) == &Content::PolicyRegistry, self.dirs.len());
         self.apply_change(change, batch);
         if self.dirs.len() < places {
             self.policies.reconsider();
@@ -337,7 +338,7 @@ impl Projection {
     }
 
     /// Applies a new mask to an object. The limit counted the reads before.
-    pub(crate) fn apply_again(&mut self, id: FeedId, object: Object, batch: &mut Batch) {
+    pub(crate) fn apply_again(&mut self, id: InputId, object: Object, batch: &mut Batch) {
         self.limit.is_lax = self.accepted.contains_key(&(id, object.key.clone()));
         self.apply_change(Change::Put(id, object), batch);
         self.limit.is_lax = false;
@@ -351,14 +352,14 @@ impl Projection {
         let content = self.content(id.0).clone();
         let result = match &content {
             Content::Resource(prefix) => self.resource(&id, prefix, object.as_ref(), batch),
-            Content::Data | Content::Policies => self.configmap(&id, object.as_ref(), batch),
-            Content::Bundles => return,
+            Content::Data | Content::PolicyRegistry => self.configmap(&id, object.as_ref(), batch),
+            Content::BundleRegistry => return,
         };
         self.over_limit.remove(&id);
         match result {
             Ok(()) => _ = self.refused.remove(&id),
             Err(error) => {
-                let fault = Fault::new(error.code(), error.to_string());
+                let fault = Diagnostic::new(error.code(), error.to_string());
                 // Logs the first only: thousands may follow.
                 let is_first = !matches!(error, Error::OverLimit { .. }) || self.over_limit.is_empty();
                 if let Error::OverLimit { grows, .. } = error {
@@ -372,7 +373,7 @@ impl Projection {
         }
     }
 
-    fn content(&self, feed: FeedId) -> &Content {
+    fn content(&self, feed: InputId) -> &Content {
         &self.feeds[feed.0].content
     }
 
@@ -507,13 +508,13 @@ impl Projection {
         Ok(())
     }
 
-    fn texts(&self, key: &ObjectKey, configmap: ConfigMap) -> Result<Texts, Error> {
+    fn texts(&self, key: &ObjectKey, configmap: ConfigMap) -> Result<ModuleSet, Error> {
         if !is_segment(&key.namespace) || !is_segment(&key.name) {
             return Err(Error::Name(key.to_string()));
         }
         let label = |label: &String| configmap.metadata.labels.as_ref()?.get(label);
         let has_tests = self.test_label.as_ref().and_then(label).is_some_and(|value| value == "true");
-        let mut texts = Texts::default();
+        let mut texts = ModuleSet::default();
         for (name, text) in configmap.data.unwrap_or_default() {
             let is_test = has_tests && name.ends_with("_test.rego");
             let module = Module::read(&text).map_err(|source| Error::Module { key: name.clone(), source })?;
@@ -551,8 +552,8 @@ impl Projection {
         replicated(&self.feeds, &self.closed)
     }
 
-    fn resize(&mut self, feed: FeedId, old: usize, new: usize) -> Result<(), Error> {
-        self.limit.change(feed, old, new).map_err(|Over { max, heaviest, bytes }| Error::OverLimit {
+    fn resize(&mut self, feed: InputId, old: usize, new: usize) -> Result<(), Error> {
+        self.limit.change(feed, old, new).map_err(|QuotaExceeded { max, heaviest, bytes }| Error::OverLimit {
             grows: new.saturating_sub(old),
             max,
             heaviest: self.feeds[heaviest.0].to_string(),
@@ -580,7 +581,7 @@ impl Projection {
 
 /// Warns of packages that share their first segment with replicated data: OPA copies that data at each write to find
 /// conflicts (v1/storage/inmem/txn.go), which takes seconds.
-fn shared_segments<'a>(replicated: impl Iterator<Item = &'a DirPath>, texts: &Texts) -> Option<String> {
+fn shared_segments<'a>(replicated: impl Iterator<Item = &'a DirPath>, texts: &ModuleSet) -> Option<String> {
     let first = |path: &DirPath| path.relative().split('/').next().unwrap_or_default().to_owned();
     let replicated: BTreeSet<String> = replicated.map(first).collect();
     let shared: BTreeSet<String> = texts
@@ -612,8 +613,8 @@ fn reserved<'a, const N: usize>(
 
 /// Rejects roots that overlap data. `package system` is OPA's entry point: modules may use it next to the marker.
 fn check_root(
-    feeds: &[Feed],
-    closed: &BTreeSet<FeedId>,
+    feeds: &[WatchSpec],
+    closed: &BTreeSet<InputId>,
     dirs: &BTreeMap<DirPath, DirOwner>,
     root: &DirPath,
 ) -> Result<(), Error> {
@@ -630,10 +631,10 @@ fn check_configmaps(dirs: &BTreeMap<DirPath, DirOwner>, place: &DirPath) -> Resu
 }
 
 fn replicated<'a>(
-    feeds: &'a [Feed],
-    closed: &BTreeSet<FeedId>,
+    feeds: &'a [WatchSpec],
+    closed: &BTreeSet<InputId>,
 ) -> impl Iterator<Item = (&'a DirPath, String)> {
-    let open = feeds.iter().enumerate().filter(|(id, _)| !closed.contains(&FeedId(*id)));
+    let open = feeds.iter().enumerate().filter(|(id, _)| !closed.contains(&InputId(*id)));
     open.filter_map(|(_, feed)| Some((feed.place()?, format!("replicated {}", feed.resource))))
 }
 
@@ -652,7 +653,7 @@ fn overlapping<'a, T>(
 }
 
 fn conflict(place: &DirPath, owner: String) -> Error {
-    Error::Taken { place: place.clone(), owner }
+    Error::ChangeBatch { place: place.clone(), owner }
 }
 
 fn check_disjoint<'a>(
@@ -672,26 +673,26 @@ mod tests {
     use opa_hub_proto::head::ENTRY_BYTES_MAX;
 
     use super::*;
-    use crate::fields::mask::Fields;
+    use crate::fields::mask::FieldMask;
     use crate::model::Resource;
     use crate::policy::candidate::Selection;
     use crate::policy::resolve::settle;
 
-    fn feed(content: Content) -> Feed {
-        let scope = Scope::Namespaces { ignored: Vec::new() };
-        Feed { resource: Resource::configmaps(), scope, labels: Vec::new(), content }
+    fn feed(content: Content) -> WatchSpec {
+        let scope = NamespaceSelector::AllExcept { ignored: Vec::new() };
+        WatchSpec { resource: Resource::configmaps(), scope, labels: Vec::new(), content }
     }
 
-    fn projection() -> Projection {
+    fn projection() -> Projector {
         let pods = "/kubernetes/pods".parse().unwrap();
-        let feeds = vec![feed(Content::Policies), feed(Content::Data), feed(Content::Resource(pods))];
-        let spec = Spec { test_label: Some("tests".into()), ..Spec::of_feeds("main", feeds) };
-        Projection::new(&spec, Kept::alike(Fields::all()))
+        let feeds = vec![feed(Content::PolicyRegistry), feed(Content::Data), feed(Content::Resource(pods))];
+        let spec = BundleSpec { test_label: Some("tests".into()), ..BundleSpec::of_feeds("main", feeds) };
+        Projector::new(&spec, FieldMasks::alike(FieldMask::all()))
     }
 
     /// Applies a ConfigMap (`None` removes) and compares batch and rejections.
     fn check(
-        projection: &mut Projection,
+        projection: &mut Projector,
         feed: usize,
         name: &str,
         data: Option<&[(&str, &str)]>,
@@ -701,11 +702,11 @@ mod tests {
         let (namespace, name) = name.split_once('/').unwrap();
         let key = ObjectKey { namespace: namespace.into(), name: name.into() };
         let change = match data {
-            None => Change::Remove(FeedId(feed), key),
+            None => Change::Remove(InputId(feed), key),
             Some(data) => {
                 let data: BTreeMap<_, _> = data.iter().copied().collect();
                 let json = serde_json::json!({ "data": data }).to_string();
-                Change::Put(FeedId(feed), Object { key, json: json.into() })
+                Change::Put(InputId(feed), Object { key, json: json.into() })
             }
         };
         let mut batch = Batch::default();
@@ -738,14 +739,14 @@ mod tests {
     #[test]
     fn changes_outside_the_mask_change_nothing() {
         let feeds = vec![feed(Content::Resource("/kubernetes/pods".parse().unwrap()))];
-        let kept = Kept::alike(Fields::parse(["metadata.labels"]).unwrap());
-        let mut p = Projection::new(&Spec::of_feeds("main", feeds), kept);
+        let kept = FieldMasks::alike(FieldMask::parse(["metadata.labels"]).unwrap());
+        let mut p = Projector::new(&BundleSpec::of_feeds("main", feeds), kept);
         let key = ObjectKey { namespace: "a".into(), name: "p".into() };
-        let mut view = crate::snapshot::View::empty(Arc::new([]), None);
+        let mut view = crate::snapshot::Snapshot::empty(Arc::new([]), None);
         let mut put = |json: &str| {
             let mut batch = Batch::default();
             let object = Object { key: key.clone(), json: json.to_owned().into() };
-            p.apply(Change::Put(FeedId(0), object), &mut batch);
+            p.apply(Change::Put(InputId(0), object), &mut batch);
             let next = view.apply(batch).map(|(next, _)| next);
             let json = next.as_ref().map(|view| {
                 let mut json = Vec::new();
@@ -762,9 +763,9 @@ mod tests {
 
     #[test]
     fn objects_over_the_limit_stay_unchanged() {
-        let feeds = vec![feed(Content::Policies), feed(Content::Data)];
-        let spec = Spec { max_bytes: Some(30), ..Spec::of_feeds("main", feeds) };
-        let p = &mut Projection::new(&spec, Kept::alike(Fields::all()));
+        let feeds = vec![feed(Content::PolicyRegistry), feed(Content::Data)];
+        let spec = BundleSpec { max_bytes: Some(30), ..BundleSpec::of_feeds("main", feeds) };
+        let p = &mut Projector::new(&spec, FieldMasks::alike(FieldMask::all()));
         let code = "over_limit";
         check(p, 1, "a/m", Some(&[("x", r#"{"a":10}"#)]), &["+/a/m/x"], &[]);
         check(p, 1, "a/n", Some(&[("x", r#"{"a":10}"#)]), &["+/a/n/x"], &[]);
@@ -781,9 +782,9 @@ mod tests {
 
     #[test]
     fn fitting_objects_are_accepted_next_to_larger_ones() {
-        let feeds = vec![feed(Content::Policies), feed(Content::Data)];
-        let spec = Spec { max_bytes: Some(40), ..Spec::of_feeds("main", feeds) };
-        let p = &mut Projection::new(&spec, Kept::alike(Fields::all()));
+        let feeds = vec![feed(Content::PolicyRegistry), feed(Content::Data)];
+        let spec = BundleSpec { max_bytes: Some(40), ..BundleSpec::of_feeds("main", feeds) };
+        let p = &mut Projector::new(&spec, FieldMasks::alike(FieldMask::all()));
         let value = |length: usize| format!("{{\"a\":\"{}\"}}", "x".repeat(length - 8));
         check(p, 1, "a/first", Some(&[("x", &value(10))]), &["+/a/first/x"], &[]);
         check(p, 1, "a/second", Some(&[("x", &value(20))]), &["+/a/second/x"], &[]);
@@ -893,7 +894,7 @@ mod tests {
         let ids = |sign, configmap| {
             names.iter().map(|name| format!("{sign}a/{configmap}/{name}")).collect::<Vec<_>>()
         };
-        let check_ids = |p: &mut Projection, name, data, expected: &[String], refused: &[&str]| {
+        let check_ids = |p: &mut Projector, name, data, expected: &[String], refused: &[&str]| {
             check(p, 0, name, data, &expected.iter().map(String::as_str).collect::<Vec<_>>(), refused);
         };
         check_ids(p, "a/1", Some(&keys), &ids('+', 1), &[]);

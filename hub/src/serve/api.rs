@@ -11,7 +11,7 @@ use axum::extract::{Path, State};
 use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
-use crate::bundle::watches::Feed;
+use crate::bundle::watches::WatchStatus;
 use crate::fields::cost;
 use crate::model::Problem;
 use crate::serve::Hub;
@@ -65,7 +65,7 @@ pub(super) async fn fields(State(hub): State<Hub>, Path(name): Path<String>) -> 
     ))
 }
 
-/// Prefix of a bundle's entries in `Readiness`, except the bundle of the flags.
+/// Prefix of a bundle's entries in `Health`, except the bundle of the flags.
 fn prefix(bundle: &str) -> String {
     format!("bundle {bundle}: ")
 }
@@ -81,7 +81,7 @@ fn problem_range(bundle: &str, problems: &[Problem]) -> Range<usize> {
 /// Includes those of the bundle's watches.
 fn pending_of<'a>(
     bundle: &str,
-    feeds: &[Arc<Feed>],
+    feeds: &[Arc<WatchStatus>],
     pending: &'a BTreeMap<String, String>,
 ) -> BTreeMap<&'a String, &'a String> {
     let prefix = prefix(bundle);

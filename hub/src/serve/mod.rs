@@ -24,12 +24,12 @@ use tokio::sync::{OnceCell, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::bundle::Bundle;
-use crate::bundle::registry::Bundles;
-use crate::health::Readiness;
+use crate::bundle::registry::BundleRegistry;
+use crate::health::Health;
 use crate::serve::connections::{Connections, PROBES_MAX};
 use crate::serve::error::Error;
 use crate::serve::stream::fanout::Fanout;
-use crate::snapshot::bundle_archive::Part;
+use crate::snapshot::bundle_archive::ArchiveKind;
 
 /// Timeout of request heads and idle connections. Scrapes every 15 s stay connected.
 pub const REQUEST_HEAD_MAX: Duration = Duration::from_secs(20);
@@ -66,9 +66,9 @@ impl Default for Limits {
 }
 
 struct Shared {
-    bundles: Arc<Bundles>,
+    bundles: Arc<BundleRegistry>,
     checked_by: String,
-    readiness: Readiness,
+    readiness: Health,
     /// `HOST:PORT` of other hubs.
     replicas: Vec<String>,
     farewell: OnceCell<Bytes>,
@@ -82,9 +82,9 @@ struct Shared {
 impl Hub {
     /// Serves `bundles` until `stop`, then sends clients to `replicas`.
     pub fn new(
-        bundles: Arc<Bundles>,
+        bundles: Arc<BundleRegistry>,
         checked_by: String,
-        readiness: Readiness,
+        readiness: Health,
         replicas: Vec<String>,
         stop: CancellationToken,
     ) -> Self {
@@ -137,15 +137,21 @@ pub fn router(hub: Hub) -> Router {
         .route("/", get(dashboard::page))
         .route(
             "/bundles/{name}",
-            get(|hub, name, query, headers, peer| bundle::get(Part::Whole, hub, name, query, headers, peer)),
+            get(|hub, name, query, headers, peer| {
+                bundle::get(ArchiveKind::Full, hub, name, query, headers, peer)
+            }),
         )
         .route(
             "/bundles/{name}/policy",
-            get(|hub, name, query, headers, peer| bundle::get(Part::Policy, hub, name, query, headers, peer)),
+            get(|hub, name, query, headers, peer| {
+                bundle::get(ArchiveKind::Policy, hub, name, query, headers, peer)
+            }),
         )
         .route(
             "/bundles/{name}/data",
-            get(|hub, name, query, headers, peer| bundle::get(Part::Data, hub, name, query, headers, peer)),
+            get(|hub, name, query, headers, peer| {
+                bundle::get(ArchiveKind::Data, hub, name, query, headers, peer)
+            }),
         )
         .route("/bundles/{name}/stream", get(stream::get))
         .route(

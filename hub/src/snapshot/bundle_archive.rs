@@ -11,7 +11,7 @@ use opa_hub_proto::revision::{Digest, Hasher};
 
 use crate::snapshot::archive::{Archive, Segment, push_file, push_header, push_padding};
 use crate::snapshot::frame::enclosing;
-use crate::snapshot::{Chunk, Directory, View, within};
+use crate::snapshot::{Chunk, Directory, Snapshot, within};
 
 /// Minimum JSON bytes of a compressed segment. Smaller ones grow the output by over 5 %.
 pub const SEGMENT_BYTES_MIN: usize = 64 << 10;
@@ -25,7 +25,7 @@ const SEGMENT_CHUNKS_MEAN: u8 = 4;
 #[derive(Default)]
 pub(crate) struct SegmentCache(Mutex<HashMap<Digest, Segment>>);
 
-pub(crate) fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache) -> Archive {
+pub(crate) fn whole(view: &Snapshot, part: ArchiveKind, bundle: &str, cache: &SegmentCache) -> Archive {
     let dirs: Vec<_> = if part.has_data() { view.dirs.iter().collect() } else { Vec::new() };
     let modules: Vec<_> = if part.has_modules() { view.modules.keys().collect() } else { Vec::new() };
     let mut first = Vec::new();
@@ -56,7 +56,7 @@ pub(crate) fn whole(view: &View, part: Part, bundle: &str, cache: &SegmentCache)
 }
 
 /// Encodes the parts of `view` that differ from `request`.
-pub(crate) fn difference(view: &View, request: &Reconcile, cache: &SegmentCache) -> Archive {
+pub(crate) fn difference(view: &Snapshot, request: &Reconcile, cache: &SegmentCache) -> Archive {
     let lacks = |path: &DirPath, dir: &Arc<Directory>| request.dirs.get(path) != Some(&dir.digest);
     let dirs: Vec<_> = view.dirs.iter().filter(|(path, dir)| lacks(path, dir)).collect();
     let modules: Vec<_> = match &request.modules {
@@ -72,7 +72,7 @@ pub(crate) fn difference(view: &View, request: &Reconcile, cache: &SegmentCache)
     push_file(
         &mut first,
         HEAD_FILE,
-        &head(view, if request.modules.is_some() { Part::Whole } else { Part::Data }),
+        &head(view, if request.modules.is_some() { ArchiveKind::Full } else { ArchiveKind::Data }),
     );
     push_modules(&mut first, view, &modules);
     let segments = segments(&dirs, cache, &mut HashMap::new());
@@ -80,7 +80,7 @@ pub(crate) fn difference(view: &View, request: &Reconcile, cache: &SegmentCache)
 }
 
 /// Paths below `data` that `part` owns, never `""`.
-pub(crate) fn roots(view: &View, part: Part, bundle: &str) -> Vec<String> {
+pub(crate) fn roots(view: &Snapshot, part: ArchiveKind, bundle: &str) -> Vec<String> {
     let mut roots = Vec::new();
     if part.has_modules() {
         roots.extend(view.modules.values().map(|module| module.root.relative().to_owned()));
@@ -97,7 +97,7 @@ pub(crate) fn roots(view: &View, part: Part, bundle: &str) -> Vec<String> {
     distinct_roots(roots)
 }
 
-fn head(view: &View, part: Part) -> Vec<u8> {
+fn head(view: &Snapshot, part: ArchiveKind) -> Vec<u8> {
     let head = Head {
         data: part.has_data().then(|| DataHead {
             dirs: view.dirs.iter().map(|(path, dir)| (path.clone(), dir.digest)).collect(),
@@ -113,7 +113,7 @@ fn head(view: &View, part: Part) -> Vec<u8> {
     serde_json::to_vec(&head).expect("a head has text keys only")
 }
 
-fn push_modules(tar: &mut Vec<u8>, view: &View, ids: &[&String]) {
+fn push_modules(tar: &mut Vec<u8>, view: &Snapshot, ids: &[&String]) {
     for id in ids {
         push_file(tar, &module_file(id), view.modules[*id].text.as_bytes());
     }
@@ -225,20 +225,20 @@ impl SegmentCache {
 
 /// Content of an archive.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Part {
+pub enum ArchiveKind {
     /// Modules and data.
-    Whole,
+    Full,
     /// Modules.
     Policy,
     /// Data.
     Data,
 }
 
-impl Part {
+impl ArchiveKind {
     /// Name of the part.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Whole => "whole",
+            Self::Full => "whole",
             Self::Policy => "policy",
             Self::Data => "data",
         }
@@ -253,16 +253,16 @@ impl Part {
     }
 
     /// Whether both views have equal archives. Data archives name their modules.
-    pub(crate) fn is_same(self, one: &View, other: &View) -> bool {
+    pub(crate) fn is_same(self, one: &Snapshot, other: &Snapshot) -> bool {
         self.revision(one) == self.revision(other)
             && one.reads == other.reads
             && (!self.has_data() || one.revision == other.revision)
     }
 
     /// Revision of the content.
-    pub fn revision(self, view: &View) -> String {
+    pub fn revision(self, view: &Snapshot) -> String {
         match self {
-            Self::Whole => view.revision.to_string(),
+            Self::Full => view.revision.to_string(),
             Self::Policy => view.revision.modules.to_string(),
             Self::Data => view.revision.data.to_string(),
         }

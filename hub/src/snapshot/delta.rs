@@ -7,12 +7,12 @@ use opa_hub_proto::revision::Revision;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::snapshot::View;
+use crate::snapshot::Snapshot;
 use crate::snapshot::archive::{Archive, Segment, push_file};
-use crate::snapshot::bundle_archive::Part;
+use crate::snapshot::bundle_archive::ArchiveKind;
 use crate::snapshot::bundle_archive::roots;
 use crate::snapshot::frame::enclosing;
-use crate::snapshot::history::{Log, SinceKey};
+use crate::snapshot::history::{History, SinceKey};
 
 /// Marks a delta (OPA v1/bundle/bundle.go).
 const PATCH_FILE: &str = "patch.json";
@@ -35,7 +35,7 @@ struct Op<'a> {
 
 /// Encodes the changes from `from` to `view`. `None` if OPA needs a snapshot, or nothing changed: an empty delta wipes
 /// all roots.
-pub(crate) fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Option<Archive> {
+pub(crate) fn encode(view: &Snapshot, log: &History, from: Revision, bundle: &str) -> Option<Archive> {
     if from.modules != view.revision.modules {
         return None;
     }
@@ -79,7 +79,7 @@ pub(crate) fn encode(view: &View, log: &Log, from: Revision, bundle: &str) -> Op
     }
     let manifest = Manifest {
         revision: view.revision.to_string(),
-        roots: roots(view, Part::Whole, bundle),
+        roots: roots(view, ArchiveKind::Full, bundle),
         rego_version: view.rego_version,
     };
     let mut tar = Vec::new();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use opa_hub_proto::path::escape;
 use serde_json::value::RawValue;
 
-use crate::store::ALLOCATION_BYTES;
+use crate::model::ALLOCATION_BYTES;
 
 /// Minimum bytes of an edited value: an edit of less saves nothing.
 const VALUE_BYTES_MIN: usize = 256;

@@ -10,15 +10,15 @@ use opa_hub_proto::revision::{Digest, Revision};
 use serde_json::value::RawValue;
 
 use crate::snapshot::edit;
-use crate::snapshot::history::{Log, Since};
-use crate::snapshot::{View, within};
+use crate::snapshot::history::{ChangesSince, History};
+use crate::snapshot::{Snapshot, within};
 
 /// Maximum keys and edit operations of a frame: an agent applies one PATCH.
 const EDIT_OPS_MAX: usize = PATCH_OPS_MAX / 2;
 
 /// Encodes data, then the modules that may read it. `None` if the client must reconcile: unknown revision, events too
 /// large, or fields removed that its modules read (I10).
-pub(crate) fn encode(view: &View, log: &Log, bounds: &Bounds, from: Revision) -> Option<Vec<u8>> {
+pub(crate) fn encode(view: &Snapshot, log: &History, bounds: &Bounds, from: Revision) -> Option<Vec<u8>> {
     let mut out = Vec::new();
     let mut reached = from;
     if reached.data != view.revision.data {
@@ -38,7 +38,7 @@ pub(crate) fn encode(view: &View, log: &Log, bounds: &Bounds, from: Revision) ->
     (out.len() <= FRAME_BYTES_MAX).then_some(out)
 }
 
-fn delta(view: &View, since: &Since, bounds: &Bounds, from: Digest) -> Option<Vec<u8>> {
+fn delta(view: &Snapshot, since: &ChangesSince, bounds: &Bounds, from: Digest) -> Option<Vec<u8>> {
     let mut patch = PatchWriter::default();
     let mut ensure = Vec::new();
     let mut digests = BTreeMap::new();
@@ -112,11 +112,11 @@ fn position_and_newest(Bounds { all, newest }: &Bounds) -> (Position, Option<Pos
     (all.clone(), (newest != all).then(|| newest.clone()))
 }
 
-pub(super) fn enclosing<'a>(view: &'a View, dir: &DirPath) -> Option<&'a DirPath> {
+pub(super) fn enclosing<'a>(view: &'a Snapshot, dir: &DirPath) -> Option<&'a DirPath> {
     view.ensure.iter().find(|prefix| dir.is_within(prefix))
 }
 
-fn policy(view: &View, ids: &[&str], bounds: &Bounds, from: Digest) -> Vec<u8> {
+fn policy(view: &Snapshot, ids: &[&str], bounds: &Bounds, from: Digest) -> Vec<u8> {
     let reads = view.reads.as_deref().map(str::to_owned);
     let (put, remove) = (BTreeMap::new(), Vec::new());
     let (position, newest) = position_and_newest(bounds);

@@ -3,6 +3,7 @@
 //! Frames use the newest values: a slow client costs no memory. A queue for each client would copy values and, when
 //! full, block or lose them.
 
+use crate::model::COMMIT_EVENTS_MAX;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -10,12 +11,38 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Revision};
 
 use crate::snapshot::edit::Edit;
-use crate::snapshot::{Changed, ChangedKey};
-use crate::spec::BundleLimits;
+use crate::snapshot::{ChangeSet, ChangedKey};
+
+/// Limits of one bundle. Tests lower them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BundleLimits {
+    /// Maximum commits in the history: 40 s at 10 ms each.
+    pub log_commits_max: usize,
+    /// Maximum keys in the history: about 10 MB.
+    pub log_keys_max: usize,
+    /// Maximum bytes of edits in the history.
+    pub log_edit_bytes_max: usize,
+    /// Maximum events in one commit.
+    pub commit_events_max: usize,
+    /// Maximum directories in a snapshot. Archive headers contain their digests (8 MiB).
+    pub directories_max: usize,
+}
+
+impl Default for BundleLimits {
+    fn default() -> Self {
+        Self {
+            log_commits_max: 4096,
+            log_keys_max: 1 << 16,
+            log_edit_bytes_max: 8 << 20,
+            commit_events_max: COMMIT_EVENTS_MAX,
+            directories_max: 20_000,
+        }
+    }
+}
 
 /// Clones share the commits.
 #[derive(Clone)]
-pub struct Log {
+pub struct History {
     commits: VecDeque<Arc<Commit>>,
     keys: usize,
     edit_bytes: usize,
@@ -24,14 +51,14 @@ pub struct Log {
 
 pub(crate) struct Commit {
     before: Revision,
-    pub(crate) changed: Changed,
+    pub(crate) changed: ChangeSet,
     /// Whether fields were removed that older modules read.
     pub(crate) narrows: bool,
     edit_bytes: usize,
 }
 
 #[derive(Default)]
-pub(crate) struct Since {
+pub(crate) struct ChangesSince {
     /// Whether fields were removed that older modules read.
     pub(crate) narrows: bool,
     /// By directory: whether it existed then, and its changed keys.
@@ -44,7 +71,7 @@ pub(crate) struct SinceKey {
     pub(crate) edits: Option<Vec<Arc<Edit>>>,
 }
 
-impl Log {
+impl History {
     /// An empty log.
     pub fn new(limits: BundleLimits) -> Self {
         Self { commits: VecDeque::new(), keys: 0, edit_bytes: 0, limits }
@@ -56,7 +83,7 @@ impl Log {
     }
 
     /// Appends the step from `before`.
-    pub fn push(&mut self, before: Revision, changed: Changed, narrows: bool) {
+    pub fn push(&mut self, before: Revision, changed: ChangeSet, narrows: bool) {
         let edit_bytes = changed.edit_bytes();
         self.keys += changed.len();
         self.edit_bytes += edit_bytes;
@@ -87,10 +114,10 @@ impl Log {
     }
 
     /// Changes since `data`; `None` if unknown.
-    pub(crate) fn data_since(&self, data: Digest) -> Option<Since> {
+    pub(crate) fn data_since(&self, data: Digest) -> Option<ChangesSince> {
         let from = self.commits.iter().rposition(|commit| commit.before.data == data)?;
         let narrows = self.commits.range(from..).any(|commit| commit.narrows);
-        let mut since = Since { narrows, ..Since::default() };
+        let mut since = ChangesSince { narrows, ..ChangesSince::default() };
         for dir in self.commits.range(from..).flat_map(|commit| &commit.changed.dirs) {
             // The first commit of a key has its state then.
             let (_, keys) = since.dirs.entry(dir.path.clone()).or_insert((dir.existed, BTreeMap::new()));

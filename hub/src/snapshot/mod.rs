@@ -17,16 +17,16 @@ use bytes::Bytes;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Hasher, Revision, data_digest, modules_digest};
 
+use crate::model::ALLOCATION_BYTES;
 use crate::policy::modules::Module;
 use crate::snapshot::edit::{EDITED_KEYS_MAX, Edit};
-use crate::store::ALLOCATION_BYTES;
 
 /// Mean keys of a chunk. A change hashes and compresses its chunk again.
 const CHUNK_KEYS_MEAN: u32 = 64;
 
 /// Clones share the content.
 #[derive(Clone)]
-pub struct View {
+pub struct Snapshot {
     /// Digest of the content.
     pub revision: Revision,
     /// Directories with at least one entry.
@@ -76,14 +76,14 @@ pub struct Batch {
 
 /// Difference of two views.
 #[derive(Default)]
-pub struct Changed {
-    pub(crate) dirs: Vec<ChangedDirectory>,
+pub struct ChangeSet {
+    pub(crate) dirs: Vec<DirectoryChanges>,
     pub(crate) modules: Vec<String>,
 }
 
-/// Changed keys of a directory.
+/// ChangeSet keys of a directory.
 #[derive(Clone)]
-pub struct ChangedDirectory {
+pub struct DirectoryChanges {
     pub(crate) path: DirPath,
     pub(crate) existed: bool,
     pub(crate) keys: Vec<ChangedKey>,
@@ -98,7 +98,7 @@ pub struct ChangedKey {
     pub(crate) edit: Option<Arc<Edit>>,
 }
 
-impl View {
+impl Snapshot {
     /// A view without entries and modules.
     pub fn empty(ensure: Arc<[DirPath]>, rego_version: Option<u8>) -> Self {
         let dirs = Arc::default();
@@ -108,8 +108,8 @@ impl View {
     }
 
     /// Applies `batch`. `None` if nothing changes.
-    pub fn apply(&self, batch: Batch) -> Option<(Self, Changed)> {
-        let mut changed = Changed::default();
+    pub fn apply(&self, batch: Batch) -> Option<(Self, ChangeSet)> {
+        let mut changed = ChangeSet::default();
         let mut dirs = Arc::clone(&self.dirs);
         let is_edited = batch.dirs.values().map(BTreeMap::len).sum::<usize>() <= EDITED_KEYS_MAX;
         for (path, keys) in batch.dirs {
@@ -125,7 +125,7 @@ impl View {
             if keys.is_empty() {
                 continue;
             }
-            changed.dirs.push(ChangedDirectory {
+            changed.dirs.push(DirectoryChanges {
                 path: path.clone(),
                 existed: old.is_some(),
                 keys: keys
@@ -364,7 +364,7 @@ impl ChangedKey {
     }
 }
 
-impl Changed {
+impl ChangeSet {
     pub(crate) fn len(&self) -> usize {
         self.dirs.iter().map(|dir| dir.keys.len()).sum::<usize>() + self.modules.len()
     }
@@ -401,9 +401,9 @@ mod tests {
 
     type Script = Vec<Vec<(u16, Option<u8>)>>;
 
-    fn run(script: &Script) -> View {
+    fn run(script: &Script) -> Snapshot {
         let dir: DirPath = "/d".parse().unwrap();
-        let mut view = View::empty(Arc::new([]), None);
+        let mut view = Snapshot::empty(Arc::new([]), None);
         for batch in script {
             let mut next = Batch::default();
             for (key, value) in batch {

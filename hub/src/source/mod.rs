@@ -1,4 +1,4 @@
-//! Sources of objects, which send [`Event`]s by watch.
+//! Sources of objects, which send `Event`s by watch.
 
 pub mod folder;
 pub mod kubernetes;

@@ -1,6 +1,6 @@
 //! Bundle specifications, from flags or documents of kind `Bundle`.
 
-use crate::store::COMMIT_EVENTS_MAX;
+use crate::snapshot::history::BundleLimits;
 use std::collections::{BTreeMap, BTreeSet};
 
 use opa_hub_proto::path::{DirPath, is_segment};
@@ -8,10 +8,11 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
-use crate::fields::mask::{Fields, InvalidField};
-use crate::fields::masks::Kept;
+use crate::fields::mask::{FieldMask, InvalidField};
+use crate::fields::masks::FieldMasks;
 use crate::model::{
-    Condition, Content, DATA_LABEL, Feed, InvalidResource, LabelTerm, Object, POLICY_LABEL, Resource, Scope,
+    Condition, Content, DATA_LABEL, InvalidResource, LabelTerm, NamespaceSelector, Object, POLICY_LABEL,
+    Resource, WatchSpec,
 };
 use crate::policy::check::Dialect;
 
@@ -19,15 +20,15 @@ pub(crate) const API_VERSION: &str = "opahub.dev/v1alpha1";
 
 /// Specification of a bundle.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Spec {
+pub struct BundleSpec {
     /// Bundle name.
     pub name: String,
-    /// Feeds.
-    pub feeds: Vec<Feed>,
+    /// WatchStatuses.
+    pub feeds: Vec<WatchSpec>,
     /// Replication of resources that policies read, if enabled.
     pub auto: Option<AutoReplication>,
     /// Resources served by namespace, if enabled.
-    pub scoped: Option<Scoped>,
+    pub scoped: Option<NamespaceScoping>,
     /// Served fields.
     pub fields: Selection,
     /// Rego version.
@@ -51,7 +52,7 @@ pub struct AutoReplication {
 
 /// Resources that are served by namespace.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Scoped {
+pub struct NamespaceScoping {
     /// Parent path of the resources.
     pub root: DirPath,
     /// Resources served to all namespaces.
@@ -62,23 +63,23 @@ pub struct Scoped {
 #[derive(Clone, PartialEq, Debug)]
 pub struct Selection {
     /// Explicit fields.
-    pub given: Kept,
+    pub given: FieldMasks,
     /// Resources with automatic fields.
-    pub follows: Follows,
+    pub follows: AutoFields,
     /// Decisions such as `authz/allow` that automatic fields are for; empty for all rules.
     pub entrypoints: Vec<DirPath>,
 }
 
 /// Resources with automatic fields.
 #[derive(Clone, PartialEq, Debug, Default)]
-pub struct Follows {
+pub struct AutoFields {
     /// Named resources.
     pub places: BTreeSet<DirPath>,
     /// Whether unnamed resources have automatic fields.
     pub others: bool,
 }
 
-impl Follows {
+impl AutoFields {
     /// Whether no resource has automatic fields.
     pub(crate) fn is_nothing(&self) -> bool {
         self.places.is_empty() && !self.others
@@ -104,7 +105,7 @@ pub(crate) enum Error {
     #[error("{field}: {source}")]
     Resource { field: String, source: InvalidResource },
     #[error("{field}: {source}")]
-    Fields { field: String, source: InvalidField },
+    FieldMask { field: String, source: InvalidField },
     #[error("{field}: {why}")]
     Both { field: String, why: String },
     #[error("spec: nothing selected; set policies, data, replicate or replicateAuto")]
@@ -224,9 +225,9 @@ enum Operator {
 }
 
 /// Explicit fields, and whether automatic fields are added.
-type FieldsAndAuto = (Fields, bool);
+type FieldsAndAuto = (FieldMask, bool);
 
-impl Spec {
+impl BundleSpec {
     pub(crate) fn parse(object: &Object) -> Result<Self, Error> {
         let mut json = serde_json::Deserializer::from_slice(&object.json);
         let document: Document = serde_path_to_error::deserialize(&mut json)?;
@@ -238,8 +239,8 @@ impl Spec {
         let root = path("spec.replicatePath", &spec.replicate_path)?;
         let mut feeds = spec.configmap_feeds()?;
         let mut given = BTreeMap::new();
-        let mut follows = Follows::default();
-        let mut scoped = Scoped { root: root.clone(), whole: BTreeSet::new() };
+        let mut follows = AutoFields::default();
+        let mut scoped = NamespaceScoping { root: root.clone(), whole: BTreeSet::new() };
         let mut is_scoped = false;
         for (index, entry) in spec.replicate.iter().enumerate() {
             let field = format!("spec.replicate[{index}]");
@@ -255,7 +256,7 @@ impl Spec {
                 scoped.whole.insert(place);
             }
         }
-        let mut others = Fields::all();
+        let mut others = FieldMask::all();
         let mut auto = None;
         if let Some(entry) = spec.replicate_auto {
             (others, follows.others) = fields("spec.replicateAuto.fields", entry.fields.as_ref())?;
@@ -289,7 +290,7 @@ impl Spec {
             feeds,
             auto,
             scoped: is_scoped.then_some(scoped),
-            fields: Selection { given: Kept::new(given, others), follows, entrypoints },
+            fields: Selection { given: FieldMasks::new(given, others), follows, entrypoints },
             dialect,
             test_label: spec.test_label,
             max_bytes: spec.max_bytes.map(|value| max_bytes(&value)).transpose()?,
@@ -298,15 +299,15 @@ impl Spec {
     }
 
     /// Specification of whole objects of these feeds.
-    pub fn of_feeds(name: &str, feeds: Vec<Feed>) -> Self {
+    pub fn of_feeds(name: &str, feeds: Vec<WatchSpec>) -> Self {
         Self {
             name: name.into(),
             feeds,
             auto: None,
             scoped: None,
             fields: Selection {
-                given: Kept::alike(Fields::all()),
-                follows: Follows::default(),
+                given: FieldMasks::alike(FieldMask::all()),
+                follows: AutoFields::default(),
                 entrypoints: Vec::new(),
             },
             dialect: Dialect::Default,
@@ -316,18 +317,18 @@ impl Spec {
         }
     }
 
-    pub(crate) fn documents() -> Feed {
-        Feed {
+    pub(crate) fn documents() -> WatchSpec {
+        WatchSpec {
             resource: format!("{API_VERSION}/bundles").parse().expect("a resource"),
-            scope: Scope::Cluster,
+            scope: NamespaceSelector::ClusterScoped,
             labels: Vec::new(),
-            content: Content::Bundles,
+            content: Content::BundleRegistry,
         }
     }
 }
 
 impl DocumentSpec {
-    fn configmap_feeds(&self) -> Result<Vec<Feed>, Error> {
+    fn configmap_feeds(&self) -> Result<Vec<WatchSpec>, Error> {
         let select = |configmaps: &ConfigMaps, field: &str, (label, value): (&str, &str)| {
             check_texts(&format!("spec.{field}.namespaces"), &configmaps.namespaces)?;
             let labels = match &configmaps.label_selector {
@@ -346,7 +347,7 @@ impl DocumentSpec {
             labels.push(LabelTerm { label: label.clone(), is: Condition::NotIn(values.clone()) });
         }
         let mut feeds = Vec::new();
-        for (content, selected) in [(Content::Policies, policies), (Content::Data, data)] {
+        for (content, selected) in [(Content::PolicyRegistry, policies), (Content::Data, data)] {
             let Some((scopes, labels)) = selected else { continue };
             feeds.extend(configmap_feeds(&content, &labels, &scopes));
         }
@@ -355,8 +356,12 @@ impl DocumentSpec {
 }
 
 /// One feed for each scope.
-pub(crate) fn configmap_feeds(content: &Content, labels: &[LabelTerm], scopes: &[Scope]) -> Vec<Feed> {
-    let feed = |scope: &Scope| Feed {
+pub(crate) fn configmap_feeds(
+    content: &Content,
+    labels: &[LabelTerm],
+    scopes: &[NamespaceSelector],
+) -> Vec<WatchSpec> {
+    let feed = |scope: &NamespaceSelector| WatchSpec {
         resource: Resource::configmaps(),
         scope: scope.clone(),
         labels: labels.to_vec(),
@@ -366,17 +371,17 @@ pub(crate) fn configmap_feeds(content: &Content, labels: &[LabelTerm], scopes: &
 }
 
 /// Distinct `namespaces`, or all but `ignored`.
-fn scopes(namespaces: &[String], ignored: &[String]) -> Vec<Scope> {
+fn scopes(namespaces: &[String], ignored: &[String]) -> Vec<NamespaceSelector> {
     if namespaces.is_empty() {
-        return vec![Scope::Namespaces { ignored: ignored.to_vec() }];
+        return vec![NamespaceSelector::AllExcept { ignored: ignored.to_vec() }];
     }
     let namespaces: BTreeSet<_> = namespaces.iter().collect();
-    namespaces.into_iter().cloned().map(Scope::Namespace).collect()
+    namespaces.into_iter().cloned().map(NamespaceSelector::Only).collect()
 }
 
 impl Replicate {
     /// Adds the feeds of the returned place.
-    fn feeds(&self, prefix: &str, root: &DirPath, feeds: &mut Vec<Feed>) -> Result<DirPath, Error> {
+    fn feeds(&self, prefix: &str, root: &DirPath, feeds: &mut Vec<WatchSpec>) -> Result<DirPath, Error> {
         let field = format!("{prefix}.resource");
         let resource: Resource =
             self.resource.parse().map_err(|source| Error::Resource { field: field.clone(), source })?;
@@ -400,11 +405,11 @@ impl Replicate {
         }
         let labels = self.label_selector.terms(&format!("{prefix}.labelSelector"))?;
         let scopes = if self.cluster_scoped {
-            vec![Scope::Cluster]
+            vec![NamespaceSelector::ClusterScoped]
         } else {
             scopes(&self.namespaces, &self.ignore_namespaces)
         };
-        feeds.extend(scopes.into_iter().map(|scope| Feed {
+        feeds.extend(scopes.into_iter().map(|scope| WatchSpec {
             resource: resource.clone(),
             scope,
             labels: labels.clone(),
@@ -454,13 +459,13 @@ fn fields(field: &str, value: Option<&Value>) -> Result<FieldsAndAuto, Error> {
         };
         let texts: Vec<_> =
             paths.iter().map(|path| path.as_str().ok_or_else(|| invalid(path))).collect::<Result<_, _>>()?;
-        let fields = Fields::parse(texts);
-        Ok((fields.map_err(|source| Error::Fields { field: field.into(), source })?, is_auto))
+        let fields = FieldMask::parse(texts);
+        Ok((fields.map_err(|source| Error::FieldMask { field: field.into(), source })?, is_auto))
     };
     match value {
-        None => Ok((Fields::all(), false)),
-        Some(Value::String(word)) if word == "all" => Ok((Fields::all(), false)),
-        Some(Value::String(word)) if word == "auto" => Ok((Fields::default(), true)),
+        None => Ok((FieldMask::all(), false)),
+        Some(Value::String(word)) if word == "all" => Ok((FieldMask::all(), false)),
+        Some(Value::String(word)) if word == "auto" => Ok((FieldMask::default(), true)),
         Some(Value::Array(list)) => paths(list, false),
         Some(Value::Object(object)) if object.len() == 1 && object.contains_key("include") => {
             paths(object["include"].as_array().map_or(&[], Vec::as_slice), true)
@@ -538,51 +543,25 @@ pub(crate) fn is_label_value(value: &str) -> bool {
     value.is_empty() || is_segment(value)
 }
 
-/// Limits of one bundle. Tests lower them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct BundleLimits {
-    /// Maximum commits in the history: 40 s at 10 ms each.
-    pub log_commits_max: usize,
-    /// Maximum keys in the history: about 10 MB.
-    pub log_keys_max: usize,
-    /// Maximum bytes of edits in the history.
-    pub log_edit_bytes_max: usize,
-    /// Maximum events in one commit.
-    pub commit_events_max: usize,
-    /// Maximum directories in a snapshot. Archive headers contain their digests (8 MiB).
-    pub directories_max: usize,
-}
-
-impl Default for BundleLimits {
-    fn default() -> Self {
-        Self {
-            log_commits_max: 4096,
-            log_keys_max: 1 << 16,
-            log_edit_bytes_max: 8 << 20,
-            commit_events_max: COMMIT_EVENTS_MAX,
-            directories_max: 20_000,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
 
-    fn parse(spec: &Value) -> Result<Spec, Error> {
+    fn parse(spec: &Value) -> Result<BundleSpec, Error> {
         let json = json!({ "apiVersion": API_VERSION, "kind": "Bundle", "metadata": { "name": "b", "uid": "1" }, "spec": spec });
         let key = crate::model::ObjectKey { namespace: "".into(), name: "b".into() };
-        Spec::parse(&Object { key, json: json.to_string().into() })
+        BundleSpec::parse(&Object { key, json: json.to_string().into() })
     }
 
     fn check(spec: &Value, expected: &[&str]) {
         let found = match parse(spec) {
             Err(error) => vec![error.to_string()],
             Ok(spec) => {
-                let feed =
-                    |feed: &Feed| format!("{feed} [{}] [{}]", feed.label_selector(), feed.field_selector());
+                let feed = |feed: &WatchSpec| {
+                    format!("{feed} [{}] [{}]", feed.label_selector(), feed.field_selector())
+                };
                 spec.feeds.iter().map(feed).collect()
             }
         };
@@ -639,7 +618,7 @@ mod tests {
             spec.fields.follows(&pods, true)
                 && !spec.fields.follows(&"/kubernetes/nodes".parse().unwrap(), true)
         );
-        assert_eq!(spec.fields.given.of(&pods), &Fields::parse(["metadata.labels"]).unwrap());
+        assert_eq!(spec.fields.given.of(&pods), &FieldMask::parse(["metadata.labels"]).unwrap());
         assert_eq!((spec.max_bytes, spec.dialect), (Some(64 << 20), Dialect::V0));
         assert_eq!(spec.scoped.unwrap().whole, BTreeSet::from(["/kubernetes/nodes".parse().unwrap()]));
     }

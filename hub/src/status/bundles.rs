@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::watch;
 
-use crate::bundle::registry::Bundles;
-use crate::health::Readiness;
+use crate::bundle::registry::BundleRegistry;
+use crate::health::Health;
 use crate::k8s::WRITEBACK_TIMEOUT;
 use crate::k8s::{FIELD_MANAGER, RequestError, report, while_leading, within};
-use crate::manager::{Opinion, Opinions};
+use crate::manager::{DocumentStatuses, Opinion};
 use crate::spec::API_VERSION;
 
 /// Interval of document status updates.
@@ -63,10 +63,10 @@ struct Condition {
 /// Writes statuses while this replica `leads`.
 pub async fn run(
     client: Client,
-    bundles: Arc<Bundles>,
-    mut opinions: watch::Receiver<Opinions>,
+    bundles: Arc<BundleRegistry>,
+    mut opinions: watch::Receiver<DocumentStatuses>,
     mut leads: watch::Receiver<bool>,
-    readiness: Readiness,
+    readiness: Health,
 ) {
     let (group, version) = API_VERSION.split_once('/').expect("a group and a version");
     let resource = ApiResource {
@@ -99,7 +99,11 @@ pub async fn run(
 }
 
 /// `None` if the status is current.
-fn outdated(name: &str, Opinion { object, error }: &Opinion, bundles: &Bundles) -> Option<Vec<Condition>> {
+fn outdated(
+    name: &str,
+    Opinion { object, error }: &Opinion,
+    bundles: &BundleRegistry,
+) -> Option<Vec<Condition>> {
     let document: Document = serde_json::from_slice(&object.json).ok()?;
     let condition = |kind: &str, status: bool, reason: &str, message: String| Condition {
         kind: kind.into(),
@@ -149,7 +153,7 @@ fn outdated(name: &str, Opinion { object, error }: &Opinion, bundles: &Bundles) 
     Some(desired)
 }
 
-async fn write(documents: &Api<DynamicObject>, name: &str, conditions: &[Condition], readiness: &Readiness) {
+async fn write(documents: &Api<DynamicObject>, name: &str, conditions: &[Condition], readiness: &Health) {
     let patch = json!({ "status": { "conditions": conditions } });
     let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
     let patch = Patch::Merge(patch);
@@ -175,11 +179,11 @@ mod tests {
     use crate::model::{Object, ObjectKey};
     use crate::status::fake_api::{check_ends_with_leadership, check_reports_and_retries};
 
-    fn write(client: Client, leads: watch::Receiver<bool>, readiness: Readiness) {
+    fn write(client: Client, leads: watch::Receiver<bool>, readiness: Health) {
         let key = ObjectKey { namespace: "".into(), name: "main".into() };
         let json = r#"{"metadata":{"name":"main","generation":1}}"#.into();
         let opinion = Opinion { object: Object { key, json }, error: None };
-        let (_, opinions) = watch::channel(Opinions::from([("main".to_owned(), opinion)]));
+        let (_, opinions) = watch::channel(DocumentStatuses::from([("main".to_owned(), opinion)]));
         tokio::spawn(run(client, Arc::default(), opinions, leads, readiness));
     }
 

@@ -15,8 +15,8 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::bundle::registry::Bundles;
-use crate::health::Readiness;
+use crate::bundle::registry::BundleRegistry;
+use crate::health::Health;
 use crate::k8s::WRITEBACK_TIMEOUT;
 use crate::k8s::{FIELD_MANAGER, RequestError, report, while_leading, within};
 use crate::model::ObjectKey;
@@ -36,15 +36,15 @@ const NOTE_BYTES_MAX: usize = 1000;
 pub struct Writer {
     client: Client,
     recorder: Recorder,
-    bundles: Arc<Bundles>,
-    readiness: Readiness,
+    bundles: Arc<BundleRegistry>,
+    readiness: Health,
     /// Last status and its time: limits writes against a client that removes the annotation.
     written: HashMap<ObjectKey, (String, Instant)>,
 }
 
 impl Writer {
     /// `identity` is the source of Events.
-    pub fn new(client: Client, identity: String, bundles: Arc<Bundles>, readiness: Readiness) -> Self {
+    pub fn new(client: Client, identity: String, bundles: Arc<BundleRegistry>, readiness: Health) -> Self {
         let reporter = Reporter { controller: FIELD_MANAGER.into(), instance: Some(identity) };
         let recorder = Recorder::new(client.clone(), reporter);
         Self { client, recorder, bundles, readiness, written: HashMap::new() }
@@ -196,17 +196,17 @@ fn merged(mut by_bundle: Vec<(String, Told)>) -> Option<Told> {
 mod tests {
     use super::*;
     use crate::bundle::Bundle;
-    use crate::policy::verdict::{Fault, Observed, Verdicts};
+    use crate::policy::verdict::{Diagnostic, Observed, VerdictBoard};
     use crate::status::fake_api::{check_ends_with_leadership, check_reports_and_retries};
 
-    fn write(client: Client, leads: watch::Receiver<bool>, readiness: Readiness) {
+    fn write(client: Client, leads: watch::Receiver<bool>, readiness: Health) {
         let verdict =
-            Verdict { faults: vec![Fault::new("rego_parse_error", "unexpected")], ..Verdict::default() };
+            Verdict { faults: vec![Diagnostic::new("rego_parse_error", "unexpected")], ..Verdict::default() };
         let observed = Observed { version: Some("1".into()), ..Observed::default() };
         let key = ObjectKey { namespace: "opa".into(), name: "shop".into() };
-        let bundles = Arc::new(Bundles::default());
+        let bundles = Arc::new(BundleRegistry::default());
         let mut bundle = Bundle::new("main".into(), None);
-        bundle.verdicts = Verdicts::telling(Arc::clone(&bundles.verdicts));
+        bundle.verdicts = VerdictBoard::telling(Arc::clone(&bundles.verdicts));
         bundle.verdicts.take(vec![(key, Some(Told { observed, verdict }))]);
         bundles.serve(Arc::new(bundle));
         tokio::spawn(Writer::new(client, "a".into(), bundles, readiness).run(leads));

@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::health::Readiness;
-use crate::status::leader::Striving;
+use crate::health::Health;
+use crate::status::leader::LeaderElector;
 use crate::status::leader::{LEASE, RENEW_DEADLINE};
 
 pub(crate) const NAMESPACE: &str = "opa-hub";
@@ -150,8 +150,8 @@ impl Link {
     /// The receiver has not seen the first change.
     pub(crate) fn elect(&self, identity: &str) -> watch::Receiver<bool> {
         let (leads, follower) = watch::channel(false);
-        let elector = Striving::new(self.client(), NAMESPACE, "opa-hub-main".into(), identity.into());
-        tokio::spawn(elector.run(leads, Readiness::default(), pending::<()>()));
+        let elector = LeaderElector::new(self.client(), NAMESPACE, "opa-hub-main".into(), identity.into());
+        tokio::spawn(elector.run(leads, Health::default(), pending::<()>()));
         follower
     }
 
@@ -181,7 +181,7 @@ impl Link {
         outages.iter().find(|(resource, _)| path.contains(**resource)).map(|(_, outage)| *outage)
     }
 
-    fn begin(&self, method: &Method, path: &str) -> Running {
+    fn begin(&self, method: &Method, path: &str) -> RunningBundle {
         let mut calls = self.calls.lock().unwrap();
         let started = Instant::now();
         calls.push(Call {
@@ -191,22 +191,22 @@ impl Link {
             ended: None,
             status: None,
         });
-        Running { calls: Arc::clone(&self.calls), index: calls.len() - 1 }
+        RunningBundle { calls: Arc::clone(&self.calls), index: calls.len() - 1 }
     }
 }
 
-struct Running {
+struct RunningBundle {
     calls: Arc<Mutex<Vec<Call>>>,
     index: usize,
 }
 
-impl Running {
+impl RunningBundle {
     fn end(self, status: u16) {
         self.calls.lock().unwrap()[self.index].status = Some(status);
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningBundle {
     fn drop(&mut self) {
         self.calls.lock().unwrap()[self.index].ended = Some(Instant::now());
     }
@@ -223,7 +223,7 @@ pub(crate) async fn eventually(what: &str, condition: impl Fn() -> bool) {
 /// Checks that a writer sends nothing for `resource` after its replica's Lease expired.
 pub(crate) async fn check_ends_with_leadership(
     resource: &'static str,
-    write: impl Fn(Client, watch::Receiver<bool>, Readiness),
+    write: impl Fn(Client, watch::Receiver<bool>, Health),
 ) {
     for outage in Outage::ALL {
         let cluster = Cluster::default();
@@ -234,7 +234,7 @@ pub(crate) async fn check_ends_with_leadership(
         old.fail(resource, outage);
         let renewed = old.renewed().unwrap();
         eventually("a renewal fails", || old.count(LEASES, renewed) > 0).await;
-        write(old.client(), leads.clone(), Readiness::default());
+        write(old.client(), leads.clone(), Health::default());
         eventually("a write is under way", || old.count(resource, renewed) > 0).await;
         let takes_over = new.elect("new");
         eventually("the new replica leads", || *takes_over.borrow()).await;
@@ -255,7 +255,7 @@ pub(crate) async fn check_ends_with_leadership(
 /// Checks that a leader's writer reports and retries failed requests for `resource`.
 pub(crate) async fn check_reports_and_retries(
     resource: &'static str,
-    write: impl Fn(Client, watch::Receiver<bool>, Readiness),
+    write: impl Fn(Client, watch::Receiver<bool>, Health),
 ) {
     let cases = [
         (Outage::Hang, "no answer within 10 s"),
@@ -263,7 +263,7 @@ pub(crate) async fn check_reports_and_retries(
         (Outage::Status(503), "fails on demand"),
     ];
     for (outage, text) in cases {
-        let (link, readiness) = (Link::default(), Readiness::default());
+        let (link, readiness) = (Link::default(), Health::default());
         let (_leader, leads) = watch::channel(true);
         link.fail(resource, outage);
         write(link.client(), leads, readiness.clone());

@@ -10,7 +10,7 @@ use kube::{Api, Client};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::health::Readiness;
+use crate::health::Health;
 use crate::k8s::{RequestError, report, within};
 
 /// Lease duration, client-go's default.
@@ -27,7 +27,7 @@ const _: () = assert!(RENEW_DEADLINE.as_secs() + LEASE_TIMEOUT.as_secs() <= LEAS
 const SUBJECT: &str = "lease";
 
 /// Leader elector for one Lease.
-pub struct Striving {
+pub struct LeaderElector {
     leases: Api<Lease>,
     name: String,
     identity: String,
@@ -35,7 +35,7 @@ pub struct Striving {
     observed: Option<(String, Instant)>,
 }
 
-impl Striving {
+impl LeaderElector {
     /// Competes for the Lease `name` as `identity`.
     pub fn new(client: Client, namespace: &str, name: String, identity: String) -> Self {
         Self { leases: Api::namespaced(client, namespace), name, identity, observed: None }
@@ -46,7 +46,7 @@ impl Striving {
     pub async fn run(
         mut self,
         leads: watch::Sender<bool>,
-        readiness: Readiness,
+        readiness: Health,
         stop: impl Future<Output = ()>,
     ) {
         let deadline = watch::Sender::new(Instant::now());
@@ -62,7 +62,7 @@ impl Striving {
         }
     }
 
-    async fn elect(&mut self, deadline: &watch::Sender<Instant>, readiness: &Readiness) {
+    async fn elect(&mut self, deadline: &watch::Sender<Instant>, readiness: &Health) {
         loop {
             // Other replicas observe the renewal later, so they expire it later.
             let start = Instant::now();
@@ -129,7 +129,7 @@ impl Striving {
         }
     }
 
-    fn report(&self, error: &RequestError, readiness: &Readiness) {
+    fn report(&self, error: &RequestError, readiness: &Health) {
         let name = &self.name;
         let message = if error.is_forbidden() {
             format!(
@@ -216,8 +216,8 @@ mod tests {
             let link = Link::to(&cluster);
             let (leads, leading) = watch::channel(false);
             let stop = CancellationToken::new();
-            let elector = Striving::new(link.client(), NAMESPACE, "opa-hub-main".into(), "a".into());
-            let run = tokio::spawn(elector.run(leads, Readiness::default(), stop.clone().cancelled_owned()));
+            let elector = LeaderElector::new(link.client(), NAMESPACE, "opa-hub-main".into(), "a".into());
+            let run = tokio::spawn(elector.run(leads, Health::default(), stop.clone().cancelled_owned()));
             eventually("a leads", || *leading.borrow()).await;
             if let Some(outage) = outage {
                 link.fail(LEASES, outage);

@@ -1,7 +1,8 @@
 //! Cache of watched objects, shared by all bundles. A subscription queues changed keys and reads objects when it drains,
 //! so a slow bundle uses bounded memory.
 
-use crate::model::Wanted;
+use crate::model::WatchSet;
+use crate::model::{ALLOCATION_BYTES, COMMIT_EVENTS_MAX};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,23 +13,18 @@ use opa_hub_proto::path::DirPath;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
-use crate::health::Readiness;
+use crate::health::Health;
 use crate::model::Told;
-use crate::model::{Change, Event, Feed, FeedId, Object, ObjectKey, Replicated, Version, WatchId};
+use crate::model::{Change, Event, InputId, Object, ObjectKey, Replicated, Version, WatchId, WatchSpec};
 
-/// Maximum events in one commit: about 50 ms under load.
-pub const COMMIT_EVENTS_MAX: usize = 4096;
 /// Time without contact after which a watch is stale.
 pub const STALE_AFTER: Duration = Duration::from_secs(30);
-
-/// Overhead of a counted allocation in bytes.
-pub const ALLOCATION_BYTES: usize = 32;
 
 /// Cache of watched objects.
 pub struct Store {
     state: Mutex<State>,
-    wanted: watch::Sender<BTreeMap<WatchId, Feed>>,
-    readiness: Readiness,
+    wanted: watch::Sender<BTreeMap<WatchId, WatchSpec>>,
+    readiness: Health,
 }
 
 #[derive(Default)]
@@ -52,17 +48,17 @@ pub struct Counters {
 }
 
 /// Drained changes of a subscription.
-pub struct Taken {
+pub struct ChangeBatch {
     /// Changes with current objects.
     pub changes: Vec<Change>,
     /// Versions reached, by watch. `None` if more changes are queued.
-    pub all: Option<BTreeMap<FeedId, Version>>,
+    pub all: Option<BTreeMap<InputId, Version>>,
     /// Upper bound of versions.
-    pub newest: BTreeMap<FeedId, Version>,
+    pub newest: BTreeMap<InputId, Version>,
 }
 
 struct WatchCache {
-    spec: Feed,
+    spec: WatchSpec,
     objects: HashMap<ObjectKey, Object>,
     /// Keys in the current list.
     list_keys: Option<HashSet<ObjectKey>>,
@@ -75,15 +71,15 @@ struct WatchCache {
     is_denied: bool,
     version: Option<Version>,
     counters: Arc<Counters>,
-    subscribers: Vec<(usize, FeedId)>,
+    subscribers: Vec<(usize, InputId)>,
 }
 
 /// Deduplicating queue of one subscription.
 #[derive(Default)]
 struct ChangeQueue {
-    watches: BTreeMap<FeedId, (WatchId, Option<DirPath>)>,
-    keys: VecDeque<(FeedId, ObjectKey)>,
-    queued: HashSet<(FeedId, ObjectKey)>,
+    watches: BTreeMap<InputId, (WatchId, Option<DirPath>)>,
+    keys: VecDeque<(InputId, ObjectKey)>,
+    queued: HashSet<(InputId, ObjectKey)>,
     notify: Arc<Notify>,
 }
 
@@ -96,12 +92,12 @@ pub struct Subscription {
 
 impl Store {
     /// Creates an empty store.
-    pub fn new(readiness: Readiness) -> Self {
+    pub fn new(readiness: Health) -> Self {
         Self { state: Mutex::default(), wanted: watch::Sender::default(), readiness }
     }
 
     /// Subscribes to the set of watches.
-    pub fn wanted(&self) -> Wanted {
+    pub fn wanted(&self) -> WatchSet {
         self.wanted.subscribe()
     }
 
@@ -118,7 +114,7 @@ impl Store {
         let mut state = self.state();
         let State { watches, queues, .. } = &mut *state;
         let Some(cache) = watches.get_mut(&id) else { return };
-        let is_end = matches!(event, Event::InitDone | Event::Unavailable);
+        let is_end = matches!(event, Event::InitDone | Event::Failed);
         if event == Event::InitDone {
             self.readiness.for_watch(id).ready(&cache.spec.to_string());
         }
@@ -163,7 +159,7 @@ impl Store {
             maps.into_iter().sum::<usize>() + list_keys * size_of::<ObjectKey>()
         });
         let queues = state.queues.values().map(|queue| {
-            (queue.keys.capacity() + queue.queued.capacity()) * size_of::<(FeedId, ObjectKey)>()
+            (queue.keys.capacity() + queue.queued.capacity()) * size_of::<(InputId, ObjectKey)>()
         });
         (objects.sum(), queues.sum())
     }
@@ -172,7 +168,7 @@ impl Store {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn unsubscribe_watch(&self, state: &mut State, subscriber: usize, feed: FeedId, id: WatchId) {
+    fn unsubscribe_watch(&self, state: &mut State, subscriber: usize, feed: InputId, id: WatchId) {
         let Some(cache) = state.watches.get_mut(&id) else { return };
         cache.subscribers.retain(|other| *other != (subscriber, feed));
         if cache.subscribers.is_empty() {
@@ -188,7 +184,7 @@ impl Store {
 
 impl State {
     /// If the source has versions, a watch neither listed nor denied is at 0.
-    fn versions(&self, subscriber: usize) -> BTreeMap<FeedId, Version> {
+    fn versions(&self, subscriber: usize) -> BTreeMap<InputId, Version> {
         let unlisted = self.watches.values().find_map(|cache| cache.version).map(|_| Version(0));
         let version = |watch| {
             let cache: &WatchCache = self.watches.get(watch)?;
@@ -200,7 +196,7 @@ impl State {
 }
 
 impl WatchCache {
-    fn new(spec: Feed) -> Self {
+    fn new(spec: WatchSpec) -> Self {
         let counters = Counters { last_contact: Mutex::new(Some(Instant::now())), ..Counters::default() };
         Self {
             spec,
@@ -222,10 +218,10 @@ impl WatchCache {
 
     /// Returns whether the version advanced. Lists advance at their end.
     fn record_contact(&mut self, event: &Event, version: Option<Version>) -> bool {
-        if matches!(event, Event::Init | Event::Unavailable) {
+        if matches!(event, Event::Init | Event::Failed) {
             return false;
         }
-        self.is_denied = *event == Event::Refused;
+        self.is_denied = *event == Event::Denied;
         *self.counters.denied_at.lock().unwrap_or_else(PoisonError::into_inner) =
             self.is_denied.then(Instant::now);
         let mut last_contact = self.counters.last_contact.lock().unwrap_or_else(PoisonError::into_inner);
@@ -254,13 +250,13 @@ impl WatchCache {
             self.counters.events.fetch_add(1, Ordering::Relaxed);
         }
         match event {
-            Event::Unavailable => {
+            Event::Failed => {
                 self.is_synced.get_or_insert(false);
                 self.is_list_retry |= self.list_keys.is_some();
                 (self.list_keys, self.list_updates) = (None, HashMap::new());
                 Vec::new()
             }
-            Event::Quiet | Event::Refused => Vec::new(),
+            Event::Bookmark | Event::Denied => Vec::new(),
             Event::Init => {
                 self.is_list_retry |= self.list_keys.is_some();
                 (self.list_keys, self.list_updates) = (Some(HashSet::new()), HashMap::new());
@@ -327,7 +323,7 @@ impl Counters {
 }
 
 impl ChangeQueue {
-    fn push(&mut self, feed: FeedId, key: &ObjectKey) {
+    fn push(&mut self, feed: InputId, key: &ObjectKey) {
         if self.queued.insert((feed, key.clone())) {
             self.keys.push_back((feed, key.clone()));
         }
@@ -336,7 +332,7 @@ impl ChangeQueue {
 
 impl Subscription {
     /// Subscribes to `feed` as `id`.
-    pub fn open(&self, id: FeedId, feed: &Feed) -> Arc<Counters> {
+    pub fn open(&self, id: InputId, feed: &WatchSpec) -> Arc<Counters> {
         let mut state = self.store.state();
         let State { watches, watches_created, queues, .. } = &mut *state;
         let existing = watches.iter().find(|(_, cache)| cache.spec.selects_as(feed)).map(|(id, _)| *id);
@@ -372,7 +368,7 @@ impl Subscription {
     }
 
     /// Unsubscribes from a watch.
-    pub fn close(&self, id: FeedId) {
+    pub fn close(&self, id: InputId) {
         let mut state = self.store.state();
         let Some(queue) = state.queues.get_mut(&self.id) else { return };
         let Some((watch, _)) = queue.watches.remove(&id) else { return };
@@ -387,15 +383,15 @@ impl Subscription {
     }
 
     /// Drains up to `max` changes.
-    pub fn take(&self, max: usize) -> Taken {
+    pub fn take(&self, max: usize) -> ChangeBatch {
         let mut state = self.store.state();
         let newest = state.versions(self.id);
         let State { watches, queues, .. } = &mut *state;
         let mut changes = Vec::new();
-        let Some(queue) = queues.get_mut(&self.id) else { return Taken { changes, all: None, newest } };
+        let Some(queue) = queues.get_mut(&self.id) else { return ChangeBatch { changes, all: None, newest } };
         while changes.len() < max {
             let Some(changed) = queue.keys.pop_front() else {
-                return Taken { changes, all: Some(newest.clone()), newest };
+                return ChangeBatch { changes, all: Some(newest.clone()), newest };
             };
             queue.queued.remove(&changed);
             let (feed, key) = changed;
@@ -406,11 +402,11 @@ impl Subscription {
             });
         }
         queue.notify.notify_one();
-        Taken { changes, all: None, newest }
+        ChangeBatch { changes, all: None, newest }
     }
 
     /// Upper bound of versions, by watch.
-    pub fn newest(&self) -> BTreeMap<FeedId, Version> {
+    pub fn newest(&self) -> BTreeMap<InputId, Version> {
         self.store.state().versions(self.id)
     }
 
@@ -431,7 +427,7 @@ impl Subscription {
     }
 
     /// Returns all objects, unordered, and clears the queue.
-    pub fn start(&self) -> Vec<(FeedId, Object)> {
+    pub fn start(&self) -> Vec<(InputId, Object)> {
         let mut state = self.store.state();
         let State { watches, queues, .. } = &mut *state;
         let Some(queue) = queues.get_mut(&self.id) else { return Vec::new() };
@@ -443,11 +439,11 @@ impl Subscription {
     }
 
     /// Objects of these watches, sorted, so that size limits are deterministic.
-    pub fn objects_of(&self, feeds: &BTreeSet<FeedId>) -> Vec<(FeedId, Object)> {
+    pub fn objects_of(&self, feeds: &BTreeSet<InputId>) -> Vec<(InputId, Object)> {
         let state = self.store.state();
         let Some(queue) = state.queues.get(&self.id) else { return Vec::new() };
         let caches = feeds.iter().filter_map(|id| Some((*id, state.watches.get(&queue.watches.get(id)?.0)?)));
-        let objects = |(id, cache): (FeedId, &WatchCache)| {
+        let objects = |(id, cache): (InputId, &WatchCache)| {
             cache.objects.values().map(move |object| (id, object.clone())).collect::<Vec<_>>()
         };
         let mut objects: Vec<_> = caches.flat_map(objects).collect();
@@ -456,7 +452,7 @@ impl Subscription {
     }
 
     /// Returns a function that computes [`newest`](Self::newest).
-    pub fn newest_by_feed(&self) -> impl Fn() -> BTreeMap<FeedId, Version> + Send + Sync + 'static {
+    pub fn newest_by_feed(&self) -> impl Fn() -> BTreeMap<InputId, Version> + Send + Sync + 'static {
         let (store, subscriber) = (Arc::clone(&self.store), self.id);
         move || store.state().versions(subscriber)
     }
@@ -494,12 +490,12 @@ impl Drop for Subscription {
 mod tests {
     use super::*;
     use crate::model::Content;
-    use crate::model::{Resource, Scope};
+    use crate::model::{NamespaceSelector, Resource};
 
-    fn feed() -> Feed {
-        Feed {
+    fn feed() -> WatchSpec {
+        WatchSpec {
             resource: Resource::configmaps(),
-            scope: Scope::Cluster,
+            scope: NamespaceSelector::ClusterScoped,
             labels: Vec::new(),
             content: Content::Data,
         }
@@ -528,10 +524,10 @@ mod tests {
 
     /// Runs a script: `[` Init, `]` InitDone, `a=1` Apply, `-a` Delete.
     fn check(script: &str, each: &str, at_end: &str) {
-        let store = Arc::new(Store::new(Readiness::default()));
+        let store = Arc::new(Store::new(Health::default()));
         let (one, other) = (store.subscribe(), store.subscribe());
-        one.open(FeedId(0), &feed());
-        other.open(FeedId(0), &feed());
+        one.open(InputId(0), &feed());
+        other.open(InputId(0), &feed());
         let mut changes = Vec::new();
         for word in script.split_whitespace() {
             send(&store, WatchId(0), word);
@@ -556,17 +552,17 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn denied_watch_becomes_stale_as_denied() {
-        let store = Arc::new(Store::new(Readiness::default()));
+        let store = Arc::new(Store::new(Health::default()));
         let one = store.subscribe();
-        let counters = one.open(FeedId(0), &feed());
+        let counters = one.open(InputId(0), &feed());
         let step = STALE_AFTER / 2;
         for (event, is_stale, is_refused) in [
             (Event::InitDone, false, false),
-            (Event::Refused, false, true),
-            (Event::Refused, true, true),
-            (Event::Unavailable, true, true),
-            (Event::Unavailable, true, false),
-            (Event::Quiet, false, false),
+            (Event::Denied, false, true),
+            (Event::Denied, true, true),
+            (Event::Failed, true, true),
+            (Event::Failed, true, false),
+            (Event::Bookmark, false, false),
         ] {
             tokio::time::advance(step).await;
             store.apply((WatchId(0), event.clone(), None));
@@ -581,21 +577,21 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn unlisted_watch_is_stale_unless_denied() {
-        let store = Arc::new(Store::new(Readiness::default()));
+        let store = Arc::new(Store::new(Health::default()));
         let one = store.subscribe();
-        let counters = one.open(FeedId(0), &feed());
+        let counters = one.open(InputId(0), &feed());
         tokio::time::advance(STALE_AFTER * 2).await;
-        store.apply((WatchId(0), Event::Unavailable, None));
+        store.apply((WatchId(0), Event::Failed, None));
         assert!(counters.stale().is_some());
-        store.apply((WatchId(0), Event::Refused, None));
+        store.apply((WatchId(0), Event::Denied, None));
         assert!(counters.stale().is_none());
     }
 
     #[tokio::test(start_paused = true)]
     async fn watch_with_incomplete_lists_becomes_stale() {
-        let store = Arc::new(Store::new(Readiness::default()));
+        let store = Arc::new(Store::new(Health::default()));
         let one = store.subscribe();
-        let counters = one.open(FeedId(0), &feed());
+        let counters = one.open(InputId(0), &feed());
         let step = STALE_AFTER / 3 * 2;
         for (script, is_stale) in [
             ("[ a=1 ]", false),
@@ -613,14 +609,14 @@ mod tests {
 
     #[test]
     fn watches_of_one_name_have_separate_readiness() {
-        let readiness = Readiness::default();
+        let readiness = Health::default();
         let store = Arc::new(Store::new(readiness.clone()));
         let one = store.subscribe();
-        let other = Feed { scope: Scope::Namespaces { ignored: Vec::new() }, ..feed() };
+        let other = WatchSpec { scope: NamespaceSelector::AllExcept { ignored: Vec::new() }, ..feed() };
         let name = feed().to_string();
         assert_eq!(other.to_string(), name);
-        one.open(FeedId(0), &feed());
-        one.open(FeedId(1), &other);
+        one.open(InputId(0), &feed());
+        one.open(InputId(1), &other);
         one.gate();
         let other_readiness = readiness.for_watch(WatchId(1));
         other_readiness.failing(&name, "forbidden");
@@ -628,57 +624,57 @@ mod tests {
         assert_eq!(pending(), ["not listed yet; forbidden"]);
         store.apply((WatchId(0), Event::InitDone, None));
         assert_eq!(pending(), ["forbidden"]);
-        one.close(FeedId(0));
+        one.close(InputId(0));
         assert_eq!(pending(), ["forbidden"]);
         store.apply((WatchId(1), Event::InitDone, None));
         assert!(pending().is_empty());
-        one.open(FeedId(2), &feed());
+        one.open(InputId(2), &feed());
         other_readiness.failing(&name, "watch failed");
-        one.close(FeedId(2));
+        one.close(InputId(2));
         assert_eq!(readiness.problems().len(), 1);
-        one.close(FeedId(1));
+        one.close(InputId(1));
         assert!(readiness.problems().is_empty());
     }
 
     #[test]
     fn only_denied_watch_has_no_version() {
-        let store = Arc::new(Store::new(Readiness::default()));
+        let store = Arc::new(Store::new(Health::default()));
         let one = store.subscribe();
-        one.open(FeedId(0), &feed());
-        one.open(FeedId(1), &Feed { scope: Scope::Namespace("x".into()), ..feed() });
+        one.open(InputId(0), &feed());
+        one.open(InputId(1), &WatchSpec { scope: NamespaceSelector::Only("x".into()), ..feed() });
         store.apply((WatchId(0), Event::InitDone, Some(Version(5))));
         for (event, version, expected) in [
-            (Event::Unavailable, None, Some(Version(0))),
-            (Event::Refused, None, None),
-            (Event::Unavailable, None, None),
+            (Event::Failed, None, Some(Version(0))),
+            (Event::Denied, None, None),
+            (Event::Failed, None, None),
             (Event::Init, None, None),
             (Event::InitDone, Some(Version(7)), Some(Version(7))),
-            (Event::Unavailable, None, Some(Version(7))),
+            (Event::Failed, None, Some(Version(7))),
         ] {
             store.apply((WatchId(1), event.clone(), version));
-            assert_eq!(one.newest().get(&FeedId(1)).copied(), expected, "{event:?}");
+            assert_eq!(one.newest().get(&InputId(1)).copied(), expected, "{event:?}");
         }
     }
 
     #[test]
     fn equal_selections_share_a_watch_until_the_last_closes() {
-        let store = Arc::new(Store::new(Readiness::default()));
+        let store = Arc::new(Store::new(Health::default()));
         let wanted = store.wanted();
         let watches = || wanted.borrow().keys().map(|id| id.0).collect::<Vec<_>>();
         let (one, other) = (store.subscribe(), store.subscribe());
-        one.open(FeedId(7), &feed());
+        one.open(InputId(7), &feed());
         send(&store, WatchId(0), "[ a=1 ]");
-        other.open(FeedId(0), &Feed { content: Content::Policies, ..feed() });
+        other.open(InputId(0), &WatchSpec { content: Content::PolicyRegistry, ..feed() });
         assert_eq!((watches(), drain(&other).as_str()), (vec![0], "a=1"));
         assert!(other.is_listed(), "the shared watch is listed");
-        other.open(FeedId(1), &Feed { scope: Scope::Namespace("x".into()), ..feed() });
+        other.open(InputId(1), &WatchSpec { scope: NamespaceSelector::Only("x".into()), ..feed() });
         assert_eq!(watches(), [0, 1]);
         assert!(!other.is_listed() && one.is_listed());
-        one.close(FeedId(7));
+        one.close(InputId(7));
         assert_eq!(watches(), [0, 1]);
         drop(other);
         assert!(watches().is_empty());
-        one.open(FeedId(8), &feed());
+        one.open(InputId(8), &feed());
         assert_eq!(watches(), [2], "late events of a closed watch are ignored");
         send(&store, WatchId(0), "b=1");
         assert_eq!(drain(&one), "");

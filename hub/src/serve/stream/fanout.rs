@@ -22,8 +22,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-use crate::bundle::watches::Feeds;
-use crate::bundle::{Bundle, Edition, Next};
+use crate::bundle::watches::WatchStatuses;
+use crate::bundle::{Bundle, CachedSnapshot, CatchUp};
 use crate::serve::Hub;
 use crate::serve::stream::HEARTBEAT;
 use crate::serve::stream::{PENDING, StreamGuard, heartbeat, synced_comment};
@@ -80,7 +80,7 @@ enum WriteState {
 }
 
 /// The revisions that a frame leads from and to, and the frame.
-type EncodedFrame = (Revision, Revision, Next);
+type EncodedFrame = (Revision, Revision, CatchUp);
 
 /// The client is gone, or must reconcile.
 struct Disconnected;
@@ -139,8 +139,8 @@ impl Fanout {
 
 struct ShardWriter {
     bundle: String,
-    feeds: Feeds,
-    head: watch::Receiver<Option<Arc<Edition>>>,
+    feeds: WatchStatuses,
+    head: watch::Receiver<Option<Arc<CachedSnapshot>>>,
     joining: mpsc::UnboundedReceiver<Connection>,
     connections: Slab<Connection>,
     /// Slots whose sockets are writable again.
@@ -280,9 +280,9 @@ impl ShardWriter {
             };
             connection.state = WriteState::Ready;
             match &next {
-                Next::Frames(bytes) => (connection.unsent, connection.revision) = (bytes.clone(), to),
-                Next::UpToDate => {}
-                Next::Unknown => {
+                CatchUp::Frame(bytes) => (connection.unsent, connection.revision) = (bytes.clone(), to),
+                CatchUp::UpToDate => {}
+                CatchUp::TooOld => {
                     self.connections.remove(slot);
                     continue;
                 }
@@ -295,7 +295,7 @@ impl ShardWriter {
         self.encode();
     }
 
-    fn advance(&mut self, slot: usize, edition: &Edition) -> Result<(), Disconnected> {
+    fn advance(&mut self, slot: usize, edition: &CachedSnapshot) -> Result<(), Disconnected> {
         let Some(connection) = self.connections.get_mut(slot) else { return Ok(()) };
         loop {
             if !connection.flush()? {
@@ -335,12 +335,12 @@ impl ShardWriter {
                     return Ok(());
                 }
                 _ => match edition.next(connection.revision) {
-                    Next::Frames(bytes) => {
+                    CatchUp::Frame(bytes) => {
                         self.frame = Some((connection.revision, to, bytes.clone()));
                         bytes
                     }
-                    Next::UpToDate => return Ok(()),
-                    Next::Unknown => return Err(Disconnected),
+                    CatchUp::UpToDate => return Ok(()),
+                    CatchUp::TooOld => return Err(Disconnected),
                 },
             };
             connection.revision = to;

@@ -109,7 +109,7 @@ async fn client_closed(tcp: &TcpStream) {
     _ = tcp.ready(Interest::PRIORITY).await;
 }
 
-/// Reads the peeked head.
+/// ReadSet the peeked head.
 fn discard(tcp: &TcpStream, mut length: usize) -> bool {
     let mut buffer = [0; 1 << 10];
     while length > 0 {
@@ -173,16 +173,16 @@ mod tests {
 
     use super::*;
     use crate::bundle::Bundle;
-    use crate::bundle::registry::Bundles;
-    use crate::health::Readiness;
+    use crate::bundle::registry::BundleRegistry;
+    use crate::health::Health;
 
     #[tokio::test]
     async fn disconnected_client_causes_no_encoding() {
         let (bundle, revision) = Bundle::far_from_its_first();
-        let bundles = Arc::new(Bundles::default());
+        let bundles = Arc::new(BundleRegistry::default());
         bundles.serve(Arc::clone(&bundle));
         let stop = CancellationToken::new();
-        let hub = Hub::new(bundles, String::new(), Readiness::default(), Vec::new(), stop);
+        let hub = Hub::new(bundles, String::new(), Health::default(), Vec::new(), stop);
         let fanout = Fanout::new(hub.clone());
         let _others = bundle.budget.large_encodes.acquire().await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

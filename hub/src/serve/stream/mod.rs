@@ -24,8 +24,8 @@ use serde::Deserialize;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval};
 
-use crate::bundle::watches::Feeds;
-use crate::bundle::{Bundle, Counters, Edition, Next};
+use crate::bundle::watches::WatchStatuses;
+use crate::bundle::{Bundle, CachedSnapshot, CatchUp, Counters};
 use crate::serve::Hub;
 use crate::serve::error::Error;
 
@@ -76,7 +76,7 @@ impl StreamRequest {
                 return Err(Error::Full);
             }
         }
-        if matches!(edition.next_beside(revision).await, Next::Unknown) {
+        if matches!(edition.next_beside(revision).await, CatchUp::TooOld) {
             return Err(Error::UnknownRevision(revision.to_string()));
         }
         Ok((bundle, revision))
@@ -90,7 +90,7 @@ impl std::fmt::Display for StreamRequest {
 }
 
 /// Confirms the newest revision; proxies then forward the response.
-pub(super) fn synced_comment(bundle: &str, feeds: &Feeds, revision: Revision) -> Bytes {
+pub(super) fn synced_comment(bundle: &str, feeds: &WatchStatuses, revision: Revision) -> Bytes {
     let comment = match feeds.stale() {
         Some(stale) => Word::Stale(&stale.to_string()).to_string(),
         None => format!("bundle {bundle}"),
@@ -106,7 +106,7 @@ pub(super) fn header_text(value: &[u8]) -> String {
 pub(super) const PENDING: Bytes = Bytes::from_static(b": wait\n\n");
 
 /// An empty comment, or one that reports a stale source.
-pub(super) fn heartbeat(feeds: &Feeds) -> Bytes {
+pub(super) fn heartbeat(feeds: &WatchStatuses) -> Bytes {
     let comment = |stale: String| format!(": {}\n\n", Word::Stale(&stale)).into();
     feeds.stale().map_or(Bytes::from_static(b":\n\n"), |stale| comment(stale.to_string()))
 }
@@ -145,9 +145,9 @@ pub(super) async fn get(
 
 struct StreamBody {
     name: String,
-    feeds: Feeds,
+    feeds: WatchStatuses,
     hub: Hub,
-    head: watch::Receiver<Option<Arc<Edition>>>,
+    head: watch::Receiver<Option<Arc<CachedSnapshot>>>,
     revision: Revision,
     heartbeats: Interval,
     synced_sent: bool,
@@ -168,18 +168,18 @@ impl StreamBody {
         while !self.go_away_sent {
             let edition = self.head.borrow_and_update().clone()?;
             let is_waiting = edition.is_full() && !edition.is_near(self.revision);
-            let next = if is_waiting { Next::UpToDate } else { edition.next_beside(self.revision).await };
+            let next = if is_waiting { CatchUp::UpToDate } else { edition.next_beside(self.revision).await };
             match next {
-                Next::Frames(bytes) => {
+                CatchUp::Frame(bytes) => {
                     self.revision = edition.view.revision;
                     return Some(bytes);
                 }
-                Next::Unknown => return None,
-                Next::UpToDate if !self.synced_sent && !is_waiting => {
+                CatchUp::TooOld => return None,
+                CatchUp::UpToDate if !self.synced_sent && !is_waiting => {
                     self.synced_sent = true;
                     return Some(synced_comment(&self.name, &self.feeds, self.revision));
                 }
-                Next::UpToDate => {}
+                CatchUp::UpToDate => {}
             }
             tokio::select! {
                 changed = self.head.changed() => changed.ok()?,

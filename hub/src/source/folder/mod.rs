@@ -14,9 +14,9 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::health::Readiness;
-use crate::model::Wanted;
-use crate::model::{Event, Feed, FeedId, Object, ObjectKey, Scope, WatchId};
+use crate::health::Health;
+use crate::model::WatchSet;
+use crate::model::{Event, InputId, NamespaceSelector, Object, ObjectKey, WatchId, WatchSpec};
 use crate::source::Sender;
 use crate::source::folder::manifest::{KindRegistry, Manifest};
 use crate::spec;
@@ -62,18 +62,18 @@ pub enum Error {
 /// Contents of a folder.
 pub struct Contents {
     /// Selected objects.
-    pub objects: Vec<(FeedId, Object)>,
+    pub objects: Vec<(InputId, Object)>,
     /// Read failures.
     pub problems: Vec<String>,
 }
 
-/// Reads the folder once.
-pub fn read_once(dir: &Path, feeds: &[Feed]) -> Result<Contents, Error> {
+/// ReadSet the folder once.
+pub fn read_once(dir: &Path, feeds: &[WatchSpec]) -> Result<Contents, Error> {
     let mut folder = Folder::new(dir.to_owned());
     folder.specs = (0..).map(WatchId).zip(feeds.iter().cloned()).collect();
     let events = folder.scan()?.into_iter();
     let objects = events.filter_map(|(id, event)| match event {
-        Event::Apply(object) => Some((FeedId(id.0), object)),
+        Event::Apply(object) => Some((InputId(id.0), object)),
         _ => None,
     });
     let problems = folder.files.iter().filter_map(|(path, file)| {
@@ -83,7 +83,7 @@ pub fn read_once(dir: &Path, feeds: &[Feed]) -> Result<Contents, Error> {
 }
 
 /// Runs the `wanted` watches until the store closes.
-pub async fn run(dir: PathBuf, mut wanted: Wanted, out: Sender, readiness: Readiness) -> Result<(), Error> {
+pub async fn run(dir: PathBuf, mut wanted: WatchSet, out: Sender, readiness: Health) -> Result<(), Error> {
     let (changed, mut changes) = mpsc::channel(1);
     // One pending wake-up is enough: scans are complete.
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
@@ -120,7 +120,7 @@ pub async fn run(dir: PathBuf, mut wanted: Wanted, out: Sender, readiness: Readi
         let init = listed.iter().map(|id| (*id, Event::Init));
         let done = listed.iter().map(|id| (*id, Event::InitDone));
         let all: Vec<_> = if was_read { folder.specs.keys().copied().collect() } else { Vec::new() };
-        let quiet = all.into_iter().map(|id| (id, Event::Quiet));
+        let quiet = all.into_iter().map(|id| (id, Event::Bookmark));
         for (id, event) in init.chain(events).chain(done).chain(quiet) {
             if out.send((id, event, None)).await.is_err() {
                 return Ok(());
@@ -156,7 +156,7 @@ fn inode(dir: &Path) -> Option<(u64, u64)> {
 
 struct Folder {
     dir: PathBuf,
-    specs: BTreeMap<WatchId, Feed>,
+    specs: BTreeMap<WatchId, WatchSpec>,
     files: BTreeMap<PathBuf, File>,
     /// Objects after the last scan.
     objects: BTreeMap<WatchId, HashMap<ObjectKey, Object>>,
@@ -191,7 +191,7 @@ impl Folder {
         }
     }
 
-    fn set_watches(&mut self, wanted: BTreeMap<WatchId, Feed>, unlisted: &mut BTreeSet<WatchId>) {
+    fn set_watches(&mut self, wanted: BTreeMap<WatchId, WatchSpec>, unlisted: &mut BTreeSet<WatchId>) {
         unlisted.extend(wanted.keys().filter(|id| !self.specs.contains_key(id)));
         unlisted.retain(|id| wanted.contains_key(id));
         self.objects.retain(|id, _| wanted.contains_key(id));
@@ -249,7 +249,7 @@ impl Folder {
             for (path, file) in &mut self.files {
                 for manifest in file.manifests.iter().filter(|manifest| selects(manifest)) {
                     let mut object = manifest.object.clone();
-                    if spec.scope == Scope::Cluster
+                    if spec.scope == NamespaceSelector::ClusterScoped
                         || spec.resource.is_named_only() && kinds.is_cluster_scoped(manifest)
                     {
                         object.key.namespace = "".into();
@@ -282,7 +282,7 @@ impl Folder {
         events
     }
 
-    fn report(&mut self, readiness: &Readiness) {
+    fn report(&mut self, readiness: &Health) {
         let mut reported = BTreeSet::new();
         let files = self
             .files
@@ -345,7 +345,7 @@ fn find_files(
     Ok(())
 }
 
-/// Reads the objects of one file.
+/// ReadSet the objects of one file.
 pub fn read_file(path: &Path) -> Result<Vec<Object>, String> {
     Ok(read_manifests(path)?.into_iter().map(|manifest| manifest.object).collect())
 }
@@ -368,9 +368,9 @@ mod tests {
     use crate::model::{Content, Resource};
 
     fn folder(dir: &Path) -> Folder {
-        let spec = Feed {
+        let spec = WatchSpec {
             resource: Resource::configmaps(),
-            scope: Scope::Namespaces { ignored: vec!["left-out".into()] },
+            scope: NamespaceSelector::AllExcept { ignored: vec!["left-out".into()] },
             labels: Vec::new(),
             content: Content::Data,
         };

@@ -23,9 +23,9 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use crate::backoff::{RETRY, RETRY_MAX};
-use crate::health::Readiness;
-use crate::model::{Event, Feed, ObjectKey, Resource, Scope, Version, WatchId};
-use crate::model::{Wanted, is_optional};
+use crate::health::Health;
+use crate::model::{Event, NamespaceSelector, ObjectKey, Resource, Version, WatchId, WatchSpec};
+use crate::model::{WatchSet, is_optional};
 use crate::source::kubernetes::watcher::SOURCE_ANSWER;
 use crate::source::kubernetes::watcher::{InitialListStrategy, Watcher};
 use crate::source::{Sender, normalize};
@@ -112,8 +112,8 @@ pub async fn client(kubeconfig: Option<&Path>) -> Result<Client, Error> {
 }
 
 /// Runs the `wanted` watches until the store closes.
-pub async fn run(client: Client, mut wanted: Wanted, out: Sender, readiness: Readiness) {
-    let mut running: BTreeMap<WatchId, (Feed, JoinHandle<()>)> = BTreeMap::new();
+pub async fn run(client: Client, mut wanted: WatchSet, out: Sender, readiness: Health) {
+    let mut running: BTreeMap<WatchId, (WatchSpec, JoinHandle<()>)> = BTreeMap::new();
     loop {
         let specs = wanted.borrow_and_update().clone();
         for (id, (spec, task)) in running.extract_if(.., |id, _| !specs.contains_key(id)) {
@@ -134,7 +134,7 @@ pub async fn run(client: Client, mut wanted: Wanted, out: Sender, readiness: Rea
     }
 }
 
-async fn supervise_watch(client: Client, id: WatchId, spec: Feed, out: Sender, readiness: Readiness) {
+async fn supervise_watch(client: Client, id: WatchId, spec: WatchSpec, out: Sender, readiness: Health) {
     let name = spec.to_string();
     let mut strategy = InitialListStrategy::Streaming;
     let mut backoff = RETRY;
@@ -143,9 +143,11 @@ async fn supervise_watch(client: Client, id: WatchId, spec: Feed, out: Sender, r
         let error = match discovered.unwrap_or(Err(Error::Watch(watcher::Error::Timeout))) {
             Err(error) => error,
             Ok((resource, scope)) => {
-                let spec = Feed { scope, ..spec.clone() };
+                let spec = WatchSpec { scope, ..spec.clone() };
                 let api: Api<RawObject> = match &spec.scope {
-                    Scope::Namespace(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
+                    NamespaceSelector::Only(namespace) => {
+                        Api::namespaced_with(client.clone(), namespace, &resource)
+                    }
                     _ => Api::all_with(client.clone(), &resource),
                 };
                 let watcher = Watcher::new(api, spec.label_selector(), spec.field_selector(), strategy);
@@ -166,10 +168,10 @@ async fn supervise_watch(client: Client, id: WatchId, spec: Feed, out: Sender, r
                 }
             }
         };
-        if out.send((id, Event::Unavailable, None)).await.is_err() {
+        if out.send((id, Event::Failed, None)).await.is_err() {
             return;
         }
-        if error.is_denial() && out.send((id, Event::Refused, None)).await.is_err() {
+        if error.is_denial() && out.send((id, Event::Denied, None)).await.is_err() {
             return;
         }
         if !(is_optional(&spec.content) && matches!(error, Error::NotServed(_))) {
@@ -200,7 +202,7 @@ struct WatchSession<'a> {
     id: WatchId,
     name: &'a str,
     out: &'a Sender,
-    readiness: &'a Readiness,
+    readiness: &'a Health,
 }
 
 impl WatchSession<'_> {
@@ -258,7 +260,7 @@ impl WatchSession<'_> {
         match event {
             watcher::Event::Init => (Event::Init, None),
             watcher::Event::InitDone(version) => (Event::InitDone, watcher::version(&version)),
-            watcher::Event::Bookmark(version) => (Event::Quiet, watcher::version(&version)),
+            watcher::Event::Bookmark(version) => (Event::Bookmark, watcher::version(&version)),
             watcher::Event::InitApply(raw) | watcher::Event::Apply(raw) => {
                 (self.normalize(&raw), raw.version())
             }
@@ -285,7 +287,7 @@ fn object_key(raw: &RawObject) -> ObjectKey {
 }
 
 /// Finds the kind, which list items lack, and the scope.
-async fn discover(client: &Client, spec: &Feed) -> Result<(ApiResource, Scope), Error> {
+async fn discover(client: &Client, spec: &WatchSpec) -> Result<(ApiResource, NamespaceSelector), Error> {
     let resource = &spec.resource;
     if resource.is_named_only() {
         return discover_by_name(client, spec).await;
@@ -303,10 +305,10 @@ async fn discover(client: &Client, spec: &Feed) -> Result<(ApiResource, Scope), 
     let served = list.resources.into_iter().find(|served| served.name == resource.plural);
     let served = served.ok_or_else(|| Error::NotServed(resource.clone()))?;
     match (&spec.scope, served.namespaced) {
-        (Scope::Cluster, true) => {
+        (NamespaceSelector::ClusterScoped, true) => {
             Err(Error::WrongScope { resource: resource.clone(), actual: "namespaced", flag: "--replicate" })
         }
-        (Scope::Namespaces { .. } | Scope::Namespace(_), false) => Err(Error::WrongScope {
+        (NamespaceSelector::AllExcept { .. } | NamespaceSelector::Only(_), false) => Err(Error::WrongScope {
             resource: resource.clone(),
             actual: "cluster-scoped",
             flag: "--replicate-cluster",
@@ -325,7 +327,10 @@ async fn discover(client: &Client, spec: &Feed) -> Result<(ApiResource, Scope), 
 }
 
 /// Prefers the core group, then alphabetical order.
-async fn discover_by_name(client: &Client, spec: &Feed) -> Result<(ApiResource, Scope), Error> {
+async fn discover_by_name(
+    client: &Client,
+    spec: &WatchSpec,
+) -> Result<(ApiResource, NamespaceSelector), Error> {
     let resource = &spec.resource;
     let discovery = match Discovery::new(client.clone()).run_aggregated().await {
         // Aggregated discovery needs Kubernetes 1.27.
@@ -344,13 +349,13 @@ async fn discover_by_name(client: &Client, spec: &Feed) -> Result<(ApiResource, 
     });
     let (found, capabilities) = found.ok_or_else(|| Error::NotServed(resource.clone()))?;
     let is_cluster = capabilities.scope == discovery::Scope::Cluster;
-    Ok((found, if is_cluster { Scope::Cluster } else { spec.scope.clone() }))
+    Ok((found, if is_cluster { NamespaceSelector::ClusterScoped } else { spec.scope.clone() }))
 }
 
 /// The API server's message names only the first missing verb.
-async fn missing_permissions(client: &Client, spec: &Feed, error: &watcher::Error) -> Error {
+async fn missing_permissions(client: &Client, spec: &WatchSpec, error: &watcher::Error) -> Error {
     let namespace = match &spec.scope {
-        Scope::Namespace(namespace) => Some(namespace.clone()),
+        NamespaceSelector::Only(namespace) => Some(namespace.clone()),
         _ => None,
     };
     let reviews: Api<SelfSubjectAccessReview> = Api::all(client.clone());

@@ -1,4 +1,4 @@
-//! Fault test of a source, hub replicas with several bundles, and agents. The faults:
+//! Diagnostic test of a source, hub replicas with several bundles, and agents. The faults:
 //!
 //! - hubs lag, relist, or restart without state
 //! - watches fail or are silent; the server is restored from a backup; resources appear and disappear
@@ -212,7 +212,7 @@ impl Run {
         }
     }
 
-    /// Ends all faults temporarily; `is_mended` also fixes user errors.
+    /// WriterHandles all faults temporarily; `is_mended` also fixes user errors.
     async fn quiet(&mut self, is_mended: bool) {
         let Self { world, hubs, agents } = self;
         world.source.end_faults();
