@@ -11,17 +11,25 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::bundles::{Bundles, Stages};
-use crate::cli::{Cli, Task};
-use crate::config::{Config, DRAIN, EVENT_QUEUE_MAX, FILES_WANTED, LISTEN_BACKLOG, Source};
-use crate::documents::{Documents, Opinions};
+use crate::args::config::{Config, Source};
+use crate::args::{Cli, Task};
+use crate::bundle::registry::BundleRegistry;
+use crate::health::Health;
+use crate::manager::last_good::{self, Place};
+use crate::manager::runner::BundleFactory;
+use crate::manager::{BundleController, DocumentStatuses};
 use crate::policy::check::{Compiler, Dialect};
-use crate::readiness::Readiness;
+use crate::serve::DRAIN;
+use crate::source::EVENT_QUEUE_MAX;
 use crate::source::{self, folder, kubernetes};
+use crate::status::{bundles, configmaps, leader};
 use crate::store::Store;
-use crate::writeback::last_good::{self, Place};
-use crate::writeback::{lease, statuses, verdicts};
-use crate::{fields_of, serve, telemetry, writeback};
+use crate::{fields_command, k8s, logging, serve};
+
+/// File descriptors below which the hub warns. Each stream uses one.
+pub const FILES_WANTED: u64 = 16_384;
+/// Maximum unaccepted connections (kernel limit: `net.core.somaxconn`). Dropped clients retry after 1 s.
+pub const LISTEN_BACKLOG: u32 = 16_384;
 
 const NOT_COMPILED: &str = "policies are parsed, not compiled: no opa program was found; put opa on the PATH, or set \
                             OPA_BIN to it";
@@ -33,13 +41,13 @@ type Tasks = JoinSet<anyhow::Result<&'static str>>;
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let (level, format) = cli.log();
-    telemetry::init(level, format);
+    logging::init(level, format);
     let run = || -> anyhow::Result<()> {
         let config = match cli.task()? {
             Task::Serve(config) => config,
             Task::Fields(config) => {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                print!("{}", runtime.block_on(fields_of::report(&config))?);
+                print!("{}", runtime.block_on(fields_command::report(&config))?);
                 return Ok(());
             }
         };
@@ -76,7 +84,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         None => None,
     };
     serve::memory::note_start();
-    let readiness = Readiness::default();
+    let readiness = Health::default();
     let compiler = Compiler::find(config.opa.as_deref(), Dialect::Default).await?;
     let checker = compiler.name();
     tracing::info!(compiler = checker, "policy compiler selected");
@@ -96,10 +104,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
             Ok("store")
         }
     });
-    let bundles = Arc::new(Bundles::default());
+    let bundles = Arc::new(BundleRegistry::default());
     bundles.store.get_or_init(|| Arc::clone(&store));
     let is_leader = watch::Sender::new(false);
-    let stages = Stages {
+    let stages = BundleFactory {
         store,
         compiler,
         place: last_good_storage(&config, cluster.clone()),
@@ -107,7 +115,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         readiness: readiness.clone(),
         bundles: Arc::clone(&bundles),
     };
-    let documents = Documents::new(stages, config.flags.clone(), config.documents.clone());
+    let documents = BundleController::new(stages, config.flags.clone(), config.documents.clone());
     let lease = cluster.map(|client| {
         let statuses = documents.opinions();
         start_writeback(&config, client, is_leader, &bundles, statuses, &readiness, &stop, &mut tasks)
@@ -147,7 +155,7 @@ async fn start_source(
     config: &Config,
     store: &Store,
     events: source::Sender,
-    readiness: &Readiness,
+    readiness: &Health,
     tasks: &mut Tasks,
 ) -> anyhow::Result<Option<kube::Client>> {
     let (watches, readiness) = (store.wanted(), readiness.clone());
@@ -177,7 +185,7 @@ fn last_good_storage(
     Box::new(move |bundle| match (&dir, &cluster) {
         (Some(dir), _) => Place::folder(dir, bundle),
         (None, Some(client)) => {
-            Place::cluster(client.clone(), &writeback::namespace(namespace.as_deref(), client), bundle)
+            Place::cluster(client.clone(), &k8s::namespace(namespace.as_deref(), client), bundle)
         }
         (None, None) => Place::Nowhere,
     })
@@ -189,23 +197,23 @@ fn start_writeback(
     config: &Config,
     client: kube::Client,
     is_leader: watch::Sender<bool>,
-    bundles: &Arc<Bundles>,
-    document_statuses: watch::Receiver<Opinions>,
-    readiness: &Readiness,
+    bundles: &Arc<BundleRegistry>,
+    document_statuses: watch::Receiver<DocumentStatuses>,
+    readiness: &Health,
     stop: &CancellationToken,
     tasks: &mut Tasks,
 ) -> JoinHandle<()> {
-    let identity = writeback::identity();
+    let identity = k8s::identity();
     if config.write_verdicts {
         let writer =
-            verdicts::Writer::new(client.clone(), identity.clone(), Arc::clone(bundles), readiness.clone());
+            configmaps::Writer::new(client.clone(), identity.clone(), Arc::clone(bundles), readiness.clone());
         let write = writer.run(is_leader.subscribe());
         tasks.spawn(async move {
             write.await;
             Ok("verdict writer")
         });
     }
-    let write = statuses::run(
+    let write = bundles::run(
         client.clone(),
         Arc::clone(bundles),
         document_statuses,
@@ -216,8 +224,9 @@ fn start_writeback(
         write.await;
         Ok("status writer")
     });
-    let namespace = writeback::namespace(config.namespace.as_deref(), &client);
-    let elector = lease::Striving::new(client, &namespace, last_good::object_name(&config.bundle), identity);
+    let namespace = k8s::namespace(config.namespace.as_deref(), &client);
+    let elector =
+        leader::LeaderElector::new(client, &namespace, last_good::object_name(&config.bundle), identity);
     tokio::spawn(elector.run(is_leader, readiness.clone(), stop.clone().cancelled_owned()))
 }
 

@@ -5,37 +5,27 @@
 //!  manifest folder  ┴ source ─Event→ store ─Change→ bundle (project, view, log, snapshot) ─→ serve ─HTTP→ agent, OPA
 //! ```
 //!
-//! Data flows one way. Bundles share the objects in `store`. `pipeline` is the single writer of a bundle and publishes
+//! Data flows one way. BundleRegistry share the objects in `store`. `pipeline` is the single writer of a bundle and publishes
 //! immutable snapshots; `serve` only reads. `documents` and `bundles` manage the running bundles, `app` joins all parts.
 
-pub mod config;
-
-pub mod cli;
-
-pub mod model;
-
-pub mod readiness;
-
-pub mod source;
-
-pub mod store;
-
-pub mod policy;
-
-pub mod bundle;
-
-pub mod pipeline;
-
-pub mod bundles;
-
-pub mod documents;
-
-pub mod writeback;
-
-pub mod serve;
-
-pub mod telemetry;
-
-pub mod fields_of;
-
 pub mod app;
+pub mod args;
+pub mod backoff;
+pub mod bundle;
+pub mod fields;
+mod fields_command;
+pub mod health;
+mod json;
+pub mod k8s;
+pub mod logging;
+pub mod manager;
+pub mod model;
+pub mod pipeline;
+pub mod policy;
+pub mod projection;
+pub mod serve;
+pub mod snapshot;
+pub mod source;
+pub mod spec;
+pub mod status;
+pub mod store;

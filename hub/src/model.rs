@@ -1,12 +1,20 @@
 //! Plain values passed between stages.
 
+use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
+use tokio::sync::watch;
 
 use bytes::Bytes;
 use opa_hub_proto::path::{DirPath, is_segment};
+
+/// Maximum events in one commit: about 50 ms under load.
+pub const COMMIT_EVENTS_MAX: usize = 4096;
+
+/// Overhead of a counted allocation in bytes.
+pub const ALLOCATION_BYTES: usize = 32;
 
 /// Label of policy ConfigMaps, as in kube-mgmt.
 pub const POLICY_LABEL: (&str, &str) = ("openpolicyagent.org/policy", "rego");
@@ -26,38 +34,38 @@ pub struct Resource {
 
 /// Namespace selection of a watch.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Scope {
+pub enum NamespaceSelector {
     /// Cluster-scoped objects.
-    Cluster,
+    ClusterScoped,
     /// All namespaces except some.
-    Namespaces {
+    AllExcept {
         /// Excluded namespaces.
         ignored: Vec<String>,
     },
     /// One namespace.
-    Namespace(String),
+    Only(String),
 }
 
 /// Purpose of watched objects.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Content {
     /// ConfigMaps with Rego modules.
-    Policies,
+    PolicyRegistry,
     /// ConfigMaps with JSON objects.
     Data,
     /// Objects replicated below this path.
     Resource(DirPath),
     /// `Bundle` documents.
-    Bundles,
+    BundleRegistry,
 }
 
 /// Specification of a watch.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Feed {
+pub struct WatchSpec {
     /// Watched resource.
     pub resource: Resource,
     /// Selected namespaces.
-    pub scope: Scope,
+    pub scope: NamespaceSelector,
     /// Label requirements.
     pub labels: Vec<LabelTerm>,
     /// Purpose of the objects.
@@ -88,7 +96,7 @@ pub enum Condition {
 
 /// Index of a watch within a bundle.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct FeedId(pub usize);
+pub struct InputId(pub usize);
 
 /// A watch, shared by bundles with equal selections. Never reused.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -108,7 +116,7 @@ pub struct ObjectKey {
 pub struct Object {
     /// Namespace and name.
     pub key: ObjectKey,
-    /// Canonical JSON, see [`crate::source::trim`].
+    /// Canonical JSON, see `source/normalize`.
     pub json: Bytes,
 }
 
@@ -128,20 +136,20 @@ pub enum Event {
     /// The list is complete.
     InitDone,
     /// The watch is failing. Optional objects need no wait.
-    Unavailable,
+    Failed,
     /// The API server denied the request. Earlier objects become stale.
-    Refused,
+    Denied,
     /// Contact without a change.
-    Quiet,
+    Bookmark,
 }
 
 /// A change of one object.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Change {
     /// New object or content.
-    Put(FeedId, Object),
+    Put(InputId, Object),
     /// Removed object.
-    Remove(FeedId, ObjectKey),
+    Remove(InputId, ObjectKey),
 }
 
 /// All replicated objects.
@@ -215,7 +223,7 @@ impl fmt::Display for Resource {
     }
 }
 
-impl Feed {
+impl WatchSpec {
     /// Label selector in API syntax, possibly empty.
     pub fn label_selector(&self) -> String {
         self.labels.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
@@ -229,14 +237,14 @@ impl Feed {
     /// Name in positions, independent of labels and exclusions.
     pub fn position_name(&self) -> String {
         let content = match &self.content {
-            Content::Policies => "policies",
+            Content::PolicyRegistry => "policies",
             Content::Data => "data",
-            Content::Bundles => "bundles",
+            Content::BundleRegistry => "bundles",
             Content::Resource(place) => place.as_str(),
         };
         match &self.scope {
-            Scope::Namespace(namespace) => format!("{content} in {namespace}"),
-            Scope::Cluster | Scope::Namespaces { .. } => content.to_owned(),
+            NamespaceSelector::Only(namespace) => format!("{content} in {namespace}"),
+            NamespaceSelector::ClusterScoped | NamespaceSelector::AllExcept { .. } => content.to_owned(),
         }
     }
 
@@ -244,37 +252,37 @@ impl Feed {
     pub fn place(&self) -> Option<&DirPath> {
         match &self.content {
             Content::Resource(place) => Some(place),
-            Content::Policies | Content::Data | Content::Bundles => None,
+            Content::PolicyRegistry | Content::Data | Content::BundleRegistry => None,
         }
     }
 
     /// Field selector in API syntax, possibly empty.
     pub fn field_selector(&self) -> String {
-        let Scope::Namespaces { ignored } = &self.scope else { return String::new() };
+        let NamespaceSelector::AllExcept { ignored } = &self.scope else { return String::new() };
         ignored.iter().map(|ns| format!("metadata.namespace!={ns}")).collect::<Vec<_>>().join(",")
     }
 }
 
-impl fmt::Display for Feed {
+impl fmt::Display for WatchSpec {
     /// Example: `policies (v1/configmaps in opa)`. kube-mgmt's labels are omitted.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.content {
-            Content::Policies => f.write_str("policies (")?,
+            Content::PolicyRegistry => f.write_str("policies (")?,
             Content::Data => f.write_str("data (")?,
-            Content::Resource(_) | Content::Bundles => {}
+            Content::Resource(_) | Content::BundleRegistry => {}
         }
         self.resource.fmt(f)?;
         match &self.scope {
-            Scope::Namespace(namespace) => write!(f, " in {namespace}")?,
-            Scope::Namespaces { ignored } if !ignored.is_empty() => {
+            NamespaceSelector::Only(namespace) => write!(f, " in {namespace}")?,
+            NamespaceSelector::AllExcept { ignored } if !ignored.is_empty() => {
                 write!(f, " outside {}", ignored.join(","))?;
             }
             _ => {}
         }
         let default_label = match self.content {
-            Content::Policies => Some(POLICY_LABEL),
+            Content::PolicyRegistry => Some(POLICY_LABEL),
             Content::Data => Some(DATA_LABEL),
-            Content::Resource(_) | Content::Bundles => None,
+            Content::Resource(_) | Content::BundleRegistry => None,
         };
         let requires = |term: &LabelTerm, (label, value): (&str, &str), is_negated: bool| {
             term.label == label
@@ -334,6 +342,21 @@ impl fmt::Display for ObjectKey {
         }
     }
 }
+
+pub(crate) fn directory(place: &DirPath, key: &ObjectKey) -> Option<DirPath> {
+    if key.namespace.is_empty() { Some(place.clone()) } else { place.join(&key.namespace).ok() }
+}
+
+/// The set of subscribed watches.
+pub type WatchSet = watch::Receiver<BTreeMap<WatchId, WatchSpec>>;
+
+/// Whether a source may lack the resource.
+pub fn is_optional(content: &Content) -> bool {
+    *content == Content::BundleRegistry
+}
+
+/// An event with the watch's version after it, if known.
+pub type Told = (WatchId, Event, Option<Version>);
 
 #[cfg(test)]
 mod tests {

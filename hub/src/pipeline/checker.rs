@@ -11,20 +11,23 @@ use opa_hub_proto::path::DirPath;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::{POLICIES, Said};
 use crate::bundle::Bundle;
-use crate::bundle::limit::Scales;
-use crate::bundle::spec::Spec;
-use crate::config::CHECK_RETRY;
+use crate::health::Health;
 use crate::model::ObjectKey;
-use crate::policy::analyze::Reads;
+use crate::pipeline::auto_replication::{self, Auto};
+use crate::pipeline::quota_check::QuotaCheck;
+use crate::pipeline::{POLICIES, WriterCommand};
+use crate::policy::candidate::{Candidate, Candidates, ModuleSet, Progress, Resolution, Selection};
 use crate::policy::check::{self, Compiler, Modules};
+use crate::policy::dataflow::ReadSet;
 use crate::policy::divide::RETRY_AFTER;
 use crate::policy::reads::{Analyst, Found, Names};
-use crate::policy::settle::{self, Candidate, Candidates, Outcome, Progress, Selection, Texts};
-use crate::policy::verdict::Fault;
-use crate::readiness::Readiness;
-use crate::source::auto::{self, Auto};
+use crate::policy::resolve;
+use crate::policy::verdict::Diagnostic;
+use crate::spec::BundleSpec;
+
+/// Pause after a failed OPA run.
+pub(super) const CHECK_RETRY: Duration = Duration::from_secs(2);
 
 /// Time after which a starting hub serves the last good policies.
 const INTERIM_AFTER: Duration = Duration::from_secs(2);
@@ -36,19 +39,26 @@ const ANALYSIS_MAX: Duration = Duration::from_secs(15);
 const PUBLISH_INTERVAL: Duration = Duration::from_secs(60);
 const FIELDS: &str = "--fields auto";
 
+fn warn_unchecked(outcome: &mut Resolution) {
+    for key in outcome.accepted.keys() {
+        let message = "parsed, not compiled: no opa program was found; set --opa-bin";
+        outcome.warnings.entry(key.clone()).or_default().push(Diagnostic::new("unchecked", message));
+    }
+}
+
 /// Checks policies until the writer stops, and retries if the compiler fails.
 pub async fn check(
     compiler: Compiler,
     mut jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
-    commands: mpsc::Sender<Said>,
+    commands: mpsc::Sender<WriterCommand>,
     mut auto: Option<Auto>,
-    spec: Arc<Spec>,
+    spec: Arc<BundleSpec>,
     bundle: Arc<Bundle>,
-    readiness: Readiness,
+    readiness: Health,
 ) {
     // Reported by an earlier document.
     if auto.is_none() {
-        readiness.problem(auto::SUBJECT, None);
+        readiness.problem(auto_replication::SUBJECT, None);
     }
     if spec.fields.follows.is_nothing() {
         readiness.problem(FIELDS, None);
@@ -69,7 +79,7 @@ pub async fn check(
             candidates = jobs.recv() => candidates,
             better = better => {
                 improved = last.take().map(|(query, _)| (query, better));
-                if commands.send(Said::Recheck).await.is_err() {
+                if commands.send(WriterCommand::Recheck).await.is_err() {
                     return;
                 }
                 continue;
@@ -86,8 +96,8 @@ pub async fn check(
             () = tokio::time::sleep(INTERIM_AFTER), if is_restart => {
                 match resolve(&compiler, &last_good_only(&candidates), &spec, &bundle, &mut analyst).await {
                     Ok(good) if good.failure.is_none() => {
-                        let untried = Outcome::unsettled(&candidates).untried;
-                        Ok(Outcome { untried, progress: Progress::Good, ..good })
+                        let untried = Resolution::unsettled(&candidates).untried;
+                        Ok(Resolution { untried, progress: Progress::Good, ..good })
                     }
                     _ => resolve(&compiler, &candidates, &spec, &bundle, &mut analyst).await,
                 }
@@ -98,24 +108,24 @@ pub async fn check(
                 let failure = outcome.failure.take().map(|fault| fault.message);
                 (outcome, failure)
             }
-            Err(error) => (Outcome::unsettled(&candidates), Some(error.to_string())),
+            Err(error) => (Resolution::unsettled(&candidates), Some(error.to_string())),
         };
         if let Some(error) = failure {
             tracing::warn!(bundle = bundle.name, error, "policy check failed, retrying");
             readiness.failing(POLICIES, &error);
             tokio::time::sleep(CHECK_RETRY).await;
-            if commands.send(Said::Checked { outcome, reads: None, resources: None }).await.is_err() {
+            if commands
+                .send(WriterCommand::ApplyCheck { outcome, reads: None, resources: None })
+                .await
+                .is_err()
+            {
                 return;
             }
             continue;
         }
         readiness.problem(POLICIES, None);
         if let Compiler::Syntax(_) = compiler {
-            for key in outcome.accepted.keys() {
-                let warning =
-                    Fault::new("unchecked", "parsed, not compiled: no opa program was found; set --opa-bin");
-                outcome.warnings.entry(key.clone()).or_default().push(warning);
-            }
+            warn_unchecked(&mut outcome);
         }
         let elapsed = started.elapsed();
         tracing::debug!(bundle = bundle.name, checks = outcome.checks, ?elapsed, "policies checked");
@@ -140,14 +150,14 @@ pub async fn check(
         let reads = analysis.found.as_ref().map(|found| report_reads(found, &mut outcome, &readiness));
         last = Some((query, analysis.gaps()));
         let resources = auto.as_mut().zip(resources).map(|(auto, resources)| auto.narrow(&resources));
-        if commands.send(Said::Checked { outcome, reads, resources }).await.is_err() {
+        if commands.send(WriterCommand::ApplyCheck { outcome, reads, resources }).await.is_err() {
             return;
         }
     }
 }
 
 struct ReadsQuery {
-    accepted: BTreeMap<ObjectKey, Arc<Texts>>,
+    accepted: BTreeMap<ObjectKey, Arc<ModuleSet>>,
     /// Path of auto-replicated resources.
     path: Option<DirPath>,
     /// `None` if fields do not follow policies.
@@ -166,15 +176,15 @@ struct Analysis {
 struct Gaps {
     /// Whether OPA did not run.
     has_failed: bool,
-    timed_out: BTreeSet<(Part, DirPath)>,
-    failed: BTreeSet<(Part, DirPath)>,
+    timed_out: BTreeSet<(ArchiveKind, DirPath)>,
+    failed: BTreeSet<(ArchiveKind, DirPath)>,
 }
 
 #[derive(PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Part {
+enum ArchiveKind {
     /// Names below the path.
     Names,
-    Fields,
+    FieldMask,
     /// Data that a failed decision names.
     Data,
 }
@@ -216,13 +226,15 @@ impl Analysis {
         let has_failed = matches!(self.names, Some(Err(_))) || matches!(self.found, Some(Err(_)));
         let mut gaps = Gaps { has_failed, ..Gaps::default() };
         if let Some(Ok(Some(names))) = &self.names {
-            gaps.timed_out.extend(names.left.iter().map(|package| (Part::Names, package.clone())));
-            gaps.failed.extend(names.unknown.keys().map(|package| (Part::Names, package.clone())));
+            gaps.timed_out.extend(names.left.iter().map(|package| (ArchiveKind::Names, package.clone())));
+            gaps.failed.extend(names.unknown.keys().map(|package| (ArchiveKind::Names, package.clone())));
         }
         if let Some(Ok(Some(found))) = &self.found {
-            gaps.timed_out.extend(found.left.iter().map(|decision| (Part::Fields, decision.clone())));
-            gaps.failed.extend(found.opaque.keys().map(|decision| (Part::Fields, decision.clone())));
-            gaps.failed.extend(found.unnamed.iter().map(|decision| (Part::Data, decision.clone())));
+            gaps.timed_out
+                .extend(found.left.iter().map(|decision| (ArchiveKind::FieldMask, decision.clone())));
+            gaps.failed
+                .extend(found.opaque.keys().map(|decision| (ArchiveKind::FieldMask, decision.clone())));
+            gaps.failed.extend(found.unnamed.iter().map(|decision| (ArchiveKind::Data, decision.clone())));
         }
         gaps
     }
@@ -266,12 +278,12 @@ fn last_good_only(candidates: &Candidates) -> Candidates {
 async fn resolve(
     compiler: &Compiler,
     candidates: &Candidates,
-    spec: &Spec,
+    spec: &BundleSpec,
     bundle: &Bundle,
     analyst: &mut Analyst,
-) -> Result<Outcome, check::Error> {
+) -> Result<Resolution, check::Error> {
     let entrypoints = &spec.fields.entrypoints[..];
-    let scales = Scales::new(spec, bundle);
+    let scales = QuotaCheck::new(spec, bundle);
     let mut size_check = scales.map(move |scales| SizeCheck {
         scales,
         compiler,
@@ -283,18 +295,18 @@ async fn resolve(
     let check = async |selection: &Selection| {
         let mut faults = compiler.check(selection).await?;
         if let Some(size_check) = &mut size_check
-            && faults.iter().all(settle::is_of_tests)
+            && faults.iter().all(crate::policy::candidate::is_of_tests)
         {
             faults.extend(size_check.check(selection).await?);
         }
         Ok(faults)
     };
-    settle::settle(candidates, check).await
+    resolve::settle(candidates, check).await
 }
 
 /// Rejects policies whose reads make the data exceed `maxBytes`.
 struct SizeCheck<'a> {
-    scales: Scales<'a>,
+    scales: QuotaCheck<'a>,
     compiler: &'a Compiler,
     candidates: &'a Candidates,
     entrypoints: &'a [DirPath],
@@ -303,7 +315,7 @@ struct SizeCheck<'a> {
 }
 
 impl SizeCheck<'_> {
-    async fn check(&mut self, selection: &Selection<'_>) -> Result<Vec<Fault>, check::Error> {
+    async fn check(&mut self, selection: &Selection<'_>) -> Result<Vec<Diagnostic>, check::Error> {
         // Another analysis must not reject last good policies.
         if !selection.values().any(|selected| selected.is_changed) {
             return Ok(Vec::new());
@@ -317,7 +329,7 @@ impl SizeCheck<'_> {
             self.last_good_bytes = self.measure(&good.flat_map(|texts| &texts.modules).collect()).await?;
         }
         let fault = self.last_good_bytes.and_then(|before| self.scales.fault(bytes, before));
-        Ok(fault.map(|message| Fault::new("over_limit", message)).into_iter().collect())
+        Ok(fault.map(|message| Diagnostic::new("over_limit", message)).into_iter().collect())
     }
 
     /// Bytes of the data; `None` on timeout, since an estimate must not reject policies.
@@ -325,7 +337,7 @@ impl SizeCheck<'_> {
         loop {
             let found = self.analyst.reads(self.compiler, modules, self.entrypoints).await?;
             let is_known = found.as_ref().is_none_or(|found| found.left.is_empty());
-            let bytes = self.scales.weigh(&found.map_or_else(Reads::everything, |found| found.reads));
+            let bytes = self.scales.weigh(&found.map_or_else(ReadSet::everything, |found| found.reads));
             if is_known || self.scales.fits(bytes) {
                 return Ok(Some(bytes));
             }
@@ -339,9 +351,9 @@ impl SizeCheck<'_> {
 /// Returns the read data: all if OPA did not run.
 fn report_reads(
     found: &Result<Option<Found>, check::Error>,
-    outcome: &mut Outcome,
-    readiness: &Readiness,
-) -> Reads {
+    outcome: &mut Resolution,
+    readiness: &Health,
+) -> ReadSet {
     let problem = match found {
         Ok(Some(found)) => {
             let left = found.left.len();
@@ -358,14 +370,18 @@ fn report_reads(
         tracing::warn!(reason = problem, "field analysis incomplete");
     }
     readiness.problem(FIELDS, problem);
-    let Ok(Some(found)) = found else { return Reads::everything() };
+    let Ok(Some(found)) = found else { return ReadSet::everything() };
     for (decision, reason) in &found.opaque {
         for (key, texts) in &outcome.accepted {
             if texts.modules.values().any(|module| decision.is_within(&module.root)) {
                 let message = format!(
                     "field analysis of data{decision} failed: {reason}; the objects that the decision names are served whole"
                 );
-                outcome.warnings.entry(key.clone()).or_default().push(Fault::new("fields_unknown", message));
+                outcome
+                    .warnings
+                    .entry(key.clone())
+                    .or_default()
+                    .push(Diagnostic::new("fields_unknown", message));
             }
         }
     }
@@ -375,7 +391,11 @@ fn report_reads(
                 "no entrypoint uses {id}: fields that only its rules read are not served; annotate queried rules with \
                  \"entrypoint: true\""
             );
-            outcome.warnings.entry(key.clone()).or_default().push(Fault::new("not_an_entrypoint", message));
+            outcome
+                .warnings
+                .entry(key.clone())
+                .or_default()
+                .push(Diagnostic::new("not_an_entrypoint", message));
         }
     }
     found.reads.clone()
@@ -388,7 +408,10 @@ mod tests {
     #[test]
     fn gaps_improve_when_one_is_filled() {
         let fields = |packages: &[&str]| {
-            packages.iter().map(|package| (Part::Fields, package.parse().unwrap())).collect::<BTreeSet<_>>()
+            packages
+                .iter()
+                .map(|package| (ArchiveKind::FieldMask, package.parse().unwrap()))
+                .collect::<BTreeSet<_>>()
         };
         let gaps = |has_failed, timed_out: &[&str], failed: &[&str]| Gaps {
             has_failed,

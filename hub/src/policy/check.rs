@@ -17,13 +17,27 @@ use tokio::process::Command;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use self::run::{Output, run};
-use super::modules::Module;
-use super::plan::Plan;
-use super::settle::{CHECK_FAILED, Selected, Selection, TEST_FAILED, TESTS_NOT_RUN, TESTS_TOO_LONG, Texts};
-use super::verdict::{Fault, Location};
-use crate::config::{CHECK_FAULTS_MAX, CHECK_MAX, TEST_RUN_MAX, TEST_SECONDS, TESTS_MAX, TESTS_PAUSE};
 use crate::model::ObjectKey;
+use crate::policy::candidate::{
+    CHECK_FAILED, ModuleSet, Selected, Selection, TEST_FAILED, TESTS_NOT_RUN, TESTS_TOO_LONG,
+};
+use crate::policy::check::run::{Output, run};
+use crate::policy::modules::Module;
+use crate::policy::plan::Plan;
+use crate::policy::verdict::{Diagnostic, Location};
+
+/// Timeout of one OPA run. 10,000 modules take a second.
+pub const CHECK_MAX: Duration = Duration::from_secs(10);
+/// Timeout of one test run.
+pub const TEST_RUN_MAX: Duration = Duration::from_secs(30);
+/// Maximum diagnostics of one OPA run.
+pub const CHECK_FAULTS_MAX: usize = 100;
+/// Timeout of one test in seconds, OPA's default.
+pub const TEST_SECONDS: u64 = 5;
+/// Time for starting separate test runs after the joint run timed out. A check takes two [`TEST_RUN_MAX`] more.
+pub const TESTS_MAX: Duration = Duration::from_secs(30);
+/// Pause before unchanged tests that timed out run again.
+pub const TESTS_PAUSE: Duration = Duration::from_secs(600);
 
 /// Failure of OPA.
 #[derive(Debug, thiserror::Error)]
@@ -160,7 +174,7 @@ impl Compiler {
 
     /// Returns all faults. Tests need modules that compile. Failures of OPA are faults ([`CHECK_FAILED`])
     /// unless transient.
-    pub async fn check(&self, selection: &Selection<'_>) -> Result<Vec<Fault>, Error> {
+    pub async fn check(&self, selection: &Selection<'_>) -> Result<Vec<Diagnostic>, Error> {
         match self {
             Self::Syntax(dialect) => {
                 let texts = selection.values().map(|selected| selected.texts);
@@ -306,7 +320,7 @@ impl Opa {
         Ok(Self { program, version, dialect, capabilities, slow_tests: Arc::default(), plans })
     }
 
-    async fn check_all(&self, selection: &Selection<'_>) -> Result<Vec<Fault>, Error> {
+    async fn check_all(&self, selection: &Selection<'_>) -> Result<Vec<Diagnostic>, Error> {
         let modules: Modules = selection.values().flat_map(|selected| &selected.texts.modules).collect();
         let suites = selection.iter().filter(|(_, selected)| !selected.texts.tests.is_empty());
         let suites: Suites = suites.map(|(key, selected)| (*key, *selected)).collect();
@@ -314,9 +328,10 @@ impl Opa {
             // If an empty policy fails, no change is the cause.
             let (id, module) = (String::new(), Arc::new(Module::read("package opahub").expect("a module")));
             return match self.check(&Modules::from([(&id, &module)])).await {
-                Err(error) if !error.is_transient() => {
-                    Ok(vec![Fault::new(CHECK_FAILED, format!("checking an empty policy failed: {error}"))])
-                }
+                Err(error) if !error.is_transient() => Ok(vec![Diagnostic::new(
+                    CHECK_FAILED,
+                    format!("checking an empty policy failed: {error}"),
+                )]),
                 checked => checked,
             };
         }
@@ -326,14 +341,18 @@ impl Opa {
                 let message = format!(
                     "check failed: {error}; make the policy cheaper to compile (an edit triggers a retry)"
                 );
-                Ok(vec![Fault::new(CHECK_FAILED, message)])
+                Ok(vec![Diagnostic::new(CHECK_FAILED, message)])
             }
             checked => checked,
         }
     }
 
     /// Runs all tests together, else by ConfigMap. Faults belong to the test's ConfigMap.
-    async fn test_all(&self, modules: &Modules<'_>, mut suites: Suites<'_>) -> Result<Vec<Fault>, Error> {
+    async fn test_all(
+        &self,
+        modules: &Modules<'_>,
+        mut suites: Suites<'_>,
+    ) -> Result<Vec<Diagnostic>, Error> {
         let mut faults = self.skip_slow_tests(&mut suites);
         let started = Instant::now();
         while !suites.is_empty() && started.elapsed() < TESTS_MAX {
@@ -354,17 +373,17 @@ impl Opa {
                 Err(_) => break,
                 Ok(found) => found,
             };
-            let is_named = |texts: &Texts, fault: &Fault| {
+            let is_named = |texts: &ModuleSet, fault: &Diagnostic| {
                 fault.location.as_ref().is_some_and(|location| texts.tests.contains_key(&location.file))
             };
             let count = suites.len();
             suites.retain(|(_, selected)| {
                 let own_faults = found.iter().filter(|fault| is_named(selected.texts, fault));
                 let before = faults.len();
-                faults.extend(
-                    own_faults
-                        .map(|fault| Fault { location: fault.location.clone(), ..test_compile_fault(fault) }),
-                );
+                faults.extend(own_faults.map(|fault| Diagnostic {
+                    location: fault.location.clone(),
+                    ..test_compile_fault(fault)
+                }));
                 faults.len() == before
             });
             if suites.len() == count {
@@ -377,15 +396,19 @@ impl Opa {
     }
 
     /// Runs each ConfigMap's tests alone, changed ones first.
-    async fn test_each(&self, modules: &Modules<'_>, mut suites: Suites<'_>) -> Result<Vec<Fault>, Error> {
+    async fn test_each(
+        &self,
+        modules: &Modules<'_>,
+        mut suites: Suites<'_>,
+    ) -> Result<Vec<Diagnostic>, Error> {
         suites.sort_by_key(|(_, selected)| !selected.is_changed);
         let started = Instant::now();
         let mut faults = Vec::new();
-        for (key, Selected { texts: Texts { tests, .. }, .. }) in suites {
+        for (key, Selected { texts: ModuleSet { tests, .. }, .. }) in suites {
             if started.elapsed() >= TESTS_MAX {
                 let message =
                     "tests skipped: the tests of all ConfigMaps take too long together; make them cheaper";
-                faults.push(locate_in_tests(tests, Fault::new(TESTS_NOT_RUN, message)));
+                faults.push(locate_in_tests(tests, Diagnostic::new(TESTS_NOT_RUN, message)));
                 continue;
             }
             let all: Modules = modules.iter().map(|(id, module)| (*id, *module)).chain(tests).collect();
@@ -407,14 +430,16 @@ impl Opa {
                     self.slow_tests().insert(key.clone(), (tests.clone(), retry_at));
                     faults.push(timeout_fault(tests));
                 }
-                Err(error) => faults.push(locate_in_tests(tests, Fault::new(TEST_FAILED, error.to_string()))),
+                Err(error) => {
+                    faults.push(locate_in_tests(tests, Diagnostic::new(TEST_FAILED, error.to_string())));
+                }
             }
         }
         Ok(faults)
     }
 
     /// Removes tests that were slow recently and returns their faults.
-    fn skip_slow_tests(&self, suites: &mut Suites<'_>) -> Vec<Fault> {
+    fn skip_slow_tests(&self, suites: &mut Suites<'_>) -> Vec<Diagnostic> {
         let (now, mut slow, mut faults) = (Instant::now(), self.slow_tests(), Vec::new());
         slow.retain(|_, (_, retry_at)| *retry_at > now);
         suites.retain(|(key, selected)| {
@@ -430,7 +455,7 @@ impl Opa {
         self.slow_tests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn check(&self, modules: &Modules<'_>) -> Result<Vec<Fault>, Error> {
+    async fn check(&self, modules: &Modules<'_>) -> Result<Vec<Diagnostic>, Error> {
         let module_dir = ModuleDir::write(modules)?;
         let max = CHECK_FAULTS_MAX.to_string();
         let command =
@@ -448,14 +473,14 @@ impl Opa {
         // OPA's notice of more errors has no location.
         let reported = errors.into_iter().filter(|error| error.location.is_some() || !has_location);
         Ok(reported
-            .map(|error| Fault {
+            .map(|error| Diagnostic {
                 location: error.location.map(|location| module_dir.location(location)),
-                ..Fault::new(&error.code, module_dir.rename(&error.message))
+                ..Diagnostic::new(&error.code, module_dir.rename(&error.message))
             })
             .collect())
     }
 
-    async fn test(&self, modules: &Modules<'_>, names: Option<&str>) -> Result<Vec<Fault>, Error> {
+    async fn test(&self, modules: &Modules<'_>, names: Option<&str>) -> Result<Vec<Diagnostic>, Error> {
         let module_dir = ModuleDir::write(modules)?;
         let timeout = format!("--timeout={TEST_SECONDS}s");
         let capabilities = self.capabilities();
@@ -469,9 +494,9 @@ impl Opa {
                 let reason = test.error.as_ref().and_then(|error| error["message"].as_str());
                 let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
                 let message = format!("test {}.{} failed{reason}", test.package, test.name);
-                Fault {
+                Diagnostic {
                     location: Some(module_dir.location(test.location)),
-                    ..Fault::new(TEST_FAILED, message)
+                    ..Diagnostic::new(TEST_FAILED, message)
                 }
             })
             .collect())
@@ -561,20 +586,20 @@ impl Opa {
     }
 }
 
-fn test_compile_fault(fault: &Fault) -> Fault {
-    Fault::new(TEST_FAILED, format!("compiling tests failed: {}: {}", fault.code, fault.message))
+fn test_compile_fault(fault: &Diagnostic) -> Diagnostic {
+    Diagnostic::new(TEST_FAILED, format!("compiling tests failed: {}: {}", fault.code, fault.message))
 }
 
-fn timeout_fault(tests: &Tests) -> Fault {
+fn timeout_fault(tests: &Tests) -> Diagnostic {
     let seconds = TEST_RUN_MAX.as_secs();
     let message =
         format!("tests timed out after {seconds} s; make them cheaper or divide them among ConfigMaps");
-    locate_in_tests(tests, Fault::new(TESTS_TOO_LONG, message))
+    locate_in_tests(tests, Diagnostic::new(TESTS_TOO_LONG, message))
 }
 
-fn locate_in_tests(tests: &Tests, fault: Fault) -> Fault {
+fn locate_in_tests(tests: &Tests, fault: Diagnostic) -> Diagnostic {
     let location = tests.keys().next().map(|id| Location { file: id.clone(), row: 1, col: 0 });
-    Fault { location, ..fault }
+    Diagnostic { location, ..fault }
 }
 
 /// Returns a regular expression for names such as `data.a["b-c"].test_d`.
@@ -648,14 +673,14 @@ fn file_name(index: usize) -> String {
 mod tests {
     use super::*;
 
-    fn texts(name: &str, module: &str, test: &str) -> Texts {
+    fn texts(name: &str, module: &str, test: &str) -> ModuleSet {
         let module_set = |file: &str, text: &str| {
             let module = Arc::new(Module::read(&format!("package {name}\n{text}")).unwrap());
             (!text.is_empty()).then(|| (format!("ns/{name}/{file}"), module))
         };
         let [modules, tests] =
             [module_set("m", module), module_set("t", test)].map(|file| file.into_iter().collect());
-        Texts { modules, tests }
+        ModuleSet { modules, tests }
     }
 
     /// A fake OPA that logs its runs.
@@ -685,8 +710,9 @@ mod tests {
             all.iter().map(|(key, texts)| (key, Selected { texts, is_changed: false })).collect();
         let mut found: Vec<_> = compiler.check(&selection).await.unwrap();
         found.sort_by_key(|fault| fault.location.as_ref().map(|location| location.file.clone()));
-        let file =
-            |fault: &Fault| fault.location.as_ref().map_or("-".to_owned(), |location| location.file.clone());
+        let file = |fault: &Diagnostic| {
+            fault.location.as_ref().map_or("-".to_owned(), |location| location.file.clone())
+        };
         let found: Vec<_> = found.iter().map(|fault| format!("{} {}", fault.code, file(fault))).collect();
         assert_eq!(found, faults, "{script:?}");
         assert_eq!(runs(&dir)[2..], *expected, "{script:?}");

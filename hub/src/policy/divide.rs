@@ -9,9 +9,9 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, modules_digest};
 use tokio::time::Instant;
 
-use super::analyze;
-use super::check::{self, Modules};
-use super::modules::Module;
+use crate::policy::check::{self, Modules};
+use crate::policy::dataflow;
+use crate::policy::modules::Module;
 
 /// Maximum number of runs per call: finds three failures among a thousand packages.
 const RUNS_MAX: usize = 64;
@@ -27,7 +27,7 @@ pub(crate) enum Error {
     #[error(transparent)]
     Opa(#[from] check::Error),
     #[error(transparent)]
-    Analysis(#[from] analyze::TooComplex),
+    Analysis(#[from] dataflow::TooComplex),
 }
 
 /// Cache of results, so that calls resume.

@@ -1,19 +1,12 @@
 //! Rego policies: compilation, acceptance and field analysis.
 
-pub mod modules;
-
-pub mod verdict;
-
-pub mod settle;
-
+pub mod candidate;
 pub mod check;
-
-pub mod candidates;
-
-pub mod plan;
-
-pub mod analyze;
-
+pub mod dataflow;
 pub mod divide;
-
+pub mod modules;
+pub mod plan;
 pub mod reads;
+pub mod registry;
+pub mod resolve;
+pub mod verdict;

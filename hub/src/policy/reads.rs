@@ -8,17 +8,17 @@ use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, modules_digest};
 use tokio::time::{Duration, Instant};
 
-use super::analyze::{self, Extent, Reads, Step};
-use super::check::{self, Compiler, Dependencies, Modules};
-use super::divide::{self, Divided, Divider};
-use super::modules::Module;
-use super::plan::{Plan, Site};
+use crate::policy::check::{self, Compiler, Dependencies, Modules};
+use crate::policy::dataflow::{self, ReadDepth, ReadSet, Segment};
+use crate::policy::divide::{self, Divided, Divider};
+use crate::policy::modules::Module;
+use crate::policy::plan::{Plan, Site};
 
 /// Data that policies read.
 #[derive(Clone, Debug, Default)]
 pub struct Found {
-    /// Reads of all decisions.
-    pub reads: Reads,
+    /// ReadSet of all decisions.
+    pub reads: ReadSet,
     /// Decisions that cannot be analysed, with the reason.
     pub opaque: BTreeMap<DirPath, String>,
     /// Decisions without known dependencies, which read everything.
@@ -47,7 +47,7 @@ const ENTRYPOINT: &str = "entrypoint";
 
 /// Analyses one bundle's policies, with cached results.
 pub struct Analyst {
-    plans: Divider<Reads>,
+    plans: Divider<ReadSet>,
     dependencies: Divider<Dependencies>,
     /// Last digest searched for annotations, and the result.
     annotated: Option<(Digest, Option<Found>)>,
@@ -136,7 +136,7 @@ impl Analyst {
         let found = match compiler.plan(modules, &queried_by_opa(modules).collect::<Vec<_>>()).await {
             Ok(Some(planned)) if planned.is_annotated => {
                 let unused = unused_modules(&planned.plan, modules);
-                analyze::reads(&planned.plan).ok().map(|reads| Found { reads, unused, ..Found::default() })
+                dataflow::reads(&planned.plan).ok().map(|reads| Found { reads, unused, ..Found::default() })
             }
             Ok(_) => None,
             Err(error) if error.is_transient() => return Err(error),
@@ -219,9 +219,9 @@ async fn analyse(
     compiler: &Compiler,
     modules: &Modules<'_>,
     decisions: &[&DirPath],
-) -> Result<Option<Reads>, divide::Error> {
+) -> Result<Option<ReadSet>, divide::Error> {
     let Some(planned) = compiler.plan(modules, decisions).await? else { return Ok(None) };
-    Ok(Some(analyze::reads(&planned.plan)?))
+    Ok(Some(dataflow::reads(&planned.plan)?))
 }
 
 /// Deep reads of all data that the decisions name.
@@ -229,7 +229,7 @@ fn dependency_reads(
     dependencies: &Dependencies,
     modules: &Modules<'_>,
     decisions: &BTreeSet<DirPath>,
-) -> Reads {
+) -> ReadSet {
     let Dependencies { data, rules } = dependencies;
     // Rule names may be dynamic, packages longer than roots.
     let is_used = |module: &Module| {
@@ -254,15 +254,15 @@ fn written_paths(module: &Module) -> BTreeSet<Vec<String>> {
 }
 
 /// Deep reads of `paths`, located in the modules of `decisions`.
-fn deep_reads(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &BTreeSet<DirPath>) -> Reads {
+fn deep_reads(paths: Vec<Vec<String>>, modules: &Modules<'_>, decisions: &BTreeSet<DirPath>) -> ReadSet {
     let sites: Vec<_> = modules
         .iter()
         .filter(|(_, module)| decisions.iter().any(|decision| decision.is_within(&module.root)))
         .map(|(id, module)| Site { file: (*id).clone(), row: module.package_row(), col: 1 })
         .collect();
     let places =
-        paths.into_iter().map(|names| names.into_iter().map(|name| Step::Name(name.into())).collect());
-    Reads::of(places.map(|place| (place, Extent::Whole)), &sites)
+        paths.into_iter().map(|names| names.into_iter().map(|name| Segment::Key(name.into())).collect());
+    ReadSet::of(places.map(|place| (place, ReadDepth::Whole)), &sites)
 }
 
 /// Whether one path is a prefix of the other.

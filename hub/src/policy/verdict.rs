@@ -1,4 +1,4 @@
-//! Verdicts on policy ConfigMaps.
+//! VerdictBoard on policy ConfigMaps.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,7 +23,7 @@ const MESSAGE_BYTES_MAX: usize = 2048;
 
 /// A diagnostic in OPA's format (OPA v1/ast/errors.go).
 #[derive(Serialize, Clone, PartialEq, Eq, Debug)]
-pub struct Fault {
+pub struct Diagnostic {
     /// Code, e.g. `rego_parse_error`.
     pub code: String,
     /// Description.
@@ -48,7 +48,7 @@ pub struct Location {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Verdict {
     /// Reasons for rejection. Empty if accepted.
-    pub faults: Vec<Fault>,
+    pub faults: Vec<Diagnostic>,
     /// Warnings for accepted modules.
     pub warnings: Vec<String>,
 }
@@ -75,12 +75,12 @@ pub struct Told {
 
 /// Current verdicts.
 #[derive(Default)]
-pub struct Verdicts {
+pub struct VerdictBoard {
     verdicts: Mutex<BTreeMap<ObjectKey, Told>>,
     notify: Arc<Notify>,
 }
 
-impl Verdicts {
+impl VerdictBoard {
     /// Creates an empty set that notifies `notify`.
     pub fn telling(notify: Arc<Notify>) -> Self {
         Self { verdicts: Mutex::default(), notify }
@@ -108,7 +108,7 @@ impl Verdicts {
     }
 }
 
-impl Fault {
+impl Diagnostic {
     /// Creates a fault without location.
     pub fn new(code: &str, message: impl Into<String>) -> Self {
         let mut message: String = message.into();
@@ -120,7 +120,7 @@ impl Fault {
     }
 }
 
-impl std::fmt::Display for Fault {
+impl std::fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if let Some(Location { file, row, col }) = &self.location {
             write!(f, "{file}:{row}:{col}: ")?;
@@ -171,8 +171,10 @@ mod tests {
     fn statuses_are_kube_mgmts() {
         assert_eq!(Verdict::default().status().to_string(), r#"{"status":"ok"}"#);
         let location = Location { file: "opa/authz/a.rego".into(), row: 3, col: 1 };
-        let fault =
-            Fault { location: Some(location), ..Fault::new("rego_parse_error", "unexpected eof token") };
+        let fault = Diagnostic {
+            location: Some(location),
+            ..Diagnostic::new("rego_parse_error", "unexpected eof token")
+        };
         let verdict = Verdict { faults: vec![fault; 12], warnings: vec!["w".into()] };
         let status = verdict.status();
         assert_eq!((&status["status"], &status["warnings"]), (&json!("error"), &json!(["w"])));
@@ -183,7 +185,7 @@ mod tests {
         assert_eq!(status["error"]["errors"], json!(vec![error; 10]));
         let first = "opa/authz/a.rego:3:1: rego_parse_error: unexpected eof token; ";
         assert!(verdict.message().starts_with(first) && verdict.message().ends_with("; and 2 more"));
-        let long = Fault::new("x", "é".repeat(5000));
+        let long = Diagnostic::new("x", "é".repeat(5000));
         assert!(long.message.len() < 2100 && long.message.ends_with('…'));
     }
 }

@@ -10,11 +10,12 @@ use axum::Json;
 use axum::extract::{Path, State};
 use serde_json::{Value, json};
 
-use super::Hub;
-use super::error::Error;
-use crate::bundle::feeds::Feed;
-use crate::bundle::{Bundle, forecast};
+use crate::bundle::Bundle;
+use crate::bundle::watches::WatchStatus;
+use crate::fields::cost;
 use crate::model::Problem;
+use crate::serve::Hub;
+use crate::serve::error::Error;
 
 pub(super) async fn list(State(hub): State<Hub>) -> Json<Value> {
     let (pending, mut problems) = (hub.0.readiness.pendings(), hub.0.readiness.problems());
@@ -64,7 +65,7 @@ pub(super) async fn fields(State(hub): State<Hub>, Path(name): Path<String>) -> 
     ))
 }
 
-/// Prefix of a bundle's entries in `Readiness`, except the bundle of the flags.
+/// Prefix of a bundle's entries in `Health`, except the bundle of the flags.
 fn prefix(bundle: &str) -> String {
     format!("bundle {bundle}: ")
 }
@@ -80,7 +81,7 @@ fn problem_range(bundle: &str, problems: &[Problem]) -> Range<usize> {
 /// Includes those of the bundle's watches.
 fn pending_of<'a>(
     bundle: &str,
-    feeds: &[Arc<Feed>],
+    feeds: &[Arc<WatchStatus>],
     pending: &'a BTreeMap<String, String>,
 ) -> BTreeMap<&'a String, &'a String> {
     let prefix = prefix(bundle);
@@ -124,7 +125,7 @@ fn summary(hub: &Hub, bundle: &Bundle, pending: &BTreeMap<String, String>, probl
             "directories": view.dirs.len(),
             "entries": view.entries(),
             "jsonBytes": view.json_bytes(),
-            "opaBytes": forecast::opa_bytes(view.json_bytes(), view.entries()),
+            "opaBytes": cost::opa_bytes(view.json_bytes(), view.entries()),
         });
     }
     summary

@@ -24,11 +24,17 @@ use serde::Deserialize;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::error::Error;
-use super::{Hub, Shared};
-use crate::bundle::archive::Archive;
-use crate::bundle::{Bundle, Edition, Part};
-use crate::config::{DELTA_CLIENTS_MAX, LONG_POLL_MAX};
+use crate::bundle::{Bundle, CachedSnapshot};
+use crate::serve::error::Error;
+use crate::serve::{Hub, Shared};
+use crate::snapshot::archive::Archive;
+use crate::snapshot::bundle_archive::ArchiveKind;
+
+/// Maximum clients remembered for a failed native delta.
+const DELTA_CLIENTS_MAX: usize = 4096;
+
+/// Maximum duration of a long poll. OPA's default is 30 s.
+pub(super) const LONG_POLL_MAX: Duration = Duration::from_secs(300);
 
 /// A request repeated within this time means that the client failed to apply the delta.
 const DELTA_RETRY: Duration = Duration::from_secs(60);
@@ -45,7 +51,7 @@ pub(super) struct Options {
 pub(super) struct DeltaClients(Mutex<HashMap<(IpAddr, Revision), Instant>>);
 
 pub(super) async fn get(
-    part: Part,
+    part: ArchiveKind,
     State(hub): State<Hub>,
     Path(name): Path<String>,
     Query(options): Query<Options>,
@@ -65,11 +71,11 @@ pub(super) async fn get(
         return Ok((StatusCode::NOT_MODIFIED, [(ETAG, newest)]).into_response());
     };
     let is_opa = || text_values(&headers, USER_AGENT.as_str()).any(|name| name.starts_with(OPA_AGENT));
-    if part != Part::Whole && bundle.reading().reads.is_some() && is_opa() {
+    if part != ArchiveKind::Full && bundle.reading().reads.is_some() && is_opa() {
         return Err(Error::Split(name));
     }
     let tag = format!("\"{}\"", part.revision(&edition.view));
-    let delta = if options.delta && part == Part::Whole {
+    let delta = if options.delta && part == ArchiveKind::Full {
         native_delta(&hub.0, &edition, &tags, peer.ip())
     } else {
         None
@@ -89,10 +95,10 @@ pub(super) async fn get(
 async fn wait_for(
     bundle: &Bundle,
     stop: &CancellationToken,
-    part: Part,
+    part: ArchiveKind,
     tags: &[Tag<'_>],
     max_wait: Duration,
-) -> Result<Option<Arc<Edition>>, Error> {
+) -> Result<Option<Arc<CachedSnapshot>>, Error> {
     let deadline = Instant::now() + max_wait;
     let mut editions = bundle.archived(part);
     loop {
@@ -127,7 +133,7 @@ pub(super) fn respond(archive: Archive) -> Response {
     (headers, body).into_response()
 }
 
-fn native_delta(hub: &Shared, edition: &Edition, tags: &[Tag], peer: IpAddr) -> Option<Archive> {
+fn native_delta(hub: &Shared, edition: &CachedSnapshot, tags: &[Tag], peer: IpAddr) -> Option<Archive> {
     let from: Revision = tags.first()?.opaque.parse().ok()?;
     if !hub.deltas.first_try(peer, from) {
         return None;

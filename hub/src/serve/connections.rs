@@ -24,8 +24,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::Limits;
-use crate::config::{ACCEPT_PAUSE, KEEPALIVE, WRITE_TIMEOUT};
+use crate::serve::Limits;
+
+/// TCP keepalive time and interval.
+pub(super) const KEEPALIVE: Duration = Duration::from_secs(60);
+/// Pause after a failed accept, usually for lack of file descriptors.
+pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Timeout of TCP acknowledgment. Full windows count too (tcp(7), `TCP_USER_TIMEOUT`): less would evict slow clients.
+pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Enough for a kubelet and a few load balancers.
 pub(super) const PROBES_MAX: usize = 64;

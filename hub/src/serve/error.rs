@@ -10,15 +10,15 @@ use axum::response::{IntoResponse, Response};
 use opa_hub_proto::position::{self, Lag, POSITION_HEADER};
 use opa_hub_proto::reconcile::RECONCILE_BYTES_MAX;
 
-use crate::bundle::feeds::{Feeds, Stale};
-use crate::bundle::scopes;
+use crate::bundle::namespaces;
+use crate::bundle::watches::{Stale, WatchStatuses};
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
     #[error("no bundle is named {0:?}; GET /v1/bundles lists the names")]
     NoSuchBundle(String),
     #[error(transparent)]
-    Scope(#[from] scopes::Error),
+    Namespace(#[from] namespaces::Error),
     /// I5.
     #[error("hub is not ready: some resources are not listed yet; GET /readyz names them")]
     NotReady,
@@ -54,7 +54,7 @@ pub(super) enum Error {
 
 impl Error {
     /// Answers 503 if the watch is stale, since 412 from every hub lets agents go back in time.
-    pub(super) fn lags(lag: Lag, feeds: &Feeds) -> Self {
+    pub(super) fn lags(lag: Lag, feeds: &WatchStatuses) -> Self {
         match feeds.stale_of(&lag.name) {
             Some(stale) => Self::Stale { lag, stale },
             None => Self::Lags(lag),
@@ -70,14 +70,14 @@ impl IntoResponse for Error {
             | Self::Stale { .. }
             | Self::Full
             | Self::AnswersFull
-            | Self::Scope(scopes::Error::TooMany) => StatusCode::SERVICE_UNAVAILABLE,
+            | Self::Namespace(namespaces::Error::TooMany) => StatusCode::SERVICE_UNAVAILABLE,
             Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
             Self::LengthRequired => StatusCode::LENGTH_REQUIRED,
             Self::Body(ref rejection) => rejection.status(),
             Self::Split(_) => StatusCode::CONFLICT,
             Self::UnknownRevision(_) => StatusCode::GONE,
             Self::Lags(_) => StatusCode::PRECONDITION_FAILED,
-            Self::Scope(_)
+            Self::Namespace(_)
             | Self::InvalidRevision(_)
             | Self::InvalidPosition(_)
             | Self::InvalidReconcile(_) => StatusCode::BAD_REQUEST,

@@ -10,8 +10,8 @@ use axum::response::IntoResponse;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::Hub;
 use crate::bundle::Bundle;
+use crate::serve::Hub;
 
 /// Restarts help only processes that do not answer.
 pub(super) async fn live() -> &'static str {

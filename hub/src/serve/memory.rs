@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::bundles::Bundles;
+use crate::bundle::registry::BundleRegistry;
 
 /// Without kernel buffers; measured by `opa-hub-loadtest fanout`.
 const STREAM_BYTES: usize = 1100;
@@ -30,7 +30,7 @@ pub(super) struct Account(tokio::sync::Mutex<Option<(Instant, Bytes)>>);
 pub(super) type Bytes = BTreeMap<&'static str, usize>;
 
 impl Account {
-    pub(super) async fn get(&self, bundles: &Arc<Bundles>) -> Bytes {
+    pub(super) async fn get(&self, bundles: &Arc<BundleRegistry>) -> Bytes {
         let mut last = self.0.lock().await;
         if let Some((counted_at, bytes)) = &*last
             && counted_at.elapsed() < ACCOUNT_INTERVAL
@@ -45,7 +45,7 @@ impl Account {
     }
 }
 
-fn account(bundles: &Bundles) -> Bytes {
+fn account(bundles: &BundleRegistry) -> Bytes {
     let program = START_BYTES.get().copied().unwrap_or_default();
     let mut bytes = BTreeMap::from([("program", program + resident().map_or(0, |resident| resident.files))]);
     let mut add = |kind, more| *bytes.entry(kind).or_default() += more;

@@ -15,12 +15,13 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
-use super::Hub;
-use super::memory::{self, resident};
-use crate::bundle::feeds::Feed;
-use crate::bundle::view::View;
-use crate::bundle::{Bundle, Counters, Part};
+use crate::bundle::watches::WatchStatus;
+use crate::bundle::{Bundle, Counters};
 use crate::policy::verdict::Told;
+use crate::serve::Hub;
+use crate::serve::memory::{self, resident};
+use crate::snapshot::Snapshot;
+use crate::snapshot::bundle_archive::ArchiveKind;
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -55,17 +56,17 @@ impl Samples<'_> {
     }
 
     /// 0 without a view.
-    fn views(&self, value: impl Fn(&View) -> usize) -> Vec<Sample> {
+    fn views(&self, value: impl Fn(&Snapshot) -> usize) -> Vec<Sample> {
         self.by_bundle(|bundle| {
             bundle.head().borrow().as_ref().map_or(0, |edition| value(&edition.view)) as u64
         })
     }
 
-    fn by_feed(&self, value: impl Fn(&Feed) -> &AtomicU64) -> Vec<Sample> {
+    fn by_feed(&self, value: impl Fn(&WatchStatus) -> &AtomicU64) -> Vec<Sample> {
         let samples = |bundle: &Arc<Bundle>| {
             let name = &bundle.name;
             let feeds = bundle.feeds.list();
-            let sample = |feed: &Arc<Feed>| {
+            let sample = |feed: &Arc<WatchStatus>| {
                 let labels = vec![("bundle", name.clone()), ("source", feed.name.clone())];
                 (labels, value(feed).load(Relaxed))
             };
@@ -76,7 +77,7 @@ impl Samples<'_> {
 
     fn snapshots(&self) -> Vec<Sample> {
         let samples = |bundle: &Arc<Bundle>| {
-            [Part::Whole, Part::Policy, Part::Data].map(|part| {
+            [ArchiveKind::Full, ArchiveKind::Policy, ArchiveKind::Data].map(|part| {
                 let labels = vec![("bundle", bundle.name.clone()), ("part", part.name().to_owned())];
                 (labels, bundle.counters.snapshots[part as usize].load(Relaxed))
             })
@@ -111,9 +112,9 @@ impl Collector for Scrape {
                 "Whether a source has been unavailable for too long",
                 samples.by_bundle(|bundle| u64::from(bundle.feeds.stale().is_some())),
             ),
-            ("entries", "Number of data entries", samples.views(View::entries)),
+            ("entries", "Number of data entries", samples.views(Snapshot::entries)),
             ("modules", "Number of modules served", samples.views(|view| view.modules.len())),
-            ("json_bytes", "Number of data bytes as JSON", samples.views(View::json_bytes)),
+            ("json_bytes", "Number of data bytes as JSON", samples.views(Snapshot::json_bytes)),
             (
                 "problems",
                 "Number of rejected ConfigMaps and objects",

@@ -4,10 +4,7 @@ mod api;
 mod bundle;
 mod connections;
 mod dashboard;
-mod door;
 mod error;
-mod fanout;
-mod farewell;
 mod health;
 pub mod memory;
 mod metrics;
@@ -26,13 +23,22 @@ use tokio::net::TcpListener;
 use tokio::sync::{OnceCell, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::bundle::{Bundle, Part};
-use crate::bundles::Bundles;
-use crate::config::{CONNECTIONS_MAX, DRAIN, REQUEST_BODY_MAX, REQUEST_HEAD_MAX};
-use crate::readiness::Readiness;
+use crate::bundle::Bundle;
+use crate::bundle::registry::BundleRegistry;
+use crate::health::Health;
 use crate::serve::connections::{Connections, PROBES_MAX};
 use crate::serve::error::Error;
-use crate::serve::fanout::Fanout;
+use crate::serve::stream::fanout::Fanout;
+use crate::snapshot::bundle_archive::ArchiveKind;
+
+/// Timeout of request heads and idle connections. Scrapes every 15 s stay connected.
+pub const REQUEST_HEAD_MAX: Duration = Duration::from_secs(20);
+/// Timeout of a request body.
+pub const REQUEST_BODY_MAX: Duration = Duration::from_secs(10);
+/// Maximum connections of a listener besides streams.
+pub const CONNECTIONS_MAX: usize = 16_384;
+/// Maximum time for requests in flight at shutdown.
+pub const DRAIN: Duration = Duration::from_secs(5);
 
 /// State of all handlers.
 #[derive(Clone)]
@@ -60,9 +66,9 @@ impl Default for Limits {
 }
 
 struct Shared {
-    bundles: Arc<Bundles>,
+    bundles: Arc<BundleRegistry>,
     checked_by: String,
-    readiness: Readiness,
+    readiness: Health,
     /// `HOST:PORT` of other hubs.
     replicas: Vec<String>,
     farewell: OnceCell<Bytes>,
@@ -76,9 +82,9 @@ struct Shared {
 impl Hub {
     /// Serves `bundles` until `stop`, then sends clients to `replicas`.
     pub fn new(
-        bundles: Arc<Bundles>,
+        bundles: Arc<BundleRegistry>,
         checked_by: String,
-        readiness: Readiness,
+        readiness: Health,
         replicas: Vec<String>,
         stop: CancellationToken,
     ) -> Self {
@@ -103,7 +109,7 @@ impl Hub {
     }
 
     async fn farewell(&self) -> Bytes {
-        self.0.farewell.get_or_init(|| farewell::farewell(&self.0.replicas)).await.clone()
+        self.0.farewell.get_or_init(|| stream::peers::farewell(&self.0.replicas)).await.clone()
     }
 
     fn bundle(&self, name: &str) -> Result<Arc<Bundle>, Error> {
@@ -131,15 +137,21 @@ pub fn router(hub: Hub) -> Router {
         .route("/", get(dashboard::page))
         .route(
             "/bundles/{name}",
-            get(|hub, name, query, headers, peer| bundle::get(Part::Whole, hub, name, query, headers, peer)),
+            get(|hub, name, query, headers, peer| {
+                bundle::get(ArchiveKind::Full, hub, name, query, headers, peer)
+            }),
         )
         .route(
             "/bundles/{name}/policy",
-            get(|hub, name, query, headers, peer| bundle::get(Part::Policy, hub, name, query, headers, peer)),
+            get(|hub, name, query, headers, peer| {
+                bundle::get(ArchiveKind::Policy, hub, name, query, headers, peer)
+            }),
         )
         .route(
             "/bundles/{name}/data",
-            get(|hub, name, query, headers, peer| bundle::get(Part::Data, hub, name, query, headers, peer)),
+            get(|hub, name, query, headers, peer| {
+                bundle::get(ArchiveKind::Data, hub, name, query, headers, peer)
+            }),
         )
         .route("/bundles/{name}/stream", get(stream::get))
         .route(
@@ -181,7 +193,7 @@ pub async fn run(listener: TcpListener, hub: Hub) -> std::io::Result<()> {
     let connections = Connections::new(router(hub.clone()), hub.1, stop.clone());
     tokio::select! {
         () = stop.cancelled() => {}
-        () = door::open(listener, &hub, &fanout, &connections) => {}
+        () = stream::listener::open(listener, &hub, &fanout, &connections) => {}
     }
     let drained = async {
         connections.drained().await;

@@ -12,9 +12,9 @@ use opa_hub_proto::revision::Revision;
 use serde::Deserialize;
 use tokio::time::timeout;
 
-use super::Hub;
-use super::bundle::respond;
-use super::error::Error;
+use crate::serve::Hub;
+use crate::serve::bundle::respond;
+use crate::serve::error::Error;
 
 #[derive(Deserialize)]
 pub(super) struct Options {

@@ -1,19 +1,14 @@
-//! Sources of objects, which send [`Event`]s by watch.
-
-pub mod trim;
-
-pub mod kubernetes;
+//! Sources of objects, which send `Event`s by watch.
 
 pub mod folder;
+pub mod kubernetes;
+pub(crate) mod normalize;
 
-pub mod auto;
-
+use crate::model::Told;
 use tokio::sync::mpsc;
 
-use crate::model::{Event, Version, WatchId};
-
-/// An event with the watch's version after it, if known.
-pub type Told = (WatchId, Event, Option<Version>);
+/// Maximum events between source and store. A full queue holds back the watch.
+pub const EVENT_QUEUE_MAX: usize = 1024;
 
 /// Channel from sources to the store, closed at shutdown.
 pub type Sender = mpsc::Sender<Told>;

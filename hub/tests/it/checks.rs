@@ -8,19 +8,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use opa_hub::bundle::Bundle;
-use opa_hub::bundle::kept::Kept;
-use opa_hub::bundle::spec::{AutoReplication, Spec};
+use opa_hub::fields::masks::FieldMasks;
+use opa_hub::health::Health;
 use opa_hub::model::{Object, ObjectKey, Replicated};
-use opa_hub::pipeline::{self, Said};
+use opa_hub::pipeline::auto_replication::Auto;
+use opa_hub::pipeline::{self, WriterCommand};
+use opa_hub::policy::candidate::{
+    CHECK_FAILED, Candidate, Candidates, ModuleSet, Progress, Rejection, Resolution, Selected, Selection,
+};
 use opa_hub::policy::check::{Compiler, Dialect, Modules};
 use opa_hub::policy::divide::RETRY_AFTER;
 use opa_hub::policy::modules::Module;
 use opa_hub::policy::reads::Analyst;
-use opa_hub::policy::settle::{
-    CHECK_FAILED, Candidate, Candidates, Outcome, Progress, Refused, Selected, Selection, Texts,
-};
-use opa_hub::readiness::Readiness;
-use opa_hub::source::auto::Auto;
+use opa_hub::spec::{AutoReplication, BundleSpec};
 use opa_hub_loadtest::lab::assets;
 use opa_hub_proto::path::DirPath;
 use serde_json::json;
@@ -29,17 +29,17 @@ use tokio::sync::mpsc;
 /// Checks candidates one job at a time.
 struct Checks {
     jobs: mpsc::UnboundedSender<Arc<Candidates>>,
-    receiver: mpsc::Receiver<Said>,
+    receiver: mpsc::Receiver<WriterCommand>,
 }
 
 impl Checks {
-    async fn settle(&mut self, candidates: &Candidates) -> Outcome {
+    async fn settle(&mut self, candidates: &Candidates) -> Resolution {
         self.jobs.send(Arc::new(candidates.clone())).unwrap();
         loop {
             match self.receiver.recv().await {
-                Some(Said::Checked { outcome, .. }) => return outcome,
+                Some(WriterCommand::ApplyCheck { outcome, .. }) => return outcome,
                 // Resources are available immediately.
-                Some(Said::Opened { .. }) => {}
+                Some(WriterCommand::AddWatches { .. }) => {}
                 _ => panic!("check returned no outcome"),
             }
         }
@@ -50,9 +50,12 @@ fn key(name: &str) -> ObjectKey {
     ObjectKey { namespace: "ns".into(), name: name.into() }
 }
 
-fn texts(name: &str, text: &str) -> Arc<Texts> {
+fn texts(name: &str, text: &str) -> Arc<ModuleSet> {
     let module = Arc::new(Module::read(&format!("package {name}\n{text}")).unwrap());
-    Arc::new(Texts { modules: BTreeMap::from([(format!("ns/{name}/m"), module)]), ..Texts::default() })
+    Arc::new(ModuleSet {
+        modules: BTreeMap::from([(format!("ns/{name}/m"), module)]),
+        ..ModuleSet::default()
+    })
 }
 
 fn install(dir: &Path) {
@@ -60,19 +63,19 @@ fn install(dir: &Path) {
 }
 
 /// Runs `script` concurrently with a checker that uses a fake OPA.
-async fn run(script: impl AsyncFnOnce(Checks, &Path, &Readiness)) {
+async fn run(script: impl AsyncFnOnce(Checks, &Path, &Health)) {
     run_with(None, script).await;
 }
 
-async fn run_with(auto: Option<Auto>, script: impl AsyncFnOnce(Checks, &Path, &Readiness)) {
-    run_of(Spec::of_feeds("main", Vec::new()), Vec::new(), auto, script).await;
+async fn run_with(auto: Option<Auto>, script: impl AsyncFnOnce(Checks, &Path, &Health)) {
+    run_of(BundleSpec::of_feeds("main", Vec::new()), Vec::new(), auto, script).await;
 }
 
 async fn run_of(
-    spec: Spec,
+    spec: BundleSpec,
     objects: Vec<(DirPath, Object)>,
     auto: Option<Auto>,
-    script: impl AsyncFnOnce(Checks, &Path, &Readiness),
+    script: impl AsyncFnOnce(Checks, &Path, &Health),
 ) {
     let dir = tempfile::tempdir().unwrap();
     install(dir.path());
@@ -81,7 +84,7 @@ async fn run_of(
     let (sender, receiver) = mpsc::channel(1);
     let bundle = Arc::new(Bundle::new("main".into(), None));
     bundle.set_objects(Box::new(move || Replicated { objects: objects.clone(), ..Replicated::default() }));
-    let readiness = Readiness::default();
+    let readiness = Health::default();
     readiness.problem("--replicate-auto", Some("of the document before".into()));
     let checking = pipeline::check(compiler, queue, sender, auto, Arc::new(spec), bundle, readiness.clone());
     tokio::select! {
@@ -198,7 +201,7 @@ async fn analysis_out_of_time_resumes_without_an_edit() {
         let problem = || readiness.problems()[0].message.clone();
         let accepted = checks.settle(&candidates).await.accepted;
         assert!(problem().contains("packages are left"), "{}", problem());
-        assert!(matches!(checks.receiver.recv().await, Some(Said::Recheck)));
+        assert!(matches!(checks.receiver.recv().await, Some(WriterCommand::Recheck)));
         for candidate in candidates.values_mut() {
             candidate.good.clone_from(&candidate.wanted);
         }
@@ -211,13 +214,13 @@ async fn analysis_out_of_time_resumes_without_an_edit() {
 /// `maxBytes` is applied only once field masks are known: a partial analysis would include everything.
 #[tokio::test]
 async fn unfinished_analysis_rejects_no_policy() {
-    let mut spec = Spec { max_bytes: Some(100), ..Spec::of_feeds("main", Vec::new()) };
-    spec.fields.given = Kept::default();
+    let mut spec = BundleSpec { max_bytes: Some(100), ..BundleSpec::of_feeds("main", Vec::new()) };
+    spec.fields.given = FieldMasks::default();
     spec.fields.follows.others = true;
     let nodes = DirPath::new(["kubernetes", "nodes"]).unwrap();
     let object = Object { key: key("node"), json: json!({ "x": "x".repeat(1000) }).to_string().into() };
     let modules = (0..50).flat_map(|index| texts(&format!("p{index:02}late"), "").modules.clone());
-    let wanted = Some(Arc::new(Texts { modules: modules.collect(), ..Texts::default() }));
+    let wanted = Some(Arc::new(ModuleSet { modules: modules.collect(), ..ModuleSet::default() }));
     run_of(spec, vec![(nodes, object)], None, async |mut checks, _, _| {
         for good in [None, wanted.clone()] {
             let candidate = Candidate { good: good.clone(), wanted: wanted.clone(), refused: None };
@@ -241,7 +244,7 @@ async fn failed_analysis_is_retried() {
         tokio::time::pause();
         tokio::time::advance(RETRY_AFTER).await;
         tokio::time::resume();
-        assert!(matches!(checks.receiver.recv().await, Some(Said::Recheck)));
+        assert!(matches!(checks.receiver.recv().await, Some(WriterCommand::Recheck)));
         checks.settle(&candidates).await;
         assert!(readiness.problems().is_empty(), "{:?}", readiness.problems());
     })
@@ -267,9 +270,9 @@ async fn checker_skips_opa_deps_of_older_versions() {
         assert!(is_whole || names.unknown.values().all(|reason| reason.contains("use OPA 1.21 or later")));
         let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
         let (all, pods) = (DirPath::new(["shop"]).unwrap(), DirPath::new(["kubernetes", "pods"]).unwrap());
-        assert!(Kept::of_reads(&found.reads, [(pods.clone(), None)]).of(&pods).is_all(), "{version}");
+        assert!(FieldMasks::of_reads(&found.reads, [(pods.clone(), None)]).of(&pods).is_all(), "{version}");
         assert_eq!(
-            Kept::of_reads(&found.reads, [(all.clone(), None)]).of(&all).is_all(),
+            FieldMasks::of_reads(&found.reads, [(all.clone(), None)]).of(&all).is_all(),
             !is_whole,
             "{version}"
         );
@@ -290,7 +293,7 @@ async fn policies_exhausting_opa_memory_are_rejected() {
     let longer: String = (0..9).map(longer).collect();
     let test = format!("test_x if {{\n\tx0 := \"0123456789\"\n{longer}\tcount(x9) > 0\n}}");
     let module = |text: &str| Arc::new(Module::read(text).unwrap());
-    let texts = Texts {
+    let texts = ModuleSet {
         modules: BTreeMap::from([("ns/a/m".to_owned(), module("package a\n\nx := 1\n"))]),
         tests: BTreeMap::from([("ns/a/t".to_owned(), module(&format!("package a_test\n\n{test}\n")))]),
     };
@@ -313,7 +316,7 @@ async fn configmap_crashing_opa_is_rejected_until_edited() {
         assert_eq!(outcome.faults[&key("a")][0].code, CHECK_FAILED);
         // Edits of other ConfigMaps do not check the rejected one again.
         assert_eq!(outcome.costly().collect::<Vec<_>>(), [&key("a")]);
-        candidates.get_mut(&key("a")).unwrap().refused = Some(Refused::Costly);
+        candidates.get_mut(&key("a")).unwrap().refused = Some(Rejection::Costly);
         for text in ["y", "z"] {
             let before = runs();
             candidates.insert(key("b"), new("b", text));

@@ -9,15 +9,16 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
 use futures::future::join_all;
-use opa_hub::bundle::log::Log;
-use opa_hub::bundle::view::{Batch, View};
-use opa_hub::bundle::{Bundle, Part};
-use opa_hub::bundles::Bundles;
-use opa_hub::config::BundleLimits;
-use opa_hub::config::{RECONCILE_CACHE_BYTES_MAX, RECONCILE_ENCODES_MAX, RECONCILE_LIVE_MAX};
+use opa_hub::bundle::Bundle;
+use opa_hub::bundle::cache::{RECONCILE_CACHE_BYTES_MAX, RECONCILE_ENCODES_MAX, RECONCILE_LIVE_MAX};
+use opa_hub::bundle::registry::BundleRegistry;
+use opa_hub::health::Health;
 use opa_hub::model::Replicated;
-use opa_hub::readiness::Readiness;
 use opa_hub::serve::{self, Hub, Limits};
+use opa_hub::snapshot::bundle_archive::ArchiveKind;
+use opa_hub::snapshot::history::BundleLimits;
+use opa_hub::snapshot::history::History;
+use opa_hub::snapshot::{Batch, Snapshot};
 use opa_hub_proto::position::Bounds;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -31,25 +32,25 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Creates a bundle with one snapshot of `entries` copies of `json`.
 fn bundle(entries: usize, json: &str) -> Arc<Bundle> {
     let bundle = Arc::new(Bundle::new("main".into(), None));
-    publish(&bundle, &View::empty(Arc::new([]), None), entries, json);
+    publish(&bundle, &Snapshot::empty(Arc::new([]), None), entries, json);
     bundle
 }
 
-fn publish(bundle: &Bundle, before: &View, entries: usize, json: &str) {
+fn publish(bundle: &Bundle, before: &Snapshot, entries: usize, json: &str) {
     let (mut batch, value) = (Batch::default(), bytes::Bytes::from(json.to_owned()));
     for entry in 0..entries {
         batch.entry(&"/ns/m".parse().unwrap(), format!("k{entry}"), Some(value.clone()));
     }
     let (view, changed) = before.apply(batch).unwrap();
-    let mut log = Log::new(BundleLimits::default());
+    let mut log = History::new(BundleLimits::default());
     log.push(before.revision, changed, false);
     bundle.publish(view, log, Bounds::default());
 }
 
 fn hub(bundle: &Arc<Bundle>, stop: CancellationToken) -> Hub {
-    let bundles = Arc::new(Bundles::default());
+    let bundles = Arc::new(BundleRegistry::default());
     bundles.serve(Arc::clone(bundle));
-    Hub::new(bundles, String::new(), Readiness::default(), Vec::new(), stop)
+    Hub::new(bundles, String::new(), Health::default(), Vec::new(), stop)
 }
 
 struct Listening {
@@ -66,7 +67,7 @@ impl Listening {
         let hub = hub(&bundle, stop.clone()).with_limits(limits);
         let paced = Arc::clone(&bundle);
         tokio::spawn(async move { paced.pace().await });
-        bundle.archived(Part::Whole).wait_for(Option::is_some).await.unwrap();
+        bundle.archived(ArchiveKind::Full).wait_for(Option::is_some).await.unwrap();
         let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (listener, other) = (bind().await, bind().await);
         let (address, health) = (listener.local_addr().unwrap(), other.local_addr().unwrap());

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use opa_hub::bundle::edit::{Edit, merge};
+use opa_hub::snapshot::edit::{Edit, merge};
 use opa_hub_loadtest::lab::opa::Opa;
 use opa_hub_proto::patch::PatchWriter;
 use serde_json::{Value, json};

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use opa_hub::bundle::kept::Kept;
+use opa_hub::fields::masks::FieldMasks;
 use opa_hub::policy::check::{Compiler, Dialect};
 use opa_hub::policy::modules::Module;
 use opa_hub::policy::reads::Analyst;
@@ -356,7 +356,7 @@ fn pods(random: &mut fastrand::Rng) -> Value {
                 _ => {}
             }
             if random.bool() {
-                pod["status"] = json!({ "podIP": word(random), "phase": "Running", "list": [null, 1.50, "web"], "": { "deep": word(random), "x": 1 } });
+                pod["status"] = json!({ "podIP": word(random), "phase": "RunningBundle", "list": [null, 1.50, "web"], "": { "deep": word(random), "x": 1 } });
             }
             last = Some(pod.clone());
             namespaces[namespace][name] = pod;
@@ -470,7 +470,7 @@ async fn i7_decisions_on_pruned_and_whole_objects_are_equal() {
             Analyst::new(Duration::from_secs(60)).reads(&compiler, &modules, &asked).await.unwrap().unwrap();
         assert!(found.opaque.is_empty(), "seed {seed}: {:?}\n{text}", found.opaque);
         let places = ["pods", "nodes"].map(|name| format!("/kubernetes/{name}").parse::<DirPath>().unwrap());
-        let masks = Kept::of_reads(&found.reads, places.iter().cloned().zip([Some(false), Some(true)]));
+        let masks = FieldMasks::of_reads(&found.reads, places.iter().cloned().zip([Some(false), Some(true)]));
         let [of_pods, of_nodes] = places.each_ref().map(|place| masks.of(place));
         narrow += u64::from(!of_pods.is_all());
 
@@ -536,7 +536,7 @@ async fn i7_realistic_policies_decide_equally_on_pruned_objects() {
             if modules.contains_key(&HELD.to_owned()) { vec![ASKED.parse().unwrap()] } else { Vec::new() };
         let found =
             Analyst::new(Duration::from_secs(60)).reads(&compiler, &modules, &asked).await.unwrap().unwrap();
-        let masks = Kept::of_reads(&found.reads, [(place.clone(), Some(false))]);
+        let masks = FieldMasks::of_reads(&found.reads, [(place.clone(), Some(false))]);
         let names: Vec<_> = modules.keys().collect();
         assert!(!masks.of(&place).is_all(), "{names:?} read whole pods");
         let dir = tempfile::tempdir().unwrap();
@@ -610,7 +610,7 @@ async fn fields_of_pods(compiler: &Compiler, texts: &[&str], asked: &[DirPath]) 
     let is_refused = |reason: &String| reason.contains("used as reference, not called");
     assert!(found.opaque.values().all(is_refused) && found.left.is_empty(), "{:?}", found.opaque);
     let pods: DirPath = "/kubernetes/pods".parse().unwrap();
-    let masks = Kept::of_reads(&found.reads, [(pods.clone(), Some(false))]);
+    let masks = FieldMasks::of_reads(&found.reads, [(pods.clone(), Some(false))]);
     (masks.of(&pods).to_string(), found.unused.into_iter().collect())
 }
 
@@ -775,7 +775,7 @@ async fn unanalysable_package_reads_named_data_deep() {
         assert!(took < Duration::from_secs(20), "{took:?} for\n{text}");
         let [pods, nodes] = ["pods", "nodes"].map(|name| format!("/kubernetes/{name}").parse::<DirPath>().unwrap());
         let places = [(pods.clone(), Some(false)), (nodes.clone(), Some(true))];
-        let masks = Kept::of_reads(&found.reads, places);
+        let masks = FieldMasks::of_reads(&found.reads, places);
         // `data[k]` names no resource.
         let of_pods = if text.contains("data[k]") { "…\n" } else { "metadata.labels.app\n" };
         assert_eq!(masks.of(&pods).to_string(), of_pods, "{text}");
@@ -802,7 +802,7 @@ async fn unanalysable_package_reads_data_next_to_packages_deep() {
         let found = analyst.reads(&compiler, &modules, &[]).await.unwrap().unwrap();
         assert_eq!(found.opaque.keys().map(DirPath::as_str).collect::<Vec<_>>(), ["/multiplies"], "{bad}");
         let nodes: DirPath = "/kubernetes/nodes".parse().unwrap();
-        let masks = Kept::of_reads(&found.reads, [(nodes.clone(), Some(true))]);
+        let masks = FieldMasks::of_reads(&found.reads, [(nodes.clone(), Some(true))]);
         assert!(masks.of(&nodes).is_all(), "{masks:?}\n{bad}");
         let names =
             analyst.names(&compiler, &modules, &"/kubernetes".parse().unwrap()).await.unwrap().unwrap();

@@ -9,14 +9,15 @@ use axum::extract::ConnectInfo;
 use axum::http::{HeaderMap, Request, Response, StatusCode};
 use futures::StreamExt;
 use opa_hub::bundle::Bundle;
-use opa_hub::bundle::spec::Spec;
-use opa_hub::bundles::Bundles;
-use opa_hub::model::{Content, Feed, Resource, Scope};
-use opa_hub::pipeline::{Pipeline, Said};
-use opa_hub::policy::candidates::LastGood;
-use opa_hub::readiness::Readiness;
+use opa_hub::bundle::registry::BundleRegistry;
+use opa_hub::health::Health;
+use opa_hub::model::{Content, NamespaceSelector, Resource, WatchSpec};
+use opa_hub::pipeline::WriterCommand;
+use opa_hub::pipeline::writer::BundleWriter;
+use opa_hub::policy::registry::LastGood;
 use opa_hub::serve::{Hub, router};
 use opa_hub::source::folder;
+use opa_hub::spec::BundleSpec;
 use opa_hub::store::Store;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -36,35 +37,39 @@ impl Served {
         let served = Self::empty();
         served.follow_folder();
         served.bundle.head().wait_for(Option::is_some).await.unwrap();
-        served.bundle.archived(opa_hub::bundle::Part::Whole).wait_for(Option::is_some).await.unwrap();
+        served
+            .bundle
+            .archived(opa_hub::snapshot::bundle_archive::ArchiveKind::Full)
+            .wait_for(Option::is_some)
+            .await
+            .unwrap();
         served
     }
 
     fn empty() -> Self {
         let bundle = Arc::new(Bundle::new("main".into(), None));
-        let bundles = Arc::new(Bundles::default());
+        let bundles = Arc::new(BundleRegistry::default());
         bundles.serve(bundle.clone());
-        let hub =
-            Hub::new(bundles, String::new(), Readiness::default(), Vec::new(), CancellationToken::new());
+        let hub = Hub::new(bundles, String::new(), Health::default(), Vec::new(), CancellationToken::new());
         Self { dir: tempfile::tempdir().unwrap(), bundle, router: router(hub) }
     }
 
     fn follow_folder(&self) {
         self.write("a", "x", "{\"v\": 0}");
-        let feeds = vec![Feed {
+        let feeds = vec![WatchSpec {
             resource: Resource::configmaps(),
-            scope: Scope::Namespaces { ignored: Vec::new() },
+            scope: NamespaceSelector::AllExcept { ignored: Vec::new() },
             labels: Vec::new(),
             content: Content::Data,
         }];
         let (events, queue) = mpsc::channel(16);
-        let store = Arc::new(Store::new(Readiness::default()));
+        let store = Arc::new(Store::new(Health::default()));
         let wanted = store.wanted();
-        tokio::spawn(folder::run(self.dir.path().to_owned(), wanted, events, Readiness::default()));
-        let spec = Spec::of_feeds("main", feeds);
-        let (mut writer, _) = Pipeline::new(&spec, self.bundle.clone(), &store, Readiness::default());
+        tokio::spawn(folder::run(self.dir.path().to_owned(), wanted, events, Health::default()));
+        let spec = BundleSpec::of_feeds("main", feeds);
+        let (mut writer, _) = BundleWriter::new(&spec, self.bundle.clone(), &store, Health::default());
         std::thread::spawn(move || store.run(queue));
-        writer.hear(Said::Restored(LastGood::new()));
+        writer.hear(WriterCommand::RestoreLastGood(LastGood::new()));
         let (sender, receiver) = mpsc::channel(1);
         std::thread::spawn(move || writer.run(receiver));
         let bundle = self.bundle.clone();
@@ -99,10 +104,14 @@ impl Served {
 
     /// Waits for a revision other than this.
     async fn changes_from(&self, revision: &str) {
-        let changed = |edition: &Option<Arc<opa_hub::bundle::Edition>>| {
+        let changed = |edition: &Option<Arc<opa_hub::bundle::CachedSnapshot>>| {
             edition.as_ref().is_some_and(|edition| edition.view.revision.to_string() != revision)
         };
-        self.bundle.archived(opa_hub::bundle::Part::Whole).wait_for(changed).await.unwrap();
+        self.bundle
+            .archived(opa_hub::snapshot::bundle_archive::ArchiveKind::Full)
+            .wait_for(changed)
+            .await
+            .unwrap();
     }
 }
 
@@ -233,7 +242,7 @@ async fn native_deltas_are_sent_once_and_on_request() {
     assert!(!files(&unasked).contains(&"patch.json".to_owned()));
 }
 
-/// Fields of newer agents are optional.
+/// FieldMask of newer agents are optional.
 #[tokio::test]
 async fn reconcile_accepts_requests_of_older_agents() {
     let served = Served::start().await;

@@ -7,10 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use opa_hub::bundle::fields::Fields;
-use opa_hub::bundle::kept::Kept;
-use opa_hub::policy::analyze::Extent;
+use opa_hub::fields::mask::FieldMask;
+use opa_hub::fields::masks::FieldMasks;
 use opa_hub::policy::check::{Compiler, Dialect};
+use opa_hub::policy::dataflow::ReadDepth;
 use opa_hub::policy::modules::Module;
 use opa_hub::policy::reads::Analyst;
 use opa_hub_loadtest::lab::opa::Opa;
@@ -34,7 +34,7 @@ struct Idiom {
     /// `# Asked:`, or the package.
     asked: Vec<DirPath>,
     /// `# Reads:`
-    read: Kept,
+    read: FieldMasks,
     module: Arc<Module>,
 }
 
@@ -54,7 +54,7 @@ impl Idiom {
     }
 
     /// Returns the field masks for this policy alone.
-    async fn sent(&self, compiler: &Compiler) -> Kept {
+    async fn sent(&self, compiler: &Compiler) -> FieldMasks {
         let is_annotated = self.module.text.contains("# entrypoint: true");
         let entrypoints: &[DirPath] = if is_annotated { &[] } else { &self.asked[..] };
         let id = format!("ns/m/{}", self.file);
@@ -62,28 +62,31 @@ impl Idiom {
         let mut analyst = Analyst::new(Duration::from_secs(60));
         let found = analyst.reads(compiler, &modules, entrypoints).await.unwrap().unwrap();
         assert!(found.opaque.is_empty(), "{id}: {:?}", found.opaque);
-        Kept::of_reads(&found.reads, RESOURCES.map(|(name, is_cluster)| (place(name), Some(is_cluster))))
+        FieldMasks::of_reads(
+            &found.reads,
+            RESOURCES.map(|(name, is_cluster)| (place(name), Some(is_cluster))),
+        )
     }
 }
 
-/// Parses fields separated by spaces. Fields of resources other than pods start with `resource:`.
-fn parse_fields(text: &str) -> Kept {
-    let mut places: BTreeMap<DirPath, Fields> = BTreeMap::new();
+/// Parses fields separated by spaces. FieldMask of resources other than pods start with `resource:`.
+fn parse_fields(text: &str) -> FieldMasks {
+    let mut places: BTreeMap<DirPath, FieldMask> = BTreeMap::new();
     for path in text.split(' ') {
         let (resource, path) = path.split_once(':').unwrap_or(("pods", path));
         let (path, extent) = match path.strip_suffix('…') {
-            Some(path) => (path, Extent::Whole),
-            None => (path, Extent::Shallow),
+            Some(path) => (path, ReadDepth::Whole),
+            None => (path, ReadDepth::Shallow),
         };
         let fields = places.entry(place(resource)).or_default();
-        for (steps, _) in Fields::parse([path]).unwrap().paths() {
+        for (steps, _) in FieldMask::parse([path]).unwrap().paths() {
             fields.insert(&steps, extent);
         }
     }
-    Kept::new(places, Fields::default())
+    FieldMasks::new(places, FieldMask::default())
 }
 
-fn print_fields(masks: &Kept) -> String {
+fn print_fields(masks: &FieldMasks) -> String {
     let mut fields = Vec::new();
     for (resource, _) in RESOURCES {
         let prefix = if resource == "pods" { String::new() } else { format!("{resource}:") };
@@ -131,7 +134,7 @@ impl Decider {
         assert!(expected.iter().any(|one| *one != expected[0]), "{file} always makes the same decision");
         let sent = idiom.sent(compiler).await;
         let is_used =
-            |name: &str| [read, &sent].iter().any(|masks| *masks.of(&place(name)) != Fields::default());
+            |name: &str| [read, &sent].iter().any(|masks| *masks.of(&place(name)) != FieldMask::default());
         let mut bytes = [0; 2];
         for (bytes, masks) in bytes.iter_mut().zip([read, &sent]) {
             let mut less = cut_all(whole, masks);

@@ -5,15 +5,18 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use opa_hub::bundle::scopes;
-use opa_hub::bundle::spec::{Scoped, Spec};
-use opa_hub::bundle::{Bundle, Edition, Next, Part};
-use opa_hub::config::SCOPE_IDLE;
-use opa_hub::model::{Content, Event, Feed, Object, ObjectKey, Resource, Scope, WatchId};
-use opa_hub::pipeline::{Ends, Pipeline, Said};
-use opa_hub::policy::candidates::LastGood;
-use opa_hub::policy::settle::{Selection, settle};
-use opa_hub::readiness::Readiness;
+use opa_hub::bundle::namespaces;
+use opa_hub::bundle::namespaces::SCOPE_IDLE;
+use opa_hub::bundle::{Bundle, CachedSnapshot, CatchUp};
+use opa_hub::health::Health;
+use opa_hub::model::{Content, Event, NamespaceSelector, Object, ObjectKey, Resource, WatchId, WatchSpec};
+use opa_hub::pipeline::writer::BundleWriter;
+use opa_hub::pipeline::{WriterCommand, WriterHandles};
+use opa_hub::policy::candidate::Selection;
+use opa_hub::policy::registry::LastGood;
+use opa_hub::policy::resolve::settle;
+use opa_hub::snapshot::bundle_archive::ArchiveKind;
+use opa_hub::spec::{BundleSpec, NamespaceScoping};
 use opa_hub::store::Store;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -26,9 +29,9 @@ pub(crate) const PODS: WatchId = WatchId(2);
 pub(crate) const NODES: WatchId = WatchId(3);
 
 /// A script step: sets or removes (`None`) a feed's object.
-type Step = (u8, u8, u8, Option<u8>);
+type Segment = (u8, u8, u8, Option<u8>);
 
-type Script = Vec<Vec<Step>>;
+type Script = Vec<Vec<Segment>>;
 
 fn scripts() -> impl Strategy<Value = Script> {
     let step = (0u8..4, 0u8..3, 0u8..6, proptest::option::weighted(0.7, 0u8..4));
@@ -37,8 +40,8 @@ fn scripts() -> impl Strategy<Value = Script> {
 
 pub(crate) struct Writer {
     pub(crate) store: Arc<Store>,
-    pub(crate) pipeline: Pipeline,
-    pub(crate) ends: Ends,
+    pub(crate) pipeline: BundleWriter,
+    pub(crate) ends: WriterHandles,
     pub(crate) bundle: Arc<Bundle>,
 }
 
@@ -48,16 +51,17 @@ impl Writer {
     }
 
     fn scoped(root: Option<&str>) -> Self {
-        let mut spec = Spec::of_feeds("main", feeds());
-        spec.scoped = root.map(|root| Scoped { root: root.parse().unwrap(), whole: BTreeSet::new() });
-        Self::with_store(&spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
+        let mut spec = BundleSpec::of_feeds("main", feeds());
+        spec.scoped =
+            root.map(|root| NamespaceScoping { root: root.parse().unwrap(), whole: BTreeSet::new() });
+        Self::with_store(&spec, Arc::new(Store::new(Health::default())), LastGood::new())
     }
 
     /// Creates a bundle over a shared store, with last good modules.
-    pub(crate) fn with_store(spec: &Spec, store: Arc<Store>, good: LastGood) -> Self {
+    pub(crate) fn with_store(spec: &BundleSpec, store: Arc<Store>, good: LastGood) -> Self {
         let bundle = Arc::new(Bundle::new(spec.name.clone(), spec.scoped.clone()));
-        let (mut pipeline, ends) = Pipeline::new(spec, bundle.clone(), &store, Readiness::default());
-        pipeline.hear(Said::Restored(good));
+        let (mut pipeline, ends) = BundleWriter::new(spec, bundle.clone(), &store, Health::default());
+        pipeline.hear(WriterCommand::RestoreLastGood(good));
         Self { store, pipeline, ends, bundle }
     }
 
@@ -72,7 +76,7 @@ impl Writer {
         let Ok(candidates) = self.ends.jobs.try_recv() else { return false };
         let nothing_wrong = async |_: &Selection| Ok::<_, Infallible>(Vec::new());
         let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
-        self.pipeline.hear(Said::Checked { outcome, reads: None, resources: None });
+        self.pipeline.hear(WriterCommand::ApplyCheck { outcome, reads: None, resources: None });
         self.pipeline.commit();
         true
     }
@@ -91,7 +95,7 @@ impl Writer {
         writer
     }
 
-    fn step(&mut self, (feed, namespace, name, value): Step) {
+    fn step(&mut self, (feed, namespace, name, value): Segment) {
         let (feed, key) = (WatchId(feed.into()), key(feed, namespace, name));
         let event = match value {
             None => Event::Delete(key),
@@ -109,30 +113,34 @@ impl Writer {
         }
     }
 
-    pub(crate) fn head_of(&self, namespace: &str) -> Arc<Edition> {
+    pub(crate) fn head_of(&self, namespace: &str) -> Arc<CachedSnapshot> {
         let bundle = self.bundle.of(Some(namespace)).unwrap();
         bundle.head().borrow().clone().expect("published")
     }
 
-    pub(crate) fn head(&self) -> Arc<Edition> {
+    pub(crate) fn head(&self) -> Arc<CachedSnapshot> {
         self.bundle.head().borrow().clone().expect("published")
     }
 }
 
-/// Feeds of policies, data and two replicated resources.
-pub(crate) fn feeds() -> Vec<Feed> {
-    let feed = |plural, content, scope| Feed {
+/// WatchStatuses of policies, data and two replicated resources.
+pub(crate) fn feeds() -> Vec<WatchSpec> {
+    let feed = |plural, content, scope| WatchSpec {
         resource: Resource { plural: String::from(plural), ..Resource::configmaps() },
         scope,
         labels: Vec::new(),
         content,
     };
-    let namespaced = || Scope::Namespaces { ignored: Vec::new() };
+    let namespaced = || NamespaceSelector::AllExcept { ignored: Vec::new() };
     vec![
-        feed("policies", Content::Policies, namespaced()),
+        feed("policies", Content::PolicyRegistry, namespaced()),
         feed("data", Content::Data, namespaced()),
         feed("pods", Content::Resource("/kubernetes/pods".parse().unwrap()), namespaced()),
-        feed("nodes", Content::Resource("/kubernetes/nodes".parse().unwrap()), Scope::Cluster),
+        feed(
+            "nodes",
+            Content::Resource("/kubernetes/nodes".parse().unwrap()),
+            NamespaceSelector::ClusterScoped,
+        ),
     ]
 }
 
@@ -163,9 +171,9 @@ pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
 }
 
-pub(crate) async fn snapshot(edition: &Arc<Edition>) -> AppliedState {
+pub(crate) async fn snapshot(edition: &Arc<CachedSnapshot>) -> AppliedState {
     let mut applied = AppliedState::empty();
-    applied.archive(&edition.archive(Part::Whole).await.pieces.concat());
+    applied.archive(&edition.archive(ArchiveKind::Full).await.pieces.concat());
     applied
 }
 
@@ -278,7 +286,7 @@ proptest! {
                 other.commit();
             }
             assert_eq!(one.head().view.revision, other.head().view.revision);
-            for part in [Part::Whole, Part::Policy, Part::Data] {
+            for part in [ArchiveKind::Full, ArchiveKind::Policy, ArchiveKind::Data] {
                 let bytes = [&one, &other].map(Writer::head);
                 let one = bytes[0].archive(part).await.pieces.concat();
                 assert_eq!(one, bytes[1].archive(part).await.pieces.concat());
@@ -287,11 +295,11 @@ proptest! {
     }
 }
 
-fn follow(applied: &mut AppliedState, head: &Edition) {
+fn follow(applied: &mut AppliedState, head: &CachedSnapshot) {
     match head.next(applied.revision()) {
-        Next::UpToDate => {}
-        Next::Frames(bytes) => applied.events(&bytes),
-        Next::Unknown => panic!("history is shorter than the script"),
+        CatchUp::UpToDate => {}
+        CatchUp::Frame(bytes) => applied.events(&bytes),
+        CatchUp::TooOld => panic!("history is shorter than the script"),
     }
     assert_eq!(applied.revision(), head.view.revision);
 }
@@ -306,8 +314,8 @@ fn i4_encodes_are_independent_of_clients() {
         let head = writer.head();
         let applied = AppliedState::empty().reconcile();
         let asks = (0..1000).map(|_| async {
-            assert!(matches!(head.next(start), Next::Frames(_)));
-            head.archive(Part::Whole).await;
+            assert!(matches!(head.next(start), CatchUp::Frame(_)));
+            head.archive(ArchiveKind::Full).await;
             head.reconcile(applied.clone()).await.unwrap();
         });
         futures::future::join_all(asks).await;
@@ -315,9 +323,9 @@ fn i4_encodes_are_independent_of_clients() {
         let counts = [&counters.frame_encodes, &counters.snapshot_encodes, &counters.reconcile_encodes];
         assert_eq!(counts.map(|count| count.load(Relaxed)), [1, 1, 1]);
         // Data changes reuse the policy archive.
-        head.archive(Part::Policy).await;
+        head.archive(ArchiveKind::Policy).await;
         writer.run(&vec![vec![(2, 0, 0, Some(2))]]);
-        writer.head().archive(Part::Policy).await;
+        writer.head().archive(ArchiveKind::Policy).await;
         assert_eq!(counters.snapshot_encodes.load(Relaxed), 2);
     });
 }
@@ -329,8 +337,8 @@ fn i4_namespace_views_are_encoded_once() {
     const AGENTS: usize = 5;
     runtime().block_on(async {
         let mut writer = Writer::scoped(Some("/kubernetes")).list();
-        assert_eq!(writer.bundle.of(None).err(), Some(scopes::Error::NoNamespace));
-        assert!(matches!(writer.bundle.of(Some("a/b")), Err(scopes::Error::Invalid(_))));
+        assert_eq!(writer.bundle.of(None).err(), Some(namespaces::Error::NoNamespace));
+        assert!(matches!(writer.bundle.of(Some("a/b")), Err(namespaces::Error::Invalid(_))));
         let pods =
             |value| (0..NAMESPACES).map(|namespace| (2, namespace, 0, Some(value))).collect::<Vec<_>>();
         writer.run(&vec![pods(0)]);

@@ -1,7 +1,7 @@
 //! A small realistic cluster: objects, some of them unusual, and inputs.
 
-use opa_hub::bundle::fields::Fields;
-use opa_hub::bundle::kept::Kept;
+use opa_hub::fields::mask::FieldMask;
+use opa_hub::fields::masks::FieldMasks;
 use opa_hub_loadtest::pods::Nth;
 use opa_hub_proto::path::DirPath;
 use serde_json::{Value, json};
@@ -171,14 +171,14 @@ pub(crate) fn objects<'a>(
 }
 
 /// Prunes an object to these fields.
-pub(crate) fn cut(fields: &Fields, object: &Value) -> Value {
+pub(crate) fn cut(fields: &FieldMask, object: &Value) -> Value {
     let mut out = Vec::new();
     fields.cut(&object.to_string(), &mut out).unwrap();
     serde_json::from_slice(&out).unwrap()
 }
 
 /// Prunes every object to its resource's fields.
-pub(crate) fn cut_all(kubernetes: &Value, masks: &Kept) -> Value {
+pub(crate) fn cut_all(kubernetes: &Value, masks: &FieldMasks) -> Value {
     let mut less = kubernetes.clone();
     for (resource, is_cluster_scoped) in RESOURCES {
         for object in objects(&mut less, resource, is_cluster_scoped) {

@@ -11,6 +11,7 @@ mod fold;
 mod http;
 mod idioms;
 mod invariants;
+mod layout;
 mod lived_in;
 mod many_bundles;
 mod program;

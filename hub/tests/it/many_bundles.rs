@@ -7,17 +7,18 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
 use axum::http::{Request, StatusCode};
-use opa_hub::bundle::Part;
-use opa_hub::bundle::spec::Spec;
-use opa_hub::bundles::{Bundles, Stages};
-use opa_hub::config::BUNDLES_MAX;
-use opa_hub::model::{Content, Event, Feed, Resource, Scope};
-use opa_hub::policy::candidates::LastGood;
+use opa_hub::bundle::registry::BundleRegistry;
+use opa_hub::health::Health;
+use opa_hub::manager::BUNDLES_MAX;
+use opa_hub::manager::last_good::Place;
+use opa_hub::manager::runner::BundleFactory;
+use opa_hub::model::{Content, Event, NamespaceSelector, Resource, WatchSpec};
 use opa_hub::policy::check::{Compiler, Dialect};
-use opa_hub::readiness::Readiness;
+use opa_hub::policy::registry::LastGood;
 use opa_hub::serve::{Hub, router};
+use opa_hub::snapshot::bundle_archive::ArchiveKind;
+use opa_hub::spec::BundleSpec;
 use opa_hub::store::Store;
-use opa_hub::writeback::last_good::Place;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -28,28 +29,33 @@ const WAITING: usize = 60;
 /// Test failure timeout.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn feed(plural: &str, content: Content) -> Feed {
+fn feed(plural: &str, content: Content) -> WatchSpec {
     let resource = Resource { group: String::new(), version: "v1".into(), plural: plural.into() };
-    Feed { resource, scope: Scope::Namespaces { ignored: Vec::new() }, labels: Vec::new(), content }
+    WatchSpec {
+        resource,
+        scope: NamespaceSelector::AllExcept { ignored: Vec::new() },
+        labels: Vec::new(),
+        content,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn archives_are_served_while_replacements_are_pending() {
-    let store = Arc::new(Store::new(Readiness::default()));
-    let bundles = Arc::new(Bundles::default());
+    let store = Arc::new(Store::new(Health::default()));
+    let bundles = Arc::new(BundleRegistry::default());
     let leads = watch::Sender::new(false);
-    let stages = Stages {
+    let stages = BundleFactory {
         store: Arc::clone(&store),
         compiler: Compiler::Syntax(Dialect::Default),
         place: Box::new(|_| Place::Nowhere),
         leads: leads.subscribe(),
-        readiness: Readiness::default(),
+        readiness: Health::default(),
         bundles: Arc::clone(&bundles),
     };
     let (mut tasks, mut running) = (JoinSet::new(), Vec::new());
-    let policies = feed("configmaps", Content::Policies);
+    let policies = feed("configmaps", Content::PolicyRegistry);
     for index in 0..BUNDLES_MAX {
-        let spec = Arc::new(Spec::of_feeds(&format!("b{index}"), vec![policies.clone()]));
+        let spec = Arc::new(BundleSpec::of_feeds(&format!("b{index}"), vec![policies.clone()]));
         let bundle = stages.start(spec, None, false, false, &mut tasks).await;
         bundles.serve(Arc::clone(&bundle.bundle));
         running.push(bundle);
@@ -61,14 +67,14 @@ async fn archives_are_served_while_replacements_are_pending() {
     }
     let widgets = feed("widgets", Content::Resource("/kubernetes/widgets".parse().unwrap()));
     for index in 0..WAITING {
-        running[index].bundle.archived(Part::Whole).wait_for(Option::is_some).await.unwrap();
-        let spec = Spec::of_feeds(&format!("b{index}"), vec![policies.clone(), widgets.clone()]);
+        running[index].bundle.archived(ArchiveKind::Full).wait_for(Option::is_some).await.unwrap();
+        let spec = BundleSpec::of_feeds(&format!("b{index}"), vec![policies.clone(), widgets.clone()]);
         running.push(stages.start(Arc::new(spec), Some(LastGood::new()), false, false, &mut tasks).await);
     }
-    let hub = Hub::new(bundles, String::new(), Readiness::default(), Vec::new(), CancellationToken::new());
+    let hub = Hub::new(bundles, String::new(), Health::default(), Vec::new(), CancellationToken::new());
     let router = router(hub);
     for index in [0, BUNDLES_MAX - 1] {
-        running[index].bundle.archived(Part::Whole).wait_for(Option::is_some).await.unwrap();
+        running[index].bundle.archived(ArchiveKind::Full).wait_for(Option::is_some).await.unwrap();
         let peer: SocketAddr = "127.0.0.1:1".parse().unwrap();
         let request = Request::get(format!("/bundles/b{index}")).extension(ConnectInfo(peer));
         let answer = router.clone().oneshot(request.body(Body::empty()).unwrap());

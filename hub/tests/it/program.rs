@@ -37,9 +37,9 @@ fn help_lists_the_flags() {
 }
 
 /// A hub process, killed on drop.
-struct Running(Child);
+struct RunningBundle(Child);
 
-impl Drop for Running {
+impl Drop for RunningBundle {
     fn drop(&mut self) {
         _ = self.0.kill();
         _ = self.0.wait();
@@ -61,7 +61,7 @@ fn hub_without_opa_warns_and_rejects_nothing() {
     let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/demo");
     let mut command = Command::new(env!("CARGO_BIN_EXE_opa-hub"));
     command.args(["--manifests", demo, "--listen", "127.0.0.1:0"]).env_clear().env("PATH", "/nowhere");
-    let mut hub = Running(command.stderr(Stdio::piped()).spawn().unwrap());
+    let mut hub = RunningBundle(command.stderr(Stdio::piped()).spawn().unwrap());
     // The hub exits if its log is not read.
     let mut log = BufReader::new(hub.0.stderr.take().unwrap()).lines();
     let (mut address, mut is_ready, mut warnings) = (None, false, Vec::new());

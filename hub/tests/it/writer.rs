@@ -4,17 +4,20 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use opa_hub::bundle::kept::Kept;
-use opa_hub::bundle::spec::{AutoReplication, Follows, Scoped, Spec};
-use opa_hub::bundle::{Edition, Next, Part};
-use opa_hub::config::{BundleLimits, SCOPE_IDLE, SCOPES_MAX};
-use opa_hub::model::{Content, Event, Feed, Object, ObjectKey, Resource, Scope, WatchId};
-use opa_hub::pipeline::Said;
-use opa_hub::policy::analyze::{Extent, Reads, Step};
-use opa_hub::policy::candidates::LastGood;
+use opa_hub::bundle::namespaces::{SCOPE_IDLE, SCOPES_MAX};
+use opa_hub::bundle::{CachedSnapshot, CatchUp};
+use opa_hub::fields::masks::FieldMasks;
+use opa_hub::health::Health;
+use opa_hub::model::{Content, Event, NamespaceSelector, Object, ObjectKey, Resource, WatchId, WatchSpec};
+use opa_hub::pipeline::WriterCommand;
+use opa_hub::policy::candidate::{Resolution, Selection};
 use opa_hub::policy::check::Dialect;
-use opa_hub::policy::settle::{Outcome, Selection, settle};
-use opa_hub::readiness::Readiness;
+use opa_hub::policy::dataflow::{ReadDepth, ReadSet, Segment};
+use opa_hub::policy::registry::LastGood;
+use opa_hub::policy::resolve::settle;
+use opa_hub::snapshot::bundle_archive::ArchiveKind;
+use opa_hub::snapshot::history::BundleLimits;
+use opa_hub::spec::{AutoFields, AutoReplication, BundleSpec, NamespaceScoping};
 use opa_hub::store::Store;
 use opa_hub_proto::path::DirPath;
 use serde_json::{Value, json};
@@ -25,23 +28,23 @@ use crate::invariants::{DATA, NODES, PODS, POLICIES, Writer, feeds, key, runtime
 
 const WATCHES: [WatchId; 4] = [POLICIES, DATA, PODS, NODES];
 
-fn writer(spec: &Spec) -> Writer {
-    Writer::with_store(spec, Arc::new(Store::new(Readiness::default())), LastGood::new())
+fn writer(spec: &BundleSpec) -> Writer {
+    Writer::with_store(spec, Arc::new(Store::new(Health::default())), LastGood::new())
 }
 
-fn listed(spec: &Spec) -> Writer {
+fn listed(spec: &BundleSpec) -> Writer {
     writer(spec).list()
 }
 
-fn scoped() -> Spec {
-    let scoped = Some(Scoped { root: "/kubernetes".parse().unwrap(), whole: BTreeSet::new() });
-    Spec { scoped, ..Spec::of_feeds("main", feeds()) }
+fn scoped() -> BundleSpec {
+    let scoped = Some(NamespaceScoping { root: "/kubernetes".parse().unwrap(), whole: BTreeSet::new() });
+    BundleSpec { scoped, ..BundleSpec::of_feeds("main", feeds()) }
 }
 
-/// Spec with policies, data and automatic replication.
-fn auto() -> Spec {
+/// BundleSpec with policies, data and automatic replication.
+fn auto() -> BundleSpec {
     let auto = Some(AutoReplication { path: "/kubernetes".parse().unwrap(), ignored: Vec::new() });
-    Spec { auto, ..Spec::of_feeds("main", feeds().into_iter().take(2).collect()) }
+    BundleSpec { auto, ..BundleSpec::of_feeds("main", feeds().into_iter().take(2).collect()) }
 }
 
 impl Writer {
@@ -61,29 +64,29 @@ impl Writer {
     }
 
     /// Completes the running check; accepts everything.
-    fn accept(&mut self, reads: Option<Reads>, resources: Option<&[&str]>) {
+    fn accept(&mut self, reads: Option<ReadSet>, resources: Option<&[&str]>) {
         let candidates = self.ends.jobs.try_recv().unwrap();
         let nothing_wrong = async |_: &Selection| Ok::<_, std::convert::Infallible>(Vec::new());
         let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
         self.finish_check(outcome, reads, resources);
     }
 
-    fn finish_check(&mut self, outcome: Outcome, reads: Option<Reads>, resources: Option<&[&str]>) {
+    fn finish_check(&mut self, outcome: Resolution, reads: Option<ReadSet>, resources: Option<&[&str]>) {
         let resources = resources.map(|paths| paths.iter().map(|path| path.parse().unwrap()).collect());
-        self.pipeline.hear(Said::Checked { outcome, reads, resources });
+        self.pipeline.hear(WriterCommand::ApplyCheck { outcome, reads, resources });
         self.pipeline.commit();
     }
 
     /// Subscribes to pods, as policies that read them do.
     fn open_pods(&mut self) -> oneshot::Receiver<()> {
-        let feed = Feed {
+        let feed = WatchSpec {
             resource: Resource::named("pods"),
-            scope: Scope::Namespaces { ignored: Vec::new() },
+            scope: NamespaceSelector::AllExcept { ignored: Vec::new() },
             labels: Vec::new(),
             content: Content::Resource("/kubernetes/pods".parse().unwrap()),
         };
         let (settled, until) = oneshot::channel();
-        self.pipeline.hear(Said::Opened { feeds: vec![feed], settled });
+        self.pipeline.hear(WriterCommand::AddWatches { feeds: vec![feed], settled });
         self.pipeline.commit();
         until
     }
@@ -96,14 +99,14 @@ impl Writer {
 }
 
 /// Advances `applied` to the head by frames, or else by reconcile. Returns whether by frames.
-async fn catch_up(applied: &mut AppliedState, head: &Arc<Edition>) -> bool {
+async fn catch_up(applied: &mut AppliedState, head: &Arc<CachedSnapshot>) -> bool {
     match head.next(applied.revision()) {
-        Next::UpToDate => true,
-        Next::Frames(bytes) => {
+        CatchUp::UpToDate => true,
+        CatchUp::Frame(bytes) => {
             applied.events(&bytes);
             true
         }
-        Next::Unknown => {
+        CatchUp::TooOld => {
             let archive = head.reconcile(applied.reconcile()).await;
             applied.archive(&archive.unwrap().0.pieces.concat());
             false
@@ -132,7 +135,7 @@ fn namespace_streams_end_with_their_bundle() {
 fn i1_commit_larger_than_history_reaches_every_namespace() {
     runtime().block_on(async {
         let limits = BundleLimits { log_keys_max: 4, ..BundleLimits::default() };
-        let mut writer = listed(&Spec { limits, ..scoped() });
+        let mut writer = listed(&BundleSpec { limits, ..scoped() });
         writer.data(0, (0..10).map(|index| (format!("k{index}"), 0)));
         writer.commit();
         let mut readers = Vec::new();
@@ -232,7 +235,7 @@ fn rechecks_do_not_disturb_clients() {
     writer.accept(None, Some(&[]));
     let revision = writer.head().view.revision;
     for _ in 0..2 {
-        writer.pipeline.hear(Said::Recheck);
+        writer.pipeline.hear(WriterCommand::Recheck);
         writer.pipeline.commit();
         assert_eq!(writer.head().view.revision, revision);
     }
@@ -309,10 +312,10 @@ fn resource_replaces_other_data_at_its_path() {
 /// I10: an object removed from the source but not yet from the snapshot has all fields that policies read.
 #[test]
 fn i10_objects_have_all_fields_that_policies_read() {
-    let mut spec = Spec::of_feeds("main", feeds());
+    let mut spec = BundleSpec::of_feeds("main", feeds());
     let place: DirPath = "/kubernetes/pods".parse().unwrap();
-    spec.fields.given = Kept::default();
-    spec.fields.follows = Follows { places: BTreeSet::from([place]), others: false };
+    spec.fields.given = FieldMasks::default();
+    spec.fields.follows = AutoFields { places: BTreeSet::from([place]), others: false };
     let mut writer = writer(&spec);
     for watch in WATCHES {
         writer.store.apply((watch, Event::Init, None));
@@ -324,10 +327,11 @@ fn i10_objects_have_all_fields_that_policies_read() {
         writer.store.apply((watch, Event::InitDone, None));
     }
     let reads = |field: &str| {
-        let steps = ["kubernetes", "pods"].map(|name| Step::Name(name.into())).into_iter();
-        let steps =
-            steps.chain([Step::Any, Step::Any]).chain(["spec", field].map(|name| Step::Name(name.into())));
-        Some(Reads::of([(steps.collect(), Extent::Shallow)], &[]))
+        let steps = ["kubernetes", "pods"].map(|name| Segment::Key(name.into())).into_iter();
+        let steps = steps
+            .chain([Segment::Wildcard, Segment::Wildcard])
+            .chain(["spec", field].map(|name| Segment::Key(name.into())));
+        Some(ReadSet::of([(steps.collect(), ReadDepth::Shallow)], &[]))
     };
     writer.policy(0, "package a");
     writer.pipeline.commit();
@@ -339,7 +343,7 @@ fn i10_objects_have_all_fields_that_policies_read() {
     let candidates = writer.ends.jobs.try_recv().unwrap();
     let nothing_wrong = async |_: &Selection| Ok::<_, std::convert::Infallible>(Vec::new());
     let Ok(outcome) = futures::executor::block_on(settle(&candidates, nothing_wrong));
-    writer.pipeline.hear(Said::Checked { outcome, reads: reads("b"), resources: None });
+    writer.pipeline.hear(WriterCommand::ApplyCheck { outcome, reads: reads("b"), resources: None });
     writer.pipeline.commit_some(0);
     let mut json = Vec::new();
     writer.head().view.dirs.values().for_each(|dir| dir.write_json(&mut json));
@@ -350,15 +354,15 @@ fn i10_objects_have_all_fields_that_policies_read() {
 #[test]
 fn i2_revision_covers_settings() {
     runtime().block_on(async {
-        let base = Spec::of_feeds("main", feeds());
-        let without_nodes = Spec::of_feeds("main", feeds().into_iter().take(3).collect());
-        let v1 = Spec { dialect: Dialect::V1, ..base.clone() };
-        let revisions = |spec: &Spec| {
+        let base = BundleSpec::of_feeds("main", feeds());
+        let without_nodes = BundleSpec::of_feeds("main", feeds().into_iter().take(3).collect());
+        let v1 = BundleSpec { dialect: Dialect::V1, ..base.clone() };
+        let revisions = |spec: &BundleSpec| {
             let mut writer = listed(spec);
             writer.policy(0, "package a");
             writer.commit();
             let head = writer.head();
-            [Part::Whole, Part::Policy, Part::Data].map(|part| part.revision(&head.view))
+            [ArchiveKind::Full, ArchiveKind::Policy, ArchiveKind::Data].map(|part| part.revision(&head.view))
         };
         let [whole, policy, data] = revisions(&base);
         let [other_whole, other_policy, other_data] = revisions(&without_nodes);
@@ -373,7 +377,7 @@ fn i2_revision_covers_settings() {
 fn rejected_configmaps_cost_linear_time() {
     const COUNT: u32 = 2000;
     let started = Instant::now();
-    let mut writer = writer(&Spec::of_feeds("main", feeds()));
+    let mut writer = writer(&BundleSpec::of_feeds("main", feeds()));
     let name = |kind: &str, index: u32| ObjectKey {
         namespace: "shop".into(),
         name: format!("{kind}{index}").into(),

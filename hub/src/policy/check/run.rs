@@ -9,8 +9,10 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit, setpriority_process};
 use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 
-use super::Error;
-use crate::config::CHECK_OUTPUT_MAX;
+use crate::policy::check::Error;
+
+/// Maximum output bytes of one OPA run. Diagnostics quote whole lines.
+pub(super) const CHECK_OUTPUT_MAX: u64 = 128 << 20;
 
 /// Maximum memory, in bytes. A rule with 30,000 definitions needs 350 MB to plan.
 const MEMORY_MAX: u64 = 1 << 30;

@@ -6,8 +6,8 @@ use std::num::NonZeroU32;
 
 use regorus::unstable::{Parser, Source};
 
-use super::Dialect;
-use crate::policy::verdict::{Fault, Location};
+use crate::policy::check::Dialect;
+use crate::policy::verdict::{Diagnostic, Location};
 
 /// Maximum columns; 1 MiB exceeds any ConfigMap.
 const COLUMNS_MAX: NonZeroU32 = NonZeroU32::new(1 << 20).expect("not zero");
@@ -16,7 +16,7 @@ const COLUMNS_MAX: NonZeroU32 = NonZeroU32::new(1 << 20).expect("not zero");
 /// 100,000.
 const NESTING_MAX: usize = 12;
 
-pub(super) fn first_error(id: &str, text: &str, dialect: Dialect) -> Option<Fault> {
+pub(super) fn first_error(id: &str, text: &str, dialect: Dialect) -> Option<Diagnostic> {
     let depth = bracket_depth(text);
     let message = if depth > NESTING_MAX {
         format!(
@@ -27,7 +27,7 @@ pub(super) fn first_error(id: &str, text: &str, dialect: Dialect) -> Option<Faul
     };
     let (row, col) = location_in(&message, id).unwrap_or((1, 0));
     let location = Location { file: id.to_owned(), row, col };
-    Some(Fault { location: Some(location), ..Fault::new("rego_parse_error", message) })
+    Some(Diagnostic { location: Some(location), ..Diagnostic::new("rego_parse_error", message) })
 }
 
 fn parse(id: &str, text: &str, dialect: Dialect) -> Result<(), String> {

@@ -1,4 +1,4 @@
-//! Documents of a manifest file, and their selection by watches.
+//! BundleController of a manifest file, and their selection by watches.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -6,9 +6,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use crate::bundle::spec::API_VERSION;
-use crate::model::{Feed, Object, Scope};
-use crate::source::trim;
+use crate::model::{NamespaceSelector, Object, WatchSpec};
+use crate::source::normalize;
+use crate::spec::API_VERSION;
 
 /// One object of a file.
 pub(super) struct Manifest {
@@ -124,7 +124,7 @@ fn flatten(json: &str, list: &ListHeader, document: usize, out: &mut Vec<Manifes
     if header.kind.is_empty() || header.api_version.is_empty() {
         return Err(wrap(&"kind or apiVersion is missing"));
     }
-    let object = trim::object(json, &header.api_version, &header.kind).map_err(|error| wrap(&error))?;
+    let object = normalize::object(json, &header.api_version, &header.kind).map_err(|error| wrap(&error))?;
     out.push(Manifest { kind: header.kind, api_version: header.api_version, object, document });
     Ok(())
 }
@@ -173,7 +173,7 @@ impl KindRegistry {
         CLUSTER_SCOPED.contains(&&*manifest.kind) || self.cluster_scoped.contains(&manifest.kind())
     }
 
-    fn matches_resource(&self, feed: &Feed, manifest: &Manifest) -> bool {
+    fn matches_resource(&self, feed: &WatchSpec, manifest: &Manifest) -> bool {
         let is_version = feed.resource.is_named_only() || manifest.api_version == feed.resource.api_version();
         is_version
             && match self.plurals.get(&manifest.kind()) {
@@ -183,7 +183,7 @@ impl KindRegistry {
     }
 
     /// Returns a predicate that selects as the API server would.
-    pub(super) fn selection<'a>(&'a self, feed: &'a Feed) -> impl FnMut(&Manifest) -> bool {
+    pub(super) fn selection<'a>(&'a self, feed: &'a WatchSpec) -> impl FnMut(&Manifest) -> bool {
         // Neighbors usually have the same kind.
         let mut last: Option<(String, String, bool)> = None;
         move |manifest| {
@@ -205,12 +205,12 @@ impl KindRegistry {
     }
 }
 
-fn is_in_scope(scope: &Scope, namespace: &str) -> bool {
+fn is_in_scope(scope: &NamespaceSelector, namespace: &str) -> bool {
     let namespace = if namespace.is_empty() { super::DEFAULT_NAMESPACE } else { namespace };
     match scope {
-        Scope::Cluster => true,
-        Scope::Namespaces { ignored } => !ignored.iter().any(|ignored| ignored == namespace),
-        Scope::Namespace(only) => only == namespace,
+        NamespaceSelector::ClusterScoped => true,
+        NamespaceSelector::AllExcept { ignored } => !ignored.iter().any(|ignored| ignored == namespace),
+        NamespaceSelector::Only(only) => only == namespace,
     }
 }
 

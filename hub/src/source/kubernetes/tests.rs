@@ -10,8 +10,10 @@ use tokio::sync::mpsc;
 use tokio::time::sleep;
 
 use super::*;
-use crate::config::{EVENT_QUEUE_MAX, LIST_PAGE, LIST_PAGE_MIN, STALE_AFTER};
-use crate::model::{Content, FeedId};
+use crate::model::{Content, InputId};
+use crate::source::EVENT_QUEUE_MAX;
+use crate::source::kubernetes::watcher::{LIST_PAGE, LIST_PAGE_MIN};
+use crate::store::STALE_AFTER;
 use crate::store::{Counters, Store, Subscription};
 
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -125,7 +127,7 @@ type Script = Box<dyn FnMut(&Call) -> Answer + Send>;
 struct World {
     script: Arc<Mutex<Script>>,
     calls: Arc<Mutex<Vec<Call>>>,
-    readiness: Readiness,
+    readiness: Health,
     subscription: Subscription,
     counters: Arc<Counters>,
 }
@@ -146,16 +148,16 @@ impl World {
             }
         });
         let client = Client::new(service, "default");
-        let readiness = Readiness::default();
+        let readiness = Health::default();
         let store = Arc::new(Store::new(readiness.clone()));
         let subscription = store.subscribe();
-        let feed = Feed {
+        let feed = WatchSpec {
             resource: Resource::configmaps(),
-            scope: Scope::Namespaces { ignored: Vec::new() },
+            scope: NamespaceSelector::AllExcept { ignored: Vec::new() },
             labels: Vec::new(),
             content: Content::Data,
         };
-        let counters = subscription.open(FeedId(0), &feed);
+        let counters = subscription.open(InputId(0), &feed);
         let (events, mut queue) = mpsc::channel(EVENT_QUEUE_MAX);
         tokio::spawn(run(client, store.wanted(), events, readiness.clone()));
         tokio::spawn(async move {
@@ -178,7 +180,7 @@ impl World {
     }
 
     fn version(&self) -> Option<u64> {
-        self.subscription.newest().get(&FeedId(0)).map(|version| version.0)
+        self.subscription.newest().get(&InputId(0)).map(|version| version.0)
     }
 
     fn is_stale(&self) -> bool {

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use opa_hub::bundle::{Edition, Next, Part};
+use opa_hub::bundle::{CachedSnapshot, CatchUp};
+use opa_hub::snapshot::bundle_archive::ArchiveKind;
 use opa_hub_proto::frame::FRAME_BYTES_MAX;
 use opa_hub_proto::position::{Judge, Position};
 use opa_hub_proto::sse::{Decoder, Message};
@@ -86,7 +87,7 @@ impl Agent {
         let Some(head) = part.head().borrow().clone() else { return false };
         if self.is_empty {
             world.seen.add("snapshots");
-            let bytes = archive(&head, Part::Whole).await;
+            let bytes = archive(&head, ArchiveKind::Full).await;
             self.apply_archive(&bytes, &head, &current);
             // Until the next quiet phase after a restore, hubs send versions of both epochs.
             self.epoch = Some(world.source.epoch).filter(|epoch| *epoch == world.quiet_epoch);
@@ -95,7 +96,7 @@ impl Agent {
             self.count_rejection(world);
             return true;
         }
-        // Documents omit different objects, which positions do not show.
+        // BundleController omit different objects, which positions do not show.
         let is_same = self.document.is_none_or(|applied| applied == document);
         self.epoch = self.epoch.filter(|_| is_same);
         (self.refusals, self.document) = (0, Some(document));
@@ -116,14 +117,14 @@ impl Agent {
     }
 
     /// Reconciles if needed. Returns whether frames can follow, `false` if the position would regress.
-    async fn resume(&mut self, head: &Arc<Edition>, current: &Position, world: &mut World) -> bool {
+    async fn resume(&mut self, head: &Arc<CachedSnapshot>, current: &Position, world: &mut World) -> bool {
         let required = self.applied.position.clone();
         if head.lag(self.applied.revision(), current, &required).is_some() {
             return false;
         }
         for round in 0..RECONCILES_MAX {
             head.tell_as_of(current, &self.applied.position);
-            if !matches!(head.next(self.applied.revision()), Next::Unknown) {
+            if !matches!(head.next(self.applied.revision()), CatchUp::TooOld) {
                 return true;
             }
             let (applied, required) = (self.applied.reconcile(), &self.applied.position);
@@ -141,7 +142,7 @@ impl Agent {
         true
     }
 
-    fn apply_archive(&mut self, bytes: &[u8], head: &Edition, current: &Position) {
+    fn apply_archive(&mut self, bytes: &[u8], head: &CachedSnapshot, current: &Position) {
         self.applied.archive_by_halves(bytes, i10);
         i10(&self.applied);
         if self.name == AUTO {
@@ -151,7 +152,7 @@ impl Agent {
         self.record_head(head, current);
     }
 
-    fn record_head(&mut self, head: &Edition, current: &Position) {
+    fn record_head(&mut self, head: &CachedSnapshot, current: &Position) {
         self.applied.proven = current.clone().after(&self.applied.proven);
         self.applied.position = head.newest().after(&self.applied.position);
         self.is_whole = self.applied.revision() == head.view.revision;
@@ -236,7 +237,7 @@ impl Agent {
         }
         let Some(document) = self.document else { return false };
         let is_looked_at = |kind: Kind| !document.is_limited() || !LIMITED.contains(&kind);
-        for kind in [Kind::Policies, Kind::Data, Kind::Pods, Kind::Nodes] {
+        for kind in [Kind::PolicyRegistry, Kind::Data, Kind::Pods, Kind::Nodes] {
             let latest = self.latest.entry(kind).or_default();
             *latest = (*latest).max(proven.of(kind.position_name()).unwrap_or(0));
         }

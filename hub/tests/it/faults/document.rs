@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fastrand::Rng;
-use opa_hub::bundle::fields::Fields;
-use opa_hub::bundle::kept::Kept;
-use opa_hub::bundle::spec::{AutoReplication, Scoped, Spec};
+use opa_hub::fields::mask::FieldMask;
+use opa_hub::fields::masks::FieldMasks;
+use opa_hub::spec::{AutoReplication, BundleSpec, NamespaceScoping};
 use opa_hub_proto::path::DirPath;
 
 use crate::invariants;
@@ -98,8 +98,8 @@ impl Document {
         if self.is_small { OBJECTS_MAX / SMALL_COMMIT } else { 2 }
     }
 
-    pub(super) fn spec(&self) -> Spec {
-        let mut spec = Spec::of_feeds(self.name, invariants::feeds());
+    pub(super) fn spec(&self) -> BundleSpec {
+        let mut spec = BundleSpec::of_feeds(self.name, invariants::feeds());
         spec.max_bytes = self.max_bytes;
         if self.is_small {
             spec.limits.log_commits_max = SMALL_LOG;
@@ -115,12 +115,12 @@ impl Document {
         }
         if self.is_scoped {
             let root = "/kubernetes".parse().unwrap();
-            spec.scoped = Some(Scoped { root, whole: BTreeSet::new() });
+            spec.scoped = Some(NamespaceScoping { root, whole: BTreeSet::new() });
         }
         if let Some(fields) = self.fields {
             let pods: DirPath = "/kubernetes/pods".parse().unwrap();
-            let fields = Fields::parse(fields.iter().copied()).unwrap();
-            spec.fields.given = Kept::new(BTreeMap::from([(pods.clone(), fields)]), Fields::all());
+            let fields = FieldMask::parse(fields.iter().copied()).unwrap();
+            spec.fields.given = FieldMasks::new(BTreeMap::from([(pods.clone(), fields)]), FieldMask::all());
             spec.fields.follows.places.insert(pods);
         }
         spec

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use opa_hub::bundle::Bundle;
-use opa_hub::bundles::Bundles;
+use opa_hub::bundle::registry::BundleRegistry;
+use opa_hub::health::Health;
+use opa_hub::model::WatchSet;
 use opa_hub::model::{Event, Object, Version, WatchId};
-use opa_hub::readiness::Readiness;
-use opa_hub::store::{Store, Wanted};
+use opa_hub::store::Store;
 
 use super::World;
 use super::document::Document;
@@ -18,16 +19,16 @@ use super::written::Written;
 /// Rounds that resolve all dependencies: document, watch, list, check, snapshot.
 const SETTLE_ROUNDS: usize = 6;
 /// Events of a failing watch.
-const FAILS: [Event; 1] = [Event::Unavailable];
+const FAILS: [Event; 1] = [Event::Failed];
 /// Events of an unknown resource.
-const NOT_SERVED: [Event; 2] = [Event::Unavailable, Event::Refused];
+const NOT_SERVED: [Event; 2] = [Event::Failed, Event::Denied];
 
 pub(super) struct Hub {
     store: Arc<Store>,
-    wanted: Wanted,
+    wanted: WatchSet,
     watches: BTreeMap<WatchId, Watching>,
     slots: BTreeMap<&'static str, Slot>,
-    served: Bundles,
+    served: BundleRegistry,
     pub(super) streams: Streams,
 }
 
@@ -63,7 +64,7 @@ enum Trouble {
 }
 
 impl Watching {
-    /// Policies are served without failing watches; for services that would break I10.
+    /// PolicyRegistry are served without failing watches; for services that would break I10.
     fn may_fail(&self) -> bool {
         self.was_listed || self.kind != Kind::Services
     }
@@ -71,13 +72,13 @@ impl Watching {
 
 impl Hub {
     pub(super) fn start(world: &mut World) -> Self {
-        let store = Arc::new(Store::new(Readiness::default()));
+        let store = Arc::new(Store::new(Health::default()));
         let mut hub = Self {
             wanted: store.wanted(),
             store,
             watches: BTreeMap::new(),
             slots: BTreeMap::new(),
-            served: Bundles::default(),
+            served: BundleRegistry::default(),
             streams: Streams::default(),
         };
         hub.reconcile(world);
@@ -166,7 +167,7 @@ impl Hub {
         self.slots.get_mut(name).map(|slot| &mut slot.running)
     }
 
-    /// Bundles remove fields that only older policies read.
+    /// BundleRegistry remove fields that only older policies read.
     pub(super) fn narrow(&mut self, world: &mut World) {
         for written in self.written() {
             written.narrow(&mut world.seen);
@@ -248,7 +249,7 @@ impl Hub {
         }
         if is_all && bookmarks {
             watching.delivered = world.source.version();
-            self.store.apply((id, Event::Quiet, Some(Version(watching.delivered))));
+            self.store.apply((id, Event::Bookmark, Some(Version(watching.delivered))));
         }
     }
 
@@ -331,7 +332,7 @@ impl Hub {
         }
     }
 
-    /// Ends all faults.
+    /// WriterHandles all faults.
     pub(super) fn settle(&mut self, world: &mut World) {
         for _ in 0..SETTLE_ROUNDS {
             self.reconcile(world);

@@ -1,4 +1,4 @@
-//! Fault test of a source, hub replicas with several bundles, and agents. The faults:
+//! Diagnostic test of a source, hub replicas with several bundles, and agents. The faults:
 //!
 //! - hubs lag, relist, or restart without state
 //! - watches fail or are silent; the server is restored from a backup; resources appear and disappear
@@ -24,8 +24,8 @@ mod written;
 use std::collections::BTreeMap;
 
 use fastrand::Rng;
-use opa_hub::config::SCOPE_IDLE;
-use opa_hub::policy::candidates::LastGood;
+use opa_hub::bundle::namespaces::SCOPE_IDLE;
+use opa_hub::policy::registry::LastGood;
 
 use self::agent::Agent;
 use self::document::{Document, FIELDS};
@@ -212,7 +212,7 @@ impl Run {
         }
     }
 
-    /// Ends all faults temporarily; `is_mended` also fixes user errors.
+    /// WriterHandles all faults temporarily; `is_mended` also fixes user errors.
     async fn quiet(&mut self, is_mended: bool) {
         let Self { world, hubs, agents } = self;
         world.source.end_faults();

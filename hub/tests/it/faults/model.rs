@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use opa_hub::bundle::view::View;
-use opa_hub::bundle::{Bundle, Edition, Part};
+use opa_hub::bundle::{Bundle, CachedSnapshot};
 use opa_hub::model::ObjectKey;
+use opa_hub::snapshot::Snapshot;
+use opa_hub::snapshot::bundle_archive::ArchiveKind;
 use serde_json::{Map, Value};
 
 use super::document::{Document, FIELDS};
@@ -28,7 +29,7 @@ pub(super) struct Asked {
     pub(super) context: String,
 }
 
-pub(super) fn units_of(view: &View) -> Units {
+pub(super) fn units_of(view: &Snapshot) -> Units {
     let dirs = view.dirs.iter().map(|(path, dir)| {
         let mut json = Vec::new();
         dir.write_json(&mut json);
@@ -64,7 +65,7 @@ fn units<'a>(
     for (id, text) in modules {
         let path: Vec<_> = id.split('/').collect();
         let [namespace, name, file] = path[..] else { panic!("{id} has no ConfigMap") };
-        let unit = units.entry((Kind::Policies, key(namespace, name))).or_insert(Value::Null);
+        let unit = units.entry((Kind::PolicyRegistry, key(namespace, name))).or_insert(Value::Null);
         unit[file] = text.into();
     }
     units
@@ -142,17 +143,22 @@ impl Asked {
     }
 
     /// Checks that every archive and reconcile response produces the snapshot, also from the content of `others`.
-    pub(super) async fn check_archives(&self, source: &Source, head: &Arc<Edition>, others: &[AppliedState]) {
+    pub(super) async fn check_archives(
+        &self,
+        source: &Source,
+        head: &Arc<CachedSnapshot>,
+        others: &[AppliedState],
+    ) {
         let expected = units_of(&head.view);
         let mut whole = AppliedState::empty();
-        for part in [Part::Policy, Part::Data] {
+        for part in [ArchiveKind::Policy, ArchiveKind::Data] {
             // Data and policy archives together.
             let bytes = archive(head, part).await;
             whole.archive(&bytes);
         }
         assert_eq!(units_held(&whole), expected, "{self}: data and policy archives equal the full one");
         let mut whole = AppliedState::empty();
-        let bytes = archive(head, Part::Whole).await;
+        let bytes = archive(head, ArchiveKind::Full).await;
         whole.archive(&bytes);
         assert_eq!((units_held(&whole), whole.revision()), (expected, head.view.revision), "{self}");
         self.check_all(source, &units_held(&whole));
@@ -172,7 +178,7 @@ impl Asked {
 
 /// Read annotations of the policies.
 fn lines_of(units: &Units) -> BTreeSet<&str> {
-    let policies = units.iter().filter(|((kind, _), _)| *kind == Kind::Policies);
+    let policies = units.iter().filter(|((kind, _), _)| *kind == Kind::PolicyRegistry);
     let texts = policies.flat_map(|(_, texts)| texts.as_object().into_iter().flat_map(Map::values));
     lines(texts.filter_map(Value::as_str))
 }
@@ -185,11 +191,11 @@ fn given<'a>(fields: &[&'a str]) -> Vec<Vec<&'a str>> {
 /// Maximum number of responses: one may contain fields of older policies.
 pub(super) const RECONCILES_MAX: usize = 2;
 
-pub(super) async fn archive(head: &Arc<Edition>, part: Part) -> Vec<u8> {
+pub(super) async fn archive(head: &Arc<CachedSnapshot>, part: ArchiveKind) -> Vec<u8> {
     in_no_time(head.archive(part)).await.pieces.concat()
 }
 
-pub(super) async fn answer(head: &Arc<Edition>, applied: &AppliedState) -> Vec<u8> {
+pub(super) async fn answer(head: &Arc<CachedSnapshot>, applied: &AppliedState) -> Vec<u8> {
     in_no_time(head.reconcile(applied.reconcile())).await.unwrap().0.pieces.concat()
 }
 

@@ -1,9 +1,9 @@
-//! Reads of the fault test's policies. Policies declare them in lines such as `# reads services` or
+//! ReadSet of the fault test's policies. PolicyRegistry declare them in lines such as `# reads services` or
 //! `# reads pods metadata.labels.app`; a path that ends with `!` reads the whole subtree.
 
 use std::collections::BTreeSet;
 
-use opa_hub::policy::analyze::{Extent, Place, Reads, Step};
+use opa_hub::policy::dataflow::{Place, ReadDepth, ReadSet, Segment};
 use serde_json::Value;
 
 use super::source::ALWAYS;
@@ -21,7 +21,7 @@ pub(super) const READABLE: [&str; 9] = [
     "pods spec.image",
     "pods spec.size.cpu",
 ];
-/// Fields of every pod.
+/// FieldMask of every pod.
 const LEAVES: [&str; 8] = [
     "kind",
     "metadata.labels.app",
@@ -45,21 +45,21 @@ pub(super) fn paths<'a>(lines: &BTreeSet<&'a str>) -> Vec<Vec<&'a str>> {
 }
 
 /// Returns `lines` as the hub's analysis would.
-pub(super) fn analyzed(lines: &BTreeSet<&str>) -> Reads {
+pub(super) fn analyzed(lines: &BTreeSet<&str>) -> ReadSet {
     let places = paths(lines).into_iter().flat_map(|path| {
         let pods = ["kubernetes", "pods", "*", "*"];
         let steps: Vec<_> = pods.into_iter().chain(path).collect();
         (1..=steps.len()).map(move |length| place(&steps[..length])).collect::<Vec<_>>()
     });
-    Reads::of(places, &[])
+    ReadSet::of(places, &[])
 }
 
-fn place(path: &[&str]) -> (Place, Extent) {
+fn place(path: &[&str]) -> (Place, ReadDepth) {
     let (path, extent) = match path.split_last() {
-        Some((&"!", above)) => (above, Extent::Whole),
-        _ => (path, Extent::Shallow),
+        Some((&"!", above)) => (above, ReadDepth::Whole),
+        _ => (path, ReadDepth::Shallow),
     };
-    let step = |name: &&str| if *name == "*" { Step::Any } else { Step::Name((*name).into()) };
+    let step = |name: &&str| if *name == "*" { Segment::Wildcard } else { Segment::Key((*name).into()) };
     (path.iter().map(step).collect(), extent)
 }
 

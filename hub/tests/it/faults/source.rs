@@ -16,7 +16,7 @@ const BACKUP_AGE_MAX: u64 = 30;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum Kind {
-    Policies,
+    PolicyRegistry,
     Data,
     Pods,
     Nodes,
@@ -38,7 +38,7 @@ pub(super) struct Source {
     has_no_jobs: bool,
     /// Number of restores. Versions of different epochs are not comparable.
     pub(super) epoch: usize,
-    /// Changed objects by version.
+    /// ChangeSet objects by version.
     changes: BTreeMap<Kind, Vec<(u64, ObjectKey)>>,
     /// History of each object by version.
     objects: BTreeMap<Kind, BTreeMap<ObjectKey, Vec<(u64, Content)>>>,
@@ -49,12 +49,12 @@ pub(super) struct Source {
 
 impl Kind {
     pub(super) const ALL: [Self; 6] =
-        [Self::Policies, Self::Data, Self::Pods, Self::Nodes, Self::Services, Self::Jobs];
+        [Self::PolicyRegistry, Self::Data, Self::Pods, Self::Nodes, Self::Services, Self::Jobs];
     pub(super) const AUTO: [Self; 2] = [Self::Services, Self::Jobs];
 
     pub(super) fn plural(self) -> &'static str {
         match self {
-            Self::Policies => "policies",
+            Self::PolicyRegistry => "policies",
             Self::Data => "data",
             Self::Pods => "pods",
             Self::Nodes => "nodes",
@@ -70,7 +70,7 @@ impl Kind {
 
     pub(super) fn position_name(self) -> &'static str {
         match self {
-            Self::Policies => "policies",
+            Self::PolicyRegistry => "policies",
             Self::Data => "data",
             Self::Pods => "/kubernetes/pods",
             Self::Nodes => "/kubernetes/nodes",
@@ -81,7 +81,7 @@ impl Kind {
 
     /// Whether replicated and namespaced.
     pub(super) fn is_scoped(self) -> bool {
-        !matches!(self, Self::Policies | Self::Data | Self::Nodes)
+        !matches!(self, Self::PolicyRegistry | Self::Data | Self::Nodes)
     }
 }
 
@@ -167,7 +167,7 @@ impl Source {
             return self.put(kind, key, before);
         }
         let (kind, names) = match rng.u8(..12) {
-            0..2 => (Kind::Policies, 4),
+            0..2 => (Kind::PolicyRegistry, 4),
             2..5 => (Kind::Data, 5),
             5..9 => (Kind::Pods, 8),
             9 => (Kind::Nodes, 6),
@@ -179,7 +179,7 @@ impl Source {
         }
         let (namespace, name) = (rng.u8(..3), rng.u8(..names));
         let content = rng.bool().then(|| match kind {
-            Kind::Policies => policies(name, rng),
+            Kind::PolicyRegistry => policies(name, rng),
             Kind::Data => data(rng),
             _ => object(rng),
         });
@@ -318,7 +318,9 @@ fn texts(value: &Value) -> impl Iterator<Item = (&String, &str)> {
 /// Whether a hub accepts the object, considered alone.
 fn is_good(kind: Kind, value: &Value) -> bool {
     match kind {
-        Kind::Policies => texts(value).all(|(_, text)| text.starts_with("package ") && !text.contains(WRONG)),
+        Kind::PolicyRegistry => {
+            texts(value).all(|(_, text)| text.starts_with("package ") && !text.contains(WRONG))
+        }
         Kind::Data => texts(value).all(|(_, text)| text.starts_with('{')),
         _ => true,
     }
@@ -327,7 +329,7 @@ fn is_good(kind: Kind, value: &Value) -> bool {
 /// Served content of an accepted object.
 pub(super) fn served(kind: Kind, value: &Value) -> Value {
     match kind {
-        Kind::Policies => value["data"].clone(),
+        Kind::PolicyRegistry => value["data"].clone(),
         Kind::Data => {
             let entries = texts(value).map(|(file, text)| (file.clone(), text.parse().unwrap()));
             Value::Object(entries.collect())

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use opa_hub::bundle::{Bundle, Edition, Next};
+use opa_hub::bundle::{Bundle, CachedSnapshot, CatchUp};
 use opa_hub_proto::revision::Revision;
 use tokio::sync::watch::Receiver;
 
@@ -15,7 +15,7 @@ pub(super) struct Stream {
     pub(super) id: u64,
     pub(super) name: &'static str,
     pub(super) namespace: &'static str,
-    head: Receiver<Option<Arc<Edition>>>,
+    head: Receiver<Option<Arc<CachedSnapshot>>>,
     pub(super) applied: Revision,
     wire: Wire,
 }
@@ -59,14 +59,14 @@ impl Streams {
             let is_over = stream.head.has_changed().is_err();
             let Some(head) = stream.head.borrow().clone() else { return !is_over };
             match head.next(stream.applied) {
-                Next::UpToDate => {}
-                Next::Frames(frames) => {
+                CatchUp::UpToDate => {}
+                CatchUp::Frame(frames) => {
                     under_way.bytes.extend(&frames[..]);
                     under_way.ends.push_back(head.view.revision.to_string());
                     stream.applied = head.view.revision;
                 }
                 // Bytes in transit still arrive.
-                Next::Unknown => {
+                CatchUp::TooOld => {
                     behind += 1;
                     return false;
                 }

@@ -5,12 +5,13 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use opa_hub::bundle::Bundle;
-use opa_hub::model::{Content, Feed, Resource, Scope};
-use opa_hub::pipeline::Said;
-use opa_hub::policy::analyze::Reads;
-use opa_hub::policy::candidates::LastGood;
-use opa_hub::policy::settle::{Candidates, Outcome, Selection, settle};
-use opa_hub::policy::verdict::{Fault, Location};
+use opa_hub::model::{Content, NamespaceSelector, Resource, WatchSpec};
+use opa_hub::pipeline::WriterCommand;
+use opa_hub::policy::candidate::{Candidates, Resolution, Selection};
+use opa_hub::policy::dataflow::ReadSet;
+use opa_hub::policy::registry::LastGood;
+use opa_hub::policy::resolve::settle;
+use opa_hub::policy::verdict::{Diagnostic, Location};
 use opa_hub::store::Store;
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::Revision;
@@ -33,7 +34,7 @@ pub(super) struct Written {
     /// Kinds replicated because policies read them.
     auto: BTreeSet<Kind>,
     /// Accepted outcome, until its resources are available.
-    opening: Option<(Outcome, oneshot::Receiver<()>)>,
+    opening: Option<(Resolution, oneshot::Receiver<()>)>,
 }
 
 impl Written {
@@ -97,7 +98,7 @@ impl Written {
         self.job = self.job.take().or_else(|| self.writer.ends.jobs.try_recv().ok());
         if self.job.is_none() && self.reads_all && !self.plan_fails {
             seen.add("rechecks");
-            self.writer.pipeline.hear(Said::Recheck);
+            self.writer.pipeline.hear(WriterCommand::Recheck);
             self.commit(None);
             self.job = self.writer.ends.jobs.try_recv().ok();
         }
@@ -119,40 +120,42 @@ impl Written {
     }
 
     /// Kinds replicated for these policies.
-    fn replicated_for(&self, outcome: &Outcome) -> BTreeSet<Kind> {
+    fn replicated_for(&self, outcome: &Resolution) -> BTreeSet<Kind> {
         let lines = lines(outcome);
         Kind::AUTO.into_iter().filter(|kind| self.document.is_auto && lines.contains(kind.plural())).collect()
     }
 
     /// Subscribes to newly read kinds.
-    fn open(&mut self, new: &BTreeSet<Kind>, outcome: Outcome, seen: &mut Seen) {
+    fn open(&mut self, new: &BTreeSet<Kind>, outcome: Resolution, seen: &mut Seen) {
         seen.add("watches opened");
         let (settled, until) = oneshot::channel();
-        let feed = |kind: &Kind| Feed {
+        let feed = |kind: &Kind| WatchSpec {
             resource: Resource::named(kind.plural()),
-            scope: Scope::Namespaces { ignored: Vec::new() },
+            scope: NamespaceSelector::AllExcept { ignored: Vec::new() },
             labels: Vec::new(),
             content: Content::Resource(place(*kind)),
         };
-        self.writer.pipeline.hear(Said::Opened { feeds: new.iter().map(feed).collect(), settled });
+        self.writer
+            .pipeline
+            .hear(WriterCommand::AddWatches { feeds: new.iter().map(feed).collect(), settled });
         self.commit(None);
         self.auto.extend(new);
         seen.add_if(new.iter().any(|kind| !opened(self.bundle()).contains(kind)), "path conflicts");
         self.opening = Some((outcome, until));
     }
 
-    fn accept(&mut self, outcome: Outcome, seen: &mut Seen) {
+    fn accept(&mut self, outcome: Resolution, seen: &mut Seen) {
         let replicated = self.replicated_for(&outcome);
         let lines = lines(&outcome);
         let is_cut = self.document.fields.is_some();
         self.reads_all = is_cut && self.plan_fails;
         seen.add_if(self.reads_all, "checks without a plan");
-        let reads = if self.reads_all { Reads::everything() } else { reads::analyzed(&lines) };
+        let reads = if self.reads_all { ReadSet::everything() } else { reads::analyzed(&lines) };
         let reads = is_cut.then_some(reads);
         seen.add_if(!self.auto.is_subset(&replicated), "watches closed");
         self.auto = replicated;
         let resources = self.document.is_auto.then(|| self.auto.iter().map(|kind| place(*kind)).collect());
-        self.writer.pipeline.hear(Said::Checked { outcome, reads, resources });
+        self.writer.pipeline.hear(WriterCommand::ApplyCheck { outcome, reads, resources });
         self.commit(None);
     }
 
@@ -186,18 +189,18 @@ fn place(kind: Kind) -> DirPath {
 }
 
 /// Read lines of these policies.
-fn lines(outcome: &Outcome) -> BTreeSet<&str> {
+fn lines(outcome: &Resolution) -> BTreeSet<&str> {
     let modules = outcome.accepted.values().flat_map(|texts| texts.modules.values());
     reads::lines(modules.map(|module| module.text.as_str()))
 }
 
 /// The fake checker's diagnostics.
-fn faults(selection: &Selection) -> Vec<Fault> {
+fn faults(selection: &Selection) -> Vec<Diagnostic> {
     let modules = selection.values().flat_map(|selected| &selected.texts.modules);
     let wrong = modules.filter(|(_, module)| module.text.contains(WRONG));
     let fault = |id: &String| {
         let location = Location { file: id.clone(), row: 2, col: 1 };
-        Fault { location: Some(location), ..Fault::new("rego_type_error", "wrong") }
+        Diagnostic { location: Some(location), ..Diagnostic::new("rego_type_error", "wrong") }
     };
     wrong.map(|(id, _)| fault(id)).collect()
 }
