@@ -5,7 +5,7 @@
 //!  manifest folder  ┴ source ─Event→ store ─Change→ bundle (project, view, log, snapshot) ─→ serve ─HTTP→ agent, OPA
 //! ```
 //!
-//! Data flows one way. BundleRegistry share the objects in `store`. `pipeline` is the single writer of a bundle and publishes
+//! Data flows one way. Bundles share the objects in `store`. `pipeline` is the single writer of a bundle and publishes
 //! immutable snapshots; `serve` only reads. `documents` and `bundles` manage the running bundles, `app` joins all parts.
 
 pub mod app;

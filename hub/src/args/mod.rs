@@ -77,38 +77,38 @@ pub(crate) struct Flags {
         value_name = "NS,…",
         value_delimiter = ',',
         default_value = "*",
-        help_heading = "PolicyRegistry and data"
+        help_heading = "Policies and data"
     )]
     namespaces: Vec<String>,
     /// Load policies from labelled ConfigMaps
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
-          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "PolicyRegistry and data")]
+          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Policies and data")]
     enable_policies: bool,
     /// Label of policy ConfigMaps
     #[arg(
         long,
         value_name = "LABEL",
         default_value = "openpolicyagent.org/policy",
-        help_heading = "PolicyRegistry and data"
+        help_heading = "Policies and data"
     )]
     policy_label: String,
     /// Value of the policy label
-    #[arg(long, value_name = "VALUE", default_value = "rego", help_heading = "PolicyRegistry and data")]
+    #[arg(long, value_name = "VALUE", default_value = "rego", help_heading = "Policies and data")]
     policy_value: String,
     /// Load JSON data from labelled ConfigMaps
     #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1,
-          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "PolicyRegistry and data")]
+          require_equals = true, action = ArgAction::Set, value_parser = boolean, help_heading = "Policies and data")]
     enable_data: bool,
     /// Label of data ConfigMaps; wins over the policy label
     #[arg(
         long,
         value_name = "LABEL",
         default_value = "openpolicyagent.org/data",
-        help_heading = "PolicyRegistry and data"
+        help_heading = "Policies and data"
     )]
     data_label: String,
     /// Value of the data label
-    #[arg(long, value_name = "VALUE", default_value = "opa", help_heading = "PolicyRegistry and data")]
+    #[arg(long, value_name = "VALUE", default_value = "opa", help_heading = "Policies and data")]
     data_value: String,
 
     /// Replicate a namespaced resource, e.g. v1/pods or apps/v1/deployments; repeatable
@@ -180,7 +180,7 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "NS", env = "POD_NAMESPACE", help_heading = "Checking policies")]
     namespace: Option<String>,
 
-    /// History level: error, warn, info, debug or trace; RUST_LOG overrides it
+    /// Log level: error, warn, info, debug or trace; RUST_LOG overrides it
     #[arg(
         long,
         value_name = "LEVEL",
@@ -190,7 +190,7 @@ pub(crate) struct Flags {
         help_heading = "Logging"
     )]
     log_level: tracing::Level,
-    /// History format
+    /// Log format
     #[arg(
         long,
         value_name = "FORMAT",

@@ -24,9 +24,9 @@ use crate::policy::dataflow::ReadSet;
 use crate::policy::verdict::VerdictBoard;
 use crate::snapshot::archive::Archive;
 use crate::snapshot::bundle_archive::{self, SegmentCache};
+use crate::snapshot::frame;
 use crate::snapshot::history::History;
 use crate::snapshot::{Batch, Directory, Snapshot, within};
-use crate::snapshot::{delta, frame};
 use crate::spec::NamespaceScoping;
 
 /// Minimum interval of bundle archives. OPA parses each one completely.
@@ -115,7 +115,6 @@ pub struct Counters {
     pub(crate) agents: AtomicI64,
     /// Archives sent, by [`ArchiveKind`].
     pub(crate) snapshots: [AtomicU64; 3],
-    pub(crate) native_deltas: AtomicU64,
     pub(crate) reconciles: AtomicU64,
     pub(crate) unknown_revisions: AtomicU64,
 }
@@ -223,7 +222,7 @@ impl Budget {
     }
 }
 
-/// CatchUp step for a stream.
+/// Next step for a stream.
 pub enum CatchUp {
     /// The client is at the head.
     UpToDate,
@@ -431,7 +430,7 @@ impl Bundle {
         self.reading.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Cost of each replicated resource. ReadSet all replicated objects.
+    /// Cost of each replicated resource. Reads all replicated objects.
     pub(crate) fn forecast(&self) -> Vec<cost::Resource> {
         let (reading, edition) = (self.reading(), self.head.borrow().clone());
         let Some(edition) = edition else { return Vec::new() };
@@ -564,7 +563,7 @@ impl CachedSnapshot {
         tokio::task::spawn_blocking(move || edition.next(from)).await.expect("encoding does not panic")
     }
 
-    /// CatchUp step for a client at `from`. Each frame is encoded once (I4).
+    /// Next step for a client at `from`. Each frame is encoded once (I4).
     pub fn next(&self, from: Revision) -> CatchUp {
         if from == self.view.revision {
             return CatchUp::UpToDate;
@@ -707,10 +706,6 @@ impl CachedSnapshot {
         let view = widened.as_ref().unwrap_or(&self.view);
         let dirs = view.dirs.iter().map(|(path, dir)| (path.clone(), Arc::clone(dir)));
         Some(view.with_dirs(dirs.chain(retained).collect()))
-    }
-
-    pub(crate) fn native_delta(&self, from: Revision) -> Option<Archive> {
-        delta::encode(&self.view, &self.log, from, &self.bundle)
     }
 }
 

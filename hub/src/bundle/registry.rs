@@ -1,4 +1,4 @@
-//! BundleRegistry by name.
+//! Bundles by name.
 
 use crate::bundle::Bundle;
 use crate::store::Store;

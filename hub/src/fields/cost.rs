@@ -41,7 +41,7 @@ pub(crate) struct Resource {
 #[derive(Serialize, Debug)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Field {
-    /// WriterHandles with `…` if all fields below are included.
+    /// Ends with `…` if all fields below are included.
     pub(crate) path: String,
     /// Estimated from a sample.
     pub(crate) json_bytes: usize,
@@ -105,7 +105,7 @@ fn size_of_fields(fields: &FieldMask, object: &Bytes) -> usize {
     fields.cut_object(object).map_or(0, |cut| cut.len().saturating_sub(2))
 }
 
-/// FieldMask of unpruned objects, two levels deep.
+/// Fields of unpruned objects, two levels deep.
 fn top_level_fields(objects: &[&Sample]) -> Vec<(Vec<Segment>, ReadDepth)> {
     fn members(json: &str) -> Vec<(String, &str)> {
         let members = serde_json::from_str::<Members>(json).map(|members| members.0).unwrap_or_default();

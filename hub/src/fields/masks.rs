@@ -110,7 +110,7 @@ impl FieldMasks {
     }
 }
 
-/// FieldMask that are read of objects `depth` names below `place`.
+/// Fields that are read of objects `depth` names below `place`.
 fn fields_read(reads: &ReadSet, place: &DirPath, depth: usize) -> FieldMask {
     let mut fields = FieldMask::default();
     for (path, extent, _) in reads.of_objects(place, depth) {

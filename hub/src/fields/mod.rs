@@ -1,4 +1,4 @@
-//! FieldMask of replicated objects that are served, and their cost.
+//! Fields of replicated objects that are served, and their cost.
 
 pub(crate) mod cost;
 pub mod mask;

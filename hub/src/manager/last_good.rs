@@ -39,7 +39,7 @@ pub const LAST_GOOD_SETTLE: Duration = Duration::from_millis(100);
 
 const SUBJECT: &str = "last good policies";
 const FILE: &str = "last-good.json.gz";
-/// SizeQuota of the API server.
+/// Limit of the API server.
 const OBJECT_NAME_MAX: usize = 253;
 /// Leaves room for prefix and digest within [`OBJECT_NAME_MAX`].
 const READABLE_CHARS_MAX: usize = 200;

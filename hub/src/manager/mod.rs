@@ -135,7 +135,7 @@ impl BundleController {
                 tracing::info!("waiting for documents of kind Bundle");
             }
         }
-        // BundleRegistry of rejected documents stay.
+        // Bundles of rejected documents stay.
         let removed = self.managed.extract_if(.., |name, _| self.is_settled && !desired.names.contains(name));
         for (name, managed) in removed.collect::<Vec<_>>() {
             tracing::info!(bundle = name, "document deleted, bundle removed");
@@ -256,7 +256,7 @@ struct Desired {
 }
 
 impl DocumentFile {
-    /// ReadSet the file if it changed. On failure the last documents stay.
+    /// Reads the file if it changed. On failure the last documents stay.
     fn poll(&mut self) {
         let stamp = |file: Metadata| Some((file.modified().ok()?, file.len(), file.ino()));
         let now = std::fs::metadata(&self.path).ok().and_then(stamp);

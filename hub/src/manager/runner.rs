@@ -1,4 +1,4 @@
-//! RunningBundle bundles, each on its own threads.
+//! Running bundles, each on its own threads.
 
 use crate::bundle::registry::BundleRegistry;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ pub struct BundleFactory {
     pub bundles: Arc<BundleRegistry>,
 }
 
-/// RunningBundle bundle. Its tasks stop on drop.
+/// Running bundle. Its tasks stop on drop.
 pub struct RunningBundle {
     /// Specification.
     pub spec: Arc<BundleSpec>,

@@ -1,7 +1,7 @@
-//! Single writer of a bundle. Pending changes become one snapshot. PolicyRegistry are checked concurrently, so data never waits
+//! Single writer of a bundle. Pending changes become one snapshot. Policies are checked concurrently, so data never waits
 //! for the compiler.
 //!
-//! PolicyRegistry count as observed after their check, a list at its end. A failed watch has observed nothing, unless the
+//! Policies count as observed after their check, a list at its end. A failed watch has observed nothing, unless the
 //! source denies or does not serve the resource.
 
 pub mod auto_replication;
@@ -31,7 +31,7 @@ pub const POLICIES: &str = "policies checked";
 
 /// Command to the writer.
 pub enum WriterCommand {
-    /// PolicyRegistry accepted before a restart.
+    /// Policies accepted before a restart.
     RestoreLastGood(LastGood),
     /// Result of the running check.
     ApplyCheck {
@@ -55,7 +55,7 @@ pub enum WriterCommand {
 
 /// Receivers of a writer's output.
 pub struct WriterHandles {
-    /// PolicyRegistry to check, one set at a time.
+    /// Policies to check, one set at a time.
     pub jobs: mpsc::UnboundedReceiver<Arc<Candidates>>,
     /// Accepted policies; `None` before the first check.
     pub good: watch::Receiver<Option<LastGood>>,

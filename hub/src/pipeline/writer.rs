@@ -30,9 +30,9 @@ pub struct BundleWriter {
     snapshot: Snapshot,
     history: History,
     observed: Watermarks,
-    /// PolicyRegistry in the running check.
+    /// Policies in the running check.
     in_check: Watermarks,
-    /// PolicyRegistry in the last complete check.
+    /// Policies in the last complete check.
     verified: Watermarks,
     bundle: Arc<Bundle>,
     readiness: Health,

@@ -67,7 +67,7 @@ pub struct Selected<'a> {
     pub is_changed: bool,
 }
 
-/// NamespaceSelector of an [`Resolution`].
+/// Scope of an [`Resolution`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Progress {
     /// All candidates.
@@ -94,7 +94,7 @@ pub struct Resolution {
     pub checks: usize,
     /// Failure of the last good modules.
     pub failure: Option<Box<Diagnostic>>,
-    /// NamespaceSelector of the result.
+    /// Scope of the result.
     pub progress: Progress,
 }
 

@@ -33,7 +33,7 @@ const NESTING_MAX: usize = 8;
 const STRINGS_MAX: usize = 64;
 /// Maximum length of a tracked list.
 const LIST_MAX: usize = 256;
-/// FieldMask that differ between any two objects.
+/// Fields that differ between any two objects.
 const IDENTITY: [&[&str]; 4] =
     [&["apiVersion"], &["kind"], &["metadata", "name"], &["metadata", "namespace"]];
 
@@ -520,7 +520,7 @@ impl Analysis<'_> {
             "WithStmt" => {
                 let value = operand(self, "value");
                 if stmt.has_path() {
-                    // ReadSet of the replaced path are recorded separately.
+                    // Reads of the replaced path are recorded separately.
                     self.read_deep(&value, site.as_ref());
                 } else {
                     self.assign(scope, stmt, "local", &value);

@@ -17,7 +17,7 @@ use crate::policy::plan::{Plan, Site};
 /// Data that policies read.
 #[derive(Clone, Debug, Default)]
 pub struct Found {
-    /// ReadSet of all decisions.
+    /// Reads of all decisions.
     pub reads: ReadSet,
     /// Decisions that cannot be analysed, with the reason.
     pub opaque: BTreeMap<DirPath, String>,

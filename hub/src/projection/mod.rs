@@ -51,7 +51,7 @@ pub(crate) struct Projector {
     directories_max: usize,
     dirs: BTreeMap<DirPath, DirOwner>,
     policies: PolicyRegistry,
-    /// ReadSet of whole objects despite automatic fields.
+    /// Reads of whole objects despite automatic fields.
     whole_reads: Vec<(Site, InputId)>,
     refused: BTreeMap<ObjectId, RejectedObject>,
     configmaps: BTreeMap<ObjectKey, ConfigMapState>,

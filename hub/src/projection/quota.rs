@@ -18,7 +18,7 @@ pub(crate) struct SizeQuota {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct QuotaExceeded {
     pub(crate) max: usize,
-    /// WatchSpec with most data, which has `bytes`.
+    /// Watch with most data, which has `bytes`.
     pub(crate) heaviest: InputId,
     pub(crate) bytes: usize,
 }

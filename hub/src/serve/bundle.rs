@@ -5,50 +5,35 @@
 //! - OPA compares the content type byte by byte, and expects no `Content-Encoding` on a gzip'd tar.
 //! - With `--fields auto`, policies and data must come in one bundle: `/policy` and `/data` are rejected for OPA.
 
-use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{ConnectInfo, Path, Query, State};
+use axum::extract::{Path, Query, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, IF_NONE_MATCH, USER_AGENT};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::stream;
 use opa_hub_proto::poll::{BUNDLE_TYPE, OPA_AGENT, Tag, entity_tags, wait};
 use opa_hub_proto::position::POSITION_HEADER;
-use opa_hub_proto::revision::Revision;
 use serde::Deserialize;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::bundle::{Bundle, CachedSnapshot};
+use crate::serve::Hub;
 use crate::serve::error::Error;
-use crate::serve::{Hub, Shared};
 use crate::snapshot::archive::Archive;
 use crate::snapshot::bundle_archive::ArchiveKind;
-
-/// Maximum clients remembered for a failed native delta.
-const DELTA_CLIENTS_MAX: usize = 4096;
 
 /// Maximum duration of a long poll. OPA's default is 30 s.
 pub(super) const LONG_POLL_MAX: Duration = Duration::from_secs(300);
 
-/// A request repeated within this time means that the client failed to apply the delta.
-const DELTA_RETRY: Duration = Duration::from_secs(60);
-
 #[derive(Deserialize)]
 pub(super) struct Options {
-    #[serde(default)]
-    delta: bool,
     namespace: Option<String>,
 }
-
-/// Recent native deltas by client and base revision.
-#[derive(Default)]
-pub(super) struct DeltaClients(Mutex<HashMap<(IpAddr, Revision), Instant>>);
 
 pub(super) async fn get(
     part: ArchiveKind,
@@ -56,7 +41,6 @@ pub(super) async fn get(
     Path(name): Path<String>,
     Query(options): Query<Options>,
     headers: HeaderMap,
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
 ) -> Result<Response, Error> {
     let tags = entity_tags(text_values(&headers, IF_NONE_MATCH.as_str()));
     let max_wait = wait(text_values(&headers, "prefer"), LONG_POLL_MAX);
@@ -75,18 +59,8 @@ pub(super) async fn get(
         return Err(Error::Split(name));
     }
     let tag = format!("\"{}\"", part.revision(&edition.view));
-    let delta = if options.delta && part == ArchiveKind::Full {
-        native_delta(&hub.0, &edition, &tags, peer.ip())
-    } else {
-        None
-    };
-    let archive = if let Some(delta) = delta {
-        bundle.counters.native_deltas.fetch_add(1, Ordering::Relaxed);
-        delta
-    } else {
-        bundle.counters.snapshots[part as usize].fetch_add(1, Ordering::Relaxed);
-        edition.archive(part).await
-    };
+    bundle.counters.snapshots[part as usize].fetch_add(1, Ordering::Relaxed);
+    let archive = edition.archive(part).await;
     let headers = [(ETAG.as_str(), tag), (POSITION_HEADER, bundle.newest_of(&edition).to_string())];
     Ok((headers, respond(archive)).into_response())
 }
@@ -131,29 +105,6 @@ pub(super) fn respond(archive: Archive) -> Response {
     let body =
         Body::from_stream(stream::iter(archive.pieces.into_iter().map(Ok::<_, std::convert::Infallible>)));
     (headers, body).into_response()
-}
-
-fn native_delta(hub: &Shared, edition: &CachedSnapshot, tags: &[Tag], peer: IpAddr) -> Option<Archive> {
-    let from: Revision = tags.first()?.opaque.parse().ok()?;
-    if !hub.deltas.first_try(peer, from) {
-        return None;
-    }
-    edition.native_delta(from)
-}
-
-impl DeltaClients {
-    fn first_try(&self, peer: IpAddr, from: Revision) -> bool {
-        let mut sent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        if sent.len() >= DELTA_CLIENTS_MAX {
-            sent.retain(|_, time| now - *time < DELTA_RETRY);
-        }
-        if sent.len() >= DELTA_CLIENTS_MAX {
-            return false;
-        }
-        let before = sent.insert((peer, from), now);
-        before.is_none_or(|time| now - time >= DELTA_RETRY)
-    }
 }
 
 fn text_values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {

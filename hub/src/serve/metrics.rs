@@ -155,11 +155,6 @@ impl Collector for Scrape {
             ),
             ("snapshots_served", "Total archives sent", samples.snapshots()),
             (
-                "native_deltas_served",
-                "Total native OPA deltas sent",
-                samples.counters(|counters| &counters.native_deltas),
-            ),
-            (
                 "reconciles",
                 "Total reconcile requests answered",
                 samples.counters(|counters| &counters.reconciles),

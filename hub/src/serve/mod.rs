@@ -73,7 +73,6 @@ struct Shared {
     replicas: Vec<String>,
     farewell: OnceCell<Bytes>,
     stop: CancellationToken,
-    deltas: bundle::DeltaClients,
     memory: memory::Account,
     /// One permit.
     forecasts: Arc<Semaphore>,
@@ -95,7 +94,6 @@ impl Hub {
             replicas,
             farewell: OnceCell::new(),
             stop,
-            deltas: bundle::DeltaClients::default(),
             memory: memory::Account::default(),
             forecasts: Arc::new(Semaphore::new(1)),
         };
@@ -137,21 +135,15 @@ pub fn router(hub: Hub) -> Router {
         .route("/", get(dashboard::page))
         .route(
             "/bundles/{name}",
-            get(|hub, name, query, headers, peer| {
-                bundle::get(ArchiveKind::Full, hub, name, query, headers, peer)
-            }),
+            get(|hub, name, query, headers| bundle::get(ArchiveKind::Full, hub, name, query, headers)),
         )
         .route(
             "/bundles/{name}/policy",
-            get(|hub, name, query, headers, peer| {
-                bundle::get(ArchiveKind::Policy, hub, name, query, headers, peer)
-            }),
+            get(|hub, name, query, headers| bundle::get(ArchiveKind::Policy, hub, name, query, headers)),
         )
         .route(
             "/bundles/{name}/data",
-            get(|hub, name, query, headers, peer| {
-                bundle::get(ArchiveKind::Data, hub, name, query, headers, peer)
-            }),
+            get(|hub, name, query, headers| bundle::get(ArchiveKind::Data, hub, name, query, headers)),
         )
         .route("/bundles/{name}/stream", get(stream::get))
         .route(

@@ -4,7 +4,6 @@
 
 pub mod archive;
 pub mod bundle_archive;
-pub(crate) mod delta;
 pub mod edit;
 pub(crate) mod frame;
 pub mod history;
@@ -81,7 +80,7 @@ pub struct ChangeSet {
     pub(crate) modules: Vec<String>,
 }
 
-/// ChangeSet keys of a directory.
+/// Changed keys of a directory.
 #[derive(Clone)]
 pub struct DirectoryChanges {
     pub(crate) path: DirPath,

@@ -356,7 +356,7 @@ fn pods(random: &mut fastrand::Rng) -> Value {
                 _ => {}
             }
             if random.bool() {
-                pod["status"] = json!({ "podIP": word(random), "phase": "RunningBundle", "list": [null, 1.50, "web"], "": { "deep": word(random), "x": 1 } });
+                pod["status"] = json!({ "podIP": word(random), "phase": "Running", "list": [null, 1.50, "web"], "": { "deep": word(random), "x": 1 } });
             }
             last = Some(pod.clone());
             namespaces[namespace][name] = pod;

@@ -219,30 +219,7 @@ async fn stream_resumes_from_the_clients_revision() {
     }
 }
 
-#[tokio::test]
-async fn native_deltas_are_sent_once_and_on_request() {
-    let served = Served::start().await;
-    let (_, headers, _) = served.get("/bundles/main?delta=true", &[]).await;
-    let before = tag(&headers);
-    served.write("a", "x", "{\"v\": 1}");
-    served.changes_from(&before).await;
-    let known = [("if-none-match", before.as_str())];
-    let files = |body: &[u8]| {
-        let mut tar = tar::Archive::new(flate2::read::GzDecoder::new(body));
-        let paths =
-            tar.entries().unwrap().map(|entry| entry.unwrap().path().unwrap().to_str().unwrap().to_owned());
-        paths.collect::<Vec<_>>()
-    };
-    let (_, headers, body) = served.get("/bundles/main?delta=true", &known).await;
-    assert_eq!(files(&body), [".manifest", "patch.json"]);
-    assert_ne!(tag(&headers), before);
-    let again = served.get("/bundles/main?delta=true", &known).await.2;
-    assert!(!files(&again).contains(&"patch.json".to_owned()), "client failed to apply the first");
-    let unasked = served.get("/bundles/main", &known).await.2;
-    assert!(!files(&unasked).contains(&"patch.json".to_owned()));
-}
-
-/// FieldMask of newer agents are optional.
+/// Fields of newer agents are optional.
 #[tokio::test]
 async fn reconcile_accepts_requests_of_older_agents() {
     let served = Served::start().await;

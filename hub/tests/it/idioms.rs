@@ -69,7 +69,7 @@ impl Idiom {
     }
 }
 
-/// Parses fields separated by spaces. FieldMask of resources other than pods start with `resource:`.
+/// Parses fields separated by spaces. Fields of resources other than pods start with `resource:`.
 fn parse_fields(text: &str) -> FieldMasks {
     let mut places: BTreeMap<DirPath, FieldMask> = BTreeMap::new();
     for path in text.split(' ') {

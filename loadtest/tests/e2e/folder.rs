@@ -135,29 +135,3 @@ async fn data_and_package_swap_a_path_with_rest() -> anyhow::Result<()> {
 async fn data_and_package_swap_a_path_with_bundle() -> anyhow::Result<()> {
     data_and_package_swap_a_path(Way::Bundle).await
 }
-
-/// OPA's native delta: objects with escaped names are added, changed and removed.
-#[tokio::test]
-async fn native_deltas() -> anyhow::Result<()> {
-    let assets = tokio::task::spawn_blocking(assets::folder).await??;
-    let work = tempfile::tempdir()?;
-    let manifests = tempfile::tempdir()?;
-    let folder = manifests.path().display().to_string();
-    write_list(manifests.path(), "roles.json", &roles(0))?;
-    let flags: Vec<_> = ["--manifests", &folder].into_iter().chain(FLAGS).collect();
-    let hub = Hub::start(work.path(), &flags).await?;
-    let opa =
-        Opa::start(&assets, work.path(), Some(&direct_config(&hub.url, "bundles/main?delta=true")), &[])
-            .await?;
-    for generation in [0, 1, 2, 3] {
-        write_list(manifests.path(), "roles.json", &roles(generation))?;
-        eventually(format!("generation {generation}"), async || {
-            let found = opa.data("/kubernetes/clusterroles").await.map_err(|error| error.to_string())?;
-            equal(&found, &by_name(roles(generation)))
-        })
-        .await?;
-    }
-    assert_eq!(hub.metric("opa_hub_native_deltas_served_total").await?, 3);
-    assert_eq!(hub.metric("opa_hub_snapshots_served_total").await?, 1);
-    Ok(())
-}

@@ -109,7 +109,7 @@ async fn client_closed(tcp: &TcpStream) {
     _ = tcp.ready(Interest::PRIORITY).await;
 }
 
-/// ReadSet the peeked head.
+/// Reads the peeked head.
 fn discard(tcp: &TcpStream, mut length: usize) -> bool {
     let mut buffer = [0; 1 << 10];
     while length > 0 {

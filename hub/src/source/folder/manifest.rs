@@ -1,4 +1,4 @@
-//! BundleController of a manifest file, and their selection by watches.
+//! Documents of a manifest file, and their selection by watches.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

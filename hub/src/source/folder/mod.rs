@@ -67,7 +67,7 @@ pub struct Contents {
     pub problems: Vec<String>,
 }
 
-/// ReadSet the folder once.
+/// Reads the folder once.
 pub fn read_once(dir: &Path, feeds: &[WatchSpec]) -> Result<Contents, Error> {
     let mut folder = Folder::new(dir.to_owned());
     folder.specs = (0..).map(WatchId).zip(feeds.iter().cloned()).collect();
@@ -345,7 +345,7 @@ fn find_files(
     Ok(())
 }
 
-/// ReadSet the objects of one file.
+/// Reads the objects of one file.
 pub fn read_file(path: &Path) -> Result<Vec<Object>, String> {
     Ok(read_manifests(path)?.into_iter().map(|manifest| manifest.object).collect())
 }

@@ -96,7 +96,7 @@ impl Agent {
             self.count_rejection(world);
             return true;
         }
-        // BundleController omit different objects, which positions do not show.
+        // Documents omit different objects, which positions do not show.
         let is_same = self.document.is_none_or(|applied| applied == document);
         self.epoch = self.epoch.filter(|_| is_same);
         (self.refusals, self.document) = (0, Some(document));

@@ -64,7 +64,7 @@ enum Trouble {
 }
 
 impl Watching {
-    /// PolicyRegistry are served without failing watches; for services that would break I10.
+    /// Policies are served without failing watches; for services that would break I10.
     fn may_fail(&self) -> bool {
         self.was_listed || self.kind != Kind::Services
     }
@@ -167,7 +167,7 @@ impl Hub {
         self.slots.get_mut(name).map(|slot| &mut slot.running)
     }
 
-    /// BundleRegistry remove fields that only older policies read.
+    /// Bundles remove fields that only older policies read.
     pub(super) fn narrow(&mut self, world: &mut World) {
         for written in self.written() {
             written.narrow(&mut world.seen);
@@ -332,7 +332,7 @@ impl Hub {
         }
     }
 
-    /// WriterHandles all faults.
+    /// Ends all faults.
     pub(super) fn settle(&mut self, world: &mut World) {
         for _ in 0..SETTLE_ROUNDS {
             self.reconcile(world);

@@ -212,7 +212,7 @@ impl Run {
         }
     }
 
-    /// WriterHandles all faults temporarily; `is_mended` also fixes user errors.
+    /// Ends all faults temporarily; `is_mended` also fixes user errors.
     async fn quiet(&mut self, is_mended: bool) {
         let Self { world, hubs, agents } = self;
         world.source.end_faults();

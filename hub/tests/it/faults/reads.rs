@@ -1,4 +1,4 @@
-//! ReadSet of the fault test's policies. PolicyRegistry declare them in lines such as `# reads services` or
+//! Reads of the fault test's policies. Policies declare them in lines such as `# reads services` or
 //! `# reads pods metadata.labels.app`; a path that ends with `!` reads the whole subtree.
 
 use std::collections::BTreeSet;
@@ -21,7 +21,7 @@ pub(super) const READABLE: [&str; 9] = [
     "pods spec.image",
     "pods spec.size.cpu",
 ];
-/// FieldMask of every pod.
+/// Fields of every pod.
 const LEAVES: [&str; 8] = [
     "kind",
     "metadata.labels.app",

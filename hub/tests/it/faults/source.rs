@@ -38,7 +38,7 @@ pub(super) struct Source {
     has_no_jobs: bool,
     /// Number of restores. Versions of different epochs are not comparable.
     pub(super) epoch: usize,
-    /// ChangeSet objects by version.
+    /// Changed objects by version.
     changes: BTreeMap<Kind, Vec<(u64, ObjectKey)>>,
     /// History of each object by version.
     objects: BTreeMap<Kind, BTreeMap<ObjectKey, Vec<(u64, Content)>>>,
