@@ -4,7 +4,7 @@ use opa_hub_loadtest::eventually::{equal, eventually};
 use opa_hub_loadtest::lab::{Hub, Opa, assets};
 use serde_json::{Map, Value, json};
 
-use crate::world::{Way, consumer, direct_config, write_list};
+use crate::world::{Way, consumer, write_list};
 
 const FLAGS: [&str; 4] =
     ["--replicate", "v1/pods", "--replicate-cluster", "rbac.authorization.k8s.io/v1/clusterroles"];
