@@ -20,7 +20,7 @@ round := data.kubernetes.pods[input.namespace][input.name].metadata.labels.round
 
 app := data.kubernetes.pods[input.namespace][input.name].metadata.labels.app
 ";
-/// As JSON pointers.
+/// JSON pointers into a pod.
 pub(crate) const READS: &[&str] = &["/metadata/labels/round", "/metadata/labels/app"];
 pub(crate) const DECISION: &str = "/load/round";
 

@@ -1,4 +1,4 @@
-# Idiom: `is_array` tells whether a field is used
+# Idiom: `is_array` decides if a field is used
 # Reads: spec.initContainers
 package idioms.is_array
 

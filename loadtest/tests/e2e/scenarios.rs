@@ -176,7 +176,7 @@ async fn tenant() -> anyhow::Result<()> {
         if who == whole {
             continue;
         }
-        // As many as without an attack.
+        // Equal to the number without an attack.
         results.check(who, "edits and requests of B", asked)?;
         results.check(who, "of these never seen", 0.0)?;
         if who != calm {
