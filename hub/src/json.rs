@@ -1,11 +1,15 @@
 //! Raw JSON maps and compaction.
 
+use std::borrow::Cow;
+use std::fmt;
+
 use opa_hub_proto::patch::push_json_string;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
-use std::borrow::Cow;
-use std::fmt;
+
+/// Maximum depth of JSON. OPA rejects bundles with 10,000 levels.
+pub(crate) const JSON_DEPTH_MAX: usize = 1000;
 
 /// Unparsed members of a JSON object, in order.
 pub(crate) struct Members<'a>(pub(crate) Vec<(Cow<'a, str>, &'a RawValue)>);
@@ -85,6 +89,3 @@ pub(crate) fn push_compact(out: &mut Vec<u8>, json: &str) -> usize {
     out.extend_from_slice(&bytes[copied..]);
     deepest
 }
-
-/// Maximum depth of JSON. OPA rejects bundles with 10,000 levels.
-pub(crate) const JSON_DEPTH_MAX: usize = 1000;

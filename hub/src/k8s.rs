@@ -1,4 +1,4 @@
-//! Writes verdicts, statuses and last good policies. Only the leader writes to the cluster.
+//! Requests that write to the API server: identity, namespace, time limit, errors. Only the leader sends them.
 
 use std::time::{Duration, SystemTime};
 

@@ -10,7 +10,7 @@
 
 pub mod app;
 pub mod args;
-pub mod backoff;
+mod backoff;
 pub mod bundle;
 pub mod fields;
 mod fields_command;

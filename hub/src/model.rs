@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
-use tokio::sync::watch;
 
 use bytes::Bytes;
 use opa_hub_proto::path::{DirPath, is_segment};
+use tokio::sync::watch;
 
 /// Maximum events in one commit: about 50 ms under load.
 pub const COMMIT_EVENTS_MAX: usize = 4096;

@@ -2,7 +2,6 @@
 
 pub mod config;
 
-use crate::logging::LogFormat;
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -14,6 +13,7 @@ use opa_hub_proto::path::{DirPath, is_segment};
 use crate::args::config::{Config, Source};
 use crate::fields::mask::{FieldMask, InvalidField};
 use crate::fields::masks::FieldMasks;
+use crate::logging::LogFormat;
 use crate::model::{Condition, Content, LabelTerm, NamespaceSelector, Resource, WatchSpec};
 use crate::policy::check::Dialect;
 use crate::snapshot::history::BundleLimits;

@@ -1,6 +1,5 @@
 //! Published snapshots: a view, its history and a cache of all encodings.
 
-use crate::snapshot::bundle_archive::ArchiveKind;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -18,15 +17,13 @@ use crate::bundle::watches::WatchStatuses;
 use crate::fields::cost::{self, Sample};
 use crate::fields::mask::FieldMask;
 use crate::fields::masks::FieldMasks;
-use crate::model::directory;
-use crate::model::{InputId, Object, Problem, Replicated, Version};
+use crate::model::{InputId, Object, Problem, Replicated, Version, directory};
 use crate::policy::dataflow::ReadSet;
 use crate::policy::verdict::VerdictBoard;
 use crate::snapshot::archive::Archive;
-use crate::snapshot::bundle_archive::{self, SegmentCache};
-use crate::snapshot::frame;
+use crate::snapshot::bundle_archive::{self, ArchiveKind, SegmentCache};
 use crate::snapshot::history::History;
-use crate::snapshot::{Batch, Directory, Snapshot, within};
+use crate::snapshot::{Batch, Directory, Snapshot, frame, within};
 use crate::spec::NamespaceScoping;
 
 /// Minimum interval of bundle archives. OPA parses each one completely.

@@ -1,11 +1,13 @@
 //! Bundles by name.
 
-use crate::bundle::Bundle;
-use crate::store::Store;
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+
 use tokio::sync::Notify;
+
+use crate::bundle::Bundle;
+use crate::store::Store;
 
 /// Served bundles, by name.
 #[derive(Default)]

@@ -20,10 +20,9 @@ use opa_hub_proto::revision::Digest;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
-use crate::backoff::{RETRY, RETRY_MAX};
+use crate::backoff::{BACKOFF_MIN, increased};
 use crate::health::Health;
-use crate::k8s::WRITEBACK_TIMEOUT;
-use crate::k8s::{FIELD_MANAGER, RequestError, report, while_leading, within};
+use crate::k8s::{FIELD_MANAGER, RequestError, WRITEBACK_TIMEOUT, report, while_leading, within};
 use crate::model::ObjectKey;
 use crate::pipeline::WriterCommand;
 use crate::policy::candidate::ModuleSet;
@@ -129,25 +128,25 @@ impl Place {
         mut leads: watch::Receiver<bool>,
         readiness: Health,
     ) {
-        let mut retry = RETRY;
+        let mut retry = BACKOFF_MIN;
         loop {
             let encoded = good.borrow_and_update().as_ref().map(encode);
             if let Some(encoded) = encoded.filter(|encoded| stored.as_ref() != Some(encoded)) {
                 match self.save(&encoded, &leads).await {
                     Some(Ok(())) => {
                         readiness.problem(SUBJECT, None);
-                        (stored, retry) = (Some(encoded), RETRY);
+                        (stored, retry) = (Some(encoded), BACKOFF_MIN);
                     }
                     Some(Err(error)) => {
                         report(&readiness, SUBJECT, error.to_string());
                         tokio::time::sleep(retry).await;
-                        retry = (retry * 2).min(RETRY_MAX);
+                        retry = increased(retry);
                         continue;
                     }
                     // The leader reports failed writes.
-                    None if retry > RETRY => {
+                    None if retry > BACKOFF_MIN => {
                         readiness.problem(SUBJECT, None);
-                        retry = RETRY;
+                        retry = BACKOFF_MIN;
                     }
                     None => {}
                 }
@@ -163,7 +162,7 @@ impl Place {
 
     /// Retries API server failures.
     async fn load_with_retry(&self, readiness: &Health) -> Option<Vec<u8>> {
-        let mut retry = RETRY;
+        let mut retry = BACKOFF_MIN;
         loop {
             match self.load().await {
                 Ok(stored) => {
@@ -178,7 +177,7 @@ impl Place {
                 }
             }
             tokio::time::sleep(retry).await;
-            retry = (retry * 2).min(RETRY_MAX);
+            retry = increased(retry);
         }
     }
 

@@ -1,6 +1,5 @@
 //! Running bundles, each on its own threads.
 
-use crate::bundle::registry::BundleRegistry;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
@@ -9,6 +8,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::bundle::Bundle;
+use crate::bundle::registry::BundleRegistry;
 use crate::health::Health;
 use crate::manager::last_good::Place;
 use crate::pipeline::auto_replication::Auto;

@@ -1,5 +1,9 @@
 //! Size of the data under proposed policies.
 
+use std::collections::BTreeMap;
+
+use opa_hub_proto::path::DirPath;
+
 use crate::bundle::Bundle;
 use crate::fields::mask::FieldMask;
 use crate::fields::masks::FieldMasks;
@@ -8,8 +12,6 @@ use crate::policy::dataflow::ReadSet;
 use crate::projection::quota::entry_bytes;
 use crate::snapshot::within;
 use crate::spec::BundleSpec;
-use opa_hub_proto::path::DirPath;
-use std::collections::BTreeMap;
 
 /// Measures the data that policies would need, before they are accepted.
 pub(crate) struct QuotaCheck<'a> {

@@ -1,5 +1,14 @@
 //! The single writer of a bundle.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use opa_hub_proto::path::DirPath;
+use opa_hub_proto::position::{Bounds, Position};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
 use crate::bundle::{Bundle, FieldState};
 use crate::fields::masks::FieldMasks;
 use crate::health::Health;
@@ -9,17 +18,10 @@ use crate::policy::candidate::{Candidates, Progress};
 use crate::policy::dataflow::ReadSet;
 use crate::policy::registry::LastGood;
 use crate::projection::Projector;
-use crate::snapshot::history::History;
+use crate::snapshot::history::{BundleLimits, History};
 use crate::snapshot::{Batch, ChangeSet, Snapshot};
 use crate::spec::BundleSpec;
 use crate::store::{ChangeBatch, Store, Subscription};
-use opa_hub_proto::path::DirPath;
-use opa_hub_proto::position::{Bounds, Position};
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::Instant;
 
 /// Writer of one bundle.
 pub struct BundleWriter {
@@ -44,7 +46,7 @@ pub struct BundleWriter {
     list_waiters: Vec<oneshot::Sender<()>>,
     auto_resources: BTreeSet<DirPath>,
     pending_removal: Option<PendingRemoval>,
-    limits: crate::snapshot::history::BundleLimits,
+    limits: BundleLimits,
     phase: Phase,
 }
 

@@ -1,12 +1,13 @@
 //! Modules of ConfigMaps under check, and the result.
 
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use crate::model::ObjectKey;
 use crate::policy::modules::Module;
 use crate::policy::resolve::is_from;
 use crate::policy::verdict::Diagnostic;
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
-use std::sync::Arc;
 pub(crate) const PARSE_ERROR: &str = "rego_parse_error";
 
 /// Code of a failed test.

@@ -7,16 +7,6 @@
 //! If OPA itself fails ([`CHECK_FAILED`]), the offender is rejected until edited. Only this search can reach
 //! [`SETTLE_MAX`].
 
-use crate::policy::candidate::CHECK_FAILED;
-use crate::policy::candidate::Candidates;
-use crate::policy::candidate::ModuleSet;
-use crate::policy::candidate::PARSE_ERROR;
-use crate::policy::candidate::Rejection;
-use crate::policy::candidate::Resolution;
-use crate::policy::candidate::Selected;
-use crate::policy::candidate::Selection;
-use crate::policy::candidate::TESTS_NOT_RUN;
-use crate::policy::candidate::is_of_tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +14,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::model::ObjectKey;
+use crate::policy::candidate::{
+    CHECK_FAILED, Candidates, ModuleSet, PARSE_ERROR, Rejection, Resolution, Selected, Selection,
+    TESTS_NOT_RUN, is_of_tests,
+};
 use crate::policy::verdict::Diagnostic;
 
 /// Maximum checks of one search for offenders: 1 s with a hundred modules.

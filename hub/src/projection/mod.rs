@@ -7,7 +7,6 @@
 mod configmap;
 pub(crate) mod quota;
 
-use crate::model::directory;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Bound;
 use std::sync::{Arc, LazyLock};
@@ -17,8 +16,10 @@ use opa_hub_proto::path::{DirPath, is_segment};
 
 use crate::fields::cost;
 use crate::fields::masks::{FieldMasks, IsClusterScoped};
-use crate::model::ALLOCATION_BYTES;
-use crate::model::{Change, Content, InputId, NamespaceSelector, Object, ObjectKey, Problem, WatchSpec};
+use crate::model::{
+    ALLOCATION_BYTES, Change, Content, InputId, NamespaceSelector, Object, ObjectKey, Problem, WatchSpec,
+    directory,
+};
 use crate::policy::candidate::{Candidates, ModuleSet, Resolution};
 use crate::policy::dataflow::ReadSet;
 use crate::policy::modules::Module;

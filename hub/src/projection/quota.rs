@@ -1,7 +1,8 @@
 //! Size limit of a bundle's data (`maxBytes`). Objects that would exceed it are left out or stay unchanged.
 
-use crate::model::InputId;
 use std::collections::BTreeMap;
+
+use crate::model::InputId;
 
 /// Quotes, colon and comma.
 const AROUND_ENTRY: usize = 4;

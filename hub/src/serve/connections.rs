@@ -4,13 +4,11 @@
 //! [`WRITE_TIMEOUT`] ends connections whose client does not read.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::ConnectInfo;
 use axum::http::header::CONNECTION;
 use axum::http::{HeaderValue, Request};
 use hyper::body::Incoming;
@@ -75,10 +73,10 @@ impl Connections {
     }
 
     /// Serves a connection, or answers 503 if no permit is free.
-    pub(super) async fn admit(&self, tcp: TcpStream, peer: SocketAddr, is_probe: bool) {
+    pub(super) async fn admit(&self, tcp: TcpStream, is_probe: bool) {
         let permits = if is_probe { &self.probe_permits } else { &self.permits };
         match tokio::time::timeout(PERMIT_TIMEOUT, Arc::clone(permits).acquire_owned()).await {
-            Ok(permit) => self.serve(tcp, peer, permit.expect("the semaphore is never closed")),
+            Ok(permit) => self.serve(tcp, permit.expect("the semaphore is never closed")),
             Err(_late) => {
                 // Closing with unread bytes resets the connection and loses the response.
                 let mut request = [0; REJECTED_HEAD_BYTES];
@@ -88,10 +86,9 @@ impl Connections {
         }
     }
 
-    pub(super) fn serve(&self, tcp: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
+    pub(super) fn serve(&self, tcp: TcpStream, permit: OwnedSemaphorePermit) {
         let (router, permits, low) = (self.router.clone(), Arc::clone(&self.permits), self.low_permits);
-        let service = service_fn(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(ConnectInfo(peer));
+        let service = service_fn(move |request: Request<Incoming>| {
             let (response, permits) = (router.call(request), Arc::clone(&permits));
             async move {
                 let mut response = response.await?;
@@ -121,16 +118,16 @@ impl Connections {
     }
 }
 
-pub(super) async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+pub(super) async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {
-            Ok((tcp, peer)) => {
+            Ok((tcp, _)) => {
                 // Fails only on closed sockets. Nagle's algorithm would delay small frames.
                 _ = tcp.set_nodelay(true);
                 let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
                 _ = SockRef::from(&tcp).set_tcp_keepalive(&keepalive);
                 _ = SockRef::from(&tcp).set_tcp_user_timeout(Some(WRITE_TIMEOUT));
-                return (tcp, peer);
+                return tcp;
             }
             Err(error) => {
                 // Usually no file descriptors are left.
@@ -149,7 +146,7 @@ mod tests {
     async fn accepted_connections_have_keepalive() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (tcp, _) = accept(&listener).await;
+        let tcp = accept(&listener).await;
         let socket = SockRef::from(&tcp);
         assert!(socket.keepalive().unwrap());
         assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE);

@@ -6,7 +6,6 @@ use axum::Json;
 use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-
 use opa_hub_proto::position::{self, Lag, POSITION_HEADER};
 use opa_hub_proto::reconcile::RECONCILE_BYTES_MAX;
 

@@ -173,8 +173,8 @@ pub async fn run_health(listener: TcpListener, hub: Hub) -> std::io::Result<()> 
     let connections = Connections::new(health(hub), limits, CancellationToken::new());
     loop {
         let permit = connections.permit().await;
-        let (tcp, peer) = connections::accept(&listener).await;
-        connections.serve(tcp, peer, permit);
+        let tcp = connections::accept(&listener).await;
+        connections.serve(tcp, permit);
     }
 }
 

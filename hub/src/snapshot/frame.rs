@@ -9,9 +9,8 @@ use opa_hub_proto::position::{Bounds, Position};
 use opa_hub_proto::revision::{Digest, Revision};
 use serde_json::value::RawValue;
 
-use crate::snapshot::edit;
 use crate::snapshot::history::{ChangesSince, History};
-use crate::snapshot::{Snapshot, within};
+use crate::snapshot::{Snapshot, edit, within};
 
 /// Maximum keys and edit operations of a frame: an agent applies one PATCH.
 const EDIT_OPS_MAX: usize = PATCH_OPS_MAX / 2;

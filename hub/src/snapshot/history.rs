@@ -3,13 +3,13 @@
 //! Frames use the newest values: a slow client costs no memory. A queue for each client would copy values and, when
 //! full, block or lose them.
 
-use crate::model::COMMIT_EVENTS_MAX;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use opa_hub_proto::path::DirPath;
 use opa_hub_proto::revision::{Digest, Revision};
 
+use crate::model::COMMIT_EVENTS_MAX;
 use crate::snapshot::edit::Edit;
 use crate::snapshot::{ChangeSet, ChangedKey};
 

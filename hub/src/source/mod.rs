@@ -4,8 +4,9 @@ pub mod folder;
 pub mod kubernetes;
 pub(crate) mod normalize;
 
-use crate::model::Told;
 use tokio::sync::mpsc;
+
+use crate::model::Told;
 
 /// Maximum events between source and store. A full queue holds back the watch.
 pub const EVENT_QUEUE_MAX: usize = 1024;

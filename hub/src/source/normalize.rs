@@ -1,14 +1,10 @@
 //! Canonical JSON of an object: `kind` and `apiVersion` first (list items lack them), no white space, no
 //! `managedFields`, no last-applied annotation: both change with each write. Key order and number text are preserved.
 
-use crate::json::Members;
-use crate::json::push_compact;
-use crate::json::write_key;
-
 use bytes::Bytes;
 use opa_hub_proto::patch::push_json_string;
 
-use crate::json::JSON_DEPTH_MAX;
+use crate::json::{JSON_DEPTH_MAX, Members, push_compact, write_key};
 use crate::model::{Object, ObjectKey};
 
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";

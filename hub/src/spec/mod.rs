@@ -1,6 +1,5 @@
 //! Bundle specifications, from flags or documents of kind `Bundle`.
 
-use crate::snapshot::history::BundleLimits;
 use std::collections::{BTreeMap, BTreeSet};
 
 use opa_hub_proto::path::{DirPath, is_segment};
@@ -15,6 +14,7 @@ use crate::model::{
     Resource, WatchSpec,
 };
 use crate::policy::check::Dialect;
+use crate::snapshot::history::BundleLimits;
 
 pub(crate) const API_VERSION: &str = "opahub.dev/v1alpha1";
 

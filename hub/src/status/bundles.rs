@@ -13,8 +13,7 @@ use tokio::sync::watch;
 
 use crate::bundle::registry::BundleRegistry;
 use crate::health::Health;
-use crate::k8s::WRITEBACK_TIMEOUT;
-use crate::k8s::{FIELD_MANAGER, RequestError, report, while_leading, within};
+use crate::k8s::{FIELD_MANAGER, RequestError, WRITEBACK_TIMEOUT, report, while_leading, within};
 use crate::manager::{DocumentStatuses, Opinion};
 use crate::spec::API_VERSION;
 

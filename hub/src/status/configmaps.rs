@@ -17,8 +17,7 @@ use tokio::time::Instant;
 
 use crate::bundle::registry::BundleRegistry;
 use crate::health::Health;
-use crate::k8s::WRITEBACK_TIMEOUT;
-use crate::k8s::{FIELD_MANAGER, RequestError, report, while_leading, within};
+use crate::k8s::{FIELD_MANAGER, RequestError, WRITEBACK_TIMEOUT, report, while_leading, within};
 use crate::model::ObjectKey;
 use crate::policy::verdict::{NO_RETRIES, RETRIES, STATUS, Told, Verdict};
 

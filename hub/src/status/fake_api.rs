@@ -14,8 +14,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::health::Health;
-use crate::status::leader::LeaderElector;
-use crate::status::leader::{LEASE, RENEW_DEADLINE};
+use crate::status::leader::{LEASE, LeaderElector, RENEW_DEADLINE};
 
 pub(crate) const NAMESPACE: &str = "opa-hub";
 pub(crate) const LEASES: &str = "/leases";

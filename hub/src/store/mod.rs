@@ -1,8 +1,6 @@
 //! Cache of watched objects, shared by all bundles. A subscription queues changed keys and reads objects when it drains,
 //! so a slow bundle uses bounded memory.
 
-use crate::model::WatchSet;
-use crate::model::{ALLOCATION_BYTES, COMMIT_EVENTS_MAX};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,8 +12,10 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
 use crate::health::Health;
-use crate::model::Told;
-use crate::model::{Change, Event, InputId, Object, ObjectKey, Replicated, Version, WatchId, WatchSpec};
+use crate::model::{
+    ALLOCATION_BYTES, COMMIT_EVENTS_MAX, Change, Event, InputId, Object, ObjectKey, Replicated, Told,
+    Version, WatchId, WatchSet, WatchSpec,
+};
 
 /// Time without contact after which a watch is stale.
 pub const STALE_AFTER: Duration = Duration::from_secs(30);

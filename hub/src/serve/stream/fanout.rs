@@ -7,7 +7,6 @@
 //! Heartbeats are written in sixteenths of their interval, which also detects closed sockets. Half of the file
 //! descriptors are reserved for streams.
 
-use crate::serve::Duration;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,9 +23,8 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::bundle::watches::WatchStatuses;
 use crate::bundle::{Bundle, CachedSnapshot, CatchUp};
-use crate::serve::Hub;
-use crate::serve::stream::HEARTBEAT;
-use crate::serve::stream::{PENDING, StreamGuard, heartbeat, synced_comment};
+use crate::serve::stream::{HEARTBEAT, PENDING, StreamGuard, heartbeat, synced_comment};
+use crate::serve::{Duration, Hub};
 
 /// Send buffer of a stream in bytes. The default, 4 MB, hides stalled clients.
 pub(crate) const SEND_BUFFER: usize = 16 << 10;

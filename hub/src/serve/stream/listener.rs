@@ -1,7 +1,6 @@
 //! Accepts connections and peeks at the first request. Stream requests go to the fan-out; all others, and those that
 //! fail, are passed to axum unread.
 
-use crate::serve::Duration;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
@@ -12,10 +11,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use crate::serve::Hub;
 use crate::serve::connections::{self, Connections};
 use crate::serve::stream::fanout::Fanout;
 use crate::serve::stream::{Options, StreamRequest, header_text};
+use crate::serve::{Duration, Hub};
 
 /// Maximum request heads peeked concurrently.
 pub(crate) const HEADS_MAX: usize = 512;
@@ -50,11 +49,11 @@ pub(in crate::serve) async fn open(
     let heads = Arc::new(Semaphore::new(HEADS_MAX));
     loop {
         let Ok(permit) = Arc::clone(&heads).acquire_owned().await else { return };
-        let (tcp, peer) = connections::accept(&listener).await;
+        let tcp = connections::accept(&listener).await;
         let (hub, fanout, connections) = (hub.clone(), Arc::clone(fanout), connections.clone());
         tokio::spawn(async move {
             if let Some((tcp, is_probe)) = classify(tcp, permit, &hub, &fanout).await {
-                connections.admit(tcp, peer, is_probe).await;
+                connections.admit(tcp, is_probe).await;
             }
         });
     }

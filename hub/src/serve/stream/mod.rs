@@ -5,7 +5,6 @@ pub(super) mod fanout;
 pub(super) mod listener;
 pub(super) mod peers;
 
-use crate::serve::Duration;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,8 +25,8 @@ use tokio::time::{Instant, Interval};
 
 use crate::bundle::watches::WatchStatuses;
 use crate::bundle::{Bundle, CachedSnapshot, CatchUp, Counters};
-use crate::serve::Hub;
 use crate::serve::error::Error;
+use crate::serve::{Duration, Hub};
 
 /// Interval of stream heartbeats, which reveal a lost hub and satisfy proxies.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(5);

@@ -1,6 +1,5 @@
 //! The go-away comment of a hub that stops.
 
-use crate::serve::Duration;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
@@ -8,6 +7,8 @@ use futures::future::join_all;
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use opa_hub_proto::sse::Word;
 use tokio::time::{Instant, timeout_at};
+
+use crate::serve::Duration;
 
 /// Timeout of a peer's readiness response at shutdown, with DNS.
 pub(crate) const FAREWELL_MAX: Duration = Duration::from_secs(1);

@@ -15,8 +15,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::health::Health;
-use crate::model::WatchSet;
-use crate::model::{Event, InputId, NamespaceSelector, Object, ObjectKey, WatchId, WatchSpec};
+use crate::model::{Event, InputId, NamespaceSelector, Object, ObjectKey, WatchId, WatchSet, WatchSpec};
 use crate::source::Sender;
 use crate::source::folder::manifest::{KindRegistry, Manifest};
 use crate::spec;

@@ -22,12 +22,12 @@ use serde_json::value::RawValue;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
-use crate::backoff::{RETRY, RETRY_MAX};
+use crate::backoff::{BACKOFF_MAX, BACKOFF_MIN, increased};
 use crate::health::Health;
-use crate::model::{Event, NamespaceSelector, ObjectKey, Resource, Version, WatchId, WatchSpec};
-use crate::model::{WatchSet, is_optional};
-use crate::source::kubernetes::watcher::SOURCE_ANSWER;
-use crate::source::kubernetes::watcher::{InitialListStrategy, Watcher};
+use crate::model::{
+    Event, NamespaceSelector, ObjectKey, Resource, Version, WatchId, WatchSet, WatchSpec, is_optional,
+};
+use crate::source::kubernetes::watcher::{InitialListStrategy, SOURCE_ANSWER, Watcher};
 use crate::source::{Sender, normalize};
 
 /// Failure of the client or of a watch, which is retried.
@@ -137,7 +137,7 @@ pub async fn run(client: Client, mut wanted: WatchSet, out: Sender, readiness: H
 async fn supervise_watch(client: Client, id: WatchId, spec: WatchSpec, out: Sender, readiness: Health) {
     let name = spec.to_string();
     let mut strategy = InitialListStrategy::Streaming;
-    let mut backoff = RETRY;
+    let mut backoff = BACKOFF_MIN;
     while !out.is_closed() {
         let discovered = timeout(SOURCE_ANSWER, discover(&client, &spec)).await;
         let error = match discovered.unwrap_or(Err(Error::Watch(watcher::Error::Timeout))) {
@@ -185,7 +185,7 @@ async fn supervise_watch(client: Client, id: WatchId, spec: WatchSpec, out: Send
 /// Jitter spreads replicas that failed together.
 async fn sleep_backoff(backoff: &mut Duration) {
     tokio::time::sleep(backoff.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-    *backoff = (*backoff * 2).min(RETRY_MAX);
+    *backoff = increased(*backoff);
 }
 
 /// Incomplete streaming lists before the fallback to pages.
@@ -222,8 +222,8 @@ impl WatchSession<'_> {
                     if !matches!(event, watcher::Event::InitApply(_)) && std::mem::take(&mut is_failing) {
                         self.readiness.problem(self.name, None);
                     }
-                    if failed_at.elapsed() > RETRY_MAX {
-                        *backoff = RETRY;
+                    if failed_at.elapsed() > BACKOFF_MAX {
+                        *backoff = BACKOFF_MIN;
                     }
                     if let watcher::Event::InitDone(_) = event {
                         incomplete_lists = 0;

@@ -13,8 +13,7 @@ use super::*;
 use crate::model::{Content, InputId};
 use crate::source::EVENT_QUEUE_MAX;
 use crate::source::kubernetes::watcher::{LIST_PAGE, LIST_PAGE_MIN};
-use crate::store::STALE_AFTER;
-use crate::store::{Counters, Store, Subscription};
+use crate::store::{Counters, STALE_AFTER, Store, Subscription};
 
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 const MINUTE: Duration = Duration::from_secs(60);
